@@ -1,0 +1,397 @@
+"""Every size of the model as data: one tree of frozen dataclasses, three literal rows, no defaults, no branches.
+
+Axis legend, the same letters in every file of the package:
+
+    B  batch rows              L  tokens of a sequence        D  model width
+    H  attention heads         F  mel frames (10 ms each)     T  time steps of whatever the line is about
+    N  patches, clips or tokens packed one after another      C  channels or codes
+
+Field names are the keys of the release's config.json, so reading one is a copy and not a translation.
+Time base, shared by all sizes: a mel frame is 10 ms, an audio token and a TMRoPE id 40 ms, a listening block 2 s.
+"""
+
+import math
+from dataclasses import dataclass
+
+LISTENING_RATE = 16_000  # Hz, what the ears and the codec hear
+MEL_RATE = 100  # mel frames per second on both the listening and the speaking side
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds: sizes that contradict each other never build a model."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the special tokens. The only place where one is spelled as a number."""
+
+    endoftext: int  # pads batches on the left
+    im_start: int
+    im_end: int  # ends a turn, stops the Thinker
+    audio: int  # placeholder, one per audio token
+    audio_bos: int
+    audio_eos: int
+    vision_bos: int
+    vision_eos: int
+    vision_pad: int
+    image: int  # placeholder, one per merged image cell
+    video: int  # placeholder, one per merged video cell
+    tts_text_start: int  # part of the release, used by nothing
+    tts_text_end: int  # tells the Talker that the text is over
+    tts_text_pad: int  # fed to the Talker for ever after
+
+
+@dataclass(frozen=True)
+class AudioEncoderConfig:
+    num_mel_bins: int
+    d_model: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    n_window: int  # half a listening block, in mel frames
+    max_source_positions: int
+    output_dim: int
+
+    def __post_init__(self):
+        require(self.d_model % (2 * self.encoder_attention_heads) == 0, f"audio d_model {self.d_model} must split into "
+                f"{self.encoder_attention_heads} heads of even size")
+
+
+@dataclass(frozen=True)
+class VisionEncoderConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int  # pixels
+    temporal_patch_size: int  # frames
+    spatial_merge_size: int  # patches along one side of a merge cell
+    window_size: int  # pixels
+    fullatt_block_indexes: tuple[int, ...]
+    out_hidden_size: int
+
+    def __post_init__(self):
+        require(self.hidden_size % (4 * self.num_heads) == 0, f"vision hidden_size {self.hidden_size} must split into "
+                f"{self.num_heads} heads of a size divisible by 4 (2-D rotary)")
+        require(self.window_size % self.cell_size == 0, f"window_size {self.window_size} must be a multiple of the "
+                f"merge cell of {self.cell_size} pixels")
+
+    @property
+    def cell_size(self) -> int:
+        """Pixels along one side of a merge cell: what one visual token sees."""
+        return self.patch_size * self.spatial_merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Qwen2.5 decoder: the Thinker's and, smaller, the Talker's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # how many of the head_dim/2 angles follow time, height, width
+
+    def __post_init__(self):
+        require(2 * sum(self.mrope_section) == self.head_dim, f"mrope_section {self.mrope_section} must add up to half "
+                f"of head_dim {self.head_dim}")
+        require(self.num_attention_heads % self.num_key_value_heads == 0, f"{self.num_attention_heads} query heads must "
+                f"share {self.num_key_value_heads} key/value heads evenly")
+
+
+@dataclass(frozen=True)
+class ThinkerConfig:
+    audio: AudioEncoderConfig
+    vision: VisionEncoderConfig
+    text: DecoderConfig
+    tokens: TokenIds
+    position_id_per_seconds: int  # TMRoPE ids per second
+    seconds_per_chunk: int  # audio and video of one clip take turns in chunks of this length
+
+    def __post_init__(self):
+        width = self.text.hidden_size
+        require(self.audio.output_dim == width, f"audio output_dim {self.audio.output_dim} must equal the Thinker's {width}")
+        require(self.vision.out_hidden_size == width, f"vision out_hidden_size {self.vision.out_hidden_size} must equal "
+                f"the Thinker's {width}")
+
+
+@dataclass(frozen=True)
+class TalkerConfig:
+    embedding_size: int  # width of the Thinker, in which the codec embeddings live too
+    decoder: DecoderConfig
+    codec_pad: int
+    codec_bos: int
+    codec_eos: int
+    codec_mask: int
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    ff_mult: int
+    emb_dim: int  # width of a code embedding
+    num_embeds: int  # codes; the table has one row more
+    repeats: int  # mel frames per code
+    mel_dim: int
+    dropout: float
+    block_size: int  # mel frames per attention block
+    look_ahead_layers: tuple[int, ...]
+    look_backward_layers: tuple[int, ...]
+    rope_theta: float
+    enc_emb_dim: int  # size of the speaker vector `cond`
+    enc_dim: int  # size of what ECAPA makes of the reference mel
+    enc_channels: tuple[int, ...]
+    enc_kernel_sizes: tuple[int, ...]
+    enc_dilations: tuple[int, ...]
+    enc_attention_channels: int
+    enc_res2net_scale: int
+    enc_se_channels: int
+
+    def __post_init__(self):
+        require(self.block_size % self.repeats == 0, f"block_size {self.block_size} must hold whole codes of {self.repeats} frames")
+        require(self.enc_channels[-1] == sum(self.enc_channels[1:-1]), f"the last of enc_channels {self.enc_channels} must be "
+                f"the sum of the ones between first and last")
+
+
+@dataclass(frozen=True)
+class BigVGANConfig:
+    mel_dim: int
+    upsample_initial_channel: int
+    upsample_rates: tuple[int, ...]
+    upsample_kernel_sizes: tuple[int, ...]
+    resblock_kernel_sizes: tuple[int, ...]
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Token2WavConfig:
+    dit: DiTConfig
+    bigvgan: BigVGANConfig
+
+    def __post_init__(self):
+        require(self.dit.mel_dim == self.bigvgan.mel_dim, f"the DiT makes {self.dit.mel_dim} mel bands, BigVGAN reads {self.bigvgan.mel_dim}")
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the speech that comes out."""
+        return MEL_RATE * math.prod(self.bigvgan.upsample_rates)
+
+    @property
+    def codes_per_second(self) -> int:
+        return MEL_RATE // self.dit.repeats
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Our speech tokenizer; the release has none. FSQ levels multiply to the number of codes."""
+
+    mel_dim: int
+    hidden_size: int
+    num_hidden_layers: int  # before the quantiser
+    num_attention_heads: int
+    intermediate_size: int
+    levels: tuple[int, ...]
+    downsample: int  # mel frames per code, a power of two
+    block_frames: int  # mel frames that attend to each other: encoding streams block by block
+    ctc_vocab: int  # blank and letters
+
+    def __post_init__(self):
+        require(self.downsample & (self.downsample - 1) == 0, f"downsample {self.downsample} must be a power of two")
+
+    @property
+    def num_codes(self) -> int:
+        return math.prod(self.levels)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    temperature: float  # 0 is greedy
+    top_k: int  # 0 keeps all
+    top_p: float
+    repetition_penalty: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How the DiT's differential equation is solved."""
+
+    points: int  # of the time grid; one more than intervals
+    solver: str  # "rk4" or "euler"
+    guidance: float
+    sway: float
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Limits of what goes in. Pixels count whole pictures or frames, clip_max_pixels all frames of a clip together."""
+
+    image_min_pixels: int
+    image_max_pixels: int
+    frame_min_pixels: int
+    frame_max_pixels: int
+    clip_max_pixels: int
+    fps: float
+    min_frames: int
+    max_frames: int
+    system_prompt: str  # put first where a conversation has none and speech is asked for
+
+
+@dataclass(frozen=True)
+class OmniConfig:
+    thinker: ThinkerConfig
+    talker: TalkerConfig
+    token2wav: Token2WavConfig
+    codec: CodecConfig | None  # the release ships none
+    media: MediaConfig
+    thinker_sampling: SamplingConfig
+    talker_sampling: SamplingConfig
+    flow: FlowConfig
+
+    def __post_init__(self):
+        require(self.talker.embedding_size == self.thinker.text.hidden_size, f"the Talker reads width "
+                f"{self.talker.embedding_size}, the Thinker writes {self.thinker.text.hidden_size}")
+        require(self.codec is None or self.codec.downsample == self.token2wav.dit.repeats, "codec and DiT disagree on the "
+                "mel frames of one code")
+        require(self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds, "the codec has more codes than "
+                "the DiT's table")
+
+
+QWEN7B = OmniConfig(
+    thinker=ThinkerConfig(
+        audio=AudioEncoderConfig(num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20,
+                                 encoder_ffn_dim=5120, n_window=100, max_source_positions=1500, output_dim=3584),
+        vision=VisionEncoderConfig(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_channels=3,
+                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
+                                   fullatt_block_indexes=(7, 15, 23, 31), out_hidden_size=3584),
+        text=DecoderConfig(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                           num_key_value_heads=4, head_dim=128, vocab_size=152064, max_position_embeddings=32768,
+                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24)),
+        tokens=TokenIds(endoftext=151643, im_start=151644, im_end=151645, audio=151646, audio_bos=151647, audio_eos=151648,
+                        vision_bos=151652, vision_eos=151653, vision_pad=151654, image=151655, video=151656,
+                        tts_text_start=151860, tts_text_end=151861, tts_text_pad=151859),
+        position_id_per_seconds=25, seconds_per_chunk=2),
+    talker=TalkerConfig(
+        embedding_size=3584,
+        decoder=DecoderConfig(hidden_size=896, intermediate_size=18944, num_hidden_layers=24, num_attention_heads=12,
+                              num_key_value_heads=4, head_dim=128, vocab_size=8448, max_position_embeddings=32768,
+                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24)),
+        codec_pad=8292, codec_bos=8293, codec_eos=8294, codec_mask=8296),
+    token2wav=Token2WavConfig(
+        dit=DiTConfig(hidden_size=1024, num_hidden_layers=22, num_attention_heads=16, head_dim=64, ff_mult=2, emb_dim=512,
+                      num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(10,),
+                      look_backward_layers=(0, 20), rope_theta=1e4, enc_emb_dim=192, enc_dim=128,
+                      enc_channels=(256, 256, 256, 256, 768), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
+                      enc_attention_channels=64, enc_res2net_scale=2, enc_se_channels=64),
+        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=1536, upsample_rates=(5, 3, 2, 2, 2, 2),
+                              upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
+                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
+    codec=None,
+    media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_845_056, frame_min_pixels=100_352, frame_max_pixels=602_112,
+                      clip_max_pixels=90_316_800, fps=2.0, min_frames=4, max_frames=768,
+                      system_prompt="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
+                                    "perceiving auditory and visual inputs, as well as generating text and speech."),
+    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=1024),
+    talker_sampling=SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05, max_new_tokens=4096),
+    flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0))
+
+SMALL = OmniConfig(
+    thinker=ThinkerConfig(
+        audio=AudioEncoderConfig(num_mel_bins=128, d_model=384, encoder_layers=6, encoder_attention_heads=6,
+                                 encoder_ffn_dim=1536, n_window=100, max_source_positions=1500, output_dim=768),
+        vision=VisionEncoderConfig(depth=8, hidden_size=384, intermediate_size=1024, num_heads=6, in_channels=3,
+                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
+                                   fullatt_block_indexes=(3, 7), out_hidden_size=768),
+        text=DecoderConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                           num_key_value_heads=4, head_dim=64, vocab_size=4096, max_position_embeddings=8192,
+                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(8, 12, 12)),
+        tokens=TokenIds(endoftext=4000, im_start=4001, im_end=4002, audio=4003, audio_bos=4004, audio_eos=4005,
+                        vision_bos=4006, vision_eos=4007, vision_pad=4008, image=4009, video=4010, tts_text_start=4061,
+                        tts_text_end=4062, tts_text_pad=4060),
+        position_id_per_seconds=25, seconds_per_chunk=2),
+    talker=TalkerConfig(
+        embedding_size=768,
+        decoder=DecoderConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+                              num_key_value_heads=4, head_dim=64, vocab_size=8448, max_position_embeddings=8192,
+                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(8, 12, 12)),
+        codec_pad=8292, codec_bos=8293, codec_eos=8294, codec_mask=8296),
+    token2wav=Token2WavConfig(
+        dit=DiTConfig(hidden_size=512, num_hidden_layers=10, num_attention_heads=8, head_dim=64, ff_mult=2, emb_dim=256,
+                      num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(5,),
+                      look_backward_layers=(0, 8), rope_theta=1e4, enc_emb_dim=160, enc_dim=128,
+                      enc_channels=(128, 128, 128, 128, 384), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
+                      enc_attention_channels=64, enc_res2net_scale=2, enc_se_channels=64),
+        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=512, upsample_rates=(5, 3, 2, 2, 2, 2),
+                              upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
+                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
+    codec=CodecConfig(mel_dim=80, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536,
+                      levels=(8, 8, 8, 4, 4), downsample=2, block_frames=200, ctc_vocab=32),
+    media=MediaConfig(image_min_pixels=3136, image_max_pixels=200_704, frame_min_pixels=3136, frame_max_pixels=50_176,
+                      clip_max_pixels=3_211_264, fps=2.0, min_frames=4, max_frames=256,
+                      system_prompt="You are a helpful assistant."),
+    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256),
+    talker_sampling=SamplingConfig(temperature=0.7, top_k=40, top_p=0.8, repetition_penalty=1.0, max_new_tokens=2048),
+    flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0))
+
+TINY = OmniConfig(
+    thinker=ThinkerConfig(
+        audio=AudioEncoderConfig(num_mel_bins=128, d_model=96, encoder_layers=3, encoder_attention_heads=3,
+                                 encoder_ffn_dim=256, n_window=100, max_source_positions=1500, output_dim=128),
+        vision=VisionEncoderConfig(depth=4, hidden_size=96, intermediate_size=192, num_heads=3, in_channels=3,
+                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=56,
+                                   fullatt_block_indexes=(1, 3), out_hidden_size=128),
+        text=DecoderConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                           num_key_value_heads=2, head_dim=32, vocab_size=512, max_position_embeddings=2048,
+                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(4, 6, 6)),
+        tokens=TokenIds(endoftext=480, im_start=481, im_end=482, audio=483, audio_bos=484, audio_eos=485, vision_bos=486,
+                        vision_eos=487, vision_pad=488, image=489, video=490, tts_text_start=496, tts_text_end=497,
+                        tts_text_pad=495),
+        position_id_per_seconds=25, seconds_per_chunk=2),
+    talker=TalkerConfig(
+        embedding_size=128,
+        decoder=DecoderConfig(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=5,
+                              num_key_value_heads=5, head_dim=32, vocab_size=1024, max_position_embeddings=2048,
+                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(4, 6, 6)),
+        codec_pad=1012, codec_bos=1013, codec_eos=1014, codec_mask=1016),
+    token2wav=Token2WavConfig(
+        dit=DiTConfig(hidden_size=160, num_hidden_layers=6, num_attention_heads=5, head_dim=32, ff_mult=2, emb_dim=64,
+                      num_embeds=1001, repeats=4, mel_dim=80, dropout=0.0, block_size=24, look_ahead_layers=(3,),
+                      look_backward_layers=(0, 5), rope_theta=1e4, enc_emb_dim=160, enc_dim=32,
+                      enc_channels=(32, 32, 32, 32, 96), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
+                      enc_attention_channels=16, enc_res2net_scale=2, enc_se_channels=16),
+        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=96, upsample_rates=(5, 4, 4, 2),
+                              upsample_kernel_sizes=(11, 8, 8, 4), resblock_kernel_sizes=(3, 7),
+                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)))),
+    codec=CodecConfig(mel_dim=80, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+                      levels=(8, 5, 5, 5), downsample=4, block_frames=200, ctc_vocab=32),
+    media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_544, frame_min_pixels=3136, frame_max_pixels=7_056,
+                      clip_max_pixels=451_584, fps=2.0, min_frames=4, max_frames=64,
+                      system_prompt="You are a helpful assistant."),
+    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=64),
+    talker_sampling=SamplingConfig(temperature=0.5, top_k=20, top_p=0.8, repetition_penalty=1.0, max_new_tokens=256),
+    flow=FlowConfig(points=7, solver="rk4", guidance=0.5, sway=-1.0))
+
+SIZES = {"tiny": TINY, "small": SMALL, "qwen7b": QWEN7B}
+
+
+def size(name: str) -> OmniConfig:
+    """The configuration of a named size. Raises ValueError naming the sizes there are."""
+    require(name in SIZES, f"unknown size {name!r}; the sizes are {', '.join(SIZES)}")
+    return SIZES[name]
