@@ -1,0 +1,1 @@
+"""1. Files and messages become token ids, mels and patches."""

@@ -1,0 +1,1 @@
+"""3. Turns thoughts into speech codes (checkpoint prefix `talker.`)."""

@@ -1,0 +1,1 @@
+"""2. Hears, sees, reads and writes text (checkpoint prefix `thinker.`)."""
