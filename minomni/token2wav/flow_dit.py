@@ -1,0 +1,240 @@
+"""Codes to mel: a diffusion transformer that turns noise into speech along a learned flow, 24 frames at a time.
+
+A block of frames attends to itself; single layers also let it look one block back or ahead, so that one call of the
+network hears two blocks of past and one of future and speech can be made while codes still arrive.
+Source: paper sec. 3.3 (flow matching, sliding window) and sec. 2.4 (streaming); F5-TTS (arXiv 2410.06885) for adaptive
+norms and sway sampling; the release for everything the paper leaves open.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minomni.config import DiTConfig, FlowConfig
+from minomni.errors import UserError
+from minomni.token2wav.speaker import SpeakerEncoder
+
+TIME_FREQUENCIES = 128
+
+
+class TimeEmbedding(nn.Module):
+    """Where on the way from noise (0) to speech (1): time [B] -> [B, D]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        steps = torch.arange(TIME_FREQUENCIES, device=time.device, dtype=time.dtype)
+        angles = 1000 * time[:, None] * torch.exp(steps * (-math.log(10_000) / (TIME_FREQUENCIES - 1)))  # [B, 128]
+        return self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+class CodeEmbedding(nn.Module):
+    """Speech codes [B, n] -> [B, n, emb_dim]. Row 0 doubles as "no code" of the unguided branch, as in the release."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.codec_embed = nn.Embedding(config.num_embeds + 1, config.emb_dim)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.codec_embed(codes)
+
+
+class InputEmbedding(nn.Module):
+    """One linear map of [noisy mel, timbre, code, speaker vector], in two halves: the solver changes only the mel."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.mel_dim, self.repeats = config.mel_dim, config.repeats
+        self.proj = nn.Linear(config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim, config.hidden_size)
+        self.spk_encoder = SpeakerEncoder(config)
+
+    def context(self, code_embeds: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
+        """[B, n, emb_dim], [B, E], [B, R, 80] -> [B, n * repeats, D], computed at code rate and repeated after it."""
+        voice = [v[:, None].expand(-1, code_embeds.shape[1], -1) for v in (self.spk_encoder(ref_mel), cond)]  # [B, n, .]
+        fixed = torch.cat([voice[0], code_embeds, voice[1]], dim=-1)
+        fixed = F.linear(fixed, self.proj.weight[:, self.mel_dim :], self.proj.bias)  # [B, n, D]
+        return fixed.repeat_interleave(self.repeats, dim=1)  # [B, T, D]
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return F.linear(x, self.proj.weight[:, : self.mel_dim]) + context
+
+
+class AdaptiveNorm(nn.Module):
+    """Holds the map from time to the shifts, scales and gates around a LayerNorm: [B, D] -> parts of [B, 1, D]."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+        nn.init.zeros_(self.linear.weight)  # every block starts as the identity
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(time))[:, None].chunk(self.parts, dim=-1)
+
+
+def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary on neighbouring pairs (0,1), (2,3), ... of head 0 alone, a quirk of the release. x [B, T, H, d]."""
+    first, rest = x[:, :, :1], x[:, :, 1:]
+    even, odd = first[..., 0::2], first[..., 1::2]  # [B, T, 1, d/2]
+    first = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    return torch.cat([first, rest], dim=2)
+
+
+class BlockAttention(nn.Module):
+    """Attention of each block of frames to `back` blocks before it, itself and `ahead` blocks after it."""
+
+    def __init__(self, config: DiTConfig, back: int, ahead: int):
+        super().__init__()
+        self.heads, self.block_size, self.back, self.ahead = config.num_attention_heads, config.block_size, back, ahead
+        inner = config.num_attention_heads * config.head_dim
+        self.to_q = nn.Linear(config.hidden_size, inner)
+        self.to_k = nn.Linear(config.hidden_size, inner)
+        self.to_v = nn.Linear(config.hidden_size, inner)
+        self.to_out = nn.Sequential(nn.Linear(inner, config.hidden_size), nn.Dropout(config.dropout))
+
+    def windows(self, x: Tensor) -> Tensor:
+        """For each block the frames it sees, zeros outside: [B, T, ...] -> [B, blocks, (back + 1 + ahead) * size, ...]."""
+        size = self.block_size
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (self.back * size, self.ahead * size))
+        return x.unfold(1, (self.back + 1 + self.ahead) * size, size).movedim(-1, 2)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, exists: Tensor) -> Tensor:
+        """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the last block."""
+        q, k, v = (to(h).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # [B, T, H, d]
+        q, k = rotate_first_head(q, cos, sin), rotate_first_head(k, cos, sin)
+        q = q.unflatten(1, (-1, self.block_size))  # [B, blocks, size, H, d]
+        k, v = self.windows(k), self.windows(v)  # [B, blocks, seen, H, d]
+        mask = self.windows(exists).expand(len(h), -1, -1).flatten(0, 1)[:, None, None]  # [B * blocks, 1, 1, seen]
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B * blocks, H, ., d]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).reshape(*h.shape[:2], -1))  # [B, T, D]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.hidden_size * config.ff_mult
+        self.ff = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Dropout(config.dropout), nn.Linear(inner, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.ff(h)
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, config: DiTConfig, back: int, ahead: int):
+        super().__init__()
+        self.attn_norm = AdaptiveNorm(config.hidden_size, parts=6)
+        self.attn = BlockAttention(config, back, ahead)
+        self.ff = FeedForward(config)
+
+    def forward(self, h: Tensor, time: Tensor, *attention_inputs: Tensor) -> Tensor:
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.attn_norm(time)
+        h = torch.addcmul(h, gate, self.attn(modulate(h, shift, scale), *attention_inputs))
+        return torch.addcmul(h, gate_ff, self.ff(modulate(h, shift_ff, scale_ff)))
+
+
+class DiT(nn.Module):
+    """The velocity field between noise and mel, and the solver that follows it. Keep it in float32, as the release does."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeEmbedding(config.hidden_size)
+        self.text_embed = CodeEmbedding(config)
+        self.input_embed = InputEmbedding(config)
+        self.transformer_blocks = nn.ModuleList(
+            DiTBlock(config, back=int(i in config.look_backward_layers), ahead=int(i in config.look_ahead_layers))
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm_out = AdaptiveNorm(config.hidden_size, parts=2)
+        self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
+
+    def forward(self, x: Tensor, codes: Tensor, time: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
+        """Velocity [B, T, 80] of the noisy mel x [B, T, 80] at time [B] or one number for all, 0 noise to 1 speech.
+
+        codes [B, n] with T = n * repeats, cond [B, E], ref_mel [B, R, 80]. Zeros in codes, cond and ref_mel are the
+        unconditional branch of classifier-free guidance.
+        """
+        return self.velocity(x, time, self.context(codes, cond, ref_mel))
+
+    def context(self, codes: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
+        """All of the input that does not depend on x or time, [B, T, D]: computed once per utterance."""
+        return self.input_embed.context(self.text_embed(codes), cond, ref_mel)
+
+    def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        frames = x.shape[1]
+        time = self.time_embed(torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1))  # [B or 1, D]
+        h = self.input_embed(x, context)  # [B, T, D]
+        h = F.pad(h, (0, 0, 0, -frames % self.config.block_size))  # [B, T in whole blocks, D]
+        positions = torch.arange(h.shape[1], device=x.device)
+        cos, sin = self.rotary(positions)
+        exists = (positions < frames)[None]
+        for block in self.transformer_blocks:
+            h = block(h, time, cos, sin, exists)
+        scale, shift = self.norm_out(time)  # in this order here, shift before scale inside the blocks: as released
+        return self.proj_out(modulate(h[:, :frames], shift, scale))  # [B, T, 80]
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, d/2]; computed at each call, so that a model built on the meta device needs no fixing."""
+        exponents = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        angles = positions[:, None, None] / self.config.rope_theta**exponents
+        return angles.cos(), angles.sin()
+
+    @torch.no_grad()
+    def sample(self, codes: Tensor, cond: Tensor, ref_mel: Tensor, flow: FlowConfig, noise: Tensor) -> Tensor:
+        """Follow the flow from noise [1, T, 80] to a natural-log mel [1, 80, T] for codes [1, n], T = n * repeats.
+
+        Guidance g moves along conditional + g * (conditional - unconditional); 0 costs half the work.
+        """
+        inputs = codes, cond, ref_mel
+        if flow.guidance:
+            inputs = tuple(torch.cat([x, torch.zeros_like(x)]) for x in inputs)  # [2, ...]: as asked, and unconditional
+        context = self.context(*inputs)
+
+        def field(time: Tensor, x: Tensor) -> Tensor:
+            velocity = self.velocity(x.expand(len(context), -1, -1), time, context)
+            return velocity[:1] + flow.guidance * (velocity[:1] - velocity[-1:])
+
+        return solve(field, noise, time_grid(flow, noise.device), flow.solver).transpose(1, 2)
+
+
+def time_grid(flow: FlowConfig, device: torch.device | None = None) -> Tensor:
+    """The solver's points on [0, 1]; sway -1 crowds them near the noise, where most is decided (F5-TTS sec. 3.3)."""
+    u = torch.linspace(0, 1, flow.points, device=device)
+    return u + flow.sway * (torch.cos(math.pi / 2 * u) - 1 + u)
+
+
+def solve(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, grid: Tensor, solver: str) -> Tensor:
+    """Integrate dy/dt = field(t, y) over the grid. Raises UserError for a solver other than euler or rk4."""
+    if solver not in STEPS:
+        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(STEPS)}")
+    for start, end in zip(grid[:-1], grid[1:]):
+        y = STEPS[solver](field, y, start, end)
+    return y
+
+
+def euler_step(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    return y + (end - start) * field(start, y)
+
+
+def rk4_step(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Fourth-order Runge-Kutta by the 3/8 rule: four looks at the field for one step."""
+    h = end - start
+    k1 = field(start, y)
+    k2 = field(start + h / 3, y + h * k1 / 3)
+    k3 = field(start + h * 2 / 3, y + h * (k2 - k1 / 3))
+    k4 = field(end, y + h * (k1 - k2 + k3))
+    return y + h / 8 * (k1 + 3 * (k2 + k3) + k4)
+
+
+STEPS = {"euler": euler_step, "rk4": rk4_step}
