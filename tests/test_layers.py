@@ -1,0 +1,142 @@
+"""Layers, decoder and sampling against their definitions."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minomni.config import QWEN7B, TINY
+from minomni.decoder import Decoder, turns
+from minomni.layers import KVCache, RMSNorm, attend, attend_slowly, rotate
+from minomni.sampling import sample
+
+EXACT = dict(rtol=0, atol=2e-6)  # fp32 sums in another order
+
+
+def decoder():
+    return Decoder(TINY.thinker.text, TINY.thinker.text.hidden_size).eval()
+
+
+def case(rows=2, length=9):
+    embeds = torch.randn(rows, length, TINY.thinker.text.hidden_size)
+    return embeds, torch.arange(length).expand(3, rows, length)
+
+
+def test_rms_norm_casts_before_the_weight():
+    norm = RMSNorm(8, 1e-6)
+    norm.weight.data.normal_()
+    norm = norm.bfloat16()
+    x = torch.randn(4, 8).bfloat16()
+    unit = (x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).bfloat16()
+    assert torch.equal(norm(x), norm.weight * unit)
+
+
+@pytest.mark.parametrize("causal, masked", [(False, False), (True, False), (False, True)])
+def test_fast_and_slow_attention_agree(causal, masked):
+    q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+    mask = (torch.rand(2, 1, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool) if masked else None
+    slow, weights = attend_slowly(q, k, v, mask, causal)
+    torch.testing.assert_close(attend(q, k, v, mask, causal), slow, **EXACT)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7), **EXACT)
+    if causal:
+        assert weights.triu(1).abs().max() == 0
+
+
+def test_rotary_scores_depend_on_distance_only():
+    config = TINY.thinker.text
+    q, k = torch.randn(config.head_dim), torch.randn(config.head_dim)
+    cos, sin = turns(torch.arange(50).expand(3, 1, 50), config)
+    scores = rotate(q.expand_as(cos), cos, sin)[0, 0] @ rotate(k.expand_as(cos), cos, sin)[0, 0].T
+    torch.testing.assert_close(scores[3, 1], scores[40, 38], rtol=0, atol=2e-5)  # angles up to 50 rad in fp32
+    assert (scores[3, 1] - scores[3, 2]).abs() > 1e-3
+
+
+def test_each_section_of_tmrope_follows_its_own_axis():
+    config = QWEN7B.thinker.text
+    position_ids = torch.zeros(3, 1, 1, dtype=torch.long)
+    position_ids[1] = 5
+    _, sin = turns(position_ids, config)
+    assert sin[0, 0, 0].nonzero()[:, 0].tolist() == [*range(16, 40), *range(80, 104)]
+
+
+def test_cache_equals_full_pass_and_grows():
+    model, (embeds, position_ids) = decoder(), case(length=9)
+    cache = model.new_cache()
+    with torch.no_grad():
+        whole = model(embeds, position_ids)
+        pieces = [model(embeds[:, a:b], position_ids[:, :, a:b], None, cache) for a, b in [(0, 4), (4, 5), (5, 9)]]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)  # four layers of reordered sums
+    assert cache.length == 9
+    big = KVCache(1)
+    for i in range(700):
+        keys, values = big.extend(0, torch.full((1, 1, 1, 2), float(i)), torch.full((1, 1, 1, 2), -float(i)))
+    assert torch.equal(keys[0, 0, :, 0], torch.arange(700.0)) and torch.equal(values, -keys)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_and_makes_no_nan(side):
+    model, (embeds, position_ids) = decoder(), case(rows=1, length=6)
+    alone = model(embeds, position_ids)
+    pad = (3, 0) if side == "left" else (0, 3)
+    mask = F.pad(torch.ones(1, 6), pad)
+    padded = F.pad(embeds, (0, 0, *pad), value=9.0).requires_grad_()
+    out = model(padded, F.pad(position_ids, pad, value=1), mask)
+    torch.testing.assert_close(out[mask.bool()], alone[0], rtol=0, atol=1e-5)
+    out.sum().backward()
+    assert out.isfinite().all() and padded.grad.isfinite().all()
+
+
+def test_cached_step_ignores_left_padding():
+    model, (embeds, position_ids) = decoder(), case(rows=1, length=6)
+    whole = model(embeds, position_ids)
+    mask, cache = F.pad(torch.ones(1, 6), (4, 0)), model.new_cache()
+    with torch.no_grad():
+        model(F.pad(embeds[:, :5], (0, 0, 4, 0), value=3.0), F.pad(position_ids[:, :, :5], (4, 0), value=1), mask[:, :9], cache)
+        step = model(embeds[:, 5:], position_ids[:, :, 5:], mask, cache)
+    torch.testing.assert_close(step, whole[:, 5:], rtol=0, atol=1e-5)
+
+
+def test_initial_stream_keeps_its_variance():
+    model, (embeds, position_ids) = decoder(), case(length=32)
+    stream = []
+    model.norm.register_forward_pre_hook(lambda _, args: stream.append(args[0].std().item()))
+    model(embeds, position_ids)
+    assert 0.9 < stream[0] < 2.0  # 1 went in; eight branches of about 1/sqrt(8) each were added
+
+
+def settings(**changes):
+    return dataclasses.replace(TINY.talker_sampling, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, **changes)
+
+
+def frequencies_of(logits, sampling, draws=4000, **kwargs):
+    logits = torch.tensor(logits).expand(draws, -1)
+    ids = sample(logits, None, sampling, generator=torch.Generator().manual_seed(1), **kwargs)
+    return torch.bincount(ids, minlength=logits.shape[1]) / draws
+
+
+def test_sampling_follows_the_softmax():
+    logits = [2.0, 1.0, 0.0, -1.0]
+    spread = 4 * (0.25 / 4000) ** 0.5  # four standard deviations of a frequency
+    torch.testing.assert_close(frequencies_of(logits, settings()), torch.tensor(logits).softmax(0), rtol=0, atol=spread)
+
+
+def test_greedy_penalty_and_suppression():
+    logits = torch.tensor([[3.0, 2.9, -1.0], [3.0, 2.9, -1.0]])
+    greedy = dataclasses.replace(settings(), temperature=0.0, repetition_penalty=1.05)
+    seen = torch.tensor([[True, False, False], [False, False, False]])
+    assert sample(logits, seen, greedy).tolist() == [1, 0]
+    assert sample(logits, seen, greedy, suppress=[0, 1]).tolist() == [2, 2]
+    negative = torch.tensor([[-1.0, -1.02]])
+    assert sample(negative, torch.tensor([[True, False]]), greedy).tolist() == [1]
+
+
+def test_top_k_and_top_p_keep_the_right_ids():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    kept = lambda **changes: frequencies_of(logits, dataclasses.replace(settings(), **changes)).nonzero()[:, 0].tolist()
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_k=99) == [0, 1, 2, 3]
+    assert kept(top_p=0.81) == [0, 1, 2]  # 0.5 + 0.3 do not reach 0.81
+    assert kept(top_p=0.79) == [0, 1]
+    assert kept(top_p=0.01) == [0]
+    assert kept(top_k=3, top_p=0.9) == [0, 1, 2]  # top-p counts what top-k left: 0.5/0.95 + 0.3/0.95 = 0.84
