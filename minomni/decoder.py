@@ -20,6 +20,11 @@ def turns(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+def next_position(position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The id after all those of a row's real tokens. position_ids [3, B, L], attention_mask [B, L] -> [B]."""
+    return position_ids.masked_fill(attention_mask == 0, -1).amax(dim=(0, 2)) + 1
+
+
 def visible(attention_mask: Tensor | None, length: int, total: int, device: torch.device) -> tuple[Tensor | None, bool]:
     """What each of the last `length` of `total` tokens may see -> (mask [B or 1, 1, length, total] or None, causal).
 

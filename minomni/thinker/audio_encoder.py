@@ -61,6 +61,8 @@ class AudioLayer(nn.Module):
 class AudioEncoder(nn.Module):
     """Whisper-large-v3's encoder, cut into blocks, plus pooling by two and a projection to the Thinker's width."""
 
+    token_count = staticmethod(token_count)
+
     def __init__(self, config: AudioEncoderConfig):
         super().__init__()
         self.config = config
