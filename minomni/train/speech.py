@@ -1,0 +1,137 @@
+"""The spoken side of the world: which sentence is said by whom, synthesised once and kept in a cache file.
+
+Without the synthesiser the few recordings in data_samples/speech stand in: enough to run every stage, not to speak well.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import write_atomically
+from ..inputs.mel import voice_mel
+from ..talker.codec import speaker_vector
+from ..token2wav.speaker import Voice
+from . import synthesis, world
+
+SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
+FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
+REFERENCE_FRAMES = 150  # mel frames (1.5 s) that stand for a voice
+NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording: its words, who speaks, and where its samples lie in the corpus."""
+
+    text: str
+    voice: str
+    start: int
+    end: int
+
+
+class Speech:
+    """A corpus of recordings: `utterances` and, by index, float32 waves at 16 kHz."""
+
+    def __init__(self, samples: np.ndarray, utterances: list[Utterance]):
+        self.samples, self.utterances = samples, utterances
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def wave(self, index: int) -> Tensor:
+        """The samples of one utterance, float32 in [-1, 1] at 16 kHz, a whole number of codes long (40 ms)."""
+        u = self.utterances[index]
+        wave = torch.from_numpy(self.samples[u.start : u.end].astype(np.float32) / 32768)
+        return torch.nn.functional.pad(wave, (0, -len(wave) % 640))
+
+    def find(self, text: str, random: Random) -> int:
+        """Index of one of the utterances that say this text. Raises KeyError where none does."""
+        if not hasattr(self, "_by_text"):
+            self._by_text = {}
+            for i, u in enumerate(self.utterances):
+                self._by_text.setdefault(u.text, []).append(i)
+        return random.choice(self._by_text[text])
+
+
+def all_statements(held: bool) -> list[str]:
+    """Every statement of the language on one side of the held-out border, in a fixed order."""
+    texts = {t for s in world.STATEMENTS for t in world.expand(s)}
+    return sorted(t for t in texts if world.held_out(t) == held)
+
+
+def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
+    """What the model's voices say in training: every trained sentence, by two of the voices."""
+    random = Random(1)
+    return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL))
+            for text in all_statements(held=False) for name in random.sample(list(world.VOICES), 2)]
+
+
+def listening_jobs() -> list[tuple[str, synthesis.Job]]:
+    """What the model hears in training: questions by every voice and sentences by some, at many rates and pitches."""
+    random = Random(2)
+    jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(4)]
+    jobs += [(random.choice(list(world.LISTENING_VOICES)), "say " + t) for t in random.sample(all_statements(held=False), 1500)]
+    return [(name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
+            for name, t in jobs]
+
+
+def test_jobs() -> list[tuple[str, synthesis.Job]]:
+    """Held-out sentences: by the model's voices as they speak, and spoken questions at unheard rates and pitches."""
+    random = Random(3)
+    texts = random.sample(all_statements(held=True), 100)
+    jobs = [(name, synthesis.Job(t, world.VOICES[name], **NORMAL)) for t, name in zip(texts, list(world.VOICES) * 25)]
+    for names in (world.LISTENING_VOICES, world.UNSEEN_VOICES):
+        for t in ["say " + t for t in texts] + world.every_question():
+            name = random.choice(list(names))
+            jobs.append((name, synthesis.Job(t, names[name], random.randint(150, 210), random.randint(35, 65))))
+    return jobs
+
+
+def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
+    """The "speaking", "listening" or "test" corpus, synthesised on first use into the cache folder.
+
+    The cache file is named by a hash of all jobs, so a changed recipe never meets an old recording.
+    """
+    if not synthesis.available():
+        return recorded(held=name == "test")
+    jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs}[name]()
+    key = hashlib.sha256(json.dumps([seed, jobs]).encode()).hexdigest()[:12]
+    path = cache / f"{name}-{key}.npy"
+    if not path.exists():
+        waves = synthesis.synthesise([job for _, job in jobs], seed)
+        ends = np.cumsum([len(w) for w in waves]).tolist()
+        index = [(job.text, who, end - len(w), end) for (who, job), w, end in zip(jobs, waves, ends)]
+        write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(index).encode()))
+        write_atomically(path, lambda f: np.save(f, np.concatenate(waves)))
+    index = json.loads(path.with_suffix(".json").read_text())
+    return Speech(np.load(path, mmap_mode="r"), [Utterance(*row) for row in index])
+
+
+def recorded(held: bool) -> Speech:
+    """The committed recordings of data_samples/speech; every fifth is held out."""
+    import soundfile
+
+    rows = json.loads((SAMPLES / "index.json").read_text())
+    rows = [row for i, row in enumerate(rows) if (i % 5 == 0) == held]
+    waves = [soundfile.read(SAMPLES / row["file"], dtype="int16")[0] for row in rows]
+    ends = np.cumsum([len(w) for w in waves]).tolist()
+    return Speech(np.concatenate(waves),
+                  [Utterance(row["text"], row["voice"], e - len(w), e) for row, w, e in zip(rows, waves, ends)])
+
+
+def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:
+    """A Voice for each of the model's speakers from its first recordings: reference mel and speaker vector."""
+    voices = {}
+    for i, name in enumerate(world.VOICES):
+        mels = [voice_mel(speech.wave(j)) for j, u in enumerate(speech.utterances) if u.voice == name][:4]
+        mel = torch.cat(mels)
+        repeats = -(-REFERENCE_FRAMES // len(mel))
+        reference = mel.repeat(repeats, 1)[:REFERENCE_FRAMES]
+        voices[name] = Voice(name, first_bos + i, speaker_vector(mel)[None], reference[None])
+    return voices

@@ -1,0 +1,78 @@
+"""The school's timetable: which stages there are, in the paper's order, and how long each runs at each size."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .. import config as sizes
+from ..errors import UserError
+from ..omni import Omni
+from .loop import Recipe, Stage, graduate, train
+from .talker_stages import DPOStage, SpeakersStage, TalkerStage
+from .thinker_stages import ChatStage, EarsStage, LanguageStage, Thinker1Stage, Thinker2Stage, Thinker3Stage
+from .voice_stages import CodecStage, DiTStage, VocoderStage
+
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (
+    CodecStage, VocoderStage, DiTStage, LanguageStage, EarsStage, Thinker1Stage, Thinker2Stage, Thinker3Stage, ChatStage,
+    TalkerStage, DPOStage, SpeakersStage)}
+
+RECIPES = {
+    "tiny": {
+        "codec": Recipe(steps=1000, batch=16, lr=2e-3), "vocoder": Recipe(steps=700, batch=16, lr=2e-3),
+        "dit": Recipe(steps=1200, batch=16, lr=1e-3), "language": Recipe(steps=500, batch=32, lr=2e-3),
+        "ears": Recipe(steps=500, batch=16, lr=2e-3), "thinker1": Recipe(steps=200, batch=16, lr=1e-3),
+        "thinker2": Recipe(steps=400, batch=16, lr=1e-3), "thinker3": Recipe(steps=50, batch=8, lr=5e-4),
+        "chat": Recipe(steps=400, batch=16, lr=7e-4), "talker": Recipe(steps=2000, batch=24, lr=1.5e-3),
+        "dpo": Recipe(steps=60, batch=16, lr=1e-4), "speakers": Recipe(steps=100, batch=24, lr=2e-4),
+    },
+}
+RECIPES["small"] = {name: Recipe(steps=r.steps * 20, batch=r.batch * 2, lr=r.lr / 4, warmup=300) for name, r in RECIPES["tiny"].items()}
+
+
+def make(name: str, size: str, home: Path, seed: int) -> Stage:
+    """A stage ready to run: the model as its predecessors left it. Raises UserError for an unknown stage or size."""
+    if name not in STAGES:
+        raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+    if size not in RECIPES:
+        raise UserError(f"size {size!r} has no training recipe; sizes with one are {', '.join(RECIPES)}")
+    torch.manual_seed(seed)
+    omni = Omni(sizes.size(size))
+    graduate(omni, home / "stages", list(STAGES[name].needs))
+    return STAGES[name](omni, RECIPES[size][name], home.parent / "corpus", seed)
+
+
+def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, slot: int = 0) -> None:
+    """Run one stage in this process, on one thread: two stages share two cores better than one stage uses both."""
+    torch.set_num_threads(1)
+    train(make(name, size, home, seed), home / "stages", resume, slot=slot)
+
+
+def run_all(size: str, home: Path, seed: int, lanes: int = 2) -> None:
+    """Run every unfinished stage, two at a time as soon as what each needs is there; each in a process of its own.
+
+    A stage that fails ends the run with its message; what is finished stays, and the next run goes on from there.
+    """
+    done = {name for name in STAGES if (home / "stages" / f"{name}.safetensors").exists()}
+    running: dict[str, subprocess.Popen] = {}
+    while len(done) < len(STAGES):
+        for name in STAGES:
+            ready = name not in done and name not in running and done.issuperset(STAGES[name].needs)
+            if ready and len(running) < lanes:
+                slot = next(i for i in range(lanes) if i not in [p.slot for p in running.values()])
+                command = [sys.executable, "-m", "minomni", "train", size, "--stage", name, "--resume", "--seed", str(seed),
+                           "--slot", str(slot), "--home", str(home)]
+                running[name] = subprocess.Popen(command)
+                running[name].slot = slot
+        time.sleep(0.2)
+        for name, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            if process.returncode:
+                for other in running.values():
+                    other.terminate()
+                raise UserError(f"stage {name} stopped with exit code {process.returncode}; its message stands above")
+            done.add(name)

@@ -1,0 +1,173 @@
+"""Stages that teach the Talker: next code, preference for what is understood (DPO), the voices (paper, sec. 3.3)."""
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..config import SamplingConfig
+from ..talker.codec import ids_to_letters
+from ..talker.talker import Script, text
+from . import losses
+from .judge import edits
+from .loop import Stage
+from .speech import FIRST_VOICE, corpus, make_voices
+from .thinker_stages import Teacher
+from .voice_stages import encode_all, similar_lengths
+
+THINKER = ("language", "ears", "thinker1", "thinker2", "thinker3", "chat")
+CONTEXTS = {"say-typed": 6, "say-spoken": 1, "scene-typed": 2, "scene-spoken": 2, "handwriting-typed": 0.3,
+            "video-typed": 0.6, "sync-typed": 0.4}
+
+
+@dataclass
+class Lesson:
+    """One answer to speak: what the Thinker hands over, and the codes that say it."""
+
+    prompt: Tensor  # [L, E] final states plus text embeddings
+    position_ids: Tensor  # [3, L]
+    states: Tensor  # [n - 1, E] of the reply
+    voice: int  # token id
+    codes: Tensor  # [m]
+    text: str
+
+
+def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per row of a lesson: prompt [L, E], its position ids [3, L] and reply states [n - 1, E], padding taken off."""
+    with torch.no_grad():
+        reading = thinker.read(inputs)
+    total, rows = inputs.input_ids.shape[1], []
+    spoken = reading.hidden + reading.text_embeds  # [B, L, E]
+    for row, mask in enumerate(inputs.attention_mask):
+        begin, answer = total - int(mask.sum()), int((targets[row] != losses.IGNORE).sum())
+        rows.append((spoken[row, begin : total - answer].clone(), reading.position_ids[:, row, begin : total - answer].clone(),
+                     spoken[row, total - answer : total - 1].clone()))
+    return rows
+
+
+def to_script(lessons: list[Lesson], tokens, table) -> Script:
+    """A batch of lessons as the Talker reads it, prompts padded on the left."""
+    lengths = [len(lesson.prompt) for lesson in lessons]
+    longest = max(lengths)
+    prompt = torch.stack([torch.nn.functional.pad(x.prompt, (0, 0, longest - n, 0)) for x, n in zip(lessons, lengths)])
+    positions = torch.stack([torch.nn.functional.pad(x.position_ids, (longest - n, 0), value=1)
+                             for x, n in zip(lessons, lengths)], 1)  # [3, B, L]
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()  # [B, L]
+    end, pad = table.weight[tokens.tts_text_end].detach(), table.weight[tokens.tts_text_pad].detach()
+    voice = table.weight[torch.tensor([x.voice for x in lessons])].detach()
+    return Script(prompt, positions, mask, voice, [text(x.states, end, pad) for x in lessons])
+
+
+class TalkerStage(Stage):
+    name, learns, needs = "talker", ("talker.",), ("codec", *THINKER)
+    about = "next code: from the Thinker's states and words to speech codes"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.speech = corpus("speaking", self.cache)
+        self.voices = make_voices(self.speech, self.omni.config.thinker.tokens.tts_text_pad + FIRST_VOICE)
+        self.table = self.omni.thinker.model.embed_tokens
+        self.tokens = self.omni.config.thinker.tokens
+        self.omni.eval()
+        with torch.no_grad():
+            self.lessons = self.prepare()
+        self.lengths = [len(x.prompt) + len(x.codes) for x in self.lessons]
+
+    def prepare(self) -> list[Lesson]:
+        """One lesson for every recording: a context in which its sentence is the answer, read by the finished Thinker."""
+        teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 11)
+        codes, lessons, asked = encode_all(self.omni.codec, self.speech), [], self.questions(teacher, random)
+        for begin in range(0, len(self.speech), 32):
+            utterances = self.speech.utterances[begin : begin + 32]
+            examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
+            rows = hand_over(self.omni.thinker, *teacher.lesson(examples, random))
+            lessons += [Lesson(*row, self.voices[u.voice].bos_token, code, u.text)
+                        for row, u, code in zip(rows, utterances, codes[begin : begin + 32])]
+        return lessons
+
+    def questions(self, teacher, random) -> dict[str, list]:
+        """Examples about things seen and heard, by the sentence that answers them."""
+        kinds = random.choices(list(CONTEXTS), weights=list(CONTEXTS.values()), k=len(self.speech))
+        asked = {}
+        for kind in kinds:
+            if kind != "say-typed":
+                example = teacher.example(kind, random)
+                asked.setdefault(example.answer, []).append(example)
+        return asked
+
+    def batch(self, step):
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, step)
+        return [self.lessons[i] for i in indices]
+
+    def losses(self, batch):
+        script = to_script(batch, self.tokens, self.table)
+        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(script, [x.codes for x in batch])
+        return {"codes": losses.next_token(self.omni.talker(embeds, position_ids, mask), targets)}
+
+    def speak(self, lessons: list[Lesson], sampling: SamplingConfig, generator=None) -> list[Tensor]:
+        """Codes the Talker says for some lessons."""
+        rows = self.omni.config.token2wav.dit.num_embeds + 1
+        return self.omni.talker.generate(to_script(lessons, self.tokens, self.table), sampling, rows, generator)
+
+    def hear(self, codes: Tensor) -> str:
+        """What our own codec reads in codes; the outside judge is kept for the report."""
+        if len(codes) == 0:
+            return ""
+        grid = self.omni.codec.fsq.values(codes)[None]
+        return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
+
+    def sample(self):
+        generator = torch.Generator().manual_seed(0)
+        chosen = self.lessons[:: max(1, len(self.lessons) // 16)][:16]
+        said = self.speak(chosen, self.omni.config.talker_sampling, generator)
+        heard = [self.hear(codes) for codes in said]
+        wrong = sum(edits(x.text.split(), h.split()) for x, h in zip(chosen, heard)) / sum(len(x.text.split()) for x in chosen)
+        return f"own reader's word error {wrong:.0%}; {chosen[0].text!r} -> {heard[0]!r}"
+
+
+class DPOStage(TalkerStage):
+    name, needs = "dpo", ("codec", *THINKER, "talker")
+    about = "direct preference optimisation: of four tries, the best understood over the worst"
+    beta, tries, prompts = 0.1, 4, 384
+
+    def prepare(self):
+        """Pairs (lesson, better codes, worse codes) from the Talker's own samples, with their reference log-probabilities."""
+        lessons = super().prepare()
+        random, generator = Random(self.seed + 12), torch.Generator().manual_seed(self.seed + 12)
+        loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=120)
+        chosen, self.pairs = random.sample(lessons, min(self.prompts, len(lessons))), []
+        for begin in range(0, len(chosen), 32):
+            part = chosen[begin : begin + 32]
+            tried = [self.speak(part, loud, generator) for _ in range(self.tries)]
+            for row, lesson in enumerate(part):
+                ranked = sorted((edits(lesson.text, self.hear(codes[row])), len(codes[row]), i) for i, codes in enumerate(tried))
+                if ranked[-1][0] > ranked[0][0] + 1 and len(tried[ranked[0][2]][row]):
+                    self.pairs.append((lesson, tried[ranked[0][2]][row], tried[ranked[-1][2]][row]))
+        self.reference = [self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)]
+        return lessons
+
+    def _log_probs(self, pairs):
+        """Log-probabilities [2, B] of the better and the worse codes."""
+        lessons, better, worse = zip(*pairs)
+        script = to_script([*lessons, *lessons], self.tokens, self.table)
+        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(script, [*better, *worse])
+        logits = self.omni.talker(embeds, position_ids, mask)
+        return losses.sequence_log_prob(logits, targets).view(2, -1)
+
+    def batch(self, step):
+        number = Random(f"{self.seed}-dpo-{step // len(self.reference)}").sample(range(len(self.reference)), len(self.reference))
+        chosen = number[step % len(self.reference)]
+        lessons = super().batch(step)
+        return self.pairs[chosen * 16 : chosen * 16 + 16], self.reference[chosen], lessons
+
+    def losses(self, batch):
+        pairs, reference, lessons = batch
+        chosen, rejected = self._log_probs(pairs)
+        return {"dpo": losses.dpo(chosen, rejected, *reference, self.beta), **super().losses(lessons)}
+
+
+class SpeakersStage(TalkerStage):
+    name, needs = "speakers", ("codec", *THINKER, "talker", "dpo")
+    about = "speaker tuning: every voice equally often, at a low rate"

@@ -1,0 +1,209 @@
+"""Stages that raise the Thinker: language, ears, three steps of pre-training, ChatML tuning (paper, sec. 3 and 4.2).
+
+The release starts from Qwen2.5, Qwen2.5-VL and Whisper. Here `language` and `ears` are small stand-ins for the first and
+the last: a decoder that has read the world's sentences, and an audio encoder that has learnt letters by CTC.
+"""
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..inputs.media import Clip
+from ..inputs.mel import log_mel
+from ..inputs.prompt import Inputs, Processor, join
+from ..talker.codec import ids_to_letters, letters_to_ids
+from . import losses, world
+from .loop import Stage
+from .speech import corpus
+from .vocabulary import world_tokenizer
+from .world import Example
+
+TRANSCRIBE = "write what you hear"
+
+
+def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
+    """Messages of an example's question; `wave` is the recording where it is spoken."""
+    content = []
+    if example.image is not None:
+        content.append({"type": "image", "image": example.image})
+    if example.clip is not None:
+        frames, fps = example.clip
+        seconds = torch.arange(len(frames), dtype=torch.float32) / fps
+        sound = None if example.sound is None else torch.from_numpy(example.sound)
+        content.append({"type": "video", "video": Clip(torch.from_numpy(frames), seconds, sound)})
+    if wave is not None:
+        content.append({"type": "audio", "audio": wave})
+    if wave is None or example.heard is not None:
+        content.append({"type": "text", "text": example.question})
+    return [{"role": "user", "content": content}]
+
+
+class Teacher:
+    """Makes examples of every kind, from trained or from held-out material, and turns them into model inputs."""
+
+    def __init__(self, config, cache, held: bool = False):
+        self.processor = Processor(config, world_tokenizer(config.thinker.tokens))
+        self.held, self.digits = held, world.digits(held)
+        self.speech = corpus("test" if held else "listening", cache)
+        self.spoken = [u.text for u in self.speech.utterances]
+        self.end = config.thinker.tokens.im_end
+
+    def example(self, kind: str, random: Random) -> Example:
+        """One example: `kind` is scene, handwriting, video, sync or say, with `-typed`, `-spoken` or `-described`; or hear."""
+        what, _, how = kind.partition("-")
+        if what == "hear":
+            text = random.choice(self.spoken)
+            return Example(TRANSCRIBE, text, voice="any", heard=text, kind=kind)
+        if what == "say":
+            text = self._sayable(random, spoken=how == "spoken")
+            made = Example(f"say {text}", text)
+        elif what == "handwriting":
+            made = world.handwriting(random, self.digits)
+        else:
+            made = {"scene": world.scene, "video": world.moving, "sync": world.sounding}[what](random)
+        if how == "described":
+            made = replace(made, question=f"{made.caption or made.answer} {made.question}", image=None, clip=None, sound=None)
+        return replace(made, voice="any" if how == "spoken" else None, kind=kind)
+
+    def _sayable(self, random, spoken):
+        """A statement to repeat; spoken ones must have been recorded."""
+        if not spoken:
+            return world.statement(random, self.held)
+        return random.choice([t for t in self.spoken if t.startswith("say ")])[4:]
+
+    def wave(self, example: Example, random: Random) -> torch.Tensor | None:
+        """The recording of an example's question (or of what is to be written down), a little louder or noisier each time."""
+        if example.voice is None:
+            return None
+        wave = self.speech.wave(self.speech.find(example.heard or example.question, random))
+        if self.held:
+            return wave
+        noise = np.random.RandomState(random.randrange(1 << 31)).randn(len(wave)).astype(np.float32)
+        return wave * random.uniform(0.5, 1.2) + torch.from_numpy(noise) * random.choice((0.0, 0.002, 0.006))
+
+    def prompt(self, example: Example, random: Random) -> Inputs:
+        """Model inputs of the question alone."""
+        messages = conversation(example, self.wave(example, random))
+        return self.processor([messages], use_audio_in_video=example.sound is not None)
+
+    def lesson(self, examples: list[Example], random: Random) -> tuple[Inputs, torch.Tensor]:
+        """Inputs of questions and answers, and targets [B, L] that look at the answers only."""
+        rows, answers = [], []
+        for example in examples:
+            prompt = self.prompt(example, random)
+            answer = torch.tensor(self.processor.tokenizer.encode(example.answer) + [self.end])
+            ids = torch.cat([prompt.input_ids, answer[None]], 1)
+            rows.append(replace(prompt, input_ids=ids, attention_mask=torch.ones_like(ids)))
+            answers.append(answer)
+        inputs = join(rows, pad=self.processor.config.thinker.tokens.endoftext)
+        targets = torch.full_like(inputs.input_ids, losses.IGNORE)
+        for row, answer in enumerate(answers):
+            targets[row, -len(answer) - 1 : -1] = answer  # position i predicts token i + 1
+        return inputs, targets
+
+
+class ThinkerStage(Stage):
+    """A mixture of kinds of examples and next-token loss on the answers."""
+
+    mixture: dict[str, float] = {}
+    fixed = ("say-typed",)  # kinds of the prompts sampled as it learns
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.teacher = Teacher(self.omni.config, self.cache)
+
+    def batch(self, step):
+        random = Random(f"{self.seed}-{self.name}-{step}")
+        kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch)
+        return self.teacher.lesson([self.teacher.example(kind, random) for kind in kinds], random)
+
+    def losses(self, batch):
+        inputs, targets = batch
+        return {"text": losses.next_token(self.omni.thinker(inputs), targets)}
+
+    def sample(self):
+        random, shown = Random(7), []
+        for kind in self.fixed:
+            example = self.teacher.example(kind, random)
+            reply = self.omni.thinker.generate(self.teacher.prompt(example, random), self.omni.config.thinker_sampling)
+            text = self.teacher.processor.tokenizer.decode(reply.tokens[0], skip_special=True)
+            shown.append(f"{example.answer!r} -> {text!r}")
+        return "; ".join(shown)
+
+
+class LanguageStage(ThinkerStage):
+    name, learns = "language", ("thinker.model.", "thinker.lm_head.")
+    about = "the decoder reads the world's sentences (in place of Qwen2.5's weights)"
+    mixture = {"say-typed": 4, "scene-described": 3, "handwriting-described": 0.5, "video-described": 1}
+    fixed = ("say-typed", "scene-described")
+
+
+class EarsStage(Stage):
+    name, learns = "ears", ("thinker.audio_tower.", "ears_head.")
+    about = "the audio encoder learns letters by CTC (in place of Whisper's weights)"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.speech = corpus("listening", self.cache)
+        self.omni.ears_head = nn.Linear(self.omni.config.thinker.audio.output_dim, 32)  # thrown away afterwards
+        self.teacher = Teacher(self.omni.config, self.cache)
+
+    def batch(self, step):
+        random = Random(f"{self.seed}-ears-{step}")
+        texts = random.choices(self.teacher.spoken, k=self.recipe.batch)
+        waves = [self.teacher.wave(Example("", "", voice="any", heard=t), random) for t in texts]
+        return [log_mel(w) for w in waves], [letters_to_ids(t) for t in texts]
+
+    def losses(self, batch):
+        mels, letters = batch
+        log_probs, counts = self.log_probs(mels)
+        return {"ctc": losses.ctc(log_probs, counts, letters)}
+
+    def log_probs(self, mels):
+        """Letter log-probabilities [B, T, classes] of several clips, and their lengths [B]."""
+        counts = torch.tensor([self.omni.thinker.audio_tower.token_count(m.shape[-1]) for m in mels])
+        scores = self.omni.ears_head(self.omni.thinker.audio_tower(mels)).log_softmax(-1)  # [sum of tokens, classes]
+        return nn.utils.rnn.pad_sequence(scores.split(counts.tolist()), batch_first=True), counts
+
+    def sample(self):
+        wave = self.speech.wave(len(self.speech) - 1)
+        log_probs, _ = self.log_probs([log_mel(wave)])
+        return f"{self.teacher.spoken[-1]!r} -> {ids_to_letters(log_probs[0].argmax(-1))!r}"
+
+
+class Thinker1Stage(ThinkerStage):
+    name, needs, learns = "thinker1", ("language", "ears"), ("thinker.audio_tower.", "thinker.visual.")
+    about = "pre-training 1: the decoder is locked, the encoders learn to speak its language"
+    mixture = {"hear": 3, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1}
+    fixed = ("hear", "scene-typed")
+
+
+class Thinker2Stage(ThinkerStage):
+    name, needs, learns = "thinker2", ("language", "ears", "thinker1"), ("thinker.",)
+    about = "pre-training 2: everything unlocked, all kinds of input"
+    mixture = {"hear": 2, "say-typed": 1, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1.5, "sync-typed": 1.5}
+    fixed = ("hear", "scene-typed", "video-typed", "sync-typed")
+
+
+class Thinker3Stage(ThinkerStage):
+    name, needs, learns = "thinker3", ("language", "ears", "thinker1", "thinker2"), ("thinker.",)
+    about = "pre-training 3: longer sequences, several items in one conversation"
+    mixture = Thinker2Stage.mixture
+    fixed = Thinker2Stage.fixed
+
+    def batch(self, step):
+        random = Random(f"{self.seed}-{self.name}-{step}")
+        kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch * 3)
+        examples = [self.teacher.example(kind, random) for kind in kinds]
+        return self.teacher.long_lesson([examples[i : i + 3] for i in range(0, len(examples), 3)], random)
+
+
+class ChatStage(ThinkerStage):
+    name, needs, learns = "chat", ("language", "ears", "thinker1", "thinker2", "thinker3"), ("thinker.",)
+    about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
+    mixture = {"say-typed": 1, "say-spoken": 2, "scene-typed": 2, "scene-spoken": 3, "handwriting-typed": 0.5,
+               "handwriting-spoken": 0.7, "video-typed": 0.5, "video-spoken": 0.7, "sync-typed": 1.5}
+    fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")

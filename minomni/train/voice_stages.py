@@ -1,0 +1,146 @@
+"""Stages that make the voice: codec (speech -> codes), vocoder (mel -> sound), dit (codes -> mel)."""
+
+from random import Random
+
+import torch
+from torch.nn import functional as F
+
+from ..inputs.mel import voice_mel
+from ..talker.codec import MEL_CENTRE, ids_to_letters, letters_to_ids
+from . import losses
+from .loop import Stage
+from .speech import corpus, make_voices
+
+CROP_BLOCKS = 4  # attention blocks of mel in one training crop of the DiT
+VOCODER_FRAMES = 32  # mel frames in one training crop of the vocoder
+DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
+
+
+def similar_lengths(lengths: list[int], batch: int, seed: int, step: int, pool: int = 8) -> list[int]:
+    """Indices of one batch whose rows are about equally long, so that little is padding; a function of the step alone."""
+    random = Random(f"{seed}-{step // pool}")
+    chosen = random.choices(range(len(lengths)), k=batch * pool)
+    chosen.sort(key=lengths.__getitem__)
+    batches = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
+    random.shuffle(batches)
+    return batches[step % pool]
+
+
+def pad_mels(mels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mels of several lengths -> [B, T, bands] filled up with silence, and their lengths [B]."""
+    frames = torch.tensor([len(m) for m in mels])
+    silence = -11.5129  # log(1e-5), what voice_mel gives for zeros
+    return torch.stack([F.pad(m, (0, 0, 0, int(frames.max()) - len(m)), value=silence) for m in mels]), frames
+
+
+class VoiceStage(Stage):
+    """What the three stages share: the speaking corpus and the voices in it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.speech = corpus("speaking", self.cache, seed=0)
+        self.voices = make_voices(self.speech, first_bos=0)
+        self.lengths = [u.end - u.start for u in self.speech.utterances]
+
+    def mel(self, index: int) -> torch.Tensor:
+        """Voice mel [T, bands] of one utterance."""
+        return voice_mel(self.speech.wave(index))
+
+    def conds(self, indices: list[int]) -> torch.Tensor:
+        """Speaker vectors [B, E] of the utterances' voices."""
+        return torch.cat([self.voices[self.speech.utterances[i].voice].cond for i in indices])
+
+
+class CodecStage(VoiceStage):
+    name, learns = "codec", ("codec.",)
+    about = "speech tokenizer: reads letters (CTC) and restores the mel from FSQ codes"
+
+    def batch(self, step):
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, step)
+        mels, frames = pad_mels([self.mel(i) for i in indices])
+        letters = [letters_to_ids(self.speech.utterances[i].text) for i in indices]
+        mel_weight = min(1.0, 0.2 + step / (0.4 * self.recipe.steps))  # words first, sound later
+        return mels, frames, letters, self.conds(indices), mel_weight
+
+    def losses(self, batch):
+        mels, frames, letters, conds, mel_weight = batch
+        codec = self.omni.codec
+        grid, _ = codec.quantise(mels)
+        mel = codec.mel(grid, conds)
+        return {"ctc": losses.ctc(codec.letters(grid), frames // codec.config.downsample, letters),
+                "mel": mel_weight * losses.masked_l1(mel, mels, frames)}
+
+    def sample(self):
+        codec, used = self.omni.codec, set()
+        for i in range(0, len(self.speech), max(1, len(self.speech) // 64)):
+            used.update(codec.encode(self.mel(i)[None])[0].tolist())
+        grid, _ = codec.quantise(self.mel(0)[None])
+        heard = ids_to_letters(codec.letters(grid)[0].argmax(-1))
+        return f"{len(used)} of {codec.config.num_codes} codes used; reads {heard!r}"
+
+
+class VocoderStage(VoiceStage):
+    name, learns = "vocoder", ("token2wav.code2wav_bigvgan_model.",)
+    about = "BigVGAN: mel to waveform by mel and spectrogram distance"
+
+    def batch(self, step):
+        random = Random(f"{self.seed}-vocoder-{step}")
+        waves, length = [], VOCODER_FRAMES * 160
+        while len(waves) < self.recipe.batch:
+            wave = self.speech.wave(random.randrange(len(self.speech)))
+            if len(wave) > length:
+                start = random.randrange(0, len(wave) - length, 160)
+                waves.append(wave[start : start + length])
+        return torch.stack(waves)  # [B, samples]
+
+    def losses(self, batch):
+        mel = voice_mel(batch)  # [B, T, bands]
+        made = self.omni.token2wav.code2wav_bigvgan_model(mel.transpose(1, 2))
+        return {"mel": 2 * (voice_mel(made) - mel).abs().mean(), "stft": losses.spectral(made, batch)}
+
+
+class DiTStage(VoiceStage):
+    name, learns, needs = "dit", ("token2wav.code2wav_dit_model.",), ("codec",)
+    about = "flow-matching DiT: codes to mel in sliding blocks"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.omni.token2wav.code2wav_dit_model.proj_out.bias.data.fill_(MEL_CENTRE)  # velocity starts at the mean mel
+        with torch.no_grad():
+            self.codes = encode_all(self.omni.codec, self.speech)
+
+    def batch(self, step):
+        random, dit = Random(f"{self.seed}-dit-{step}"), self.omni.config.token2wav.dit
+        length = CROP_BLOCKS * dit.block_size
+        indices, mels, codes = [], [], []
+        while len(indices) < self.recipe.batch:
+            i = random.randrange(len(self.speech))
+            if len(self.codes[i]) * dit.repeats <= length:
+                continue
+            mel = self.mel(i)
+            start = random.randrange(0, len(mel) - length + 1, dit.repeats)
+            indices.append(i)
+            mels.append(mel[start : start + length])
+            codes.append(self.codes[i][start // dit.repeats : (start + length) // dit.repeats])
+        references = torch.cat([self.voices[self.speech.utterances[i].voice].ref_mel for i in indices])
+        return torch.stack(mels), torch.stack(codes), self.conds(indices), references
+
+    def losses(self, batch):
+        mels, codes, conds, references = batch
+        kept = torch.rand(len(mels)) >= DROP_CONDITION
+        codes, conds, references = codes * kept[:, None], conds * kept[:, None], references * kept[:, None, None]
+        time = torch.rand(len(mels))
+        dit = self.omni.token2wav.code2wav_dit_model
+        return {"flow": losses.flow_matching(lambda x, t: dit(x, codes, t, conds, references), mels, torch.randn_like(mels), time)}
+
+
+def encode_all(codec, speech) -> list[torch.Tensor]:
+    """Codes [C] of every utterance of a corpus, encoded in batches of about equal length."""
+    order = sorted(range(len(speech)), key=lambda i: speech.utterances[i].end - speech.utterances[i].start)
+    codes = [None] * len(speech)
+    for begin in range(0, len(order), 32):
+        indices = order[begin : begin + 32]
+        mels, frames = pad_mels([voice_mel(speech.wave(i)) for i in indices])
+        for i, row, n in zip(indices, codec.encode(mels), frames // codec.config.downsample):
+            codes[i] = row[:n]
+    return codes
