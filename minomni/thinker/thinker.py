@@ -72,30 +72,17 @@ class Thinker(nn.Module):
         """
         tokens, ids = self.config.tokens, inputs.input_ids.to(self.device)
         words = self.model.embed_tokens(ids)  # [B, L, D]
+        nothing = words.new_zeros(0, words.shape[2])
+        heard = self.audio_tower(inputs.mels) if inputs.mels else nothing  # [N, D]
+        pictures = self.visual(inputs.image_patches, inputs.image_grids) if inputs.image_grids else nothing
+        videos = self.visual(inputs.video_patches, inputs.video_grids) if inputs.video_grids else nothing
         embeds, media = words, torch.zeros_like(ids, dtype=torch.bool)
-        for token, name, features in ((tokens.audio, "audio", self.hear), (tokens.image, "images", self.see_images),
-                                      (tokens.video, "videos", self.see_videos)):
-            where = ids == token
-            embeds = place(embeds, where, features(inputs), name)
-            media = media | where
+        for token, name, features in ((tokens.audio, "audio", heard), (tokens.image, "images", pictures),
+                                      (tokens.video, "videos", videos)):
+            embeds = place(embeds, ids == token, features, name)
+            media = media | (ids == token)
         return embeds, words.masked_fill(media[..., None], 0)
 
-    def hear(self, inputs: Inputs) -> Tensor:
-        """Audio tokens of all clips -> [N, D]."""
-        return self.audio_tower(inputs.mels)
-
-    def see_images(self, inputs: Inputs) -> Tensor:
-        """Visual tokens of all pictures -> [N, D]."""
-        return self.see(inputs.image_patches, inputs.image_grids)
-
-    def see_videos(self, inputs: Inputs) -> Tensor:
-        """Visual tokens of all videos -> [N, D]."""
-        return self.see(inputs.video_patches, inputs.video_grids)
-
-    def see(self, patches: Tensor | None, grids: list) -> Tensor:
-        if patches is None or not grids:
-            return self.lm_head.weight.new_zeros(0, self.config.text.hidden_size)
-        return self.visual(patches, grids)
 
     def read(self, inputs: Inputs, cache: KVCache | None = None) -> Reading:
         """Run the decoder over a batch of prompts, or of whole conversations in training.

@@ -1,0 +1,253 @@
+"""OmniConfig to and from the JSON files of a model folder, in the release's layout.
+
+config.json holds the sizes; what it says must be said completely, and nothing unknown may be said. Three things of ours
+are not in a release and take QWEN7B's values there: codec_config in config.json, the generation settings in
+generation_config.json, the media limits in preprocessor_config.json.
+"""
+
+import dataclasses
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConfig, DecoderConfig, DiTConfig, FlowConfig,
+                            MediaConfig, OmniConfig, SamplingConfig, TalkerConfig, ThinkerConfig, Token2WavConfig, TokenIds,
+                            VisionEncoderConfig)
+from minomni.errors import UserError
+
+# Our names of the token ids, and the keys of thinker_config (talker_config for the three that steer speech).
+TOKEN_KEYS = {
+    "endoftext": "pad_token_id", "im_start": "bos_token_id", "im_end": "eos_token_id", "audio": "audio_token_index",
+    "audio_bos": "audio_start_token_id", "audio_eos": "audio_end_token_id", "vision_bos": "vision_start_token_id",
+    "vision_eos": "vision_end_token_id", "vision_pad": "vision_token_id", "image": "image_token_index",
+    "video": "video_token_index",
+}
+SPEECH_TOKEN_KEYS = {"tts_text_start": "tts_text_start_token_id", "tts_text_end": "tts_text_end_token_id",
+                     "tts_text_pad": "tts_text_pad_token_id"}
+SHARED_TOKENS = ("audio", "audio_bos", "audio_eos", "vision_bos", "vision_eos", "image", "video")  # talker_config repeats them
+CODEC_KEYS = {"codec_pad": "tts_codec_pad_token_id", "codec_bos": "tts_codec_start_token_id",
+              "codec_eos": "tts_codec_end_token_id", "codec_mask": "tts_codec_mask_token_id"}
+# The release's spelling of three DiT sizes, and the one that transformers reads and writes.
+DIT_SPELLINGS = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+# Keys that the release leaves out, with the values it is run with.
+UNSAID = {
+    ("thinker_config", "vision_config"): {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6},
+    ("token2wav_config", "dit_config"): {"block_size": 24, "look_ahead_layers": [10], "look_backward_layers": [0, 20],
+                                         "rope_theta": 10_000.0},
+}
+# Keys of the release, or of what transformers saves, that say nothing about the model.
+MEANINGLESS = frozenset((
+    "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype",  # who wrote it, and how it is stored
+    "init_std", "initializer_range", "ignore_index", "problem_type",  # about training
+    "attention_dropout", "activation_dropout", "encoder_layerdrop",  # zero everywhere
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",  # how to call it
+    "id2label", "label2id", "is_encoder_decoder",  # written for every model
+    "max_window_layers", "sliding_window", "layer_types",  # of a sliding window that use_sliding_window turns off
+    "user_token_id", "enc_lin_neurons", "enc_global_context",  # read by nothing
+    "embed_dim", "in_chans", "spatial_patch_size", "tokens_per_second",  # second names of sizes that are there
+))
+MEANINGLESS_IN = {"audio_config": "num_hidden_layers", "dit_config": "max_position_embeddings"}  # but not elsewhere
+
+
+def read_config(folder: Path) -> OmniConfig:
+    """The configuration of a model folder: an official checkpoint's, or one saved here.
+
+    Raises UserError, naming file and key, for what is missing, unknown, of the wrong type or contradictory.
+    """
+    file = Path(folder) / "config.json"
+    given = spell_as_release(read_json(file), file)
+    try:
+        config = parse(given, Path(folder))
+    except UserError:
+        raise
+    except ValueError as error:  # sizes that contradict each other
+        raise UserError(f"{file}: {error}") from None
+    compare(given, spell_as_release(plain(to_json(config)), file), file)
+    return config
+
+
+def write_config(config: OmniConfig, folder: Path) -> None:
+    """Write config.json, generation_config.json and preprocessor_config.json, such that read_config gives `config` again."""
+    media = config.media
+    files = {"config.json": to_json(config),
+             "generation_config.json": {"thinker": asdict(config.thinker_sampling), "talker": asdict(config.talker_sampling),
+                                        "flow": asdict(config.flow)},
+             "preprocessor_config.json": {"min_pixels": media.image_min_pixels, "max_pixels": media.image_max_pixels,
+                                          "media": asdict(media)}}
+    for name, content in files.items():
+        write_json(Path(folder) / name, content)
+
+
+def write_json(file: Path, data: dict) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path, optional: bool = False) -> dict:
+    """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
+    if optional and not file.exists():
+        return {}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{file}: cannot be read; a model folder holds config.json and *.safetensors") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: holds a {type(data).__name__}, not an object with settings")
+    return data
+
+
+def plain(data: dict) -> dict:
+    """As JSON would give it back: tuples become lists."""
+    return json.loads(json.dumps(data))
+
+
+def spell_as_release(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict:
+    """The same settings with the release's keys, unsaid ones filled in, nulls left out."""
+    data = {key: value for key, value in data.items() if value is not None}
+    rope = data.pop("rope_parameters", {})
+    alternatives = [("rope_theta", rope.get("rope_theta"))]
+    if "mrope_section" in rope:
+        alternatives.append(("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"}))
+    if "dit_config" in path:
+        alternatives += [(short, data.pop(long, None)) for long, short in DIT_SPELLINGS.items()]
+    for key, value in alternatives:
+        if value is not None and data.setdefault(key, value) != value:
+            raise UserError(f"{file}: {'.'.join(path)} says both {data[key]!r} and {value!r} for {key}; keep one")
+    data.pop(MEANINGLESS_IN.get("".join(path[-1:])), None)
+    return UNSAID.get(path, {}) | {key: spell_as_release(value, file, path + (key,)) if isinstance(value, dict) else value
+                                   for key, value in data.items()}
+
+
+class Section:
+    """One object of a JSON file, which knows its own name for error messages."""
+
+    def __init__(self, data: dict, name: str):
+        self.data, self.name = data, name
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.data:
+            raise UserError(f"{self.name}: the key {key!r} is missing")
+        return self.data[key]
+
+    def section(self, key: str) -> "Section":
+        if not isinstance(self[key], dict):
+            raise UserError(f"{self.name}: {key!r} is {self[key]!r}, expected an object")
+        return Section(self[key], f"{self.name}, {key}")
+
+    def build(self, cls: type, keys: dict[str, str] | None = None, **known) -> Any:
+        """An instance of a config dataclass: each field from the key of its name, or as `keys` renames it, or as `known`."""
+        values = {field.name: self.typed((keys or {}).get(field.name, field.name), field.type)
+                  for field in dataclasses.fields(cls) if field.name not in known}
+        return cls(**values, **known)
+
+    def typed(self, key: str, kind: Any) -> Any:
+        """The value of a key, checked against int, float, str or a tuple type."""
+        value = self[key]
+        allowed = {int: int, float: (int, float), str: str}.get(kind, list)
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            raise UserError(f"{self.name}: {key!r} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+        return tuples(value)
+
+
+def tuples(value: Any) -> Any:
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
+def parse(data: dict, folder: Path) -> OmniConfig:
+    """config.json in the release's spelling, and the two files beside it, as an OmniConfig."""
+    root = Section(data, str(folder / "config.json"))
+    thinker, talker, token2wav = (root.section(key) for key in ("thinker_config", "talker_config", "token2wav_config"))
+    thinker.data.setdefault("vision_token_id", thinker["vision_start_token_id"] + 2)  # left out by transformers
+    text = thinker.section("text_config")
+    text.data.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])  # left out by the release
+    generation = Section(read_json(folder / "generation_config.json", optional=True), str(folder / "generation_config.json"))
+    return OmniConfig(
+        thinker=thinker.build(
+            ThinkerConfig, audio=thinker.section("audio_config").build(AudioEncoderConfig),
+            vision=thinker.section("vision_config").build(VisionEncoderConfig), text=decoder(text),
+            tokens=thinker.build(TokenIds, TOKEN_KEYS, **{name: talker.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()})),
+        talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)),
+        token2wav=Token2WavConfig(dit=token2wav.section("dit_config").build(DiTConfig, DIT_SPELLINGS),
+                                  bigvgan=token2wav.section("bigvgan_config").build(BigVGANConfig)),
+        codec=root.section("codec_config").build(CodecConfig) if "codec_config" in data else None,
+        media=parse_media(folder),
+        thinker_sampling=setting(generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling),
+        talker_sampling=setting(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
+        flow=setting(generation, "flow", FlowConfig, QWEN7B.flow))
+
+
+def decoder(section: Section) -> DecoderConfig:
+    return section.build(DecoderConfig, mrope_section=section.section("rope_scaling").typed("mrope_section", tuple))
+
+
+def setting(section: Section, key: str, cls: type, default: Any) -> Any:
+    """One of our own groups of settings, complete and without unknown keys, or the default where there is none."""
+    if key not in section.data:
+        return default
+    group = section.section(key)
+    unknown = sorted(set(group.data) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise UserError(f"{group.name}: unknown key {unknown[0]!r}")
+    return group.build(cls)
+
+
+def parse_media(folder: Path) -> MediaConfig:
+    """Our own limits, or the release's with the picture limits that its preprocessor_config.json states."""
+    file = folder / "preprocessor_config.json"
+    data = read_json(file, optional=True)
+    release = dataclasses.replace(QWEN7B.media, image_min_pixels=data.get("min_pixels", QWEN7B.media.image_min_pixels),
+                                  image_max_pixels=data.get("max_pixels", QWEN7B.media.image_max_pixels))
+    return setting(Section(data, str(file)), "media", MediaConfig, release)
+
+
+def compare(given: dict, written: dict, where: str) -> None:
+    """Everything given must be something that we would write, with the same value. Raises UserError naming the first key."""
+    for key, value in given.items():
+        if key in MEANINGLESS:
+            continue
+        if key not in written:
+            raise UserError(f"{where}: unknown key {key!r}; remove it, or use the code that it was written for")
+        if isinstance(value, dict) and isinstance(written[key], dict):
+            compare(value, written[key], f"{where}, {key}")
+        elif value != written[key]:
+            raise UserError(f"{where}: {key!r} is {value!r}, this code can only be {written[key]!r} here")
+
+
+def to_json(config: OmniConfig) -> dict:
+    """What config.json says, in the release's layout; the DiT's sizes in both spellings, since transformers reads one only."""
+    thinker, talker, token2wav = config.thinker, config.talker, config.token2wav
+    ids, dit, base = asdict(thinker.tokens), asdict(token2wav.dit), "qwen2_5_omni"
+    time = {"position_id_per_seconds": thinker.position_id_per_seconds, "seconds_per_chunk": thinker.seconds_per_chunk}
+    shared = {TOKEN_KEYS[name]: ids[name] for name in SHARED_TOKENS}
+    data = {
+        "architectures": ["Qwen2_5OmniForConditionalGeneration"], "model_type": base, "enable_audio_output": True,
+        "enable_talker": True,
+        "thinker_config": {
+            "model_type": f"{base}_thinker", **{key: ids[name] for name, key in TOKEN_KEYS.items()}, **time,
+            "tie_word_embeddings": False,
+            "audio_config": {"model_type": f"{base}_audio_encoder", "activation_function": "gelu", "dropout": 0.0,
+                             "scale_embedding": False, **asdict(thinker.audio)},
+            "vision_config": {"model_type": f"{base}_vision_encoder", "hidden_act": "silu", **asdict(thinker.vision)},
+            "text_config": {"model_type": f"{base}_text", **decoder_json(thinker.text)},
+        },
+        "talker_config": {
+            "model_type": f"{base}_talker", "embedding_size": talker.embedding_size, **decoder_json(talker.decoder), **shared,
+            **time, **{key: ids[name] for name, key in SPEECH_TOKEN_KEYS.items()},
+            **{key: getattr(talker, name) for name, key in CODEC_KEYS.items()},
+            "spatial_merge_size": thinker.vision.spatial_merge_size,
+        },
+        "token2wav_config": {
+            "model_type": f"{base}_token2wav",
+            "dit_config": {"model_type": f"{base}_dit", **dit, **{short: dit[long] for long, short in DIT_SPELLINGS.items()}},
+            "bigvgan_config": {"model_type": f"{base}_bigvgan", "use_bias_at_final": False, **asdict(token2wav.bigvgan)},
+        },
+    }
+    return data | ({} if config.codec is None else {"codec_config": asdict(config.codec)})
+
+
+def decoder_json(config: DecoderConfig) -> dict:
+    data = asdict(config)
+    rope = {"mrope_section": data.pop("mrope_section"), "rope_type": "default", "type": "default"}
+    return {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False, **data, "rope_scaling": rope}

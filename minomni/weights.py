@@ -1,0 +1,190 @@
+"""Checkpoint folders: the only file that knows foreign tensor names and layouts.
+
+Our modules carry the checkpoint's names, so loading is a bijection: every stored tensor is used once, every parameter is
+filled once, every shape is equal, or one error lists the differences. Nothing is read before that is settled.
+"""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minomni.config import OmniConfig
+from minomni.config_json import read_config, read_json, write_config, write_json
+from minomni.errors import UserError
+from minomni.inputs.tokenizer import Tokenizer
+from minomni.omni import Omni
+from minomni.token2wav.speaker import Voice
+
+INDEX, WHOLE, VOICES = "model.safetensors.index.json", "model.safetensors", "spk_dict.pt"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
+# Stored by some releases of transformers, computed by us.
+COMPUTED = {"token2wav.code2wav_dit_model.rotary_embed.inv_freq"}
+# All that a model folder may hold when save() is asked to replace it.
+KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.*", INDEX, "*.safetensors",
+               VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+               "added_tokens.json")
+ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the release stores and runs it
+SHARD_BYTES = 5_000_000_000
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Omni:
+    """Build the model of a folder (an official checkpoint, or one saved here), with its voices and tokenizer.
+
+    dtype is that of Thinker and Talker, None keeps what is stored; Token2Wav and codec are fp32. Memory peaks at the
+    weights plus one shard. Raises UserError naming the file for anything missing, extra, misshapen or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds config.json and *.safetensors")
+    config = read_config(folder)
+    with torch.device("meta"):
+        omni = Omni(config)
+    stored = headers(folder)
+    check_bijection(folder, {name: shape for names in stored.values() for name, shape in names.items()}, omni)
+    for file, names in stored.items():
+        omni.load_state_dict(read_shard(file, names, device, dtype), strict=False, assign=True)
+    omni.voices = load_voices(folder / VOICES, config, device)
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        omni.tokenizer = Tokenizer.load(folder)
+    return omni.eval()
+
+
+def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The folder's tensor files, and what its index says about them: {tensor: file}. Raises UserError."""
+    if not (folder / INDEX).exists():
+        if not (folder / WHOLE).exists():
+            raise UserError(f"{folder}: holds neither {WHOLE} nor {INDEX}; give the folder of a model")
+        return [folder / WHOLE], None
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise UserError(f"{folder / INDEX}: has no weight_map from tensor names to file names")
+    names = sorted(set(index.values()))
+    for name in names:
+        if name != Path(name).name or "\\" in name or not inside(folder / name, folder):
+            raise UserError(f"{folder / INDEX}: names the file {name!r}, which is outside the model's folder")
+    return [folder / name for name in names], index
+
+
+def inside(file: Path, folder: Path) -> bool:
+    """Whether a file really lies in the folder. A Hugging Face cache links from snapshots/<commit>/ to its own blobs/."""
+    homes = [folder.resolve()] + ([folder.resolve().parents[1] / "blobs"] if folder.resolve().parent.name == "snapshots" else [])
+    return file.resolve().parent in homes
+
+
+def headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
+    """{file: {tensor: shape}}, read without touching the tensors. Raises UserError for a broken shard or a wrong index."""
+    files, index = shard_files(folder)
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as shard:
+                found[file] = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: missing, cut short or not a safetensors file ({error}); copy it again") from None
+    places = [(name, file.name) for file, names in found.items() for name in names]
+    if index is not None and sorted(places) != sorted(index.items()):
+        name, file = sorted(set(places) ^ set(index.items()))[0]
+        raise UserError(f"{folder / INDEX}: index and files disagree, first about {name!r} in {file!r}; copy the folder again")
+    return found
+
+
+def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni) -> None:
+    """Raise one UserError that lists every missing, extra and misshapen tensor."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in omni.state_dict().items()}
+    stored = {name: shape for name, shape in stored.items() if name not in COMPUTED}
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    shapes = [f"{name} is {list(stored[name])}, expected {list(wanted[name])}"
+              for name in sorted(wanted.keys() & stored.keys()) if stored[name] != wanted[name]]
+    problems = [f"{len(names)} {what}: {', '.join(names)}"
+                for what, names in (("missing", missing), ("extra", extra), ("of another shape", shapes)) if names]
+    if problems:
+        raise UserError(f"{folder}: the tensors are not those that config.json describes; {'; '.join(problems)}")
+
+
+def read_shard(file: Path, names: dict, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of one file, copied (so that the file can be replaced), in their precision, on the device."""
+    with safe_open(file, "pt") as shard:
+        return {name: shard.get_tensor(name).to(device, dtype if name.startswith(ANY_PRECISION) else torch.float32, copy=True)
+                for name in names if name not in COMPUTED}
+
+
+def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cpu") -> dict[str, Voice]:
+    """The voices of a spk_dict.pt, none where there is no file. Read as data: code in it is refused. Raises UserError."""
+    if not file.exists():
+        return {}
+    try:
+        data = torch.load(file, map_location=device, weights_only=True)
+        return {str(name): voice_from(name, entry, config) for name, entry in data.items()}
+    except pickle.UnpicklingError:
+        raise UserError(f"{file}: wants to run code while loading, or is no torch file; get it from its source again") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (RuntimeError, EOFError, OSError, AttributeError) as error:
+        raise UserError(f"{file}: not a dictionary of voices ({str(error).splitlines()[0]})") from None
+
+
+def voice_from(name: str, entry: dict, config: OmniConfig) -> Voice:
+    """One entry, checked against the sizes: bos_token, cond [1, E], ref_mel [1, R, mel_dim]."""
+    dit, rows = config.token2wav.dit, config.thinker.text.vocab_size
+    try:
+        bos, cond, ref_mel = int(entry["bos_token"]), entry["cond"].float(), entry["ref_mel"].float()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"voice {name!r} must have an id bos_token and tensors cond and ref_mel") from None
+    if not 0 <= bos < rows or cond.shape != (1, dit.enc_emb_dim) or ref_mel.ndim != 3 or ref_mel.shape[::2] != (1, dit.mel_dim):
+        raise UserError(f"voice {name!r} has bos_token {bos}, cond {list(cond.shape)}, ref_mel {list(ref_mel.shape)}; expected "
+                        f"an id below {rows}, [1, {dit.enc_emb_dim}] and [1, frames, {dit.mel_dim}]")
+    return Voice(str(name), bos, cond, ref_mel)
+
+
+def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the model, its voices and its tokenizer as a checkpoint folder that load() and transformers read.
+
+    Written beside the target and renamed at the end, so a folder is never half there; an existing one is replaced, but
+    only if it holds nothing but a model. Raises UserError.
+    """
+    folder = Path(folder).absolute()
+    strangers = [entry.name for entry in folder.glob("*") if not any(entry.match(known) for known in KNOWN_FILES)]
+    if strangers:
+        raise UserError(f"{folder}: holds {strangers[0]!r}, which saving would delete; choose another folder")
+    fresh, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
+    fresh.mkdir(parents=True)
+    try:
+        write_config(omni.config, fresh)
+        write_tensors(omni.state_dict(), fresh, shard_bytes)
+        if omni.voices:
+            torch.save({voice.name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
+                        for voice in omni.voices.values()}, fresh / VOICES)
+        if omni.tokenizer is not None:
+            omni.tokenizer.save(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():  # the second rename failed
+            old.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    """Write tensors in order into files of at most shard_bytes each (a larger tensor gets its own), with an index if many."""
+    shards, room = [{}], shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    files = [WHOLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+        write_json(folder / INDEX, index)

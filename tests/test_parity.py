@@ -1,0 +1,106 @@
+"""Our model and the official one, filled with the same numbers, say the same: against what transformers 5.23.0 answered
+(committed golden files) and, where it is installed, against the code itself."""
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from minomni.omni import Omni
+
+# Ten times the differences that two fp32 implementations were measured to have (encoders 1e-5, logits 5e-5 at a scale of
+# 10, mel 2e-6, wave 5e-7). Whatever is not listed here is an integer, and equal.
+TOLERANCE = {"audio": 1e-4, "vision": 1e-4, "logits": 5e-4, "step_logits": 5e-4, "talker_inputs": 5e-4, "talker_step_inputs": 5e-4,
+             "talker_logits": 5e-4, "mel_0": 2e-5, "mel_1": 2e-5, "wave_0": 5e-6, "wave_1": 5e-6}
+
+
+def ours(config) -> Omni:
+    omni = Omni(config).eval()
+    oracle.fill(omni.state_dict())
+    omni.voices = oracle.voices()
+    return omni
+
+
+def ask_ours(case: str, free: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run our code on a case, keeping what oracle.ask_official keeps."""
+    omni, prompt, ears = ours(oracle.stopping(case, free)), oracle.inputs(case), oracle.Ears()
+    ears.on(omni.thinker.audio_tower, "audio", lambda a, k, out: out)
+    ears.on(omni.thinker.visual, "vision", lambda a, k, out: out)
+    ears.on(omni.thinker.model, "positions", lambda a, k, out: a[1])
+    ears.on(omni.thinker.model, "logits", lambda a, k, out: omni.thinker.lm_head(out))
+    ears.on(omni.talker.model, "talker_positions", lambda a, k, out: a[1])
+    ears.on(omni.talker.model, "talker_inputs", lambda a, k, out: a[0])
+    ears.on(omni.talker, "talker_logits", lambda a, k, out: out[:, -1])
+    ears.on(omni.token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
+    spoken = omni.generate(prompt, "Chelsie", seed=0)
+    longest = max(map(len, spoken.tokens))
+    tokens = torch.tensor([row + [oracle.TOKENS.endoftext] * (longest - len(row)) for row in spoken.tokens])
+    return oracle.digest(prompt.attention_mask, ears.off(), tokens, spoken.codes, spoken.waves)
+
+
+def compare(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(mine[name], expected, rtol=0, atol=TOLERANCE.get(name, 0), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    torch.set_num_threads(1)
+    return {case: ask_ours(case, oracle.golden(oracle.EARLY_STOPS.get(case, case))) for case in oracle.CASES}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers", reason="transformers is only needed to compare with the official code itself")
+    if module.__version__ != oracle.VERSION:
+        pytest.skip(f"the comparison is written for transformers {oracle.VERSION}")
+    torch.set_num_threads(1)
+    return module
+
+
+@pytest.fixture(scope="module")
+def official(transformers):
+    return oracle.ask_all(oracle.hf_model())
+
+
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_agrees_with_golden_files(case, answers):
+    compare(answers[case], oracle.golden(case))
+
+
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_agrees_with_official_code(case, answers, official):
+    compare(answers[case], official[case])
+
+
+def test_cases_cover_what_they_are_for():
+    """Golden answers are long enough, stop where they should, and no vocoder clips."""
+    records = {case: oracle.golden(case) for case in oracle.CASES}
+    assert all(len(records[case]["codes_0"]) == 30 for case in oracle.PROMPTS)
+    assert records["text_stop"]["tokens"].shape[1] < 8 and len(records["text_stop"]["codes_0"]) < 30
+    first, second = records["batch_stop"]["tokens"]
+    assert first[-1] == oracle.TOKENS.endoftext and second[-1] != oracle.TOKENS.endoftext
+    assert all(0.01 < record["wave_0"].std() and np.abs(record["wave_0"]).max() < 0.99 for record in records.values())
+
+
+def test_a_small_wrong_is_seen(answers):
+    """The comparison refuses the same model with one rotary section moved."""
+    text = dataclasses.replace(oracle.CONFIG.thinker.text, mrope_section=(3, 2, 3))
+    wrong = dataclasses.replace(oracle.CONFIG, thinker=dataclasses.replace(oracle.CONFIG.thinker, text=text))
+    reading = ours(wrong).thinker(oracle.inputs("mixed"))
+    assert np.abs(reading[0, ::5, ::4].detach().numpy() - answers["mixed"]["logits"]).max() > 100 * TOLERANCE["logits"]
+
+
+def test_stock_5_23_0_speaks_from_other_inputs(transformers):
+    """The record of a fault: without the repair, a single unpadded row gets no TMRoPE ids and no codec bos and pad; a padded
+    batch, whose mask survives, is right. transformers 4.57.1 agrees with the repaired code."""
+    stock = oracle.hf_model(repaired=False)
+    right, wrong = oracle.golden("text"), oracle.ask_official(stock, "text")
+    np.testing.assert_array_equal(wrong["tokens"], right["tokens"])
+    assert wrong["talker_positions"].size < right["talker_positions"].size
+    assert np.abs(wrong["talker_inputs"][:, :-2] - right["talker_inputs"][:, :-2]).max() < 1e-5  # the prompt's part is alike
+    assert np.abs(wrong["talker_inputs"][:, -2:] - right["talker_inputs"][:, -2:]).max() > 0.1
+    compare(oracle.ask_official(stock, "batch"), oracle.golden("batch"))
