@@ -1,0 +1,77 @@
+"""Pictures and frames to rows of flattened patches, four rows of one merge cell in a row."""
+
+from math import ceil, floor, sqrt
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import MediaConfig, VisionEncoderConfig
+from ..errors import UserError
+
+# CLIP's, which the release keeps.
+CHANNEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+CHANNEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+MOST_STRETCHED = 200  # the aspect ratio the release still accepts
+VIDEO_FLOOR = 1.05  # a frame of a long clip keeps at least this many times frame_min_pixels
+
+Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
+
+
+def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size nearest to height x width whose sides are multiples of `cell` and whose area lies within the limits.
+
+    Raises UserError for an aspect ratio above 200 (release: Qwen2-VL's smart_resize).
+    """
+    if max(height, width) > MOST_STRETCHED * min(height, width):
+        raise UserError(f"a picture of {width}x{height} pixels is too long for its width: aspect ratio at most {MOST_STRETCHED}")
+    new_height, new_width = (max(cell, round(side / cell) * cell) for side in (height, width))
+    if new_height * new_width > max_pixels:
+        shrink = sqrt(height * width / max_pixels)
+        new_height, new_width = (max(cell, floor(side / shrink / cell) * cell) for side in (height, width))
+    elif new_height * new_width < min_pixels:
+        grow = sqrt(min_pixels / (height * width))
+        new_height, new_width = (ceil(side * grow / cell) * cell for side in (height, width))
+    return new_height, new_width
+
+
+def image_patches(image: Image.Image, vision: VisionEncoderConfig, media: MediaConfig) -> tuple[Tensor, Grid]:
+    """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); the picture stands in for both frames of a pair."""
+    height, width = smart_resize(image.height, image.width, vision.cell_size, media.image_min_pixels, media.image_max_pixels)
+    pixels = _resized(image, height, width)
+    return to_patches(pixels.expand(vision.temporal_patch_size, -1, -1, -1), vision)
+
+
+def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfig) -> tuple[Tensor, Grid]:
+    """Frames uint8 [n, height, width, 3] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw), t = ceil(n / 2).
+
+    Long clips get smaller frames: all frames together stay within media.clip_max_pixels. An odd last frame is doubled.
+    """
+    n, height, width, _ = frames.shape
+    most = max(min(media.frame_max_pixels, media.clip_max_pixels * vision.temporal_patch_size // n),
+               int(media.frame_min_pixels * VIDEO_FLOOR))
+    size = smart_resize(height, width, vision.cell_size, media.frame_min_pixels, most)
+    pixels = torch.cat([_resized(Image.fromarray(frame.numpy()), *size) for frame in frames])  # [n, 3, height, width]
+    missing = -n % vision.temporal_patch_size
+    return to_patches(torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]), vision)
+
+
+def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Grid]:
+    """Normalised frames [n, 3, height, width] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw).
+
+    Rows go by frame pair, then by merge cell, then row-major inside the cell; columns by (channel, frame, row, column).
+    """
+    n, channels, height, width = pixels.shape
+    pair, merge, patch = vision.temporal_patch_size, vision.spatial_merge_size, vision.patch_size
+    t, gh, gw = n // pair, height // patch, width // patch
+    x = pixels.reshape(t, pair, channels, gh // merge, merge, patch, gw // merge, merge, patch)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, cell row, cell column, row and column in the cell, C, pair, patch, patch
+    return x.reshape(t * gh * gw, vision.patch_dim), (t, gh, gw)
+
+
+def _resized(image: Image.Image, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, then scaled and normalised -> [1, 3, height, width]."""
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)  # [height, width, 3]
+    return ((pixels - CHANNEL_MEAN) / CHANNEL_STD).permute(2, 0, 1)[None]

@@ -1,0 +1,184 @@
+"""Messages to one sequence of ids: ChatML, places for media, sound and picture of a video taking turns every 2 seconds."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import OmniConfig
+from ..errors import UserError
+from .media import load_audio, load_image, load_video
+from .mel import log_mel
+from .patches import Grid, image_patches, video_patches
+from .tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+DEFAULT_SYSTEM = "You are a helpful assistant."
+MARKS = {"image": "<|vision_bos|><|IMAGE|><|vision_eos|>", "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+         "video": "<|vision_bos|><|VIDEO|><|vision_eos|>"}
+COUNTED_AS = {"image": "Picture", "audio": "Audio", "video": "Video"}
+
+
+@dataclass
+class Inputs:
+    """What the Thinker reads. Media lists go in reading order over the whole batch."""
+
+    input_ids: Tensor  # [B, L], padded on the left
+    attention_mask: Tensor  # [B, L], 1 where a token is real
+    mels: list[Tensor] = field(default_factory=list)  # each [128, F]
+    image_patches: Tensor | None = None  # [N, patch_dim]
+    image_grids: list[Grid] = field(default_factory=list)
+    video_patches: Tensor | None = None  # [N, patch_dim]
+    video_grids: list[Grid] = field(default_factory=list)
+    video_seconds: list[Tensor] = field(default_factory=list)  # each [t] float32, when a grid step begins
+
+
+def kind_of(item: dict) -> str:
+    """What a content item is: image, audio, video or text. Raises UserError for anything else."""
+    for kind in ("image", "audio", "video", "text"):
+        if item.get("type") == kind or kind in item or f"{kind}_url" in item:
+            return kind
+    raise UserError(f"a content item has the keys {sorted(item)}; expected one of image, audio, video, text")
+
+
+def render(messages: list[dict], add_generation_prompt: bool = True, add_vision_id: bool = False,
+           add_audio_id: bool = False) -> str:
+    """Messages -> the release's ChatML text, with one placeholder for each picture, sound and video.
+
+    A conversation that does not begin with a system message gets the template's own. Raises UserError for an unknown role.
+    """
+    counts = dict.fromkeys(COUNTED_AS, 0)
+    turns = [] if messages and messages[0].get("role") == "system" else [("system", DEFAULT_SYSTEM)]
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise UserError(f"unknown role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(_render_item(item, counts, add_vision_id, add_audio_id) for item in content)
+        turns.append((message["role"], content))
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+
+def _render_item(item, counts, add_vision_id, add_audio_id):
+    kind = kind_of(item)
+    if kind == "text":
+        return item["text"]
+    counts[kind] += 1
+    numbered = add_audio_id if kind == "audio" else add_vision_id
+    return (f"{COUNTED_AS[kind]} {counts[kind]}: " if numbered else "") + MARKS[kind]
+
+
+def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
+    """Cut increasing times [n], in position ids, into chunks -> (begin, end) index pairs.
+
+    A new chunk begins where a time reaches the next multiple of ids_per_chunk. The threshold moves on by one step a
+    crossing even if a time jumps over several (release behaviour), so sparse videos make one chunk for each grid step.
+    """
+    bounds, begin, chunk = [], 0, 1
+    for i, time in enumerate(times.tolist()):
+        if time >= chunk * ids_per_chunk:
+            bounds.append((begin, i))
+            begin, chunk = i, chunk + 1
+    return bounds + [(begin, len(times))]
+
+
+def video_times(seconds: Tensor, ids_per_second: int) -> Tensor:
+    """Seconds [t] of the grid steps -> their times in position ids [t], not yet truncated (fp32 like the release)."""
+    return seconds.float() * ids_per_second
+
+
+class Processor:
+    """Turns conversations into Inputs for one size of the model."""
+
+    def __init__(self, config: OmniConfig, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+
+    def __call__(self, conversations: list[list[dict]], use_audio_in_video: bool = False,
+                 add_generation_prompt: bool = True) -> Inputs:
+        """Conversations -> one left-padded batch.
+
+        use_audio_in_video: every video brings its sound track along, in prompt, features and positions alike. Raises
+        UserError for unreadable media, unknown roles or items, and prompts longer than the context.
+        """
+        rows = [self._row(messages, use_audio_in_video, add_generation_prompt) for messages in conversations]
+        return join(rows, pad=self.config.thinker.tokens.endoftext)
+
+    def _row(self, messages, use_audio_in_video, add_generation_prompt):
+        inputs = Inputs(torch.empty(0), torch.empty(0))
+        parts, images, videos, sizes = [], [], [], []
+        media = [item for m in messages if not isinstance(m["content"], str) for item in m["content"] if kind_of(item) != "text"]
+        text = render(messages, add_generation_prompt)
+        for item in media:  # each takes the place of the next placeholder
+            kind = kind_of(item)
+            mark = MARKS[kind]
+            before, text = text.split(mark, 1)
+            filled = self._fill(kind, item, use_audio_in_video, inputs, images, videos)
+            parts += self.tokenizer.encode(before) + filled
+            sizes.append((len(filled), kind))
+        ids = torch.tensor([parts + self.tokenizer.encode(text)])
+        limit = self.config.thinker.text.max_position_embeddings
+        if ids.shape[1] > limit:
+            longest = f"; the longest item is {max(sizes)[1]} with {max(sizes)[0]} tokens" if sizes else ""
+            raise UserError(f"the prompt has {ids.shape[1]} tokens and the context holds {limit}{longest}; shorten it")
+        inputs.input_ids, inputs.attention_mask = ids, torch.ones_like(ids)
+        inputs.image_patches = torch.cat(images) if images else None
+        inputs.video_patches = torch.cat(videos) if videos else None
+        return inputs
+
+    def _fill(self, kind, item, use_audio_in_video, inputs, images, videos) -> list[int]:
+        """Load one item, note its features in `inputs`, and return the ids that stand for it."""
+        source = item[kind] if kind in item else item[f"{kind}_url"]
+        ids, vision, media = self.config.thinker.tokens, self.config.thinker.vision, self.config.media
+        merge = vision.spatial_merge_size**2
+        if kind == "audio":
+            return [ids.audio_bos] + [ids.audio] * self._listen(load_audio(source), inputs) + [ids.audio_eos]
+        if kind == "image":
+            patches, grid = image_patches(load_image(source), vision, media)
+            images.append(patches)
+            inputs.image_grids.append(grid)
+            return [ids.vision_bos] + [ids.image] * (len(patches) // merge) + [ids.vision_eos]
+        clip = load_video(source, media, with_audio=use_audio_in_video)
+        patches, grid = video_patches(clip.frames, vision, media)
+        videos.append(patches)
+        inputs.video_grids.append(grid)
+        seconds = clip.seconds[:: vision.temporal_patch_size] - clip.seconds[0]
+        inputs.video_seconds.append(seconds)
+        cells = grid[1] * grid[2] // merge
+        if not use_audio_in_video:
+            return [ids.vision_bos] + [ids.video] * (grid[0] * cells) + [ids.vision_eos]
+        return self._interleave(seconds, cells, self._listen(clip.wave, inputs))
+
+    def _listen(self, wave, inputs) -> int:
+        """Note a wave's mel and return how many tokens it makes."""
+        inputs.mels.append(log_mel(wave))
+        return (inputs.mels[-1].shape[-1] + 1) // 4
+
+    def _interleave(self, seconds, cells, audio_tokens) -> list[int]:
+        """Ids of a video with its sound: both cut every 2 seconds, picture part first (paper, sec. 2.2; release order)."""
+        thinker, ids = self.config.thinker, self.config.thinker.tokens
+        per_chunk = thinker.seconds_per_chunk * thinker.position_id_per_seconds
+        pictures = chunk_bounds(video_times(seconds, thinker.position_id_per_seconds), per_chunk)
+        sounds = chunk_bounds(torch.arange(audio_tokens), per_chunk)
+        body = []
+        for i in range(max(len(pictures), len(sounds))):
+            for bounds, token, each in ((pictures, ids.video, cells), (sounds, ids.audio, 1)):
+                if i < len(bounds):
+                    body += [token] * ((bounds[i][1] - bounds[i][0]) * each)
+        return [ids.vision_bos, ids.audio_bos, *body, ids.audio_eos, ids.vision_eos]
+
+
+def join(rows: list[Inputs], pad: int) -> Inputs:
+    """Put single rows into one batch, shorter ones padded on the left with the id `pad`."""
+    longest = max(row.input_ids.shape[1] for row in rows)
+    lefts = [longest - row.input_ids.shape[1] for row in rows]
+    patches = {name: [p for row in rows if (p := getattr(row, name)) is not None] for name in ("image_patches", "video_patches")}
+    return Inputs(
+        torch.cat([torch.nn.functional.pad(row.input_ids, (n, 0), value=pad) for row, n in zip(rows, lefts)]),
+        torch.cat([torch.nn.functional.pad(row.attention_mask, (n, 0)) for row, n in zip(rows, lefts)]),
+        mels=[mel for row in rows for mel in row.mels],
+        image_patches=torch.cat(patches["image_patches"]) if patches["image_patches"] else None,
+        image_grids=[grid for row in rows for grid in row.image_grids],
+        video_patches=torch.cat(patches["video_patches"]) if patches["video_patches"] else None,
+        video_grids=[grid for row in rows for grid in row.video_grids],
+        video_seconds=[seconds for row in rows for seconds in row.video_seconds])

@@ -1,0 +1,158 @@
+"""Byte-level BPE: text to ids and back. Trains on any corpus, or loads the release's vocabulary."""
+
+import json
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import regex
+
+from ..config import TokenIds
+from ..errors import UserError
+from ..files import write_atomically
+
+# How the release cuts text into words before merging: contractions, letters, single digits, signs, line ends, spaces.
+WORDS = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's printable letter for each byte, in the order that fixes the first 256 ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    hidden = [byte for byte in range(256) if byte not in letters]
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+LETTER_OF = _byte_letters()
+BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
+FIRST_IDS = [bytes([byte]) for byte in LETTER_OF]  # the token of each id below 256
+
+
+def special_tokens(tokens: TokenIds) -> dict[str, int]:
+    """The release's spelling of every special token that can stand in a text, with its id."""
+    return {"<|endoftext|>": tokens.endoftext, "<|im_start|>": tokens.im_start, "<|im_end|>": tokens.im_end,
+            "<|AUDIO|>": tokens.audio, "<|audio_bos|>": tokens.audio_bos, "<|audio_eos|>": tokens.audio_eos,
+            "<|vision_bos|>": tokens.vision_bos, "<|vision_eos|>": tokens.vision_eos, "<|vision_pad|>": tokens.vision_pad,
+            "<|IMAGE|>": tokens.image, "<|VIDEO|>": tokens.video}
+
+
+class Tokenizer:
+    """A list of merges is the whole tokenizer: the token of merge number r has id 256 + r."""
+
+    def __init__(self, merges: list[tuple[bytes, bytes]], special_tokens: dict[str, int]):
+        self.merges = merges
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.special_tokens = special_tokens
+        self.bytes_of = dict(enumerate(FIRST_IDS + [a + b for a, b in merges]))
+        self.id_of = {token: i for i, token in self.bytes_of.items()}
+        taken = sorted(i for i in special_tokens.values() if i in self.bytes_of)
+        if taken:
+            raise UserError(f"special token ids {taken} are taken by ordinary tokens; put them at {len(self.bytes_of)} or above")
+        names = sorted(special_tokens, key=len, reverse=True)
+        self._special = regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
+        self._known: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.bytes_of) + len(self.special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Special tokens spelled in the text become their ids; the rest is normalised (NFC) and merged."""
+        parts = self._special.split(text) if self._special else [text]
+        ids = []
+        for part in parts:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            else:
+                for word in WORDS.findall(unicodedata.normalize("NFC", part)):
+                    ids += self._encode_word(word)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Merge the bytes of one word, always the pair of lowest rank first; remembered, since words repeat."""
+        if word not in self._known:
+            pieces = [bytes([b]) for b in word.encode()]
+            while len(pieces) > 1:
+                rank, i = min((self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(zip(pieces, pieces[1:])))
+                if rank == len(self.ranks):
+                    break
+                pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+            self._known[word] = [self.id_of[piece] for piece in pieces]
+        return self._known[word]
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Ids -> text; bytes that are no UTF-8 become the replacement sign, ids of nothing become nothing."""
+        names = {i: ("" if skip_special else name).encode() for name, i in self.special_tokens.items()}
+        return b"".join(self.bytes_of.get(i, names.get(i, b"")) for i in ids).decode("utf-8", errors="replace")
+
+    @classmethod
+    def train(cls, texts: list[str], vocab_size: int, special_tokens: dict[str, int]) -> "Tokenizer":
+        """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice; ties go to the smaller pair."""
+        words = Counter(word for text in texts for word in WORDS.findall(unicodedata.normalize("NFC", text)))
+        pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
+        merges: list[tuple[bytes, bytes]] = []
+        while len(FIRST_IDS) + len(merges) < vocab_size:
+            pairs = Counter()
+            for word, parts in pieces.items():
+                for pair in zip(parts, parts[1:]):
+                    pairs[pair] += words[word]
+            if not pairs or max(pairs.values()) < 2:
+                break
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            merges.append(best)
+            for parts in pieces.values():
+                _merge(parts, best)
+        return cls(merges, special_tokens)
+
+    def save(self, folder: Path) -> None:
+        """Write vocab.json, merges.txt and added_tokens.json as the release has them."""
+        vocab = {_spell(token): i for i, token in self.bytes_of.items()}
+        lines = "".join(f"{_spell(a)} {_spell(b)}\n" for a, b in self.merges)
+        for name, content in (("vocab.json", json.dumps(vocab, ensure_ascii=False)), ("merges.txt", "#version: 0.2\n" + lines),
+                              ("added_tokens.json", json.dumps(self.special_tokens, indent=2))):
+            write_atomically(Path(folder) / name, lambda f, c=content: f.write(c.encode()))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read vocab.json + merges.txt (+ added_tokens.json), or tokenizer.json. Raises UserError naming what is wrong."""
+        folder = Path(folder)
+        if (folder / "merges.txt").exists():
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            vocab = _read_json(folder / "vocab.json") if (folder / "vocab.json").exists() else None
+            added = _read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+        elif (folder / "tokenizer.json").exists():
+            whole = _read_json(folder / "tokenizer.json")
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
+            vocab = whole["model"]["vocab"]
+            added = {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
+        else:
+            raise UserError(f"{folder}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
+        tokenizer = cls([(_bytes(a), _bytes(b)) for a, b in merges], added)
+        wrong = [t for t, i in (vocab or {}).items() if t not in added and tokenizer.id_of.get(_bytes(t)) != i]
+        if wrong:
+            raise UserError(f"{folder}: vocab.json and merges.txt disagree on {len(wrong)} tokens, first {wrong[0]!r}")
+        return tokenizer
+
+
+def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
+    """Join every occurrence of a pair in one word, in place, from the left."""
+    i = 0
+    while i < len(parts) - 1:
+        if (parts[i], parts[i + 1]) == pair:
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        i += 1
+
+
+def _spell(token: bytes) -> str:
+    return "".join(LETTER_OF[b] for b in token)
+
+
+def _bytes(spelling: str) -> bytes:
+    return bytes(BYTE_OF[letter] for letter in spelling)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
