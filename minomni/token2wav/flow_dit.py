@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError
+from minomni.layers import attend, frequencies
 from minomni.token2wav.speaker import SpeakerEncoder
 
 TIME_FREQUENCIES = 128
@@ -102,21 +103,20 @@ class BlockAttention(nn.Module):
         self.to_v = nn.Linear(config.hidden_size, inner)
         self.to_out = nn.Sequential(nn.Linear(inner, config.hidden_size), nn.Dropout(config.dropout))
 
-    def windows(self, x: Tensor) -> Tensor:
-        """For each block the frames it sees, zeros outside: [B, T, ...] -> [B, blocks, (back + 1 + ahead) * size, ...]."""
-        size = self.block_size
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (self.back * size, self.ahead * size))
-        return x.unfold(1, (self.back + 1 + self.ahead) * size, size).movedim(-1, 2)
+    def neighbourhood(self, x: Tensor) -> Tensor:
+        """What each block sees, zeros beyond the ends: [B, blocks, size, ...] -> [B, blocks, seen, ...]."""
+        blocks = x.shape[1]
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (self.back, self.ahead))  # [B, back + blocks + ahead, size, ...]
+        return torch.cat([x[:, i : i + blocks] for i in range(self.back + 1 + self.ahead)], dim=2)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, exists: Tensor) -> Tensor:
         """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the last block."""
         q, k, v = (to(h).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # [B, T, H, d]
         q, k = rotate_first_head(q, cos, sin), rotate_first_head(k, cos, sin)
-        q = q.unflatten(1, (-1, self.block_size))  # [B, blocks, size, H, d]
-        k, v = self.windows(k), self.windows(v)  # [B, blocks, seen, H, d]
-        mask = self.windows(exists).expand(len(h), -1, -1).flatten(0, 1)[:, None, None]  # [B * blocks, 1, 1, seen]
-        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B * blocks, H, ., d]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        q, k, v, exists = (x.unflatten(1, (-1, self.block_size)) for x in (q, k, v, exists))  # [B, blocks, size, ...]
+        k, v, exists = (self.neighbourhood(x) for x in (k, v, exists))  # [B, blocks, seen, ...]
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B * blocks, H, size or seen, d]
+        out = attend(q, k, v, mask=exists.repeat(len(h), 1, 1).flatten(0, 1)[:, None, None])
         return self.to_out(out.transpose(1, 2).reshape(*h.shape[:2], -1))  # [B, T, D]
 
 
@@ -186,8 +186,7 @@ class DiT(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d/2]; computed at each call, so that a model built on the meta device needs no fixing."""
-        exponents = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
-        angles = positions[:, None, None] / self.config.rope_theta**exponents
+        angles = positions[:, None, None] * frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
         return angles.cos(), angles.sin()
 
     @torch.no_grad()
