@@ -159,9 +159,10 @@ def parse(data: dict, folder: Path) -> OmniConfig:
     """config.json in the release's spelling, and the two files beside it, as an OmniConfig."""
     root = Section(data, str(folder / "config.json"))
     thinker, talker, token2wav = (root.section(key) for key in ("thinker_config", "talker_config", "token2wav_config"))
-    thinker.data.setdefault("vision_token_id", thinker["vision_start_token_id"] + 2)  # left out by transformers
+    thinker.data.setdefault("vision_token_id", thinker.typed("vision_start_token_id", int) + 2)  # left out by transformers
     text = thinker.section("text_config")
-    text.data.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])  # left out by the release
+    head_dim = text.typed("hidden_size", int) // max(text.typed("num_attention_heads", int), 1)
+    text.data.setdefault("head_dim", head_dim)  # left out by the release
     generation = Section(read_json(folder / "generation_config.json", optional=True), str(folder / "generation_config.json"))
     return OmniConfig(
         thinker=thinker.build(

@@ -5,7 +5,6 @@ filled once, every shape is equal, or one error lists the differences. Nothing i
 """
 
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -120,24 +119,22 @@ def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cp
         return {}
     try:
         data = torch.load(file, map_location=device, weights_only=True)
-        return {str(name): voice_from(name, entry, config) for name, entry in data.items()}
-    except pickle.UnpicklingError:
-        raise UserError(f"{file}: wants to run code while loading, or is no torch file; get it from its source again") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except (RuntimeError, EOFError, OSError, AttributeError) as error:
-        raise UserError(f"{file}: not a dictionary of voices ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # what a broken or hostile pickle raises is up to its author
+        raise UserError(f"{file}: is cut short or wants to run code ({type(error).__name__}); get it from its source again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: holds a {type(data).__name__}, not a dictionary of voices")
+    return {str(name): voice_from(file, name, entry, config) for name, entry in data.items()}
 
 
-def voice_from(name: str, entry: dict, config: OmniConfig) -> Voice:
+def voice_from(file: Path, name: str, entry: dict, config: OmniConfig) -> Voice:
     """One entry, checked against the sizes: bos_token, cond [1, E], ref_mel [1, R, mel_dim]."""
     dit, rows = config.token2wav.dit, config.thinker.text.vocab_size
     try:
         bos, cond, ref_mel = int(entry["bos_token"]), entry["cond"].float(), entry["ref_mel"].float()
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"voice {name!r} must have an id bos_token and tensors cond and ref_mel") from None
+        raise UserError(f"{file}: voice {name!r} must have an id bos_token and tensors cond and ref_mel") from None
     if not 0 <= bos < rows or cond.shape != (1, dit.enc_emb_dim) or ref_mel.ndim != 3 or ref_mel.shape[::2] != (1, dit.mel_dim):
-        raise UserError(f"voice {name!r} has bos_token {bos}, cond {list(cond.shape)}, ref_mel {list(ref_mel.shape)}; expected "
+        raise UserError(f"{file}: voice {name!r} has bos_token {bos}, cond {list(cond.shape)}, ref_mel {list(ref_mel.shape)}; expected "
                         f"an id below {rows}, [1, {dit.enc_emb_dim}] and [1, frames, {dit.mel_dim}]")
     return Voice(str(name), bos, cond, ref_mel)
 
