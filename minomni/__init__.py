@@ -1,1 +1,34 @@
-"""Qwen2.5-Omni from scratch."""
+"""Qwen2.5-Omni from scratch: every part in plain PyTorch, every part trainable, one code for all sizes.
+
+    inputs/     files and messages  ->  token ids, mels, patches
+    thinker/    ids, mels, patches  ->  text, and what the Talker is given of it
+    talker/     thoughts            ->  speech codes            (codec.py: speech -> codes, to train it)
+    token2wav/  speech codes        ->  mel -> waveform
+    train/      a generated world   ->  a model
+
+    omni = minomni.load("tiny")
+    reply = omni.respond([{"role": "user", "content": "say the red circle is above the blue square"}])
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str, device: str = "cpu", dtype=None):
+    """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
+
+    "tiny" is what `python run.py` trained, or else the one that comes with the project. dtype: of Thinker and Talker,
+    None keeps what is stored. Raises UserError naming what is missing or broken.
+    """
+    from . import config, weights
+    from .errors import UserError
+
+    if Path(name).is_dir():
+        return weights.load(name, device, dtype)
+    if name not in config.SIZES:
+        raise UserError(f"{name!r} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}")
+    for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
+        if folder.is_dir():
+            return weights.load(folder, device, dtype)
+    raise UserError(f"no model of size {name!r} here; train one (python -m minomni train {name}) or give a checkpoint's folder")

@@ -7,6 +7,8 @@ reads the sound (melody and timing), so that the codes need not carry the voice.
 transcripts is that of the supervised tokenizers (CosyVoice, Qwen3-TTS); the shape here is our own.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,23 +39,23 @@ class FSQ(nn.Module):
     def __init__(self, levels: tuple[int, ...]):
         super().__init__()
         self.levels = levels
-        self.register_buffer("scale", torch.tensor([(n - 1) / 2 for n in levels]), persistent=False)
-        strides = [1]
-        for n in levels[:-1]:
-            strides.append(strides[-1] * n)
-        self.register_buffer("strides", torch.tensor(strides), persistent=False)
+        self.strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))  # a code is a number in mixed radix
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features [..., channels] -> the same rounded, with straight-through gradient, and codes [...] from FIRST_CODE on."""
-        steps = (torch.tanh(x) + 1) * self.scale  # 0 ... levels - 1
+        scale = self._scale(x)
+        steps = (torch.tanh(x) + 1) * scale  # 0 ... levels - 1
         rounded = steps + (steps.round() - steps).detach()
-        codes = (steps.round().long() * self.strides).sum(-1) + FIRST_CODE
-        return rounded / self.scale - 1, codes
+        codes = (steps.round().long() * torch.tensor(self.strides, device=x.device)).sum(-1) + FIRST_CODE
+        return rounded / scale - 1, codes
 
     def values(self, codes: Tensor) -> Tensor:
         """Codes [...] -> grid values [..., channels] in [-1, 1]; the inverse of forward."""
-        digits = torch.stack([(codes - FIRST_CODE) // s % n for s, n in zip(self.strides.tolist(), self.levels)], -1)
-        return digits / self.scale - 1
+        digits = torch.stack([(codes - FIRST_CODE) // s % n for s, n in zip(self.strides, self.levels)], -1)
+        return digits / self._scale(codes) - 1
+
+    def _scale(self, like: Tensor) -> Tensor:
+        return torch.tensor([(n - 1) / 2 for n in self.levels], device=like.device)
 
 
 class Block(nn.Module):

@@ -154,7 +154,8 @@ def _restore(stage, optimizer, folder):
 
 
 def _finish(stage, folder, unlocked):
-    tensors = {n: p.detach().contiguous() for n, p in unlocked.items()}
+    kept = dict(stage.omni.named_parameters())  # a stage may have learnt with parts that it throws away
+    tensors = {n: p.detach().contiguous() for n, p in unlocked.items() if n in kept}
     write_atomically(folder / f"{stage.name}.safetensors", lambda f: f.write(save(tensors)))
     (folder / f"{stage.name}.resume.pt").unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """The school's timetable: which stages there are, in the paper's order, and how long each runs at each size."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -8,11 +9,14 @@ from pathlib import Path
 import torch
 
 from .. import config as sizes
+from .. import weights
 from ..errors import UserError
 from ..omni import Omni
 from .loop import Recipe, Stage, graduate, train
+from .speech import FIRST_VOICE, corpus, make_voices
 from .talker_stages import DPOStage, SpeakersStage, TalkerStage
 from .thinker_stages import ChatStage, EarsStage, LanguageStage, Thinker1Stage, Thinker2Stage, Thinker3Stage
+from .vocabulary import world_tokenizer
 from .voice_stages import CodecStage, DiTStage, VocoderStage
 
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (
@@ -32,16 +36,52 @@ RECIPES = {
 RECIPES["small"] = {name: Recipe(steps=r.steps * 20, batch=r.batch * 2, lr=r.lr / 4, warmup=300) for name, r in RECIPES["tiny"].items()}
 
 
-def make(name: str, size: str, home: Path, seed: int) -> Stage:
-    """A stage ready to run: the model as its predecessors left it. Raises UserError for an unknown stage or size."""
+def timetable(size: str) -> str:
+    """The stages as a table: what each needs, what it unlocks, how long it runs, what it is about."""
+    rows = [f"{'stage':<10} {'steps':>6} {'batch':>5} {'rate':>7}  {'unlocks':<42} about"]
+    for name, stage in STAGES.items():
+        recipe = recipe_of(name, size)
+        rows.append(f"{name:<10} {recipe.steps:>6} {recipe.batch:>5} {recipe.lr:>7.0e}  {', '.join(stage.learns):<42} {stage.about}")
+    return "\n".join(rows)
+
+
+def recipe_of(name: str, size: str) -> Recipe:
+    """Raises UserError for an unknown stage or size."""
     if name not in STAGES:
         raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
     if size not in RECIPES:
         raise UserError(f"size {size!r} has no training recipe; sizes with one are {', '.join(RECIPES)}")
+    return RECIPES[size][name]
+
+
+def begin(home: Path, resume: bool, fresh: bool) -> None:
+    """Make room for a run. Raises UserError where an earlier one would be lost, or mixed up, without being asked."""
+    folder = home / "stages"
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise UserError(f"{folder} holds an earlier run; --resume goes on with it, --fresh throws it away")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def graduation(size: str, home: Path, seed: int) -> None:
+    """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and voices."""
+    torch.manual_seed(seed)
+    omni = Omni(sizes.size(size))
+    graduate(omni, home / "stages", list(STAGES))
+    tokens = omni.config.thinker.tokens
+    omni.tokenizer = world_tokenizer(tokens)
+    omni.voices = make_voices(corpus("speaking", home.parent / "corpus"), tokens.tts_text_pad + FIRST_VOICE)
+    weights.save(omni, home / "model")
+
+
+def make(name: str, size: str, home: Path, seed: int) -> Stage:
+    """A stage ready to run: the model as its predecessors left it. Raises UserError for an unknown stage or size."""
+    recipe = recipe_of(name, size)
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
     graduate(omni, home / "stages", list(STAGES[name].needs))
-    return STAGES[name](omni, RECIPES[size][name], home.parent / "corpus", seed)
+    return STAGES[name](omni, recipe, home.parent / "corpus", seed)
 
 
 def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, slot: int = 0) -> None:

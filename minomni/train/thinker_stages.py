@@ -14,7 +14,7 @@ from torch import nn
 from ..inputs.media import Clip
 from ..inputs.mel import log_mel
 from ..inputs.prompt import Inputs, Processor, join
-from ..talker.codec import ids_to_letters, letters_to_ids
+from ..talker.codec import LETTERS, ids_to_letters, letters_to_ids
 from . import losses, world
 from .loop import Stage
 from .speech import corpus
@@ -49,6 +49,7 @@ class Teacher:
         self.held, self.digits = held, world.digits(held)
         self.speech = corpus("test" if held else "listening", cache)
         self.spoken = [u.text for u in self.speech.utterances]
+        self.recorded = set(self.spoken)
         self.end = config.thinker.tokens.im_end
 
     def example(self, kind: str, random: Random) -> Example:
@@ -66,7 +67,8 @@ class Teacher:
             made = {"scene": world.scene, "video": world.moving, "sync": world.sounding}[what](random)
         if how == "described":
             made = replace(made, question=f"{made.caption or made.answer} {made.question}", image=None, clip=None, sound=None)
-        return replace(made, voice="any" if how == "spoken" else None, kind=kind)
+        recorded = how == "spoken" and made.question in self.recorded
+        return replace(made, voice="any" if recorded else None, kind=kind)
 
     def _sayable(self, random, spoken):
         """A statement to repeat; spoken ones must have been recorded."""
@@ -89,6 +91,10 @@ class Teacher:
         messages = conversation(example, self.wave(example, random))
         return self.processor([messages], use_audio_in_video=example.sound is not None)
 
+    def say(self, text: str) -> Example:
+        """The typed wish to hear a sentence."""
+        return Example(f"say {text}", text)
+
     def lesson(self, examples: list[Example], random: Random) -> tuple[Inputs, torch.Tensor]:
         """Inputs of questions and answers, and targets [B, L] that look at the answers only."""
         rows, answers = [], []
@@ -103,6 +109,37 @@ class Teacher:
         for row, answer in enumerate(answers):
             targets[row, -len(answer) - 1 : -1] = answer  # position i predicts token i + 1
         return inputs, targets
+
+
+    def long_lesson(self, conversations: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
+        """Inputs and targets of conversations of several turns; every answer is looked at."""
+        rows, asked = [], []
+        for examples in conversations:
+            parts = [self.prompt(example, random) for example in examples]
+            row, wanted = parts[0], []
+            for turn, (part, example) in enumerate(zip(parts, examples)):
+                answer = self.processor.tokenizer.encode(example.answer) + [self.end]
+                before = row.input_ids if turn == 0 else torch.cat([row.input_ids, self._next_turn(part)], 1)
+                wanted += [losses.IGNORE] * (before.shape[1] - len(wanted) - 1) + answer
+                row = follow(row, part if turn else None, torch.cat([before, torch.tensor([answer])], 1))
+            rows.append(row)
+            asked.append(torch.tensor(wanted + [losses.IGNORE]))
+        inputs = join(rows, pad=self.processor.config.thinker.tokens.endoftext)
+        targets = torch.full_like(inputs.input_ids, losses.IGNORE)
+        for row, wanted in enumerate(asked):
+            targets[row, -len(wanted) :] = wanted
+        return inputs, targets
+
+    def _next_turn(self, prompt: Inputs) -> torch.Tensor:
+        """Ids [1, n] of a prompt's own turn: its system turn is cut off, the line end of the turn before is put in front."""
+        start = (prompt.input_ids[0] == self.processor.config.thinker.tokens.im_start).nonzero()[1]
+        return torch.cat([torch.tensor(self.processor.tokenizer.encode("\n")), prompt.input_ids[0, start:]])[None]
+
+
+def follow(row: Inputs, part: Inputs | None, input_ids: torch.Tensor) -> Inputs:
+    """One row that goes on with the media of another; input_ids [1, L] are those of both."""
+    media = row if part is None else join([row, part], pad=0)
+    return replace(media, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
 
 class ThinkerStage(Stage):
@@ -142,13 +179,13 @@ class LanguageStage(ThinkerStage):
 
 
 class EarsStage(Stage):
-    name, learns = "ears", ("thinker.audio_tower.", "ears_head.")
+    name, learns = "ears", ("thinker.audio_tower.",)
     about = "the audio encoder learns letters by CTC (in place of Whisper's weights)"
 
     def __init__(self, *args):
         super().__init__(*args)
         self.speech = corpus("listening", self.cache)
-        self.omni.ears_head = nn.Linear(self.omni.config.thinker.audio.output_dim, 32)  # thrown away afterwards
+        self.head = nn.Linear(self.omni.config.thinker.audio.output_dim, len(LETTERS) + 1)  # thrown away afterwards
         self.teacher = Teacher(self.omni.config, self.cache)
 
     def batch(self, step):
@@ -162,10 +199,13 @@ class EarsStage(Stage):
         log_probs, counts = self.log_probs(mels)
         return {"ctc": losses.ctc(log_probs, counts, letters)}
 
+    def parameters(self):
+        return {**super().parameters(), **{f"head.{n}": p for n, p in self.head.named_parameters()}}
+
     def log_probs(self, mels):
         """Letter log-probabilities [B, T, classes] of several clips, and their lengths [B]."""
         counts = torch.tensor([self.omni.thinker.audio_tower.token_count(m.shape[-1]) for m in mels])
-        scores = self.omni.ears_head(self.omni.thinker.audio_tower(mels)).log_softmax(-1)  # [sum of tokens, classes]
+        scores = self.head(self.omni.thinker.audio_tower(mels)).log_softmax(-1)  # [sum of tokens, classes]
         return nn.utils.rnn.pad_sequence(scores.split(counts.tolist()), batch_first=True), counts
 
     def sample(self):

@@ -1,0 +1,138 @@
+"""Command line: python -m minomni train | chat | report."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from . import ROOT, load
+from .errors import UserError
+
+QUESTIONS = ROOT / "data_samples" / "questions.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="python -m minomni", description="A small Qwen2.5-Omni: train it, talk with it, score it.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a size from scratch, stage by stage",
+                                description="Trains every stage that is not finished, two at a time, and writes runs/SIZE/model. "
+                                            "tiny takes about 20 minutes on two cores and 4 GB of memory.")
+    train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
+    train.add_argument("--stage", help="run this one stage only; --stages lists them")
+    train.add_argument("--stages", action="store_true", help="list the stages: what learns, for how long, from what")
+    train.add_argument("--resume", action="store_true", help="go on with an unfinished run, exactly where it stopped")
+    train.add_argument("--fresh", action="store_true", help="throw an earlier run away and start over")
+    train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
+    train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
+
+    chat = commands.add_parser("chat", help="ask one question, get text and speech",
+                               description="Media and text are asked in the order given. "
+                                           "Example: --image scene.png --audio question.wav --out reply.wav")
+    for kind in ("image", "audio", "video", "text"):
+        chat.add_argument(f"--{kind}", dest="content", action=Item, kind=kind, metavar="TEXT" if kind == "text" else "FILE",
+                          help=f"add {'some' if kind == 'text' else 'a'} {kind} to the question; may be repeated")
+    chat.add_argument("--samples", action="store_true", help="answer all questions of data_samples/ instead")
+    chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
+    chat.add_argument("--voice", help="who answers (default: the model's first voice)")
+    chat.add_argument("--out", type=Path, default=Path("reply.wav"), help="where the speech goes (default reply.wav)")
+    chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
+    chat.add_argument("--seed", type=int, default=0, help="of the voice's small variations (default 0)")
+    chat.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
+    chat.add_argument("--json", action="store_true", help="print one JSON object: text, audio, seconds, sample_rate, total_s")
+
+    report = commands.add_parser("report", help="score a model on held-out items with an outside judge",
+                                 description="Prints a report card: what share is right, with 95 %% intervals.")
+    report.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
+    report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
+    report.add_argument("--items", type=int, default=100, help="items a row (default 100)")
+    return top
+
+
+class Item(argparse.Action):
+    """Collects --image, --audio, --video and --text in the order in which they are given."""
+
+    def __init__(self, *args, kind, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def __call__(self, _parser, arguments, value, _option=None):
+        arguments.content = (arguments.content or []) + [{"type": self.kind, self.kind: value}]
+
+
+def run_train(arguments) -> None:
+    from .train import stages
+
+    if arguments.stages:
+        print(stages.timetable(arguments.size))
+        return
+    home = arguments.home or ROOT / "runs" / arguments.size
+    stages.begin(home, arguments.resume, arguments.fresh)
+    if arguments.stage:
+        stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, arguments.slot)
+        return
+    began = time.perf_counter()
+    stages.run_all(arguments.size, home, arguments.seed)
+    stages.graduation(arguments.size, home, arguments.seed)
+    print(f"trained in {time.perf_counter() - began:.0f} s: {home / 'model'}")
+
+
+def run_chat(arguments) -> None:
+    if arguments.samples:
+        answer_samples(arguments)
+        return
+    if not arguments.content:
+        raise UserError("nothing was asked; give --text, --audio, --image or --video")
+    omni = load(arguments.model)
+    reply = omni.respond([{"role": "user", "content": arguments.content}], voice=arguments.voice, seed=arguments.seed,
+                         speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
+    path = None
+    if not arguments.no_speech:
+        path = str(arguments.out)
+        reply.save(arguments.out)
+    if arguments.json:
+        print(json.dumps({"text": reply.text, "audio": path, "seconds": round(reply.seconds, 3),
+                          "sample_rate": reply.sample_rate, "total_s": round(reply.total_s, 3)}))
+    else:
+        print(reply.text + (f"\n{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s" if path else ""))
+
+
+def answer_samples(arguments) -> None:
+    """Answer every question of data_samples/questions.json and say where each wav is."""
+    omni = load(arguments.model)
+    folder = ROOT / "runs" / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in json.loads(QUESTIONS.read_text(encoding="utf-8")):
+        content = [{kind: value if kind == "text" else str(QUESTIONS.parent / value)} for part in entry["content"]
+                   for kind, value in part.items()]
+        reply = omni.respond([{"role": "user", "content": content}], voice=entry.get("voice"), seed=arguments.seed,
+                             use_audio_in_video=entry.get("use_audio_in_video", False))
+        path = folder / f"{entry['name']}.wav"
+        reply.save(path)
+        print(f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
+              f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)")
+
+
+def run_report(arguments) -> None:
+    from .train import report
+
+    card = report.measure(arguments.model, arguments.items)
+    print(json.dumps(card.fractions()) if arguments.json else card.markdown())
+
+
+def main() -> int:
+    """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
+    arguments = parser().parse_args()
+    try:
+        {"train": run_train, "chat": run_chat, "report": run_report}[arguments.command](arguments)
+    except UserError as error:
+        print(f"minomni: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
