@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConfig, DecoderConfig, DiTConfig, FlowConfig,
-                            MediaConfig, OmniConfig, SamplingConfig, TalkerConfig, ThinkerConfig, Token2WavConfig, TokenIds,
-                            VisionEncoderConfig)
+from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConfig, DecoderConfig, DiTConfig,
+                            FlowConfig, MediaConfig, OmniConfig, SamplingConfig, TalkerConfig, ThinkerConfig,
+                            Token2WavConfig, TokenIds, VisionEncoderConfig)
 from minomni.errors import UserError
 
-# Our names of the token ids, and the keys of thinker_config (talker_config for the three that steer speech).
+# Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
     "endoftext": "pad_token_id", "im_start": "bos_token_id", "im_end": "eos_token_id", "audio": "audio_token_index",
     "audio_bos": "audio_start_token_id", "audio_eos": "audio_end_token_id", "vision_bos": "vision_start_token_id",
@@ -25,7 +25,7 @@ TOKEN_KEYS = {
 }
 SPEECH_TOKEN_KEYS = {"tts_text_start": "tts_text_start_token_id", "tts_text_end": "tts_text_end_token_id",
                      "tts_text_pad": "tts_text_pad_token_id"}
-SHARED_TOKENS = ("audio", "audio_bos", "audio_eos", "vision_bos", "vision_eos", "image", "video")  # talker_config repeats them
+SHARED_TOKENS = ("audio", "audio_bos", "audio_eos", "vision_bos", "vision_eos", "image", "video")
 CODEC_KEYS = {"codec_pad": "tts_codec_pad_token_id", "codec_bos": "tts_codec_start_token_id",
               "codec_eos": "tts_codec_end_token_id", "codec_mask": "tts_codec_mask_token_id"}
 # The release's spelling of three DiT sizes, and the one that transformers reads and writes.
@@ -38,10 +38,10 @@ UNSAID = {
 }
 # Keys of the release, or of what transformers saves, that say nothing about the model.
 MEANINGLESS = frozenset((
-    "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype",  # who wrote it, and how it is stored
+    "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype",  # who wrote it and how
     "init_std", "initializer_range", "ignore_index", "problem_type",  # about training
     "attention_dropout", "activation_dropout", "encoder_layerdrop",  # zero everywhere
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",  # how to call it
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",  # how to call
     "id2label", "label2id", "is_encoder_decoder",  # written for every model
     "max_window_layers", "sliding_window", "layer_types",  # of a sliding window that use_sliding_window turns off
     "user_token_id", "enc_lin_neurons", "enc_global_context",  # read by nothing
@@ -68,15 +68,13 @@ def read_config(folder: Path) -> OmniConfig:
 
 
 def write_config(config: OmniConfig, folder: Path) -> None:
-    """Write config.json, generation_config.json and preprocessor_config.json, such that read_config gives `config` again."""
-    media = config.media
-    files = {"config.json": to_json(config),
-             "generation_config.json": {"thinker": asdict(config.thinker_sampling), "talker": asdict(config.talker_sampling),
-                                        "flow": asdict(config.flow)},
-             "preprocessor_config.json": {"min_pixels": media.image_min_pixels, "max_pixels": media.image_max_pixels,
-                                          "media": asdict(media)}}
-    for name, content in files.items():
-        write_json(Path(folder) / name, content)
+    """Write config.json, generation_config.json and preprocessor_config.json; read_config gives `config` again."""
+    folder, media = Path(folder), config.media
+    write_json(folder / "config.json", to_json(config))
+    settings = {"thinker": config.thinker_sampling, "talker": config.talker_sampling, "flow": config.flow}
+    write_json(folder / "generation_config.json", {key: asdict(value) for key, value in settings.items()})
+    pixels = {"min_pixels": media.image_min_pixels, "max_pixels": media.image_max_pixels}  # as the release says it
+    write_json(folder / "preprocessor_config.json", pixels | {"media": asdict(media)})
 
 
 def write_json(file: Path, data: dict) -> None:
@@ -116,8 +114,8 @@ def spell_as_release(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict
         if value is not None and data.setdefault(key, value) != value:
             raise UserError(f"{file}: {'.'.join(path)} says both {data[key]!r} and {value!r} for {key}; keep one")
     data.pop(MEANINGLESS_IN.get("".join(path[-1:])), None)
-    return UNSAID.get(path, {}) | {key: spell_as_release(value, file, path + (key,)) if isinstance(value, dict) else value
-                                   for key, value in data.items()}
+    inner = {key: spell_as_release(value, file, (*path, key)) for key, value in data.items() if isinstance(value, dict)}
+    return UNSAID.get(path, {}) | data | inner
 
 
 class Section:
@@ -137,7 +135,7 @@ class Section:
         return Section(self[key], f"{self.name}, {key}")
 
     def build(self, cls: type, keys: dict[str, str] | None = None, **known) -> Any:
-        """An instance of a config dataclass: each field from the key of its name, or as `keys` renames it, or as `known`."""
+        """A config dataclass: each field from the key of its name, or as `keys` renames it, or as `known`."""
         values = {field.name: self.typed((keys or {}).get(field.name, field.name), field.type)
                   for field in dataclasses.fields(cls) if field.name not in known}
         return cls(**values, **known)
@@ -159,16 +157,19 @@ def parse(data: dict, folder: Path) -> OmniConfig:
     """config.json in the release's spelling, and the two files beside it, as an OmniConfig."""
     root = Section(data, str(folder / "config.json"))
     thinker, talker, token2wav = (root.section(key) for key in ("thinker_config", "talker_config", "token2wav_config"))
-    thinker.data.setdefault("vision_token_id", thinker.typed("vision_start_token_id", int) + 2)  # left out by transformers
+    vision_pad = thinker.typed("vision_start_token_id", int) + 2
+    thinker.data.setdefault("vision_token_id", vision_pad)  # left out by transformers
     text = thinker.section("text_config")
     head_dim = text.typed("hidden_size", int) // max(text.typed("num_attention_heads", int), 1)
     text.data.setdefault("head_dim", head_dim)  # left out by the release
-    generation = Section(read_json(folder / "generation_config.json", optional=True), str(folder / "generation_config.json"))
+    speech = {name: talker.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()}
+    file = folder / "generation_config.json"
+    generation = Section(read_json(file, optional=True), str(file))
     return OmniConfig(
         thinker=thinker.build(
             ThinkerConfig, audio=thinker.section("audio_config").build(AudioEncoderConfig),
             vision=thinker.section("vision_config").build(VisionEncoderConfig), text=decoder(text),
-            tokens=thinker.build(TokenIds, TOKEN_KEYS, **{name: talker.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()})),
+            tokens=thinker.build(TokenIds, TOKEN_KEYS, **speech)),
         talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)),
         token2wav=Token2WavConfig(dit=token2wav.section("dit_config").build(DiTConfig, DIT_SPELLINGS),
                                   bigvgan=token2wav.section("bigvgan_config").build(BigVGANConfig)),
@@ -204,7 +205,7 @@ def parse_media(folder: Path) -> MediaConfig:
 
 
 def compare(given: dict, written: dict, where: str) -> None:
-    """Everything given must be something that we would write, with the same value. Raises UserError naming the first key."""
+    """Everything given must be what we would write, with the same value. Raises UserError naming the first key."""
     for key, value in given.items():
         if key in MEANINGLESS:
             continue
@@ -217,7 +218,7 @@ def compare(given: dict, written: dict, where: str) -> None:
 
 
 def to_json(config: OmniConfig) -> dict:
-    """What config.json says, in the release's layout; the DiT's sizes in both spellings, since transformers reads one only."""
+    """What config.json says, in the release's layout. The DiT's sizes are in both spellings: transformers reads one."""
     thinker, talker, token2wav = config.thinker, config.talker, config.token2wav
     ids, dit, base = asdict(thinker.tokens), asdict(token2wav.dit), "qwen2_5_omni"
     time = {"position_id_per_seconds": thinker.position_id_per_seconds, "seconds_per_chunk": thinker.seconds_per_chunk}
@@ -234,15 +235,17 @@ def to_json(config: OmniConfig) -> dict:
             "text_config": {"model_type": f"{base}_text", **decoder_json(thinker.text)},
         },
         "talker_config": {
-            "model_type": f"{base}_talker", "embedding_size": talker.embedding_size, **decoder_json(talker.decoder), **shared,
-            **time, **{key: ids[name] for name, key in SPEECH_TOKEN_KEYS.items()},
+            "model_type": f"{base}_talker", "embedding_size": talker.embedding_size, **decoder_json(talker.decoder),
+            **shared, **time, **{key: ids[name] for name, key in SPEECH_TOKEN_KEYS.items()},
             **{key: getattr(talker, name) for name, key in CODEC_KEYS.items()},
             "spatial_merge_size": thinker.vision.spatial_merge_size,
         },
         "token2wav_config": {
             "model_type": f"{base}_token2wav",
-            "dit_config": {"model_type": f"{base}_dit", **dit, **{short: dit[long] for long, short in DIT_SPELLINGS.items()}},
-            "bigvgan_config": {"model_type": f"{base}_bigvgan", "use_bias_at_final": False, **asdict(token2wav.bigvgan)},
+            "dit_config": {"model_type": f"{base}_dit", **dit,
+                           **{key: dit[name] for name, key in DIT_SPELLINGS.items()}},
+            "bigvgan_config": {"model_type": f"{base}_bigvgan", "use_bias_at_final": False,
+                               **asdict(token2wav.bigvgan)},
         },
     }
     return data | ({} if config.codec is None else {"codec_config": asdict(config.codec)})
@@ -251,4 +254,5 @@ def to_json(config: OmniConfig) -> dict:
 def decoder_json(config: DecoderConfig) -> dict:
     data = asdict(config)
     rope = {"mrope_section": data.pop("mrope_section"), "rope_type": "default", "type": "default"}
-    return {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False, **data, "rope_scaling": rope}
+    fixed = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
+    return fixed | data | {"rope_scaling": rope}

@@ -13,7 +13,8 @@ def turns(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     Of the head_dim/2 angles the first mrope_section[0] follow time, then height, then width (spec: paper sec. 2.2);
     where the three ids are equal, as in text, this is plain rotary.
     """
-    angles = position_ids[..., None] * frequencies(config.head_dim, config.rope_theta, position_ids.device)  # [3, B, L, d/2]
+    inverse = frequencies(config.head_dim, config.rope_theta, position_ids.device)
+    angles = position_ids[..., None] * inverse  # [3, B, L, d/2]
     sections = angles.split(config.mrope_section, dim=-1)
     angles = torch.cat([section[axis] for axis, section in enumerate(sections)], dim=-1)  # [B, L, d/2]
     angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, L, d]

@@ -41,7 +41,7 @@ def frequencies(size: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), a and b being the halves of the last axis: a quarter turn of every pair (x[j], x[j + half])."""
+    """(a, b) -> (-b, a), a and b being the halves of the last axis: a quarter turn of each pair x[j], x[j + half]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -74,7 +74,7 @@ def attend_slowly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 
 class KVCache:
-    """Keys and values of the tokens a decoder has seen, per layer [B, H_kv, length, d], in buffers that grow by half."""
+    """Keys and values of the tokens a decoder has seen, [B, H_kv, length, d] per layer, in buffers that grow."""
 
     def __init__(self, layers: int):
         self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
@@ -91,8 +91,8 @@ class KVCache:
         if self.buffers[layer] is None:
             self.buffers[layer] = (k, v)
         elif end > self.buffers[layer][0].shape[2]:
-            room = max(CACHE_STEP, end // 2)
-            self.buffers[layer] = tuple(F.pad(x[:, :, :start], (0, 0, 0, room + end - start)) for x in self.buffers[layer])
+            room = end - start + max(CACHE_STEP, end // 2)
+            self.buffers[layer] = tuple(F.pad(x[:, :, :start], (0, 0, 0, room)) for x in self.buffers[layer])
         keys, values = self.buffers[layer]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.lengths[layer] = end

@@ -34,8 +34,8 @@ def sample(logits: Tensor, history: Tensor | None, sampling: SamplingConfig, sup
            generator: torch.Generator | None = None) -> Tensor:
     """Choose the next id of every row. logits [B, V] -> ids [B] long.
 
-    history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty); suppress: ids that are never
-    chosen; temperature 0 takes the largest logit. The generator lives on the logits' device.
+    history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty); suppress: ids never chosen;
+    temperature 0 takes the largest logit. The generator lives on the logits' device.
     """
     logits = logits.float()
     if history is not None and sampling.repetition_penalty != 1.0:

@@ -1,7 +1,7 @@
 """Checkpoint folders: the only file that knows foreign tensor names and layouts.
 
-Our modules carry the checkpoint's names, so loading is a bijection: every stored tensor is used once, every parameter is
-filled once, every shape is equal, or one error lists the differences. Nothing is read before that is settled.
+Our modules carry the checkpoint's names, so loading is a bijection: every stored tensor is used once, every parameter
+is filled once, every shape is equal, or one error lists the differences. Nothing is read before that is settled.
 """
 
 import os
@@ -25,9 +25,9 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load f
 # Stored by some releases of transformers, computed by us.
 COMPUTED = {"token2wav.code2wav_dit_model.rotary_embed.inv_freq"}
 # All that a model folder may hold when save() is asked to replace it.
-KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.*", INDEX, "*.safetensors",
-               VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-               "added_tokens.json")
+KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.*", INDEX,
+               "*.safetensors", VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "vocab.json", "merges.txt", "added_tokens.json")
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the release stores and runs it
 SHARD_BYTES = 5_000_000_000
 
@@ -71,13 +71,13 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def inside(file: Path, folder: Path) -> bool:
-    """Whether a file really lies in the folder. A Hugging Face cache links from snapshots/<commit>/ to its own blobs/."""
-    homes = [folder.resolve()] + ([folder.resolve().parents[1] / "blobs"] if folder.resolve().parent.name == "snapshots" else [])
-    return file.resolve().parent in homes
+    """Whether a file really lies in the folder. Hugging Face's cache links from snapshots/x/ to its own blobs/."""
+    folder, home = folder.resolve(), file.resolve().parent
+    return home == folder or (folder.parent.name == "snapshots" and home == folder.parents[1] / "blobs")
 
 
 def headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
-    """{file: {tensor: shape}}, read without touching the tensors. Raises UserError for a broken shard or a wrong index."""
+    """{file: {tensor: shape}}, without reading the tensors. Raises UserError for a broken shard or a wrong index."""
     files, index = shard_files(folder)
     found = {}
     for file in files:
@@ -89,7 +89,8 @@ def headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     places = [(name, file.name) for file, names in found.items() for name in names]
     if index is not None and sorted(places) != sorted(index.items()):
         name, file = sorted(set(places) ^ set(index.items()))[0]
-        raise UserError(f"{folder / INDEX}: index and files disagree, first about {name!r} in {file!r}; copy the folder again")
+        raise UserError(f"{folder / INDEX}: index and files disagree, first about {name!r} in {file!r}; "
+                        f"copy the folder again")
     return found
 
 
@@ -108,19 +109,24 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
 
 def read_shard(file: Path, names: dict, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of one file, copied (so that the file can be replaced), in their precision, on the device."""
+    tensors = {}
     with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name).to(device, dtype if name.startswith(ANY_PRECISION) else torch.float32, copy=True)
-                for name in names if name not in COMPUTED}
+        for name in names:
+            if name not in COMPUTED:
+                precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
+                tensors[name] = shard.get_tensor(name).to(device, precision, copy=True)
+    return tensors
 
 
 def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cpu") -> dict[str, Voice]:
-    """The voices of a spk_dict.pt, none where there is no file. Read as data: code in it is refused. Raises UserError."""
+    """The voices of a spk_dict.pt, none where there is no file. Read as data, code is refused. Raises UserError."""
     if not file.exists():
         return {}
     try:
         data = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # what a broken or hostile pickle raises is up to its author
-        raise UserError(f"{file}: is cut short or wants to run code ({type(error).__name__}); get it from its source again") from None
+        raise UserError(f"{file}: is cut short or wants to run code ({type(error).__name__}); "
+                        f"get it from its source again") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: holds a {type(data).__name__}, not a dictionary of voices")
     return {str(name): voice_from(file, name, entry, config) for name, entry in data.items()}
@@ -133,9 +139,11 @@ def voice_from(file: Path, name: str, entry: dict, config: OmniConfig) -> Voice:
         bos, cond, ref_mel = int(entry["bos_token"]), entry["cond"].float(), entry["ref_mel"].float()
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{file}: voice {name!r} must have an id bos_token and tensors cond and ref_mel") from None
-    if not 0 <= bos < rows or cond.shape != (1, dit.enc_emb_dim) or ref_mel.ndim != 3 or ref_mel.shape[::2] != (1, dit.mel_dim):
-        raise UserError(f"{file}: voice {name!r} has bos_token {bos}, cond {list(cond.shape)}, ref_mel {list(ref_mel.shape)}; expected "
-                        f"an id below {rows}, [1, {dit.enc_emb_dim}] and [1, frames, {dit.mel_dim}]")
+    fits = cond.shape == (1, dit.enc_emb_dim) and ref_mel.ndim == 3 and ref_mel.shape[::2] == (1, dit.mel_dim)
+    if not 0 <= bos < rows or not fits:
+        raise UserError(f"{file}: voice {name!r} has bos_token {bos}, cond {list(cond.shape)}, ref_mel "
+                        f"{list(ref_mel.shape)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
+                        f"[1, frames, {dit.mel_dim}]")
     return Voice(str(name), bos, cond, ref_mel)
 
 
@@ -155,8 +163,8 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
         write_config(omni.config, fresh)
         write_tensors(omni.state_dict(), fresh, shard_bytes)
         if omni.voices:
-            torch.save({voice.name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
-                        for voice in omni.voices.values()}, fresh / VOICES)
+            torch.save({name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
+                        for name, voice in omni.voices.items()}, fresh / VOICES)
         if omni.tokenizer is not None:
             omni.tokenizer.save(fresh)
         if folder.exists():
@@ -170,7 +178,7 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors in order into files of at most shard_bytes each (a larger tensor gets its own), with an index if many."""
+    """Write tensors in order into files of at most shard_bytes (a larger one gets its own), with an index if many."""
     shards, room = [{}], shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
@@ -178,9 +186,11 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
             room = shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    files = [WHOLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    count = len(shards)
+    files = [WHOLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for file, shard in zip(files, shards):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        save_file(plain, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                  "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}

@@ -15,29 +15,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, DecoderConfig, DiTConfig, OmniConfig, SamplingConfig,
-                            TalkerConfig, ThinkerConfig, Token2WavConfig, TokenIds, VisionEncoderConfig)
+from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, DecoderConfig, DiTConfig, OmniConfig,
+                            SamplingConfig, TalkerConfig, ThinkerConfig, Token2WavConfig, TokenIds, VisionEncoderConfig)
 from minomni.config_json import plain, to_json
 from minomni.inputs.prompt import Inputs
 from minomni.token2wav.speaker import Voice
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSION = "5.23.0"
-TOKENS = TokenIds(endoftext=410, im_start=408, im_end=409, audio=401, audio_bos=402, audio_eos=403, vision_bos=404, vision_eos=405,
-                  vision_pad=416, image=406, video=407, tts_text_start=412, tts_text_end=413, tts_text_pad=411)
+TOKENS = TokenIds(endoftext=410, im_start=408, im_end=409, audio=401, audio_bos=402, audio_eos=403, vision_bos=404,
+                  vision_eos=405, vision_pad=416, image=406, video=407, tts_text_start=412, tts_text_end=413,
+                  tts_text_pad=411)
 
 # Small, and as crooked as the release: heads x head_dim is not the width, heads share keys, windows are ragged.
 # num_embeds: a random Talker says any id, and transformers lets it; here all of them are in the DiT's table.
 CONFIG = OmniConfig(
     thinker=ThinkerConfig(
-        audio=AudioEncoderConfig(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-                                 n_window=100, max_source_positions=1500, output_dim=64),
-        vision=VisionEncoderConfig(depth=4, hidden_size=32, intermediate_size=44, num_heads=2, in_channels=3, patch_size=14,
-                                   temporal_patch_size=2, spatial_merge_size=2, window_size=112, fullatt_block_indexes=(1, 3),
-                                   out_hidden_size=64),
+        audio=AudioEncoderConfig(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=2,
+                                 encoder_ffn_dim=64, n_window=100, max_source_positions=1500, output_dim=64),
+        vision=VisionEncoderConfig(depth=4, hidden_size=32, intermediate_size=44, num_heads=2, in_channels=3,
+                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
+                                   fullatt_block_indexes=(1, 3), out_hidden_size=64),
         text=DecoderConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                           num_key_value_heads=2, head_dim=16, vocab_size=512, max_position_embeddings=4096, rms_norm_eps=1e-6,
-                           rope_theta=1e6, mrope_section=(2, 3, 3)),
+                           num_key_value_heads=2, head_dim=16, vocab_size=512, max_position_embeddings=4096,
+                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(2, 3, 3)),
         tokens=TOKENS, position_id_per_seconds=25, seconds_per_chunk=2),
     talker=TalkerConfig(
         embedding_size=64,
@@ -48,9 +49,9 @@ CONFIG = OmniConfig(
     token2wav=Token2WavConfig(
         dit=DiTConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=16, ff_mult=2, emb_dim=32,
                       num_embeds=8447, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(1,),
-                      look_backward_layers=(0, 2), rope_theta=1e4, enc_emb_dim=12, enc_dim=8, enc_channels=(16, 16, 16, 16, 48),
-                      enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=8,
-                      enc_res2net_scale=4, enc_se_channels=8),
+                      look_backward_layers=(0, 2), rope_theta=1e4, enc_emb_dim=12, enc_dim=8,
+                      enc_channels=(16, 16, 16, 16, 48), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
+                      enc_attention_channels=8, enc_res2net_scale=4, enc_se_channels=8),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=128, upsample_rates=(5, 3, 2, 2, 2, 2),
                               upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
                               resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
@@ -67,7 +68,7 @@ def numbers(name: str, *shape: int) -> np.ndarray:
 
 
 def scale(name: str, shape: torch.Size) -> float:
-    """Wide heads, so that the largest logit stands clear of float noise; a quiet vocoder, so that no sample is clipped."""
+    """Wide heads, so that the largest logit stands clear of float noise; a quiet vocoder: nothing is clipped."""
     if "embed_tokens" in name or "codec_embed" in name or "audio_bos_eos" in name:
         return 1.0
     fan_in = shape[0] * shape[2] / 2 if ".ups." in name else math.prod(shape[1:])
@@ -119,7 +120,8 @@ class Prompt:
     def __init__(self, *items):
         self.mels, self.images, self.videos = [], [], []
         body = [token for item in items for token in self.tokens(*item)]
-        self.ids = [TOKENS.im_start, *words(1, 5), TOKENS.im_end, TOKENS.im_start, *body, TOKENS.im_end, TOKENS.im_start, *words(2, 2)]
+        start, end = TOKENS.im_start, TOKENS.im_end
+        self.ids = [start, *words(1, 5), end, start, *body, end, start, *words(2, 2)]
 
     def tokens(self, kind: str, size, sound: int = 0) -> list[int]:
         """text n | audio frames | image grid | video grid | av grid, frames"""
@@ -194,7 +196,8 @@ def hf_inputs(case: str) -> dict:
 
 def hf_name(name: str) -> str:
     """A tensor's name in a checkpoint, from its name in the official model's memory."""
-    for memory, stored in (("thinker.model.audio_tower.", "thinker.audio_tower."), ("thinker.model.visual.", "thinker.visual."),
+    for memory, stored in (("thinker.model.audio_tower.", "thinker.audio_tower."),
+                           ("thinker.model.visual.", "thinker.visual."),
                            ("thinker.model.language_model.", "thinker.model.")):
         if name.startswith(memory):
             return stored + name[len(memory):]
@@ -240,7 +243,10 @@ class Ears:
 
     def on(self, module, name, what) -> None:
         """what(args, kwargs, output) is kept under the name, call after call."""
-        keep = lambda _, args, kwargs, output: self.heard.setdefault(name, []).append(what(args, kwargs, output).detach().clone())
+
+        def keep(_, args, kwargs, output):
+            self.heard.setdefault(name, []).append(what(args, kwargs, output).detach().clone())
+
         self.handles.append(module.register_forward_hook(keep, with_kwargs=True))
 
     def off(self) -> dict[str, list[torch.Tensor]]:
@@ -262,13 +268,14 @@ def ask_official(model, case: str, free: dict[str, np.ndarray] | None = None) ->
     ears.on(talker.model, "talker_inputs", lambda a, k, out: k["inputs_embeds"])
     ears.on(talker, "talker_logits", lambda a, k, out: out.logits[:, -1])
     ears.on(token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
-    hook = token2wav.register_forward_pre_hook(lambda _, args: ears.heard.setdefault("codes", []).append(args[0].clone()))
+    ears.on(token2wav, "codes", lambda a, k, out: a[0])
     torch.manual_seed(0)
     ids, waves = model.generate(
         **hf_inputs(case), speaker="Chelsie", thinker_do_sample=False, talker_do_sample=False,
-        thinker_max_new_tokens=config.thinker_sampling.max_new_tokens, talker_max_new_tokens=config.talker_sampling.max_new_tokens,
-        thinker_eos_token_id=config.thinker.tokens.im_end, talker_eos_token_id=[config.talker.codec_pad, config.talker.codec_eos])
-    hook.remove()
+        thinker_max_new_tokens=config.thinker_sampling.max_new_tokens,
+        thinker_eos_token_id=config.thinker.tokens.im_end,
+        talker_max_new_tokens=config.talker_sampling.max_new_tokens,
+        talker_eos_token_id=[config.talker.codec_pad, config.talker.codec_eos])
     heard = ears.off()
     return digest(inputs(case).attention_mask, heard, ids[:, inputs(case).input_ids.shape[1]:],
                   [row[0] for row in heard["codes"]], waves if isinstance(waves, list) else [waves])

@@ -92,7 +92,8 @@ def test_cached_step_ignores_left_padding():
     whole = model(embeds, position_ids)
     mask, cache = F.pad(torch.ones(1, 6), (4, 0)), model.new_cache()
     with torch.no_grad():
-        model(F.pad(embeds[:, :5], (0, 0, 4, 0), value=3.0), F.pad(position_ids[:, :, :5], (4, 0), value=1), mask[:, :9], cache)
+        padded = F.pad(embeds[:, :5], (0, 0, 4, 0), value=3.0)
+        model(padded, F.pad(position_ids[:, :, :5], (4, 0), value=1), mask[:, :9], cache)
         step = model(embeds[:, 5:], position_ids[:, :, 5:], mask, cache)
     torch.testing.assert_close(step, whole[:, 5:], rtol=0, atol=1e-5)
 
@@ -106,7 +107,8 @@ def test_initial_stream_keeps_its_variance():
 
 
 def settings(**changes):
-    return dataclasses.replace(TINY.talker_sampling, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, **changes)
+    plain = dataclasses.replace(TINY.talker_sampling, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    return dataclasses.replace(plain, **changes)
 
 
 def frequencies_of(logits, sampling, draws=4000, **kwargs):
@@ -123,7 +125,7 @@ def test_sampling_follows_the_softmax():
 
 def test_greedy_penalty_and_suppression():
     logits = torch.tensor([[3.0, 2.9, -1.0], [3.0, 2.9, -1.0]])
-    greedy = dataclasses.replace(settings(), temperature=0.0, repetition_penalty=1.05)
+    greedy = settings(temperature=0.0, repetition_penalty=1.05)
     seen = torch.tensor([[True, False, False], [False, False, False]])
     assert sample(logits, seen, greedy).tolist() == [1, 0]
     assert sample(logits, seen, greedy, suppress=[0, 1]).tolist() == [2, 2]
@@ -133,7 +135,7 @@ def test_greedy_penalty_and_suppression():
 
 def test_top_k_and_top_p_keep_the_right_ids():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
-    kept = lambda **changes: frequencies_of(logits, dataclasses.replace(settings(), **changes)).nonzero()[:, 0].tolist()
+    kept = lambda **changes: frequencies_of(logits, settings(**changes)).nonzero()[:, 0].tolist()
     assert kept(top_k=2) == [0, 1]
     assert kept(top_k=99) == [0, 1, 2, 3]
     assert kept(top_p=0.81) == [0, 1, 2]  # 0.5 + 0.3 do not reach 0.81

@@ -1,4 +1,4 @@
-"""Thinker and Talker as machines: batches equal single rows, teacher forcing equals speaking, nothing forbidden is said."""
+"""Thinker and Talker: batches equal single rows, teacher forcing equals speaking, no forbidden id is said."""
 
 import dataclasses
 
@@ -23,8 +23,12 @@ def prompts(*lengths):
     """Text prompts of random ids, left-padded to one batch."""
     rows = [torch.randint(10, 400, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     pad = [max(lengths) - n for n in lengths]
-    return Inputs(torch.stack([F.pad(row, (p, 0), value=TOKENS.endoftext) for row, p in zip(rows, pad)]),
-                  torch.stack([F.pad(torch.ones_like(row), (p, 0)) for row, p in zip(rows, pad)]), [], None, [], None, [], [])
+    ids = torch.stack([F.pad(row, (p, 0), value=TOKENS.endoftext) for row, p in zip(rows, pad)])
+    return text_only(ids, torch.stack([F.pad(torch.ones_like(row), (p, 0)) for row, p in zip(rows, pad)]))
+
+
+def text_only(ids, mask):
+    return Inputs(ids, mask, [], None, [], None, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_reply_states_are_what_a_full_pass_gives(thinker):
     inputs = prompts(7)
     reply = answers(thinker, inputs)
     ids = torch.cat((inputs.input_ids, torch.tensor([reply.tokens[0][:-1]])), dim=1)
-    whole = thinker.read(Inputs(ids, torch.ones_like(ids), [], None, [], None, [], []))
+    whole = thinker.read(text_only(ids, torch.ones_like(ids)))
     torch.testing.assert_close((whole.hidden + whole.text_embeds)[0, 7:], reply.reply_states[0], **CLOSE)
     assert thinker.lm_head(whole.hidden[0, 6:]).argmax(-1).tolist() == reply.tokens[0]
 
@@ -107,7 +111,8 @@ def test_media_and_places_must_match(thinker):
 def test_gradients_reach_every_part(thinker):
     inputs = prompts(20)
     inputs.input_ids[0, 2:5], inputs.input_ids[0, 6:10] = TOKENS.audio, TOKENS.image
-    inputs = dataclasses.replace(inputs, mels=[torch.randn(128, 12)], image_patches=torch.randn(16, 1176), image_grids=[(1, 4, 4)])
+    inputs = dataclasses.replace(inputs, mels=[torch.randn(128, 12)], image_patches=torch.randn(16, 1176),
+                                 image_grids=[(1, 4, 4)])
     thinker.zero_grad()
     thinker(inputs).logsumexp(-1).sum().backward()
     without = [name for name, p in thinker.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
@@ -122,7 +127,8 @@ def test_teacher_forced_logits_equal_spoken_ones(thinker, talker):
     logits = talker(embeds, position_ids, mask)
     for row, spoken in enumerate(codes):
         here = slice(row, row + 1)
-        one = Script(both.prompt[here], both.position_ids[:, here], both.attention_mask[here], both.voice[here], both.text[here])
+        one = Script(both.prompt[here], both.position_ids[:, here], both.attention_mask[here], both.voice[here],
+                     both.text[here])
         first, state = talker.prefill(one)
         steps = [first] + [talker.step(code[None], one.text[0][min(i + 1, len(one.text[0]) - 1)][None], state)
                            for i, code in enumerate(spoken)]

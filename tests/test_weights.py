@@ -1,4 +1,4 @@
-"""Checkpoint folders: an official one is loaded as it is, ours come back as they were, and every broken one is refused by name."""
+"""Checkpoint folders: official ones load as they are, ours come back as they were, broken ones are refused by name."""
 
 import dataclasses
 import json
@@ -31,7 +31,8 @@ def omni():
     model = Omni(oracle.CONFIG).eval()
     oracle.fill(model.state_dict())
     model.voices = oracle.voices()
-    model.tokenizer = Tokenizer.train(["the red circle is left of the blue square"] * 3, 270, special_tokens(oracle.TOKENS))
+    sentences = ["the red circle is left of the blue square"] * 3
+    model.tokenizer = Tokenizer.train(sentences, 270, special_tokens(oracle.TOKENS))
     return model
 
 
@@ -90,7 +91,8 @@ def test_saved_folder_comes_back(omni, saved):
     assert again.voices.keys() == omni.voices.keys()
     for name, voice in omni.voices.items():
         assert again.voices[name].bos_token == voice.bos_token
-        assert torch.equal(again.voices[name].cond, voice.cond) and torch.equal(again.voices[name].ref_mel, voice.ref_mel)
+        assert torch.equal(again.voices[name].cond, voice.cond)
+        assert torch.equal(again.voices[name].ref_mel, voice.ref_mel)
     assert again.tokenizer.encode("the blue circle<|im_end|>") == omni.tokenizer.encode("the blue circle<|im_end|>")
     assert all(p.requires_grad and not p.is_meta for p in again.parameters())
 
@@ -152,10 +154,12 @@ def test_folder_written_by_transformers(transformers, tmp_path):
     model = weights.load(tmp_path)
     theirs = {oracle.hf_name(name): tensor for name, tensor in official.state_dict().items()}
     ours = model.state_dict()
-    assert len(index_of(tmp_path)) == len(ours) and all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    assert len(index_of(tmp_path)) == len(ours)
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
     assert model.config.talker == oracle.CONFIG.talker and model.config.token2wav == oracle.CONFIG.token2wav
     assert model.config.thinker.text == oracle.CONFIG.thinker.text
-    assert model.thinker.generate(oracle.inputs("mixed"), oracle.CONFIG.thinker_sampling).tokens == oracle.golden("mixed")["tokens"].tolist()
+    reply = model.thinker.generate(oracle.inputs("mixed"), oracle.CONFIG.thinker_sampling)
+    assert reply.tokens == oracle.golden("mixed")["tokens"].tolist()
 
 
 def test_folder_read_by_transformers(transformers, saved):
@@ -174,8 +178,9 @@ def test_one_error_lists_all_differences(folder):
         tensors["token2wav.code2wav_dit_model.proj_out.bias"] = torch.zeros(7)
 
     edit(folder, change)
-    refuse(folder, "2 missing: talker.codec_head.weight, thinker.lm_head.weight", "1 extra: thinker.visual.extra.weight",
-           r"1 of another shape: token2wav.code2wav_dit_model.proj_out.bias is \[7\], expected \[80\]", re.escape(str(folder)))
+    refuse(folder, re.escape(str(folder)), "2 missing: talker.codec_head.weight, thinker.lm_head.weight",
+           "1 extra: thinker.visual.extra.weight",
+           r"1 of another shape: token2wav.code2wav_dit_model.proj_out.bias is \[7\], expected \[80\]")
 
 
 def test_only_the_documented_extra_is_tolerated(folder, omni):
@@ -251,13 +256,17 @@ def test_voices_that_want_to_run_code(folder, tmp_path):
     assert not mark.exists()
 
 
+def entry(bos=5, cond=(1, 12), ref_mel=(1, 9, 80)):
+    return {"bos_token": bos, "cond": torch.zeros(cond), "ref_mel": torch.zeros(ref_mel)}
+
+
 @pytest.mark.parametrize("content, message", [
     ([1, 2], "holds a list, not a dictionary of voices"),
     ({"A": {"bos_token": 5}}, "voice 'A' must have"),
     ({"A": 3}, "voice 'A' must have"),
-    ({"A": {"bos_token": 512, "cond": torch.zeros(1, 12), "ref_mel": torch.zeros(1, 9, 80)}}, "bos_token 512.*an id below 512"),
-    ({"A": {"bos_token": 5, "cond": torch.zeros(1, 192), "ref_mel": torch.zeros(1, 9, 80)}}, r"cond \[1, 192\].*\[1, 12\]"),
-    ({"A": {"bos_token": 5, "cond": torch.zeros(1, 12), "ref_mel": torch.zeros(9, 80)}}, r"ref_mel \[9, 80\]"),
+    ({"A": entry(bos=512)}, "bos_token 512.*an id below 512"),
+    ({"A": entry(cond=(1, 192))}, r"cond \[1, 192\].*\[1, 12\]"),
+    ({"A": entry(ref_mel=(9, 80))}, r"ref_mel \[9, 80\]"),
 ])
 def test_voices_of_another_shape(folder, content, message):
     torch.save(content, folder / weights.VOICES)
@@ -302,4 +311,5 @@ def test_same_seed_same_wave(omni):
 
 
 def test_importing_needs_no_transformers():
-    subprocess.run([sys.executable, "-c", "import minomni.omni, minomni.weights, sys; assert 'transformers' not in sys.modules"], check=True)
+    code = "import minomni.omni, minomni.weights, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

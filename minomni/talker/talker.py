@@ -53,9 +53,10 @@ def text(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
 
 def script(reply: ThinkerReply, voices: list[int], tokens: TokenIds, table: nn.Embedding) -> Script:
     """Turn an answer into a script. voices: token id of the voice of each row; table: the Thinker's embeddings."""
-    marks = table(torch.tensor([tokens.tts_text_end, tokens.tts_text_pad], device=table.weight.device))  # [2, E]
+    ids = torch.tensor([tokens.tts_text_end, tokens.tts_text_pad, *voices], device=table.weight.device)
+    end, pad, *voices = table(ids)  # [E] each
     return Script(reply.prompt_hidden + reply.prompt_text_embeds, reply.position_ids, reply.attention_mask,
-                  table(torch.tensor(voices, device=table.weight.device)), [text(row, *marks) for row in reply.reply_states])
+                  torch.stack(voices), [text(row, end, pad) for row in reply.reply_states])
 
 
 class Talker(nn.Module):
@@ -81,8 +82,9 @@ class Talker(nn.Module):
         return self.model.embed_tokens(torch.as_tensor(codes, device=self.codec_head.weight.device))
 
     def opening(self, script: Script) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompt, voice and first line -> (embeds [B, L + 2, E], position_ids [3, B, L + 2], attention_mask [B, L + 2])."""
-        first = torch.stack([row[0] if len(row) else torch.zeros_like(voice) for row, voice in zip(script.text, script.voice)])
+        """Prompt, voice, line 0 -> (embeds [B, L + 2, E], position_ids [3, B, L + 2], attention_mask [B, L + 2])."""
+        silence = torch.zeros_like(script.voice[0])
+        first = torch.stack([row[0] if len(row) else silence for row in script.text])  # [B, E]
         voice = script.voice + self.code_embeds(self.config.codec_pad)  # [B, E]
         start = first + self.code_embeds(self.config.codec_bos)  # [B, E]
         last = script.position_ids[:, :, -1:]  # the prompt ends in text, and the two go on from there
@@ -140,7 +142,7 @@ class Talker(nn.Module):
 
     def generate(self, script: Script, sampling: SamplingConfig, table_rows: int,
                  generator: torch.Generator | None = None) -> list[Tensor]:
-        """Speak a batch of scripts -> per row the codes before the stop id [n], all below table_rows; no text, no codes."""
+        """Speak a batch of scripts -> per row codes before the stop id [n], all below table_rows; none without text."""
         steps = list(self.steps(script, sampling, table_rows, generator))
         rows = torch.stack(steps, dim=1) if steps else torch.zeros(len(script.text), 0, dtype=torch.long)  # [B, n]
         ends = (rows == self.config.codec_pad) | (rows == self.config.codec_eos)
@@ -164,5 +166,6 @@ class Talker(nn.Module):
                 begin = embeds.shape[1] - 1
                 targets[row, begin:begin + len(spoken)] = spoken.to(device)
                 targets[row, begin + len(spoken)] = self.config.codec_eos
-        return (torch.cat((embeds, pad_sequence(tails, batch_first=True)), dim=1), torch.cat((position_ids, positions), dim=2),
-                torch.cat((mask, (later < lengths[:, None]).to(mask.dtype)), dim=1), targets)
+        embeds = torch.cat((embeds, pad_sequence(tails, batch_first=True)), dim=1)  # [B, T, E]
+        mask = torch.cat((mask, (later < lengths[:, None]).to(mask.dtype)), dim=1)  # [B, T]
+        return embeds, torch.cat((position_ids, positions), dim=2), mask, targets

@@ -75,7 +75,7 @@ class AudioEncoder(nn.Module):
         initialise(self, config.encoder_layers)
 
     def blocks(self, mels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Cut clips [bands, F] into blocks, padded to the longest. -> [blocks, bands, W], frames of each block [blocks]."""
+        """Cut clips [bands, F] into blocks, padded to the longest -> [blocks, bands, W], frames of each [blocks]."""
         pieces = [piece for mel in mels for piece in mel.split(2 * self.config.n_window, dim=1) if piece.shape[1]]
         lengths = [piece.shape[1] for piece in pieces]
         padded = [F.pad(piece, (0, max(lengths) - piece.shape[1])) for piece in pieces]
@@ -92,7 +92,7 @@ class AudioEncoder(nn.Module):
         return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
 
     def forward(self, mels: list[Tensor]) -> Tensor:
-        """Listen to clips. mels: list of [num_mel_bins, F] -> tokens of all clips, packed [sum of token_count(F), output_dim].
+        """Listen to clips: list of [num_mel_bins, F] -> tokens of all, packed [sum of token_count(F), output_dim].
 
         Positions restart in every block. Release behaviour: pool, then ln_post, then proj.
         """

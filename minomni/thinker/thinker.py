@@ -1,4 +1,4 @@
-"""The Thinker: text, sound and pictures in one sequence, read by a decoder that answers in text (spec: paper sec. 2.1)."""
+"""The Thinker: text, sound and pictures in one sequence, and a decoder that answers in text (spec: paper sec. 2.1)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,9 +43,10 @@ class ThinkerReply:
 
 def place(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
     """Put features [n, D] in order into the n places where [B, L] is true of embeds [B, L, D]."""
-    if int(where.sum()) != len(features):
-        raise UserError(f"the prompt has {int(where.sum())} places for {name}, and the {name} given make {len(features)} "
-                        f"tokens; build prompts with Processor, or give exactly the media that the prompt names")
+    places = int(where.sum())
+    if places != len(features):
+        raise UserError(f"the prompt has {places} places for {name}, and the {name} given make {len(features)} tokens; "
+                        f"build prompts with Processor, or give exactly the media that the prompt names")
     return embeds.masked_scatter(where[..., None], features.to(embeds.dtype))  # [B, L, D]
 
 
@@ -91,7 +92,8 @@ class Thinker(nn.Module):
         """
         length, context = inputs.input_ids.shape[1], self.config.text.max_position_embeddings
         if length > context:
-            raise UserError(f"the prompt has {length} tokens and the context holds {context}; shorten the text or the media")
+            raise UserError(f"the prompt has {length} tokens and the context holds {context}; "
+                            f"shorten the text or the media")
         embeds, text_embeds = self.embed(inputs)
         mask, ids = inputs.attention_mask.to(self.device), inputs.input_ids.to(self.device)
         position_ids = tmrope_ids(inputs, self.config).to(self.device)
@@ -114,7 +116,8 @@ class Thinker(nn.Module):
         position = next_position(reading.position_ids, mask)  # [B]
         history = mask.new_zeros(len(mask), self.config.text.vocab_size, dtype=torch.bool)
         history.scatter_(1, reading.input_ids, True)
-        history[:, tokens.endoftext] = (reading.input_ids.eq(tokens.endoftext) & mask.bool()).any(1)  # padding is not history
+        said = reading.input_ids.eq(tokens.endoftext) & mask.bool()  # padding is not history
+        history[:, tokens.endoftext] = said.any(1)
         done, hidden, state = torch.zeros_like(position, dtype=torch.bool), reading.hidden[:, -1], None
         for step in range(min(sampling.max_new_tokens, self.config.text.max_position_embeddings - mask.shape[1])):
             if step:
@@ -123,7 +126,8 @@ class Thinker(nn.Module):
                 here = (position + step - 1).expand(3, -1)[..., None]  # [3, B, 1]
                 hidden = self.model(words, here, mask, reading.cache)[:, 0]  # [B, D]
                 state = hidden + words[:, 0]
-            ids = sample(self.lm_head(hidden), history, sampling, generator=generator).masked_fill(done, tokens.endoftext)
+            ids = sample(self.lm_head(hidden), history, sampling, generator=generator)  # [B]
+            ids = ids.masked_fill(done, tokens.endoftext)
             history.scatter_(1, ids[:, None], True)
             yield ids, state
             done = done | (ids == tokens.im_end)
@@ -131,12 +135,13 @@ class Thinker(nn.Module):
                 return
 
     @torch.no_grad()
-    def generate(self, inputs: Inputs, sampling: SamplingConfig, generator: torch.Generator | None = None) -> ThinkerReply:
+    def generate(self, inputs: Inputs, sampling: SamplingConfig,
+                 generator: torch.Generator | None = None) -> ThinkerReply:
         """Answer a batch of prompts. Raises UserError for a prompt that is longer than the context."""
-        reading = self.read(inputs, self.model.new_cache())
+        reading, end = self.read(inputs, self.model.new_cache()), self.config.tokens.im_end
         steps = list(self.steps(reading, sampling, generator))
         rows = torch.stack([ids for ids, _ in steps], dim=1).tolist() if steps else [[]] * len(reading.hidden)
-        tokens = [row[:row.index(self.config.tokens.im_end) + 1] if self.config.tokens.im_end in row else row for row in rows]
+        tokens = [row[:row.index(end) + 1] if end in row else row for row in rows]
         nothing = reading.hidden[:, 0, None][:, :0]  # [B, 0, D]
         states = torch.cat([nothing, *(state[:, None] for _, state in steps[1:])], dim=1)  # [B, n - 1, D]
         return ThinkerReply(tokens, reading.hidden, reading.text_embeds,

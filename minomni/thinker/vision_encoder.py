@@ -29,7 +29,7 @@ class Segments:
 
 
 def patch_places(grid: Grid, merge: int) -> Tensor:
-    """Frame pair, row and column of each patch in reading order: cell after cell, row by row inside a cell. -> [N, 3]."""
+    """Frame pair, row and column of each patch in reading order: cell by cell, row by row inside a cell -> [N, 3]."""
     t, gh, gw = grid
     places = torch.cartesian_prod(torch.arange(t), torch.arange(gh), torch.arange(gw))  # [N, 3]
     places = places.view(t, gh // merge, merge, gw // merge, merge, 3)
@@ -130,7 +130,7 @@ class VisionEncoder(nn.Module):
         return segment(windows, angles), segment(places[:, :2], angles)
 
     def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
-        """Look at pictures or clips. patches [N, patch_dim] in reading order; grids in patches, their products add up to N.
+        """Look at pictures or clips: patches [N, patch_dim] in reading order, grids whose products add up to N.
 
         -> tokens [N / spatial_merge_size^2, out_hidden_size], in reading order of the merge cells.
         """
