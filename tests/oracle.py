@@ -1,6 +1,6 @@
 """The official code on a small random checkpoint, as the thing to agree with.
 
-    python tests/oracle.py        # writes tests/golden/*.npz again; needs transformers 5.23.0
+    python -m tests.oracle        # writes tests/golden/*.npz again; needs transformers 5.23.0
 
 Weights are drawn tensor by tensor from numpy's frozen RandomState, seeded by the tensor's name, so both codes fill
 themselves with the same numbers, and what the official one answered (tests/golden) is proof on machines without it.
@@ -50,7 +50,8 @@ CONFIG = OmniConfig(
         dit=DiTConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=16, ff_mult=2, emb_dim=32,
                       num_embeds=8447, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(1,),
                       look_backward_layers=(0, 2), rope_theta=1e4, enc_emb_dim=12, enc_dim=8,
-                      enc_channels=(16, 16, 16, 16, 48), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
+                      enc_channels=(16, 16, 16, 16, 48), enc_kernel_sizes=(5, 3, 3, 3, 1),
+                      enc_dilations=(1, 2, 3, 4, 1),
                       enc_attention_channels=8, enc_res2net_scale=4, enc_se_channels=8),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=128, upsample_rates=(5, 3, 2, 2, 2, 2),
                               upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
