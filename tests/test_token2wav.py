@@ -56,16 +56,17 @@ def ask_official() -> dict[str, np.ndarray]:
     velocity = dit(NOISE, VOICE.ref_mel, cond, CODES, torch.tensor(TIME), apply_cfg=False)
     with mock.patch("torch.randn", lambda *args, **kwargs: NOISE.clone()):
         mel = dit.sample(VOICE.cond, VOICE.ref_mel, CODES)
-    answers = {"speaker": speaker.reshape(1, -1), "velocity": velocity, "mel": mel, "wave": official.code2wav_bigvgan_model(mel)}
-    return {name: np.asarray(x.reshape(1, -1) if name == "wave" else x) for name, x in answers.items()}
+    wave = official.code2wav_bigvgan_model(mel)
+    answers = {"speaker": speaker.reshape(1, -1), "velocity": velocity, "mel": mel, "wave": wave.reshape(1, -1)}
+    return {name: np.asarray(x) for name, x in answers.items()}
 
 
 @torch.no_grad()
 def ask_ours(model: Token2Wav) -> dict[str, torch.Tensor]:
     dit, voice = model.code2wav_dit_model, (VOICE.cond, VOICE.ref_mel)
     mel = dit.sample(CODES, *voice, FLOW, NOISE)
-    return {"speaker": dit.input_embed.spk_encoder(VOICE.ref_mel), "velocity": dit(NOISE, CODES, torch.tensor(TIME), *voice),
-            "mel": mel, "wave": model.code2wav_bigvgan_model(mel)}
+    speaker, velocity = dit.input_embed.spk_encoder(VOICE.ref_mel), dit(NOISE, CODES, TIME, *voice)
+    return {"speaker": speaker, "velocity": velocity, "mel": mel, "wave": model.code2wav_bigvgan_model(mel)}
 
 
 def compare(mine: dict[str, torch.Tensor], theirs: dict[str, np.ndarray]) -> None:
@@ -86,7 +87,7 @@ def test_says_what_the_official_code_says(model):
 
 
 def test_golden_would_notice_a_changed_weight(model):
-    model.code2wav_dit_model.transformer_blocks[1].attn.to_k.weight.data[0] *= 1.01  # one row: of the head that is rotated
+    model.code2wav_dit_model.transformer_blocks[1].attn.to_k.weight.data[0] *= 1.01  # one row
     with pytest.raises(AssertionError, match="velocity"):
         compare(ask_ours(model), oracle.golden("token2wav"))
 
@@ -98,10 +99,12 @@ def dense_attention(attn: BlockAttention, h, cos, sin, exists):
     block = torch.arange(frames) // attn.block_size
     distance = block[None] - block[:, None]
     mask = (distance >= -attn.back) & (distance <= attn.ahead) & exists
-    q, k, v = (to(h).reshape(len(h), frames, attn.heads, -1).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
+    heads = lambda x: x.reshape(len(h), frames, attn.heads, -1).transpose(1, 2)  # [B, H, T, d]
+    q, k, v = heads(attn.to_q(h)), heads(attn.to_k(h)), heads(attn.to_v(h))
     turn = torch.complex(cos, sin)[:, 0]  # [T, d/2], a pair of neighbours is a complex number
     for x in (q, k):
-        x[:, 0] = torch.view_as_real(torch.view_as_complex(x[:, 0].unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+        pairs = torch.view_as_complex(x[:, 0].unflatten(-1, (-1, 2)).contiguous())  # [B, T, d/2]
+        x[:, 0] = torch.view_as_real(pairs * turn).flatten(-2)
     scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
     return attn.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -119,27 +122,30 @@ def test_blocks_equal_a_dense_mask(model, frames):
 
 @torch.no_grad()
 def test_one_call_hears_two_blocks_back_and_one_ahead():
-    pattern = {name: getattr(QWEN7B.token2wav.dit, name) for name in ("num_hidden_layers", "look_ahead_layers", "look_backward_layers")}
+    layers = "num_hidden_layers", "look_ahead_layers", "look_backward_layers"
+    pattern = {name: getattr(QWEN7B.token2wav.dit, name) for name in layers}
     dit = filled(dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, **pattern))).code2wav_dit_model
     x, codes, voice = torch.randn(1, 8 * 24, 80), torch.randint(0, 8448, (1, 8 * 12)), (VOICE.cond, VOICE.ref_mel)
     other = codes.clone()
     other[0, 4 * 12 + 5] += 1  # a code in the middle of block 4
     moved = (dit(x, codes, TIME, *voice) - dit(x, other % 8448, TIME, *voice)).abs().amax(-1)[0] > 1e-6
     assert moved.reshape(8, 24).all(1).tolist() == moved.reshape(8, 24).any(1).tolist()
-    assert moved[::24].nonzero()[:, 0].tolist() == [3, 4, 5, 6]  # so block 5, say, heard 3 and 4 before it and 6 after it
+    assert moved[::24].nonzero()[:, 0].tolist() == [3, 4, 5, 6]  # block 5, say, hears 3 and 4 behind it and 6 ahead
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 @torch.no_grad()
 def test_sample_is_guided_calls_of_forward(model, guidance):
-    dit, flow, blank = model.code2wav_dit_model, dataclasses.replace(FLOW, guidance=guidance, points=4), torch.zeros_like
+    dit, blank = model.code2wav_dit_model, torch.zeros_like
+    flow = dataclasses.replace(FLOW, guidance=guidance, points=4)
+    listener = dit.input_embed.spk_encoder
 
     def field(time, x):
         asked = dit(x, CODES, time, VOICE.cond, VOICE.ref_mel)
         return asked + guidance * (asked - dit(x, blank(CODES), time, blank(VOICE.cond), blank(VOICE.ref_mel)))
 
     expected = solve(field, NOISE, time_grid(flow), "rk4").transpose(1, 2)
-    with (mock.patch.object(dit.input_embed.spk_encoder, "forward", wraps=dit.input_embed.spk_encoder.forward) as speaker,
+    with (mock.patch.object(listener, "forward", wraps=listener.forward) as speaker,
           mock.patch.object(dit, "velocity", wraps=dit.velocity) as velocity):
         mel = dit.sample(CODES, VOICE.cond, VOICE.ref_mel, flow, NOISE)
     torch.testing.assert_close(mel, expected, rtol=0, atol=2e-5)
@@ -218,7 +224,8 @@ def test_shifted_additions_equal_padded_convolutions(frames):
 
 @pytest.mark.parametrize("frames", [1, 4, 9])
 def test_written_gradient_equals_finite_differences(frames):
-    inputs = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, frames, 3), (frames, 3), (frames, 3))]
+    shapes = (2, frames, 3), (frames, 3), (frames, 3)
+    inputs = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(AntiAliasedSnake.apply, inputs)
 
 
@@ -250,7 +257,7 @@ def test_bad_codes_and_voices_get_one_line(model):
     refuse(CODES[0], VOICE, r"shape \[15\]")
     refuse(CODES.clone().fill_(8448), VOICE, "8448 to 8448, but this model has sounds for 0 to 8447")
     refuse(-CODES - 1, VOICE, "sounds for 0 to 8447")
-    refuse(CODES, dataclasses.replace(VOICE, cond=torch.zeros(1, 192)), r"'Chelsie': cond has shape \[1, 192\].*\[1, 12\]")
+    refuse(CODES, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), r"'Chelsie': cond has shape \[1, 9\].*\[1, 12\]")
     refuse(CODES, dataclasses.replace(VOICE, ref_mel=torch.zeros(1, 4, 80)), "at least 5 frames")
     refuse(CODES, Voice("Ethan", 415, VOICE.cond, torch.zeros(60, 80)), "'Ethan': ref_mel")
     assert model(CODES, dataclasses.replace(VOICE, ref_mel=VOICE.ref_mel[:, :5]), FLOW).isfinite().all()

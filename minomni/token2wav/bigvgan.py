@@ -17,13 +17,14 @@ from minomni.config import BigVGANConfig
 
 @cache
 def kaiser_taps() -> tuple[float, ...]:
-    """The 12 taps of the half-band low-pass around every activation: Kaiser-windowed sinc, cutoff a quarter of the rate.
+    """The 12 taps of the low-pass around every activation: Kaiser-windowed sinc, cutoff a quarter of the doubled rate.
 
     Plain numbers and no buffer: they are in no checkpoint, and so a model built on the meta device has nothing to fix.
     """
     attenuation = 2.285 * 5 * math.pi * 4 * 0.3 + 7.95  # dB, for 12 taps and a transition 0.3 wide
-    window = torch.kaiser_window(12, periodic=False, beta=0.1102 * (attenuation - 8.7), dtype=torch.float64, device="cpu")
-    taps = window * torch.sinc(0.5 * (torch.arange(12, dtype=torch.float64, device="cpu") - 5.5))
+    exact = {"dtype": torch.float64, "device": "cpu"}
+    window = torch.kaiser_window(12, periodic=False, beta=0.1102 * (attenuation - 8.7), **exact)
+    taps = window * torch.sinc(0.5 * (torch.arange(12, **exact) - 5.5))
     return tuple((taps / taps.sum()).tolist())
 
 
@@ -61,7 +62,7 @@ def continued(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def add_filtered(out: Tensor, wide: Tensor, phase: int, gain: float = 1.0) -> None:
-    """Add to out [B, T, C] the wide tensor seen through every second tap: from -3 frames on in phase 0, -2 in phase 1."""
+    """Add to out [B, T, C] the wide tensor seen through every second tap, from -3 frames on in phase 0, -2 in 1."""
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
         out.add_(wide[:, i : i + out.shape[1]], alpha=gain * tap)
 
@@ -119,12 +120,14 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, frames: int) -> tuple[Tensor, Tensor]:
-        """a and 1/b, [T, C]: written out for each frame, because a loop over C channels alone is too short to be quick."""
+        """a and 1/b, [T, C]: written out for each frame, as a loop over C channels alone is too short to be quick."""
         a, b = self.alpha.exp(), 1 / (self.beta.exp() + 1e-9)
         return a.expand(frames, -1).contiguous(), b.expand(frames, -1).contiguous()
 
 
 class Activation(nn.Module):
+    """SnakeBeta at twice the rate, so that the harmonics it makes do not fold back: [B, T, C] -> same."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.act = SnakeBeta(channels)
@@ -145,8 +148,9 @@ class AMPBlock(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
         super().__init__()
-        self.convs1 = nn.ModuleList(nn.Conv1d(channels, channels, kernel_size, dilation=d, padding="same") for d in dilations)
-        self.convs2 = nn.ModuleList(nn.Conv1d(channels, channels, kernel_size, padding="same") for _ in dilations)
+        conv = lambda dilation: nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding="same")
+        self.convs1 = nn.ModuleList(conv(dilation) for dilation in dilations)
+        self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
         self.activations = nn.ModuleList(Activation(channels) for _ in range(2 * len(dilations)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,8 +168,10 @@ class BigVGAN(nn.Module):
         channels = [config.upsample_initial_channel // 2**i for i in range(len(config.upsample_rates) + 1)]
         self.conv_pre = nn.Conv1d(config.mel_dim, channels[0], 7, padding="same")
         self.ups = nn.ModuleList(
-            nn.ModuleList([nn.ConvTranspose1d(channels[i], channels[i + 1], kernel, rate, padding=(kernel - rate) // 2)])
-            for i, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes))
+            nn.ModuleList([nn.ConvTranspose1d(wide, narrow, kernel, rate, padding=(kernel - rate) // 2)])
+            for wide, narrow, rate, kernel in zip(
+                channels, channels[1:], config.upsample_rates, config.upsample_kernel_sizes
+            )
         )
         self.kinds = len(config.resblock_kernel_sizes)  # of AMP blocks, side by side in each stage
         self.resblocks = nn.ModuleList(

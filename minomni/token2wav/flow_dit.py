@@ -56,8 +56,8 @@ class InputEmbedding(nn.Module):
 
     def context(self, code_embeds: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
         """[B, n, emb_dim], [B, E], [B, R, 80] -> [B, n * repeats, D], computed at code rate and repeated after it."""
-        voice = [v[:, None].expand(-1, code_embeds.shape[1], -1) for v in (self.spk_encoder(ref_mel), cond)]  # [B, n, .]
-        fixed = torch.cat([voice[0], code_embeds, voice[1]], dim=-1)
+        at_each_code = lambda vector: vector[:, None].expand(-1, code_embeds.shape[1], -1)  # [B, n, .]
+        fixed = torch.cat([at_each_code(self.spk_encoder(ref_mel)), code_embeds, at_each_code(cond)], dim=-1)
         fixed = F.linear(fixed, self.proj.weight[:, self.mel_dim :], self.proj.bias)  # [B, n, D]
         return fixed.repeat_interleave(self.repeats, dim=1)  # [B, T, D]
 
@@ -80,6 +80,7 @@ class AdaptiveNorm(nn.Module):
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights of its own, scaled and shifted by the time: [B, T, D] -> same."""
     return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -121,16 +122,22 @@ class BlockAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two layers around a tanh-approximated GELU: [B, T, D] -> same."""
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         width, inner = config.hidden_size, config.hidden_size * config.ff_mult
-        self.ff = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Dropout(config.dropout), nn.Linear(inner, width))
+        self.ff = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Dropout(config.dropout), nn.Linear(inner, width)
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         return self.ff(h)
 
 
 class DiTBlock(nn.Module):
+    """Attention, then the feed-forward, each with shift, scale and gate made from the time: [B, T, D] -> same."""
+
     def __init__(self, config: DiTConfig, back: int, ahead: int):
         super().__init__()
         self.attn_norm = AdaptiveNorm(config.hidden_size, parts=6)
@@ -144,7 +151,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The velocity field between noise and mel, and the solver that follows it. Keep it in float32, as the release does."""
+    """The velocity field between noise and mel, and how to follow it. Keep it in float32, as the release does."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -172,6 +179,7 @@ class DiT(nn.Module):
         return self.input_embed.context(self.text_embed(codes), cond, ref_mel)
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """forward() with what context() made: x [B, T, 80], time [B] or one number -> [B, T, 80]."""
         frames = x.shape[1]
         time = self.time_embed(torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1))  # [B or 1, D]
         h = self.input_embed(x, context)  # [B, T, D]

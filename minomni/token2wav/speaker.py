@@ -30,7 +30,9 @@ class TDNN(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, dilation: int):
         super().__init__()
-        self.conv = nn.Conv1d(channels_in, channels_out, kernel_size, dilation=dilation, padding="same", padding_mode="reflect")
+        self.conv = nn.Conv1d(
+            channels_in, channels_out, kernel_size, dilation=dilation, padding="same", padding_mode="reflect"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x).relu()
@@ -109,7 +111,8 @@ class SpeakerEncoder(nn.Module):
         super().__init__()
         channels, kernels, dilations = config.enc_channels, config.enc_kernel_sizes, config.enc_dilations
         self.blocks = nn.ModuleList([TDNN(config.mel_dim, channels[0], kernels[0], dilations[0])])
-        self.blocks.extend(SERes2Net(channels[i], kernels[i], dilations[i], config) for i in range(1, len(channels) - 1))
+        middle = list(zip(channels, kernels, dilations))[1:-1]
+        self.blocks.extend(SERes2Net(*sizes, config) for sizes in middle)
         self.mfa = TDNN(channels[-1], channels[-1], kernels[-1], dilations[-1])
         self.asp = AttentiveStatistics(channels[-1], config.enc_attention_channels)
         self.fc = nn.Conv1d(2 * channels[-1], config.enc_dim, 1)

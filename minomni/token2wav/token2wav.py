@@ -20,7 +20,9 @@ class Token2Wav(nn.Module):
         self.code2wav_bigvgan_model = BigVGAN(config.bigvgan)
 
     @torch.no_grad()
-    def forward(self, codes: Tensor, voice: Voice, flow: FlowConfig, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, voice: Voice, flow: FlowConfig, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Codes [1, n] -> waveform [n * samples per code] in [-1, 1] at config.sample_rate Hz.
 
         The generator draws the noise that the speech is made of: same seed, same waveform. Raises UserError for no
@@ -41,11 +43,13 @@ def check_codes(codes: Tensor, config: DiTConfig) -> None:
         raise UserError(f"speech codes have shape {list(codes.shape)}, expected [1, at least one code]")
     low, high = codes.aminmax()
     if low < 0 or high > config.num_embeds:
-        raise UserError(f"speech codes run from {low} to {high}, but this model has sounds for 0 to {config.num_embeds} only")
+        raise UserError(f"speech codes run from {low} to {high}, but this model has sounds for 0 to "
+                        f"{config.num_embeds}; use codes of its own Talker or codec")
 
 
 def check_voice(voice: Voice, config: DiTConfig) -> None:
-    shortest = 1 + max(d * (k - 1) + 1 for k, d in zip(config.enc_kernel_sizes, config.enc_dilations)) // 2  # reflect padding
+    reach = max(d * (k - 1) + 1 for k, d in zip(config.enc_kernel_sizes, config.enc_dilations)) // 2
+    shortest = reach + 1  # reflect padding needs more frames than it adds
     if list(voice.cond.shape) != [1, config.enc_emb_dim]:
         raise UserError(f"voice {voice.name!r}: cond has shape {list(voice.cond.shape)}, this model expects "
                         f"[1, {config.enc_emb_dim}]; use a voice made for it")
