@@ -1,0 +1,237 @@
+"""The school: every stage learns, resumes exactly, and never sees what is held out."""
+
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minomni.config import TINY
+from minomni.errors import UserError
+from minomni.omni import Omni
+from minomni.talker.codec import FIRST_CODE, FSQ, Codec, ids_to_letters, letters_to_ids
+from minomni.train import losses, speech, stages, synthesis, world
+from minomni.train.judge import edits, word_error
+from minomni.train.loop import Recipe, Stage, learning_rate, train
+from minomni.train.thinker_stages import Teacher
+
+FAST = dict(warmup=2, weight_decay=0.0)
+# Steps and share of the first loss that a stage must fall below on one and the same batch.
+OVERFIT = {"codec": (25, 0.8), "vocoder": (12, 0.9), "dit": (25, 0.8), "language": (15, 0.4), "ears": (25, 0.8), "thinker1": (15, 0.8),
+           "thinker2": (12, 0.4), "thinker3": (10, 0.6), "chat": (12, 0.4), "talker": (20, 0.6), "dpo": (8, 0.95), "speakers": (15, 0.7)}
+
+
+@pytest.fixture(autouse=True)
+def recordings_only(monkeypatch):
+    """Train on data_samples/ alone: quick, and what a machine without the synthesiser does."""
+    monkeypatch.setattr(synthesis, "available", lambda: False)
+
+
+def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stage:
+    torch.manual_seed(seed)
+    kind = stages.STAGES[name]
+    stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=2e-3, **FAST), Path("unused"), seed)
+    stage.sample = lambda: ""  # an untrained Talker speaks until it is cut off: slow, and nothing to see
+    return stage
+
+
+def test_samples_can_be_drawn_before_any_training():
+    torch.manual_seed(0)
+    for name in ("codec", "language", "ears"):
+        kind = stages.STAGES[name]
+        assert kind(Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), Path("unused"), 0).sample()
+
+
+@pytest.mark.parametrize("name", list(stages.STAGES))
+def test_every_stage_overfits_one_batch(name, tmp_path):
+    stage = stage_of(name)
+    batch = stage.batch(0)
+    stage.batch = lambda step: batch
+    torch.manual_seed(5)
+    before = {k: v.item() for k, v in stage.losses(batch).items()}
+    steps, share = OVERFIT[name]
+    train(stage, tmp_path, until=steps)
+    torch.manual_seed(5)
+    after = {k: v.item() for k, v in stage.losses(batch).items()}
+    first = next(iter(before))
+    assert after[first] < share * before[first], f"{before} -> {after}"
+
+
+@pytest.mark.parametrize("name", ["codec", "dit", "thinker2", "talker"])
+def test_resume_is_exact(name, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(stage_of(name, steps=6), whole)
+    train(stage_of(name, steps=6), halves, until=3)
+    path = halves / f"{name}.resume.pt"
+    if not path.exists():
+        pytest.fail("no checkpoint was left behind")
+    train(stage_of(name, steps=6), halves, resume=True)
+    assert (whole / f"{name}.safetensors").read_bytes() == (halves / f"{name}.safetensors").read_bytes()
+
+
+def test_only_unlocked_parameters_move(tmp_path):
+    stage = stage_of("thinker1", steps=2)
+    before = {n: p.clone() for n, p in stage.omni.named_parameters()}
+    train(stage, tmp_path)
+    moved = {n for n, p in stage.omni.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all(n.startswith(("thinker.audio_tower.", "thinker.visual.")) for n in moved)
+
+
+def test_nan_is_named(tmp_path):
+    stage = stage_of("language")
+    stage.losses = lambda batch: {"text": torch.tensor(float("nan"), requires_grad=True)}
+    with pytest.raises(UserError, match="stage language: loss text is nan at step 0"):
+        train(stage, tmp_path)
+
+
+def test_schedule():
+    recipe = Recipe(steps=100, batch=1, lr=1.0, warmup=10)
+    assert learning_rate(recipe, 0) == pytest.approx(0.1)
+    assert learning_rate(recipe, 10) == pytest.approx(1.0)
+    assert learning_rate(recipe, 100) == pytest.approx(0.05)
+
+
+def test_needs_come_before():
+    names = list(stages.STAGES)
+    for name, stage in stages.STAGES.items():
+        assert all(names.index(need) < names.index(name) for need in stage.needs)
+
+
+def test_a_run_is_never_lost_by_accident(tmp_path):
+    stages.begin(tmp_path, resume=False, fresh=False)
+    (tmp_path / "stages" / "codec.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="--resume"):
+        stages.begin(tmp_path, resume=False, fresh=False)
+    stages.begin(tmp_path, resume=True, fresh=False)
+    assert (tmp_path / "stages" / "codec.safetensors").exists()
+    stages.begin(tmp_path, resume=False, fresh=True)
+    assert not (tmp_path / "stages" / "codec.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------- held-out material
+
+
+def test_no_trained_sentence_is_held_out():
+    trained, held = set(speech.all_statements(held=False)), set(speech.all_statements(held=True))
+    assert not trained & held and 0.05 < len(held) / len(trained | held) < 0.15
+    said = {job.text for _, job in speech.speaking_jobs()} | {job.text.removeprefix("say ") for _, job in speech.listening_jobs()}
+    assert not said & held
+    tested = {job.text.removeprefix("say ") for _, job in speech.test_jobs()} - set(world.every_question())
+    assert tested <= held
+    assert not {name for name, _ in speech.listening_jobs()} & set(world.UNSEEN_VOICES)
+
+
+def test_teacher_keeps_to_its_side(tmp_path):
+    for held in (False, True):
+        teacher, random = Teacher(TINY, tmp_path, held), Random(0)
+        for kind in ("say-typed", "say-spoken"):
+            assert all(world.held_out(teacher.example(kind, random).answer) == held for _ in range(50))
+    train_digits, test_digits = world.digits(False)[0], world.digits(True)[0]
+    assert len(train_digits) + len(test_digits) == 1797
+    seen = {digit.tobytes() for digit in train_digits}
+    assert sum(digit.tobytes() in seen for digit in test_digits) < 3  # the set itself repeats hardly any
+
+
+def test_answers_agree_with_pictures():
+    random = Random(3)
+    for _ in range(50):
+        example = world.scene(random)
+        if example.question.startswith("what color is the"):
+            color = example.answer.split()[-1]
+            pixels = set(example.image.getdata()) if not hasattr(example.image, "get_flattened_data") else set(example.image.get_flattened_data())
+            assert world.COLORS[color] in pixels
+
+
+def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    if not synthesis.available():
+        pytest.skip("espeakng-loader is not installed")
+    jobs = [synthesis.Job("the red circle is above the blue square", "en-us+f5"), synthesis.Job("the digit is two", "en-us+adam")]
+    first, second = synthesis.synthesise(jobs, seed=3), synthesis.synthesise(jobs, seed=3)
+    assert all((a == b).all() for a, b in zip(first, second))
+    assert all(0.4 < len(w) / 16_000 < 4 for w in first)
+
+
+# ---------------------------------------------------------------------------------------------- losses by hand
+
+
+def test_next_token_by_hand():
+    logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [5.0, 5.0]]])
+    targets = torch.tensor([[0, 1, losses.IGNORE]])
+    expected = (log(2) + (log(1 + torch.e**2))) / 2
+    assert losses.next_token(logits, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dpo_by_hand():
+    loss = losses.dpo(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.0]), beta=0.5)
+    assert loss.item() == pytest.approx(log(1 + torch.e**-1.0), rel=1e-5)  # margin (1) - (-1) = 2, times 0.5
+    even = losses.dpo(*[torch.tensor([-1.0])] * 4, beta=0.1)
+    assert even.item() == pytest.approx(log(2))
+
+
+def test_sequence_log_prob_skips_ignored():
+    logits = torch.zeros(1, 3, 4)
+    assert losses.sequence_log_prob(logits, torch.tensor([[1, losses.IGNORE, 2]])).item() == pytest.approx(-2 * log(4))
+
+
+def test_flow_matching_is_zero_for_the_right_velocity():
+    mel, noise, time = torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.rand(2)
+    assert losses.flow_matching(lambda x, t: mel - noise, mel, noise, time).item() == 0
+    seen = []
+    losses.flow_matching(lambda x, t: seen.append(x) or x, mel, noise, torch.tensor([0.0, 1.0]))
+    assert torch.equal(seen[0][0], noise[0]) and torch.allclose(seen[0][1], mel[1])
+
+
+def test_masked_l1_ignores_padding():
+    target = torch.zeros(2, 4, 3)
+    predicted = torch.ones(2, 4, 3)
+    predicted[1, 2:] = 100
+    assert losses.masked_l1(predicted, target, torch.tensor([4, 2])).item() == pytest.approx(1.0)
+
+
+def test_ctc_is_per_letter():
+    log_probs = torch.full((1, 3, 2), 0.5).log()
+    # "a" in three frames of {blank, a}: six of the eight paths spell it
+    assert losses.ctc(log_probs, torch.tensor([3]), [torch.tensor([1])]).item() == pytest.approx(-log(6 / 8), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- codec
+
+
+def test_fsq_is_a_bijection():
+    fsq = FSQ((8, 5, 5, 5))
+    codes = torch.arange(FIRST_CODE, FIRST_CODE + 1000)
+    values = fsq.values(codes)
+    assert len({tuple(v) for v in values.tolist()}) == 1000
+    inside = torch.atanh(values.clamp(-0.999, 0.999))
+    assert torch.equal(fsq(inside)[1], codes)
+    assert torch.allclose(fsq(inside)[0], values, atol=1e-6)
+
+
+def test_fsq_passes_gradients_straight_through():
+    x = torch.zeros(4, requires_grad=True)
+    FSQ((8, 5, 5, 5))(x)[0].sum().backward()
+    assert torch.allclose(x.grad, torch.ones(4))  # derivative of tanh at 0, as if nothing were rounded
+
+
+def test_codec_lengths_and_blocks():
+    codec = Codec(TINY.codec)
+    mel = torch.randn(1, 480, 80)
+    codes = codec.encode(mel)
+    assert codes.shape == (1, 120) and codes.min() >= FIRST_CODE and codes.max() <= TINY.codec.num_codes
+    changed = mel.clone()
+    changed[:, 440:] += 1  # in the third 2-second block: the first must not notice
+    assert torch.equal(codec.encode(changed)[:, :45], codes[:, :45])
+
+
+def test_letters_round_trip():
+    classes = torch.stack([letters_to_ids("a shape"), torch.zeros(7, dtype=torch.long)], 1).flatten()
+    assert ids_to_letters(classes) == "a shape"
+
+
+def test_word_error_by_hand():
+    assert edits("a b c".split(), "a x c d".split()) == 2
+    assert word_error([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
