@@ -1,6 +1,7 @@
-"""Layers, decoder and sampling against their definitions."""
+"""Layers, decoder, sampling and the two encoders against their definitions."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from minomni.config import QWEN7B, TINY
 from minomni.decoder import Decoder, turns
 from minomni.layers import KVCache, RMSNorm, attend, attend_slowly, rotate
 from minomni.sampling import sample
+from minomni.thinker.audio_encoder import AudioEncoder, token_count
+from minomni.thinker.vision_encoder import VisionEncoder
 
 EXACT = dict(rtol=0, atol=2e-6)  # fp32 sums in another order
 
@@ -104,6 +107,44 @@ def test_initial_stream_keeps_its_variance():
     model.norm.register_forward_pre_hook(lambda _, args: stream.append(args[0].std().item()))
     model(embeds, position_ids)
     assert 0.9 < stream[0] < 2.0  # 1 went in; eight branches of about 1/sqrt(8) each were added
+
+
+def test_listening_has_no_length_limit_and_crosses_no_border():
+    """A clip of 320 seconds and a bit makes the tokens of its two-second pieces, in order."""
+    ears, mel = AudioEncoder(TINY.thinker.audio).eval(), torch.randn(128, 32_075)
+    with torch.no_grad():
+        whole = ears([mel])
+        pieces = torch.cat([ears([piece]) for piece in mel.split(200, dim=1)])
+    assert len(whole) == token_count(32_075) == 8_019
+    torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames, tokens", [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (100, 25), (199, 50), (301, 75), (630, 157)])
+def test_audio_token_counts(frames, tokens):
+    assert token_count(frames) == len(AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)])) == tokens
+
+
+def test_pictures_of_a_batch_do_not_mix():
+    """Ragged windows, several pictures and frames: each frame is seen as if it were alone, in its own order."""
+    eyes = VisionEncoder(TINY.thinker.vision).eval()
+    grids = [(1, 4, 4), (3, 6, 10), (1, 30, 2), (1, 6, 6)]
+    patches = [torch.randn(math.prod(grid), TINY.thinker.vision.patch_dim) for grid in grids]
+    with torch.no_grad():
+        together = eyes(torch.cat(patches), grids)
+        alone = torch.cat([eyes(frame, [(1, *grid[1:])]) for grid, x in zip(grids, patches) for frame in x.chunk(grid[0])])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_windows_bound_what_a_patch_sees():
+    """With windows only, a change in one corner stays in its window; one whole-frame block carries it everywhere."""
+    for fullatt, touched in ((), 4), ((1,), 16):
+        config = dataclasses.replace(TINY.thinker.vision, fullatt_block_indexes=fullatt)  # windows of 2 x 2 cells
+        eyes, patches = VisionEncoder(config).eval(), torch.randn(64, config.patch_dim)  # 4 x 4 cells
+        changed = patches.clone()
+        changed[0] += 1
+        with torch.no_grad():
+            difference = (eyes(patches, [(1, 8, 8)]) - eyes(changed, [(1, 8, 8)])).abs().amax(1)
+        assert int((difference > 1e-6).sum()) == touched
 
 
 def settings(**changes):
