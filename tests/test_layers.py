@@ -119,7 +119,8 @@ def test_listening_has_no_length_limit_and_crosses_no_border():
     torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("frames, tokens", [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (100, 25), (199, 50), (301, 75), (630, 157)])
+@pytest.mark.parametrize("frames, tokens",
+                         [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (100, 25), (199, 50), (301, 75), (630, 157)])
 def test_audio_token_counts(frames, tokens):
     assert token_count(frames) == len(AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)])) == tokens
 
@@ -131,7 +132,8 @@ def test_pictures_of_a_batch_do_not_mix():
     patches = [torch.randn(math.prod(grid), TINY.thinker.vision.patch_dim) for grid in grids]
     with torch.no_grad():
         together = eyes(torch.cat(patches), grids)
-        alone = torch.cat([eyes(frame, [(1, *grid[1:])]) for grid, x in zip(grids, patches) for frame in x.chunk(grid[0])])
+        alone = torch.cat([eyes(frame, [(1, *grid[1:])])
+                           for grid, x in zip(grids, patches) for frame in x.chunk(grid[0])])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 

@@ -104,7 +104,8 @@ def test_sampling_processors_agree(transformers):
     logits = torch.randn(64, 300, generator=generator).mul(3).round(decimals=1)  # rounded: many are equal
     ids = torch.randint(0, 300, (64, 20), generator=generator)
     history = torch.zeros(64, 300, dtype=torch.bool).scatter_(1, ids, True)
-    assert torch.equal(penalise(logits, history, 1.05), theirs.RepetitionPenaltyLogitsProcessor(1.05)(ids, logits.clone()))
+    expected = theirs.RepetitionPenaltyLogitsProcessor(1.05)(ids, logits.clone())
+    assert torch.equal(penalise(logits, history, 1.05), expected)
     for k in (1, 40, 299):
         assert torch.equal(keep_top_k(logits, k), theirs.TopKLogitsWarper(k)(None, logits))
     distinct = logits + torch.rand(64, 300, generator=generator) * 0.05  # which of equal ones top-p keeps is the sort's
