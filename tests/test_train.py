@@ -20,7 +20,7 @@ from minomni.train.thinker_stages import Teacher
 
 FAST = dict(warmup=2, weight_decay=0.0)
 # Steps and share of the first loss that a stage must fall below on one and the same batch.
-OVERFIT = {"codec": (25, 0.8), "vocoder": (12, 0.9), "dit": (25, 0.8), "language": (15, 0.4), "ears": (25, 0.8), "thinker1": (15, 0.8),
+OVERFIT = {"codec": (25, 0.8), "vocoder": (12, 0.9), "dit": (25, 0.8), "language": (15, 0.4), "ears": (25, 0.8), "eyes": (20, 0.6), "thinker1": (15, 0.8),
            "thinker2": (12, 0.4), "thinker3": (10, 0.6), "chat": (12, 0.4), "talker": (20, 0.6), "dpo": (8, 0.95), "speakers": (15, 0.7)}
 
 
@@ -40,7 +40,7 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stag
 
 def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
-    for name in ("codec", "language", "ears"):
+    for name in ("codec", "language", "ears", "eyes"):
         kind = stages.STAGES[name]
         assert kind(Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), Path("unused"), 0).sample()
 

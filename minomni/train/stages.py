@@ -15,19 +15,21 @@ from ..omni import Omni
 from .loop import Recipe, Stage, graduate, train
 from .speech import FIRST_VOICE, corpus, make_voices
 from .talker_stages import DPOStage, SpeakersStage, TalkerStage
-from .thinker_stages import ChatStage, EarsStage, LanguageStage, Thinker1Stage, Thinker2Stage, Thinker3Stage
+from .sense_stages import EarsStage, EyesStage
+from .thinker_stages import ChatStage, LanguageStage, Thinker1Stage, Thinker2Stage, Thinker3Stage
 from .vocabulary import world_tokenizer
 from .voice_stages import CodecStage, DiTStage, VocoderStage
 
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (
-    CodecStage, VocoderStage, DiTStage, LanguageStage, EarsStage, Thinker1Stage, Thinker2Stage, Thinker3Stage, ChatStage,
+    CodecStage, VocoderStage, DiTStage, LanguageStage, EarsStage, EyesStage, Thinker1Stage, Thinker2Stage, Thinker3Stage, ChatStage,
     TalkerStage, DPOStage, SpeakersStage)}
 
 RECIPES = {
     "tiny": {
         "codec": Recipe(steps=1000, batch=16, lr=2e-3), "vocoder": Recipe(steps=700, batch=16, lr=2e-3),
         "dit": Recipe(steps=1200, batch=16, lr=1e-3), "language": Recipe(steps=500, batch=32, lr=2e-3),
-        "ears": Recipe(steps=500, batch=16, lr=2e-3), "thinker1": Recipe(steps=200, batch=16, lr=1e-3),
+        "ears": Recipe(steps=500, batch=16, lr=2e-3), "eyes": Recipe(steps=500, batch=32, lr=2e-3),
+        "thinker1": Recipe(steps=200, batch=16, lr=1e-3),
         "thinker2": Recipe(steps=400, batch=16, lr=1e-3), "thinker3": Recipe(steps=50, batch=8, lr=5e-4),
         "chat": Recipe(steps=400, batch=16, lr=7e-4), "talker": Recipe(steps=2000, batch=24, lr=1.5e-3),
         "dpo": Recipe(steps=60, batch=16, lr=1e-4), "speakers": Recipe(steps=100, batch=24, lr=2e-4),

@@ -17,7 +17,7 @@ from .speech import FIRST_VOICE, corpus, make_voices
 from .thinker_stages import Teacher
 from .voice_stages import encode_all, similar_lengths
 
-THINKER = ("language", "ears", "thinker1", "thinker2", "thinker3", "chat")
+THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
 CONTEXTS = {"say-typed": 6, "say-spoken": 1, "scene-typed": 2, "scene-spoken": 2, "handwriting-typed": 0.3,
             "video-typed": 0.6, "sync-typed": 0.4}
 

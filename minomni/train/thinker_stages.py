@@ -1,7 +1,7 @@
-"""Stages that raise the Thinker: language, ears, three steps of pre-training, ChatML tuning (paper, sec. 3 and 4.2).
+"""Stages that raise the Thinker: language, three steps of pre-training, ChatML tuning (paper, sec. 3 and 4.2).
 
-The release starts from Qwen2.5, Qwen2.5-VL and Whisper. Here `language` and `ears` are small stand-ins for the first and
-the last: a decoder that has read the world's sentences, and an audio encoder that has learnt letters by CTC.
+The release starts from Qwen2.5's weights; here `language` takes their place: a decoder that has read the world's
+sentences. The encoders' first lessons are in sense_stages.py.
 """
 
 from dataclasses import replace
@@ -9,12 +9,9 @@ from random import Random
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..inputs.media import Clip
-from ..inputs.mel import log_mel
 from ..inputs.prompt import Inputs, Processor, join
-from ..talker.codec import LETTERS, ids_to_letters, letters_to_ids
 from . import losses, world
 from .loop import Stage
 from .speech import corpus
@@ -178,58 +175,22 @@ class LanguageStage(ThinkerStage):
     fixed = ("say-typed", "scene-described")
 
 
-class EarsStage(Stage):
-    name, learns = "ears", ("thinker.audio_tower.",)
-    about = "the audio encoder learns letters by CTC (in place of Whisper's weights)"
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.speech = corpus("listening", self.cache)
-        self.head = nn.Linear(self.omni.config.thinker.audio.output_dim, len(LETTERS) + 1)  # thrown away afterwards
-        self.teacher = Teacher(self.omni.config, self.cache)
-
-    def batch(self, step):
-        random = Random(f"{self.seed}-ears-{step}")
-        texts = random.choices(self.teacher.spoken, k=self.recipe.batch)
-        waves = [self.teacher.wave(Example("", "", voice="any", heard=t), random) for t in texts]
-        return [log_mel(w) for w in waves], [letters_to_ids(t) for t in texts]
-
-    def losses(self, batch):
-        mels, letters = batch
-        log_probs, counts = self.log_probs(mels)
-        return {"ctc": losses.ctc(log_probs, counts, letters)}
-
-    def parameters(self):
-        return {**super().parameters(), **{f"head.{n}": p for n, p in self.head.named_parameters()}}
-
-    def log_probs(self, mels):
-        """Letter log-probabilities [B, T, classes] of several clips, and their lengths [B]."""
-        counts = torch.tensor([self.omni.thinker.audio_tower.token_count(m.shape[-1]) for m in mels])
-        scores = self.head(self.omni.thinker.audio_tower(mels)).log_softmax(-1)  # [sum of tokens, classes]
-        return nn.utils.rnn.pad_sequence(scores.split(counts.tolist()), batch_first=True), counts
-
-    def sample(self):
-        wave = self.speech.wave(len(self.speech) - 1)
-        log_probs, _ = self.log_probs([log_mel(wave)])
-        return f"{self.teacher.spoken[-1]!r} -> {ids_to_letters(log_probs[0].argmax(-1))!r}"
-
-
 class Thinker1Stage(ThinkerStage):
-    name, needs, learns = "thinker1", ("language", "ears"), ("thinker.audio_tower.", "thinker.visual.")
+    name, needs, learns = "thinker1", ("language", "ears", "eyes"), ("thinker.audio_tower.", "thinker.visual.")
     about = "pre-training 1: the decoder is locked, the encoders learn to speak its language"
     mixture = {"hear": 3, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1}
     fixed = ("hear", "scene-typed")
 
 
 class Thinker2Stage(ThinkerStage):
-    name, needs, learns = "thinker2", ("language", "ears", "thinker1"), ("thinker.",)
+    name, needs, learns = "thinker2", ("language", "ears", "eyes", "thinker1"), ("thinker.",)
     about = "pre-training 2: everything unlocked, all kinds of input"
     mixture = {"hear": 2, "say-typed": 1, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1.5, "sync-typed": 1.5}
     fixed = ("hear", "scene-typed", "video-typed", "sync-typed")
 
 
 class Thinker3Stage(ThinkerStage):
-    name, needs, learns = "thinker3", ("language", "ears", "thinker1", "thinker2"), ("thinker.",)
+    name, needs, learns = "thinker3", ("language", "ears", "eyes", "thinker1", "thinker2"), ("thinker.",)
     about = "pre-training 3: longer sequences, several items in one conversation"
     mixture = Thinker2Stage.mixture
     fixed = Thinker2Stage.fixed
@@ -242,7 +203,7 @@ class Thinker3Stage(ThinkerStage):
 
 
 class ChatStage(ThinkerStage):
-    name, needs, learns = "chat", ("language", "ears", "thinker1", "thinker2", "thinker3"), ("thinker.",)
+    name, needs, learns = "chat", ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3"), ("thinker.",)
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     mixture = {"say-typed": 1, "say-spoken": 2, "scene-typed": 2, "scene-spoken": 3, "handwriting-typed": 0.5,
                "handwriting-spoken": 0.7, "video-typed": 0.5, "video-spoken": 0.7, "sync-typed": 1.5}

@@ -54,7 +54,8 @@ class Example:
     sound: np.ndarray | None = None  # the clip's sound track, float32 [samples] at 16 kHz
     heard: str | None = None  # what the recording says, where it is not the question
     caption: str | None = None  # the picture or clip in words, for a reader without eyes
-    kind: str = field(default="")
+    objects: list[tuple] = field(default_factory=list)  # color, shape, (x, y), radius of everything in the picture
+    kind: str = ""
 
 
 def held_out(text: str) -> bool:
@@ -136,8 +137,10 @@ def scene(random: Random) -> Example:
     else:
         cells = random.sample([(i, j) for i in range(3) for j in range(3)], n)
         places = [((i + 0.5) * third, (j + 0.5) * third) for i, j in cells]
-    for (color, shape), (x, y) in zip(objects, places):
-        draw(pen, shape, color, (x + random.uniform(-5, 5), y + random.uniform(-5, 5)), random.uniform(10, 15))
+    drawn = [(color, shape, (x + random.uniform(-5, 5), y + random.uniform(-5, 5)), random.uniform(10, 15))
+             for (color, shape), (x, y) in zip(objects, places)]
+    for color, shape, centre, radius in drawn:
+        draw(pen, shape, color, centre, radius)
     (c0, s0), (c1, s1) = objects[0], objects[-1]
     question, answer = {
         "color": (f"what color is the {s0}", f"the {s0} is {c0}"),
@@ -147,7 +150,7 @@ def scene(random: Random) -> Example:
         "describe": ("what do you see", f"a {c0} {s0} and a {c1} {s1}"),
     }[kind]
     caption = answer if kind == "relation" else " and ".join(f"a {c} {s}" for c, s in objects)
-    return Example(question, answer, image=image, caption=caption, kind="scene")
+    return Example(question, answer, image=image, caption=caption, objects=drawn, kind="scene")
 
 
 def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Example:
