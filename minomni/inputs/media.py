@@ -30,7 +30,7 @@ def load_audio(source) -> Tensor:
     source: path (wav, flac, ogg, mp3, or what PyAV reads), bytes, array [samples] taken as 16 kHz, or (array, Hz); two-
     dimensional arrays are [samples, channels]. Raises UserError for what is missing, unreadable, too short or not finite.
     """
-    name = _name(source, "audio")
+    name = name_of(source, "audio")
     samples, rate = _decode_audio(source, name)
     if samples.ndim == 2:
         samples = samples.mean(1)
@@ -49,7 +49,7 @@ def load_audio(source) -> Tensor:
 
 def load_image(source) -> Image.Image:
     """A path, bytes, array [height, width, 3] or PIL image -> RGB picture, upright, transparency on white."""
-    name = _name(source, "image")
+    name = name_of(source, "image")
     if isinstance(source, (np.ndarray, Tensor)):
         source = _to_pil(np.asarray(source), name)
     if not isinstance(source, Image.Image):
@@ -74,7 +74,7 @@ def load_video(source, media: MediaConfig, with_audio: bool) -> Clip:
     Files are sampled at media.fps and keep the real times of the chosen frames. Raises UserError for what cannot be
     read, and where with_audio asks for a sound track that is not there.
     """
-    name = _name(source, "video")
+    name = name_of(source, "video")
     if isinstance(source, Clip):
         clip = source
     elif isinstance(source, (np.ndarray, Tensor, tuple)):
@@ -148,7 +148,8 @@ def _decode_video(source, name, media, with_audio) -> Clip:
         stream.seek(0)
         with av.open(stream) as container:
             for i, frame in enumerate(container.decode(video=0)):
-                frames += [_shrunk(frame, most)] * chosen.count(i)
+                if i in chosen:
+                    frames += [_shrunk(frame, most)] * chosen.count(i)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -187,7 +188,7 @@ def _stream(source, name: str):
     return open(path, "rb")  # closed with its last reader
 
 
-def _name(source, kind: str) -> str:
+def name_of(source, kind: str) -> str:
     """What to call a source in a message."""
     return str(source) if isinstance(source, (str, Path)) else f"the {kind} given"
 

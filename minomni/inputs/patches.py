@@ -19,13 +19,14 @@ VIDEO_FLOOR = 1.05  # a frame of a long clip keeps at least this many times fram
 Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
 
 
-def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels: int,
+                 name: str = "the picture") -> tuple[int, int]:
     """The size nearest to height x width whose sides are multiples of `cell` and whose area lies within the limits.
 
     Raises UserError for an aspect ratio above 200 (release: Qwen2-VL's smart_resize).
     """
     if max(height, width) > MOST_STRETCHED * min(height, width):
-        raise UserError(f"a picture of {width}x{height} pixels is too long for its width: aspect ratio at most {MOST_STRETCHED}")
+        raise UserError(f"{name}: {width}x{height} pixels; an aspect ratio of at most {MOST_STRETCHED} is read, cut the picture")
     new_height, new_width = (max(cell, round(side / cell) * cell) for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = sqrt(height * width / max_pixels)
@@ -36,14 +37,17 @@ def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels
     return new_height, new_width
 
 
-def image_patches(image: Image.Image, vision: VisionEncoderConfig, media: MediaConfig) -> tuple[Tensor, Grid]:
+def image_patches(image: Image.Image, vision: VisionEncoderConfig, media: MediaConfig,
+                  name: str = "the picture") -> tuple[Tensor, Grid]:
     """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); the picture stands in for both frames of a pair."""
-    height, width = smart_resize(image.height, image.width, vision.cell_size, media.image_min_pixels, media.image_max_pixels)
+    height, width = smart_resize(image.height, image.width, vision.cell_size, media.image_min_pixels,
+                                 media.image_max_pixels, name)
     pixels = _resized(image, height, width)
     return to_patches(pixels.expand(vision.temporal_patch_size, -1, -1, -1), vision)
 
 
-def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfig) -> tuple[Tensor, Grid]:
+def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfig,
+                  name: str = "the video") -> tuple[Tensor, Grid]:
     """Frames uint8 [n, height, width, 3] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw), t = ceil(n / 2).
 
     Long clips get smaller frames: all frames together stay within media.clip_max_pixels. An odd last frame is doubled.
@@ -51,7 +55,7 @@ def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfi
     n, height, width, _ = frames.shape
     most = max(min(media.frame_max_pixels, media.clip_max_pixels * vision.temporal_patch_size // n),
                int(media.frame_min_pixels * VIDEO_FLOOR))
-    size = smart_resize(height, width, vision.cell_size, media.frame_min_pixels, most)
+    size = smart_resize(height, width, vision.cell_size, media.frame_min_pixels, most, name)
     pixels = torch.cat([_resized(Image.fromarray(frame.numpy()), *size) for frame in frames])  # [n, 3, height, width]
     missing = -n % vision.temporal_patch_size
     return to_patches(torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]), vision)
@@ -72,6 +76,6 @@ def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Gri
 
 def _resized(image: Image.Image, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing, then scaled and normalised -> [1, 3, height, width]."""
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)  # [height, width, 3]
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)  # [height, width, 3]
     return ((pixels - CHANNEL_MEAN) / CHANNEL_STD).permute(2, 0, 1)[None]

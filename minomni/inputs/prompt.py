@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import OmniConfig
 from ..errors import UserError
-from .media import load_audio, load_image, load_video
+from .media import load_audio, load_image, load_video, name_of
 from .mel import log_mel
 from .patches import Grid, image_patches, video_patches
 from .tokenizer import Tokenizer
@@ -41,32 +41,39 @@ def kind_of(item: dict) -> str:
     raise UserError(f"a content item has the keys {sorted(item)}; expected one of image, audio, video, text")
 
 
-def render(messages: list[dict], add_generation_prompt: bool = True, add_vision_id: bool = False,
-           add_audio_id: bool = False) -> str:
-    """Messages -> the release's ChatML text, with one placeholder for each picture, sound and video.
+def parts_of(messages: list[dict], add_generation_prompt: bool, add_vision_id: bool = False,
+             add_audio_id: bool = False) -> list[str | tuple[str, object]]:
+    """The release's ChatML as a list of texts and of (kind, source) media, in reading order.
 
-    A conversation that does not begin with a system message gets the template's own. Raises UserError for an unknown role.
+    A conversation that does not begin with a system message gets the template's own. Raises UserError for unknown roles.
     """
-    counts = dict.fromkeys(COUNTED_AS, 0)
-    turns = [] if messages and messages[0].get("role") == "system" else [("system", DEFAULT_SYSTEM)]
+    counts, parts = dict.fromkeys(COUNTED_AS, 0), []
+    if not messages or messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     for message in messages:
         if message.get("role") not in ROLES:
             raise UserError(f"unknown role {message.get('role')!r}; roles are {', '.join(ROLES)}")
-        content = message["content"]
-        if not isinstance(content, str):
-            content = "".join(_render_item(item, counts, add_vision_id, add_audio_id) for item in content)
-        turns.append((message["role"], content))
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+        parts.append(f"<|im_start|>{message['role']}\n")
+        content = message.get("content", "")
+        for item in [{"text": content}] if isinstance(content, str) else content:
+            kind = kind_of(item)
+            source = item[kind] if kind in item else item[f"{kind}_url"]
+            if kind == "text":
+                parts.append(source)
+                continue
+            counts[kind] += 1
+            if add_audio_id if kind == "audio" else add_vision_id:
+                parts.append(f"{COUNTED_AS[kind]} {counts[kind]}: ")
+            parts.append((kind, source))
+        parts.append("<|im_end|>\n")
+    return parts + (["<|im_start|>assistant\n"] if add_generation_prompt else [])
 
 
-def _render_item(item, counts, add_vision_id, add_audio_id):
-    kind = kind_of(item)
-    if kind == "text":
-        return item["text"]
-    counts[kind] += 1
-    numbered = add_audio_id if kind == "audio" else add_vision_id
-    return (f"{COUNTED_AS[kind]} {counts[kind]}: " if numbered else "") + MARKS[kind]
+def render(messages: list[dict], add_generation_prompt: bool = True, add_vision_id: bool = False,
+           add_audio_id: bool = False) -> str:
+    """Messages -> the release's ChatML text, with one placeholder for each picture, sound and video."""
+    parts = parts_of(messages, add_generation_prompt, add_vision_id, add_audio_id)
+    return "".join(part if isinstance(part, str) else MARKS[part[0]] for part in parts)
 
 
 def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
@@ -105,41 +112,47 @@ class Processor:
         return join(rows, pad=self.config.thinker.tokens.endoftext)
 
     def _row(self, messages, use_audio_in_video, add_generation_prompt):
-        inputs = Inputs(torch.empty(0), torch.empty(0))
-        parts, images, videos, sizes = [], [], [], []
-        media = [item for m in messages if not isinstance(m["content"], str) for item in m["content"] if kind_of(item) != "text"]
-        text = render(messages, add_generation_prompt)
-        for item in media:  # each takes the place of the next placeholder
-            kind = kind_of(item)
-            mark = MARKS[kind]
-            before, text = text.split(mark, 1)
-            filled = self._fill(kind, item, use_audio_in_video, inputs, images, videos)
-            parts += self.tokenizer.encode(before) + filled
-            sizes.append((len(filled), kind))
-        ids = torch.tensor([parts + self.tokenizer.encode(text)])
+        inputs, ids, images, videos, sizes, text = Inputs(torch.empty(0), torch.empty(0)), [], [], [], [], ""
+        for part in [*parts_of(messages, add_generation_prompt), ("end", None)]:
+            if isinstance(part, str):
+                text += part  # neighbours merge before they are encoded: words reach over their border
+                continue
+            ids += self._encode(text)
+            text = ""
+            if part[0] != "end":
+                filled = self._fill(*part, use_audio_in_video, inputs, images, videos)
+                sizes.append((len(filled), part[0]))
+                ids += filled
         limit = self.config.thinker.text.max_position_embeddings
-        if ids.shape[1] > limit:
+        if len(ids) > limit:
             longest = f"; the longest item is {max(sizes)[1]} with {max(sizes)[0]} tokens" if sizes else ""
-            raise UserError(f"the prompt has {ids.shape[1]} tokens and the context holds {limit}{longest}; shorten it")
-        inputs.input_ids, inputs.attention_mask = ids, torch.ones_like(ids)
+            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {limit}{longest}; shorten it")
+        inputs.input_ids = torch.tensor([ids])
+        inputs.attention_mask = torch.ones_like(inputs.input_ids)
         inputs.image_patches = torch.cat(images) if images else None
         inputs.video_patches = torch.cat(videos) if videos else None
         return inputs
 
-    def _fill(self, kind, item, use_audio_in_video, inputs, images, videos) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
+        """Ids of text, in which nobody may type the places of media."""
+        ids, tokens = self.tokenizer.encode(text), self.config.thinker.tokens
+        if {tokens.audio, tokens.image, tokens.video}.intersection(ids):
+            raise UserError("a text holds <|AUDIO|>, <|IMAGE|> or <|VIDEO|>, which only media may put there; give an item instead")
+        return ids
+
+    def _fill(self, kind, source, use_audio_in_video, inputs, images, videos) -> list[int]:
         """Load one item, note its features in `inputs`, and return the ids that stand for it."""
-        source = item[kind] if kind in item else item[f"{kind}_url"]
         ids, vision, media = self.config.thinker.tokens, self.config.thinker.vision, self.config.media
         merge = vision.spatial_merge_size**2
         if kind == "audio":
             return [ids.audio_bos] + [ids.audio] * self._listen(load_audio(source), inputs) + [ids.audio_eos]
         if kind == "image":
-            patches, grid = image_patches(load_image(source), vision, media)
+            patches, grid = image_patches(load_image(source), vision, media, name_of(source, kind))
             images.append(patches)
             inputs.image_grids.append(grid)
             return [ids.vision_bos] + [ids.image] * (len(patches) // merge) + [ids.vision_eos]
         clip = load_video(source, media, with_audio=use_audio_in_video)
-        patches, grid = video_patches(clip.frames, vision, media)
+        patches, grid = video_patches(clip.frames, vision, media, name_of(source, kind))
         videos.append(patches)
         inputs.video_grids.append(grid)
         seconds = clip.seconds[:: vision.temporal_patch_size] - clip.seconds[0]
