@@ -47,7 +47,7 @@ def demo(python: str) -> int:
 
 
 def test(python: str) -> int:
-    """One pytest call, so that its last line sums up everything. One thread: the numbers are then the same everywhere."""
+    """One pytest call, so that its last line sums up everything. One thread, so that numbers repeat on any machine."""
     return call(python, *PYTEST, OMP_NUM_THREADS="1")
 
 

@@ -12,20 +12,40 @@ from .errors import UserError
 QUESTIONS = ROOT / "data_samples" / "questions.json"
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def whole(lowest: int, below: int):
+    """A type for options: whole numbers from lowest up to, not including, below."""
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) < below:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {below - 1}")
+        return int(text)
+    return convert
+
+
+SEED, COUNT = whole(0, 2**63), whole(1, 100_000)
+
+
+def parser() -> Parser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="python -m minomni", description="A small Qwen2.5-Omni: train it, talk with it, score it.")
+    top = Parser(prog="python -m minomni", description="A small Qwen2.5-Omni: train it, talk with it, score it.")
     commands = top.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a size from scratch, stage by stage",
-                                description="Trains every stage that is not finished, two at a time, and writes runs/SIZE/model. "
-                                            "tiny takes about 20 minutes on two cores and 4 GB of memory.")
+                                description="Trains every stage that is not finished, two at a time, and writes "
+                                            "runs/SIZE/model. tiny takes about 20 minutes on two cores and 4 GB of "
+                                            "memory.")
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
     train.add_argument("--stages", action="store_true", help="list the stages: what learns, for how long, from what")
     train.add_argument("--resume", action="store_true", help="go on with an unfinished run, exactly where it stopped")
     train.add_argument("--fresh", action="store_true", help="throw an earlier run away and start over")
-    train.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
     train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -33,22 +53,24 @@ def parser() -> argparse.ArgumentParser:
                                description="Media and text are asked in the order given. "
                                            "Example: --image scene.png --audio question.wav --out reply.wav")
     for kind in ("image", "audio", "video", "text"):
-        chat.add_argument(f"--{kind}", dest="content", action=Item, kind=kind, metavar="TEXT" if kind == "text" else "FILE",
+        chat.add_argument(f"--{kind}", dest="content", action=Item, kind=kind,
+                          metavar="TEXT" if kind == "text" else "FILE",
                           help=f"add {'some' if kind == 'text' else 'a'} {kind} to the question; may be repeated")
     chat.add_argument("--samples", action="store_true", help="answer all questions of data_samples/ instead")
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
     chat.add_argument("--voice", help="who answers (default: the model's first voice)")
     chat.add_argument("--out", type=Path, default=Path("reply.wav"), help="where the speech goes (default reply.wav)")
     chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
-    chat.add_argument("--seed", type=int, default=0, help="of the voice's small variations (default 0)")
+    chat.add_argument("--seed", type=SEED, default=0, help="of the voice's small variations (default 0)")
     chat.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
-    chat.add_argument("--json", action="store_true", help="print one JSON object: text, audio, seconds, sample_rate, total_s")
+    chat.add_argument("--json", action="store_true",
+                      help="print one JSON object: text, audio, seconds, sample_rate, total_s")
 
     report = commands.add_parser("report", help="score a model on held-out items with an outside judge",
                                  description="Prints a report card: what share is right, with 95 %% intervals.")
     report.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
-    report.add_argument("--items", type=int, default=100, help="items a row (default 100)")
+    report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
     return top
 
 
@@ -69,6 +91,7 @@ def run_train(arguments) -> None:
     if arguments.stages:
         print(stages.timetable(arguments.size))
         return
+    stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
     home = arguments.home or ROOT / "runs" / arguments.size
     stages.begin(home, arguments.resume, arguments.fresh)
     if arguments.stage:
@@ -82,36 +105,49 @@ def run_train(arguments) -> None:
 
 def run_chat(arguments) -> None:
     if arguments.samples:
+        if arguments.content or arguments.json:
+            raise UserError("--samples asks its own questions and prints text; leave out --json and other questions")
         answer_samples(arguments)
         return
     if not arguments.content:
         raise UserError("nothing was asked; give --text, --audio, --image or --video")
+    if arguments.out.is_dir():
+        raise UserError(f"{arguments.out}: is a folder; --out takes the name of a wav file")
     omni = load(arguments.model)
     reply = omni.respond([{"role": "user", "content": arguments.content}], voice=arguments.voice, seed=arguments.seed,
                          speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
     path = None
     if not arguments.no_speech:
         path = str(arguments.out)
-        reply.save(arguments.out)
+        save(reply, arguments.out)
     if arguments.json:
         print(json.dumps({"text": reply.text, "audio": path, "seconds": round(reply.seconds, 3),
                           "sample_rate": reply.sample_rate, "total_s": round(reply.total_s, 3)}))
     else:
-        print(reply.text + (f"\n{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s" if path else ""))
+        print(reply.text)
+        if path:
+            print(f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s")
+
+
+def save(reply, path: Path) -> None:
+    """Write the speech of a reply. Raises UserError where the disk will not have it."""
+    try:
+        reply.save(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def answer_samples(arguments) -> None:
     """Answer every question of data_samples/questions.json and say where each wav is."""
     omni = load(arguments.model)
     folder = ROOT / "runs" / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
     for entry in json.loads(QUESTIONS.read_text(encoding="utf-8")):
         content = [{kind: value if kind == "text" else str(QUESTIONS.parent / value)} for part in entry["content"]
                    for kind, value in part.items()]
-        reply = omni.respond([{"role": "user", "content": content}], voice=entry.get("voice"), seed=arguments.seed,
-                             use_audio_in_video=entry.get("use_audio_in_video", False))
+        reply = omni.respond([{"role": "user", "content": content}], voice=arguments.voice or entry["voice"],
+                             seed=arguments.seed, use_audio_in_video=entry.get("use_audio_in_video", False))
         path = folder / f"{entry['name']}.wav"
-        reply.save(path)
+        save(reply, path)
         print(f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
               f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)")
 
@@ -125,12 +161,14 @@ def run_report(arguments) -> None:
 
 def main() -> int:
     """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
-    arguments = parser().parse_args()
     try:
+        arguments = parser().parse_args()
         {"train": run_train, "chat": run_chat, "report": run_report}[arguments.command](arguments)
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

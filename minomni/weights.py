@@ -6,6 +6,7 @@ is filled once, every shape is equal, or one error lists the differences. Nothin
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -123,7 +124,8 @@ def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cp
     if not file.exists():
         return {}
     try:
-        data = torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on strange pickles; ours follows
+            data = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # what a broken or hostile pickle raises is up to its author
         raise UserError(f"{file}: is cut short or wants to run code ({type(error).__name__}); "
                         f"get it from its source again") from None

@@ -1,7 +1,9 @@
-"""The command line: good questions are answered, bad input is one clear line and exit code 2, and nothing is half-written."""
+"""The command line: good questions are answered; bad input is one clear line, exit code 2 and nothing half-written."""
 
 import io
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import soundfile
 from PIL import Image
 
 from minomni import __main__ as command
+from minomni import ROOT
 from minomni.config import SIZES
 
 
@@ -32,9 +35,9 @@ def tone(seconds: float, rate: int = 16_000) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
 
 
-def clip(path, sound: bool):
+def clip(path, sound: bool, **options):
     """A clip of 2 s, 12 frames per second."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         video = container.add_stream("libx264", rate=12)
         video.width = video.height = 64
         video.pix_fmt = "yuv420p"
@@ -74,7 +77,8 @@ def test_same_seed_same_speech(run):
 
 
 def test_video_with_its_sound(run, tmp_path):
-    code, out, _, _ = run("--video", clip(tmp_path / "clip.mp4", sound=True), "--use-audio-in-video", "--text", "what", "--json")
+    video = clip(tmp_path / "clip.mp4", sound=True)
+    code, out, _, _ = run("--video", video, "--use-audio-in-video", "--text", "what", "--json")
     assert code == 0 and json.loads(out)
 
 
@@ -89,13 +93,25 @@ def make_bad(kind: str, folder):
     if kind == "no_image":
         path.write_text("words, not a picture")
         return "--image", path, "not a readable picture"
-    if kind == "truncated":
+    if kind == "truncated":  # the index stands last: nothing can be decoded
         whole = clip(folder / "whole.mp4", sound=False).read_bytes()
         path.write_bytes(whole[: len(whole) // 3])
+        return "--video", path, "cut short"
+    if kind == "truncated_late":  # the index stands first: a decoder would play what is left
+        whole = clip(folder / "whole.mp4", sound=False, movflags="faststart").read_bytes()
+        path.write_bytes(whole[: len(whole) * 9 // 10])
+        return "--video", path, "cut short"
+    if kind == "truncated_webm":
+        whole = clip(folder / "whole.mkv", sound=False).read_bytes()
+        path.write_bytes(whole[:200])
+        return "--video", path, "not a readable video"
+    if kind == "no_bytes":
+        path.write_bytes(b"")
         return "--video", path, "not a readable video"
     if kind in ("empty", "short", "nan"):
         path = path.with_suffix(".wav")
-        samples = {"empty": tone(0), "short": tone(0.015), "nan": tone(1) * np.where(np.arange(16_000) == 99, np.nan, 1)}[kind]
+        samples = tone({"empty": 0, "short": 0.015, "nan": 1}[kind])
+        samples[99:100] = np.nan if kind == "nan" else 0
         soundfile.write(path, samples, 16_000, subtype="FLOAT")
         return "--audio", path, "NaN" if kind == "nan" else "more than 20 ms"
     path = path.with_suffix(".png")
@@ -103,12 +119,19 @@ def make_bad(kind: str, folder):
     return "--image", path, "aspect ratio"
 
 
-@pytest.mark.parametrize("kind", ["missing", "no_audio", "no_image", "truncated", "empty", "short", "nan", "stretched"])
+@pytest.mark.parametrize("kind", ["missing", "no_audio", "no_image", "no_bytes", "truncated", "truncated_late",
+                                  "truncated_webm", "empty", "short", "nan", "stretched"])
 def test_bad_files_are_named(run, tmp_path, kind):
     option, path, says = make_bad(kind, tmp_path)
     code, out, err, reply = run(option, path, "--text", "what is this")
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert str(path) in err and says in err and not reply.exists()
+    assert str(path) in err and says in err and not list(tmp_path.glob("reply*"))
+
+
+def test_twenty_milliseconds_are_the_border(run, tmp_path):
+    for samples, expected in ((320, 2), (321, 0)):  # 20 ms make no token, a sample more makes one
+        soundfile.write(tmp_path / "click.wav", tone(1)[:samples], 16_000)
+        assert run("--audio", tmp_path / "click.wav", "--no-speech")[0] == expected
 
 
 def test_bad_requests_are_one_line(run, tmp_path):
@@ -117,6 +140,11 @@ def test_bad_requests_are_one_line(run, tmp_path):
         (("--text", "say a", "--voice", "Nobody"), "unknown voice 'Nobody'"),
         (("--text", "word " * 5000), "context holds 2048"),
         ((), "nothing was asked"),
+        (("--text", "say a", "--seed", "soon"), "'soon' is not a whole number"),
+        (("--text", "say a", "--loud"), "unrecognized arguments: --loud"),
+        (("--samples", "--json"), "--samples asks its own questions"),
+        (("--text", "say a", "--out", tmp_path), f"{tmp_path}: is a folder"),
+        (("--text", "say a", "--out", tmp_path / "silent.mp4" / "a.wav"), "cannot be written"),
     ):
         code, out, err, reply = run(*arguments)
         assert code == 2 and out == "" and err.count("\n") == 1 and says in err and not reply.exists(), (arguments, err)
@@ -125,6 +153,52 @@ def test_bad_requests_are_one_line(run, tmp_path):
 def test_unknown_size_and_folder(run):
     code, _, err, _ = run("--text", "a", model="huge")
     assert code == 2 and "'huge' is neither a folder nor a size" in err and all(name in err for name in SIZES)
+
+
+def spoil(kind: str, folder) -> str:
+    """Break a checkpoint folder in one way -> what the message must say."""
+    if kind == "no config":
+        (folder / "config.json").unlink()
+        return f"{folder / 'config.json'}: cannot be read"
+    if kind == "short shard":
+        shard = folder / "model.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        return f"{shard}: missing, cut short"
+    if kind == "stray index":
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"thinker.lm_head.weight": "../secret.safetensors"}}))
+        return f"{index}: names the file '../secret.safetensors', which is outside"
+    class Code:
+        def __reduce__(self):
+            return open, (str(folder.parent / "owned"), "w")
+    (folder / "spk_dict.pt").write_bytes(pickle.dumps(Code()))
+    return f"{folder / 'spk_dict.pt'}: is cut short or wants to run code"
+
+
+@pytest.mark.parametrize("kind", ["no config", "short shard", "stray index", "code among the voices"])
+def test_broken_models_are_named(run, tiny_folder, tmp_path, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    says = spoil(kind, folder)
+    code, out, err, reply = run("--text", "say a", model=folder)
+    assert code == 2 and out == "" and err.count("\n") == 1 and says in err and not reply.exists()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_training_refuses_before_it_writes(monkeypatch, capsys, tmp_path):
+    for line, says in ((["huge"], "'huge' has no training recipe"), (["qwen7b"], "'qwen7b' has no training recipe"),
+                       (["tiny", "--stage", "naps"], "unknown stage 'naps'")):
+        monkeypatch.setattr(sys, "argv", ["minomni", "train", *line, "--home", str(tmp_path / "run")])
+        assert command.main() == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    line = [sys.executable, "-m", "minomni", "chat", "--model", str(tmp_path / "nowhere"), "--text", "a"]
+    shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert shown.stderr.startswith("minomni: ") and "nowhere" in shown.stderr and shown.stderr.count("\n") == 1
 
 
 def test_unknown_role(tiny_folder):
@@ -148,12 +222,13 @@ def test_bytes_and_arrays_are_media_too(tiny_folder):
 
 @pytest.mark.parametrize("command_name", ["train", "chat", "report"])
 def test_help_is_worth_reading(command_name):
-    shown = subprocess.run([sys.executable, "-m", "minomni", command_name, "--help"], capture_output=True, text=True)
+    line = [sys.executable, "-m", "minomni", command_name, "--help"]
+    shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0 and len(shown.stdout.splitlines()) > 8
 
 
 def test_importing_is_quick_and_needs_little():
-    code = ("import sys, minomni; bad = {'transformers', 'librosa', 'IPython', 'jupyterlab', 'espeakng_loader', 'matplotlib'} "
-            "& set(sys.modules); print(bad or 'fine')")
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    heavy = {"transformers", "librosa", "IPython", "jupyterlab", "espeakng_loader", "matplotlib"}
+    code = f"import sys, minomni, minomni.omni; print({heavy} & set(sys.modules) or 'fine')"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert shown.stdout.strip() == "fine", shown.stderr

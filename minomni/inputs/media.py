@@ -1,6 +1,8 @@
 """Files, bytes and arrays to sound, pictures and clips. What cannot be read is one clear line, never a guess."""
 
 import io
+import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +30,15 @@ def load_audio(source) -> Tensor:
     """Anything that holds sound -> float32 mono wave [samples] at 16 kHz.
 
     source: path (wav, flac, ogg, mp3, or what PyAV reads), bytes, array [samples] taken as 16 kHz, or (array, Hz); two-
-    dimensional arrays are [samples, channels]. Raises UserError for what is missing, unreadable, too short or not finite.
+    dimensional arrays are [samples, channels]. Raises UserError for what is missing, unreadable, too
+    short or not finite.
     """
     name = name_of(source, "audio")
-    samples, rate = _decode_audio(source, name)
+    return _listenable(*_decode_audio(source, name), name)
+
+
+def _listenable(samples: np.ndarray, rate: int, name: str) -> Tensor:
+    """Decoded samples [n] or [n, channels] -> what load_audio promises."""
     if samples.ndim == 2:
         samples = samples.mean(1)
     if samples.ndim != 1:
@@ -53,9 +60,11 @@ def load_image(source) -> Image.Image:
     if isinstance(source, (np.ndarray, Tensor)):
         source = _to_pil(np.asarray(source), name)
     if not isinstance(source, Image.Image):
+        stream = _stream(source, name)
         try:
-            source = Image.open(_stream(source, name))
-            source.load()
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                source = Image.open(stream)
+                source.load()
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name}: not a readable picture ({_line(error)})") from None
     image = ImageOps.exif_transpose(source)
@@ -69,10 +78,10 @@ def load_image(source) -> Image.Image:
 
 
 def load_video(source, media: MediaConfig, with_audio: bool) -> Clip:
-    """A path or bytes (mp4, webm, avi, mkv ...), a Clip, frames [n, height, width, 3] at media.fps, or (frames, fps) -> Clip.
+    """A path or bytes (mp4, webm, avi, mkv ...), a Clip, frames [n, height, width, 3] or (frames, fps) -> Clip.
 
-    Files are sampled at media.fps and keep the real times of the chosen frames. Raises UserError for what cannot be
-    read, and where with_audio asks for a sound track that is not there.
+    Frames alone are taken as media.fps. Files are sampled at media.fps and keep the real times of the chosen frames.
+    Raises UserError for what cannot be read, and where with_audio asks for a sound track that is not there.
     """
     name = name_of(source, "video")
     if isinstance(source, Clip):
@@ -81,17 +90,17 @@ def load_video(source, media: MediaConfig, with_audio: bool) -> Clip:
         frames, fps = source if isinstance(source, tuple) else (source, media.fps)
         frames = torch.as_tensor(np.asarray(frames))
         if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-            raise UserError(f"{name}: frames of shape {tuple(frames.shape)}; expected [n, height, width, 3] with n at least 1")
+            raise UserError(f"{name}: frames of shape {tuple(frames.shape)}; expected [n, height, width, 3], n > 0")
         clip = Clip(frames.to(torch.uint8), torch.arange(len(frames), dtype=torch.float32) / fps, None)
     else:
         clip = _decode_video(source, name, media, with_audio)
     if with_audio and clip.wave is None:
-        raise UserError(f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off for this video")
+        raise UserError(f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off")
     return clip
 
 
 def sample_indices(total: int, rate: float, media: MediaConfig) -> list[int]:
-    """Which of `total` frames at `rate` per second to look at: evenly spread, an even number of them (release behaviour)."""
+    """Which of `total` frames at `rate` per second to look at: evenly spread, an even number (release behaviour)."""
     wanted = min(max(total / rate * media.fps, media.min_frames), min(media.max_frames, total))
     n = max(1, int(wanted) // 2 * 2)
     return torch.linspace(0, total - 1, n).round().long().tolist()
@@ -99,9 +108,9 @@ def sample_indices(total: int, rate: float, media: MediaConfig) -> list[int]:
 
 def _decode_audio(source, name) -> tuple[np.ndarray, int]:
     if isinstance(source, tuple):
-        return np.asarray(source[0], dtype=np.float32), int(source[1])
+        return _unit(np.asarray(source[0])), int(source[1])
     if isinstance(source, (np.ndarray, Tensor)):
-        return np.asarray(source, dtype=np.float32), LISTENING_RATE
+        return _unit(np.asarray(source)), LISTENING_RATE
     import soundfile
 
     stream = _stream(source, name)
@@ -115,10 +124,17 @@ def _decode_audio(source, name) -> tuple[np.ndarray, int]:
     return wave, LISTENING_RATE
 
 
+def _unit(samples: np.ndarray) -> np.ndarray:
+    """Samples as float32; those of whole numbers come to -1..1 first."""
+    scale = 1 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)
+    return samples.astype(np.float32) / np.float32(scale)
+
+
 def _audio_track(stream, name) -> np.ndarray | None:
     """The first sound track of a container, mono at 16 kHz [samples], beginning at time 0; None where there is none."""
     import av
 
+    _require_whole(stream, name)
     try:
         with av.open(stream) as container:
             if not container.streams.audio:
@@ -136,6 +152,7 @@ def _decode_video(source, name, media, with_audio) -> Clip:
     import av
 
     stream, most = _stream(source, name), media.frame_max_pixels
+    _require_whole(stream, name)
     try:
         with av.open(stream) as container:
             if not container.streams.video:
@@ -158,7 +175,7 @@ def _decode_video(source, name, media, with_audio) -> Clip:
     if with_audio:
         stream.seek(0)
         track = _audio_track(stream, name)
-        wave = None if track is None else load_audio(track)
+        wave = None if track is None else _listenable(track, LISTENING_RATE, name)
     return Clip(torch.from_numpy(np.stack(frames)), torch.tensor([times[i] for i in chosen]), wave)
 
 
@@ -172,7 +189,7 @@ def _shrunk(frame, most: int) -> np.ndarray:
 
 def _to_pil(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise UserError(f"{name}: array of shape {array.shape} and type {array.dtype}; expected uint8 [height, width, 3]")
+        raise UserError(f"{name}: array of shape {array.shape} and type {array.dtype}; expected uint8 [h, w, 3]")
     return Image.fromarray(array)
 
 
@@ -185,14 +202,33 @@ def _stream(source, name: str):
         raise UserError(f"{name}: no such file")
     if not path.is_file():
         raise UserError(f"{name}: not a file")
-    return open(path, "rb")  # closed with its last reader
+    try:
+        return open(path, "rb")  # closed with its last reader
+    except OSError as error:
+        raise UserError(f"{name}: cannot be opened ({_line(error)})") from None
+
+
+def _require_whole(stream, name: str) -> None:
+    """Raise UserError where a box of an mp4 file reaches beyond its end: decoders would just play what is left."""
+    end, place = stream.seek(0, io.SEEK_END), 0
+    while place + 16 <= end:
+        stream.seek(place)
+        size, kind, long_size = struct.unpack(">I4sQ", stream.read(16))
+        if place == 0 and kind != b"ftyp" or size == 0:  # another container; or a last box of open length
+            break
+        place += max(8, long_size if size == 1 else size)
+    stream.seek(0)
+    if place > end:
+        raise UserError(f"{name}: cut short, {end} of at least {place} bytes are there; copy it again")
 
 
 def name_of(source, kind: str) -> str:
     """What to call a source in a message."""
-    return str(source) if isinstance(source, (str, Path)) else f"the {kind} given"
+    return (str(source) or "an empty path") if isinstance(source, (str, Path)) else f"the {kind} given"
 
 
 def _line(error: Exception) -> str:
-    """The first line of a library's complaint."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of a library's complaint, without numbers and addresses that mean nothing to a reader."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no known format"
+    return (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]

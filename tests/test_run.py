@@ -1,0 +1,141 @@
+"""run.py: what it installs, runs and hands on, without installing or training anything here."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import run  # noqa: E402
+
+PIN = re.compile(r"([A-Za-z0-9_-]+)==([0-9][0-9A-Za-z.]*) +# \S.*")
+IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn", "espeakng-loader": "espeakng_loader"}
+
+
+def pins(name: str) -> dict[str, str]:
+    """{package: version} of a requirements file, each line with its reason."""
+    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    matches = [PIN.fullmatch(line) for line in lines]
+    assert all(matches), [line for line, match in zip(lines, matches) if not match]
+    return dict(match.groups() for match in matches)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A repository of requirements alone, and every call that run.py makes, answered with exit code 0."""
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_text(f"{name}-package==1.0  # a reason\n", encoding="utf-8")
+    calls = []
+    python = tmp_path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    def create(*_, **__):
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.touch()
+
+    def call(command, cwd, env):
+        calls.append((command, env))
+        return call.answers.pop(0) if call.answers else 0
+
+    call.answers = []
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(run, "DONE", tmp_path / ".venv" / ".ok")
+    monkeypatch.setattr(run, "NEEDS", [tmp_path / "requirements.txt"])
+    monkeypatch.setattr(run, "TEST_NEEDS", [tmp_path / "requirements.txt", tmp_path / "requirements-dev.txt"])
+    monkeypatch.setattr(run.venv, "create", create)
+    monkeypatch.setattr(run.subprocess, "call", call)
+
+    def go(*arguments, answers=()):
+        call.answers = list(answers)
+        calls.clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        code = run.main()
+        return code, [" ".join(command[1:]) for command, _ in calls], [env for _, env in calls]
+
+    go.folder = tmp_path
+    return go
+
+
+def test_first_call_installs_trains_and_answers(machine):
+    code, calls, _ = machine()
+    install, train, chat = calls
+    assert code == 0 and install.startswith("-m pip install") and "requirements-dev" not in install
+    assert train == "-m minomni train tiny --resume" and chat == "-m minomni chat --samples"
+
+
+def test_second_call_starts_at_once(machine):
+    machine()
+    (machine.folder / "runs" / "tiny" / "model").mkdir(parents=True)
+    assert machine()[1] == ["-m minomni chat --samples"]
+
+
+def test_tests_are_one_call_on_one_thread(machine):
+    code, (install, tests), (_, environment) = machine("test", answers=(0, 5))
+    assert code == 5 and "requirements-dev.txt" in install
+    assert tests.startswith("-m pytest --nbval-lax --nbval-current-env") and tests.endswith("tests notebooks")
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert len(machine("test")[1]) == 1 and len(machine()[1]) == 2  # installed for both commands
+
+
+def test_changed_requirements_install_again(machine):
+    machine("test")
+    (machine.folder / "requirements.txt").write_text("other==2.0  # a reason\n", encoding="utf-8")
+    assert machine("test")[1][0].startswith("-m pip install")
+
+
+def test_failures_are_handed_on(machine):
+    with pytest.raises(SystemExit) as stopped:
+        machine(answers=[3])
+    assert stopped.value.code == 3  # pip's
+    code, calls, _ = machine(answers=[0, 4])
+    assert code == 4 and calls[-1] == "-m minomni train tiny --resume"  # training's, and no chat after it
+
+
+def test_here_installs_only_what_is_missing(machine):
+    (machine.folder / "requirements.txt").write_text("pytest==0.0.1  # is here\nno-such-thing==1.0  # is not\n")
+    _, calls, _ = machine("--here")
+    assert calls[0].endswith("no-such-thing==1.0") and "pytest" not in calls[0]
+    assert not (machine.folder / ".venv").exists()
+
+
+def test_old_pythons_are_told(monkeypatch):
+    monkeypatch.setattr(run.sys, "version_info", (3, 10, 4))
+    with pytest.raises(SystemExit, match="needs Python 3.11 or newer; this is 3.10"):
+        run.main()
+
+
+def test_run_needs_nothing_installed():
+    """With no site-packages at all, --help still works."""
+    shown = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "python run.py test" in shown.stdout
+
+
+def test_every_pin_has_a_reason_and_torch_is_exact():
+    wanted, more = pins("requirements.txt"), pins("requirements-dev.txt")
+    assert wanted["torch"] == "2.13.0" and "transformers" in more and not wanted.keys() & more.keys()
+
+
+def imports(folder: str) -> set[str]:
+    """Top-level names that a folder's Python files import from outside the standard library and the repository."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    own = {"minomni", "run"} | {path.stem for path in (ROOT / folder).rglob("*.py")}
+    return names - own - set(sys.stdlib_module_names)
+
+
+def test_every_import_is_pinned():
+    """What the package imports is in requirements.txt, what the tests add in requirements-dev.txt."""
+    files = "requirements.txt", "requirements-dev.txt"
+    wanted, more = ({IMPORTED_AS.get(name, name) for name in pins(file)} for file in files)
+    assert imports("minomni") <= wanted | {"IPython"}  # IPython comes with ipykernel, and only notebooks import it
+    assert imports("tests") <= wanted | more
