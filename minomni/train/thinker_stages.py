@@ -12,7 +12,9 @@ import torch
 
 from ..inputs.media import Clip
 from ..inputs.prompt import Inputs, Processor, join
+from ..thinker.tmrope import position_ids
 from . import losses, world
+from .imagination import imagine
 from .loop import Stage
 from .speech import corpus
 from .vocabulary import world_tokenizer
@@ -50,7 +52,7 @@ class Teacher:
         self.end = config.thinker.tokens.im_end
 
     def example(self, kind: str, random: Random) -> Example:
-        """One example: `kind` is scene, handwriting, video, sync or say, with `-typed`, `-spoken` or `-described`; or hear."""
+        """One example: `kind` is scene, handwriting, video, sync or say, with `-typed` or `-spoken`; or hear."""
         what, _, how = kind.partition("-")
         if what == "hear":
             text = random.choice(self.spoken)
@@ -62,8 +64,6 @@ class Teacher:
             made = world.handwriting(random, self.digits)
         else:
             made = {"scene": world.scene, "video": world.moving, "sync": world.sounding}[what](random)
-        if how == "described":
-            made = replace(made, question=f"{made.caption or made.answer} {made.question}", image=None, clip=None, sound=None)
         recorded = how == "spoken" and made.question in self.recorded
         return replace(made, voice="any" if recorded else None, kind=kind)
 
@@ -170,9 +170,23 @@ class ThinkerStage(Stage):
 
 class LanguageStage(ThinkerStage):
     name, learns = "language", ("thinker.model.", "thinker.lm_head.")
-    about = "the decoder reads the world's sentences (in place of Qwen2.5's weights)"
-    mixture = {"say-typed": 4, "scene-described": 3, "handwriting-described": 0.5, "video-described": 1}
-    fixed = ("say-typed", "scene-described")
+    about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
+    mixture = {"hear": 2, "say-typed": 1, "say-spoken": 1.5, "scene-typed": 3, "scene-spoken": 2, "handwriting-typed": 0.5,
+               "handwriting-spoken": 0.5, "video-typed": 1, "video-spoken": 0.7, "sync-typed": 1.5}
+    fixed = ("say-typed",)
+
+    def batch(self, step):
+        random = Random(f"{self.seed}-{self.name}-{step}")
+        kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch)
+        examples = [self.teacher.example(kind, random) for kind in kinds]
+        return examples, *self.teacher.lesson(examples, random), random
+
+    def losses(self, batch):
+        examples, inputs, targets, random = batch
+        thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
+        embeds = imagine(examples, inputs, thinker, encode, random)
+        hidden = thinker.model(embeds, position_ids(inputs, thinker.config), inputs.attention_mask)
+        return {"text": losses.next_token(thinker.lm_head(hidden), targets)}
 
 
 class Thinker1Stage(ThinkerStage):

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..inputs.mel import voice_mel
-from ..talker.codec import MEL_CENTRE, ids_to_letters, letters_to_ids
+from ..talker.codec import MEL_CENTRE, MEL_SPREAD, ids_to_letters, letters_to_ids
 from . import losses
 from .loop import Stage
 from .speech import corpus, make_voices
@@ -105,9 +105,26 @@ class DiTStage(VoiceStage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.omni.token2wav.code2wav_dit_model.proj_out.bias.data.fill_(MEL_CENTRE)  # velocity starts at the mean mel
         with torch.no_grad():
             self.codes = encode_all(self.omni.codec, self.speech)
+            self.start_from_sounds()
+
+    def start_from_sounds(self) -> None:
+        """Begin with what each code sounds like on average, so that a thousand rows need not be learnt one by one."""
+        dit = self.omni.token2wav.code2wav_dit_model
+        table = dit.text_embed.codec_embed.weight
+        sums, counts = torch.zeros(len(table), dit.config.repeats * dit.config.mel_dim), torch.zeros(len(table), 1)
+        for i in range(0, len(self.speech), max(1, len(self.speech) // 600)):
+            pieces = ((self.mel(i) - MEL_CENTRE) / MEL_SPREAD).reshape(len(self.codes[i]), -1)  # [C, repeats * bands]
+            sums.index_add_(0, self.codes[i], pieces)
+            counts.index_add_(0, self.codes[i], torch.ones(len(pieces), 1))
+        heard = counts[:, 0] > 0
+        means = sums[heard] / counts[heard]
+        directions = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[: table.shape[1]]  # principal ones
+        places = (means - means.mean(0)) @ directions.T
+        table[heard] = places / places.std()
+        dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_SPREAD
+        dit.proj_out.bias.fill_(MEL_CENTRE)  # velocity starts at the mean mel
 
     def batch(self, step):
         random, dit = Random(f"{self.seed}-dit-{step}"), self.omni.config.token2wav.dit
@@ -129,7 +146,7 @@ class DiTStage(VoiceStage):
         mels, codes, conds, references = batch
         kept = torch.rand(len(mels)) >= DROP_CONDITION
         codes, conds, references = codes * kept[:, None], conds * kept[:, None], references * kept[:, None, None]
-        time = torch.rand(len(mels))
+        time = 1 - torch.cos(torch.rand(len(mels)) * torch.pi / 2)  # early times more often, as the solver's sway has it
         dit = self.omni.token2wav.code2wav_dit_model
         return {"flow": losses.flow_matching(lambda x, t: dit(x, codes, t, conds, references), mels, torch.randn_like(mels), time)}
 

@@ -53,8 +53,8 @@ class Example:
     clip: tuple | None = None  # frames uint8 [n, H, W, 3] and their rate (frames per second)
     sound: np.ndarray | None = None  # the clip's sound track, float32 [samples] at 16 kHz
     heard: str | None = None  # what the recording says, where it is not the question
-    caption: str | None = None  # the picture or clip in words, for a reader without eyes
-    objects: list[tuple] = field(default_factory=list)  # color, shape, (x, y), radius of everything in the picture
+    objects: list[list[tuple]] = field(default_factory=list)  # by grid step: color, shape, (x, y), radius of what is seen
+    sound_at: float | None = None  # seconds into the clip
     kind: str = ""
 
 
@@ -149,8 +149,7 @@ def scene(random: Random) -> Example:
         "relation": (f"where is the {c0} {s0}", f"the {c0} {s0} is {relation} the {c1} {s1}"),
         "describe": ("what do you see", f"a {c0} {s0} and a {c1} {s1}"),
     }[kind]
-    caption = answer if kind == "relation" else " and ".join(f"a {c} {s}" for c, s in objects)
-    return Example(question, answer, image=image, caption=caption, objects=drawn, kind="scene")
+    return Example(question, answer, image=image, objects=[drawn], kind="scene")
 
 
 def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Example:
@@ -170,38 +169,42 @@ def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
     return data.images[chosen], data.target[chosen]
 
 
+def film(steps: list[list[tuple]], random: Random) -> tuple[np.ndarray, float]:
+    """Frames of a clip, given what is seen in each -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and their rate."""
+    background, frames = random.randint(0, 1 << 30), []
+    for things_seen in steps:
+        image, pen = blank(CLIP_SIZE, Random(background))
+        for color, shape, centre, radius in things_seen:
+            draw(pen, shape, color, centre, radius)
+        frames.append(np.asarray(image))
+    return np.stack(frames), CLIP_FPS
+
+
 def moving(random: Random) -> Example:
     """A silent clip of one shape that moves."""
     (color, shape), move = things(random, 1)[0], random.choice(list(MOVES))
     dx, dy = MOVES[move]
-    n, middle, span = random.choice((4, 6, 8)), CLIP_SIZE / 2, CLIP_SIZE * 0.5
-    off = random.uniform(-14, 14)
-    background, frames = random.randint(0, 1 << 30), []
-    for i in range(n):
-        image, pen = blank(CLIP_SIZE, Random(background))
-        along = (i / (n - 1) - 0.5) * span
-        draw(pen, shape, color, (middle + dx * along + off * abs(dy), middle + dy * along + off * abs(dx)), 12)
-        frames.append(np.asarray(image))
-    return Example("where does the shape go", f"the {color} {shape} moves {move}", clip=(np.stack(frames), CLIP_FPS), kind="video")
+    n, middle, off = random.choice((4, 6, 8)), CLIP_SIZE / 2, random.uniform(-14, 14)
+    along = [(i / (n - 1) - 0.5) * CLIP_SIZE * 0.5 for i in range(n)]
+    places = [(middle + dx * a + off * abs(dy), middle + dy * a + off * abs(dx)) for a in along]
+    halfway = [tuple((p + q) / 2 for p, q in zip(*places[i : i + 2])) for i in range(0, n, 2)]  # of the two frames of a step
+    return Example("where does the shape go", f"the {color} {shape} moves {move}",
+                   clip=film([[(color, shape, place, 12)] for place in places], random),
+                   objects=[[(color, shape, place, 12)] for place in halfway], kind="video")
 
 
 def sounding(random: Random) -> Example:
     """A clip in which two shapes show one after the other, with a sound while one of them is there."""
-    first, second = things(random, 2)
+    first, second = ((*thing, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16) for thing in things(random, 2))
     n = random.choice((4, 6, 8))
     change = random.randrange(1, n // 2) * 2  # between two grid steps, so that no frame pair holds both
-    background, frames = random.randint(0, 1 << 30), []
-    for i in range(n):
-        image, pen = blank(CLIP_SIZE, Random(background))
-        color, shape = first if i < change else second
-        draw(pen, shape, color, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16)
-        frames.append(np.asarray(image))
+    steps = [[first if i < change else second] for i in range(n)]
     early = random.random() < 0.5
     begin, end = (0.0, change / CLIP_FPS) if early else (change / CLIP_FPS, n / CLIP_FPS)
     at = random.uniform(begin + 0.1, end - 0.5)
-    color, shape = first if early else second
-    return Example("what was there at the sound", f"it was the {color} {shape}", clip=(np.stack(frames), CLIP_FPS),
-                   sound=tone(random, n / CLIP_FPS, at), kind="sync")
+    color, shape, *_ = first if early else second
+    return Example("what was there at the sound", f"it was the {color} {shape}", clip=film(steps, random), objects=steps[::2],
+                   sound=tone(random, n / CLIP_FPS, at), sound_at=at, kind="sync")
 
 
 def tone(random: Random, seconds: float, at: float) -> np.ndarray:

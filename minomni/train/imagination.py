@@ -1,0 +1,86 @@
+"""What ideal senses would tell the decoder: the embeddings of the words for what is heard and seen, where and when it is.
+
+A moment without a word is the embedding of the audio placeholder, an empty cell that of the image placeholder. The
+`language` stage reads such sequences, and `ears` and `eyes` learn to produce them, so all three can begin apart and fit.
+"""
+
+from random import Random
+
+import torch
+from torch import Tensor
+
+from ..inputs.prompt import Inputs
+from . import losses
+from .world import Example
+
+AUDIO_TOKENS_PER_SECOND = 25
+NOISE = 0.3  # of an embedding's own spread: real senses are never this exact
+
+
+def heard_words(example: Example, encode) -> list[int]:
+    """Token ids of what the recording of an example says, or [] where nothing is said."""
+    return [] if example.voice is None else encode(example.heard or example.question)
+
+
+def beep(encode) -> int:
+    """The token that stands for a sound that is no speech."""
+    return encode(" sound")[0]
+
+
+def cell_words(example: Example, grid, vision, encode) -> Tensor:
+    """Two token ids for each merge cell of a picture or clip [cells, 2]: color and shape, a digit twice, or -1 for empty.
+
+    A cell holds the thing whose centre is in it; IGNORE where a thing only reaches in.
+    """
+    steps, rows, columns = grid[0], *(n // vision.spatial_merge_size for n in grid[1:])
+    words = torch.full((steps, rows, columns, 2), -1)
+    if not example.objects:
+        words[:] = encode(" " + example.answer.split()[-1])[0]
+    for step, things in zip(words, example.objects):
+        for _, _, (x, y), radius in things:
+            (left, right), (top, bottom) = ((int(max(0, v - radius) // vision.cell_size),
+                                             int((v + radius) // vision.cell_size) + 1) for v in (x, y))
+            step[top:bottom, left:right] = losses.IGNORE
+        for color, shape, (x, y), _ in things:
+            step[int(y // vision.cell_size), int(x // vision.cell_size)] = torch.tensor([encode(f" {w}")[0] for w in (color, shape)])
+    return words.flatten(0, 2)
+
+
+def imagine(examples: list[Example], inputs: Inputs, thinker, encode, random: Random) -> Tensor:
+    """Input embeddings [B, L, D] of a batch whose media are given as ideal senses would give them."""
+    table, tokens, config = thinker.model.embed_tokens.weight, thinker.config.tokens, thinker.config
+    counts = iter([(mel.shape[-1] + 1) // 4 for mel in inputs.mels])
+    sounds, images, videos = [], [], []
+    grids = {"image": iter(inputs.image_grids), "video": iter(inputs.video_grids)}
+    for example in examples:
+        for kind, thing, seen in (("image", example.image, images), ("video", example.clip, videos)):
+            if thing is not None:
+                seen.append(cell_words(example, next(grids[kind]), config.vision, encode))
+        if example.sound is not None:
+            sounds.append(_spread([beep(encode)], next(counts), tokens.audio, random, at=example.sound_at))
+        if example.voice is not None:
+            sounds.append(_spread(heard_words(example, encode), next(counts), tokens.audio, random))
+    embeds = table[inputs.input_ids]  # [B, L, D]
+    for token, ids in ((tokens.audio, sounds), (tokens.image, images), (tokens.video, videos)):
+        if ids:
+            features = _embed(torch.cat(ids), table.detach(), tokens.image)
+            embeds = embeds.masked_scatter((inputs.input_ids == token)[..., None], features)
+    return embeds
+
+
+def _spread(words: list[int], count: int, silence: int, random: Random, at: float | None = None) -> Tensor:
+    """Words at about even distances among `count` moments of silence, or one at its time -> token ids [count, 1]."""
+    ids = torch.full((count, 1), silence)
+    for i, word in enumerate(words):
+        place = (i + random.uniform(0.3, 0.9)) * count / len(words) if at is None else at * AUDIO_TOKENS_PER_SECOND + random.uniform(0, 6)
+        ids[min(int(place), count - 1)] = word
+    return ids
+
+
+def _embed(ids: Tensor, table: Tensor, nothing: int) -> Tensor:
+    """Token ids [N, 1 or 2] -> the sum of the different ones' embeddings, with noise [N, D]; below 0 stands for nothing."""
+    ids = torch.where(ids < 0, nothing, ids)
+    total = table[ids[:, 0]]
+    if ids.shape[1] == 2:
+        total = total + table[ids[:, 1]] * (ids[:, 1] != ids[:, 0])[:, None]
+    return total + NOISE * table.std() * torch.randn_like(total)
