@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import config as sizes
-from .. import weights
+from .. import ROOT, weights
 from ..errors import UserError
 from ..omni import Omni
 from .loop import Recipe, Stage, graduate, train
@@ -27,12 +27,12 @@ STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (
 RECIPES = {
     "tiny": {
         "codec": Recipe(steps=1000, batch=16, lr=2e-3), "vocoder": Recipe(steps=700, batch=16, lr=2e-3),
-        "dit": Recipe(steps=1200, batch=16, lr=1e-3), "language": Recipe(steps=500, batch=32, lr=2e-3),
-        "ears": Recipe(steps=500, batch=16, lr=2e-3), "eyes": Recipe(steps=500, batch=32, lr=2e-3),
-        "thinker1": Recipe(steps=200, batch=16, lr=1e-3),
-        "thinker2": Recipe(steps=400, batch=16, lr=1e-3), "thinker3": Recipe(steps=50, batch=8, lr=5e-4),
-        "chat": Recipe(steps=400, batch=16, lr=7e-4), "talker": Recipe(steps=2000, batch=24, lr=1.5e-3),
-        "dpo": Recipe(steps=60, batch=16, lr=1e-4), "speakers": Recipe(steps=100, batch=24, lr=2e-4),
+        "dit": Recipe(steps=1500, batch=16, lr=2e-3), "language": Recipe(steps=500, batch=24, lr=2e-3),
+        "ears": Recipe(steps=500, batch=16, lr=2e-3), "eyes": Recipe(steps=700, batch=32, lr=2e-3),
+        "thinker1": Recipe(steps=100, batch=16, lr=1e-3), "thinker2": Recipe(steps=300, batch=16, lr=1e-3),
+        "thinker3": Recipe(steps=40, batch=6, lr=5e-4), "chat": Recipe(steps=250, batch=16, lr=7e-4),
+        "talker": Recipe(steps=1300, batch=24, lr=1.5e-3), "dpo": Recipe(steps=60, batch=16, lr=1e-4),
+        "speakers": Recipe(steps=100, batch=24, lr=2e-4),
     },
 }
 RECIPES["small"] = {name: Recipe(steps=r.steps * 20, batch=r.batch * 2, lr=r.lr / 4, warmup=300) for name, r in RECIPES["tiny"].items()}
@@ -99,14 +99,16 @@ def run_all(size: str, home: Path, seed: int, lanes: int = 2) -> None:
     """
     done = {name for name in STAGES if (home / "stages" / f"{name}.safetensors").exists()}
     running: dict[str, subprocess.Popen] = {}
+    waited_for = {name: sum(name in stage.needs for stage in STAGES.values()) for name in STAGES}
+    order = sorted(STAGES, key=lambda name: -waited_for[name])  # what most others wait for goes first
     while len(done) < len(STAGES):
-        for name in STAGES:
+        for name in order:
             ready = name not in done and name not in running and done.issuperset(STAGES[name].needs)
             if ready and len(running) < lanes:
                 slot = next(i for i in range(lanes) if i not in [p.slot for p in running.values()])
                 command = [sys.executable, "-m", "minomni", "train", size, "--stage", name, "--resume", "--seed", str(seed),
                            "--slot", str(slot), "--home", str(home)]
-                running[name] = subprocess.Popen(command)
+                running[name] = subprocess.Popen(command, cwd=ROOT)
                 running[name].slot = slot
         time.sleep(0.2)
         for name, process in list(running.items()):
