@@ -117,7 +117,8 @@ class Examiner:
         said = [i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in self.statements()]
         for i in said[: self.items]:
             utterance = recordings.utterances[i]
-            reply = self.omni.respond([{"role": "user", "content": f"say {utterance.text}"}], voice=utterance.voice, seed=i)
+            voice = utterance.voice if utterance.voice in self.omni.voices else None  # another model has voices of its own
+            reply = self.omni.respond([{"role": "user", "content": f"say {utterance.text}"}], voice=voice, seed=i)
             right, longest = utterance.text.split(), self.omni.config.talker_sampling.max_new_tokens
             made += edits(right, judge.hear(reply.wave, reply.sample_rate).split() if len(reply.wave) else [])
             natural += edits(right, judge.hear(recordings.wave(i), 16_000).split())

@@ -1,0 +1,52 @@
+"""The report card counts right, and its judge is one that can be believed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from minomni.train import report, speech, synthesis, world
+from minomni.train.judge import Judge, grammar
+
+
+def test_interval_by_hand():
+    low, high = report.Row("x", 0.5, 100).interval()
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-3)  # Wilson's interval for 50 of 100
+    assert report.Row("x", 0.0, 20).interval()[0] == 0.0
+    assert report.Row("x", 1.0, 20).interval() == pytest.approx((0.8389, 1.0), abs=1e-3)
+
+
+def test_card_as_markdown_and_fractions():
+    card = report.Card("m", [report.Row("a", 0.25, 8), report.Row("b", None, 0)], 1.0)
+    assert card.fractions() == {"a": 0.25, "b": None}
+    assert "| a | 25.0% |" in card.markdown() and "not measurable here" in card.markdown()
+
+
+def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    card = report.measure(str(tiny_folder), items=2)
+    values = card.fractions()
+    assert json.loads(json.dumps(values)) == values and all(0 <= row.n for row in card.rows)
+    assert set(report.ANSWERS) | {"asr_wer", "asr_wer_unseen_voices", "speech_wer", "natural_speech_wer", "stop_errors"} == set(values)
+    assert values["asr_wer_unseen_voices"] is None  # no recordings of such voices without the synthesiser
+    assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]  # a model of random weights says nothing
+    assert (tmp_path / "runs" / "report.md").read_text() == card.markdown()
+
+
+def test_judge_hears_recordings_and_not_noise():
+    judge, recordings = Judge(), speech.recorded(held=False)
+    said = [i for i, u in enumerate(recordings.utterances) if not u.text.startswith("say ")]
+    right = sum(judge.hear(recordings.wave(i), 16_000) == recordings.utterances[i].text for i in said)
+    assert said and right >= 0.7 * len(said)
+    noise = torch.from_numpy((0.1 * np.random.RandomState(0).randn(24_000)).astype(np.float32))
+    assert judge.hear(torch.zeros(16_000), 16_000) == ""
+    assert judge.hear(noise, 16_000) not in {recordings.utterances[i].text for i in said}
+
+
+def test_judge_knows_every_statement():
+    rules = grammar()
+    for words in world.GRAMMAR.values():
+        assert all(word in rules for word in words)
+    assert all(template in rules for template in world.STATEMENTS)
