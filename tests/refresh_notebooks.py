@@ -1,0 +1,81 @@
+"""Execute the notebooks and write their outputs back: python tests/refresh_notebooks.py [part of a name ...].
+
+The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what depends on the machine
+or the day is taken out, pictures are made small, and the header gets the seconds that were measured.
+"""
+
+import base64
+import io
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
+COLORS = 64  # of a stored picture: half the bytes of full colour, and no eye sees it
+
+
+def refresh(path: Path) -> float:
+    """Run one notebook, clean it, write it back -> seconds it took. Raises nbclient's CellExecutionError if a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    begun = time.monotonic()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    seconds = time.monotonic() - begun
+    clean(notebook)
+    header = notebook.cells[0]
+    header.source = BUDGET.sub(f"run in {round(seconds)} s", header.source)
+    nbformat.write(notebook, path)
+    return seconds
+
+
+def clean(notebook) -> None:
+    """Keep of a run notebook what would be the same on another machine. In place."""
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                         "language_info": {"name": "python"}}
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(codes, start=1):
+        cell.metadata, cell.execution_count, cell.outputs = {}, count, merged(cell.outputs)
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            if "text" in output:
+                output.text = output.text.replace(f"{ROOT}{os.sep}", "")
+            if "data" in output:
+                output.metadata = {}
+                for kind, data in output.data.items():
+                    output.data[kind] = small(data) if kind == "image/png" else data.replace(f"{ROOT}{os.sep}", "")
+
+
+def merged(outputs) -> list:
+    """Pieces of one stream that follow one another as one output: how they were cut depends on timing."""
+    kept = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+def small(png: str) -> str:
+    """A PNG in base64 -> the same picture with a palette."""
+    picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture.quantize(COLORS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def main(wanted: list[str]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if not wanted or any(word in path.name for word in wanted):
+            print(f"{path.name}: {refresh(path):.0f} s, {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
