@@ -1,6 +1,6 @@
 """The school: every stage learns, resumes exactly, and never sees what is held out."""
 
-from dataclasses import replace
+import tempfile
 from math import log
 from pathlib import Path
 from random import Random
@@ -18,6 +18,7 @@ from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, learning_rate, train
 from minomni.train.thinker_stages import Teacher
 
+CACHE = Path(tempfile.mkdtemp())
 FAST = dict(warmup=2, weight_decay=0.0)
 # Steps and share of the first loss that a stage must fall below on one and the same batch.
 OVERFIT = {"codec": (25, 0.8), "vocoder": (12, 0.9), "dit": (25, 0.8), "language": (15, 0.4), "ears": (25, 0.8), "eyes": (20, 0.6), "thinker1": (15, 0.8),
@@ -33,7 +34,7 @@ def recordings_only(monkeypatch):
 def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stage:
     torch.manual_seed(seed)
     kind = stages.STAGES[name]
-    stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=2e-3, **FAST), Path("unused"), seed)
+    stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=2e-3, **FAST), CACHE, seed)
     stage.sample = lambda: ""  # an untrained Talker speaks until it is cut off: slow, and nothing to see
     return stage
 
@@ -42,7 +43,7 @@ def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
     for name in ("codec", "language", "ears", "eyes"):
         kind = stages.STAGES[name]
-        assert kind(Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), Path("unused"), 0).sample()
+        assert kind(Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0).sample()
 
 
 @pytest.mark.parametrize("name", list(stages.STAGES))

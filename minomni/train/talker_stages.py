@@ -1,5 +1,6 @@
 """Stages that teach the Talker: next code, preference for what is understood (DPO), the voices (paper, sec. 3.3)."""
 
+import hashlib
 from dataclasses import dataclass
 from random import Random
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import SamplingConfig
+from ..files import write_atomically
 from ..talker.codec import ids_to_letters
 from ..talker.talker import Script, text
 from . import losses
@@ -76,14 +78,26 @@ class TalkerStage(Stage):
         self.lengths = [len(x.prompt) + len(x.codes) for x in self.lessons]
 
     def prepare(self) -> list[Lesson]:
-        """One lesson for every recording: a context in which its sentence is the answer, read by the finished Thinker."""
+        """One lesson for every recording. The three Talker stages share them in a file, named by what made them."""
+        made_by = hashlib.sha256(f"{self.seed} {len(self.speech)}".encode())
+        for part in (self.omni.thinker, self.omni.codec):
+            for parameter in part.parameters():
+                made_by.update(parameter.numpy().tobytes())
+        path = self.cache / f"lessons-{made_by.hexdigest()[:12]}.pt"
+        if not path.exists():
+            rows = [vars(lesson) for lesson in self.make_lessons()]
+            write_atomically(path, lambda f: torch.save(rows, f))
+        return [Lesson(**row) for row in torch.load(path, weights_only=True)]
+
+    def make_lessons(self) -> list[Lesson]:
+        """For every recording a context in which its sentence is the answer, read by the finished Thinker."""
         teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 11)
         codes, lessons, asked = encode_all(self.omni.codec, self.speech), [], self.questions(teacher, random)
         for begin in range(0, len(self.speech), 32):
             utterances = self.speech.utterances[begin : begin + 32]
             examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
             rows = hand_over(self.omni.thinker, *teacher.lesson(examples, random))
-            lessons += [Lesson(*row, self.voices[u.voice].bos_token, code, u.text)
+            lessons += [Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
                         for row, u, code in zip(rows, utterances, codes[begin : begin + 32])]
         return lessons
 
@@ -130,7 +144,7 @@ class TalkerStage(Stage):
 class DPOStage(TalkerStage):
     name, needs = "dpo", ("codec", *THINKER, "talker")
     about = "direct preference optimisation: of four tries, the best understood over the worst"
-    beta, tries, prompts = 0.1, 4, 384
+    beta, tries, prompts = 0.1, 4, 256
 
     def prepare(self):
         """Pairs (lesson, better codes, worse codes) from the Talker's own samples, with their reference log-probabilities."""
