@@ -6,6 +6,7 @@ seen, and the checkpoint needs no position in the data.
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def _report(stage, folder, step, means, seconds_per_step, bar):
     losses = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
     line = f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {losses}  {seconds_per_step * 1000:.0f} ms/step  {left:.0f} s left"
     bar.write(line + (f"  | {shown}" if shown else ""))
+    sys.stdout.flush()  # a line is there to be read now, into a pipe or a log file too
     entry = {"stage": stage.name, "step": step, **means, "ms": round(seconds_per_step * 1000), "sample": shown}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
