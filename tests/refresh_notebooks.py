@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from math import ceil
 from pathlib import Path
 
 import nbformat
@@ -29,7 +30,7 @@ def refresh(path: Path) -> float:
     seconds = time.monotonic() - begun
     clean(notebook)
     header = notebook.cells[0]
-    header.source = BUDGET.sub(f"run in {round(seconds)} s", header.source)
+    header.source = BUDGET.sub(f"run in {5 * ceil(seconds / 5)} s", header.source)  # coarse, so that it seldom changes
     nbformat.write(notebook, path)
     return seconds
 

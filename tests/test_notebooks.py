@@ -4,10 +4,15 @@ import ast
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from tests.refresh_notebooks import BUDGET
+from minomni import viz
+from minomni.config import TINY
+from refresh_notebooks import BUDGET, ROOT as CHECKOUT, clean
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -107,3 +112,47 @@ def test_nothing_is_copied_from_the_package(notebook):
 def test_copies_would_be_found():
     assert defined('def f(x):\n    "Doc."\n    return x + 1').keys() == defined("def g(x): return x + 1").keys()
     assert defined("def f(x): ...") == {}
+
+
+def test_refreshing_takes_out_what_belongs_to_a_machine():
+    pieces = [new_output("stream", name="stdout", text=text) for text in ("read ", f"{CHECKOUT}/run.py\n")]
+    cell = new_code_cell("x", execution_count=9, outputs=pieces, metadata={"execution": {"started": "today"}})
+    book = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
+    clean(book)
+    assert (cell.execution_count, cell.metadata, len(cell.outputs)) == (1, {}, 1)
+    assert cell.outputs[0].text == "read run.py\n" and "widgets" not in book.metadata
+
+
+@pytest.fixture
+def sliders(monkeypatch):
+    """What explore() hands to its sliders."""
+    plt.switch_backend("agg")
+    handed = []
+    monkeypatch.setattr(viz, "_sliders", lambda draw, ranges: handed.append(ranges))
+    yield handed
+    plt.close("all")
+
+
+def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders, monkeypatch):
+    drawn = []
+
+    def draw(ax, **settings):
+        drawn.append(settings)
+
+    viz.explore(draw, a=(1, 2, 3), b=(4, 5, 6))
+    assert drawn == [{"a": a, "b": 5} for a in (1, 2, 3)] and sliders == []
+    monkeypatch.setattr(viz, "somebody_is_there", lambda: True)
+    viz.explore(draw, a=(1,))
+    assert sliders == [{"a": (1,)}]
+
+
+@pytest.mark.parametrize("length", [3, viz.ROOM_FOR_NUMBERS, viz.ROOM_FOR_NUMBERS + 1])
+def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
+    tokens = TINY.thinker.tokens
+    kinds = viz.modalities([7, tokens.audio_bos, tokens.audio] + [tokens.image] * (length - 3), tokens)
+    assert kinds[:3] == ["text", "marker", "audio"] and set(kinds[3:]) <= {"image"}
+    viz.tmrope(torch.arange(length).expand(3, -1), kinds, "title")
+    plots = plt.gcf().axes
+    names = [p.get_ylabel() for p in plots] if len(plots) == 3 else [t.get_text() for t in plots[0].get_yticklabels()]
+    assert names == list(viz.AXES)
+    assert [t.get_text() for t in plots[0].get_legend().get_texts()] == [kind for kind in viz.COLORS if kind in kinds]
