@@ -11,7 +11,7 @@ STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
 
 
 def show(*objects) -> None:
-    """Print the source of functions, classes or modules as they are on disk now: what a reader sees cannot go stale."""
+    """Print the source of functions, classes or modules as it is on disk now, so that no page can go stale."""
     print("\n\n".join(inspect.getsource(inspect.unwrap(thing)).rstrip() for thing in objects))
 
 

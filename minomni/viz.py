@@ -18,7 +18,7 @@ ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids can still be read
 
 
 def axes(rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 2.2, **options):
-    """A figure of rows x columns plots, `height` inches a row -> one plot, or the list of all of them row by row."""
+    """A figure of rows x columns plots, each `height` inches high -> one plot, or the list of them row by row."""
     import matplotlib.pyplot as plt
 
     _, grid = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False, **options)
@@ -105,6 +105,7 @@ def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
         ax.scatter(range(ids.shape[1]), row, c=[COLORS[kind] for kind in kinds], s=7)
         ax.set_ylabel(name, fontsize=9)
         ax.grid(color=PALE, linewidth=0.5)
+        ax.set_axisbelow(True)
     plots[0].set_title(title, loc="left")
     plots[-1].set_xlabel("token", fontsize=9)
     legend(plots[0], kinds)

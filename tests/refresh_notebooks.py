@@ -1,7 +1,7 @@
 """Execute the notebooks and write their outputs back: python tests/refresh_notebooks.py [part of a name ...].
 
-The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what depends on the machine
-or the day is taken out, pictures are made small, and the header gets the seconds that were measured.
+The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what depends on the
+machine or the day is taken out, pictures are made small, and the header gets the seconds that were measured.
 """
 
 import base64
@@ -23,7 +23,7 @@ COLORS = 64  # of a stored picture: half the bytes of full colour, and no eye se
 
 
 def refresh(path: Path) -> float:
-    """Run one notebook, clean it, write it back -> seconds it took. Raises nbclient's CellExecutionError if a cell fails."""
+    """Run one notebook, clean it, write it back -> seconds. Raises nbclient's CellExecutionError if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     begun = time.monotonic()
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()

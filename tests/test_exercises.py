@@ -16,23 +16,27 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 BUGS = {
     "01": {
-        "tokens_of": [lambda n: (n // 160 + 1) // 4, lambda n: -(-n // 160) // 4, lambda n: -(-n // 640), lambda n: n // 640],
-        "decibels": [lambda v: 20 * (4 * v - 4), lambda v: 10 * (v - 1) / 4, lambda v: 4 * v - 4, lambda v: 10 * 4 * v - 4],
+        "tokens_of": [lambda n: (n // 160 + 1) // 4, lambda n: -(-n // 160) // 4, lambda n: -(-n // 640),
+                      lambda n: n // 640],
+        "decibels": [lambda v: 20 * (4 * v - 4), lambda v: 10 * (v - 1) / 4, lambda v: 4 * v - 4,
+                     lambda v: 10 * 4 * v - 4],
         "heard_at": [lambda hz, rate: hz, lambda hz, rate: hz % (rate / 2), lambda hz, rate: abs(rate - hz),
                      lambda hz, rate: min(hz, rate - hz)],
         "floored": [lambda x: torch.maximum(x, x.max() - 8), lambda x: torch.maximum(x, x.amax(2, keepdim=True) - 8),
                     lambda x: x.clamp_min(-8), lambda x: torch.maximum(x, x.amin((1, 2), keepdim=True) + 8)],
-        "frames_ready": [lambda n: n // 160, lambda n: max(0, (n - 400) // 160 + 1), lambda n: max(0, (n - 199) // 160 + 1),
-                         lambda n: (n - 200) // 160 + 1, lambda n: max(0, (n - 201) // 160 + 1)],
+        "frames_ready": [lambda n: n // 160, lambda n: max(0, (n - 400) // 160 + 1),
+                         lambda n: max(0, (n - 199) // 160 + 1), lambda n: (n - 200) // 160 + 1, lambda n: max(0, (n - 201) // 160 + 1)],
     },
     "06": {
-        "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c, lambda s, r, c: s + 1],
+        "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c,
+                     lambda s, r, c: s + 1],
         "time_id": [lambda s, t: s + round(t * 25), lambda s, t: s + math.ceil(t * 25), lambda s, t: s + int(t) * 25,
                     lambda s, t: int(t * 25), lambda s, t: s + int(t * 50)],
         "axis_of": [lambda j, s: 0 if j < s[0] else 1 if j < s[0] + s[1] else 2, lambda j, s: j % 3,
                     lambda j, s: 0 if j // 2 < s[0] else 1 if j // 2 < s[0] + s[1] else 2,
                     lambda j, s: 0 if j % sum(s) <= s[0] else 1 if j % sum(s) <= s[0] + s[1] else 2],
-        "dealt": [lambda v, a: "v" * v + "a" * a, lambda v, a: "".join("vv" + "a" * 50 for _ in range(max(v // 2, a // 50))),
+        "dealt": [lambda v, a: "v" * v + "a" * a,
+                  lambda v, a: "".join("vv" + "a" * 50 for _ in range(max(v // 2, a // 50))),
                   lambda v, a: "".join("v" * min(2, max(0, v - 2 * i)) + "a" * min(50, max(0, a - 50 * i))
                                        for i in range(-(-v // 2))),
                   lambda v, a: "".join("a" * min(50, max(0, a - 50 * i)) + "v" * min(2, max(0, v - 2 * i))
@@ -98,7 +102,8 @@ def test_every_exercise_is_tested_and_its_folded_solution_is_the_tested_one():
     assert numbers == list(BUGS)
     for number in numbers:
         cells = read(number)
-        assert [name for cell in cells if cell.cell_type == "code" for name in stubs(cell)] == list(BUGS[number])
+        asked = [name for cell in cells if cell.cell_type == "code" for name in stubs(cell)]
+        assert asked == list(BUGS[number])
         source = (NOTEBOOKS / "solutions" / f"{number}.py").read_text()
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         for node in ast.parse(source).body:
