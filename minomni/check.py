@@ -55,8 +55,8 @@ def grade(function: Callable, *cases: tuple[tuple, object], minutes: int, diffic
           tolerance: float = 1e-4) -> None:
     """Print how an exercise stands: not attempted, ✗ with the first counter-example, or ✓.
 
-    cases: pairs of (arguments, expected answer). An answer of None or `...` is what an untouched stub gives. minutes and
-    difficulty (1 to 3) say what the exercise asks of its reader.
+    cases: pairs of (arguments, expected answer). An answer of None or `...` is what an untouched stub gives. minutes
+    and difficulty (1 to 3) say what the exercise asks of its reader.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]})"
     for arguments, expected in cases:

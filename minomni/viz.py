@@ -21,7 +21,8 @@ def axes(rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 2.
     """A figure of rows x columns plots, each `height` inches high -> one plot, or the list of them row by row."""
     import matplotlib.pyplot as plt
 
-    _, grid = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False, **options)
+    size = (width, height * rows)
+    _, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
     plots = [plain(ax) for ax in grid.flat]
     return plots[0] if len(plots) == 1 else plots
 

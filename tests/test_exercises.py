@@ -25,7 +25,8 @@ BUGS = {
         "floored": [lambda x: torch.maximum(x, x.max() - 8), lambda x: torch.maximum(x, x.amax(2, keepdim=True) - 8),
                     lambda x: x.clamp_min(-8), lambda x: torch.maximum(x, x.amin((1, 2), keepdim=True) + 8)],
         "frames_ready": [lambda n: n // 160, lambda n: max(0, (n - 400) // 160 + 1),
-                         lambda n: max(0, (n - 199) // 160 + 1), lambda n: (n - 200) // 160 + 1, lambda n: max(0, (n - 201) // 160 + 1)],
+                         lambda n: max(0, (n - 199) // 160 + 1), lambda n: (n - 200) // 160 + 1,
+                         lambda n: max(0, (n - 201) // 160 + 1)],
     },
     "06": {
         "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c,
@@ -108,7 +109,7 @@ def test_every_exercise_is_tested_and_its_folded_solution_is_the_tested_one():
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
-                assert ast.get_source_segment(source, node) in text, f"notebook {number} folds another solution of {node.name}"
+                assert ast.get_source_segment(source, node) in text, f"{number} folds another {node.name}"
 
 
 def test_grade_shows_the_first_counter_example(capsys):
