@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
-from minomni.token2wav import flow_dit
-from minomni.token2wav.bigvgan import Activation, AntiAliasedSnake, BigVGAN, kaiser_taps
-from minomni.token2wav.flow_dit import BlockAttention, DiT, solve, time_grid
+from minomni.token2wav.bigvgan import Activation, AntiAliasedSnake, kaiser_taps
+from minomni.token2wav.flow_dit import BlockAttention, solve, time_grid
 from minomni.token2wav.speaker import Voice
 from minomni.token2wav.token2wav import Token2Wav
 

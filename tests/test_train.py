@@ -7,7 +7,6 @@ from random import Random
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from minomni.config import TINY
 from minomni.errors import UserError

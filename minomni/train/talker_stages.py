@@ -6,7 +6,6 @@ from random import Random
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..config import SamplingConfig
 from ..files import write_atomically
