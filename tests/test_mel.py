@@ -1,0 +1,91 @@
+"""Mels equal the official feature extractor's, and line up with their waves."""
+
+import numpy as np
+import pytest
+import torch
+
+from minomni.inputs.mel import hz_to_mel, log_mel, mel_filters, mel_to_hz, voice_mel
+from tests.oracle import GOLDEN
+
+LENGTHS = (321, 5001, 16_000, 31_999, 50_000)
+
+
+def wave(samples: int) -> torch.Tensor:
+    """Noise with a swelling tone, from numpy's frozen generator."""
+    t = np.arange(samples) / 16_000
+    noise = np.random.RandomState(samples).randn(samples)
+    return torch.from_numpy((0.05 * noise + 0.3 * np.sin(2 * np.pi * 220 * t) * np.sin(2 * np.pi * 1.5 * t)).astype(np.float32))
+
+
+def digest(mel: np.ndarray) -> np.ndarray:
+    """Every seventh band at every fifth frame: small enough to commit."""
+    return mel[::7, ::5]
+
+
+def official(samples: np.ndarray) -> np.ndarray:
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16_000, hop_length=160, n_fft=400, chunk_length=30,
+                                        return_attention_mask=True)
+    out = extractor(samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="np")
+    return out["input_features"][0][:, : int(out["attention_mask"].sum())]
+
+
+@pytest.mark.parametrize("samples", LENGTHS)
+def test_equals_the_official_extractor(samples):
+    pytest.importorskip("transformers", reason="the official code is not installed")
+    theirs = official(wave(samples).numpy())
+    assert log_mel(wave(samples)).shape == theirs.shape
+    assert np.abs(log_mel(wave(samples)).numpy() - theirs).max() < 1e-5  # float noise of two FFTs, scale about 1
+
+
+@pytest.mark.parametrize("samples", LENGTHS)
+def test_equals_what_the_official_extractor_answered(samples):
+    golden = np.load(GOLDEN / "mel.npz")[str(samples)]
+    assert np.abs(digest(log_mel(wave(samples)).numpy()) - golden).max() < 1e-5
+
+
+def test_silence_is_minus_one_and_a_half():
+    assert torch.equal(log_mel(torch.zeros(8000)), torch.full((128, 50), -1.5))
+
+
+def test_frames_are_counted_up():
+    assert [log_mel(torch.randn(n)).shape[1] for n in (160, 161, 320, 321, 16_000)] == [1, 2, 2, 3, 100]
+
+
+def test_filters_equal_librosa():
+    librosa = pytest.importorskip("librosa", reason="librosa is a second opinion only")
+    for n_fft, bands in ((400, 128), (1024, 80)):
+        assert np.abs(mel_filters(n_fft, bands).numpy() - librosa.filters.mel(sr=16_000, n_fft=n_fft, n_mels=bands)).max() < 1e-7
+
+
+def test_scale_by_hand():
+    hz = torch.tensor([0.0, 200, 1000, 6400])
+    assert torch.allclose(hz_to_mel(hz), torch.tensor([0.0, 3, 15, 42]), atol=1e-4)
+    assert torch.allclose(mel_to_hz(hz_to_mel(hz)), hz, rtol=1e-5)
+
+
+def test_voice_mel_lines_up_with_the_wave():
+    click = torch.zeros(16_000)
+    click[160 * 40 + 80] = 1.0  # the centre of frame 40
+    mel = voice_mel(click)
+    assert mel.shape == (100, 80) and int(mel.mean(1).argmax()) == 40
+    assert torch.allclose(mel[40 - 1], mel[40 + 1], atol=1e-4)  # and it lies in the middle of it
+
+
+def test_batch_equals_single():
+    waves = torch.stack([wave(8000), 3 * wave(8000)])
+    for function in (log_mel, voice_mel):
+        both = function(waves)
+        assert all(torch.allclose(both[i], function(waves[i]), atol=1e-5) for i in range(2))
+
+
+def test_gradient_of_silence_is_finite():
+    silence = torch.zeros(1600, requires_grad=True)
+    voice_mel(silence).sum().backward()
+    assert torch.isfinite(silence.grad).all()
+
+
+def write_golden() -> None:
+    """python -c "from tests.test_mel import write_golden; write_golden()" """
+    np.savez_compressed(GOLDEN / "mel.npz", **{str(n): digest(official(wave(n).numpy())) for n in LENGTHS})

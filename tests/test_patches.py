@@ -1,0 +1,119 @@
+"""Pictures and clips become the official processor's patches, in its order."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minomni.config import QWEN7B, TINY
+from minomni.errors import UserError
+from minomni.inputs.patches import CHANNEL_MEAN, CHANNEL_STD, image_patches, smart_resize, to_patches, video_patches
+from tests.oracle import GOLDEN
+
+VISION, MEDIA = QWEN7B.thinker.vision, QWEN7B.media
+SIZES = ((84, 112), (150, 270), (29, 300), (300, 41), (56, 56))
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """Coloured waves: smooth, so that resizing has something to do, and different everywhere."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 7 + c) * np.cos(y / 11 - c) for c in range(3)]
+    return ((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8)
+
+
+def digest(patches: np.ndarray) -> np.ndarray:
+    return patches[:: max(1, len(patches) // 20), ::37]
+
+
+def official(array: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    out = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)([array], return_tensors="np")
+    return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])[0].tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_official_processor(size):
+    pytest.importorskip("transformers", reason="the official code is not installed")
+    theirs, grid = official(picture(*size))
+    ours, our_grid = image_patches(Image.fromarray(picture(*size)), VISION, MEDIA)
+    assert list(our_grid) == grid and ours.shape == theirs.shape
+    assert np.abs(ours.numpy() - theirs).max() < 1e-5  # both resize with PIL: only float noise is left
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_what_the_official_processor_answered(size):
+    golden = np.load(GOLDEN / "patches.npz")["x".join(map(str, size))]
+    ours, _ = image_patches(Image.fromarray(picture(*size)), VISION, MEDIA)
+    assert np.abs(digest(ours.numpy()) - golden).max() < 1e-5
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((84, 112), (84, 112)), ((42, 42), (56, 56)), ((70, 98), (56, 112)),  # 2.5 cells round to 2, 3.5 to 4: to even
+    ((20, 20), (56, 56)), ((8000, 8000), (3584, 3584)),
+])
+def test_smart_resize(size, expected):
+    found = smart_resize(*size, 28, 3136, 12_845_056)
+    assert found == expected and found[0] * found[1] <= 12_845_056
+
+
+def test_stretched_pictures_are_refused():
+    smart_resize(10, 2000, 28, 3136, 12_845_056)
+    with pytest.raises(UserError, match="2001x10 pixels"):
+        smart_resize(10, 2001, 28, 3136, 12_845_056)
+
+
+def test_order_of_rows_and_columns():
+    """Every pixel says where it is; every number of every patch must come from where it should."""
+    n, height, width = 4, 56, 84
+    where = torch.stack(torch.meshgrid(torch.arange(n), torch.arange(height), torch.arange(width), indexing="ij"), 1).float()
+    patches, grid = to_patches(where, VISION)  # channels are frame, row, column
+    assert grid == (2, 4, 6) and patches.shape == (48, 1176)
+    row = 0
+    for t in range(2):
+        for cell_y in range(2):
+            for cell_x in range(3):
+                for y in range(2):
+                    for x in range(2):
+                        patch = patches[row].view(3, 2, 14, 14)
+                        top, left = (2 * cell_y + y) * 14, (2 * cell_x + x) * 14
+                        assert patch[0, :, 0, 0].tolist() == [2 * t, 2 * t + 1]
+                        assert patch[1, 0, :, 0].tolist() == list(range(top, top + 14))
+                        assert patch[2, 1, 0].tolist() == list(range(left, left + 14))
+                        row += 1
+
+
+def test_a_picture_is_two_equal_frames():
+    patches, grid = image_patches(Image.fromarray(picture(56, 84)), VISION, MEDIA)
+    pairs = patches.view(-1, 3, 2, 196)
+    assert grid == (1, 4, 6) and torch.equal(pairs[:, :, 0], pairs[:, :, 1])
+
+
+def test_odd_clips_repeat_their_last_frame():
+    frames = torch.from_numpy(np.stack([picture(84, 84) // (i + 1) for i in range(5)]))
+    patches, grid = video_patches(frames, TINY.thinker.vision, TINY.media)
+    assert grid == (3, 6, 6)
+    last = patches.view(3, 36, 3, 2, 196)[2]
+    assert torch.equal(last[:, :, 0], last[:, :, 1])
+    first = patches.view(3, 36, 3, 2, 196)[0]
+    assert not torch.equal(first[:, :, 0], first[:, :, 1])
+
+
+def test_frames_of_long_clips_get_smaller():
+    def side(n):
+        frames = torch.zeros(n, 560, 1120, 3, dtype=torch.uint8)
+        return video_patches(frames, VISION, MEDIA)[1]
+
+    few, many = side(4), side(340)
+    assert few[1] * few[2] * 196 <= 602_112 and many[1] * many[2] * 196 <= 90_316_800 * 2 / 340 < few[1] * few[2] * 196
+
+
+def test_white_is_normalised():
+    patches, _ = image_patches(Image.new("RGB", (56, 56), "white"), VISION, MEDIA)
+    expected = (1 - CHANNEL_MEAN) / CHANNEL_STD
+    assert torch.allclose(patches.view(-1, 3, 392).mean((0, 2)), expected, atol=1e-5)
+
+
+def write_golden() -> None:
+    """python -c "from tests.test_patches import write_golden; write_golden()" """
+    np.savez_compressed(GOLDEN / "patches.npz", **{"x".join(map(str, s)): digest(official(picture(*s))[0]) for s in SIZES})

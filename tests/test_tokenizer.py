@@ -1,0 +1,109 @@
+"""Byte-level BPE: the release's vocabulary, our own, and every text back again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minomni.config import QWEN7B, TINY
+from minomni.errors import UserError
+from minomni.inputs.tokenizer import Tokenizer, special_tokens
+from minomni.train.vocabulary import world_tokenizer
+
+VECTORS = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
+TEXTS = ["the red circle", "  two  spaces\n\n", "naïve café", "2026 + 1", "我们 你好", "🦙 l'été", "don't", "\t", ""]
+
+
+@pytest.fixture
+def small() -> Tokenizer:
+    """Seven merges by hand; ids are 256 + rank."""
+    pairs = [(b"t", b"h"), (b"th", b"e"), (b" ", b"r"), (b"e", b"d"), (b" r", b"ed"), (b" ", b"the"), (b"1", b"2")]
+    return Tokenizer(pairs, {"<|im_end|>": 300, "<|im_start|>": 301})
+
+
+def test_by_hand(small):
+    assert small.encode("the red") == [257, 260]
+    assert small.encode("the the") == [257, 261]
+    assert small.encode("12") == [16, 17]  # digits never merge, whatever the merges say; ! is id 0, so 1 is 16
+    assert small.encode("the<|im_end|> red") == [257, 300, 260]
+    assert small.decode([257, 300, 260]) == "the<|im_end|> red" and small.decode([257, 300, 260], skip_special=True) == "the red"
+
+
+def test_release_vocabulary_and_public_vectors(tmp_path):
+    if not VECTORS.exists():
+        pytest.skip("the real vocabulary is not beside this checkout")
+    for name in ("merges.txt", "vocab.json"):
+        (tmp_path / name).write_bytes((VECTORS / f"qwen2_{name}").read_bytes())
+    tokenizer = Tokenizer.load(tmp_path)
+    assert len(tokenizer) == 151_643
+    texts = (VECTORS / "qwen2_vectors.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    answers = (VECTORS / "qwen2_vectors.out").read_text().split("\n")
+    right = sum(tokenizer.encode(text) == [int(i) for i in answer.split()] for text, answer in zip(texts, answers))
+    assert right == 47
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
+
+
+def test_any_text_comes_back():
+    hypothesis = pytest.importorskip("hypothesis", reason="random texts need hypothesis")
+    from unicodedata import normalize
+
+    tokenizer = world_tokenizer(TINY.thinker.tokens)
+
+    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(hypothesis.strategies.text())
+    def check(text):
+        if not any(name in normalize("NFC", text) for name in tokenizer.special_tokens):
+            assert tokenizer.decode(tokenizer.encode(text)) == normalize("NFC", text)
+
+    check()
+
+
+def test_text_is_normalised(small):
+    assert small.encode("e\u0301") == small.encode("\u00e9")  # e and an accent are one letter
+
+
+def test_training_repeats_and_stops():
+    texts = ["low lower lowest", "new newer newest"] * 3
+    first, second = (Tokenizer.train(texts, 300, {}) for _ in range(2))
+    assert first.merges == second.merges and len(first.encode("lowest")) < 4
+    assert len(Tokenizer.train(texts, 260, {}).merges) == 4
+    assert Tokenizer.train(["ab ab"], 400, {}).merges == [(b"a", b"b")]  # the rest occurs once: nothing to learn
+
+
+def test_world_words_are_single_tokens():
+    tokenizer = world_tokenizer(TINY.thinker.tokens)
+    assert len(tokenizer.encode("the red circle is above the blue square")) == 8
+    assert max(tokenizer.bytes_of) < min(tokenizer.special_tokens.values())
+
+
+@pytest.mark.parametrize("layout", ["vocab and merges", "tokenizer.json"])
+def test_saved_and_loaded(small, tmp_path, layout):
+    small.save(tmp_path)
+    if layout == "tokenizer.json":
+        vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+        merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        added = [{"content": name, "id": i} for name, i in small.special_tokens.items()]
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": merges}, "added_tokens": added}))
+    again = Tokenizer.load(tmp_path)
+    assert again.merges == small.merges and again.special_tokens == small.special_tokens
+    assert all(again.encode(text) == small.encode(text) for text in TEXTS)
+
+
+def test_files_that_disagree_are_refused(small, tmp_path):
+    small.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    vocab["th"] = 999
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(UserError, match="disagree on 1 tokens, first 'th'"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer here"):
+        Tokenizer.load(tmp_path / "elsewhere")
+
+
+def test_special_ids_are_the_release_s():
+    names = special_tokens(QWEN7B.thinker.tokens)
+    assert names["<|endoftext|>"] == 151_643 and names["<|im_end|>"] == 151_645 and names["<|VIDEO|>"] == 151_656
+    with pytest.raises(UserError, match="taken by ordinary tokens"):
+        Tokenizer([], {"<|im_end|>": 7})
