@@ -65,7 +65,7 @@ def install_in_venv(needs: list[Path]) -> str:
             sys.exit("run.py: this Python cannot make a virtual environment with pip (on Debian and Ubuntu: install "
                      "python3-venv); or use --here to install into it directly")
     pip(python, [option for file in needs for option in ("-r", str(file))])
-    DONE.write_text("\n".join({*done, digest(NEEDS), digest(needs)}))
+    DONE.write_text(f"{digest(NEEDS)}\n{digest(needs)}\n")  # what was there before is replaced
     return python
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 
 import torch
@@ -11,8 +12,17 @@ STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
 
 
 def show(*objects) -> None:
-    """Print the source of functions, classes or modules as it is on disk now, so that no page can go stale."""
-    print("\n\n".join(inspect.getsource(inspect.unwrap(thing)).rstrip() for thing in objects))
+    """Print the source of functions, classes or modules as it is on disk now, so that no page can go stale.
+
+    In a notebook it comes with colours, through a Markdown block that GitHub shows too.
+    """
+    source = "\n\n\n".join(inspect.getsource(inspect.unwrap(thing)).rstrip() for thing in objects)
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        print(source)
+        return
+    from IPython.display import display
+
+    display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, raw=True)
 
 
 def same(name: str, mine, theirs, tolerance: float = 1e-6) -> None:

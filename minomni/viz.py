@@ -31,7 +31,6 @@ def plain(ax):
     """Take away the frame that says nothing."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
-    ax.title.set_size(10)
     return ax
 
 
@@ -57,8 +56,10 @@ def filters(ax, bank: Tensor, top: float = LISTENING_RATE / 2, every: int = 1, t
 
     hz, colors = torch.linspace(0, top, bank.shape[1]), matplotlib.colormaps["viridis"]
     for band in range(0, bank.shape[0], every):
-        ax.plot(hz, bank[band], color=colors(band / bank.shape[0]), linewidth=0.9)
-    ax.set(xlabel="Hz", ylabel="weight", title=title, xlim=(0, top))
+        heard = bank[band].nonzero().flatten()
+        feet = slice(max(int(heard[0]) - 1, 0), int(heard[-1]) + 2)  # the triangle with the zero on either side
+        ax.plot(hz[feet], bank[band, feet], color=colors(band / bank.shape[0]), linewidth=0.9)
+    ax.set(xlabel="Hz", ylabel="weight", title=title, xlim=(0, top), ylim=(0, None))
 
 
 def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
@@ -112,19 +113,36 @@ def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
     legend(plots[0], kinds)
 
 
-def explore(draw: Callable, **ranges) -> None:
+def split(ax, *heights: float) -> list:
+    """Plots one above the other in the place of one, of these shares of its height; its title stays above them all."""
+    ax.axis("off")
+    tops = [1 - sum(heights[:i]) / sum(heights) for i in range(len(heights) + 1)]
+    return [plain(ax.inset_axes((0, low, 1, 0.94 * (top - low)))) for top, low in zip(tops, tops[1:])]
+
+
+def angles(ax, cosines: Tensor, section: tuple[int, int, int]) -> None:
+    """How TMRoPE turns each token: cosines [L, pairs], white not at all, black half round; split by axis."""
+    ax.imshow(cosines.T, aspect="auto", cmap="Greys_r", vmin=-1, vmax=1, interpolation="nearest")
+    borders = torch.tensor((0, *section)).cumsum(0)
+    ax.hlines(borders[1:-1] - 0.5, -0.5, len(cosines) - 0.5, color=COLORS["audio"], linewidth=0.8)
+    ax.set(yticks=(borders[:-1] + borders[1:] - 1) / 2, yticklabels=AXES, xlabel="token")
+    ax.tick_params(axis="y", length=0)
+
+
+def explore(draw: Callable, size: float = 2.6, **ranges) -> None:
     """Show draw(ax, **settings) at every setting: a strip of pictures always, and sliders where somebody can drag them.
 
     ranges: for each setting its values. The strip goes along the first range, with the others at their middle value.
+    size: height of a picture in inches.
     """
     (first, values), *rest = ranges.items()
     middle = {name: options[len(options) // 2] for name, options in rest}
-    plots = axes(1, len(values), width=min(11.0, 3.4 * len(values)), height=2.6)
+    plots = axes(1, len(values), width=min(11.0, 3.4 * len(values)), height=size)
     for ax, value in zip(plots if len(values) > 1 else [plots], values):
         draw(ax, **{first: value}, **middle)
         ax.set_title(f"{first} = {value}", fontsize=9)
     if somebody_is_there():
-        _sliders(draw, ranges)
+        _sliders(draw, size, ranges)
 
 
 def somebody_is_there() -> bool:
@@ -137,12 +155,12 @@ def somebody_is_there() -> bool:
         return False
 
 
-def _sliders(draw: Callable, ranges: dict) -> None:
+def _sliders(draw: Callable, size: float, ranges: dict) -> None:
     import ipywidgets
     import matplotlib.pyplot as plt
 
     def redraw(**settings):
-        draw(axes(width=7, height=3), **settings)
+        draw(axes(width=7, height=1.2 * size), **settings)
         plt.show()
 
     ipywidgets.interact(redraw, **{name: ipywidgets.SelectionSlider(options=list(values), continuous_update=False)

@@ -129,7 +129,7 @@ def imports(folder: str) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.split(".")[0])
-    own = {"minomni", "run"} | {path.stem for path in (ROOT / folder).rglob("*.py")}
+    own = {"minomni", "run", "tests"} | {path.stem for path in (ROOT / folder).rglob("*.py")}
     return names - own - set(sys.stdlib_module_names)
 
 
