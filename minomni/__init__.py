@@ -31,4 +31,4 @@ def load(name: str, device: str = "cpu", dtype=None):
     for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
         if folder.is_dir():
             return weights.load(folder, device, dtype)
-    raise UserError(f"no model of size {name!r} here; train one (python -m minomni train {name}) or give a checkpoint's folder")
+    raise UserError(f"no model of size {name!r} here; python -m minomni train {name} makes one")

@@ -109,8 +109,8 @@ class DecoderConfig:
     def __post_init__(self):
         require(2 * sum(self.mrope_section) == self.head_dim, f"mrope_section {self.mrope_section} must add up to half "
                 f"of head_dim {self.head_dim}")
-        require(self.num_attention_heads % self.num_key_value_heads == 0, f"{self.num_attention_heads} query heads must "
-                f"share {self.num_key_value_heads} key/value heads evenly")
+        require(self.num_attention_heads % self.num_key_value_heads == 0, f"{self.num_attention_heads} query heads "
+                f"must share {self.num_key_value_heads} key/value heads evenly")
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,10 @@ class ThinkerConfig:
 
     def __post_init__(self):
         width = self.text.hidden_size
-        require(self.audio.output_dim == width, f"audio output_dim {self.audio.output_dim} must equal the Thinker's {width}")
-        require(self.vision.out_hidden_size == width, f"vision out_hidden_size {self.vision.out_hidden_size} must equal "
-                f"the Thinker's {width}")
+        require(self.audio.output_dim == width, f"audio output_dim {self.audio.output_dim} must equal the Thinker's "
+                f"{width}")
+        require(self.vision.out_hidden_size == width, f"vision out_hidden_size {self.vision.out_hidden_size} must "
+                f"equal the Thinker's {width}")
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,10 @@ class DiTConfig:
     enc_se_channels: int
 
     def __post_init__(self):
-        require(self.block_size % self.repeats == 0, f"block_size {self.block_size} must hold whole codes of {self.repeats} frames")
-        require(self.enc_channels[-1] == sum(self.enc_channels[1:-1]), f"the last of enc_channels {self.enc_channels} must be "
-                f"the sum of the ones between first and last")
+        require(self.block_size % self.repeats == 0, f"block_size {self.block_size} must hold whole codes of "
+                f"{self.repeats} frames")
+        require(self.enc_channels[-1] == sum(self.enc_channels[1:-1]), f"the last of enc_channels {self.enc_channels} "
+                f"must be the sum of the ones between first and last")
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class Token2WavConfig:
     bigvgan: BigVGANConfig
 
     def __post_init__(self):
-        require(self.dit.mel_dim == self.bigvgan.mel_dim, f"the DiT makes {self.dit.mel_dim} mel bands, BigVGAN reads {self.bigvgan.mel_dim}")
+        require(self.dit.mel_dim == self.bigvgan.mel_dim, f"the DiT makes {self.dit.mel_dim} mel bands, BigVGAN reads "
+                f"{self.bigvgan.mel_dim}")
 
     @property
     def sample_rate(self) -> int:
@@ -268,10 +271,10 @@ class OmniConfig:
     def __post_init__(self):
         require(self.talker.embedding_size == self.thinker.text.hidden_size, f"the Talker reads width "
                 f"{self.talker.embedding_size}, the Thinker writes {self.thinker.text.hidden_size}")
-        require(self.codec is None or self.codec.downsample == self.token2wav.dit.repeats, "codec and DiT disagree on the "
-                "mel frames of one code")
-        require(self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds, "the codec has more codes than "
-                "the DiT's table")
+        require(self.codec is None or self.codec.downsample == self.token2wav.dit.repeats, "codec and DiT disagree on "
+                "the mel frames of one code")
+        require(self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds, "the codec has more codes "
+                "than the DiT's table")
 
 
 QWEN7B = OmniConfig(
@@ -284,9 +287,9 @@ QWEN7B = OmniConfig(
         text=DecoderConfig(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                            num_key_value_heads=4, head_dim=128, vocab_size=152064, max_position_embeddings=32768,
                            rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24)),
-        tokens=TokenIds(endoftext=151643, im_start=151644, im_end=151645, audio=151646, audio_bos=151647, audio_eos=151648,
-                        vision_bos=151652, vision_eos=151653, vision_pad=151654, image=151655, video=151656,
-                        tts_text_start=151860, tts_text_end=151861, tts_text_pad=151859),
+        tokens=TokenIds(endoftext=151643, im_start=151644, im_end=151645, audio=151646, audio_bos=151647,
+                        audio_eos=151648, vision_bos=151652, vision_eos=151653, vision_pad=151654, image=151655,
+                        video=151656, tts_text_start=151860, tts_text_end=151861, tts_text_pad=151859),
         position_id_per_seconds=25, seconds_per_chunk=2),
     talker=TalkerConfig(
         embedding_size=3584,
@@ -295,19 +298,20 @@ QWEN7B = OmniConfig(
                               rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24)),
         codec_pad=8292, codec_bos=8293, codec_eos=8294, codec_mask=8296),
     token2wav=Token2WavConfig(
-        dit=DiTConfig(hidden_size=1024, num_hidden_layers=22, num_attention_heads=16, head_dim=64, ff_mult=2, emb_dim=512,
-                      num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(10,),
-                      look_backward_layers=(0, 20), rope_theta=1e4, enc_emb_dim=192, enc_dim=128,
-                      enc_channels=(256, 256, 256, 256, 768), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
-                      enc_attention_channels=64, enc_res2net_scale=2, enc_se_channels=64),
+        dit=DiTConfig(hidden_size=1024, num_hidden_layers=22, num_attention_heads=16, head_dim=64, ff_mult=2,
+                      emb_dim=512, num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24,
+                      look_ahead_layers=(10,), look_backward_layers=(0, 20), rope_theta=1e4, enc_emb_dim=192, enc_dim=128,
+                      enc_channels=(256, 256, 256, 256, 768), enc_kernel_sizes=(5, 3, 3, 3, 1),
+                      enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=64, enc_res2net_scale=2,
+                      enc_se_channels=64),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=1536, upsample_rates=(5, 3, 2, 2, 2, 2),
                               upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
                               resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
     codec=None,
-    media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_845_056, frame_min_pixels=100_352, frame_max_pixels=602_112,
-                      clip_max_pixels=90_316_800, fps=2.0, min_frames=4, max_frames=768,
-                      system_prompt="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
-                                    "perceiving auditory and visual inputs, as well as generating text and speech."),
+    media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_845_056, frame_min_pixels=100_352,
+                      frame_max_pixels=602_112, clip_max_pixels=90_316_800, fps=2.0, min_frames=4, max_frames=768,
+                      system_prompt="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable "
+                                    "of perceiving auditory and visual inputs, as well as generating text and speech."),
     thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=1024),
     talker_sampling=SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05, max_new_tokens=4096),
     flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0))
@@ -336,8 +340,9 @@ SMALL = OmniConfig(
         dit=DiTConfig(hidden_size=512, num_hidden_layers=10, num_attention_heads=8, head_dim=64, ff_mult=2, emb_dim=256,
                       num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(5,),
                       look_backward_layers=(0, 8), rope_theta=1e4, enc_emb_dim=160, enc_dim=128,
-                      enc_channels=(128, 128, 128, 128, 384), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
-                      enc_attention_channels=64, enc_res2net_scale=2, enc_se_channels=64),
+                      enc_channels=(128, 128, 128, 128, 384), enc_kernel_sizes=(5, 3, 3, 3, 1),
+                      enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=64, enc_res2net_scale=2,
+                      enc_se_channels=64),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=512, upsample_rates=(5, 3, 2, 2, 2, 2),
                               upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
                               resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
@@ -360,9 +365,9 @@ TINY = OmniConfig(
         text=DecoderConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                            num_key_value_heads=2, head_dim=32, vocab_size=512, max_position_embeddings=2048,
                            rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(4, 6, 6)),
-        tokens=TokenIds(endoftext=480, im_start=481, im_end=482, audio=483, audio_bos=484, audio_eos=485, vision_bos=486,
-                        vision_eos=487, vision_pad=488, image=489, video=490, tts_text_start=496, tts_text_end=497,
-                        tts_text_pad=495),
+        tokens=TokenIds(endoftext=480, im_start=481, im_end=482, audio=483, audio_bos=484, audio_eos=485,
+                        vision_bos=486, vision_eos=487, vision_pad=488, image=489, video=490,
+                        tts_text_start=496, tts_text_end=497, tts_text_pad=495),
         position_id_per_seconds=25, seconds_per_chunk=2),
     talker=TalkerConfig(
         embedding_size=128,
@@ -374,8 +379,9 @@ TINY = OmniConfig(
         dit=DiTConfig(hidden_size=160, num_hidden_layers=6, num_attention_heads=5, head_dim=32, ff_mult=2, emb_dim=64,
                       num_embeds=1001, repeats=4, mel_dim=80, dropout=0.0, block_size=24, look_ahead_layers=(3,),
                       look_backward_layers=(0, 5), rope_theta=1e4, enc_emb_dim=160, enc_dim=32,
-                      enc_channels=(32, 32, 32, 32, 96), enc_kernel_sizes=(5, 3, 3, 3, 1), enc_dilations=(1, 2, 3, 4, 1),
-                      enc_attention_channels=16, enc_res2net_scale=2, enc_se_channels=16),
+                      enc_channels=(32, 32, 32, 32, 96), enc_kernel_sizes=(5, 3, 3, 3, 1),
+                      enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=16, enc_res2net_scale=2,
+                      enc_se_channels=16),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=64, upsample_rates=(5, 4, 4, 2),
                               upsample_kernel_sizes=(11, 8, 8, 4), resblock_kernel_sizes=(3, 7),
                               resblock_dilation_sizes=((1, 3), (1, 3)))),

@@ -48,7 +48,8 @@ class Reply:
         import soundfile
 
         samples = self.wave.cpu().numpy()
-        write_atomically(Path(path), lambda f: soundfile.write(f, samples, self.sample_rate, subtype="PCM_16", format="WAV"))
+        wav = dict(subtype="PCM_16", format="WAV")
+        write_atomically(Path(path), lambda f: soundfile.write(f, samples, self.sample_rate, **wav))
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -106,9 +107,9 @@ class Omni(nn.Module):
                 use_audio_in_video: bool = False, seed: int = 0) -> Reply:
         """Answer a conversation of message dictionaries, the ones Qwen's and transformers' users write.
 
-        voice: a name in self.voices, the first one by default; speech=False answers in text alone. A conversation without
-        a system message gets the one that this size was trained with. Same seed, same answer. Raises UserError for what
-        cannot be read, does not fit the context, or names no voice.
+        voice: a name in self.voices, the first one by default; speech=False answers in text alone. A conversation
+        without a system message gets the one that this size was trained with. Same seed, same answer. Raises UserError for
+        what cannot be read, does not fit the context, or names no voice.
         """
         began = time.perf_counter()
         if self.tokenizer is None:
@@ -123,4 +124,5 @@ class Omni(nn.Module):
         spoken = self.generate(inputs, voice if speech else None, seed)
         nothing = torch.zeros(0)
         return Reply(self.tokenizer.decode(spoken.tokens[0], skip_special=True), *(spoken.waves or [nothing]),
-                     self.config.token2wav.sample_rate, *(spoken.codes or [nothing.long()]), time.perf_counter() - began)
+                     self.config.token2wav.sample_rate, *(spoken.codes or [nothing.long()]),
+                     time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""Our speech tokenizer: mel -> one code per 40 ms -> letters and mel. The release ships no encoder; these are not its codes.
+"""Our speech tokenizer: mel -> one code per 40 ms -> letters and mel. The release ships no encoder; its codes differ.
 
 A mel is shortened by strided convolutions, understood by a small transformer in 2-second blocks (so that encoding can
 stream), and rounded to a grid by finite scalar quantisation (FSQ, arXiv 2309.15505). Two readers behind the grid decide
@@ -42,7 +42,7 @@ class FSQ(nn.Module):
         self.strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))  # a code is a number in mixed radix
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [..., channels] -> the same rounded, with straight-through gradient, and codes [...] from FIRST_CODE on."""
+        """Features [..., channels] -> the same rounded, gradient straight through, and codes [...], the first FIRST_CODE."""
         scale = self._scale(x)
         steps = (torch.tanh(x) + 1) * scale  # 0 ... levels - 1
         rounded = steps + (steps.round() - steps).detach()
@@ -68,13 +68,17 @@ class Block(nn.Module):
         self.attn_norm, self.ff_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.near = nn.Conv1d(width, width, 5, padding=2, groups=width)  # order inside a block comes from here
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ff = nn.Sequential(nn.Linear(width, config.intermediate_size), nn.GELU(), nn.Linear(config.intermediate_size, width))
+        self.ff = nn.Sequential(
+            nn.Linear(width, config.intermediate_size), nn.GELU(), nn.Linear(config.intermediate_size, width)
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [N, T, D] blocks of time, mask [N, 1, 1, T] true where a frame is real -> [N, T, D]."""
         x = x + self.near((x * mask[:, 0, 0, :, None]).transpose(1, 2)).transpose(1, 2)
         n, t, d = x.shape
-        q, k, v = self.qkv(self.attn_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
+        q, k, v = (
+            self.qkv(self.attn_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # [N, H, T, D/H] each
         x = x + self.out(attend(q, k, v, mask=mask).transpose(1, 2).reshape(n, t, d))
         return x + self.ff(self.ff_norm(x))
 

@@ -1,7 +1,7 @@
-"""What ideal senses would tell the decoder: the embeddings of the words for what is heard and seen, where and when it is.
+"""What ideal senses would tell the decoder: the embeddings of the words for what is there, where and when it is.
 
 A moment without a word is the embedding of the audio placeholder, an empty cell that of the image placeholder. The
-`language` stage reads such sequences, and `ears` and `eyes` learn to produce them, so all three can begin apart and fit.
+`language` stage reads such sequences, and `ears` and `eyes` learn to make them, so all three begin apart and fit.
 """
 
 from random import Random
@@ -28,7 +28,7 @@ def beep(encode) -> int:
 
 
 def cell_words(example: Example, grid, vision, encode) -> Tensor:
-    """Two token ids for each merge cell of a picture or clip [cells, 2]: color and shape, a digit twice, or -1 for empty.
+    """Two token ids for each merge cell of a picture or clip [cells, 2]: color and shape, a digit twice, -1 if empty.
 
     A cell holds the thing whose centre is in it; IGNORE where a thing only reaches in.
     """
@@ -38,11 +38,14 @@ def cell_words(example: Example, grid, vision, encode) -> Tensor:
         words[:] = encode(" " + example.answer.split()[-1])[0]
     for step, things in zip(words, example.objects):
         for _, _, (x, y), radius in things:
-            (left, right), (top, bottom) = ((int(max(0, v - radius) // vision.cell_size),
-                                             int((v + radius) // vision.cell_size) + 1) for v in (x, y))
+            (left, right), (top, bottom) = (
+                (int(max(0, v - radius) // vision.cell_size), int((v + radius) // vision.cell_size) + 1) for v in (x, y)
+            )
             step[top:bottom, left:right] = losses.IGNORE
         for color, shape, (x, y), _ in things:
-            step[int(y // vision.cell_size), int(x // vision.cell_size)] = torch.tensor([encode(f" {w}")[0] for w in (color, shape)])
+            step[int(y // vision.cell_size), int(x // vision.cell_size)] = torch.tensor(
+                [encode(f" {w}")[0] for w in (color, shape)]
+            )
     return words.flatten(0, 2)
 
 
@@ -72,13 +75,17 @@ def _spread(words: list[int], count: int, silence: int, random: Random, at: floa
     """Words at about even distances among `count` moments of silence, or one at its time -> token ids [count, 1]."""
     ids = torch.full((count, 1), silence)
     for i, word in enumerate(words):
-        place = (i + random.uniform(0.3, 0.9)) * count / len(words) if at is None else at * AUDIO_TOKENS_PER_SECOND + random.uniform(0, 6)
+        place = (
+            (i + random.uniform(0.3, 0.9)) * count / len(words)
+            if at is None
+            else at * AUDIO_TOKENS_PER_SECOND + random.uniform(0, 6)
+        )
         ids[min(int(place), count - 1)] = word
     return ids
 
 
 def _embed(ids: Tensor, table: Tensor, nothing: int) -> Tensor:
-    """Token ids [N, 1 or 2] -> the sum of the different ones' embeddings, with noise [N, D]; below 0 stands for nothing."""
+    """Token ids [N, 1 or 2] -> the sum of the different ones' embeddings, with noise [N, D]; below 0: nothing."""
     ids = torch.where(ids < 0, nothing, ids)
     total = table[ids[:, 0]]
     if ids.shape[1] == 2:

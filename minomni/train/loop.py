@@ -71,10 +71,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(stage: Stage, folder: Path, resume: bool = False, until: int | None = None, slot: int = 0) -> dict[str, float]:
+def train(
+    stage: Stage, folder: Path, resume: bool = False, until: int | None = None, slot: int = 0
+) -> dict[str, float]:
     """Run a stage to its end (or to step `until`) and leave `<name>.safetensors` in the folder -> last mean losses.
 
-    With resume, goes on from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart and 5 more, bit for bit.
+    With resume, goes on from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart and 5 more to the bit.
     Raises UserError when a loss is not finite, naming it.
     """
     unlocked, recipe = stage.parameters(), stage.recipe
@@ -82,8 +84,11 @@ def train(stage: Stage, folder: Path, resume: bool = False, until: int | None = 
         parameter.requires_grad_(name in unlocked)
     decayed = [p for p in unlocked.values() if p.dim() > 1]
     others = [p for p in unlocked.values() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=recipe.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        betas=(0.9, 0.98),
+    )
     step, means = 0, {}
     if resume and (folder / f"{stage.name}.resume.pt").exists():
         step, means = _restore(stage, optimizer, folder)
@@ -118,7 +123,9 @@ def train(stage: Stage, folder: Path, resume: bool = False, until: int | None = 
 def _check_finite(name, step, losses):
     for key, value in losses.items():
         if not torch.isfinite(value):
-            raise UserError(f"stage {name}: loss {key} is {value.item()} at step {step}; lower the learning rate of this stage")
+            raise UserError(
+                f"stage {name}: loss {key} is {value.item()} at step {step}; lower the learning rate of this stage"
+            )
 
 
 def _report(stage, folder, step, means, seconds_per_step, bar):
@@ -129,7 +136,8 @@ def _report(stage, folder, step, means, seconds_per_step, bar):
     stage.omni.train()
     left = seconds_per_step * (stage.recipe.steps - step)
     losses = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-    line = f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {losses}  {seconds_per_step * 1000:.0f} ms/step  {left:.0f} s left"
+    speed = f"{seconds_per_step * 1000:.0f} ms/step  {left:.0f} s left"
+    line = f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {losses}  {speed}"
     bar.write(line + (f"  | {shown}" if shown else ""))
     sys.stdout.flush()  # a line is there to be read now, into a pipe or a log file too
     entry = {"stage": stage.name, "step": step, **means, "ms": round(seconds_per_step * 1000), "sample": shown}

@@ -13,9 +13,11 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
-    """CTC loss per letter: log-probabilities [B, T, classes] with `frames` [B] valid steps, classes of each row's text."""
+    """CTC loss per letter: log-probabilities [B, T, classes] `frames` [B] of them valid, and each row's classes."""
     lengths = torch.tensor([len(row) for row in letters])
-    loss = F.ctc_loss(log_probs.transpose(0, 1), torch.cat(letters), frames, lengths, reduction="none", zero_infinity=True)
+    loss = F.ctc_loss(
+        log_probs.transpose(0, 1), torch.cat(letters), frames, lengths, reduction="none", zero_infinity=True
+    )
     return (loss / lengths).mean()
 
 
@@ -36,11 +38,14 @@ def flow_matching(predict, mel: Tensor, noise: Tensor, time: Tensor) -> Tensor:
 
 
 def spectral(predicted: Tensor, target: Tensor, sizes: tuple[int, ...] = (128, 256, 512, 1024)) -> Tensor:
-    """Multi-resolution STFT distance of waves [B, samples]: spectral convergence plus log-magnitude (arXiv 1910.11480)."""
+    """Multi-resolution STFT distance of waves [B, samples]: convergence plus log-magnitude (arXiv 1910.11480)."""
     total = 0.0
     for n in sizes:
         window = torch.hann_window(n)
-        a, b = (torch.stft(w, n, n // 4, window=window, return_complex=True).abs().clamp_min(1e-5) for w in (predicted, target))
+        a, b = (
+            torch.stft(w, n, n // 4, window=window, return_complex=True).abs().clamp_min(1e-5)
+            for w in (predicted, target)
+        )
         total = total + (a - b).norm() / b.norm() + (a.log() - b.log()).abs().mean()
     return total / len(sizes)
 

@@ -1,4 +1,4 @@
-"""The report card: what share of held-out items a model gets right, and how much of its speech an outsider understands."""
+"""The report card: what share of held-out items is right, and how much of the speech an outsider understands."""
 
 import time
 from dataclasses import dataclass
@@ -61,7 +61,10 @@ def measure(model: str, items: int = 100) -> Card:
     omni = load(model)
     examiner = Examiner(omni, items)
     rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]
-    rows += [examiner.hearing("asr_wer", world.LISTENING_VOICES), examiner.hearing("asr_wer_unseen_voices", world.UNSEEN_VOICES)]
+    rows += [
+        examiner.hearing("asr_wer", world.LISTENING_VOICES),
+        examiner.hearing("asr_wer_unseen_voices", world.UNSEEN_VOICES),
+    ]
     rows += examiner.speech()
     card = Card(model, rows, time.perf_counter() - began)
     write_atomically(ROOT / "runs" / "report.md", lambda f: f.write(card.markdown().encode()))
@@ -69,8 +72,12 @@ def measure(model: str, items: int = 100) -> Card:
 
 
 ANSWERS = {
-    "typed_accuracy": ("say-typed",), "spoken_accuracy": ("say-spoken", "scene-spoken"), "scene_accuracy": ("scene-typed",),
-    "handwriting_accuracy": ("handwriting-typed",), "video_accuracy": ("video-typed",), "sync_accuracy": ("sync-typed",),
+    "typed_accuracy": ("say-typed",),
+    "spoken_accuracy": ("say-spoken", "scene-spoken"),
+    "scene_accuracy": ("scene-typed",),
+    "handwriting_accuracy": ("handwriting-typed",),
+    "video_accuracy": ("video-typed",),
+    "sync_accuracy": ("sync-typed",),
 }
 
 
@@ -100,24 +107,37 @@ class Examiner:
     def hearing(self, name: str, voices: dict) -> Row:
         """Word error of writing down held-out spoken sentences."""
         wrong = words = 0
-        chosen = [i for i, u in enumerate(self.teacher.speech.utterances) if u.voice in voices and u.text.startswith("say ")]
+        chosen = [
+            i for i, u in enumerate(self.teacher.speech.utterances) if u.voice in voices and u.text.startswith("say ")
+        ]
         for i in chosen[: self.items]:
             text = self.teacher.speech.utterances[i].text
-            messages = [{"role": "user", "content": [{"type": "audio", "audio": self.teacher.speech.wave(i)},
-                                                     {"type": "text", "text": TRANSCRIBE}]}]
+            messages = [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "audio", "audio": self.teacher.speech.wave(i)},
+                        {"type": "text", "text": TRANSCRIBE},
+                    ],
+                }
+            ]
             reply = self.omni.thinker.generate(self.teacher.processor([messages]), self.omni.config.thinker_sampling)
             wrong += edits(text.split(), self.omni.tokenizer.decode(reply.tokens[0], skip_special=True).split())
             words += len(text.split())
         return Row(name, wrong / words if words else None, words)
 
     def speech(self) -> list[Row]:
-        """Word error of spoken held-out sentences by the outside judge, beside that of untouched recordings of the same."""
+        """Word error of spoken held-out sentences by the outside judge, beside that of recordings."""
         judge, recordings = Judge(), corpus("test", self.cache)
         made = natural = words = stopped = 0
-        said = [i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in self.statements()]
+        said = [
+            i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in self.statements()
+        ]
         for i in said[: self.items]:
             utterance = recordings.utterances[i]
-            voice = utterance.voice if utterance.voice in self.omni.voices else None  # another model has voices of its own
+            voice = (
+                utterance.voice if utterance.voice in self.omni.voices else None
+            )  # another model has voices of its own
             reply = self.omni.respond([{"role": "user", "content": f"say {utterance.text}"}], voice=voice, seed=i)
             right, longest = utterance.text.split(), self.omni.config.talker_sampling.max_new_tokens
             made += edits(right, judge.hear(reply.wave, reply.sample_rate).split() if len(reply.wave) else [])
@@ -125,8 +145,13 @@ class Examiner:
             words += len(right)
             stopped += not 0.5 < reply.seconds / (len(recordings.wave(i)) / 16_000) < 2 or len(reply.codes) == longest
         n = len(said[: self.items])
-        return [Row("speech_wer", made / words, words), Row("natural_speech_wer", natural / words, words),
-                Row("stop_errors", stopped / n, n)]
+        return [
+            Row("speech_wer", made / words, words),
+            Row("natural_speech_wer", natural / words, words),
+            Row("stop_errors", stopped / n, n),
+        ]
 
     def statements(self) -> set[str]:
-        return {u.text for u in self.teacher.speech.utterances if not u.text.startswith("say ")} - set(world.every_question())
+        return {u.text for u in self.teacher.speech.utterances if not u.text.startswith("say ")} - set(
+            world.every_question()
+        )

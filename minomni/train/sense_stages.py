@@ -29,7 +29,7 @@ class SenseStage(Stage):
         self.tokens, self.encode = self.omni.config.thinker.tokens, self.teacher.processor.tokenizer.encode
 
     def likeness(self, features: Tensor, nothing: int) -> Tensor:
-        """Features [N, D] -> log-probabilities [N, 1 + vocabulary]: class 0 is `nothing`, class i + 1 the word of id i."""
+        """Features [N, D] -> log-probabilities [N, 1 + vocabulary]: 0 is `nothing`, i + 1 the word of id i."""
         table = self.omni.thinker.model.embed_tokens.weight
         scores = features @ torch.cat([table[nothing : nothing + 1], table[: min(vars(self.tokens).values())]]).T
         return (scores / table.shape[1] ** 0.5).log_softmax(-1)
@@ -47,7 +47,9 @@ class EarsStage(SenseStage):
             example = Example("", "", voice="any", heard=text) if i % 6 else self.teacher.example("sync-typed", random)
             wave = torch.from_numpy(example.sound) if example.voice is None else self.teacher.wave(example, random)
             mels.append(log_mel(wave))
-            words.append(torch.tensor(heard_words(example, self.encode) or [beep(self.encode)]) + 1)  # class 0 is silence
+            words.append(
+                torch.tensor(heard_words(example, self.encode) or [beep(self.encode)]) + 1
+            )  # class 0 is silence
         return mels, words
 
     def losses(self, batch):
@@ -64,7 +66,8 @@ class EarsStage(SenseStage):
     def sample(self):
         log_probs, _ = self.log_probs([log_mel(self.teacher.speech.wave(len(self.teacher.speech) - 1))])
         heard = torch.unique_consecutive(log_probs[0].argmax(-1))
-        return f"{self.teacher.spoken[-1]!r} -> {self.teacher.processor.tokenizer.decode((heard[heard > 0] - 1).tolist())!r}"
+        written = self.teacher.processor.tokenizer.decode((heard[heard > 0] - 1).tolist())
+        return f"{self.teacher.spoken[-1]!r} -> {written!r}"
 
 
 class EyesStage(SenseStage):
@@ -80,8 +83,11 @@ class EyesStage(SenseStage):
         vision, media = self.omni.config.thinker.vision, self.omni.config.media
         for i in range(count):
             example = self.teacher.example(("handwriting", "scene", "scene", "video")[i % 4], random)
-            rows, grid = (image_patches(example.image, vision, media) if example.clip is None else
-                          video_patches(torch.from_numpy(example.clip[0]), vision, media))
+            rows, grid = (
+                image_patches(example.image, vision, media)
+                if example.clip is None
+                else video_patches(torch.from_numpy(example.clip[0]), vision, media)
+            )
             patches.append(rows)
             grids.append(grid)
             words = cell_words(example, grid, vision, self.encode)
@@ -97,6 +103,9 @@ class EyesStage(SenseStage):
         patches, grids, classes = self.draw(Random(7), 32)
         best = self.likeness(self.omni.thinker.visual(patches, grids), self.tokens.image).topk(2).indices  # [cells, 2]
         full = classes[:, 0] > 0
-        right = torch.where(classes[:, 0] == classes[:, 1], best[:, 0] == classes[:, 0],
-                            (best.sort(-1).values == classes.sort(-1).values).all(-1))
+        right = torch.where(
+            classes[:, 0] == classes[:, 1],
+            best[:, 0] == classes[:, 0],
+            (best.sort(-1).values == classes.sort(-1).values).all(-1),
+        )
         return f"{right[full].float().mean():.0%} of full cells named right"

@@ -1,6 +1,6 @@
 """The spoken side of the world: which sentence is said by whom, synthesised once and kept in a cache file.
 
-Without the synthesiser the few recordings in data_samples/speech stand in: enough to run every stage, not to speak well.
+Without the synthesiser the few recordings in data_samples/speech stand in: enough to run every stage, not more.
 """
 
 import hashlib
@@ -68,17 +68,25 @@ def all_statements(held: bool) -> list[str]:
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
     """What the model's voices say in training: every trained sentence, by two of the voices."""
     random = Random(1)
-    return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL))
-            for text in all_statements(held=False) for name in random.sample(list(world.VOICES), 2)]
+    return [
+        (name, synthesis.Job(text, world.VOICES[name], **NORMAL))
+        for text in all_statements(held=False)
+        for name in random.sample(list(world.VOICES), 2)
+    ]
 
 
 def listening_jobs() -> list[tuple[str, synthesis.Job]]:
     """What the model hears in training: questions by every voice and sentences by some, at many rates and pitches."""
     random = Random(2)
     jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(4)]
-    jobs += [(random.choice(list(world.LISTENING_VOICES)), "say " + t) for t in random.sample(all_statements(held=False), 1500)]
-    return [(name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
-            for name, t in jobs]
+    jobs += [
+        (random.choice(list(world.LISTENING_VOICES)), "say " + t)
+        for t in random.sample(all_statements(held=False), 1500)
+    ]
+    return [
+        (name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
+        for name, t in jobs
+    ]
 
 
 def test_jobs() -> list[tuple[str, synthesis.Job]]:
@@ -121,8 +129,10 @@ def recorded(held: bool) -> Speech:
     rows = [row for row in rows if world.held_out(row["text"].removeprefix("say ")) == held]
     waves = [soundfile.read(SAMPLES / row["file"], dtype="int16")[0] for row in rows]
     ends = np.cumsum([len(w) for w in waves]).tolist()
-    return Speech(np.concatenate(waves),
-                  [Utterance(row["text"], row["voice"], e - len(w), e) for row, w, e in zip(rows, waves, ends)])
+    return Speech(
+        np.concatenate(waves),
+        [Utterance(row["text"], row["voice"], e - len(w), e) for row, w, e in zip(rows, waves, ends)],
+    )
 
 
 def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:

@@ -20,22 +20,45 @@ from .thinker_stages import ChatStage, LanguageStage, Thinker1Stage, Thinker2Sta
 from .vocabulary import world_tokenizer
 from .voice_stages import CodecStage, DiTStage, VocoderStage
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (
-    CodecStage, VocoderStage, DiTStage, LanguageStage, EarsStage, EyesStage, Thinker1Stage, Thinker2Stage, Thinker3Stage, ChatStage,
-    TalkerStage, DPOStage, SpeakersStage)}
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (
+        CodecStage,
+        VocoderStage,
+        DiTStage,
+        LanguageStage,
+        EarsStage,
+        EyesStage,
+        Thinker1Stage,
+        Thinker2Stage,
+        Thinker3Stage,
+        ChatStage,
+        TalkerStage,
+        DPOStage,
+        SpeakersStage,
+    )
+}
 
 RECIPES = {
     "tiny": {
-        "codec": Recipe(steps=1000, batch=16, lr=2e-3), "vocoder": Recipe(steps=700, batch=16, lr=2e-3),
-        "dit": Recipe(steps=2000, batch=16, lr=2e-3), "language": Recipe(steps=400, batch=24, lr=2e-3),
-        "ears": Recipe(steps=800, batch=16, lr=2e-3), "eyes": Recipe(steps=1200, batch=32, lr=2e-3),
-        "thinker1": Recipe(steps=150, batch=16, lr=1e-3), "thinker2": Recipe(steps=450, batch=16, lr=1e-3),
-        "thinker3": Recipe(steps=40, batch=6, lr=5e-4), "chat": Recipe(steps=300, batch=16, lr=7e-4),
-        "talker": Recipe(steps=1000, batch=24, lr=1.5e-3), "dpo": Recipe(steps=50, batch=16, lr=1e-4),
+        "codec": Recipe(steps=1000, batch=16, lr=2e-3),
+        "vocoder": Recipe(steps=700, batch=16, lr=2e-3),
+        "dit": Recipe(steps=2000, batch=16, lr=2e-3),
+        "language": Recipe(steps=400, batch=24, lr=2e-3),
+        "ears": Recipe(steps=800, batch=16, lr=2e-3),
+        "eyes": Recipe(steps=1200, batch=32, lr=2e-3),
+        "thinker1": Recipe(steps=150, batch=16, lr=1e-3),
+        "thinker2": Recipe(steps=450, batch=16, lr=1e-3),
+        "thinker3": Recipe(steps=40, batch=6, lr=5e-4),
+        "chat": Recipe(steps=300, batch=16, lr=7e-4),
+        "talker": Recipe(steps=1000, batch=24, lr=1.5e-3),
+        "dpo": Recipe(steps=50, batch=16, lr=1e-4),
         "speakers": Recipe(steps=80, batch=24, lr=2e-4),
     },
 }
-RECIPES["small"] = {name: Recipe(steps=r.steps * 20, batch=r.batch * 2, lr=r.lr / 4, warmup=300) for name, r in RECIPES["tiny"].items()}
+RECIPES["small"] = {
+    name: Recipe(steps=r.steps * 20, batch=r.batch * 2, lr=r.lr / 4, warmup=300) for name, r in RECIPES["tiny"].items()
+}
 
 
 def timetable(size: str) -> str:
@@ -43,7 +66,10 @@ def timetable(size: str) -> str:
     rows = [f"{'stage':<10} {'steps':>6} {'batch':>5} {'rate':>7}  {'unlocks':<42} about"]
     for name, stage in STAGES.items():
         recipe = recipe_of(name, size)
-        rows.append(f"{name:<10} {recipe.steps:>6} {recipe.batch:>5} {recipe.lr:>7.0e}  {', '.join(stage.learns):<42} {stage.about}")
+        rows.append(
+            f"{name:<10} {recipe.steps:>6} {recipe.batch:>5} {recipe.lr:>7.0e}  "
+            f"{', '.join(stage.learns):<42} {stage.about}"
+        )
     return "\n".join(rows)
 
 
@@ -106,8 +132,22 @@ def run_all(size: str, home: Path, seed: int, lanes: int = 2) -> None:
             ready = name not in done and name not in running and done.issuperset(STAGES[name].needs)
             if ready and len(running) < lanes:
                 slot = next(i for i in range(lanes) if i not in [p.slot for p in running.values()])
-                command = [sys.executable, "-m", "minomni", "train", size, "--stage", name, "--resume", "--seed", str(seed),
-                           "--slot", str(slot), "--home", str(home)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "minomni",
+                    "train",
+                    size,
+                    "--stage",
+                    name,
+                    "--resume",
+                    "--seed",
+                    str(seed),
+                    "--slot",
+                    str(slot),
+                    "--home",
+                    str(home),
+                ]
                 running[name] = subprocess.Popen(command, cwd=ROOT)
                 running[name].slot = slot
         time.sleep(0.2)

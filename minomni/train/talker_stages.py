@@ -19,8 +19,15 @@ from .thinker_stages import Teacher
 from .voice_stages import encode_all, similar_lengths
 
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
-CONTEXTS = {"say-typed": 6, "say-spoken": 1, "scene-typed": 2, "scene-spoken": 2, "handwriting-typed": 0.3,
-            "video-typed": 0.6, "sync-typed": 0.4}
+CONTEXTS = {
+    "say-typed": 6,
+    "say-spoken": 1,
+    "scene-typed": 2,
+    "scene-spoken": 2,
+    "handwriting-typed": 0.3,
+    "video-typed": 0.6,
+    "sync-typed": 0.4,
+}
 
 
 @dataclass
@@ -43,8 +50,13 @@ def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
     spoken = reading.hidden + reading.text_embeds  # [B, L, E]
     for row, mask in enumerate(inputs.attention_mask):
         begin, answer = total - int(mask.sum()), int((targets[row] != losses.IGNORE).sum())
-        rows.append((spoken[row, begin : total - answer].clone(), reading.position_ids[:, row, begin : total - answer].clone(),
-                     spoken[row, total - answer : total - 1].clone()))
+        rows.append(
+            (
+                spoken[row, begin : total - answer].clone(),
+                reading.position_ids[:, row, begin : total - answer].clone(),
+                spoken[row, total - answer : total - 1].clone(),
+            )
+        )
     return rows
 
 
@@ -53,8 +65,9 @@ def to_script(lessons: list[Lesson], tokens, table) -> Script:
     lengths = [len(lesson.prompt) for lesson in lessons]
     longest = max(lengths)
     prompt = torch.stack([torch.nn.functional.pad(x.prompt, (0, 0, longest - n, 0)) for x, n in zip(lessons, lengths)])
-    positions = torch.stack([torch.nn.functional.pad(x.position_ids, (longest - n, 0), value=1)
-                             for x, n in zip(lessons, lengths)], 1)  # [3, B, L]
+    positions = torch.stack(
+        [torch.nn.functional.pad(x.position_ids, (longest - n, 0), value=1) for x, n in zip(lessons, lengths)], 1
+    )  # [3, B, L]
     mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()  # [B, L]
     end, pad = table.weight[tokens.tts_text_end].detach(), table.weight[tokens.tts_text_pad].detach()
     voice = table.weight[torch.tensor([x.voice for x in lessons])].detach()
@@ -96,8 +109,10 @@ class TalkerStage(Stage):
             utterances = self.speech.utterances[begin : begin + 32]
             examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
             rows = hand_over(self.omni.thinker, *teacher.lesson(examples, random))
-            lessons += [Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
-                        for row, u, code in zip(rows, utterances, codes[begin : begin + 32])]
+            lessons += [
+                Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
+                for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
+            ]
         return lessons
 
     def questions(self, teacher, random) -> dict[str, list]:
@@ -136,7 +151,9 @@ class TalkerStage(Stage):
         chosen = self.lessons[:: max(1, len(self.lessons) // 16)][:16]
         said = self.speak(chosen, self.omni.config.talker_sampling, generator)
         heard = [self.hear(codes) for codes in said]
-        wrong = sum(edits(x.text.split(), h.split()) for x, h in zip(chosen, heard)) / sum(len(x.text.split()) for x in chosen)
+        wrong = sum(edits(x.text.split(), h.split()) for x, h in zip(chosen, heard)) / sum(
+            len(x.text.split()) for x in chosen
+        )
         return f"own reader's word error {wrong:.0%}; {chosen[0].text!r} -> {heard[0]!r}"
 
 
@@ -146,7 +163,7 @@ class DPOStage(TalkerStage):
     beta, tries, prompts = 0.1, 4, 256
 
     def prepare(self):
-        """Pairs (lesson, better codes, worse codes) from the Talker's own samples, with their reference log-probabilities."""
+        """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference log-probabilities."""
         lessons = super().prepare()
         random, generator = Random(self.seed + 12), torch.Generator().manual_seed(self.seed + 12)
         loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=120)
@@ -155,7 +172,9 @@ class DPOStage(TalkerStage):
             part = chosen[begin : begin + 32]
             tried = [self.speak(part, loud, generator) for _ in range(self.tries)]
             for row, lesson in enumerate(part):
-                ranked = sorted((edits(lesson.text, self.hear(codes[row])), len(codes[row]), i) for i, codes in enumerate(tried))
+                ranked = sorted(
+                    (edits(lesson.text, self.hear(codes[row])), len(codes[row]), i) for i, codes in enumerate(tried)
+                )
                 if ranked[-1][0] > ranked[0][0] + 1 and len(tried[ranked[0][2]][row]):
                     self.pairs.append((lesson, tried[ranked[0][2]][row], tried[ranked[-1][2]][row]))
         self.reference = [self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)]
@@ -170,7 +189,9 @@ class DPOStage(TalkerStage):
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 
     def batch(self, step):
-        number = Random(f"{self.seed}-dpo-{step // len(self.reference)}").sample(range(len(self.reference)), len(self.reference))
+        number = Random(f"{self.seed}-dpo-{step // len(self.reference)}").sample(
+            range(len(self.reference)), len(self.reference)
+        )
         chosen = number[step % len(self.reference)]
         lessons = super().batch(step)
         return self.pairs[chosen * 16 : chosen * 16 + 16], self.reference[chosen], lessons

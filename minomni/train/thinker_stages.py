@@ -74,7 +74,7 @@ class Teacher:
         return random.choice([t for t in self.spoken if t.startswith("say ")])[4:]
 
     def wave(self, example: Example, random: Random) -> torch.Tensor | None:
-        """The recording of an example's question (or of what is to be written down), a little louder or noisier each time."""
+        """The recording of an example's question (or what is to be written down), louder or noisier each time."""
         if example.voice is None:
             return None
         wave = self.speech.wave(self.speech.find(example.heard or example.question, random))
@@ -107,7 +107,6 @@ class Teacher:
             targets[row, -len(answer) - 1 : -1] = answer  # position i predicts token i + 1
         return inputs, targets
 
-
     def long_lesson(self, conversations: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
         """Inputs and targets of conversations of several turns; every answer is looked at."""
         rows, asked = [], []
@@ -128,7 +127,7 @@ class Teacher:
         return inputs, targets
 
     def _next_turn(self, prompt: Inputs) -> torch.Tensor:
-        """Ids [1, n] of a prompt's own turn: its system turn is cut off, the line end of the turn before is put in front."""
+        """Ids [1, n] of a prompt's own turn: without the system turn, the line end before it put in front."""
         start = (prompt.input_ids[0] == self.processor.config.thinker.tokens.im_start).nonzero()[1]
         return torch.cat([torch.tensor(self.processor.tokenizer.encode("\n")), prompt.input_ids[0, start:]])[None]
 
@@ -171,8 +170,18 @@ class ThinkerStage(Stage):
 class LanguageStage(ThinkerStage):
     name, learns = "language", ("thinker.model.", "thinker.lm_head.")
     about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
-    mixture = {"hear": 2, "say-typed": 1, "say-spoken": 1.5, "scene-typed": 3, "scene-spoken": 2, "handwriting-typed": 0.5,
-               "handwriting-spoken": 0.5, "video-typed": 1, "video-spoken": 0.7, "sync-typed": 1.5}
+    mixture = {
+        "hear": 2,
+        "say-typed": 1,
+        "say-spoken": 1.5,
+        "scene-typed": 3,
+        "scene-spoken": 2,
+        "handwriting-typed": 0.5,
+        "handwriting-spoken": 0.5,
+        "video-typed": 1,
+        "video-spoken": 0.7,
+        "sync-typed": 1.5,
+    }
     fixed = ("say-typed",)
 
     def batch(self, step):
@@ -199,7 +208,14 @@ class Thinker1Stage(ThinkerStage):
 class Thinker2Stage(ThinkerStage):
     name, needs, learns = "thinker2", ("language", "ears", "eyes", "thinker1"), ("thinker.",)
     about = "pre-training 2: everything unlocked, all kinds of input"
-    mixture = {"hear": 2, "say-typed": 1, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1.5, "sync-typed": 1.5}
+    mixture = {
+        "hear": 2,
+        "say-typed": 1,
+        "scene-typed": 4,
+        "handwriting-typed": 1,
+        "video-typed": 1.5,
+        "sync-typed": 1.5,
+    }
     fixed = ("hear", "scene-typed", "video-typed", "sync-typed")
 
 
@@ -219,6 +235,15 @@ class Thinker3Stage(ThinkerStage):
 class ChatStage(ThinkerStage):
     name, needs, learns = "chat", ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3"), ("thinker.",)
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
-    mixture = {"say-typed": 1, "say-spoken": 2, "scene-typed": 2, "scene-spoken": 3, "handwriting-typed": 0.5,
-               "handwriting-spoken": 0.7, "video-typed": 0.5, "video-spoken": 0.7, "sync-typed": 1.5}
+    mixture = {
+        "say-typed": 1,
+        "say-spoken": 2,
+        "scene-typed": 2,
+        "scene-spoken": 3,
+        "handwriting-typed": 0.5,
+        "handwriting-spoken": 0.7,
+        "video-typed": 0.5,
+        "video-spoken": 0.7,
+        "sync-typed": 1.5,
+    }
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")

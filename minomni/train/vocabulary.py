@@ -14,4 +14,6 @@ def world_tokenizer(tokens: TokenIds) -> Tokenizer:
     texts = texts + list(world.QUESTIONS) * 100
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "write what you hear"] * 400
     texts += [f"say {word} {word}s" for words in (world.COLORS, world.SHAPES, world.NUMBERS) for word in words]
-    return Tokenizer.train(texts, vocab_size=min(special_tokens(tokens).values()), special_tokens=special_tokens(tokens))
+    return Tokenizer.train(
+        texts, vocab_size=min(special_tokens(tokens).values()), special_tokens=special_tokens(tokens)
+    )

@@ -17,7 +17,7 @@ DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
 
 
 def similar_lengths(lengths: list[int], batch: int, seed: int, step: int, pool: int = 8) -> list[int]:
-    """Indices of one batch whose rows are about equally long, so that little is padding; a function of the step alone."""
+    """Indices of one batch whose rows are about equally long, so little is padding; a function of the step alone."""
     random = Random(f"{seed}-{step // pool}")
     chosen = random.choices(range(len(lengths)), k=batch * pool)
     chosen.sort(key=lengths.__getitem__)
@@ -67,8 +67,10 @@ class CodecStage(VoiceStage):
         codec = self.omni.codec
         grid, _ = codec.quantise(mels)
         mel = codec.mel(grid, conds)
-        return {"ctc": losses.ctc(codec.letters(grid), frames // codec.config.downsample, letters),
-                "mel": mel_weight * losses.masked_l1(mel, mels, frames)}
+        return {
+            "ctc": losses.ctc(codec.letters(grid), frames // codec.config.downsample, letters),
+            "mel": mel_weight * losses.masked_l1(mel, mels, frames),
+        }
 
     def sample(self):
         codec, used = self.omni.codec, set()
@@ -146,9 +148,15 @@ class DiTStage(VoiceStage):
         mels, codes, conds, references = batch
         kept = torch.rand(len(mels)) >= DROP_CONDITION
         codes, conds, references = codes * kept[:, None], conds * kept[:, None], references * kept[:, None, None]
-        time = 1 - torch.cos(torch.rand(len(mels)) * torch.pi / 2)  # early times more often, as the solver's sway has it
+        time = 1 - torch.cos(
+            torch.rand(len(mels)) * torch.pi / 2
+        )  # early times more often, as the solver's sway has it
         dit = self.omni.token2wav.code2wav_dit_model
-        return {"flow": losses.flow_matching(lambda x, t: dit(x, codes, t, conds, references), mels, torch.randn_like(mels), time)}
+        return {
+            "flow": losses.flow_matching(
+                lambda x, t: dit(x, codes, t, conds, references), mels, torch.randn_like(mels), time
+            )
+        }
 
 
 def encode_all(codec, speech) -> list[torch.Tensor]:

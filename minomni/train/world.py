@@ -1,4 +1,4 @@
-"""The generated world: its language, its pictures and clips, and what can be asked about them. Seeded, nothing downloaded.
+"""The generated world: its language, its pictures and clips, and what can be asked about them. Seeded; no download.
 
 Sentences are told apart by their text alone: one in ten is held out for ever, by a hash that no seed can move.
 """
@@ -12,8 +12,14 @@ from PIL import Image, ImageDraw
 
 from ..config import LISTENING_RATE
 
-COLORS = {"red": (214, 40, 40), "green": (44, 160, 44), "blue": (40, 80, 220), "yellow": (240, 200, 20),
-          "black": (20, 20, 20), "white": (250, 250, 250)}
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 44),
+    "blue": (40, 80, 220),
+    "yellow": (240, 200, 20),
+    "black": (20, 20, 20),
+    "white": (250, 250, 250),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -28,17 +34,32 @@ UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # heard in tests 
 
 # Every sentence the language has, as a grammar: the judge of speech listens with the same one.
 GRAMMAR = {
-    "color": tuple(COLORS), "shape": SHAPES, "number": NUMBERS, "relation": tuple(RELATIONS), "move": tuple(MOVES),
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "number": NUMBERS,
+    "relation": tuple(RELATIONS),
+    "move": tuple(MOVES),
     "count": ("there is one shape", "there are two shapes", "there are three shapes"),
 }
 STATEMENTS = (
-    "the <color> <shape> is <relation> the <color> <shape>", "the <color> <shape> moves <move>", "the <shape> is <color>",
-    "the <color> shape is a <shape>", "a <color> <shape> and a <color> <shape>", "the digit is <number>", "<count>",
+    "the <color> <shape> is <relation> the <color> <shape>",
+    "the <color> <shape> moves <move>",
+    "the <shape> is <color>",
+    "the <color> shape is a <shape>",
+    "a <color> <shape> and a <color> <shape>",
+    "the digit is <number>",
+    "<count>",
     "it was the <color> <shape>",
 )
 QUESTIONS = (
-    "what color is the <shape>", "which shape is <color>", "how many shapes are there", "where is the <color> <shape>",
-    "what do you see", "which digit is this", "where does the shape go", "what was there at the sound",
+    "what color is the <shape>",
+    "which shape is <color>",
+    "how many shapes are there",
+    "where is the <color> <shape>",
+    "what do you see",
+    "which digit is this",
+    "where does the shape go",
+    "what was there at the sound",
 )
 
 
@@ -53,7 +74,9 @@ class Example:
     clip: tuple | None = None  # frames uint8 [n, H, W, 3] and their rate (frames per second)
     sound: np.ndarray | None = None  # the clip's sound track, float32 [samples] at 16 kHz
     heard: str | None = None  # what the recording says, where it is not the question
-    objects: list[list[tuple]] = field(default_factory=list)  # by grid step: color, shape, (x, y), radius of what is seen
+    objects: list[list[tuple]] = field(
+        default_factory=list
+    )  # by grid step: color, shape, (x, y), radius of what is seen
     sound_at: float | None = None  # seconds into the clip
     kind: str = ""
 
@@ -137,8 +160,10 @@ def scene(random: Random) -> Example:
     else:
         cells = random.sample([(i, j) for i in range(3) for j in range(3)], n)
         places = [((i + 0.5) * third, (j + 0.5) * third) for i, j in cells]
-    drawn = [(color, shape, (x + random.uniform(-5, 5), y + random.uniform(-5, 5)), random.uniform(10, 15))
-             for (color, shape), (x, y) in zip(objects, places)]
+    drawn = [
+        (color, shape, (x + random.uniform(-5, 5), y + random.uniform(-5, 5)), random.uniform(10, 15))
+        for (color, shape), (x, y) in zip(objects, places)
+    ]
     for color, shape, centre, radius in drawn:
         draw(pen, shape, color, centre, radius)
     (c0, s0), (c1, s1) = objects[0], objects[-1]
@@ -157,7 +182,9 @@ def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Exampl
     images, labels = digits
     i = random.randrange(len(labels))
     grey = Image.fromarray((255 - images[i] * (255 / 16)).astype(np.uint8)).resize((56, 56), Image.Resampling.BICUBIC)
-    return Example("which digit is this", f"the digit is {NUMBERS[labels[i]]}", image=grey.convert("RGB"), kind="handwriting")
+    return Example(
+        "which digit is this", f"the digit is {NUMBERS[labels[i]]}", image=grey.convert("RGB"), kind="handwriting"
+    )
 
 
 def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -187,10 +214,16 @@ def moving(random: Random) -> Example:
     n, middle, off = random.choice((4, 6, 8)), CLIP_SIZE / 2, random.uniform(-14, 14)
     along = [(i / (n - 1) - 0.5) * CLIP_SIZE * 0.5 for i in range(n)]
     places = [(middle + dx * a + off * abs(dy), middle + dy * a + off * abs(dx)) for a in along]
-    halfway = [tuple((p + q) / 2 for p, q in zip(*places[i : i + 2])) for i in range(0, n, 2)]  # of the two frames of a step
-    return Example("where does the shape go", f"the {color} {shape} moves {move}",
-                   clip=film([[(color, shape, place, 12)] for place in places], random),
-                   objects=[[(color, shape, place, 12)] for place in halfway], kind="video")
+    halfway = [
+        tuple((p + q) / 2 for p, q in zip(*places[i : i + 2])) for i in range(0, n, 2)
+    ]  # of the two frames of a step
+    return Example(
+        "where does the shape go",
+        f"the {color} {shape} moves {move}",
+        clip=film([[(color, shape, place, 12)] for place in places], random),
+        objects=[[(color, shape, place, 12)] for place in halfway],
+        kind="video",
+    )
 
 
 def sounding(random: Random) -> Example:
@@ -203,8 +236,15 @@ def sounding(random: Random) -> Example:
     begin, end = (0.0, change / CLIP_FPS) if early else (change / CLIP_FPS, n / CLIP_FPS)
     at = random.uniform(begin + 0.1, end - 0.5)
     color, shape, *_ = first if early else second
-    return Example("what was there at the sound", f"it was the {color} {shape}", clip=film(steps, random), objects=steps[::2],
-                   sound=tone(random, n / CLIP_FPS, at), sound_at=at, kind="sync")
+    return Example(
+        "what was there at the sound",
+        f"it was the {color} {shape}",
+        clip=film(steps, random),
+        objects=steps[::2],
+        sound=tone(random, n / CLIP_FPS, at),
+        sound_at=at,
+        kind="sync",
+    )
 
 
 def tone(random: Random, seconds: float, at: float) -> np.ndarray:
