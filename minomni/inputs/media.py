@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..config import LISTENING_RATE, MediaConfig
 from ..errors import UserError
+from .patches import frame_size
 
 SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
 
@@ -22,7 +24,7 @@ class Clip:
     """A video ready for patching."""
 
     frames: Tensor  # uint8 [n, height, width, 3]
-    seconds: Tensor  # float32 [n], when each frame is shown
+    seconds: Tensor  # float32 [n], when each frame is shown, counted from the first one
     wave: Tensor | None  # float32 [samples] at 16 kHz, the sound track where it was asked for
 
 
@@ -45,6 +47,8 @@ def _listenable(samples: np.ndarray, rate: int, name: str) -> Tensor:
         raise UserError(f"{name}: sound of shape {samples.shape}; expected [samples] or [samples, channels]")
     if not np.isfinite(samples).all():
         raise UserError(f"{name}: holds NaN or infinite samples; repair the recording")
+    if rate <= 0:
+        raise UserError(f"{name}: {rate} samples per second; expected the sampling rate in Hz")
     if rate != LISTENING_RATE:
         import soxr
 
@@ -60,13 +64,8 @@ def load_image(source) -> Image.Image:
     if isinstance(source, (np.ndarray, Tensor)):
         source = _to_pil(np.asarray(source), name)
     if not isinstance(source, Image.Image):
-        stream = _stream(source, name)
-        try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                source = Image.open(stream)
-                source.load()
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{name}: not a readable picture ({_line(error)})") from None
+        with _stream(source, name) as stream:
+            source = _open_picture(stream, name)
     image = ImageOps.exif_transpose(source)
     if image.mode.startswith("I"):  # 16 bits or more: PIL's own conversion would clip instead of scale
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
@@ -77,10 +76,21 @@ def load_image(source) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_video(source, media: MediaConfig, with_audio: bool) -> Clip:
+def _open_picture(stream, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            image = Image.open(stream)
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: not a readable picture ({_line(error)})") from None
+
+
+def load_video(source, media: MediaConfig, with_audio: bool, cell: int = 28) -> Clip:
     """A path or bytes (mp4, webm, avi, mkv ...), a Clip, frames [n, height, width, 3] or (frames, fps) -> Clip.
 
-    Frames alone are taken as media.fps. Files are sampled at media.fps and keep the real times of the chosen frames.
+    Frames alone are taken as media.fps. Files are sampled at media.fps, keep the real times of the chosen frames, and
+    come at the size that patches of merge cells of `cell` pixels want: a long clip at full size would fill the memory.
     Raises UserError for what cannot be read, and where with_audio asks for a sound track that is not there.
     """
     name = name_of(source, "video")
@@ -89,11 +99,15 @@ def load_video(source, media: MediaConfig, with_audio: bool) -> Clip:
     elif isinstance(source, (np.ndarray, Tensor, tuple)):
         frames, fps = source if isinstance(source, tuple) else (source, media.fps)
         frames = torch.as_tensor(np.asarray(frames))
-        if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-            raise UserError(f"{name}: frames of shape {tuple(frames.shape)}; expected [n, height, width, 3], n > 0")
-        clip = Clip(frames.to(torch.uint8), torch.arange(len(frames), dtype=torch.float32) / fps, None)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0 or frames.dtype != torch.uint8:
+            raise UserError(f"{name}: frames of shape {tuple(frames.shape)} and type {frames.dtype}; expected uint8 "
+                            f"[n, height, width, 3], n > 0")
+        if fps <= 0:
+            raise UserError(f"{name}: {fps} frames per second; expected more than none")
+        clip = Clip(frames, torch.arange(len(frames), dtype=torch.float32) / fps, None)
     else:
-        clip = _decode_video(source, name, media, with_audio)
+        with _stream(source, name) as stream:
+            clip = _decode_video(stream, name, media, with_audio, cell)
     if with_audio and clip.wave is None:
         raise UserError(f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off")
     return clip
@@ -113,78 +127,83 @@ def _decode_audio(source, name) -> tuple[np.ndarray, int]:
         return _unit(np.asarray(source)), LISTENING_RATE
     import soundfile
 
-    stream = _stream(source, name)
-    try:
-        return soundfile.read(stream, dtype="float32")
-    except soundfile.SoundFileError:
-        stream.seek(0)
-    wave = _audio_track(stream, name)
-    if wave is None:
+    with _stream(source, name) as stream:
+        try:
+            return soundfile.read(stream, dtype="float32")
+        except (soundfile.SoundFileError, TypeError):  # TypeError: a name ending in .raw is taken at its word
+            stream.seek(0)
+        track = _audio_track(stream, name)
+    if track is None:
         raise UserError(f"{name}: holds no sound")
-    return wave, LISTENING_RATE
+    return track
 
 
 def _unit(samples: np.ndarray) -> np.ndarray:
     """Samples as float32; those of whole numbers come to -1..1 first."""
-    scale = 1 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)
-    return samples.astype(np.float32) / np.float32(scale)
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32)
+    if samples.dtype.kind not in "iu":
+        raise UserError(f"the audio given: samples of type {samples.dtype}; expected numbers, float or integer")
+    half = 2.0 ** (8 * samples.dtype.itemsize - 1)
+    middle = half if samples.dtype.kind == "u" else 0  # unsigned samples swing about the middle of their range
+    return ((samples - middle) / half).astype(np.float32)
 
 
-def _audio_track(stream, name) -> np.ndarray | None:
-    """The first sound track of a container, mono at 16 kHz [samples], beginning at time 0; None where there is none."""
+def _audio_track(stream, name) -> tuple[np.ndarray, int] | None:
+    """The first sound track of a container: mono [samples] from its first sample on, and its Hz. None if there is none."""
     import av
 
     _require_whole(stream, name)
-    try:
-        with av.open(stream) as container:
-            if not container.streams.audio:
-                return None
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=LISTENING_RATE)
-            pieces = [out.to_ndarray()[0] for frame in container.decode(audio=0) for out in resampler.resample(frame)]
-            pieces += [out.to_ndarray()[0] for out in resampler.resample(None)]
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{name}: not readable as sound ({_line(error)})") from None
-    return np.concatenate(pieces) if pieces else None
+    with _complaints(name, "not readable as sound"), av.open(stream) as container:
+        if not container.streams.audio:
+            return None
+        planar, pieces, rate = av.AudioResampler(format="fltp"), [], LISTENING_RATE
+        for frame in container.decode(audio=0):
+            rate = frame.sample_rate
+            pieces += [out.to_ndarray().mean(0) for out in planar.resample(frame)]  # each [samples]
+    return (np.concatenate(pieces), rate) if pieces else None
 
 
-def _decode_video(source, name, media, with_audio) -> Clip:
+def _decode_video(stream, name, media, with_audio, cell) -> Clip:
     """Two passes: the first learns every frame's time without keeping pixels, the second keeps the chosen frames."""
     import av
 
-    stream, most = _stream(source, name), media.frame_max_pixels
     _require_whole(stream, name)
-    try:
+    with _complaints(name, "not a readable video"):
         with av.open(stream) as container:
             if not container.streams.video:
                 raise UserError(f"{name}: holds no video")
-            times = [frame.time or 0.0 for frame in container.decode(video=0)]
-            rate = float(container.streams.video[0].average_rate or 0) or media.fps
+            rate = float(container.streams.video[0].average_rate or media.fps)
+            times = [i / rate if frame.time is None else frame.time for i, frame in enumerate(container.decode(video=0))]
         if not times:
             raise UserError(f"{name}: not one frame could be decoded")
         chosen, frames = sample_indices(len(times), rate, media), []
         stream.seek(0)
         with av.open(stream) as container:
             for i, frame in enumerate(container.decode(video=0)):
-                if i in chosen:
-                    frames += [_shrunk(frame, most)] * chosen.count(i)
+                if i == chosen[len(frames)]:
+                    image = frame.to_image().rotate(frame.rotation, expand=True)  # upright, however the camera was held
+                    size = frame_size(len(chosen), image.height, image.width, cell, media, name)
+                    frames.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
+                if len(frames) == len(chosen):
+                    break
+    seconds = torch.tensor([times[i] - times[0] for i in chosen])
+    stream.seek(0)
+    track = _audio_track(stream, name) if with_audio else None
+    return Clip(torch.from_numpy(np.stack(frames)), seconds, None if track is None else _listenable(*track, name))
+
+
+@contextmanager
+def _complaints(name: str, what: str):
+    """What a decoder raises becomes one line that names the file."""
+    import av
+
+    try:
+        yield
+    except UserError:
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: not a readable video ({_line(error)})") from None
-    wave = None
-    if with_audio:
-        stream.seek(0)
-        track = _audio_track(stream, name)
-        wave = None if track is None else _listenable(track, LISTENING_RATE, name)
-    return Clip(torch.from_numpy(np.stack(frames)), torch.tensor([times[i] for i in chosen]), wave)
-
-
-def _shrunk(frame, most: int) -> np.ndarray:
-    """A decoded frame as RGB [height, width, 3]; far larger ones than the model can use are halved to save memory."""
-    image = frame.to_image()
-    while image.width * image.height > 16 * most:
-        image = image.reduce(2)
-    return np.asarray(image)
+        raise UserError(f"{name}: {what} ({_line(error)})") from None
 
 
 def _to_pil(array: np.ndarray, name: str) -> Image.Image:
@@ -197,15 +216,17 @@ def _stream(source, name: str):
     """A seekable binary stream of a path or of bytes."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
+    if not isinstance(source, (str, Path)):
+        raise UserError(f"{name}: a {type(source).__name__} cannot be read; give a path, bytes or an array")
     path = Path(str(source).removeprefix("file://"))
-    if not path.exists():
-        raise UserError(f"{name}: no such file")
-    if not path.is_file():
-        raise UserError(f"{name}: not a file")
     try:
-        return open(path, "rb")  # closed with its last reader
-    except OSError as error:
+        found, readable = path.exists(), path.is_file()
+        if readable:
+            return open(path, "rb")
+    except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be opened ({_line(error)})") from None
+    web = "; web addresses are not fetched, download it" if "://" in str(source) else ""
+    raise UserError(f"{name}: {'not a file' if found else 'no such file'}{web}")
 
 
 def _require_whole(stream, name: str) -> None:
@@ -224,7 +245,10 @@ def _require_whole(stream, name: str) -> None:
 
 def name_of(source, kind: str) -> str:
     """What to call a source in a message."""
-    return (str(source) or "an empty path") if isinstance(source, (str, Path)) else f"the {kind} given"
+    if not isinstance(source, (str, Path)):
+        return f"the {kind} given"
+    spelling = str(source) or "an empty path"
+    return spelling if len(spelling) <= 300 else f"{spelling[:60]}..."
 
 
 def _line(error: Exception) -> str:

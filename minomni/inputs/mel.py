@@ -36,6 +36,11 @@ def mel_filters(n_fft: int, bands: int) -> Tensor:
     return (triangles * 2 / (edges[2:] - edges[:-2])).float()
 
 
+def audio_tokens(frames: int) -> int:
+    """How many tokens the Thinker's ears make of mel frames: two halvings, one token per 40 ms."""
+    return (frames + 1) // 4
+
+
 def log_mel(wave: Tensor) -> Tensor:
     """Waveform [samples] or [B, samples] at 16 kHz -> log-mel [128, F] or [B, 128, F], F = ceil(samples / 160).
 

@@ -23,11 +23,12 @@ def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels
                  name: str = "the picture") -> tuple[int, int]:
     """The size nearest to height x width whose sides are multiples of `cell` and whose area lies within the limits.
 
-    Raises UserError for an aspect ratio above 200 (release: Qwen2-VL's smart_resize).
+    Raises UserError for no pixels and for an aspect ratio above 200 (release: Qwen2-VL's smart_resize).
     """
-    if max(height, width) > MOST_STRETCHED * min(height, width):
+    short, long = sorted((height, width))
+    if not 0 < long <= MOST_STRETCHED * short:
         raise UserError(f"{name}: {width}x{height} pixels; an aspect ratio of at most {MOST_STRETCHED} is read, cut the picture")
-    new_height, new_width = (max(cell, round(side / cell) * cell) for side in (height, width))
+    new_height, new_width = (round(side / cell) * cell for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = sqrt(height * width / max_pixels)
         new_height, new_width = (max(cell, floor(side / shrink / cell) * cell) for side in (height, width))
@@ -50,15 +51,19 @@ def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfi
                   name: str = "the video") -> tuple[Tensor, Grid]:
     """Frames uint8 [n, height, width, 3] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw), t = ceil(n / 2).
 
-    Long clips get smaller frames: all frames together stay within media.clip_max_pixels. An odd last frame is doubled.
+    An odd last frame is doubled. Frames have frame_size already where they come from a file.
     """
-    n, height, width, _ = frames.shape
-    most = max(min(media.frame_max_pixels, media.clip_max_pixels * vision.temporal_patch_size // n),
-               int(media.frame_min_pixels * VIDEO_FLOOR))
-    size = smart_resize(height, width, vision.cell_size, media.frame_min_pixels, most, name)
+    size = frame_size(*frames.shape[:3], vision.cell_size, media, name)
     pixels = torch.cat([_resized(Image.fromarray(frame.numpy()), *size) for frame in frames])  # [n, 3, height, width]
-    missing = -n % vision.temporal_patch_size
+    missing = -len(pixels) % vision.temporal_patch_size
     return to_patches(torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]), vision)
+
+
+def frame_size(n: int, height: int, width: int, cell: int, media: MediaConfig, name: str) -> tuple[int, int]:
+    """The size that each of n frames is brought to: pairs of frames share media.clip_max_pixels, so long clips get
+    smaller ones (release: qwen-omni-utils)."""
+    most = max(min(media.frame_max_pixels, media.clip_max_pixels * 2 / n), int(media.frame_min_pixels * VIDEO_FLOOR))
+    return smart_resize(height, width, cell, media.frame_min_pixels, most, name)
 
 
 def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Grid]:

@@ -1,6 +1,7 @@
 """Messages to one sequence of ids: ChatML, places for media, sound and picture of a video taking turns every 2 seconds."""
 
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -8,9 +9,9 @@ from torch import Tensor
 from ..config import OmniConfig
 from ..errors import UserError
 from .media import load_audio, load_image, load_video, name_of
-from .mel import log_mel
+from .mel import audio_tokens, log_mel
 from .patches import Grid, image_patches, video_patches
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, special_tokens
 
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -33,11 +34,15 @@ class Inputs:
     video_seconds: list[Tensor] = field(default_factory=list)  # each [t] float32, when a grid step begins
 
 
-def kind_of(item: dict) -> str:
-    """What a content item is: image, audio, video or text. Raises UserError for anything else."""
+def kind_and_source(item: dict) -> tuple[str, object]:
+    """What a content item is (image, audio, video or text), and what it holds. Raises UserError for anything else."""
+    if not isinstance(item, dict):
+        raise UserError(f"a content item is a {type(item).__name__}; expected a dictionary such as {{'type': 'text', 'text': ...}}")
     for kind in ("image", "audio", "video", "text"):
-        if item.get("type") == kind or kind in item or f"{kind}_url" in item:
-            return kind
+        if item.get("type") in (kind, f"{kind}_url") or kind in item or f"{kind}_url" in item:
+            for key in (kind, f"{kind}_url", "path", "url"):
+                if key in item:
+                    return kind, item[key]
     raise UserError(f"a content item has the keys {sorted(item)}; expected one of image, audio, video, text")
 
 
@@ -54,12 +59,11 @@ def parts_of(messages: list[dict], add_generation_prompt: bool, add_vision_id: b
         if message.get("role") not in ROLES:
             raise UserError(f"unknown role {message.get('role')!r}; roles are {', '.join(ROLES)}")
         parts.append(f"<|im_start|>{message['role']}\n")
-        content = message.get("content", "")
+        content = message.get("content") or ""
         for item in [{"text": content}] if isinstance(content, str) else content:
-            kind = kind_of(item)
-            source = item[kind] if kind in item else item[f"{kind}_url"]
+            kind, source = kind_and_source(item)
             if kind == "text":
-                parts.append(source)
+                parts.append(str(source))
                 continue
             counts[kind] += 1
             if add_audio_id if kind == "audio" else add_vision_id:
@@ -99,6 +103,11 @@ class Processor:
     """Turns conversations into Inputs for one size of the model."""
 
     def __init__(self, config: OmniConfig, tokenizer: Tokenizer):
+        """Raises UserError where tokenizer and config disagree on a special token."""
+        for name, i in special_tokens(config.thinker.tokens).items():
+            if tokenizer.special_tokens.get(name) != i:
+                raise UserError(f"{name} is {tokenizer.special_tokens.get(name)} in the tokenizer and {i} in the "
+                                f"configuration; use files of one model")
         self.config, self.tokenizer = config, tokenizer
 
     def __call__(self, conversations: list[list[dict]], use_audio_in_video: bool = False,
@@ -112,21 +121,20 @@ class Processor:
         return join(rows, pad=self.config.thinker.tokens.endoftext)
 
     def _row(self, messages, use_audio_in_video, add_generation_prompt):
-        inputs, ids, images, videos, sizes, text = Inputs(torch.empty(0), torch.empty(0)), [], [], [], [], ""
-        for part in [*parts_of(messages, add_generation_prompt), ("end", None)]:
-            if isinstance(part, str):
-                text += part  # neighbours merge before they are encoded: words reach over their border
+        inputs, pieces, images, videos = Inputs(torch.empty(0), torch.empty(0)), [], [], []
+        for is_text, parts in groupby(parts_of(messages, add_generation_prompt), lambda part: isinstance(part, str)):
+            if is_text:  # neighbours merge before they are encoded: words reach over their border
+                pieces.append(("a text", self._encode("".join(parts))))
                 continue
-            ids += self._encode(text)
-            text = ""
-            if part[0] != "end":
-                filled = self._fill(*part, use_audio_in_video, inputs, images, videos)
-                sizes.append((len(filled), part[0]))
-                ids += filled
+            for kind, source in parts:
+                filled = self._fill(kind, source, use_audio_in_video, inputs, images, videos)
+                pieces.append((name_of(source, kind), filled))
+        ids = [i for _, piece in pieces for i in piece]
         limit = self.config.thinker.text.max_position_embeddings
         if len(ids) > limit:
-            longest = f"; the longest item is {max(sizes)[1]} with {max(sizes)[0]} tokens" if sizes else ""
-            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {limit}{longest}; shorten it")
+            name, longest = max(pieces, key=lambda piece: len(piece[1]))
+            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {limit}; the longest item is {name} "
+                            f"with {len(longest)} tokens, shorten it")
         inputs.input_ids = torch.tensor([ids])
         inputs.attention_mask = torch.ones_like(inputs.input_ids)
         inputs.image_patches = torch.cat(images) if images else None
@@ -134,10 +142,11 @@ class Processor:
         return inputs
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of text, in which nobody may type the places of media."""
-        ids, tokens = self.tokenizer.encode(text), self.config.thinker.tokens
-        if {tokens.audio, tokens.image, tokens.video}.intersection(ids):
-            raise UserError("a text holds <|AUDIO|>, <|IMAGE|> or <|VIDEO|>, which only media may put there; give an item instead")
+        """Ids of text, in which nobody may type what stands for media: positions and features would go astray."""
+        ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
+        typed = [name for name, i in special.items() if i in ids and name not in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+        if typed:
+            raise UserError(f"a text holds {typed[0]}, which only media may put there; give the item instead")
         return ids
 
     def _fill(self, kind, source, use_audio_in_video, inputs, images, videos) -> list[int]:
@@ -151,7 +160,7 @@ class Processor:
             images.append(patches)
             inputs.image_grids.append(grid)
             return [ids.vision_bos] + [ids.image] * (len(patches) // merge) + [ids.vision_eos]
-        clip = load_video(source, media, with_audio=use_audio_in_video)
+        clip = load_video(source, media, use_audio_in_video, vision.cell_size)
         patches, grid = video_patches(clip.frames, vision, media, name_of(source, kind))
         videos.append(patches)
         inputs.video_grids.append(grid)
@@ -165,7 +174,7 @@ class Processor:
     def _listen(self, wave, inputs) -> int:
         """Note a wave's mel and return how many tokens it makes."""
         inputs.mels.append(log_mel(wave))
-        return (inputs.mels[-1].shape[-1] + 1) // 4
+        return audio_tokens(inputs.mels[-1].shape[-1])
 
     def _interleave(self, seconds, cells, audio_tokens) -> list[int]:
         """Ids of a video with its sound: both cut every 2 seconds, picture part first (paper, sec. 2.2; release order)."""

@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from collections import Counter
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import regex
@@ -68,16 +69,37 @@ class Tokenizer:
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        """Merge the bytes of one word, always the pair of lowest rank first; remembered, since words repeat."""
+        """Ids of one word; remembered, since words repeat."""
         if word not in self._known:
-            pieces = [bytes([b]) for b in word.encode()]
-            while len(pieces) > 1:
-                rank, i = min((self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(zip(pieces, pieces[1:])))
-                if rank == len(self.ranks):
-                    break
-                pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-            self._known[word] = [self.id_of[piece] for piece in pieces]
+            self._known[word] = [self.id_of[piece] for piece in self._merged(word.encode())]
         return self._known[word]
+
+    def _merged(self, word: bytes) -> list[bytes]:
+        """Merge the bytes of a word, always the pair of lowest rank first, the left one of equals.
+
+        A heap of pairs and links to the neighbours keep a "word" of 100,000 letters from taking hours. A merge leaves
+        outdated pairs in the heap; they are known by their rank, which is no longer that of their place.
+        """
+        pieces = [bytes([b]) for b in word]
+        before, after = list(range(-1, len(pieces) - 1)), list(range(1, len(pieces) + 1))
+
+        def rank_at(i: int) -> int | None:
+            return self.ranks.get((pieces[i], pieces[after[i]])) if 0 <= i and after[i] < len(pieces) else None
+
+        heap = [(rank, i) for i in range(len(pieces)) if (rank := rank_at(i)) is not None]
+        heapify(heap)
+        while heap:
+            rank, i = heappop(heap)
+            if rank_at(i) != rank:
+                continue
+            swallowed = after[i]
+            pieces[i], pieces[swallowed], after[i] = pieces[i] + pieces[swallowed], b"", after[swallowed]
+            if after[i] < len(pieces):
+                before[after[i]] = i
+            for place in (before[i], i):
+                if (rank := rank_at(place)) is not None:
+                    heappush(heap, (rank, place))
+        return [piece for piece in pieces if piece]
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         """Ids -> text; bytes that are no UTF-8 become the replacement sign, ids of nothing become nothing."""
@@ -86,19 +108,24 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int, special_tokens: dict[str, int]) -> "Tokenizer":
-        """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice; ties go to the smaller pair."""
+        """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice; ties go to the smaller pair.
+
+        A pair that spells a token already there is passed over: an id is a merge, so no token may have two.
+        """
         words = Counter(word for text in texts for word in WORDS.findall(unicodedata.normalize("NFC", text)))
         pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
-        merges: list[tuple[bytes, bytes]] = []
-        while len(FIRST_IDS) + len(merges) < vocab_size:
+        merges, known = [], set(FIRST_IDS)
+        while len(known) < vocab_size:
             pairs = Counter()
             for word, parts in pieces.items():
                 for pair in zip(parts, parts[1:]):
                     pairs[pair] += words[word]
-            if not pairs or max(pairs.values()) < 2:
+            often = [(-count, pair) for pair, count in pairs.items() if count > 1 and pair[0] + pair[1] not in known]
+            if not often:
                 break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            best = min(often)[1]
             merges.append(best)
+            known.add(best[0] + best[1])
             for parts in pieces.values():
                 _merge(parts, best)
         return cls(merges, special_tokens)
@@ -115,23 +142,32 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Read vocab.json + merges.txt (+ added_tokens.json), or tokenizer.json. Raises UserError naming what is wrong."""
         folder = Path(folder)
-        if (folder / "merges.txt").exists():
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            vocab = _read_json(folder / "vocab.json") if (folder / "vocab.json").exists() else None
-            added = _read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
-        elif (folder / "tokenizer.json").exists():
-            whole = _read_json(folder / "tokenizer.json")
-            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
-            vocab = whole["model"]["vocab"]
-            added = {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
-        else:
-            raise UserError(f"{folder}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
-        tokenizer = cls([(_bytes(a), _bytes(b)) for a, b in merges], added)
-        wrong = [t for t, i in (vocab or {}).items() if t not in added and tokenizer.id_of.get(_bytes(t)) != i]
+        try:
+            merges, vocab, added = _stored(folder)
+            tokenizer = cls([(_bytes(a), _bytes(b)) for a, b in merges], added)
+            vocab = {_bytes(token): i for token, i in vocab.items() if token not in added}
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder}: its tokenizer files hold no byte-level BPE ({type(error).__name__}: {error})") from None
+        wrong = sorted(set(vocab.items()) ^ set(tokenizer.id_of.items())) if vocab else []
         if wrong:
-            raise UserError(f"{folder}: vocab.json and merges.txt disagree on {len(wrong)} tokens, first {wrong[0]!r}")
+            raise UserError(f"{folder}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, first "
+                            f"{_spell(wrong[0][0])!r}; use files of one model")
         return tokenizer
+
+
+def _stored(folder: Path) -> tuple[list, dict[str, int], dict[str, int]]:
+    """Merges, vocabulary (empty where there is none) and added tokens, as the files of a folder spell them."""
+    if (folder / "merges.txt").exists():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return merges, *(_read_json(folder / name) for name in ("vocab.json", "added_tokens.json"))
+    if (folder / "tokenizer.json").exists():
+        whole = _read_json(folder / "tokenizer.json")
+        merges = [m.split(" ") if isinstance(m, str) else m for m in whole["model"]["merges"]]
+        return merges, whole["model"]["vocab"], {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
+    raise UserError(f"{folder}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
 
 
 def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -152,6 +188,9 @@ def _bytes(spelling: str) -> bytes:
 
 
 def _read_json(path: Path) -> dict:
+    """The object in a file; an empty one where there is no file."""
+    if not path.exists():
+        return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

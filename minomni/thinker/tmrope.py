@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import ThinkerConfig
 from ..errors import UserError
+from ..inputs.mel import audio_tokens
 from ..inputs.prompt import Inputs, chunk_bounds, video_times
 
 
@@ -20,7 +21,7 @@ def position_ids(inputs: Inputs, config: ThinkerConfig) -> Tensor:
     where the markers and the media do not match.
     """
     ids = torch.ones(3, *inputs.input_ids.shape, dtype=torch.long)
-    sounds = iter([(mel.shape[-1] + 1) // 4 for mel in inputs.mels])
+    sounds = iter([audio_tokens(mel.shape[-1]) for mel in inputs.mels])
     images, videos = iter(inputs.image_grids), iter(zip(inputs.video_grids, inputs.video_seconds))
     for row, (tokens, mask) in enumerate(zip(inputs.input_ids.tolist(), inputs.attention_mask.bool())):
         real = [token for token, there in zip(tokens, mask.tolist()) if there]
