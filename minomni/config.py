@@ -300,8 +300,8 @@ QWEN7B = OmniConfig(
     token2wav=Token2WavConfig(
         dit=DiTConfig(hidden_size=1024, num_hidden_layers=22, num_attention_heads=16, head_dim=64, ff_mult=2,
                       emb_dim=512, num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24,
-                      look_ahead_layers=(10,), look_backward_layers=(0, 20), rope_theta=1e4, enc_emb_dim=192, enc_dim=128,
-                      enc_channels=(256, 256, 256, 256, 768), enc_kernel_sizes=(5, 3, 3, 3, 1),
+                      look_ahead_layers=(10,), look_backward_layers=(0, 20), rope_theta=1e4, enc_emb_dim=192,
+                      enc_dim=128, enc_channels=(256, 256, 256, 256, 768), enc_kernel_sizes=(5, 3, 3, 3, 1),
                       enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=64, enc_res2net_scale=2,
                       enc_se_channels=64),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=1536, upsample_rates=(5, 3, 2, 2, 2, 2),

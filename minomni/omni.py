@@ -108,8 +108,8 @@ class Omni(nn.Module):
         """Answer a conversation of message dictionaries, the ones Qwen's and transformers' users write.
 
         voice: a name in self.voices, the first one by default; speech=False answers in text alone. A conversation
-        without a system message gets the one that this size was trained with. Same seed, same answer. Raises UserError for
-        what cannot be read, does not fit the context, or names no voice.
+        without a system message gets the one that this size was trained with. Same seed, same answer.
+        Raises UserError for what cannot be read, does not fit the context, or names no voice.
         """
         began = time.perf_counter()
         if self.tokenizer is None:

@@ -42,7 +42,7 @@ class FSQ(nn.Module):
         self.strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))  # a code is a number in mixed radix
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [..., channels] -> the same rounded, gradient straight through, and codes [...], the first FIRST_CODE."""
+        """Features [..., channels] -> the same rounded (gradient straight through), codes [...] from FIRST_CODE on."""
         scale = self._scale(x)
         steps = (torch.tanh(x) + 1) * scale  # 0 ... levels - 1
         rounded = steps + (steps.round() - steps).detach()

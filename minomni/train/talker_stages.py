@@ -204,4 +204,4 @@ class DPOStage(TalkerStage):
 
 class SpeakersStage(TalkerStage):
     name, needs = "speakers", ("codec", *THINKER, "talker", "dpo")
-    about = "speaker tuning: every voice equally often, at a low rate"
+    about = "speaker tuning: all voices once more, at a low rate"
