@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[1]
 def load(name: str, device: str = "cpu", dtype=None):
     """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
 
-    "tiny" is what `python run.py` trained, or else the one that comes with the project. dtype: of Thinker and Talker,
-    None keeps what is stored. Raises UserError naming what is missing or broken.
+    "tiny" is what `python run.py` trained, or else the one that comes with the project. dtype: of Thinker and Talker;
+    None keeps what a folder stores, and is fp32 for a size. Raises UserError naming what is missing or broken.
     """
+    import torch
+
     from . import config, weights
     from .errors import UserError
 
@@ -30,5 +32,5 @@ def load(name: str, device: str = "cpu", dtype=None):
         raise UserError(f"{name!r} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}")
     for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
         if folder.is_dir():
-            return weights.load(folder, device, dtype)
+            return weights.load(folder, device, dtype or torch.float32)
     raise UserError(f"no model of size {name!r} here; python -m minomni train {name} makes one")

@@ -1,9 +1,11 @@
 """Makes data_samples/: questions with pictures, sounds and clips, and a few recordings to train on without a synthesiser.
 
-    python tests/make_data_samples.py          (needs espeakng-loader; the result is committed)
+    python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
+    python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
 """
 
 import json
+import sys
 from pathlib import Path
 from random import Random
 
@@ -11,6 +13,8 @@ import av
 import numpy as np
 import soundfile
 
+import minomni
+from minomni import weights
 from minomni.train import speech, synthesis, world
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
@@ -84,6 +88,13 @@ def recordings(count: int = 32) -> None:
     (FOLDER / "speech" / "index.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def model() -> None:
+    """Keep runs/tiny/model as data_samples/tiny, at half its size: load() brings it back to fp32."""
+    weights.save(minomni.load("tiny").half(), FOLDER / "tiny")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["model"]:
+        sys.exit(model())
     (FOLDER / "questions.json").write_text(json.dumps(questions(), indent=1) + "\n")
     recordings()
