@@ -4,6 +4,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
+from textwrap import dedent
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def show(*objects) -> None:
 
     In a notebook it comes with colours, through a Markdown block that GitHub shows too.
     """
-    source = "\n\n\n".join(inspect.getsource(inspect.unwrap(thing)).rstrip() for thing in objects)
+    source = "\n\n\n".join(dedent(inspect.getsource(inspect.unwrap(thing))).rstrip() for thing in objects)
     if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
         print(source)
         return

@@ -110,6 +110,14 @@ def test_nothing_is_copied_from_the_package(notebook):
     assert own and {own[key]: package[key] for key in own.keys() & package.keys()} == {}
 
 
+def test_shown_source_is_what_is_on_disk(notebook):
+    """Otherwise the package has changed since the notebook was refreshed: python tests/refresh_notebooks.py."""
+    package = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "minomni").rglob("*.py")))
+    package += package.replace("\n    ", "\n")  # methods are shown without their indentation
+    shown = [cell.outputs[0].data["text/plain"] for cell in notebook.codes if cell.source.startswith("show(")]
+    assert shown and [part for text in shown for part in text.split("\n\n\n") if part not in package] == []
+
+
 def test_copies_would_be_found():
     assert defined('def f(x):\n    "Doc."\n    return x + 1').keys() == defined("def g(x): return x + 1").keys()
     assert defined("def f(x): ...") == {}
