@@ -28,14 +28,14 @@ def beep(encode) -> int:
 
 
 def cell_words(example: Example, grid, vision, encode) -> Tensor:
-    """Two token ids for each merge cell of a picture or clip [cells, 2]: color and shape, a digit twice, -1 if empty.
+    """Token ids for each merge cell of a picture or clip [cells, 4]: color, shape, place across, place down.
 
-    A cell holds the thing whose centre is in it; IGNORE where a thing only reaches in.
+    A digit stands alone, an empty cell is -1, and IGNORE fills what is not said: a place in the middle, and all of a
+    cell into which a thing only reaches. A cell holds the thing whose centre is in it.
     """
     steps, rows, columns = grid[0], *(n // vision.spatial_merge_size for n in grid[1:])
-    words = torch.full((steps, rows, columns, 2), -1)
-    if not example.objects:
-        words[:] = encode(" " + example.answer.split()[-1])[0]
+    words = torch.full((steps, rows, columns, 4), losses.IGNORE)
+    words[..., 0] = -1 if example.objects else encode(" " + example.answer.split()[-1])[0]
     for step, things in zip(words, example.objects):
         for _, _, (x, y), radius in things:
             (left, right), (top, bottom) = (
@@ -43,10 +43,16 @@ def cell_words(example: Example, grid, vision, encode) -> Tensor:
             )
             step[top:bottom, left:right] = losses.IGNORE
         for color, shape, (x, y), _ in things:
-            step[int(y // vision.cell_size), int(x // vision.cell_size)] = torch.tensor(
-                [encode(f" {w}")[0] for w in (color, shape)]
-            )
+            said = [color, shape, place(x / columns, vision, "left", "right"), place(y / rows, vision, "up", "down")]
+            ids = [encode(f" {word}")[0] if word else losses.IGNORE for word in said]
+            step[int(y // vision.cell_size), int(x // vision.cell_size)] = torch.tensor(ids)
     return words.flatten(0, 2)
+
+
+def place(pixels_a_cell: float, vision, low: str, high: str) -> str | None:
+    """The word for a place along one side, given as pixels divided by the cells of that side; None in the middle."""
+    share = pixels_a_cell / vision.cell_size
+    return low if share < 0.4 else high if share > 0.6 else None
 
 
 def imagine(examples: list[Example], inputs: Inputs, thinker, encode, random: Random) -> Tensor:
@@ -85,9 +91,8 @@ def _spread(words: list[int], count: int, silence: int, random: Random, at: floa
 
 
 def _embed(ids: Tensor, table: Tensor, nothing: int) -> Tensor:
-    """Token ids [N, 1 or 2] -> the sum of the different ones' embeddings, with noise [N, D]; below 0: nothing."""
-    ids = torch.where(ids < 0, nothing, ids)
-    total = table[ids[:, 0]]
-    if ids.shape[1] == 2:
-        total = total + table[ids[:, 1]] * (ids[:, 1] != ids[:, 0])[:, None]
+    """Token ids [N, words] -> the sum of their embeddings, with noise [N, D]; below 0: no word, and if none, nothing."""
+    said = (ids >= 0)[..., None]
+    total = (table[ids.clamp_min(0)] * said).sum(1)
+    total = torch.where(said.any(1), total, table[nothing])
     return total + NOISE * table.std() * torch.randn_like(total)
