@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.inputs.mel import hz_to_mel, log_mel, mel_filters, mel_to_hz, voice_mel
+from minomni.inputs.mel import audio_tokens, hz_to_mel, log_mel, mel_filters, mel_to_hz, voice_mel
+from minomni.thinker.audio_encoder import AudioEncoder
 from tests.oracle import GOLDEN
 
 LENGTHS = (321, 5001, 16_000, 31_999, 50_000)
@@ -14,7 +15,8 @@ def wave(samples: int) -> torch.Tensor:
     """Noise with a swelling tone, from numpy's frozen generator."""
     t = np.arange(samples) / 16_000
     noise = np.random.RandomState(samples).randn(samples)
-    return torch.from_numpy((0.05 * noise + 0.3 * np.sin(2 * np.pi * 220 * t) * np.sin(2 * np.pi * 1.5 * t)).astype(np.float32))
+    tone = 0.3 * np.sin(2 * np.pi * 220 * t) * np.sin(2 * np.pi * 1.5 * t)
+    return torch.from_numpy((0.05 * noise + tone).astype(np.float32))
 
 
 def digest(mel: np.ndarray) -> np.ndarray:
@@ -25,9 +27,10 @@ def digest(mel: np.ndarray) -> np.ndarray:
 def official(samples: np.ndarray) -> np.ndarray:
     from transformers import WhisperFeatureExtractor
 
-    extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16_000, hop_length=160, n_fft=400, chunk_length=30,
-                                        return_attention_mask=True)
-    out = extractor(samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="np")
+    extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16_000, hop_length=160, n_fft=400,
+                                        chunk_length=30, return_attention_mask=True)
+    out = extractor(samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True,
+                    return_tensors="np")
     return out["input_features"][0][:, : int(out["attention_mask"].sum())]
 
 
@@ -56,7 +59,32 @@ def test_frames_are_counted_up():
 def test_filters_equal_librosa():
     librosa = pytest.importorskip("librosa", reason="librosa is a second opinion only")
     for n_fft, bands in ((400, 128), (1024, 80)):
-        assert np.abs(mel_filters(n_fft, bands).numpy() - librosa.filters.mel(sr=16_000, n_fft=n_fft, n_mels=bands)).max() < 1e-7
+        theirs = librosa.filters.mel(sr=16_000, n_fft=n_fft, n_mels=bands)
+        assert np.abs(mel_filters(n_fft, bands).numpy() - theirs).max() < 1e-7
+
+
+@pytest.mark.parametrize("frames, tokens", [(1, 0), (2, 0), (3, 1), (100, 25), (301, 75), (630, 157), (30_000, 7_500)])
+def test_tokens_of_frames(frames, tokens):
+    """One per 40 ms, as the encoder makes them by two halvings (release: none for the first 20 ms)."""
+    assert audio_tokens(frames) == tokens == AudioEncoder.token_count(frames) == ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def test_the_tail_hears_silence_and_not_its_reflection():
+    """A clip and the same clip followed by a second of silence agree on the clip's frames."""
+    for samples in (3_000, 3_200, 3_333):
+        clip = wave(samples)
+        longer = log_mel(torch.nn.functional.pad(clip, (0, 16_000)))
+        assert torch.allclose(log_mel(clip), longer[:, : -(-samples // 160)], atol=1e-6)
+
+
+def test_loudness_is_measured_over_the_whole_clip():
+    """A click at the very end is loudest in a frame that is cut off, and still sets the floor 2 below its height."""
+    click = 1e-6 * wave(16_000)
+    click[-5:] = 1.0
+    mel, whole = log_mel(click), log_mel(torch.nn.functional.pad(click, (0, 400)))
+    assert float(whole.max() - whole.min()) == pytest.approx(2, abs=1e-5)
+    assert 1.3 < float(mel.max() - mel.min()) < 1.7  # the last kept window holds 0.12 of the click
+    assert torch.allclose(mel, whole[:, :100], atol=1e-6)
 
 
 def test_scale_by_hand():

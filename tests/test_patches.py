@@ -1,13 +1,16 @@
 """Pictures and clips become the official processor's patches, in its order."""
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minomni.config import QWEN7B, TINY
+from minomni.config import QWEN7B, SMALL, TINY
 from minomni.errors import UserError
-from minomni.inputs.patches import CHANNEL_MEAN, CHANNEL_STD, image_patches, smart_resize, to_patches, video_patches
+from minomni.inputs.patches import (CHANNEL_MEAN, CHANNEL_STD, frame_size, image_patches, smart_resize, to_patches,
+                                     video_patches)
 from tests.oracle import GOLDEN
 
 VISION, MEDIA = QWEN7B.thinker.vision, QWEN7B.media
@@ -57,6 +60,35 @@ def test_smart_resize(size, expected):
     assert found == expected and found[0] * found[1] <= 12_845_056
 
 
+def test_sizes_equal_the_official_ones():
+    official = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+                                   reason="the official code is not installed")
+    random = Random(0)
+    limits = [(m.image_min_pixels, m.image_max_pixels) for m in (QWEN7B.media, SMALL.media, TINY.media)]
+    for _ in range(5_000):
+        height, width = (int(2 ** random.uniform(0, 13)) for _ in range(2))
+        if max(height, width) <= 200 * min(height, width):
+            least, most = random.choice(limits)
+            expected = official.smart_resize(height, width, 28, least, most)
+            assert smart_resize(height, width, 28, least, most) == expected, (height, width)
+
+
+def test_frames_of_a_clip_are_official_pictures_in_pairs():
+    """The official video processor is the image processor with two different frames in the place of two equal ones."""
+    pytest.importorskip("transformers", reason="the official code is not installed")
+    frames = [picture(308, 364), picture(308, 364)[::-1].copy(), picture(308, 364)[:, ::-1].copy()]  # within all limits
+    ours, grid = video_patches(torch.from_numpy(np.stack(frames)), VISION, MEDIA)
+    assert grid == (2, 22, 26)
+    theirs = [torch.from_numpy(official(frame)[0]).view(-1, 3, 2, 196) for frame in (*frames, frames[-1])]
+    expected = [torch.stack([a[:, :, 0], b[:, :, 0]], 2) for a, b in zip(theirs[::2], theirs[1::2])]
+    assert (ours.view(2, -1, 3, 2, 196) - torch.stack(expected)).abs().max() < 1e-5
+
+
+def test_nothing_to_see_is_refused():
+    with pytest.raises(UserError, match="0x8 pixels"):
+        smart_resize(8, 0, 28, 3136, 12_845_056)
+
+
 def test_stretched_pictures_are_refused():
     smart_resize(10, 2000, 28, 3136, 12_845_056)
     with pytest.raises(UserError, match="2001x10 pixels"):
@@ -66,7 +98,8 @@ def test_stretched_pictures_are_refused():
 def test_order_of_rows_and_columns():
     """Every pixel says where it is; every number of every patch must come from where it should."""
     n, height, width = 4, 56, 84
-    where = torch.stack(torch.meshgrid(torch.arange(n), torch.arange(height), torch.arange(width), indexing="ij"), 1).float()
+    axes = torch.meshgrid(torch.arange(n), torch.arange(height), torch.arange(width), indexing="ij")
+    where = torch.stack(axes, 1).float()
     patches, grid = to_patches(where, VISION)  # channels are frame, row, column
     assert grid == (2, 4, 6) and patches.shape == (48, 1176)
     row = 0
@@ -99,13 +132,12 @@ def test_odd_clips_repeat_their_last_frame():
     assert not torch.equal(first[:, :, 0], first[:, :, 1])
 
 
-def test_frames_of_long_clips_get_smaller():
-    def side(n):
-        frames = torch.zeros(n, 560, 1120, 3, dtype=torch.uint8)
-        return video_patches(frames, VISION, MEDIA)[1]
-
-    few, many = side(4), side(340)
-    assert few[1] * few[2] * 196 <= 602_112 and many[1] * many[2] * 196 <= 90_316_800 * 2 / 340 < few[1] * few[2] * 196
+@pytest.mark.parametrize("n, most", [(2, 602_112), (300, 602_112), (340, 90_316_800 * 2 / 340), (768, 235_200),
+                                     (4_000, 105_369)])
+def test_frames_of_long_clips_get_smaller(n, most):
+    """Pairs share 90,316,800 pixels, a frame keeps at least 105,369 of them (release: qwen-omni-utils)."""
+    height, width = frame_size(n, 1080, 1920, 28, MEDIA, "a clip")
+    assert height % 28 == width % 28 == 0 and 0.85 * most < height * width <= most
 
 
 def test_white_is_normalised():
@@ -116,4 +148,5 @@ def test_white_is_normalised():
 
 def write_golden() -> None:
     """python -c "from tests.test_patches import write_golden; write_golden()" """
-    np.savez_compressed(GOLDEN / "patches.npz", **{"x".join(map(str, s)): digest(official(picture(*s))[0]) for s in SIZES})
+    answers = {"x".join(map(str, size)): digest(official(picture(*size))[0]) for size in SIZES}
+    np.savez_compressed(GOLDEN / "patches.npz", **answers)

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from random import Random
+from time import perf_counter
 
 import pytest
 
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
-from minomni.inputs.tokenizer import Tokenizer, special_tokens
+from minomni.inputs.tokenizer import LETTER_OF, WORDS, Tokenizer, special_tokens
 from minomni.train.vocabulary import world_tokenizer
 
 VECTORS = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
-TEXTS = ["the red circle", "  two  spaces\n\n", "naïve café", "2026 + 1", "我们 你好", "🦙 l'été", "don't", "\t", ""]
+TEXTS = ["the red circle", "  two  spaces\n\n", "naïve café", "2026 + 1", "我们 你好", "🦙 l'été", "don't",
+         "\t", ""]
 
 
 @pytest.fixture
@@ -26,7 +29,8 @@ def test_by_hand(small):
     assert small.encode("the the") == [257, 261]
     assert small.encode("12") == [16, 17]  # digits never merge, whatever the merges say; ! is id 0, so 1 is 16
     assert small.encode("the<|im_end|> red") == [257, 300, 260]
-    assert small.decode([257, 300, 260]) == "the<|im_end|> red" and small.decode([257, 300, 260], skip_special=True) == "the red"
+    assert small.decode([257, 300, 260]) == "the<|im_end|> red"
+    assert small.decode([257, 300, 260], skip_special=True) == "the red"
 
 
 def test_release_vocabulary_and_public_vectors(tmp_path):
@@ -62,6 +66,59 @@ def test_text_is_normalised(small):
     assert small.encode("e\u0301") == small.encode("\u00e9")  # e and an accent are one letter
 
 
+def naive(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """Merge by the definition: look at all pairs, join the first one of the lowest rank, look again."""
+    pieces = [bytes([b]) for b in word]
+    while ranks := [(merges.index(pair), i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in merges]:
+        i = min(ranks)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+def test_heap_merges_as_the_definition_says():
+    random = Random(0)
+    for _ in range(30):
+        letters = "".join(random.choices("aab", k=400))
+        tokenizer = Tokenizer.train([letters], 256 + random.randint(1, 40), {})
+        for length in (1, 2, 3, 17, 60):
+            word = "".join(random.choices("abc", k=length)).encode()
+            assert tokenizer._merged(word) == naive(word, tokenizer.merges)
+
+
+def test_a_very_long_word_takes_no_hours():
+    tokenizer = Tokenizer.train(["a" * 5_000], 268, {})
+    began = perf_counter()
+    assert len(tokenizer.encode("a" * 100_000)) < 1_000
+    assert perf_counter() - began < 5  # s; about 0.3 here, and an hour where every merge looks at all pairs
+
+
+def test_equals_the_official_tokenizer():
+    """The library that the official tokenizer is made of, with its settings, on every kind of letter and space."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the official library is not installed")
+    merges = Tokenizer.train(["the cat's hat 12 12  \n\n 我们 café"] * 2, 300, {}).merges
+    ours = Tokenizer(merges, {"<|im_end|>": 256 + len(merges)})
+    vocab = {"".join(LETTER_OF[b] for b in token): i for i, token in ours.bytes_of.items()}
+    merges = [tuple("".join(LETTER_OF[b] for b in part) for part in pair) for pair in ours.merges]
+    official = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    official.normalizer = tokenizers.normalizers.NFC()
+    official.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS.pattern), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    official.add_special_tokens(["<|im_end|>"])
+    random = Random(0)
+    pool = ["e\u0301", "'ll", "<|im_end|>",
+            *"thecats'SREVEhat12  \n\r\t.,!?-_我们é½²🦙ſअिⅧ\u2028\xa0\x85\x1c\u0300\u200b"]
+    for _ in range(500):
+        text = "".join(random.choices(pool, k=random.randint(0, 30)))
+        assert ours.encode(text) == official.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def test_no_token_is_learned_twice():
+    """abc may come about as a + bc or as ab + c; it has one id all the same."""
+    tokenizer = Tokenizer.train(["abc ab bc xabc aabc abcc abcbc"] * 9, 300, {})
+    assert len(set(tokenizer.bytes_of.values())) == len(tokenizer.bytes_of)
+
+
 def test_training_repeats_and_stops():
     texts = ["low lower lowest", "new newer newest"] * 3
     first, second = (Tokenizer.train(texts, 300, {}) for _ in range(2))
@@ -85,7 +142,8 @@ def test_saved_and_loaded(small, tmp_path, layout):
         added = [{"content": name, "id": i} for name, i in small.special_tokens.items()]
         for file in tmp_path.iterdir():
             file.unlink()
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": merges}, "added_tokens": added}))
+        whole = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
     again = Tokenizer.load(tmp_path)
     assert again.merges == small.merges and again.special_tokens == small.special_tokens
     assert all(again.encode(text) == small.encode(text) for text in TEXTS)
@@ -98,8 +156,19 @@ def test_files_that_disagree_are_refused(small, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     with pytest.raises(UserError, match="disagree on 1 tokens, first 'th'"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(UserError, match="vocab.json: not JSON"):
+        Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer here"):
         Tokenizer.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"model": {"vocab": {"▁a": 0}, "merges": ["▁ a"]}}, [],
+                                     {"model": {"vocab": {"a": 0}, "merges": ["a b c"]}}])
+def test_tokenizers_of_another_kind_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="no byte-level BPE"):
+        Tokenizer.load(tmp_path)
 
 
 def test_special_ids_are_the_release_s():

@@ -150,7 +150,7 @@ def _unit(samples: np.ndarray) -> np.ndarray:
 
 
 def _audio_track(stream, name) -> tuple[np.ndarray, int] | None:
-    """The first sound track of a container: mono [samples] from its first sample on, and its Hz. None if there is none."""
+    """The first sound track of a container: mono [samples] and its Hz. None where there is none."""
     import av
 
     _require_whole(stream, name)
@@ -174,9 +174,11 @@ def _decode_video(stream, name, media, with_audio, cell) -> Clip:
             if not container.streams.video:
                 raise UserError(f"{name}: holds no video")
             rate = float(container.streams.video[0].average_rate or media.fps)
-            times = [i / rate if frame.time is None else frame.time for i, frame in enumerate(container.decode(video=0))]
+            shown = enumerate(container.decode(video=0))
+            times = [i / rate if frame.time is None else frame.time for i, frame in shown]
         if not times:
             raise UserError(f"{name}: not one frame could be decoded")
+        times.sort()  # frames come in the order they are shown; avi files number them as they are stored
         chosen, frames = sample_indices(len(times), rate, media), []
         stream.seek(0)
         with av.open(stream) as container:

@@ -1,4 +1,4 @@
-"""Waveform to mel: 128 bands for the Thinker's ears, 80 bands for codec, DiT and vocoder. Both at 100 frames per second."""
+"""Waveform to mel: 128 bands for the Thinker's ears, 80 for codec, DiT and vocoder. Both at 100 frames per second."""
 
 from functools import cache
 from math import log

@@ -27,7 +27,8 @@ def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels
     """
     short, long = sorted((height, width))
     if not 0 < long <= MOST_STRETCHED * short:
-        raise UserError(f"{name}: {width}x{height} pixels; an aspect ratio of at most {MOST_STRETCHED} is read, cut the picture")
+        raise UserError(f"{name}: {width}x{height} pixels; an aspect ratio of at most {MOST_STRETCHED} is read, "
+                        f"cut the picture")
     new_height, new_width = (round(side / cell) * cell for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = sqrt(height * width / max_pixels)
@@ -40,7 +41,7 @@ def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels
 
 def image_patches(image: Image.Image, vision: VisionEncoderConfig, media: MediaConfig,
                   name: str = "the picture") -> tuple[Tensor, Grid]:
-    """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); the picture stands in for both frames of a pair."""
+    """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); it stands in for both frames of a pair."""
     height, width = smart_resize(image.height, image.width, vision.cell_size, media.image_min_pixels,
                                  media.image_max_pixels, name)
     pixels = _resized(image, height, width)
@@ -75,7 +76,7 @@ def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Gri
     pair, merge, patch = vision.temporal_patch_size, vision.spatial_merge_size, vision.patch_size
     t, gh, gw = n // pair, height // patch, width // patch
     x = pixels.reshape(t, pair, channels, gh // merge, merge, patch, gw // merge, merge, patch)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, cell row, cell column, row and column in the cell, C, pair, patch, patch
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, row and column of the cell, those inside it, C, pair, patch, patch
     return x.reshape(t * gh * gw, vision.patch_dim), (t, gh, gw)
 
 

@@ -1,7 +1,7 @@
-"""Messages to one sequence of ids: ChatML, places for media, sound and picture of a video taking turns every 2 seconds."""
+"""Messages to one sequence of ids: ChatML, places for media, a video's sound and picture in turns of 2 seconds."""
 
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
 MARKS = {"image": "<|vision_bos|><|IMAGE|><|vision_eos|>", "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
          "video": "<|vision_bos|><|VIDEO|><|vision_eos|>"}
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the special tokens that a text may hold
 COUNTED_AS = {"image": "Picture", "audio": "Audio", "video": "Video"}
 
 
@@ -37,7 +38,8 @@ class Inputs:
 def kind_and_source(item: dict) -> tuple[str, object]:
     """What a content item is (image, audio, video or text), and what it holds. Raises UserError for anything else."""
     if not isinstance(item, dict):
-        raise UserError(f"a content item is a {type(item).__name__}; expected a dictionary such as {{'type': 'text', 'text': ...}}")
+        raise UserError(f"a content item is a {type(item).__name__}; expected a dictionary with one of image, audio, "
+                        f"video, text")
     for kind in ("image", "audio", "video", "text"):
         if item.get("type") in (kind, f"{kind}_url") or kind in item or f"{kind}_url" in item:
             for key in (kind, f"{kind}_url", "path", "url"):
@@ -50,7 +52,8 @@ def parts_of(messages: list[dict], add_generation_prompt: bool, add_vision_id: b
              add_audio_id: bool = False) -> list[str | tuple[str, object]]:
     """The release's ChatML as a list of texts and of (kind, source) media, in reading order.
 
-    A conversation that does not begin with a system message gets the template's own. Raises UserError for unknown roles.
+    A conversation that does not begin with a system message gets the template's own. Raises UserError for unknown roles
+    and items.
     """
     counts, parts = dict.fromkeys(COUNTED_AS, 0), []
     if not messages or messages[0].get("role") != "system":
@@ -133,18 +136,17 @@ class Processor:
         limit = self.config.thinker.text.max_position_embeddings
         if len(ids) > limit:
             name, longest = max(pieces, key=lambda piece: len(piece[1]))
-            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {limit}; the longest item is {name} "
-                            f"with {len(longest)} tokens, shorten it")
+            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {limit}; the longest item is "
+                            f"{name} with {len(longest)} tokens, shorten it")
         inputs.input_ids = torch.tensor([ids])
         inputs.attention_mask = torch.ones_like(inputs.input_ids)
-        inputs.image_patches = torch.cat(images) if images else None
-        inputs.video_patches = torch.cat(videos) if videos else None
+        inputs.image_patches, inputs.video_patches = _packed(images), _packed(videos)
         return inputs
 
     def _encode(self, text: str) -> list[int]:
         """Ids of text, in which nobody may type what stands for media: positions and features would go astray."""
         ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
-        typed = [name for name, i in special.items() if i in ids and name not in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+        typed = [name for name, i in special.items() if name not in CHATML and i in ids]
         if typed:
             raise UserError(f"a text holds {typed[0]}, which only media may put there; give the item instead")
         return ids
@@ -176,17 +178,15 @@ class Processor:
         inputs.mels.append(log_mel(wave))
         return audio_tokens(inputs.mels[-1].shape[-1])
 
-    def _interleave(self, seconds, cells, audio_tokens) -> list[int]:
-        """Ids of a video with its sound: both cut every 2 seconds, picture part first (paper, sec. 2.2; release order)."""
+    def _interleave(self, seconds, cells, sound_tokens) -> list[int]:
+        """Ids of a video with its sound: both cut every 2 seconds, picture first (paper, sec. 2.2; release order)."""
         thinker, ids = self.config.thinker, self.config.thinker.tokens
         per_chunk = thinker.seconds_per_chunk * thinker.position_id_per_seconds
         pictures = chunk_bounds(video_times(seconds, thinker.position_id_per_seconds), per_chunk)
-        sounds = chunk_bounds(torch.arange(audio_tokens), per_chunk)
+        sounds = chunk_bounds(torch.arange(sound_tokens), per_chunk)
         body = []
-        for i in range(max(len(pictures), len(sounds))):
-            for bounds, token, each in ((pictures, ids.video, cells), (sounds, ids.audio, 1)):
-                if i < len(bounds):
-                    body += [token] * ((bounds[i][1] - bounds[i][0]) * each)
+        for seen, heard in zip_longest(pictures, sounds, fillvalue=(0, 0)):
+            body += [ids.video] * ((seen[1] - seen[0]) * cells) + [ids.audio] * (heard[1] - heard[0])
         return [ids.vision_bos, ids.audio_bos, *body, ids.audio_eos, ids.vision_eos]
 
 
@@ -194,13 +194,18 @@ def join(rows: list[Inputs], pad: int) -> Inputs:
     """Put single rows into one batch, shorter ones padded on the left with the id `pad`."""
     longest = max(row.input_ids.shape[1] for row in rows)
     lefts = [longest - row.input_ids.shape[1] for row in rows]
-    patches = {name: [p for row in rows if (p := getattr(row, name)) is not None] for name in ("image_patches", "video_patches")}
     return Inputs(
         torch.cat([torch.nn.functional.pad(row.input_ids, (n, 0), value=pad) for row, n in zip(rows, lefts)]),
         torch.cat([torch.nn.functional.pad(row.attention_mask, (n, 0)) for row, n in zip(rows, lefts)]),
         mels=[mel for row in rows for mel in row.mels],
-        image_patches=torch.cat(patches["image_patches"]) if patches["image_patches"] else None,
+        image_patches=_packed([row.image_patches for row in rows]),
         image_grids=[grid for row in rows for grid in row.image_grids],
-        video_patches=torch.cat(patches["video_patches"]) if patches["video_patches"] else None,
+        video_patches=_packed([row.video_patches for row in rows]),
         video_grids=[grid for row in rows for grid in row.video_grids],
         video_seconds=[seconds for row in rows for seconds in row.video_seconds])
+
+
+def _packed(patches: list[Tensor | None]) -> Tensor | None:
+    """Those that are there, one after another [N, patch_dim]; None where there are none."""
+    there = [x for x in patches if x is not None]
+    return torch.cat(there) if there else None

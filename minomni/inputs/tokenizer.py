@@ -13,7 +13,8 @@ from ..errors import UserError
 from ..files import write_atomically
 
 # How the release cuts text into words before merging: contractions, letters, single digits, signs, line ends, spaces.
-WORDS = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                      r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def _byte_letters() -> dict[int, str]:
@@ -33,8 +34,8 @@ def special_tokens(tokens: TokenIds) -> dict[str, int]:
     """The release's spelling of every special token that can stand in a text, with its id."""
     return {"<|endoftext|>": tokens.endoftext, "<|im_start|>": tokens.im_start, "<|im_end|>": tokens.im_end,
             "<|AUDIO|>": tokens.audio, "<|audio_bos|>": tokens.audio_bos, "<|audio_eos|>": tokens.audio_eos,
-            "<|vision_bos|>": tokens.vision_bos, "<|vision_eos|>": tokens.vision_eos, "<|vision_pad|>": tokens.vision_pad,
-            "<|IMAGE|>": tokens.image, "<|VIDEO|>": tokens.video}
+            "<|vision_bos|>": tokens.vision_bos, "<|vision_eos|>": tokens.vision_eos,
+            "<|vision_pad|>": tokens.vision_pad, "<|IMAGE|>": tokens.image, "<|VIDEO|>": tokens.video}
 
 
 class Tokenizer:
@@ -48,7 +49,8 @@ class Tokenizer:
         self.id_of = {token: i for i, token in self.bytes_of.items()}
         taken = sorted(i for i in special_tokens.values() if i in self.bytes_of)
         if taken:
-            raise UserError(f"special token ids {taken} are taken by ordinary tokens; put them at {len(self.bytes_of)} or above")
+            raise UserError(f"special token ids {taken} are taken by ordinary tokens; put them at {len(self.bytes_of)} "
+                            f"or above")
         names = sorted(special_tokens, key=len, reverse=True)
         self._special = regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
         self._known: dict[str, list[int]] = {}
@@ -108,9 +110,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int, special_tokens: dict[str, int]) -> "Tokenizer":
-        """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice; ties go to the smaller pair.
+        """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice.
 
-        A pair that spells a token already there is passed over: an id is a merge, so no token may have two.
+        Ties go to the smaller pair, so the same texts make the same tokenizer. A pair that spells a token already
+        there is passed over: an id is a merge, so no token may have two.
         """
         words = Counter(word for text in texts for word in WORDS.findall(unicodedata.normalize("NFC", text)))
         pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
@@ -134,13 +137,14 @@ class Tokenizer:
         """Write vocab.json, merges.txt and added_tokens.json as the release has them."""
         vocab = {_spell(token): i for i, token in self.bytes_of.items()}
         lines = "".join(f"{_spell(a)} {_spell(b)}\n" for a, b in self.merges)
-        for name, content in (("vocab.json", json.dumps(vocab, ensure_ascii=False)), ("merges.txt", "#version: 0.2\n" + lines),
-                              ("added_tokens.json", json.dumps(self.special_tokens, indent=2))):
+        files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n" + lines,
+                 "added_tokens.json": json.dumps(self.special_tokens, indent=2)}
+        for name, content in files.items():
             write_atomically(Path(folder) / name, lambda f, c=content: f.write(c.encode()))
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read vocab.json + merges.txt (+ added_tokens.json), or tokenizer.json. Raises UserError naming what is wrong."""
+        """Read tokenizer.json, or vocab.json + merges.txt (+ added_tokens.json). Raises UserError naming the fault."""
         folder = Path(folder)
         try:
             merges, vocab, added = _stored(folder)
@@ -149,7 +153,8 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{folder}: its tokenizer files hold no byte-level BPE ({type(error).__name__}: {error})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{folder}: its tokenizer files hold no byte-level BPE ({reason})") from None
         wrong = sorted(set(vocab.items()) ^ set(tokenizer.id_of.items())) if vocab else []
         if wrong:
             raise UserError(f"{folder}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, first "
@@ -159,14 +164,14 @@ class Tokenizer:
 
 def _stored(folder: Path) -> tuple[list, dict[str, int], dict[str, int]]:
     """Merges, vocabulary (empty where there is none) and added tokens, as the files of a folder spell them."""
-    if (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return merges, *(_read_json(folder / name) for name in ("vocab.json", "added_tokens.json"))
     if (folder / "tokenizer.json").exists():
         whole = _read_json(folder / "tokenizer.json")
         merges = [m.split(" ") if isinstance(m, str) else m for m in whole["model"]["merges"]]
         return merges, whole["model"]["vocab"], {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
+    if (folder / "merges.txt").exists():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return merges, *(_read_json(folder / name) for name in ("vocab.json", "added_tokens.json"))
     raise UserError(f"{folder}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
 
 

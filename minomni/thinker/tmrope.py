@@ -5,6 +5,8 @@ largest id of the segment before it. Sound and text count t = h = w in steps of 
 in time and count rows and columns; videos tick with the real time of their frames.
 """
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def position_ids(inputs: Inputs, config: ThinkerConfig) -> Tensor:
         try:
             ids[:, row, mask] = _row(real, sounds, images, videos, config)
         except (StopIteration, IndexError, RuntimeError):
-            raise UserError(f"row {row}: the prompt's places for media do not match the media; build it with Processor") from None
+            raise UserError(f"row {row}: the prompt's places for media do not match the media; build it with "
+                            f"Processor") from None
     return ids
 
 
@@ -88,8 +91,8 @@ def video_with_sound(start: int, grid, seconds: Tensor, audio_tokens: int, confi
     cells = picture.shape[1] // len(times)
     pictures = [picture[:, a * cells : b * cells] for a, b in chunk_bounds(times, per_chunk)]
     sounds = [sound[:, a:b] for a, b in chunk_bounds(torch.arange(audio_tokens), per_chunk)]
-    turns = [part for i in range(max(len(pictures), len(sounds))) for parts in (pictures, sounds) for part in parts[i : i + 1]]
-    return [part for part in turns if part.shape[1]]
+    turns = [part for turn in zip_longest(pictures, sounds) for part in turn]
+    return [part for part in turns if part is not None and part.shape[1]]
 
 
 def _cells(start, times, grid, config):
