@@ -1,6 +1,7 @@
 """TMRoPE: every token's time, height and width as the paper says and the official code computes."""
 
 from dataclasses import replace
+from itertools import zip_longest
 from random import Random
 
 import numpy as np
@@ -60,8 +61,7 @@ class Row:
             return out
 
         seen, heard = pieces(times, ID.video, cells), pieces(range(sound), ID.audio, 1)
-        longest = max(len(seen), len(heard))
-        return [i for a, b in zip(seen + [[]] * (longest - len(seen)), heard + [[]] * (longest - len(heard))) for i in a + b]
+        return [i for a, b in zip_longest(seen, heard, fillvalue=[]) for i in a + b]
 
     def inputs(self) -> Inputs:
         ids = torch.tensor([self.ids])
