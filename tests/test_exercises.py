@@ -15,6 +15,20 @@ from minomni.check import grade, same, show
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 BUGS = {
+    "00": {
+        "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
+                       lambda n, k, r: n * k * 160, lambda n, k, r: n * k * max(r)],
+        "clip_tokens": [lambda n, h, w, s: n // 2 * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2),
+                        lambda n, h, w, s: n * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2),
+                        lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + s // 640 + (4 if s else 2),
+                        lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + 2],
+        "fed": [lambda w, n: (w + ["over"] + ["silence"] * n)[:n], lambda w, n: (w[:-1] + ["silence"] * n)[:n],
+                lambda w, n: (w[:-1] + ["over"] * n)[:n], lambda w, n: w[:-1] + ["over"] + ["silence"] * n],
+        "placed": [lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
+                   lambda x, i, f, t: torch.cat([f, x[len(f):]]),
+                   lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
+                   lambda x, i, f, t: torch.cat([x[i != t], f])],
+    },
     "01": {
         "tokens_of": [lambda n: (n // 160 + 1) // 4, lambda n: -(-n // 160) // 4, lambda n: -(-n // 640),
                       lambda n: n // 640],
