@@ -32,7 +32,7 @@ def picture(i: int, height: int = 64, width: int = 96) -> np.ndarray:
 
 def film(path, frames: int = 24, rate: int = 12, sound: float = 0.0, codec: str = "libx264", tracks: str = "aac",
          height: int = 64, width: int = 96):
-    """A clip of `frames` pictures with `sound` seconds of a stereo tone."""
+    """A clip of `frames` pictures with `sound` seconds of a tone, on the left of two channels."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=rate)
         video.height, video.width, video.pix_fmt = height, width, "yuv420p"
@@ -43,7 +43,7 @@ def film(path, frames: int = 24, rate: int = 12, sound: float = 0.0, codec: str 
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         if audio is not None:
-            samples = np.stack([tone(sound, 48_000)] * 2)
+            samples = np.stack([tone(sound, 48_000), 0 * tone(sound, 48_000)])
             track = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
             track.sample_rate, track.pts = 48_000, 0
             resampler = av.AudioResampler(format=audio.format, layout="stereo", rate=48_000)
@@ -76,7 +76,7 @@ def test_sound_of_other_containers(tmp_path):
         wave = load_audio(film(tmp_path / name, sound=1.0, tracks=tracks))
         assert len(wave) == pytest.approx(16_000, abs=700)  # aac comes in blocks of 1024
         assert pitch(wave) == pytest.approx(440, abs=2)
-        assert float(wave[2000:14_000].abs().max()) == pytest.approx(0.3, abs=0.02)
+        assert float(wave[2000:14_000].abs().max()) == pytest.approx(0.15, abs=0.02)
 
 
 def test_arrays_of_sound():
@@ -138,7 +138,7 @@ def test_modes(mode):
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     levels = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
-    assert np.abs(np.asarray(load_image(bytes_of(Image.fromarray(levels))))[..., 0] - levels / 257).max() < 1
+    assert np.array_equal(np.asarray(load_image(bytes_of(Image.fromarray(levels))))[..., 0], levels // 257)
 
 
 def test_transparency_lies_on_white():

@@ -112,23 +112,21 @@ class Tokenizer:
     def train(cls, texts: list[str], vocab_size: int, special_tokens: dict[str, int]) -> "Tokenizer":
         """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice.
 
-        Ties go to the smaller pair, so the same texts make the same tokenizer. A pair that spells a token already
-        there is passed over: an id is a merge, so no token may have two.
+        Ties go to the smaller pair, so the same texts make the same tokenizer.
         """
         words = Counter(word for text in texts for word in WORDS.findall(unicodedata.normalize("NFC", text)))
         pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
-        merges, known = [], set(FIRST_IDS)
-        while len(known) < vocab_size:
+        merges: list[tuple[bytes, bytes]] = []
+        while len(FIRST_IDS) + len(merges) < vocab_size:
             pairs = Counter()
             for word, parts in pieces.items():
                 for pair in zip(parts, parts[1:]):
                     pairs[pair] += words[word]
-            often = [(-count, pair) for pair, count in pairs.items() if count > 1 and pair[0] + pair[1] not in known]
+            often = [(-count, pair) for pair, count in pairs.items() if count > 1]
             if not often:
                 break
             best = min(often)[1]
             merges.append(best)
-            known.add(best[0] + best[1])
             for parts in pieces.values():
                 _merge(parts, best)
         return cls(merges, special_tokens)
