@@ -143,5 +143,5 @@ def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:
         mel = torch.cat(mels)
         repeats = -(-REFERENCE_FRAMES // len(mel))
         reference = mel.repeat(repeats, 1)[:REFERENCE_FRAMES]
-        voices[name] = Voice(name, first_bos + i, speaker_vector(mel)[None], reference[None])
+        voices[name] = Voice(name, first_bos + i, speaker_vector(mel)[None], reference[None].clone())
     return voices
