@@ -22,11 +22,18 @@ def tiny_folder(tmp_path_factory):
     from minomni.train.vocabulary import world_tokenizer
 
     torch.manual_seed(0)
-    config = replace(TINY, thinker_sampling=replace(TINY.thinker_sampling, max_new_tokens=4),
-                     talker_sampling=replace(TINY.talker_sampling, max_new_tokens=6), flow=replace(TINY.flow, points=3))
+    config = replace(
+        TINY,
+        thinker_sampling=replace(TINY.thinker_sampling, max_new_tokens=4),
+        talker_sampling=replace(TINY.talker_sampling, max_new_tokens=6),
+        flow=replace(TINY.flow, points=3),
+    )
     omni = Omni(config)
     omni.tokenizer = world_tokenizer(config.thinker.tokens)
-    omni.voices = {name: Voice(name, 500 + i, torch.randn(1, 160), torch.randn(1, 50, 80) - 5) for i, name in enumerate(("Ann", "Bob"))}
+    omni.voices = {
+        name: Voice(name, 500 + i, torch.randn(1, 160), torch.randn(1, 50, 80) - 5)
+        for i, name in enumerate(("Ann", "Bob"))
+    }
     folder = tmp_path_factory.mktemp("tiny") / "model"
     weights.save(omni, folder)
     return folder

@@ -1,7 +1,7 @@
-"""Makes data_samples/: questions with pictures, sounds and clips, and a few recordings to train on without a synthesiser.
+"""Makes data_samples/: questions with pictures, sounds and clips, and a few recordings for want of a synthesiser.
 
-    python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
-    python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
+python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
+python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
 """
 
 import json
@@ -58,25 +58,58 @@ def questions() -> list[dict]:
     for example, name in ((scene, "scene.png"), (color, "color.png"), (digit, "digit.png")):
         example.image.save(FOLDER / name)
     return [
-        dict(name="spoken_about_a_scene", asks=f"a picture, and a voice asking: {scene.question}", answer=scene.answer, voice="Anna",
-             content=[{"image": "scene.png"}, {"audio": say(scene.question, "Nora", "question.wav")}]),
-        dict(name="typed_about_a_scene", asks=f"a picture, and: {color.question}", answer=color.answer, voice="Karl",
-             content=[{"image": "color.png"}, {"text": color.question}]),
-        dict(name="spoken_wish", asks=f"a voice: say {statement}", answer=statement, voice="Fiona",
-             content=[{"audio": say(f"say {statement}", "Mike", "wish.wav")}]),
-        dict(name="handwriting", asks=f"a real handwritten digit, and: {digit.question}", answer=digit.answer, voice="Adam",
-             content=[{"image": "digit.png"}, {"text": digit.question}]),
-        dict(name="movement", asks=f"a silent clip, and: {move.question}", answer=move.answer, voice="Anna",
-             content=[{"video": film(move, "moving.mp4")}, {"text": move.question}]),
-        dict(name="sound_in_a_clip", asks=f"a clip with sound, and: {sound.question}", answer=sound.answer, voice="Karl",
-             use_audio_in_video=True, content=[{"video": film(sound, "sounding.mp4")}, {"text": sound.question}]),
+        dict(
+            name="spoken_about_a_scene",
+            asks=f"a picture, and a voice asking: {scene.question}",
+            answer=scene.answer,
+            voice="Anna",
+            content=[{"image": "scene.png"}, {"audio": say(scene.question, "Nora", "question.wav")}],
+        ),
+        dict(
+            name="typed_about_a_scene",
+            asks=f"a picture, and: {color.question}",
+            answer=color.answer,
+            voice="Karl",
+            content=[{"image": "color.png"}, {"text": color.question}],
+        ),
+        dict(
+            name="spoken_wish",
+            asks=f"a voice: say {statement}",
+            answer=statement,
+            voice="Fiona",
+            content=[{"audio": say(f"say {statement}", "Mike", "wish.wav")}],
+        ),
+        dict(
+            name="handwriting",
+            asks=f"a real handwritten digit, and: {digit.question}",
+            answer=digit.answer,
+            voice="Adam",
+            content=[{"image": "digit.png"}, {"text": digit.question}],
+        ),
+        dict(
+            name="movement",
+            asks=f"a silent clip, and: {move.question}",
+            answer=move.answer,
+            voice="Anna",
+            content=[{"video": film(move, "moving.mp4")}, {"text": move.question}],
+        ),
+        dict(
+            name="sound_in_a_clip",
+            asks=f"a clip with sound, and: {sound.question}",
+            answer=sound.answer,
+            voice="Karl",
+            use_audio_in_video=True,
+            content=[{"video": film(sound, "sounding.mp4")}, {"text": sound.question}],
+        ),
     ]
 
 
 def recordings(count: int = 32) -> None:
-    """Write a few recordings that stand in for the synthesiser: statements by the model's voices, then spoken wishes."""
+    """Write a few recordings to stand in for the synthesiser: statements by the model's voices, then spoken wishes."""
     random, rows = Random("recordings"), []
-    texts = random.sample(speech.all_statements(held=False), count) + random.sample(speech.all_statements(held=True), count // 4)
+    texts = random.sample(speech.all_statements(held=False), count) + random.sample(
+        speech.all_statements(held=True), count // 4
+    )
     random.shuffle(texts)
     names = list(world.VOICES)
     jobs = [(names[i % 4], t if i % 2 else f"say {t}") for i, t in enumerate(texts)]

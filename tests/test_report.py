@@ -29,7 +29,13 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     card = report.measure(str(tiny_folder), items=2)
     values = card.fractions()
     assert json.loads(json.dumps(values)) == values and all(0 <= row.n for row in card.rows)
-    assert set(report.ANSWERS) | {"asr_wer", "asr_wer_unseen_voices", "speech_wer", "natural_speech_wer", "stop_errors"} == set(values)
+    assert set(report.ANSWERS) | {
+        "asr_wer",
+        "asr_wer_unseen_voices",
+        "speech_wer",
+        "natural_speech_wer",
+        "stop_errors",
+    } == set(values)
     assert values["asr_wer_unseen_voices"] is None  # no recordings of such voices without the synthesiser
     assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]  # a model of random weights says nothing
     assert (tmp_path / "runs" / "report.md").read_text() == card.markdown()

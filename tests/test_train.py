@@ -20,8 +20,21 @@ from minomni.train.thinker_stages import Teacher
 CACHE = Path(tempfile.mkdtemp())
 FAST = dict(warmup=2, weight_decay=0.0)
 # Steps and share of the first loss that a stage must fall below on one and the same batch.
-OVERFIT = {"codec": (25, 0.8), "vocoder": (12, 0.9), "dit": (25, 0.8), "language": (15, 0.4), "ears": (25, 0.8), "eyes": (20, 0.6), "thinker1": (15, 0.8),
-           "thinker2": (12, 0.4), "thinker3": (10, 0.6), "chat": (12, 0.4), "talker": (20, 0.6), "dpo": (8, 0.95), "speakers": (15, 0.7)}
+OVERFIT = {
+    "codec": (25, 0.8),
+    "vocoder": (12, 0.9),
+    "dit": (25, 0.8),
+    "language": (15, 0.4),
+    "ears": (25, 0.8),
+    "eyes": (20, 0.6),
+    "thinker1": (15, 0.8),
+    "thinker2": (12, 0.4),
+    "thinker3": (10, 0.6),
+    "chat": (12, 0.4),
+    "talker": (20, 0.6),
+    "dpo": (8, 0.95),
+    "speakers": (15, 0.7),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +130,9 @@ def test_a_run_is_never_lost_by_accident(tmp_path):
 def test_no_trained_sentence_is_held_out():
     trained, held = set(speech.all_statements(held=False)), set(speech.all_statements(held=True))
     assert not trained & held and 0.05 < len(held) / len(trained | held) < 0.15
-    said = {job.text for _, job in speech.speaking_jobs()} | {job.text.removeprefix("say ") for _, job in speech.listening_jobs()}
+    said = {job.text for _, job in speech.speaking_jobs()} | {
+        job.text.removeprefix("say ") for _, job in speech.listening_jobs()
+    }
     assert not said & held
     tested = {job.text.removeprefix("say ") for _, job in speech.test_jobs()} - set(world.every_question())
     assert tested <= held
@@ -141,7 +156,11 @@ def test_answers_agree_with_pictures():
         example = world.scene(random)
         if example.question.startswith("what color is the"):
             color = example.answer.split()[-1]
-            pixels = set(example.image.getdata()) if not hasattr(example.image, "get_flattened_data") else set(example.image.get_flattened_data())
+            pixels = (
+                set(example.image.getdata())
+                if not hasattr(example.image, "get_flattened_data")
+                else set(example.image.get_flattened_data())
+            )
             assert world.COLORS[color] in pixels
 
 
@@ -149,7 +168,10 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
     monkeypatch.undo()
     if not synthesis.available():
         pytest.skip("espeakng-loader is not installed")
-    jobs = [synthesis.Job("the red circle is above the blue square", "en-us+f5"), synthesis.Job("the digit is two", "en-us+adam")]
+    jobs = [
+        synthesis.Job("the red circle is above the blue square", "en-us+f5"),
+        synthesis.Job("the digit is two", "en-us+adam"),
+    ]
     first, second = synthesis.synthesise(jobs, seed=3), synthesis.synthesise(jobs, seed=3)
     assert all((a == b).all() for a, b in zip(first, second))
     assert all(0.4 < len(w) / 16_000 < 4 for w in first)

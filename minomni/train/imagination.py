@@ -91,7 +91,7 @@ def _spread(words: list[int], count: int, silence: int, random: Random, at: floa
 
 
 def _embed(ids: Tensor, table: Tensor, nothing: int) -> Tensor:
-    """Token ids [N, words] -> the sum of their embeddings, with noise [N, D]; below 0: no word, and if none, nothing."""
+    """Token ids [N, words] -> the sum of their embeddings, with noise [N, D]; below 0: no word; if none, nothing."""
     said = (ids >= 0)[..., None]
     total = (table[ids.clamp_min(0)] * said).sum(1)
     total = torch.where(said.any(1), total, table[nothing])
