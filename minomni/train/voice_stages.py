@@ -124,7 +124,7 @@ class DiTStage(VoiceStage):
         means = sums[heard] / counts[heard]
         directions = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[: table.shape[1]]  # principal ones
         places = (means - means.mean(0)) @ directions.T
-        table[heard] = places / places.std()
+        table[heard] = F.pad(places / places.std(), (0, table.shape[1] - places.shape[1]))  # few codes, few directions
         dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_SPREAD
         dit.proj_out.bias.fill_(MEL_CENTRE)  # velocity starts at the mean mel
 
