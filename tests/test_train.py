@@ -46,7 +46,7 @@ def recordings_only(monkeypatch):
 def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stage:
     torch.manual_seed(seed)
     kind = stages.STAGES[name]
-    stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=2e-3, **FAST), CACHE, seed)
+    stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=5e-3, **FAST), CACHE, seed)
     stage.sample = lambda: ""  # an untrained Talker speaks until it is cut off: slow, and nothing to see
     return stage
 

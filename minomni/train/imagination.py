@@ -9,6 +9,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from ..inputs.mel import audio_tokens
 from ..inputs.prompt import Inputs
 from . import losses
 from .world import Example
@@ -55,10 +56,14 @@ def place(pixels_a_cell: float, vision, low: str, high: str) -> str | None:
     return low if share < 0.4 else high if share > 0.6 else None
 
 
-def imagine(examples: list[Example], inputs: Inputs, thinker, encode, random: Random) -> Tensor:
-    """Input embeddings [B, L, D] of a batch whose media are given as ideal senses would give them."""
+def imagine(examples: list[Example], inputs: Inputs, thinker, encode) -> Tensor:
+    """Input embeddings [B, L, D] of a batch whose media are given as ideal senses would give them.
+
+    Words and noise fall as torch's seed has it.
+    """
+    random = Random(int(torch.randint(1 << 62, ())))
     table, tokens, config = thinker.model.embed_tokens.weight, thinker.config.tokens, thinker.config
-    counts = iter([(mel.shape[-1] + 1) // 4 for mel in inputs.mels])
+    counts = iter([audio_tokens(mel.shape[-1]) for mel in inputs.mels])
     sounds, images, videos = [], [], []
     grids = {"image": iter(inputs.image_grids), "video": iter(inputs.video_grids)}
     for example in examples:

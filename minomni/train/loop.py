@@ -19,6 +19,9 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import write_atomically
 
+NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
+OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -71,6 +74,27 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def make_optimizers(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers; AdamW, at a share of the rate, for embeddings, heads, filters and scales.
+
+    Muon's steps are made as long as AdamW's (arXiv 2502.16982, sec. 2.2), so one rate suits both.
+    """
+    matrices = {n: p for n, p in parameters.items() if p.dim() == 2 and not n.split(".")[-2].endswith(NO_MATRIX)}
+    others = [p for n, p in parameters.items() if n not in matrices]
+    groups = [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "share": OTHERS_SHARE} for group in groups if group["params"]]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))] if groups else []
+    if matrices:
+        groups = [{"params": list(matrices.values()), "share": 1.0}]
+        optimizers.append(
+            torch.optim.Muon(groups, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
 def train(
     stage: Stage, folder: Path, resume: bool = False, until: int | None = None, slot: int = 0
 ) -> dict[str, float]:
@@ -82,16 +106,10 @@ def train(
     unlocked, recipe = stage.parameters(), stage.recipe
     for name, parameter in stage.omni.named_parameters():
         parameter.requires_grad_(name in unlocked)
-    decayed = [p for p in unlocked.values() if p.dim() > 1]
-    others = [p for p in unlocked.values() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.lr,
-        betas=(0.9, 0.98),
-    )
+    optimizers = make_optimizers(unlocked, recipe)
     step, means = 0, {}
     if resume and (folder / f"{stage.name}.resume.pt").exists():
-        step, means = _restore(stage, optimizer, folder)
+        step, means = _restore(stage, optimizers, folder)
     stage.omni.train()
     last = recipe.steps if until is None else until
     every = max(1, recipe.steps // 8)
@@ -99,14 +117,15 @@ def train(
         began, first = time.perf_counter(), step
         while step < last:
             torch.manual_seed(stage.seed * 1_000_003 + step)  # dropout and noise repeat, resumed or not
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
             losses = stage.losses(stage.batch(step))
             _check_finite(stage.name, step, losses)
-            optimizer.zero_grad(set_to_none=True)
+            stage.omni.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
             torch.nn.utils.clip_grad_norm_(unlocked.values(), recipe.clip)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe, step) * group["share"]
+                optimizer.step()
             step += 1
             for name, value in losses.items():
                 means[name] = 0.95 * means.get(name, value.item()) + 0.05 * value.item()
@@ -114,7 +133,7 @@ def train(
             if step % every == 0 or step == last:
                 _report(stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar)
                 if step < recipe.steps:
-                    _keep(stage, optimizer, folder, step, means)
+                    _keep(stage, optimizers, folder, step, means)
     if step == recipe.steps:
         _finish(stage, folder, unlocked)
     return means
@@ -146,20 +165,22 @@ def _report(stage, folder, step, means, seconds_per_step, bar):
         log.write(json.dumps(entry) + "\n")
 
 
-def _keep(stage, optimizer, folder, step, means):
+def _keep(stage, optimizers, folder, step, means):
     unlocked = {n: p.detach() for n, p in stage.parameters().items()}
-    state = {"step": step, "means": means, "parameters": unlocked, "optimizer": optimizer.state_dict()}
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"step": step, "means": means, "parameters": unlocked, "optimizers": states}
     write_atomically(folder / f"{stage.name}.resume.pt", lambda f: torch.save(state, f))
 
 
-def _restore(stage, optimizer, folder):
+def _restore(stage, optimizers, folder):
     state = torch.load(folder / f"{stage.name}.resume.pt", weights_only=True)
     unlocked = stage.parameters()
     if state["parameters"].keys() != unlocked.keys():
         raise UserError(f"{folder / stage.name}.resume.pt belongs to another model; --fresh starts this stage over")
     for name, parameter in unlocked.items():
         parameter.data.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, kept in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(kept)
     return state["step"], state["means"]
 
 

@@ -41,19 +41,19 @@ STAGES: dict[str, type[Stage]] = {
 
 RECIPES = {
     "tiny": {
-        "codec": Recipe(steps=1000, batch=16, lr=2e-3),
-        "vocoder": Recipe(steps=700, batch=16, lr=2e-3),
-        "dit": Recipe(steps=2000, batch=16, lr=2e-3),
-        "language": Recipe(steps=400, batch=24, lr=2e-3),
-        "ears": Recipe(steps=800, batch=16, lr=2e-3),
-        "eyes": Recipe(steps=1200, batch=32, lr=2e-3),
-        "thinker1": Recipe(steps=150, batch=16, lr=1e-3),
-        "thinker2": Recipe(steps=450, batch=16, lr=1e-3),
-        "thinker3": Recipe(steps=40, batch=6, lr=5e-4),
-        "chat": Recipe(steps=300, batch=16, lr=7e-4),
-        "talker": Recipe(steps=1000, batch=24, lr=1.5e-3),
-        "dpo": Recipe(steps=50, batch=16, lr=1e-4),
-        "speakers": Recipe(steps=80, batch=24, lr=2e-4),
+        "codec": Recipe(steps=800, batch=16, lr=5e-3),
+        "vocoder": Recipe(steps=700, batch=16, lr=5e-3),
+        "dit": Recipe(steps=1500, batch=16, lr=8e-3),
+        "language": Recipe(steps=500, batch=24, lr=6e-3),
+        "ears": Recipe(steps=800, batch=16, lr=6e-3),
+        "eyes": Recipe(steps=900, batch=32, lr=6e-3),
+        "thinker1": Recipe(steps=100, batch=16, lr=3e-3),
+        "thinker2": Recipe(steps=700, batch=16, lr=4e-3),
+        "thinker3": Recipe(steps=40, batch=6, lr=1.5e-3),
+        "chat": Recipe(steps=600, batch=16, lr=3e-3),
+        "talker": Recipe(steps=800, batch=24, lr=5e-3),
+        "dpo": Recipe(steps=50, batch=16, lr=2.5e-4),
+        "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
 }
 RECIPES["small"] = {

@@ -21,6 +21,7 @@ from .vocabulary import world_tokenizer
 from .world import Example
 
 TRANSCRIBE = "write what you hear"
+PARTS = 3  # of a batch, so that short questions are not padded to the length of long clips
 
 
 def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
@@ -38,6 +39,14 @@ def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
     if wave is None or example.heard is not None:
         content.append({"type": "text", "text": example.question})
     return [{"role": "user", "content": content}]
+
+
+def about_tokens(example: Example) -> int:
+    """About how many tokens the media of an example take."""
+    frames = 0 if example.clip is None else len(example.clip[0])
+    return 16 * (example.image is not None) + 5 * frames + 13 * frames * (example.sound is not None) + 50 * (
+        example.voice is not None
+    )
 
 
 class Teacher:
@@ -149,13 +158,22 @@ class ThinkerStage(Stage):
         self.teacher = Teacher(self.omni.config, self.cache)
 
     def batch(self, step):
+        """Parts of a batch: examples of about equal length in each, with their inputs and targets."""
         random = Random(f"{self.seed}-{self.name}-{step}")
         kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch)
-        return self.teacher.lesson([self.teacher.example(kind, random) for kind in kinds], random)
+        examples = sorted((self.teacher.example(kind, random) for kind in kinds), key=about_tokens)
+        size = -(-len(examples) // PARTS)
+        parts = [examples[i : i + size] for i in range(0, len(examples), size)]
+        return [(part, *self.teacher.lesson(part, random)) for part in parts]
 
     def losses(self, batch):
-        inputs, targets = batch
-        return {"text": losses.next_token(self.omni.thinker(inputs), targets)}
+        counts = [(targets != losses.IGNORE).sum() for *_, targets in batch]
+        means = [losses.next_token(self.logits(examples, inputs), targets) for examples, inputs, targets in batch]
+        return {"text": sum(mean * count for mean, count in zip(means, counts)) / sum(counts)}
+
+    def logits(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
+        """What the Thinker expects after each position [B, L, V]."""
+        return self.omni.thinker(inputs)
 
     def sample(self):
         random, shown = Random(7), []
@@ -184,18 +202,11 @@ class LanguageStage(ThinkerStage):
     }
     fixed = ("say-typed",)
 
-    def batch(self, step):
-        random = Random(f"{self.seed}-{self.name}-{step}")
-        kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch)
-        examples = [self.teacher.example(kind, random) for kind in kinds]
-        return examples, *self.teacher.lesson(examples, random), random
-
-    def losses(self, batch):
-        examples, inputs, targets, random = batch
+    def logits(self, examples, inputs):
         thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
-        embeds = imagine(examples, inputs, thinker, encode, random)
+        embeds = imagine(examples, inputs, thinker, encode)
         hidden = thinker.model(embeds, position_ids(inputs, thinker.config), inputs.attention_mask)
-        return {"text": losses.next_token(thinker.lm_head(hidden), targets)}
+        return thinker.lm_head(hidden)
 
 
 class Thinker1Stage(ThinkerStage):
@@ -229,7 +240,8 @@ class Thinker3Stage(ThinkerStage):
         random = Random(f"{self.seed}-{self.name}-{step}")
         kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch * 3)
         examples = [self.teacher.example(kind, random) for kind in kinds]
-        return self.teacher.long_lesson([examples[i : i + 3] for i in range(0, len(examples), 3)], random)
+        talks = [examples[i : i + 3] for i in range(0, len(examples), 3)]
+        return [(examples, *self.teacher.long_lesson(talks, random))]
 
 
 class ChatStage(ThinkerStage):
