@@ -23,14 +23,22 @@ def load(name: str, device: str = "cpu", dtype=None):
     """
     import torch
 
-    from . import config, weights
+    from . import weights
+
+    folder = folder_of(name)
+    return weights.load(folder, device, dtype if Path(name).is_dir() else dtype or torch.float32)
+
+
+def folder_of(name: str) -> Path:
+    """Where the model of a size, or of a checkpoint's folder, lies. Raises UserError where there is none."""
+    from . import config
     from .errors import UserError
 
     if Path(name).is_dir():
-        return weights.load(name, device, dtype)
+        return Path(name)
     if name not in config.SIZES:
         raise UserError(f"{name!r} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}")
     for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
         if folder.is_dir():
-            return weights.load(folder, device, dtype or torch.float32)
+            return folder
     raise UserError(f"no model of size {name!r} here; python -m minomni train {name} makes one")

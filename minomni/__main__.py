@@ -98,9 +98,12 @@ def run_train(arguments) -> None:
         stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, arguments.slot)
         return
     began = time.perf_counter()
-    stages.run_all(arguments.size, home, arguments.seed)
+    try:
+        stages.run_all(arguments.size, home, arguments.seed)
+    finally:
+        seconds = stages.spent(home, time.perf_counter() - began)
     stages.graduation(arguments.size, home, arguments.seed)
-    print(f"trained in {time.perf_counter() - began:.0f} s: {home / 'model'}")
+    print(f"trained in {seconds:.0f} s: {home / 'model'}")
 
 
 def run_chat(arguments) -> None:

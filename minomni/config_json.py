@@ -15,6 +15,7 @@ from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConf
                             FlowConfig, MediaConfig, OmniConfig, SamplingConfig, TalkerConfig, ThinkerConfig,
                             Token2WavConfig, TokenIds, VisionEncoderConfig)
 from minomni.errors import UserError
+from minomni.files import write_atomically
 
 # Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
@@ -78,7 +79,7 @@ def write_config(config: OmniConfig, folder: Path) -> None:
 
 
 def write_json(file: Path, data: dict) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_atomically(file, lambda f: f.write(json.dumps(data, indent=2).encode() + b"\n"))
 
 
 def read_json(file: Path, optional: bool = False) -> dict:

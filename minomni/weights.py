@@ -28,7 +28,7 @@ COMPUTED = {"token2wav.code2wav_dit_model.rotary_embed.inv_freq"}
 # All that a model folder may hold when save() is asked to replace it.
 KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.*", INDEX,
                "*.safetensors", VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "vocab.json", "merges.txt", "added_tokens.json")
+               "vocab.json", "merges.txt", "added_tokens.json", "trained.json")
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the release stores and runs it
 SHARD_BYTES = 5_000_000_000
 

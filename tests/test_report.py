@@ -29,16 +29,36 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     card = report.measure(str(tiny_folder), items=2)
     values = card.fractions()
     assert json.loads(json.dumps(values)) == values and all(0 <= row.n for row in card.rows)
-    assert set(report.ANSWERS) | {
-        "asr_wer",
-        "asr_wer_unseen_voices",
-        "speech_wer",
-        "natural_speech_wer",
-        "stop_errors",
-    } == set(values)
+    others = "spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer natural_speech_wer stop_errors voice_accuracy"
+    kept = "dpo_wer_before dpo_wer_after train_seconds"  # only where the stages are kept, and the folder says how long
+    assert set(report.ANSWERS) | set(others.split()) | set(kept.split()) == set(values)
+    assert all(values[name] is None for name in kept.split())
     assert values["asr_wer_unseen_voices"] is None  # no recordings of such voices without the synthesiser
     assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]  # a model of random weights says nothing
     assert (tmp_path / "runs" / "report.md").read_text() == card.markdown()
+
+
+def test_word_errors_count_sentences_as_a_whole():
+    row = report.word_error_row("x", [(0, 4), (2, 4), (0, 8)])
+    assert (row.value, row.n) == (2 / 16, 16)
+    low, high = row.interval()
+    assert low == 0.0 and 0.25 <= high <= 0.5  # some draws hold no wrong sentence, some two or three
+
+
+def test_hard_sentences_are_long_held_out_and_repeat_a_word():
+    hard = report.hard_sentences()
+    assert len(hard) > 20 and hard == report.hard_sentences()
+    for text in hard:
+        words = [word for word in text.split() if word not in ("a", "the")]
+        assert world.held_out(text) and len(text.split()) >= 7 and len(set(words)) < len(words)
+
+
+def test_voice_classifier_knows_recordings_apart():
+    recordings = speech.recorded(held=False)
+    known = report.VoiceClassifier(recordings, each=3)
+    others = [i for name in world.VOICES for i in [i for i, u in enumerate(recordings.utterances) if u.voice == name][3:]]
+    right = sum(known.name(recordings.wave(i)) == recordings.utterances[i].voice for i in others)
+    assert others and right >= 0.7 * len(others)
 
 
 def test_judge_hears_recordings_and_not_noise():

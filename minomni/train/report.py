@@ -1,19 +1,31 @@
 """The report card: what share of held-out items is right, and how much of the speech an outsider understands."""
 
+import json
+import os
+import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
+from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from .. import ROOT, load
+from .. import ROOT, folder_of, load
 from ..files import write_atomically
+from ..inputs.mel import voice_mel
 from . import world
 from .judge import Judge, edits
+from .loop import graduate
 from .speech import corpus
+from .stages import TRAINED, commit
 from .thinker_stages import TRANSCRIBE, Teacher
 from .world import Example
+
+BATCH = 16  # questions that are answered together
+RESAMPLED = 1000  # draws of the bootstrap
 
 
 @dataclass
@@ -22,10 +34,13 @@ class Row:
 
     name: str
     value: float | None  # None where it cannot be measured here
-    n: int
+    n: int = 0
+    bounds: tuple[float, float] | None = None  # where the value is no plain share
 
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of a share (Wilson's score interval); word errors above 1 are cut at 1."""
+        """95 % confidence interval of a share: Wilson's score interval, or the bounds given."""
+        if self.bounds is not None:
+            return self.bounds
         p, n, z = min(max(self.value, 0.0), 1.0), max(self.n, 1), 1.96
         centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
@@ -37,11 +52,13 @@ class Card:
 
     model: str
     rows: list[Row]
-    seconds: float
+    seconds: float  # that measuring took
+    train_seconds: float | None = None  # that training took, where the model's folder says so
 
     def fractions(self) -> dict[str, float | None]:
         """Row values by name, as fractions."""
-        return {row.name: None if row.value is None else round(row.value, 4) for row in self.rows}
+        rows = {row.name: None if row.value is None else round(row.value, 4) for row in self.rows}
+        return {**rows, "train_seconds": self.train_seconds}
 
     def markdown(self) -> str:
         """The card as a Markdown table."""
@@ -52,21 +69,31 @@ class Card:
             else:
                 low, high = row.interval()
                 lines.append(f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
-        return "\n".join(lines) + f"\n\nmeasured in {self.seconds:.0f} s"
+        trained = "" if self.train_seconds is None else f"trained in {self.train_seconds:.0f} s; "
+        return "\n".join(lines) + f"\n\n{trained}measured in {self.seconds:.0f} s on {hardware()}, commit {commit()}"
+
+
+def hardware() -> str:
+    """The machine in a few words."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores ({platform.system()}, {platform.machine()})"
 
 
 def measure(model: str, items: int = 100) -> Card:
     """Score a model by name or folder on held-out material. Raises UserError where there is no such model."""
     began = time.perf_counter()
-    omni = load(model)
-    examiner = Examiner(omni, items)
+    folder = folder_of(model)
+    examiner = Examiner(load(model), items)
     rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]
     rows += [
+        examiner.spoken_over_typed(),
         examiner.hearing("asr_wer", world.LISTENING_VOICES),
         examiner.hearing("asr_wer_unseen_voices", world.UNSEEN_VOICES),
     ]
-    rows += examiner.speech()
-    card = Card(model, rows, time.perf_counter() - began)
+    rows += examiner.speech() + examiner.preference(folder.parent / "stages")
+    trained = folder / TRAINED
+    spent = json.loads(trained.read_text(encoding="utf-8"))["seconds"] if trained.exists() else None
+    card = Card(model, rows, time.perf_counter() - began, spent)
     write_atomically(ROOT / "runs" / "report.md", lambda f: f.write(card.markdown().encode()))
     return card
 
@@ -79,6 +106,26 @@ ANSWERS = {
     "video_accuracy": ("video-typed",),
     "sync_accuracy": ("sync-typed",),
 }
+SPOKEN = ("say-spoken", "scene-spoken", "handwriting-spoken", "video-spoken")
+
+
+def bootstrap(value, items: list) -> tuple[float, float]:
+    """95 % interval of value(items) by drawing the items anew, with a fixed seed."""
+    random = Random(0)
+    values = sorted(value(random.choices(items, k=len(items))) for _ in range(RESAMPLED))
+    return values[int(0.025 * RESAMPLED)], values[int(0.975 * RESAMPLED)]
+
+
+def word_error(items: list[tuple[int, int]]) -> float:
+    """Word error of (edits, words) pairs."""
+    return sum(wrong for wrong, _ in items) / max(1, sum(words for _, words in items))
+
+
+def word_error_row(name: str, items: list[tuple[int, int]]) -> Row:
+    """A row of (edits, words) a sentence; its interval draws sentences, since words of one go wrong together."""
+    if not items:
+        return Row(name, None)
+    return Row(name, word_error(items), sum(words for _, words in items), bootstrap(word_error, items))
 
 
 class Examiner:
@@ -89,69 +136,136 @@ class Examiner:
         self.cache = ROOT / "runs" / "corpus"
         self.teacher = Teacher(omni.config, self.cache, held=True)
 
-    def reply(self, example: Example, random: Random) -> str:
-        """The model's text."""
-        reply = self.omni.thinker.generate(self.teacher.prompt(example, random), self.omni.config.thinker_sampling)
-        return self.omni.tokenizer.decode(reply.tokens[0], skip_special=True)
-
     @torch.no_grad()
+    def replies(self, conversations: list[list[dict]], use_audio_in_video: bool = False) -> list[str]:
+        """The model's texts."""
+        texts = []
+        for begin in range(0, len(conversations), BATCH):
+            inputs = self.teacher.processor(conversations[begin : begin + BATCH], use_audio_in_video)
+            reply = self.omni.thinker.generate(inputs, self.omni.config.thinker_sampling)
+            texts += [self.omni.tokenizer.decode(row, skip_special=True) for row in reply.tokens]
+        return texts
+
+    def right(self, examples: list[Example], random: Random) -> list[bool]:
+        """Which examples are answered right to the letter; all with a sound track, or none."""
+        asked = [self.teacher.conversation(example, random) for example in examples]
+        texts = self.replies(asked, use_audio_in_video=examples[0].sound is not None)
+        return [text == example.answer for text, example in zip(texts, examples)]
+
     def answers(self, name: str, kinds: tuple[str, ...]) -> Row:
-        """Share of answers that are right to the letter."""
-        random, right = Random(f"held-out-{name}"), 0
-        for i in range(self.items):
-            example = self.teacher.example(kinds[i % len(kinds)], random)
-            right += self.reply(example, random) == example.answer
-        return Row(name, right / self.items, self.items)
+        """Share of answers that are right."""
+        random = Random(f"held-out-{name}")
+        examples = [self.teacher.example(kinds[i % len(kinds)], random) for i in range(self.items)]
+        return Row(name, sum(self.right(examples, random)) / self.items, self.items)
 
-    @torch.no_grad()
+    def spoken_over_typed(self) -> Row:
+        """Right answers to spoken questions over right answers to the same questions typed (paper, table 2)."""
+        random = Random("held-out-spoken")
+        spoken = [self.teacher.example(SPOKEN[i % len(SPOKEN)], random) for i in range(self.items)]
+        typed = [replace(example, voice=None) for example in spoken]
+        pairs = list(zip(self.right(spoken, random), self.right(typed, random)))
+        ratio = lambda rows: sum(a for a, _ in rows) / max(1, sum(b for _, b in rows))  # noqa: E731
+        return Row("spoken_over_typed", ratio(pairs), self.items, bootstrap(ratio, pairs))
+
     def hearing(self, name: str, voices: dict) -> Row:
         """Word error of writing down held-out spoken sentences."""
-        wrong = words = 0
-        chosen = [
-            i for i, u in enumerate(self.teacher.speech.utterances) if u.voice in voices and u.text.startswith("say ")
+        speech = self.teacher.speech
+        chosen = [i for i, u in enumerate(speech.utterances) if u.voice in voices and u.text.startswith("say ")]
+        chosen = chosen[: self.items]
+        asked = [
+            [{"type": "audio", "audio": speech.wave(i)}, {"type": "text", "text": TRANSCRIBE}] for i in chosen
         ]
-        for i in chosen[: self.items]:
-            text = self.teacher.speech.utterances[i].text
-            messages = [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "audio", "audio": self.teacher.speech.wave(i)},
-                        {"type": "text", "text": TRANSCRIBE},
-                    ],
-                }
-            ]
-            reply = self.omni.thinker.generate(self.teacher.processor([messages]), self.omni.config.thinker_sampling)
-            wrong += edits(text.split(), self.omni.tokenizer.decode(reply.tokens[0], skip_special=True).split())
-            words += len(text.split())
-        return Row(name, wrong / words if words else None, words)
+        texts = self.replies([[{"role": "user", "content": content}] for content in asked])
+        sentences = [speech.utterances[i].text.split() for i in chosen]
+        items = [(edits(right, text.split()), len(right)) for right, text in zip(sentences, texts)]
+        return word_error_row(name, items)
 
     def speech(self) -> list[Row]:
-        """Word error of spoken held-out sentences by the outside judge, beside that of recordings."""
+        """Word error of spoken held-out sentences by the outside judge, beside that of recordings; and the voice."""
         judge, recordings = Judge(), corpus("test", self.cache)
-        made = natural = words = stopped = 0
+        made, natural, stopped, voices = [], [], 0, []
         said = [
             i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in self.statements()
-        ]
-        for i in said[: self.items]:
+        ][: self.items]
+        own_voices = set(world.VOICES) <= set(self.omni.voices)  # another model has voices of its own
+        known = VoiceClassifier(corpus("speaking", self.cache)) if own_voices else None
+        for i in said:
             utterance = recordings.utterances[i]
-            voice = (
-                utterance.voice if utterance.voice in self.omni.voices else None
-            )  # another model has voices of its own
-            reply = self.omni.respond([{"role": "user", "content": f"say {utterance.text}"}], voice=voice, seed=i)
-            right, longest = utterance.text.split(), self.omni.config.talker_sampling.max_new_tokens
-            made += edits(right, judge.hear(reply.wave, reply.sample_rate).split() if len(reply.wave) else [])
-            natural += edits(right, judge.hear(recordings.wave(i), 16_000).split())
-            words += len(right)
-            stopped += not 0.5 < reply.seconds / (len(recordings.wave(i)) / 16_000) < 2 or len(reply.codes) == longest
-        n = len(said[: self.items])
+            reply = self.say(utterance.text, utterance.voice if own_voices else None, seed=i)
+            right = utterance.text.split()
+            made.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
+            natural.append((edits(right, hear(judge, recordings.wave(i), world.LISTENING_RATE)), len(right)))
+            longest = self.omni.config.talker_sampling.max_new_tokens
+            pace = reply.seconds / (len(recordings.wave(i)) / world.LISTENING_RATE)
+            stopped += not 0.5 < pace < 2 or len(reply.codes) == longest
+            voices.append(own_voices and len(reply.wave) > 0 and known.name(reply.wave) == utterance.voice)
         return [
-            Row("speech_wer", made / words, words),
-            Row("natural_speech_wer", natural / words, words),
-            Row("stop_errors", stopped / n, n),
+            word_error_row("speech_wer", made),
+            word_error_row("natural_speech_wer", natural),
+            Row("stop_errors", stopped / len(said), len(said)),
+            Row("voice_accuracy", sum(voices) / len(said) if own_voices else None, len(said)),
         ]
+
+    def preference(self, stages: Path) -> list[Row]:
+        """Word error on hard sentences before and after DPO, with the same seeds; None where the stages are not kept."""
+        names = "dpo_wer_before", "dpo_wer_after"
+        if not all((stages / f"{stage}.safetensors").exists() for stage in ("talker", "dpo")):
+            return [Row(name, None) for name in names]
+        judge, rows = Judge(), []
+        kept = {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()}
+        sentences = hard_sentences()[: self.items]
+        for name, stage in zip(names, ("talker", "dpo")):
+            graduate(self.omni, stages, [stage])
+            replies = [self.say(text, list(world.VOICES)[i % 4], seed=i) for i, text in enumerate(sentences)]
+            heard = [hear(judge, reply.wave, reply.sample_rate) for reply in replies]
+            items = [(edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)]
+            rows.append(word_error_row(name, items))
+        self.omni.talker.load_state_dict(kept)
+        return rows
+
+    def say(self, text: str, voice: str | None, seed: int):
+        """A typed wish, spoken."""
+        return self.omni.respond([{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed)
 
     def statements(self) -> set[str]:
         return {u.text for u in self.teacher.speech.utterances if not u.text.startswith("say ")} - set(
             world.every_question()
         )
+
+
+def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:
+    """The words the judge hears; none in silence."""
+    return judge.hear(wave, sample_rate).split() if len(wave) else []
+
+
+def hard_sentences() -> list[str]:
+    """Held-out sentences that are long and repeat words, in an order of chance."""
+    held = [t for s in world.STATEMENTS for t in world.expand(s) if world.held_out(t)]
+    hard = [t for t in held if len(t.split()) >= 7 and len(set(t.split()) - {"a", "the"}) < len(
+        [word for word in t.split() if word not in ("a", "the")])]
+    Random(0).shuffle(hard)
+    return hard
+
+
+class VoiceClassifier:
+    """Says whose voice a recording is. Learnt from recordings alone: linear discriminants of long-term mel means."""
+
+    def __init__(self, speech, each: int = 60):
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+        chosen = [i for name in world.VOICES for i in [
+            i for i, u in enumerate(speech.utterances) if u.voice == name][:each]]
+        rows = np.stack([timbre(speech.wave(i)) for i in chosen])
+        self.model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+        self.model.fit(rows, [speech.utterances[i].voice for i in chosen])
+
+    def name(self, wave: Tensor) -> str:
+        """The voice of a wave at 16 kHz."""
+        return str(self.model.predict(timbre(wave)[None])[0])
+
+
+def timbre(wave: Tensor) -> np.ndarray:
+    """Mean and spread of each mel band over the louder half of a wave's frames [2 * bands]."""
+    mel = voice_mel(wave)  # [T, bands]
+    loud = mel[mel.mean(1) >= mel.mean(1).median()]
+    return torch.cat([loud.mean(0), loud.std(0)]).numpy()

@@ -1,5 +1,6 @@
 """The school's timetable: which stages there are, in the paper's order, and how long each runs at each size."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from .. import config as sizes
 from .. import ROOT, weights
+from ..config_json import read_json, write_json
 from ..errors import UserError
 from ..omni import Omni
 from .loop import Recipe, Stage, graduate, train
@@ -20,6 +22,7 @@ from .thinker_stages import ChatStage, LanguageStage, Thinker1Stage, Thinker2Sta
 from .vocabulary import world_tokenizer
 from .voice_stages import CodecStage, DiTStage, VocoderStage
 
+TRAINED = "trained.json"  # beside the weights: size, seed, command, seconds, config, commit
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
@@ -93,7 +96,10 @@ def begin(home: Path, resume: bool, fresh: bool) -> None:
 
 
 def graduation(size: str, home: Path, seed: int) -> None:
-    """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and voices."""
+    """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and voices.
+
+    Its trained.json says how it came to be.
+    """
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
     graduate(omni, home / "stages", list(STAGES))
@@ -101,6 +107,31 @@ def graduation(size: str, home: Path, seed: int) -> None:
     omni.tokenizer = world_tokenizer(tokens)
     omni.voices = make_voices(corpus("speaking", home.parent / "corpus"), tokens.tts_text_pad + FIRST_VOICE)
     weights.save(omni, home / "model")
+    made = {"size": size, "seed": seed, "command": f"python -m minomni train {size} --seed {seed}"}
+    made |= {"seconds": round(spent(home)), "config": fingerprint(omni.config), "commit": commit()}
+    write_json(home / "model" / TRAINED, made)
+
+
+def spent(home: Path, more: float = 0.0) -> float:
+    """Seconds that all calls together have trained in this folder, after adding some."""
+    file = home / "stages" / "seconds.json"
+    total = read_json(file, optional=True).get("seconds", 0.0) + more
+    write_json(file, {"seconds": total})
+    return total
+
+
+def fingerprint(config: sizes.OmniConfig) -> str:
+    """Stands for all sizes of a model: another config, another fingerprint."""
+    return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit of the code that runs, or 'unknown' where there is no git."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
 
 
 def make(name: str, size: str, home: Path, seed: int) -> Stage:

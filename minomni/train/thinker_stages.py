@@ -92,10 +92,13 @@ class Teacher:
         noise = np.random.RandomState(random.randrange(1 << 31)).randn(len(wave)).astype(np.float32)
         return wave * random.uniform(0.5, 1.2) + torch.from_numpy(noise) * random.choice((0.0, 0.002, 0.006))
 
+    def conversation(self, example: Example, random: Random) -> list[dict]:
+        """Messages of the question alone, spoken in some recording of it where it is spoken."""
+        return conversation(example, self.wave(example, random))
+
     def prompt(self, example: Example, random: Random) -> Inputs:
         """Model inputs of the question alone."""
-        messages = conversation(example, self.wave(example, random))
-        return self.processor([messages], use_audio_in_video=example.sound is not None)
+        return self.processor([self.conversation(example, random)], use_audio_in_video=example.sound is not None)
 
     def say(self, text: str) -> Example:
         """The typed wish to hear a sentence."""
