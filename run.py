@@ -1,9 +1,10 @@
-"""Two commands, for a machine that has Python 3.11 or newer and nothing else:
+"""Three commands, for a machine that has Python 3.11 or newer and nothing else:
 
     python run.py          set up, train the tiny model once, answer the questions in data_samples/ in text and speech
+    python run.py hear     set up, answer them with the small model that comes with the project; trains nothing
     python run.py test     set up, run all tests and notebooks
 
-Both make .venv here and pip install into it once. With --here they use the Python that runs them instead (Colab) and
+All make .venv here and pip install into it once. With --here they use the Python that runs them instead (Colab) and
 install only what it lacks. Standard library alone: this file runs before anything is installed.
 """
 
@@ -29,12 +30,13 @@ def main() -> int:
     if sys.version_info < (3, 11):
         sys.exit("run.py: needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["test"], help="what to do (default: train, then answer)")
+    parser.add_argument("command", nargs="?", choices=["hear", "test"],
+                        help="what to do (default: train, then answer)")
     parser.add_argument("--here", action="store_true", help="use this Python, make no .venv")
     arguments = parser.parse_args()
-    needs = TEST_NEEDS if arguments.command else NEEDS
+    needs = TEST_NEEDS if arguments.command == "test" else NEEDS
     python = install_here(needs) if arguments.here else install_in_venv(needs)
-    return test(python) if arguments.command else demo(python)
+    return {"test": test, "hear": hear, None: demo}[arguments.command](python)
 
 
 def demo(python: str) -> int:
@@ -44,6 +46,11 @@ def demo(python: str) -> int:
         if code:
             return code
     return call(python, "-m", "minomni", "chat", "--samples")
+
+
+def hear(python: str) -> int:
+    """Answer the sample questions with the model that was trained elsewhere and comes along."""
+    return call(python, "-m", "minomni", "chat", "--samples", "--model", os.path.join("data_samples", "tiny"))
 
 
 def test(python: str) -> int:

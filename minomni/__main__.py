@@ -44,7 +44,10 @@ def parser() -> Parser:
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
     train.add_argument("--stages", action="store_true", help="list the stages: what learns, for how long, from what")
     train.add_argument("--resume", action="store_true", help="go on with an unfinished run, exactly where it stopped")
-    train.add_argument("--fresh", action="store_true", help="throw an earlier run away and start over")
+    train.add_argument("--fresh", action="store_true",
+                       help="throw an earlier run away and start over; with --stage that stage's work alone")
+    train.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                       help="where to compute (default auto: cuda, else mps, else cpu)")
     train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
     train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
@@ -92,14 +95,16 @@ def run_train(arguments) -> None:
         print(stages.timetable(arguments.size))
         return
     stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
+    device = stages.device_of(arguments.device).type
     home = arguments.home or ROOT / "runs" / arguments.size
-    stages.begin(home, arguments.resume, arguments.fresh)
+    stages.begin(home, arguments.resume, arguments.fresh, arguments.stage)
     if arguments.stage:
-        stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, arguments.slot)
+        stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, device,
+                         arguments.slot)
         return
     began = time.perf_counter()
     try:
-        stages.run_all(arguments.size, home, arguments.seed)
+        stages.run_all(arguments.size, home, arguments.seed, device)
     finally:
         seconds = stages.spent(home, time.perf_counter() - began)
     stages.graduation(arguments.size, home, arguments.seed)

@@ -74,6 +74,13 @@ def test_second_call_starts_at_once(machine):
     assert machine()[1] == ["-m minomni chat --samples"]
 
 
+def test_hearing_trains_nothing(machine):
+    code, (install, chat), _ = machine("hear")
+    shipped = Path("data_samples") / "tiny"
+    assert code == 0 and "requirements-dev" not in install and chat == f"-m minomni chat --samples --model {shipped}"
+    assert (ROOT / shipped / "model.safetensors").is_file()
+
+
 def test_tests_are_one_call_on_one_thread(machine):
     code, (install, tests), (_, environment) = machine("test", answers=(0, 5))
     assert code == 5 and "requirements-dev.txt" in install

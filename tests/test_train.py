@@ -47,7 +47,7 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stag
     torch.manual_seed(seed)
     kind = stages.STAGES[name]
     stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=5e-3, **FAST), CACHE, seed)
-    stage.sample = lambda: ""  # an untrained Talker speaks until it is cut off: slow, and nothing to see
+    stage.sample, stage.sound = lambda: "", lambda: None  # an untrained Talker speaks until it is cut off: slow
     return stage
 
 

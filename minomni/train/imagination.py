@@ -77,8 +77,8 @@ def imagine(examples: list[Example], inputs: Inputs, thinker, encode) -> Tensor:
     embeds = table[inputs.input_ids]  # [B, L, D]
     for token, ids in ((tokens.audio, sounds), (tokens.image, images), (tokens.video, videos)):
         if ids:
-            features = _embed(torch.cat(ids), table.detach(), tokens.image)
-            embeds = embeds.masked_scatter((inputs.input_ids == token)[..., None], features)
+            features = _embed(torch.cat(ids).to(table.device), table.detach(), tokens.image)
+            embeds = embeds.masked_scatter((inputs.input_ids == token)[..., None].to(table.device), features)
     return embeds
 
 

@@ -1,10 +1,9 @@
-"""One loop for every stage: schedule, readable log, samples of fixed prompts, atomic checkpoints, exact resume.
+"""One loop for every stage: schedule, gradients in parts, readable log, samples, checkpoints, exact resume.
 
-A batch is a function of (seed, step) alone, so a run that stops and goes on sees what an uninterrupted one would have
-seen, and the checkpoint needs no position in the data.
+A batch is a function of (seed, number) alone, so a run that stops and goes on sees what an uninterrupted one would have
+seen, and the checkpoint needs no position in the data. What a run leaves on disk is in run_folder.py.
 """
 
-import json
 import math
 import sys
 import time
@@ -12,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import write_atomically
+from . import run_folder, samples
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
 OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer
@@ -28,8 +26,9 @@ class Recipe:
     """How long and how fast a stage learns."""
 
     steps: int
-    batch: int
+    batch: int  # rows that are in memory together
     lr: float
+    accumulate: int = 1  # batches in one step, which takes the mean of their gradients
     warmup: int = 30
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -42,12 +41,15 @@ class Stage:
     needs: tuple[str, ...] = ()  # stages whose results this one starts from
     learns: tuple[str, ...] = ()
     about: str = ""
+    data: str = ""  # what it learns from
+    bf16 = True  # where the device has it
 
     def __init__(self, omni: nn.Module, recipe: Recipe, cache: Path, seed: int):
         self.omni, self.recipe, self.cache, self.seed = omni, recipe, cache, seed
+        self.device = next(omni.parameters()).device
 
-    def batch(self, step: int):
-        """What step number `step` learns from; the same for the same seed and step."""
+    def batch(self, number: int):
+        """Batch number `number` of the stage, recipe.accumulate of them a step; one seed and number, one batch."""
         raise NotImplementedError
 
     def losses(self, batch) -> dict[str, Tensor]:
@@ -57,6 +59,10 @@ class Stage:
     def sample(self) -> str:
         """One line that shows what the model can do by now, on fixed prompts."""
         return ""
+
+    def sound(self) -> tuple[str, Tensor] | None:
+        """One fixed sentence as the voice says it by now: its text, and its mel [T, bands] or wave [samples]."""
+        return None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters this stage unlocks, by name."""
@@ -101,42 +107,67 @@ def train(
     """Run a stage to its end (or to step `until`) and leave `<name>.safetensors` in the folder -> last mean losses.
 
     With resume, goes on from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart and 5 more to the bit.
-    Raises UserError when a loss is not finite, naming it.
+    Raises UserError when a loss is not finite, naming it, and when the disk is full.
     """
     unlocked, recipe = stage.parameters(), stage.recipe
     for name, parameter in stage.omni.named_parameters():
         parameter.requires_grad_(name in unlocked)
     optimizers = make_optimizers(unlocked, recipe)
-    step, means = 0, {}
-    if resume and (folder / f"{stage.name}.resume.pt").exists():
-        step, means = _restore(stage, optimizers, folder)
+    step, means = run_folder.restore(folder, stage.name, unlocked, optimizers) if resume else (0, {})
     stage.omni.train()
     last = recipe.steps if until is None else until
     every = max(1, recipe.steps // 8)
-    with tqdm(total=last, initial=step, desc=stage.name, position=slot, leave=False, disable=None) as bar:
+    items = recipe.batch * recipe.accumulate
+    with tqdm(total=last, initial=step, desc=stage.name, position=slot, leave=False, disable=None,
+              unit=" items", unit_scale=items) as bar:  # fmt: skip
         began, first = time.perf_counter(), step
         while step < last:
-            torch.manual_seed(stage.seed * 1_000_003 + step)  # dropout and noise repeat, resumed or not
-            losses = stage.losses(stage.batch(step))
-            _check_finite(stage.name, step, losses)
-            stage.omni.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
+            losses = gradients(stage, step)
             torch.nn.utils.clip_grad_norm_(unlocked.values(), recipe.clip)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, step) * group["share"]
                 optimizer.step()
             step += 1
-            for name, value in losses.items():
-                means[name] = 0.95 * means.get(name, value.item()) + 0.05 * value.item()
+            means = {name: 0.95 * means.get(name, value) + 0.05 * value for name, value in losses.items()}
+            bar.set_postfix_str(in_words(means), refresh=False)
             bar.update()
             if step % every == 0 or step == last:
-                _report(stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar)
-                if step < recipe.steps:
-                    _keep(stage, optimizers, folder, step, means)
+                if step < recipe.steps:  # before the log speaks of it: what is logged is safe
+                    run_folder.keep(folder, stage.name, step, means, unlocked, optimizers)
+                report(stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar)
     if step == recipe.steps:
-        _finish(stage, folder, unlocked)
+        kept = dict(stage.omni.named_parameters())  # a stage may have learnt with parts that it throws away
+        run_folder.finish(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
     return means
+
+
+def gradients(stage: Stage, step: int) -> dict[str, float]:
+    """Leave the mean gradient of a step's batches in the parameters -> the mean losses by name.
+
+    The forward pass runs in bf16 where the stage allows it and the device has it. Raises UserError for a loss that is
+    not finite.
+    """
+    stage.omni.zero_grad(set_to_none=True)
+    parts, device, means = stage.recipe.accumulate, stage.device, {}
+    bf16 = stage.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    for number in range(step * parts, (step + 1) * parts):
+        torch.manual_seed(stage.seed * 1_000_003 + number)  # dropout and noise repeat, resumed or not
+        batch = to_device(stage.batch(number), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            losses = stage.losses(batch)
+        _check_finite(stage.name, step, losses)
+        (sum(losses.values()) / parts).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0.0) + value.item() / parts
+    return means
+
+
+def to_device(batch, device: torch.device):
+    """The same tuples and lists with their tensors on the device. What else is in them moves where it is used."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return type(batch)(to_device(part, device) for part in batch) if type(batch) in (tuple, list) else batch
 
 
 def _check_finite(name, step, losses):
@@ -147,56 +178,23 @@ def _check_finite(name, step, losses):
             )
 
 
-def _report(stage, folder, step, means, seconds_per_step, bar):
-    """One line a person can read, and the same as JSON in log.jsonl."""
+def in_words(means: dict[str, float]) -> str:
+    """Losses as they stand in the bar and in the log's lines."""
+    return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+
+
+def report(stage: Stage, folder: Path, step: int, means: dict[str, float], seconds: float, bar: tqdm) -> None:
+    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: of one step, on average."""
     stage.omni.eval()
     with torch.no_grad():
         shown = stage.sample()
+        samples.leave(stage, folder, step, shown)
     stage.omni.train()
-    left = seconds_per_step * (stage.recipe.steps - step)
-    losses = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-    speed = f"{seconds_per_step * 1000:.0f} ms/step  {left:.0f} s left"
-    line = f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {losses}  {speed}"
+    speed = stage.recipe.batch * stage.recipe.accumulate / seconds
+    left = seconds * (stage.recipe.steps - step)
+    line = f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {in_words(means)}"
+    line = f"{line}  {seconds * 1000:.0f} ms/step  {speed:.0f} items/s  {left:.0f} s left"
     bar.write(line + (f"  | {shown}" if shown else ""))
     sys.stdout.flush()  # a line is there to be read now, into a pipe or a log file too
-    entry = {"stage": stage.name, "step": step, **means, "ms": round(seconds_per_step * 1000), "sample": shown}
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(entry) + "\n")
-
-
-def _keep(stage, optimizers, folder, step, means):
-    unlocked = {n: p.detach() for n, p in stage.parameters().items()}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"step": step, "means": means, "parameters": unlocked, "optimizers": states}
-    write_atomically(folder / f"{stage.name}.resume.pt", lambda f: torch.save(state, f))
-
-
-def _restore(stage, optimizers, folder):
-    state = torch.load(folder / f"{stage.name}.resume.pt", weights_only=True)
-    unlocked = stage.parameters()
-    if state["parameters"].keys() != unlocked.keys():
-        raise UserError(f"{folder / stage.name}.resume.pt belongs to another model; --fresh starts this stage over")
-    for name, parameter in unlocked.items():
-        parameter.data.copy_(state["parameters"][name])
-    for optimizer, kept in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(kept)
-    return state["step"], state["means"]
-
-
-def _finish(stage, folder, unlocked):
-    kept = dict(stage.omni.named_parameters())  # a stage may have learnt with parts that it throws away
-    tensors = {n: p.detach().contiguous() for n, p in unlocked.items() if n in kept}
-    write_atomically(folder / f"{stage.name}.safetensors", lambda f: f.write(save(tensors)))
-    (folder / f"{stage.name}.resume.pt").unlink(missing_ok=True)
-
-
-def graduate(omni: nn.Module, folder: Path, stages: list[str]) -> None:
-    """Give a model what the named finished stages learnt, in their order. Raises UserError for one that is missing."""
-    parameters = dict(omni.named_parameters())
-    for name in stages:
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            raise UserError(f"{path} is missing: run stage {name} first")
-        for key, value in load_file(path).items():
-            parameters[key].data.copy_(value)
+    entry = {"stage": stage.name, "step": step, **means, "ms": round(seconds * 1000), "items_per_s": round(speed, 1)}
+    run_folder.log(folder, {**entry, "sample": shown})

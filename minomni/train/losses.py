@@ -14,7 +14,7 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
 
 def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
     """CTC loss per letter: log-probabilities [B, T, classes] `frames` [B] of them valid, and each row's classes."""
-    lengths = torch.tensor([len(row) for row in letters])
+    lengths = torch.tensor([len(row) for row in letters], device=log_probs.device)
     loss = F.ctc_loss(
         log_probs.transpose(0, 1), torch.cat(letters), frames, lengths, reduction="none", zero_infinity=True
     )
@@ -23,7 +23,7 @@ def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
 
 def masked_l1(predicted: Tensor, target: Tensor, frames: Tensor) -> Tensor:
     """Mean absolute difference of mels [B, T, bands] over the first `frames` [B] frames of each row."""
-    real = torch.arange(target.shape[1]) < frames[:, None]  # [B, T]
+    real = torch.arange(target.shape[1], device=target.device) < frames[:, None]  # [B, T]
     return (predicted - target).abs().mean(-1)[real].mean()
 
 
@@ -41,7 +41,7 @@ def spectral(predicted: Tensor, target: Tensor, sizes: tuple[int, ...] = (128, 2
     """Multi-resolution STFT distance of waves [B, samples]: convergence plus log-magnitude (arXiv 1910.11480)."""
     total = 0.0
     for n in sizes:
-        window = torch.hann_window(n)
+        window = torch.hann_window(n, device=target.device)
         a, b = (
             torch.stft(w, n, n // 4, window=window, return_complex=True).abs().clamp_min(1e-5)
             for w in (predicted, target)

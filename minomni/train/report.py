@@ -18,7 +18,7 @@ from ..files import write_atomically
 from ..inputs.mel import voice_mel
 from . import world
 from .judge import Judge, edits
-from .loop import graduate
+from .run_folder import graduate
 from .speech import corpus
 from .stages import TRAINED, commit
 from .thinker_stages import TRANSCRIBE, Teacher

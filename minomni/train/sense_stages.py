@@ -13,7 +13,7 @@ from ..inputs.mel import log_mel
 from ..inputs.patches import image_patches, video_patches
 from . import losses
 from .imagination import beep, cell_words, heard_words
-from .loop import Stage
+from .loop import Stage, to_device
 from .thinker_stages import Teacher
 from .world import Example
 
@@ -38,9 +38,10 @@ class SenseStage(Stage):
 class EarsStage(SenseStage):
     name, learns = "ears", ("thinker.audio_tower.",)
     about = "the audio encoder learns to point at the words it hears, by CTC (in place of Whisper's weights)"
+    data = "spoken questions and sentences, sounds"
 
-    def batch(self, step):
-        random = Random(f"{self.seed}-ears-{step}")
+    def batch(self, number):
+        random = Random(f"{self.seed}-ears-{number}")
         mels, words = [], []
         for i in range(self.recipe.batch):
             text = random.choice(self.teacher.spoken)
@@ -73,9 +74,10 @@ class EarsStage(SenseStage):
 class EyesStage(SenseStage):
     name, learns = "eyes", ("thinker.visual.",)
     about = "the vision encoder learns to point at the words for what it sees (in place of Qwen2.5-VL's weights)"
+    data = "generated pictures and clips, handwritten digits"
 
-    def batch(self, step):
-        return self.draw(Random(f"{self.seed}-eyes-{step}"), self.recipe.batch)
+    def batch(self, number):
+        return self.draw(Random(f"{self.seed}-eyes-{number}"), self.recipe.batch)
 
     def draw(self, random, count):
         """Patches [N, patch_dim], grids and classes [N / 4, 4] of some pictures and clips."""
@@ -101,7 +103,7 @@ class EyesStage(SenseStage):
         return {"cells": nn.functional.nll_loss(repeated, classes.T.flatten(), ignore_index=losses.IGNORE)}
 
     def sample(self):
-        patches, grids, classes = self.draw(Random(7), 32)
+        patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
         best = self.likeness(self.omni.thinker.visual(patches, grids), self.tokens.image).topk(classes.shape[1]).indices
         full = classes[:, 0] > 0
         right = ((classes[..., None] == best[:, None]).any(-1) | (classes == losses.IGNORE)).all(1)

@@ -14,7 +14,8 @@ from .. import ROOT, weights
 from ..config_json import read_json, write_json
 from ..errors import UserError
 from ..omni import Omni
-from .loop import Recipe, Stage, graduate, train
+from .loop import Recipe, Stage, train
+from .run_folder import claim, forget, graduate
 from .speech import FIRST_VOICE, corpus, make_voices
 from .talker_stages import DPOStage, SpeakersStage, TalkerStage
 from .sense_stages import EarsStage, EyesStage
@@ -63,17 +64,49 @@ RECIPES["small"] = {
     name: Recipe(steps=r.steps * 20, batch=r.batch * 2, lr=r.lr / 4, warmup=300) for name, r in RECIPES["tiny"].items()
 }
 
+# Seconds and last losses of a whole run of these recipes, two stages at a time on two cores. Filled by hand from its
+# log.jsonl; a size that nobody has measured is not in it.
+EXPECTED = {
+    "tiny": {
+        "codec": (195, "ctc 0.004  mel 0.294"),
+        "vocoder": (202, "mel 1.141  stft 1.690"),
+        "dit": (478, "flow 0.504"),
+        "language": (161, "text 0.053"),
+        "ears": (130, "ctc 0.034"),
+        "eyes": (150, "cells 0.447"),
+        "thinker1": (25, "text 0.153"),
+        "thinker2": (258, "text 0.060"),
+        "thinker3": (17, "text 0.649"),
+        "chat": (244, "text 0.051"),
+        "talker": (372, "codes 0.300"),
+        "dpo": (56, "dpo 0.326  codes 0.296"),
+        "speakers": (38, "codes 0.281"),
+    },
+}
+
 
 def timetable(size: str) -> str:
-    """The stages as a table: what each needs, what it unlocks, how long it runs, what it is about."""
-    rows = [f"{'stage':<10} {'steps':>6} {'batch':>5} {'rate':>7}  {'unlocks':<42} about"]
+    """The stages as a table: what learns and what is locked meanwhile, how long and from what, what is to be expected.
+
+    Raises UserError for an unknown size.
+    """
+    rows = [("stage", "steps", "rows a step", "rate", "seconds*", "loss at the end*", "learns", "locked", "data")]
     for name, stage in STAGES.items():
         recipe = recipe_of(name, size)
-        rows.append(
-            f"{name:<10} {recipe.steps:>6} {recipe.batch:>5} {recipe.lr:>7.0e}  "
-            f"{', '.join(stage.learns):<42} {stage.about}"
-        )
-    return "\n".join(rows)
+        seconds, loss = EXPECTED.get(size, {}).get(name, ("-", "-"))
+        used = {part for need in stage.needs for part in STAGES[need].learns if not part.startswith(stage.learns)}
+        locked = sorted(part for part in used if not part.startswith(tuple(used - {part})))  # the whole says its parts
+        numbers = recipe.steps, recipe.batch * recipe.accumulate, f"{recipe.lr:.0e}", seconds
+        rows.append((name, *map(str, numbers), loss, in_short(stage.learns), in_short(locked), stage.data))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", "* measured on two cores, two stages at a time; - where nobody has measured it",
+                      "", *(f"{name:<10}{stage.about}" for name, stage in STAGES.items())])
+
+
+def in_short(prefixes) -> str:
+    """Parameter name prefixes as a reader wants them: without the parts of a name that repeat the module's."""
+    return ", ".join(p.removeprefix("token2wav.code2wav_").removesuffix(".") for p in prefixes) or "-"
 
 
 def recipe_of(name: str, size: str) -> Recipe:
@@ -85,13 +118,31 @@ def recipe_of(name: str, size: str) -> Recipe:
     return RECIPES[size][name]
 
 
-def begin(home: Path, resume: bool, fresh: bool) -> None:
-    """Make room for a run. Raises UserError where an earlier one would be lost, or mixed up, without being asked."""
+def device_of(name: str) -> torch.device:
+    """The device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [device for device, available in there.items() if available]
+    if name == "auto":
+        return torch.device(there[0])
+    if name not in there:
+        raise UserError(f"--device {name}: this machine, with this PyTorch, has {' and '.join(there)}; or use auto")
+    return torch.device(name)
+
+
+def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> None:
+    """Make room for a run, or for one stage of it.
+
+    Raises UserError where earlier work would be lost, or mixed up, without being asked.
+    """
     folder = home / "stages"
-    if fresh and folder.exists():
+    if fresh and stage:
+        forget(folder, stage)
+    elif fresh and folder.exists():
         shutil.rmtree(folder)
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise UserError(f"{folder} holds an earlier run; --resume goes on with it, --fresh throws it away")
+    left = [*folder.glob(f"{stage}.safetensors"), *folder.glob(f"{stage}.resume.pt")] if stage else folder.glob("*")
+    if any(left) and not resume:
+        what = f"stage {stage} of an earlier run" if stage else "an earlier run"
+        raise UserError(f"{folder} holds {what}; --resume goes on with it, --fresh throws it away")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -134,22 +185,33 @@ def commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def make(name: str, size: str, home: Path, seed: int) -> Stage:
-    """A stage ready to run: the model as its predecessors left it. Raises UserError for an unknown stage or size."""
+def make(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> Stage:
+    """A stage ready to run: the model as its predecessors left it, on its device.
+
+    Raises UserError for an unknown stage or size, a device that is not there, a predecessor that has not finished.
+    """
     recipe = recipe_of(name, size)
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
     graduate(omni, home / "stages", list(STAGES[name].needs))
-    return STAGES[name](omni, recipe, home.parent / "corpus", seed)
+    return STAGES[name](omni.to(device_of(device)), recipe, home.parent / "corpus", seed)
 
 
-def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, slot: int = 0) -> None:
-    """Run one stage in this process, on one thread: two stages share two cores better than one stage uses both."""
+def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, device: str = "cpu", slot: int = 0) -> None:
+    """Run one stage in this process, on one thread: two stages share two cores better than one stage uses both.
+
+    Raises UserError for what make() and train() refuse, and where the folder holds a run of other sizes.
+    """
+    folder = home / "stages"
+    claim(folder, sizes.size(size))
+    if resume and (folder / f"{name}.safetensors").exists():
+        print(f"stage {name} is finished; --stage {name} --fresh starts it over")
+        return
     torch.set_num_threads(1)
-    train(make(name, size, home, seed), home / "stages", resume, slot=slot)
+    train(make(name, size, home, seed, device), folder, resume, slot=slot)
 
 
-def run_all(size: str, home: Path, seed: int, lanes: int = 2) -> None:
+def run_all(size: str, home: Path, seed: int, device: str = "cpu", lanes: int = 2) -> None:
     """Run every unfinished stage, two at a time as soon as what each needs is there; each in a process of its own.
 
     A stage that fails ends the run with its message; what is finished stays, and the next run goes on from there.
@@ -158,28 +220,14 @@ def run_all(size: str, home: Path, seed: int, lanes: int = 2) -> None:
     running: dict[str, subprocess.Popen] = {}
     waited_for = {name: sum(name in stage.needs for stage in STAGES.values()) for name in STAGES}
     order = sorted(STAGES, key=lambda name: -waited_for[name])  # what most others wait for goes first
+    command = [sys.executable, "-m", "minomni", "train", size, "--resume", "--home", str(home), "--seed", str(seed)]
     while len(done) < len(STAGES):
         for name in order:
             ready = name not in done and name not in running and done.issuperset(STAGES[name].needs)
             if ready and len(running) < lanes:
                 slot = next(i for i in range(lanes) if i not in [p.slot for p in running.values()])
-                command = [
-                    sys.executable,
-                    "-m",
-                    "minomni",
-                    "train",
-                    size,
-                    "--stage",
-                    name,
-                    "--resume",
-                    "--seed",
-                    str(seed),
-                    "--slot",
-                    str(slot),
-                    "--home",
-                    str(home),
-                ]
-                running[name] = subprocess.Popen(command, cwd=ROOT)
+                options = ["--stage", name, "--slot", str(slot), "--device", device]
+                running[name] = subprocess.Popen([*command, *options], cwd=ROOT)
                 running[name].slot = slot
         time.sleep(0.2)
         for name, process in list(running.items()):

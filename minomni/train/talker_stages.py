@@ -43,17 +43,17 @@ class Lesson:
 
 
 def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per row of a lesson: prompt [L, E], its position ids [3, L] and reply states [n - 1, E], padding taken off."""
+    """Per row of a lesson: prompt [L, E], its position ids [3, L], reply states [n - 1, E]; no padding, on the CPU."""
     with torch.no_grad():
         reading = thinker.read(inputs)
     total, rows = inputs.input_ids.shape[1], []
-    spoken = reading.hidden + reading.text_embeds  # [B, L, E]
+    spoken, position_ids = (reading.hidden + reading.text_embeds).cpu(), reading.position_ids.cpu()  # [B, L, E]
     for row, mask in enumerate(inputs.attention_mask):
         begin, answer = total - int(mask.sum()), int((targets[row] != losses.IGNORE).sum())
         rows.append(
             (
                 spoken[row, begin : total - answer].clone(),
-                reading.position_ids[:, row, begin : total - answer].clone(),
+                position_ids[:, row, begin : total - answer].clone(),
                 spoken[row, total - answer : total - 1].clone(),
             )
         )
@@ -61,7 +61,8 @@ def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def to_script(lessons: list[Lesson], tokens, table) -> Script:
-    """A batch of lessons as the Talker reads it, prompts padded on the left."""
+    """A batch of lessons as the Talker reads it, prompts padded on the left, on the device of the Thinker's table."""
+    device = table.weight.device
     lengths = [len(lesson.prompt) for lesson in lessons]
     longest = max(lengths)
     prompt = torch.stack([torch.nn.functional.pad(x.prompt, (0, 0, longest - n, 0)) for x, n in zip(lessons, lengths)])
@@ -71,12 +72,14 @@ def to_script(lessons: list[Lesson], tokens, table) -> Script:
     mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()  # [B, L]
     end, pad = table.weight[tokens.tts_text_end].detach(), table.weight[tokens.tts_text_pad].detach()
     voice = table.weight[torch.tensor([x.voice for x in lessons])].detach()
-    return Script(prompt, positions, mask, voice, [text(x.states, end, pad) for x in lessons])
+    lines = [text(x.states.to(device), end, pad) for x in lessons]
+    return Script(prompt.to(device), positions.to(device), mask.to(device), voice, lines)
 
 
 class TalkerStage(Stage):
     name, learns, needs = "talker", ("talker.",), ("codec", *THINKER)
     about = "next code: from the Thinker's states and words to speech codes"
+    data = "spoken sentences as answers, what the Thinker thinks of them"
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -94,7 +97,7 @@ class TalkerStage(Stage):
         made_by = hashlib.sha256(f"{self.seed} {len(self.speech)}".encode())
         for part in (self.omni.thinker, self.omni.codec):
             for parameter in part.parameters():
-                made_by.update(parameter.numpy().tobytes())
+                made_by.update(parameter.cpu().numpy().tobytes())
         path = self.cache / f"lessons-{made_by.hexdigest()[:12]}.pt"
         if not path.exists():
             rows = [vars(lesson) for lesson in self.make_lessons()]
@@ -125,8 +128,8 @@ class TalkerStage(Stage):
                 asked.setdefault(example.answer, []).append(example)
         return asked
 
-    def batch(self, step):
-        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, step)
+    def batch(self, number):
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number)
         return [self.lessons[i] for i in indices]
 
     def losses(self, batch):
@@ -143,11 +146,11 @@ class TalkerStage(Stage):
         """What our own codec reads in codes; the outside judge is kept for the report."""
         if len(codes) == 0:
             return ""
-        grid = self.omni.codec.fsq.values(codes)[None]
+        grid = self.omni.codec.fsq.values(codes)[None]  # [1, m, channels]
         return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
 
     def sample(self):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         chosen = self.lessons[:: max(1, len(self.lessons) // 16)][:16]
         said = self.speak(chosen, self.omni.config.talker_sampling, generator)
         heard = [self.hear(codes) for codes in said]
@@ -156,16 +159,25 @@ class TalkerStage(Stage):
         )
         return f"own reader's word error {wrong:.0%}; {chosen[0].text!r} -> {heard[0]!r}"
 
+    def sound(self):
+        lesson, codec, generator = self.lessons[0], self.omni.codec, torch.Generator(self.device).manual_seed(0)
+        codes = self.speak([lesson], self.omni.config.talker_sampling, generator)[0]
+        voice = next(voice for voice in self.voices.values() if voice.bos_token == lesson.voice)
+        if len(codes) == 0:
+            return lesson.text, codes.new_zeros(self.omni.config.codec.downsample, codec.config.mel_dim)
+        return lesson.text, codec.mel(codec.fsq.values(codes)[None], voice.cond.to(self.device))[0]
+
 
 class DPOStage(TalkerStage):
     name, needs = "dpo", ("codec", *THINKER, "talker")
     about = "direct preference optimisation: of four tries, the best understood over the worst"
+    data = "its own tries, and the sentences as before"
     beta, tries, prompts = 0.1, 4, 256
 
     def prepare(self):
         """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference log-probabilities."""
         lessons = super().prepare()
-        random, generator = Random(self.seed + 12), torch.Generator().manual_seed(self.seed + 12)
+        random, generator = Random(self.seed + 12), torch.Generator(self.device).manual_seed(self.seed + 12)
         loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=120)
         chosen, self.pairs = random.sample(lessons, min(self.prompts, len(lessons))), []
         for begin in range(0, len(chosen), 32):
@@ -188,12 +200,10 @@ class DPOStage(TalkerStage):
         logits = self.omni.talker(embeds, position_ids, mask)
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 
-    def batch(self, step):
-        number = Random(f"{self.seed}-dpo-{step // len(self.reference)}").sample(
-            range(len(self.reference)), len(self.reference)
-        )
-        chosen = number[step % len(self.reference)]
-        lessons = super().batch(step)
+    def batch(self, number):
+        parts = len(self.reference)
+        order = Random(f"{self.seed}-dpo-{number // parts}").sample(range(parts), parts)
+        chosen, lessons = order[number % parts], super().batch(number)
         return self.pairs[chosen * 16 : chosen * 16 + 16], self.reference[chosen], lessons
 
     def losses(self, batch):

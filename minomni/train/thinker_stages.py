@@ -160,9 +160,9 @@ class ThinkerStage(Stage):
         super().__init__(*args)
         self.teacher = Teacher(self.omni.config, self.cache)
 
-    def batch(self, step):
+    def batch(self, number):
         """Parts of a batch: examples of about equal length in each, with their inputs and targets."""
-        random = Random(f"{self.seed}-{self.name}-{step}")
+        random = Random(f"{self.seed}-{self.name}-{number}")
         kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch)
         examples = sorted((self.teacher.example(kind, random) for kind in kinds), key=about_tokens)
         size = -(-len(examples) // PARTS)
@@ -191,6 +191,7 @@ class ThinkerStage(Stage):
 class LanguageStage(ThinkerStage):
     name, learns = "language", ("thinker.model.", "thinker.lm_head.")
     about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
+    data = "sentences and questions, typed and imagined as heard or seen"
     mixture = {
         "hear": 2,
         "say-typed": 1,
@@ -208,13 +209,15 @@ class LanguageStage(ThinkerStage):
     def logits(self, examples, inputs):
         thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
         embeds = imagine(examples, inputs, thinker, encode)
-        hidden = thinker.model(embeds, position_ids(inputs, thinker.config), inputs.attention_mask)
+        positions = position_ids(inputs, thinker.config).to(self.device)
+        hidden = thinker.model(embeds, positions, inputs.attention_mask.to(self.device))
         return thinker.lm_head(hidden)
 
 
 class Thinker1Stage(ThinkerStage):
     name, needs, learns = "thinker1", ("language", "ears", "eyes"), ("thinker.audio_tower.", "thinker.visual.")
     about = "pre-training 1: the decoder is locked, the encoders learn to speak its language"
+    data = "sound to write down, typed questions about pictures, digits and clips"
     mixture = {"hear": 3, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1}
     fixed = ("hear", "scene-typed")
 
@@ -222,6 +225,7 @@ class Thinker1Stage(ThinkerStage):
 class Thinker2Stage(ThinkerStage):
     name, needs, learns = "thinker2", ("language", "ears", "eyes", "thinker1"), ("thinker.",)
     about = "pre-training 2: everything unlocked, all kinds of input"
+    data = "the same, sentences to say, and clips with sound"
     mixture = {
         "hear": 2,
         "say-typed": 1,
@@ -236,11 +240,12 @@ class Thinker2Stage(ThinkerStage):
 class Thinker3Stage(ThinkerStage):
     name, needs, learns = "thinker3", ("language", "ears", "eyes", "thinker1", "thinker2"), ("thinker.",)
     about = "pre-training 3: longer sequences, several items in one conversation"
+    data = "the same, three in a conversation"
     mixture = Thinker2Stage.mixture
     fixed = Thinker2Stage.fixed
 
-    def batch(self, step):
-        random = Random(f"{self.seed}-{self.name}-{step}")
+    def batch(self, number):
+        random = Random(f"{self.seed}-{self.name}-{number}")
         kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch * 3)
         examples = [self.teacher.example(kind, random) for kind in kinds]
         talks = [examples[i : i + 3] for i in range(0, len(examples), 3)]
@@ -250,6 +255,7 @@ class Thinker3Stage(ThinkerStage):
 class ChatStage(ThinkerStage):
     name, needs, learns = "chat", ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3"), ("thinker.",)
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
+    data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
         "say-typed": 1,
         "say-spoken": 2,

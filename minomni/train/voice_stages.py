@@ -36,11 +36,14 @@ def pad_mels(mels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 class VoiceStage(Stage):
     """What the three stages share: the speaking corpus and the voices in it."""
 
+    data = "spoken sentences"
+
     def __init__(self, *args):
         super().__init__(*args)
         self.speech = corpus("speaking", self.cache, seed=0)
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]
+        self.text = self.speech.utterances[0].text  # of the utterance that is sampled
 
     def mel(self, index: int) -> torch.Tensor:
         """Voice mel [T, bands] of one utterance."""
@@ -55,11 +58,12 @@ class CodecStage(VoiceStage):
     name, learns = "codec", ("codec.",)
     about = "speech tokenizer: reads letters (CTC) and restores the mel from FSQ codes"
 
-    def batch(self, step):
-        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, step)
+    def batch(self, number):
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number)
         mels, frames = pad_mels([self.mel(i) for i in indices])
         letters = [letters_to_ids(self.speech.utterances[i].text) for i in indices]
-        mel_weight = min(1.0, 0.2 + step / (0.4 * self.recipe.steps))  # words first, sound later
+        progress = number / (self.recipe.steps * self.recipe.accumulate)
+        mel_weight = min(1.0, 0.2 + progress / 0.4)  # words first, sound later
         return mels, frames, letters, self.conds(indices), mel_weight
 
     def losses(self, batch):
@@ -75,18 +79,23 @@ class CodecStage(VoiceStage):
     def sample(self):
         codec, used = self.omni.codec, set()
         for i in range(0, len(self.speech), max(1, len(self.speech) // 64)):
-            used.update(codec.encode(self.mel(i)[None])[0].tolist())
-        grid, _ = codec.quantise(self.mel(0)[None])
+            used.update(codec.encode(self.mel(i)[None].to(self.device))[0].tolist())
+        grid, _ = codec.quantise(self.mel(0)[None].to(self.device))
         heard = ids_to_letters(codec.letters(grid)[0].argmax(-1))
         return f"{len(used)} of {codec.config.num_codes} codes used; reads {heard!r}"
+
+    def sound(self):
+        grid, _ = self.omni.codec.quantise(self.mel(0)[None].to(self.device))
+        return self.text, self.omni.codec.mel(grid, self.conds([0]).to(self.device))[0]
 
 
 class VocoderStage(VoiceStage):
     name, learns = "vocoder", ("token2wav.code2wav_bigvgan_model.",)
     about = "BigVGAN: mel to waveform by mel and spectrogram distance"
+    bf16 = False  # spectra of quiet sounds want all digits
 
-    def batch(self, step):
-        random = Random(f"{self.seed}-vocoder-{step}")
+    def batch(self, number):
+        random = Random(f"{self.seed}-vocoder-{number}")
         waves, length = [], VOCODER_FRAMES * 160
         while len(waves) < self.recipe.batch:
             wave = self.speech.wave(random.randrange(len(self.speech)))
@@ -99,6 +108,9 @@ class VocoderStage(VoiceStage):
         mel = voice_mel(batch)  # [B, T, bands]
         made = self.omni.token2wav.code2wav_bigvgan_model(mel.transpose(1, 2))
         return {"mel": 2 * (voice_mel(made) - mel).abs().mean(), "stft": losses.spectral(made, batch)}
+
+    def sound(self):
+        return self.text, self.omni.token2wav.code2wav_bigvgan_model(self.mel(0).T[None].to(self.device))[0]
 
 
 class DiTStage(VoiceStage):
@@ -124,12 +136,13 @@ class DiTStage(VoiceStage):
         means = sums[heard] / counts[heard]
         directions = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[: table.shape[1]]  # principal ones
         places = (means - means.mean(0)) @ directions.T
-        table[heard] = F.pad(places / places.std(), (0, table.shape[1] - places.shape[1]))  # few codes, few directions
+        rows = F.pad(places / places.std(), (0, table.shape[1] - places.shape[1]))  # few codes, few directions
+        table[heard.to(table.device)] = rows.to(table.device)
         dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_SPREAD
         dit.proj_out.bias.fill_(MEL_CENTRE)  # velocity starts at the mean mel
 
-    def batch(self, step):
-        random, dit = Random(f"{self.seed}-dit-{step}"), self.omni.config.token2wav.dit
+    def batch(self, number):
+        random, dit = Random(f"{self.seed}-dit-{number}"), self.omni.config.token2wav.dit
         length = CROP_BLOCKS * dit.block_size
         indices, mels, codes = [], [], []
         while len(indices) < self.recipe.batch:
@@ -146,10 +159,10 @@ class DiTStage(VoiceStage):
 
     def losses(self, batch):
         mels, codes, conds, references = batch
-        kept = torch.rand(len(mels)) >= DROP_CONDITION
+        kept = torch.rand(len(mels), device=self.device) >= DROP_CONDITION
         codes, conds, references = codes * kept[:, None], conds * kept[:, None], references * kept[:, None, None]
         time = 1 - torch.cos(
-            torch.rand(len(mels)) * torch.pi / 2
+            torch.rand(len(mels), device=self.device) * torch.pi / 2
         )  # early times more often, as the solver's sway has it
         dit = self.omni.token2wav.code2wav_dit_model
         return {
@@ -158,14 +171,20 @@ class DiTStage(VoiceStage):
             )
         }
 
+    def sound(self):
+        dit, voice = self.omni.token2wav.code2wav_dit_model, self.voices[self.speech.utterances[0].voice]
+        noise = torch.randn(1, *self.mel(0).shape, generator=torch.Generator().manual_seed(0))  # [1, T, bands]
+        inputs = [x.to(self.device) for x in (self.codes[0][None], voice.cond, voice.ref_mel)]
+        return self.text, dit.sample(*inputs, self.omni.config.flow, noise.to(self.device))[0].T
+
 
 def encode_all(codec, speech) -> list[torch.Tensor]:
-    """Codes [C] of every utterance of a corpus, encoded in batches of about equal length."""
+    """Codes [C] of every utterance of a corpus, encoded in batches of about equal length; on the CPU."""
     order = sorted(range(len(speech)), key=lambda i: speech.utterances[i].end - speech.utterances[i].start)
-    codes = [None] * len(speech)
+    codes, device = [None] * len(speech), codec.to_grid.weight.device
     for begin in range(0, len(order), 32):
         indices = order[begin : begin + 32]
         mels, frames = pad_mels([voice_mel(speech.wave(i)) for i in indices])
-        for i, row, n in zip(indices, codec.encode(mels), frames // codec.config.downsample):
+        for i, row, n in zip(indices, codec.encode(mels.to(device)).cpu(), frames // codec.config.downsample):
             codes[i] = row[:n]
     return codes
