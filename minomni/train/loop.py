@@ -154,7 +154,7 @@ def gradients(stage: Stage, step: int) -> dict[str, float]:
     for number in range(step * parts, (step + 1) * parts):
         torch.manual_seed(stage.seed * 1_000_003 + number)  # dropout and noise repeat, resumed or not
         batch = to_device(stage.batch(number), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             losses = stage.losses(batch)
         _check_finite(stage.name, step, losses)
         (sum(losses.values()) / parts).backward()

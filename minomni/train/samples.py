@@ -85,5 +85,5 @@ def write_picture(file, mel: Tensor, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.4), layout="constrained")  # without pyplot, which would ask for a screen
-    viz.mel(viz.plain(figure.subplots()), mel.T, title)
+    viz.mel(viz.plain(figure.subplots()), mel.T.numpy(), title)
     figure.savefig(file, format="png", dpi=80)

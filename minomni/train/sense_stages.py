@@ -60,9 +60,9 @@ class EarsStage(SenseStage):
 
     def log_probs(self, mels):
         """Word log-probabilities [B, T, classes] of several clips, and their lengths [B]."""
-        counts = torch.tensor([self.omni.thinker.audio_tower.token_count(m.shape[-1]) for m in mels])
+        counts = [self.omni.thinker.audio_tower.token_count(m.shape[-1]) for m in mels]
         rows = self.likeness(self.omni.thinker.audio_tower(mels), self.tokens.audio)  # [sum of tokens, classes]
-        return nn.utils.rnn.pad_sequence(rows.split(counts.tolist()), batch_first=True), counts
+        return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), torch.tensor(counts, device=self.device)
 
     def sample(self):
         log_probs, _ = self.log_probs([log_mel(self.teacher.speech.wave(len(self.teacher.speech) - 1))])
@@ -107,4 +107,4 @@ class EyesStage(SenseStage):
         best = self.likeness(self.omni.thinker.visual(patches, grids), self.tokens.image).topk(classes.shape[1]).indices
         full = classes[:, 0] > 0
         right = ((classes[..., None] == best[:, None]).any(-1) | (classes == losses.IGNORE)).all(1)
-        return f"{right[full].float().mean():.0%} of full cells named right"
+        return f"{right[full].float().mean().item():.0%} of full cells named right"

@@ -1,0 +1,386 @@
+"""Runs that people can trust: a run folder to look into, kills, full disks, devices, gradients in parts, two sizes."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from elsewhere import ELSEWHERE, Elsewhere, Factories, Functions, Generator
+from torch import nn
+
+from minomni import config_json, load
+from minomni.config import SMALL, TINY, SamplingConfig
+from minomni.errors import UserError
+from minomni.inputs.mel import HOP, voice_mel
+from minomni.omni import Omni
+from minomni.train import loop, run_folder, samples, speech, stages, synthesis, talker_stages
+from minomni.train.loop import Recipe, Stage
+from minomni.train.talker_stages import DPOStage
+
+ROOT = Path(__file__).parents[1]
+BRIEF = replace(
+    TINY,
+    thinker_sampling=replace(TINY.thinker_sampling, max_new_tokens=3),
+    talker_sampling=replace(TINY.talker_sampling, max_new_tokens=8),
+    flow=replace(TINY.flow, points=3),
+)
+# The command line on the committed recordings, with a codec stage that takes a second: 16 steps, a checkpoint each 2,
+# and no samples, which have a test of their own.
+COMMAND = """
+import os, sys
+from minomni import __main__, files
+from minomni.train import stages, synthesis
+from minomni.train.loop import Recipe
+synthesis.available = lambda: False
+stages.CodecStage.sample, stages.CodecStage.sound = lambda self: "", lambda self: None
+stages.RECIPES["tiny"]["codec"] = Recipe(steps=16, batch=2, lr=1e-3, warmup=2)
+{}
+sys.exit(__main__.main())
+"""
+
+
+@pytest.fixture(autouse=True)
+def recordings_only(monkeypatch):
+    monkeypatch.setattr(synthesis, "available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Where the stages of the Talker share what the same Thinker tells them."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def make(name: str, cache: Path, device="cpu", config=BRIEF, **recipe) -> Stage:
+    torch.manual_seed(0)
+    recipe = Recipe(**{"steps": 4, "batch": 3, "lr": 1e-3, "warmup": 1, **recipe})
+    return stages.STAGES[name](Omni(config).to(device), recipe, cache, 0)
+
+
+def command(home: Path, *options: str, prelude: str = "") -> list[str]:
+    arguments = ["train", "tiny", "--stage", "codec", "--home", str(home), *options]
+    return [sys.executable, "-c", COMMAND.format(prelude), *arguments]
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command(*arguments, **options), cwd=ROOT, env=environment, **pipes)
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_run_folder_can_be_looked_into(tmp_path):
+    loop.train(make("codec", tmp_path, steps=2), tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"log.jsonl", "codec.safetensors"} | {
+        f"samples/codec/{step:06}.{kind}" for step in (1, 2) for kind in ("wav", "png", "txt")
+    }
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert all(entry.keys() == {"stage", "step", "ctc", "mel", "ms", "items_per_s", "sample"} for entry in entries)
+    wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
+    assert rate == 16_000 and len(wave) == len(speech.recorded(held=False).wave(0)) and abs(wave).max() > 0.001
+    said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
+    assert said.startswith("said  'say the") and heard.startswith("read  ") and shown == entries[1]["sample"]
+
+
+def test_thinker_leaves_text_alone(tmp_path):
+    loop.train(make("language", tmp_path, steps=1), tmp_path)
+    left = list((tmp_path / "samples").rglob("*.*"))
+    assert [path.name for path in left] == ["000001.txt"] and " -> " in left[0].read_text()
+
+
+def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
+    stage = make("vocoder", tmp_path)
+    assert samples.trained_codec(stage, tmp_path) is None
+    learnt = {n: p for n, p in stage.omni.named_parameters() if n.startswith("codec.")}
+    run_folder.finish(tmp_path, "codec", learnt)
+    reader = samples.trained_codec(stage, tmp_path)
+    assert all(torch.equal(p, learnt[f"codec.{n}"]) for n, p in reader.named_parameters())
+
+
+def test_a_mel_made_audible_still_says_the_same():
+    """The trained codec reads the same in a mel and in the wave that is made of it."""
+    codec, spoken = load("data_samples/tiny").codec, speech.recorded(held=False)
+    for i in (1, 3):
+        mel = voice_mel(spoken.wave(i))
+        wave = samples.griffin_lim(mel)
+        assert wave.shape == (len(mel) * HOP,) and samples.read(codec, mel) == spoken.utterances[i].text
+        assert samples.read(codec, voice_mel(wave)) == spoken.utterances[i].text
+        assert (voice_mel(wave) - mel).abs().mean() < 0.6  # 0.39 measured; mels are 1.9 apart from their mean
+
+
+def test_config_is_kept_and_guards(tmp_path):
+    run_folder.claim(tmp_path, TINY)
+    assert config_json.read_config(tmp_path) == TINY
+    run_folder.claim(tmp_path, TINY)
+    with pytest.raises(UserError, match="holds a run of other sizes; --fresh"):
+        run_folder.claim(tmp_path, SMALL)
+
+
+def test_one_stage_starts_over_alone(tmp_path):
+    stages.begin(tmp_path, resume=False, fresh=False, stage="codec")
+    left = [tmp_path / "stages" / name for name in ("codec.safetensors", "dit.safetensors", "dit.resume.pt")]
+    for path in left:
+        path.write_bytes(b"x")
+    stages.begin(tmp_path, resume=False, fresh=False, stage="vocoder")
+    with pytest.raises(UserError, match="holds stage dit of an earlier run; --resume"):
+        stages.begin(tmp_path, resume=False, fresh=False, stage="dit")
+    stages.begin(tmp_path, resume=False, fresh=True, stage="dit")
+    assert [path.exists() for path in left] == [True, False, False]
+
+
+def test_finished_stage_is_not_done_again(tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "codec.safetensors").write_bytes(b"x")
+    stages.run_stage("codec", "tiny", tmp_path, 0, resume=True)
+    assert "stage codec is finished" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- kills and full disks
+
+
+def test_kill_loses_only_what_no_checkpoint_holds(tmp_path):
+    """Killed from outside, then dead while it writes a checkpoint: the end is that of a run nobody touched."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    untouched = start(whole, "--fresh")
+    process = start(killed, "--fresh", prelude="import time; go = files.os.replace\n"
+                    "files.os.replace = lambda a, b: (go(a, b), time.sleep(0.2))")  # fmt: skip
+    folder = killed / "stages"
+    log = folder / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.kill()  # SIGKILL, where there are signals
+    process.communicate()
+    before = torch.load(folder / "codec.resume.pt", weights_only=True)["step"]
+    logged = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert 4 <= max(logged) <= before < 16  # what is logged is safe
+
+    # Half a checkpoint is written, and then there is no process any more: no handler, no flush, no clean-up.
+    halves = "write = files.write_atomically.__globals__['os'].fsync\nos.fsync = lambda f: os._exit(9)"
+    process = start(killed, "--resume", prelude=halves)
+    process.communicate()
+    assert process.returncode == 9 and len(list(folder.glob("codec.resume.pt.*.part"))) == 1
+    assert torch.load(folder / "codec.resume.pt", weights_only=True)["step"] == before
+
+    process = start(killed, "--resume")
+    process.communicate()
+    untouched.communicate()
+    assert process.returncode == untouched.returncode == 0
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps[len(logged)] == before + 2 and steps[-1] == 16  # it did go on from there
+    assert (whole / "stages" / "codec.safetensors").read_bytes() == (folder / "codec.safetensors").read_bytes()
+    assert not list(folder.glob("*.part")) and not (folder / "codec.resume.pt").exists()
+
+
+def stopped_early(home: Path) -> bytes:
+    """A run folder with a checkpoint at step 4 -> that checkpoint."""
+    stage = make("codec", home / "corpus", config=TINY, steps=16, batch=2, warmup=2)
+    stage.sample, stage.sound = lambda: "", lambda: None
+    run_folder.claim(home / "stages", TINY)
+    loop.train(stage, home / "stages", until=4)
+    return (home / "stages" / "codec.resume.pt").read_bytes()
+
+
+def refused(process: subprocess.Popen) -> None:
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("minomni: ")]
+    assert len(lines) == 1 and re.search(r"codec\.\S*: cannot be written \(.*\); make room", lines[0]), errors
+
+
+def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
+    pytest.importorskip("resource", reason="this system has no file size limits")
+    kept = stopped_early(tmp_path)
+    refused(start(tmp_path, "--resume", prelude="import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6,) * 2)"))
+    assert (tmp_path / "stages" / "codec.resume.pt").read_bytes() == kept
+    assert not list((tmp_path / "stages").glob("*.part"))
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """On a real disk that holds one and a half checkpoints."""
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir(), out.mkdir()
+    kept = stopped_early(tmp_path)
+    small = f"mount -t tmpfs -o size={3 * len(kept) // 2} tmpfs {disk}"
+    if not shutil.which("unshare") or subprocess.run([*mount, small], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a small disk")
+    script = f'{small} && cp -r {tmp_path}/stages {disk}/ && "$@"; code=$?; cp -r {disk}/stages {out}/; exit $code'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    refused(subprocess.Popen([*mount, script, "sh", *command(disk, "--resume")], cwd=ROOT, env=environment, **pipes))
+    assert (out / "stages" / "codec.resume.pt").read_bytes() == kept
+    assert not list((out / "stages").glob("*.part"))
+
+
+def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
+    run_folder.log(tmp_path, {"step": 2})
+    run_folder.log(tmp_path, {"step": 3})
+    assert (tmp_path / "log.jsonl").read_text().splitlines()[2:] == ['{"step": 2}', '{"step": 3}']
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("name", list(stages.STAGES))
+def test_every_stage_learns_on_another_device(name, cache, monkeypatch):
+    """On a pretended device that refuses what is not on it, a stage loses and learns what it does on the CPU."""
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(DPOStage, "prompts", 4)
+    short = lambda **sampling: SamplingConfig(**{**sampling, "max_new_tokens": 6})  # noqa: E731
+    monkeypatch.setattr(talker_stages, "SamplingConfig", short)
+    worse = count(0, 2)
+    monkeypatch.setattr(talker_stages, "edits", lambda *_: next(worse))  # every try has a better and a worse one
+    with Factories(), Functions():
+        away = make(name, cache, ELSEWHERE)
+        losses = loop.gradients(away, 0)
+        away.omni.eval()
+        with torch.no_grad():
+            away.sample(), away.sound()
+    here = make(name, cache)
+    assert losses == pytest.approx(loop.gradients(here, 0), rel=1e-5)  # sums in another order
+    for key, parameter in here.parameters().items():
+        moved = away.omni.get_parameter(key).grad
+        assert (moved is None) == (parameter.grad is None)
+        if moved is not None:
+            assert type(moved) is Elsewhere
+            torch.testing.assert_close(moved.held, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_pretended_device_refuses_to_mix():
+    with Factories(), Functions():
+        layer = nn.Linear(3, 2).to(ELSEWHERE)
+        assert type(layer(torch.ones(4, 3, device=ELSEWHERE))) is Elsewhere
+        with pytest.raises(RuntimeError, match="tensors on two devices"):
+            layer(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("name", ["codec", "dit", "language", "ears", "eyes", "talker"])
+def test_bf16_says_about_the_same(name, cache):
+    """What a GPU would compute in bf16, computed so by the CPU: losses within 2 %, of three digits that bf16 has."""
+    stage = make(name, cache)
+    exact = loop.gradients(stage, 0)
+    batch = stage.batch(0)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = stage.losses(batch)
+    assert {key: value.item() for key, value in losses.items()} == pytest.approx(exact, rel=0.02)
+
+
+def test_devices_by_name(monkeypatch):
+    assert stages.device_of("cpu").type == "cpu"
+    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    for name, best in (("cuda", "mps"), ("mps", "cpu")):
+        monkeypatch.setattr(there[name], "is_available", lambda: True)
+        monkeypatch.setattr(there["mps"], "is_available", lambda: True)
+        assert stages.device_of("auto").type == name
+        monkeypatch.setattr(there[name], "is_available", lambda: False)
+        assert stages.device_of("auto").type == ("mps" if name == "cuda" else "cpu")
+    with pytest.raises(UserError, match="--device cuda: this machine, with this PyTorch, has cpu; or use auto"):
+        stages.device_of("cuda")
+
+
+# ---------------------------------------------------------------------------------------------- gradients in parts
+
+
+class Rows(Stage):
+    """A linear map of 96 rows that never change, taken in order."""
+
+    name, learns = "rows", ("0.",)
+
+    def __init__(self, recipe: Recipe):
+        torch.manual_seed(1)
+        super().__init__(nn.Sequential(nn.Linear(5, 3)), recipe, Path(), 0)
+        self.asked, self.rows = [], torch.randn(96, 5)
+
+    def batch(self, number):
+        self.asked.append(number)
+        return self.rows[number * self.recipe.batch :][: self.recipe.batch]
+
+    def losses(self, batch):
+        return {"square": self.omni(batch).square().mean(), "size": 0.1 * self.omni(batch).abs().mean()}
+
+
+def test_gradients_in_parts_are_those_of_the_whole():
+    whole = Rows(Recipe(steps=6, batch=16, lr=1e-3))
+    halves = Rows(Recipe(steps=6, batch=8, lr=1e-3, accumulate=2))
+    for step in (0, 4):
+        assert loop.gradients(halves, step) == pytest.approx(loop.gradients(whole, step), abs=1e-6)
+        for a, b in zip(whole.omni.parameters(), halves.omni.parameters()):
+            assert a.grad.abs().max() > 1e-2
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6)
+    assert whole.asked == [0, 4] and halves.asked == [0, 1, 8, 9]
+
+
+def test_parts_of_a_real_stage(tmp_path):
+    """Two halves of a codec's batch, cut from rows of one length: the mean of their gradients is that of all."""
+    whole = make("codec", tmp_path, batch=4)
+    mels, frames, letters, conds, weight = whole.batch(0)
+    shortest = int(frames.min()) // 8 * 8
+    rows = mels[:, :shortest], torch.full((4,), shortest), [row[:9] for row in letters], conds
+    whole.batch = lambda number: (*rows, weight)
+    halves = make("codec", tmp_path, batch=2, accumulate=2)
+    halves.batch = lambda number: (*(part[2 * number :][:2] for part in rows), weight)
+    assert loop.gradients(halves, 0) == pytest.approx(loop.gradients(whole, 0), rel=1e-5)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in whole.parameters().values()))
+    for key, parameter in whole.parameters().items():
+        torch.testing.assert_close(halves.parameters()[key].grad, parameter.grad, rtol=0, atol=1e-6 * max(1, norm))
+
+
+def test_codec_hears_sound_as_late_in_parts(tmp_path):
+    """The weight of its mel follows the step and not the number of the batch."""
+    whole, parts = make("codec", tmp_path, batch=1), make("codec", tmp_path, batch=1, accumulate=4)
+    assert [parts.batch(number)[-1] for number in (0, 4)] == [whole.batch(step)[-1] for step in (0, 1)]
+
+
+# ---------------------------------------------------------------------------------------------- timetable and sizes
+
+
+def test_timetable_says_what_to_expect():
+    table = stages.timetable("tiny")
+    rows = {line.split()[0]: line for line in table.split("\n\n")[0].splitlines()}
+    assert rows.keys() == {"stage", *stages.STAGES} and "two cores" in table
+    assert rows["thinker1"].index("thinker.visual") < rows["thinker1"].index("thinker.lm_head, thinker.model")
+    assert all(stage.data and stage.data in rows[name] for name, stage in stages.STAGES.items())
+    for name, (seconds, loss) in stages.EXPECTED["tiny"].items():
+        assert f" {seconds} " in rows[name] and loss in rows[name]
+    assert stages.EXPECTED["tiny"].keys() == stages.STAGES.keys()
+    assert " - " in stages.timetable("small")  # nobody has measured it
+
+
+@pytest.mark.parametrize("config", [TINY, SMALL], ids=["tiny", "small"])
+def test_sizes_fit_the_school(config):
+    """What every stage takes for granted of a size that it trains."""
+    with torch.device("meta"):
+        omni = Omni(config)
+    count = sum(parameter.numel() for parameter in omni.parameters())
+    assert (5e6 < count < 1e7) if config is TINY else (3e7 < count < 1e8)
+    assert config.token2wav.sample_rate == 100 * HOP == 16_000  # the corpus is at 16 kHz, and so the vocoder's target
+    assert config.codec.num_codes < config.talker.codec_pad and config.codec.mel_dim == config.token2wav.dit.mel_dim
+    assert config.token2wav.dit.enc_emb_dim == 2 * config.codec.mel_dim  # speaker vectors
+    tokens = config.thinker.tokens
+    assert tokens.tts_text_pad + speech.FIRST_VOICE + 4 <= config.thinker.text.vocab_size
+    for name, kind in stages.STAGES.items():
+        there = [any(n.startswith(prefix) for n, _ in omni.named_parameters()) for prefix in kind.learns]
+        assert there and all(there), name
+
+
+@pytest.mark.parametrize("size", list(stages.RECIPES))
+def test_recipes_can_be_followed(size):
+    for name in stages.STAGES:
+        recipe = stages.recipe_of(name, size)
+        assert 0 < recipe.warmup < recipe.steps and recipe.batch > 1 and recipe.accumulate >= 1 and recipe.lr < 0.02
