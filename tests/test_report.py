@@ -19,7 +19,7 @@ def test_interval_by_hand():
 
 def test_card_as_markdown_and_fractions():
     card = report.Card("m", [report.Row("a", 0.25, 8), report.Row("b", None, 0)], 1.0)
-    assert card.fractions() == {"a": 0.25, "b": None}
+    assert card.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
     assert "| a | 25.0% |" in card.markdown() and "not measurable here" in card.markdown()
 
 
