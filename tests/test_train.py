@@ -1,5 +1,6 @@
 """The school: every stage learns, resumes exactly, and never sees what is held out."""
 
+import json
 import tempfile
 from math import log
 from pathlib import Path
@@ -257,3 +258,11 @@ def test_letters_round_trip():
 def test_word_error_by_hand():
     assert edits("a b c".split(), "a x c d".split()) == 2
     assert word_error([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
+
+
+def test_shipped_model_fits_the_code():
+    folder = stages.ROOT / "data_samples" / "tiny"
+    made = json.loads((folder / stages.TRAINED).read_text(encoding="utf-8"))
+    assert made["config"] == stages.fingerprint(TINY), "sizes have changed: train again, then make_data_samples model"
+    assert made["command"].startswith("python -m minomni train tiny") and made["seconds"] > 0
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
