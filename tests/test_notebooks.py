@@ -1,7 +1,9 @@
 """Notebooks as committed: executed, small, readable, without copies of the package. (nbval executes them anew.)"""
 
 import ast
+import base64
 import re
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,10 +11,11 @@ import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from minomni import viz
 from minomni.config import TINY
-from refresh_notebooks import BUDGET, ROOT as CHECKOUT, clean
+from refresh_notebooks import BUDGET, ROOT as CHECKOUT, clean, small
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -130,6 +133,15 @@ def test_refreshing_takes_out_what_belongs_to_a_machine():
     clean(book)
     assert (cell.execution_count, cell.metadata, len(cell.outputs)) == (1, {}, 1)
     assert cell.outputs[0].text == "read run.py\n" and "widgets" not in book.metadata
+
+
+@pytest.mark.parametrize("colors, kind", [(100, "image/png"), (60_000, "image/jpeg")])
+def test_figures_keep_a_palette_and_photographs_become_jpegs(colors, kind):
+    numbers = torch.arange(90_000) % colors
+    pixels = torch.stack([numbers % 256, numbers // 256, numbers % 7], -1).view(300, 300, 3).byte()
+    plt.imsave(file := BytesIO(), pixels.numpy(), format="png")
+    [(found, data)] = small(base64.b64encode(file.getvalue()).decode()).items()
+    assert found == kind and Image.open(BytesIO(base64.b64decode(data))).size == (300, 300)
 
 
 @pytest.fixture
