@@ -76,6 +76,13 @@ def lattice(ax, height: int, width: int, step: int, color: str = "white", linewi
     ax.vlines(torch.arange(step, width, step) + edge, edge, height + edge, color, linewidth=linewidth)
 
 
+def tint(ax, labels: Tensor, step: int) -> None:
+    """Colour the squares of `step` pixels of a picture by their labels [rows, columns]."""
+    height, width = step * labels.shape[0], step * labels.shape[1]
+    ax.imshow(labels % 10, cmap="tab10", vmin=0, vmax=9, alpha=0.4, interpolation="nearest",
+              extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+
+
 def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
     """The kind of every token of a row, for its colour: text, marker, audio, image or video."""
     kinds = {tokens.audio: "audio", tokens.image: "image", tokens.video: "video"}

@@ -177,3 +177,14 @@ def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     names = [p.get_ylabel() for p in plots] if len(plots) == 3 else [t.get_text() for t in plots[0].get_yticklabels()]
     assert names == list(viz.AXES)
     assert [t.get_text() for t in plots[0].get_legend().get_texts()] == [kind for kind in viz.COLORS if kind in kinds]
+
+
+def test_lattice_and_tint_lie_on_the_picture(sliders):
+    ax = viz.axes()
+    viz.picture(ax, torch.zeros(56, 84, 3))
+    viz.tint(ax, torch.arange(24).view(4, 6), 14)
+    viz.lattice(ax, 56, 84, 28)
+    under, over = ax.get_images()
+    assert over.get_extent() == [-0.5, 83.5, 55.5, -0.5] == list(under.get_extent())
+    places = [[float(line[0, axis]) for line in lines.get_segments()] for axis, lines in zip((1, 0), ax.collections)]
+    assert places == [[27.5], [27.5, 55.5]]
