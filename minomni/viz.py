@@ -79,7 +79,7 @@ def lattice(ax, height: int, width: int, step: int, color: str = "white", linewi
 def tint(ax, labels: Tensor, step: int) -> None:
     """Colour the squares of `step` pixels of a picture by their labels [rows, columns]."""
     height, width = step * labels.shape[0], step * labels.shape[1]
-    ax.imshow(labels % 10, cmap="tab10", vmin=0, vmax=9, alpha=0.4, interpolation="nearest",
+    ax.imshow((labels % 10).numpy(), cmap="tab10", vmin=0, vmax=9, alpha=0.4, interpolation="nearest",
               extent=(-0.5, width - 0.5, height - 0.5, -0.5))
 
 
