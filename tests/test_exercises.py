@@ -42,6 +42,25 @@ BUGS = {
                          lambda n: max(0, (n - 199) // 160 + 1), lambda n: (n - 200) // 160 + 1,
                          lambda n: max(0, (n - 201) // 160 + 1)],
     },
+    "02": {
+        "heard_by": [lambda ms: (ms // 2000, ms // 40), lambda ms: (ms // 2000, ms % 2000 // 20),
+                     lambda ms: (ms // 1000, ms % 1000 // 40), lambda ms: (ms // 2000, -(-(ms % 2000) // 40))],
+        "scores_of": [lambda n: ((n + 1) // 2) ** 2, lambda n: n // 200 * 100**2 + (n % 200 // 2) ** 2,
+                      lambda n: -(-n // 200) * 100**2, lambda n: n // 200 * 200**2 + (n % 200) ** 2],
+        "packed": [lambda x, s: x.unflatten(1, (-1, 2)).mean(2).flatten(0, 1),
+                   lambda x, s: torch.cat([b[: n // 2 * 2 : 2] for b, n in zip(x, s)]),
+                   lambda x, s: torch.cat([b[: -(-n // 2) * 2].unflatten(0, (-1, 2)).mean(1) for b, n in zip(x, s)]),
+                   lambda x, s: torch.cat([b[: n // 2 * 2].unflatten(0, (2, n // 2)).mean(0) for b, n in zip(x, s)])],
+        "nearness": [lambda i, j, n: sum(math.cos((i - j) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)),
+                     lambda i, j, n: sum(math.cos((i % 100 - j % 100) / 10_000 ** (2 * k / n)) for k in range(n // 2)),
+                     lambda i, j, n: sum(math.sin((i % 100 - j % 100) / 10_000 ** (k / (n // 2 - 1)))
+                                         for k in range(n // 2)),
+                     lambda i, j, n: sum(math.cos((i - j) % 100 / 10_000 ** (k / (n // 2 - 1)))
+                                         for k in range(n // 2))],
+        "understood": [lambda n: n // 32_000 * 50, lambda n: max(0, (n - 200) // 160 + 1) // 4,
+                       lambda n: -(-n // 160) // 200 * 50, lambda n: (n - 200) // 32_000 * 50 + 50,
+                       lambda n: max(0, (n - 200) // 160 + 1) // 200 * 100],
+    },
     "06": {
         "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c,
                      lambda s, r, c: s + 1],
