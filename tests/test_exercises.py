@@ -79,6 +79,23 @@ BUGS = {
                   lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
                   lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1)],
     },
+    "11": {
+        "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
+                  lambda n, r, k: r * n + k - 2 * ((k - r) // 2)],
+        "ghost": [lambda hz, rate: 2 * hz, lambda hz, rate: min(hz, rate - hz), lambda hz, rate: rate - 2 * hz,
+                  lambda hz, rate: 2 * hz % (rate / 2)],
+        "snake": [lambda x, a, b: x + (a[:, None] * x).sin() ** 2 / b[:, None],
+                  lambda x, a, b: x + (a.exp() * x).sin() ** 2 / b.exp(),
+                  lambda x, a, b: x + (a.exp()[:, None] * x).sin() / b.exp()[:, None],
+                  lambda x, a, b: x + (b.exp()[:, None] * x).sin() ** 2 / a.exp()[:, None],
+                  lambda x, a, b: x + (a.exp()[:, None] * x).sin() ** 2 * b.exp()[:, None]],
+        "doubled": [lambda x: [v for v in x for _ in range(2)], lambda x: [w for v in x for w in (v, v / 2)],
+                    lambda x: [w for v, n in zip(x, [*x[1:], 0]) for w in (v, (v + n) / 2)],
+                    lambda x: [w for v, n in zip(x, x[1:]) for w in (v, (v + n) / 2)] + x[-1:]],
+        "sees": [lambda k, ds: sum(k // 2 * d + k // 2 for d in ds), lambda k, ds: sum(5 + k // 2 * d for d in ds),
+                 lambda k, ds: sum(10 + (k - 1) * d + k - 1 for d in ds),
+                 lambda k, ds: max(10 + k // 2 * d + k // 2 for d in ds)],
+    },
 }
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]
 
