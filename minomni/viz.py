@@ -134,6 +134,17 @@ def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
     legend(plots[0], kinds)
 
 
+def squares(ax, lines: dict[str, list[str]]) -> None:
+    """Tokens as squares coloured by kind: for each label a line of kinds, the first one on top."""
+    longest = max(map(len, lines.values()))
+    width = 0.84 if ax.get_window_extent().width / longest > 8 else 1.0  # in pixels: smaller gaps would flicker
+    for y, kinds in enumerate(lines.values()):
+        ax.bar(range(len(kinds)), 0.8, width=width, bottom=y - 0.4, color=[COLORS[kind] for kind in kinds])
+    ax.set(xlim=(-0.6, longest - 0.4), ylim=(len(lines) - 0.5, -0.5), yticks=range(len(lines)), yticklabels=list(lines))
+    ax.spines[:].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+
+
 def split(ax, *heights: float) -> list:
     """Plots one above the other in the place of one, of these shares of its height; its title stays above them all."""
     ax.axis("off")

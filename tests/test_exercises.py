@@ -4,6 +4,8 @@ import ast
 import math
 import runpy
 import sys
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -13,6 +15,24 @@ import torch
 from minomni.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def pairs(words: dict, weighted: bool = True) -> Counter:
+    """How often neighbours occur, or in how many words."""
+    counts = Counter()
+    for word, often in words.items():
+        counts.update({pair: often * n if weighted else 1 for pair, n in Counter(zip(word, word[1:])).items()})
+    return counts
+
+
+def marked(row: list[str], who: str, begin: int, end: int) -> list[int]:
+    """1 from `begin` tokens after the start of every turn of somebody to `end` tokens behind its <|im_end|>."""
+    marks = [0] * len(row)
+    for i in (i for i, token in enumerate(row) if row[i : i + 2] == ["<|im_start|>", who]):
+        stop = row.index("<|im_end|>", i) if "<|im_end|>" in row[i:] else len(row) - 1
+        marks[i + begin : stop + end] = [1] * len(marks[i + begin : stop + end])
+    return marks
+
 
 BUGS = {
     "00": {
@@ -97,6 +117,21 @@ BUGS = {
                    lambda x, r, c: x.view(r // 2, 2, c // 2, 2, -1).permute(0, 2, 3, 1, 4).reshape(r * c // 4, -1),
                    lambda x, r, c: x.view(r // 2, 2, c // 2, 2, -1).permute(2, 0, 1, 3, 4).reshape(r * c // 4, -1),
                    lambda x, r, c: x.view(2, r // 2, 2, c // 2, -1).permute(1, 3, 0, 2, 4).reshape(r * c // 4, -1)],
+    },
+    "05": {
+        "unmerged": [lambda text: len(text), lambda text: len(text.encode()),
+                     lambda text: len(unicodedata.normalize("NFC", text)),
+                     lambda text: len(unicodedata.normalize("NFD", text).encode())],
+        "next_merge": [lambda w: pairs(w).most_common(1)[0][0], lambda w: min(pairs(w)),
+                       lambda w: max((n, pair) for pair, n in pairs(w).items())[1],
+                       lambda w: min((-n, pair) for pair, n in pairs(w, weighted=False).items())[1],
+                       lambda w: min((-n, pair) for word, n in w.items() for pair in zip(word, word[1:]))[1]],
+        "learns": [lambda row: marked(row, "assistant", 3, 0), lambda row: marked(row, "assistant", 0, 1),
+                   lambda row: marked(row, "assistant", 2, 0), lambda row: marked(row, "assistant", 3, 2),
+                   lambda row: marked(row, "user", 3, 1), lambda row: [1] * len(row)],
+        "showable": [lambda data: len(data), lambda data: len(data.decode(errors="ignore")),
+                     lambda data: len(data.decode(errors="replace").encode()),
+                     lambda data: sum(byte < 128 for byte in data)],
     },
     "06": {
         "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c,

@@ -167,6 +167,13 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
     assert sliders == [{"a": (1,)}]
 
 
+def test_squares_are_lines_from_the_top(sliders):
+    ax = viz.axes()
+    viz.squares(ax, {"first": ["audio", "image"], "second": ["text"]})
+    assert [(bar.get_x() + bar.get_width() / 2, bar.get_y() + 0.4) for bar in ax.patches] == [(0, 0), (1, 0), (0, 1)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"] and ax.yaxis_inverted()
+
+
 @pytest.mark.parametrize("length", [3, viz.ROOM_FOR_NUMBERS, viz.ROOM_FOR_NUMBERS + 1])
 def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     tokens = TINY.thinker.tokens
