@@ -59,6 +59,7 @@ def parser() -> Parser:
     chat.add_argument("--samples", action="store_true", help="answer all questions of data_samples/ instead")
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
     chat.add_argument("--voice", help="who answers (default: the model's first voice)")
+    chat.add_argument("--voice-from", type=Path, metavar="WAV", help="answer in the voice of a few seconds of speech")
     chat.add_argument("--out", type=Path, default=Path("reply.wav"), help="where the speech goes (default reply.wav)")
     chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
     chat.add_argument("--seed", type=SEED, default=0, help="of the voice's small variations (default 0)")
@@ -116,8 +117,13 @@ def run_chat(arguments) -> None:
         raise UserError("nothing was asked; give --text, --audio, --image or --video")
     if arguments.out.is_dir():
         raise UserError(f"{arguments.out}: is a folder; --out takes the name of a wav file")
-    omni = load(arguments.model)
-    reply = omni.respond([{"role": "user", "content": arguments.content}], voice=arguments.voice, seed=arguments.seed,
+    omni, voice = load(arguments.model), arguments.voice
+    if arguments.voice_from:
+        from . import make_voice
+
+        voice = voice or arguments.voice_from.stem
+        omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
+    reply = omni.respond([{"role": "user", "content": arguments.content}], voice=voice, seed=arguments.seed,
                          speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
     path = None
     if not arguments.no_speech:

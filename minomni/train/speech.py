@@ -15,13 +15,11 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..inputs.mel import voice_mel
-from ..talker.codec import speaker_vector
-from ..token2wav.speaker import Voice
+from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
-REFERENCE_FRAMES = 150  # mel frames (1.5 s) that stand for a voice
 NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
 
 
@@ -140,8 +138,5 @@ def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:
     voices = {}
     for i, name in enumerate(world.VOICES):
         mels = [voice_mel(speech.wave(j)) for j, u in enumerate(speech.utterances) if u.voice == name][:4]
-        mel = torch.cat(mels)
-        repeats = -(-REFERENCE_FRAMES // len(mel))
-        reference = mel.repeat(repeats, 1)[:REFERENCE_FRAMES]
-        voices[name] = Voice(name, first_bos + i, speaker_vector(mel)[None], reference[None].clone())
+        voices[name] = voice_of(torch.cat(mels), name, first_bos + i)
     return voices
