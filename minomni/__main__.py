@@ -47,6 +47,10 @@ def parser() -> Parser:
     train.add_argument("--fresh", action="store_true", help="throw an earlier run away and start over")
     train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
     train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
+    train.add_argument("--data", type=Path, help="tune the trained model on your own: a JSONL file of messages and "
+                                                 "replies, or a folder of recordings; --stage chat or talker")
+    train.add_argument("--epochs", type=COUNT, help="how often --data is gone through (default 3, more if it is small)")
+    train.add_argument("--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)")
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
 
     chat = commands.add_parser("chat", help="ask one question, get text and speech",
@@ -92,8 +96,17 @@ def run_train(arguments) -> None:
     if arguments.stages:
         print(stages.timetable(arguments.size))
         return
-    stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
     home = arguments.home or ROOT / "runs" / arguments.size
+    if arguments.data:
+        from .train import own_data
+
+        folder = own_data.tune(arguments.size, arguments.data, arguments.out or home / "tuned", arguments.stage,
+                               arguments.seed, arguments.epochs, arguments.resume, arguments.fresh)
+        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+        return
+    if arguments.epochs or arguments.out:
+        raise UserError("--epochs and --out go with --data")
+    stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
     stages.begin(home, arguments.resume, arguments.fresh)
     if arguments.stage:
         stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, arguments.slot)
