@@ -46,8 +46,8 @@ def make_voice(wav, name: str, omni, bos_token: int | None = None) -> Voice:
     """
     dit, given = omni.config.token2wav.dit, name_of(wav, "audio")
     if dit.enc_emb_dim != 2 * dit.mel_dim:
-        raise UserError(f"voice {name!r}: this model's speaker vectors of {dit.enc_emb_dim} numbers come from a network "
-                        f"that was not released; make voices for a size trained here")
+        raise UserError(f"voice {name!r}: this model's speaker vectors of {dit.enc_emb_dim} numbers come from a "
+                        f"network that was not released; make voices for a size trained here")
     token = free_token(omni) if bos_token is None else bos_token
     return voice_of(speech_frames(load_audio(wav), given), name, token)
 
@@ -62,7 +62,7 @@ def free_token(omni) -> int:
 
 
 def voice_of(mel: Tensor, name: str, bos_token: int) -> Voice:
-    """Voice mel [T, 80] of one speaker -> the Voice it stands for, its reference the first 1.5 s, repeated if need be."""
+    """Voice mel [T, 80] of one speaker -> its Voice; the reference is the first 1.5 s, repeated if need be."""
     reference = mel.repeat(-(-REFERENCE_FRAMES // len(mel)), 1)[:REFERENCE_FRAMES]
     return Voice(name, bos_token, speaker_vector(mel)[None], reference[None].clone())
 
@@ -78,8 +78,8 @@ def speech_frames(wave: Tensor, given: str) -> Tensor:
     loud = (level > loudest - QUIET).float()
     speech = mel[F.max_pool1d(loud[None], **wide)[0] > 0]
     if len(speech) < SHORTEST_SPEECH * MEL_RATE:
-        raise UserError(f"{given}: {len(speech) / MEL_RATE:.1f} s of speech; a voice needs at least {SHORTEST_SPEECH} s, "
-                        f"better five")
+        raise UserError(f"{given}: {len(speech) / MEL_RATE:.1f} s of speech; a voice needs at least "
+                        f"{SHORTEST_SPEECH} s, better five")
     return speech
 
 

@@ -34,7 +34,8 @@ class OwnStage(Stage):
 
     def __init__(self, omni, recipe: Recipe, cache: Path, seed: int, lines: Lines):
         super().__init__(omni, recipe, cache, seed)
-        self.lines, self.processor, self.tokens = lines, Processor(omni.config, omni.tokenizer), omni.config.thinker.tokens
+        self.lines, self.tokens = lines, omni.config.thinker.tokens
+        self.processor = Processor(omni.config, omni.tokenizer)
 
     def chosen(self, place: int) -> int:
         """Which line comes at a place of the epochs."""
@@ -56,7 +57,8 @@ class OwnChatStage(OwnStage):
     name, learns = "chat", ("thinker.",)
 
     def losses(self, batch):
-        rows = sorted(((prompt(line, self.processor), line) for line in batch), key=lambda row: row[0].input_ids.shape[1])
+        rows = [(prompt(line, self.processor), line) for line in batch]
+        rows.sort(key=lambda row: row[0].input_ids.shape[1])
         size = ceil(len(rows) / PARTS)  # rows of like length together, so that little is padding
         parts = [self.lesson(*zip(*rows[i : i + size])) for i in range(0, len(rows), size)]
         return {"text": answer_loss([(self.omni.thinker(inputs), targets) for inputs, targets in parts])}
@@ -78,8 +80,9 @@ class OwnTalkerStage(OwnStage):
     def losses(self, batch):
         rows = hand_over(self.omni.thinker, *self.lesson([prompt(line, self.processor) for line in batch], batch))
         voices = [self.omni.voice(line.voice or next(iter(self.omni.voices))).bos_token for line in batch]
-        lessons = zip(rows, voices, self.codes(batch), batch)
-        return {"codes": code_loss(self.omni, [Lesson(*row, bos, codes, line.answer) for row, bos, codes, line in lessons])}
+        spoken = zip(rows, voices, self.codes(batch), batch)
+        lessons = [Lesson(*row, bos, codes, line.answer) for row, bos, codes, line in spoken]
+        return {"codes": code_loss(self.omni, lessons)}
 
     @torch.no_grad()
     def codes(self, lines: list[Line]) -> list[torch.Tensor]:
@@ -155,5 +158,5 @@ def belongs(run: Path, made_of: dict) -> None:
     kept = read_json(run / MADE_OF, optional=True)
     changed = [key for key, value in made_of.items() if kept.get(key, value) != value]
     if changed and any((run / "stages").iterdir()):
-        raise UserError(f"{run} was begun with other {' and '.join(changed)}; --fresh starts over, --out goes elsewhere")
+        raise UserError(f"{run} was begun with other {' and '.join(changed)}; use --fresh, or another --out")
     write_json(run / MADE_OF, made_of)

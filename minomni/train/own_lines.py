@@ -71,7 +71,7 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
 
 
 def contents(content, folder: Path):
-    """A message's content with paths of media relative to the folder made whole; web addresses are left to be refused."""
+    """A message's content with paths of media relative to the folder made whole; web addresses stay, to be refused."""
     if not isinstance(content, list):
         return content
     items = []
@@ -202,7 +202,7 @@ def ljspeech(folder: Path) -> Iterator[dict]:
     with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE), 1):
             if len(row) not in (2, 3):
-                raise UserError(f"{folder / 'metadata.csv'}: row {number} has {len(row)} columns; expected id|text|text")
+                raise UserError(f"{folder}/metadata.csv: row {number} has {len(row)} columns; expected id|text|text")
             speech = {"speech": str(folder / "wavs" / f"{row[0]}.wav"), "voice": folder.name}
             yield {**dialogue(f"say {row[-1]}", row[-1]), **speech}
 
