@@ -233,7 +233,7 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
 
 @pytest.mark.parametrize("options, says", [
     (["--data", "none.jsonl"], "no such file or folder"),
-    (["--data", "."], "neither metadata.csv"),
+    (["--data", "."], "and no metadata.csv"),
     (["--data", "none.jsonl", "--stage", "codec"], "own data has no stage 'codec'"),
     (["huge", "--data", "none.jsonl"], "no recipe tunes 'huge'"),
     (["--epochs", "3"], "go with --data"),

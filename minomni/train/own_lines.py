@@ -183,12 +183,16 @@ def layout(folder: Path) -> Iterator[dict]:
     """The lines that a folder of recordings stands for, one by one. Raises UserError for an unknown layout."""
     if (folder / "metadata.csv").is_file():
         return ljspeech(folder.resolve())
-    recordings = folder / "recordings" if (folder / "recordings").is_dir() else folder
-    names = sorted(path.name for path in recordings.glob("*.wav") if DIGIT_NAME.fullmatch(path.name))
-    if not names:
-        raise UserError(f"{folder}: neither metadata.csv with wavs/ nor {{digit}}_{{speaker}}_{{index}}.wav in it; "
-                        f"write a JSONL file")
-    return (spoken_digit(recordings.resolve() / name) for name in names)
+    return map(spoken_digit, digit_files(folder))
+
+
+def digit_files(folder: Path) -> list[Path]:
+    """Recordings of the free-spoken-digit-dataset in a folder, or in its recordings/. Raises UserError for none."""
+    inner = folder / "recordings" if (folder / "recordings").is_dir() else folder
+    files = sorted(path for path in inner.resolve().glob("*.wav") if DIGIT_NAME.fullmatch(path.name))
+    if not files:
+        raise UserError(f"{folder}: holds no {{digit}}_{{speaker}}_{{index}}.wav, and no metadata.csv with wavs/ either")
+    return files
 
 
 def spoken_digit(path: Path) -> dict:

@@ -20,6 +20,7 @@ from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
+PACES = [(rate, pitch) for rate in range(120, 221, 20) for pitch in range(20, 81, 20)]  # of the crowd
 NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
 
 
@@ -99,14 +100,25 @@ def test_jobs() -> list[tuple[str, synthesis.Job]]:
     return jobs
 
 
+def digit_jobs() -> list[tuple[str, synthesis.Job]]:
+    """Digits alone, in many throats and some accents: a crowd to stand beside the few real people of a small set."""
+    random = Random(4)
+    return [
+        (variant, synthesis.Job(number, f"{random.choice(world.ACCENTS)}+{variant}", *random.choice(PACES)))
+        for variant in world.CROWD
+        for _ in range(4)
+        for number in world.NUMBERS
+    ]
+
+
 def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
-    """The "speaking", "listening" or "test" corpus, synthesised on first use into the cache folder.
+    """The "speaking", "listening", "test" or "digits" corpus, synthesised on first use into the cache folder.
 
     The cache file is named by a hash of all jobs, so a changed recipe never meets an old recording.
     """
     if not synthesis.available():
         return recorded(held=name == "test")
-    jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs}[name]()
+    jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs, "digits": digit_jobs}[name]()
     key = hashlib.sha256(json.dumps([seed, jobs]).encode()).hexdigest()[:12]
     path = cache / f"{name}-{key}.npy"
     if not path.exists():
