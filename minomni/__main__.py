@@ -75,8 +75,8 @@ def parser() -> Parser:
                                  description="Prints a report card: what share is right, with 95 %% intervals.")
     report.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
-    report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout of "
-                        "free-spoken-digit-dataset, and test on the speaker left out")
+    report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout "
+                        "of free-spoken-digit-dataset, and test on the speaker left out")
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
     return top
 

@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 import minomni
+from minomni import __main__ as command
 from minomni import weights
 from minomni.config import SIZES
 from minomni.errors import UserError
@@ -110,6 +111,15 @@ def test_no_token_is_given_twice(omni, recordings):
     tokens = [voice.bos_token for voice in omni.voices.values()]
     omni.voices = kept
     assert len(tokens) == len(set(tokens)) == 12 and max(tokens) == 511
+
+
+def test_the_command_line_takes_a_recording(tiny_folder, recordings, tmp_path, monkeypatch, capsys):
+    soundfile.write(tmp_path / "me.wav", spoken_by(recordings, "Karl", 1)[0], 16_000)
+    line = ["minomni", "chat", "--model", str(tiny_folder), "--text", "say a", "--out", str(tmp_path / "reply.wav")]
+    monkeypatch.setattr(sys, "argv", [*line, "--voice-from", str(tmp_path / "me.wav")])
+    assert command.main() == 0 and (tmp_path / "reply.wav").exists()
+    monkeypatch.setattr(sys, "argv", [*line, "--voice-from", str(tmp_path / "you.wav")])
+    assert command.main() == 2 and "you.wav: no such file" in capsys.readouterr().err
 
 
 def test_import_stays_quick():

@@ -18,11 +18,12 @@ from ..inputs.media import load_audio
 from ..inputs.mel import HOP, voice_mel
 from ..inputs.prompt import Processor
 from ..token2wav.speaker import make_voice
+from . import losses
 from .loop import Recipe, Stage, graduate, train
 from .own_lines import Line, Lines, in_turn, prompt, read
 from .stages import TRAINED, begin, commit, fingerprint
 from .talker_stages import Lesson, code_loss, hand_over
-from .thinker_stages import PARTS, answer_loss, answered
+from .thinker_stages import PARTS, answered
 from .voice_stages import pad_mels
 
 LEAST_STEPS, LEAST_EPOCHS = 300, 3  # where nobody says how many epochs: few lines are seen often, many at least thrice
@@ -61,7 +62,7 @@ class OwnChatStage(OwnStage):
         rows.sort(key=lambda row: row[0].input_ids.shape[1])
         size = ceil(len(rows) / PARTS)  # rows of like length together, so that little is padding
         parts = [self.lesson(*zip(*rows[i : i + size])) for i in range(0, len(rows), size)]
-        return {"text": answer_loss([(self.omni.thinker(inputs), targets) for inputs, targets in parts])}
+        return {"text": losses.in_parts([(self.omni.thinker(inputs), targets) for inputs, targets in parts])}
 
     def sample(self):
         line = self.lines[0]

@@ -191,7 +191,7 @@ def digit_files(folder: Path) -> list[Path]:
     inner = folder / "recordings" if (folder / "recordings").is_dir() else folder
     files = sorted(path for path in inner.resolve().glob("*.wav") if DIGIT_NAME.fullmatch(path.name))
     if not files:
-        raise UserError(f"{folder}: holds no {{digit}}_{{speaker}}_{{index}}.wav, and no metadata.csv with wavs/ either")
+        raise UserError(f"{folder}: holds no {{digit}}_{{speaker}}_{{index}}.wav and no metadata.csv with wavs/")
     return files
 
 

@@ -30,8 +30,10 @@ from .thinker_stages import answered
 from .world import NUMBERS
 
 RECIPE = Recipe(steps=800, batch=32, lr=3e-3, warmup=20)
+CROWDED = 0.4  # share of synthetic voices in a batch
 ANSWERED = 8  # of a batch's clips are answered in words too: the ears need more lessons than the decoder
 WARP, EQUALISE, STRETCH, HURRY = 0.15, 0.3, 0.5, 0.3  # how far augment() goes
+QUIET = 1600  # samples (100 ms) of silence around a recording: many are cut within the first sound
 RANGE = 2.0  # log_mel's units from a clip's loudest point to its floor (80 dB)
 
 
@@ -40,7 +42,7 @@ def clips_by_speaker(folder: Path) -> dict[str, list[tuple[Tensor, int]]]:
     clips = defaultdict(list)
     for path in digit_files(folder):
         digit, speaker, _ = DIGIT_NAME.fullmatch(path.name).groups()
-        clips[speaker].append((log_mel(load_audio(path)), int(digit)))
+        clips[speaker].append((log_mel(F.pad(load_audio(path), (QUIET, QUIET))), int(digit)))
     if len(clips) < 2:
         raise UserError(f"{folder}: recordings of {len(clips)} speakers; leaving one out takes at least two")
     return dict(clips)
@@ -78,7 +80,8 @@ def augment(mel: Tensor, random: Random) -> Tensor:
 class DigitsStage(Stage):
     """The ears point at the word they hear (as in their first lessons), and the decoder answers the question."""
 
-    name, learns = "digits", ("thinker.audio_tower.", "thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
+    name = "digits"
+    learns = "thinker.audio_tower.", "thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head."
 
     def __init__(self, omni, recipe: Recipe, cache: Path, seed: int, people: list, crowd: list):
         """people and crowd: (log-mel [128, F], digit) pairs of real and of synthetic speakers."""
@@ -90,8 +93,9 @@ class DigitsStage(Stage):
 
     def batch(self, step):
         random = Random(f"{self.seed}-digits-{step}")
-        few = self.recipe.batch // 2 if self.crowd else self.recipe.batch
-        chosen = random.choices(self.people, k=few) + random.choices(self.crowd or [None], k=self.recipe.batch - few)
+        many = round(self.recipe.batch * CROWDED) if self.crowd else 0
+        chosen = random.choices(self.people, k=self.recipe.batch - many)
+        chosen += random.choices(self.crowd, k=many) if many else []
         random.shuffle(chosen)
         return [augment(mel, random) for mel, _ in chosen], [digit for _, digit in chosen]
 

@@ -134,7 +134,7 @@ def word_error_row(name: str, items: list[tuple[int, int]]) -> Row:
 
 
 def real_digits_row(model: str, digits: Path | None) -> Row:
-    """Right answers about real spoken digits; the interval draws speakers anew, since those of one go wrong together."""
+    """Right answers about real spoken digits; the interval draws speakers anew: those of one go wrong together."""
     if digits is None:
         return Row("real_digits_accuracy", None)
     speakers = list(leave_one_out(model, digits, ROOT / "runs" / "corpus").values())

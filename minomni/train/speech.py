@@ -20,6 +20,13 @@ from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
+ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")  # of a crowd that says digits
+CROWD = (  # its throats: espeak-ng's variants of a voice
+    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 klatt5 klatt6 adam Alex Alicia Andrea Andy "
+    "Annie aunty belinda benjamin boris caleb david ed edward Gene grandma grandpa gustave Hugo ian iven Jacky john "
+    "Lee linda Marco Mario max Michael michel miguel Mike norbert pablo paul pedro quincy Reed rob robert sandro "
+    "shelby steph Storm travis victor zac"
+).split()
 PACES = [(rate, pitch) for rate in range(120, 221, 20) for pitch in range(20, 81, 20)]  # of the crowd
 NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
 
@@ -104,8 +111,8 @@ def digit_jobs() -> list[tuple[str, synthesis.Job]]:
     """Digits alone, in many throats and some accents: a crowd to stand beside the few real people of a small set."""
     random = Random(4)
     return [
-        (variant, synthesis.Job(number, f"{random.choice(world.ACCENTS)}+{variant}", *random.choice(PACES)))
-        for variant in world.CROWD
+        (variant, synthesis.Job(number, f"{random.choice(ACCENTS)}+{variant}", *random.choice(PACES)))
+        for variant in CROWD
         for _ in range(4)
         for number in world.NUMBERS
     ]

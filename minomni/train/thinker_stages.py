@@ -154,12 +154,6 @@ def follow(row: Inputs, part: Inputs | None, input_ids: torch.Tensor) -> Inputs:
     return replace(media, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
 
-def answer_loss(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Mean next-token loss over all answers of a batch whose parts are (logits [B, L, V], targets [B, L])."""
-    counts = [(targets != losses.IGNORE).sum() for _, targets in parts]
-    return sum(losses.next_token(*part) * count for part, count in zip(parts, counts)) / sum(counts)
-
-
 class ThinkerStage(Stage):
     """A mixture of kinds of examples and next-token loss on the answers."""
 
@@ -180,7 +174,8 @@ class ThinkerStage(Stage):
         return [(part, *self.teacher.lesson(part, random)) for part in parts]
 
     def losses(self, batch):
-        return {"text": answer_loss([(self.logits(examples, inputs), targets) for examples, inputs, targets in batch])}
+        parts = [(self.logits(examples, inputs), targets) for examples, inputs, targets in batch]
+        return {"text": losses.in_parts(parts)}
 
     def logits(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
         """What the Thinker expects after each position [B, L, V]."""

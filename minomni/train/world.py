@@ -30,14 +30,6 @@ CLIP_FPS = 2.0
 # How each voice is made: espeak-ng voice. The first four are the voices the model speaks with.
 VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
 LISTENING_VOICES = {**VOICES, "Mike": "en-us+m1", "Max": "en-us+m3", "Nora": "en-us+f4", "Paul": "en-us"}
-# Accents and throats of a crowd that says digits; the second are espeak-ng's variants of a voice.
-ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")
-CROWD = tuple(
-    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 klatt5 klatt6 adam Alex Alicia Andrea Andy Annie "
-    "aunty belinda benjamin boris caleb david ed edward Gene grandma grandpa gustave Hugo ian iven Jacky john Lee linda "
-    "Marco Mario max Michael michel miguel Mike norbert pablo paul pedro quincy Reed rob robert sandro shelby steph "
-    "Storm travis victor zac".split()
-)
 UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # heard in tests only
 
 # Every sentence the language has, as a grammar: the judge of speech listens with the same one.
