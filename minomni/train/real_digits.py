@@ -1,7 +1,7 @@
 """Real people: does a Thinker raised on a synthesiser understand speakers that it has never heard?
 
 Spoken digits of the free-spoken-digit-dataset, one speaker left out at a time: the others tune the ears and the
-decoder, the one left out asks "which digit do you hear". One recipe for all folds, fixed before any is counted.
+decoder, the one left out asks "which digit do you hear". One recipe serves all of them.
 """
 
 from collections import defaultdict
