@@ -29,6 +29,15 @@ def load(name: str, device: str = "cpu", dtype=None):
     return weights.load(folder, device, dtype if Path(name).is_dir() else dtype or torch.float32)
 
 
+def __getattr__(name: str):
+    """make_voice(), fetched when first asked for: `import minomni` is to stay quick."""
+    if name == "make_voice":
+        from .token2wav.speaker import make_voice
+
+        return make_voice
+    raise AttributeError(f"module 'minomni' has no attribute {name!r}")
+
+
 def folder_of(name: str) -> Path:
     """Where the model of a size, or of a checkpoint's folder, lies. Raises UserError where there is none."""
     from . import config

@@ -50,6 +50,10 @@ def parser() -> Parser:
                        help="where to compute (default auto: cuda, else mps, else cpu)")
     train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
     train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
+    train.add_argument("--data", type=Path, help="tune the trained model on your own: a JSONL file of messages and "
+                                                 "replies, or a folder of recordings; --stage chat or talker")
+    train.add_argument("--epochs", type=COUNT, help="how often --data is gone through (default 3, more if it is small)")
+    train.add_argument("--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)")
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
 
     chat = commands.add_parser("chat", help="ask one question, get text and speech",
@@ -62,6 +66,7 @@ def parser() -> Parser:
     chat.add_argument("--samples", action="store_true", help="answer all questions of data_samples/ instead")
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
     chat.add_argument("--voice", help="who answers (default: the model's first voice)")
+    chat.add_argument("--voice-from", type=Path, metavar="WAV", help="answer in the voice of a few seconds of speech")
     chat.add_argument("--out", type=Path, default=Path("reply.wav"), help="where the speech goes (default reply.wav)")
     chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
     chat.add_argument("--seed", type=SEED, default=0, help="of the voice's small variations (default 0)")
@@ -73,6 +78,8 @@ def parser() -> Parser:
                                  description="Prints a report card: what share is right, with 95 %% intervals.")
     report.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
+    report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout "
+                        "of free-spoken-digit-dataset, and test on the speaker left out")
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
     return top
 
@@ -94,9 +101,18 @@ def run_train(arguments) -> None:
     if arguments.stages:
         print(stages.timetable(arguments.size))
         return
-    stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
     device = stages.device_of(arguments.device).type
     home = arguments.home or ROOT / "runs" / arguments.size
+    if arguments.data:
+        from .train import own_data
+
+        folder = own_data.tune(arguments.size, arguments.data, arguments.out or home / "tuned", arguments.stage,
+                               arguments.seed, arguments.epochs, arguments.resume, arguments.fresh, device)
+        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+        return
+    if arguments.epochs or arguments.out:
+        raise UserError("--epochs and --out go with --data")
+    stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
     stages.begin(home, arguments.resume, arguments.fresh, arguments.stage)
     if arguments.stage:
         stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, device,
@@ -121,8 +137,13 @@ def run_chat(arguments) -> None:
         raise UserError("nothing was asked; give --text, --audio, --image or --video")
     if arguments.out.is_dir():
         raise UserError(f"{arguments.out}: is a folder; --out takes the name of a wav file")
-    omni = load(arguments.model)
-    reply = omni.respond([{"role": "user", "content": arguments.content}], voice=arguments.voice, seed=arguments.seed,
+    omni, voice = load(arguments.model), arguments.voice
+    if arguments.voice_from:
+        from . import make_voice
+
+        voice = voice or arguments.voice_from.stem
+        omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
+    reply = omni.respond([{"role": "user", "content": arguments.content}], voice=voice, seed=arguments.seed,
                          speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
     path = None
     if not arguments.no_speech:
@@ -163,7 +184,7 @@ def answer_samples(arguments) -> None:
 def run_report(arguments) -> None:
     from .train import report
 
-    card = report.measure(arguments.model, arguments.items)
+    card = report.measure(arguments.model, arguments.items, arguments.digits)
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 

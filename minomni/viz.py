@@ -62,6 +62,27 @@ def filters(ax, bank: Tensor, top: float = LISTENING_RATE / 2, every: int = 1, t
     ax.set(xlabel="Hz", ylabel="weight", title=title, xlim=(0, top), ylim=(0, None))
 
 
+def picture(ax, pixels, title: str = "") -> None:
+    """A picture without axes: a PIL image, or [height, width, 3] of bytes or of 0 .. 1."""
+    ax.imshow(pixels)
+    ax.axis("off")
+    ax.set_title(title, fontsize=9)
+
+
+def lattice(ax, height: int, width: int, step: int, color: str = "white", linewidth: float = 0.8) -> None:
+    """Lines between the squares of `step` pixels in a picture of height x width pixels."""
+    edge = -0.5  # where imshow lets the first pixel begin
+    ax.hlines(torch.arange(step, height, step) + edge, edge, width + edge, color, linewidth=linewidth)
+    ax.vlines(torch.arange(step, width, step) + edge, edge, height + edge, color, linewidth=linewidth)
+
+
+def tint(ax, labels: Tensor, step: int) -> None:
+    """Colour the squares of `step` pixels of a picture by their labels [rows, columns]."""
+    height, width = step * labels.shape[0], step * labels.shape[1]
+    ax.imshow((labels % 10).numpy(), cmap="tab10", vmin=0, vmax=9, alpha=0.4, interpolation="nearest",
+              extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+
+
 def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
     """The kind of every token of a row, for its colour: text, marker, audio, image or video."""
     kinds = {tokens.audio: "audio", tokens.image: "image", tokens.video: "video"}
@@ -111,6 +132,17 @@ def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
     plots[0].set_title(title, loc="left")
     plots[-1].set_xlabel("token", fontsize=9)
     legend(plots[0], kinds)
+
+
+def squares(ax, lines: dict[str, list[str]]) -> None:
+    """Tokens as squares coloured by kind: for each label a line of kinds, the first one on top."""
+    longest = max(map(len, lines.values()))
+    width = 0.84 if ax.get_window_extent().width / longest > 8 else 1.0  # in pixels: smaller gaps would flicker
+    for y, kinds in enumerate(lines.values()):
+        ax.bar(range(len(kinds)), 0.8, width=width, bottom=y - 0.4, color=[COLORS[kind] for kind in kinds])
+    ax.set(xlim=(-0.6, longest - 0.4), ylim=(len(lines) - 0.5, -0.5), yticks=range(len(lines)), yticklabels=list(lines))
+    ax.spines[:].set_visible(False)
+    ax.tick_params(axis="y", length=0)
 
 
 def split(ax, *heights: float) -> list:

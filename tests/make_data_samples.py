@@ -5,6 +5,7 @@ python -m tests.make_data_samples model    the tiny model that was trained last,
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from random import Random
@@ -16,6 +17,7 @@ import soundfile
 import minomni
 from minomni import weights
 from minomni.train import speech, synthesis, world
+from minomni.train.stages import TRAINED
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
@@ -124,6 +126,7 @@ def recordings(count: int = 32) -> None:
 def model() -> None:
     """Keep runs/tiny/model as data_samples/tiny, at half its size: load() brings it back to fp32."""
     weights.save(minomni.load("tiny").half(), FOLDER / "tiny")
+    shutil.copy(minomni.folder_of("tiny") / TRAINED, FOLDER / "tiny")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
-COLORS = 128  # of a stored picture: half the bytes of full colour, and no eye sees the difference
+COLORS = 128  # of a stored figure: half the bytes of full colour, and no eye sees the difference
+PHOTOGRAPH = 8192  # more colours than this and it is a photograph, in whose sky an eye would see it
 
 
 def refresh(path: Path) -> float:
@@ -49,8 +50,9 @@ def clean(notebook) -> None:
                 output.text = output.text.replace(f"{ROOT}{os.sep}", "")
             if "data" in output:
                 output.metadata = {}
-                for kind, data in output.data.items():
-                    output.data[kind] = small(data) if kind == "image/png" else data.replace(f"{ROOT}{os.sep}", "")
+                figure = output.data.pop("image/png", None)
+                output.data = {kind: data.replace(f"{ROOT}{os.sep}", "") for kind, data in output.data.items()}
+                output.data |= small(figure) if figure else {}
 
 
 def merged(outputs) -> list:
@@ -64,11 +66,15 @@ def merged(outputs) -> list:
     return kept
 
 
-def small(png: str) -> str:
-    """A PNG in base64 -> the same picture with a palette."""
+def small(png: str) -> dict[str, str]:
+    """A PNG in base64 -> the same picture as a PNG with a palette, or a photograph as a JPEG, under its MIME type."""
     picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
-    picture.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+    photograph = picture.getcolors(PHOTOGRAPH) is None
+    if photograph:
+        picture.save(file, "JPEG", quality=75, optimize=True)
+    else:
+        picture.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return {"image/jpeg" if photograph else "image/png": base64.b64encode(file.getvalue()).decode()}
 
 
 def main(wanted: list[str]) -> None:

@@ -4,6 +4,8 @@ import ast
 import math
 import runpy
 import sys
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -13,6 +15,24 @@ import torch
 from minomni.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def pairs(words: dict, weighted: bool = True) -> Counter:
+    """How often neighbours occur, or in how many words."""
+    counts = Counter()
+    for word, often in words.items():
+        counts.update({pair: often * n if weighted else 1 for pair, n in Counter(zip(word, word[1:])).items()})
+    return counts
+
+
+def marked(row: list[str], who: str, begin: int, end: int) -> list[int]:
+    """1 from `begin` tokens after the start of every turn of somebody to `end` tokens behind its <|im_end|>."""
+    marks = [0] * len(row)
+    for i in (i for i, token in enumerate(row) if row[i : i + 2] == ["<|im_start|>", who]):
+        stop = row.index("<|im_end|>", i) if "<|im_end|>" in row[i:] else len(row) - 1
+        marks[i + begin : stop + end] = [1] * len(marks[i + begin : stop + end])
+    return marks
+
 
 BUGS = {
     "00": {
@@ -42,6 +62,77 @@ BUGS = {
                          lambda n: max(0, (n - 199) // 160 + 1), lambda n: (n - 200) // 160 + 1,
                          lambda n: max(0, (n - 201) // 160 + 1)],
     },
+    "02": {
+        "heard_by": [lambda ms: (ms // 2000, ms // 40), lambda ms: (ms // 2000, ms % 2000 // 20),
+                     lambda ms: (ms // 1000, ms % 1000 // 40), lambda ms: (ms // 2000, -(-(ms % 2000) // 40))],
+        "scores_of": [lambda n: ((n + 1) // 2) ** 2, lambda n: n // 200 * 100**2 + (n % 200 // 2) ** 2,
+                      lambda n: -(-n // 200) * 100**2, lambda n: n // 200 * 200**2 + (n % 200) ** 2],
+        "packed": [lambda x, s: x.unflatten(1, (-1, 2)).mean(2).flatten(0, 1),
+                   lambda x, s: torch.cat([b[: n // 2 * 2 : 2] for b, n in zip(x, s)]),
+                   lambda x, s: torch.cat([b[: -(-n // 2) * 2].unflatten(0, (-1, 2)).mean(1) for b, n in zip(x, s)]),
+                   lambda x, s: torch.cat([b[: n // 2 * 2].unflatten(0, (2, n // 2)).mean(0) for b, n in zip(x, s)])],
+        "nearness": [lambda i, j, n: sum(math.cos((i - j) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)),
+                     lambda i, j, n: sum(math.cos((i % 100 - j % 100) / 10_000 ** (2 * k / n)) for k in range(n // 2)),
+                     lambda i, j, n: sum(math.sin((i % 100 - j % 100) / 10_000 ** (k / (n // 2 - 1)))
+                                         for k in range(n // 2)),
+                     lambda i, j, n: sum(math.cos((i - j) % 100 / 10_000 ** (k / (n // 2 - 1)))
+                                         for k in range(n // 2))],
+        "understood": [lambda n: n // 32_000 * 50, lambda n: max(0, (n - 200) // 160 + 1) // 4,
+                       lambda n: -(-n // 160) // 200 * 50, lambda n: (n - 200) // 32_000 * 50 + 50,
+                       lambda n: max(0, (n - 200) // 160 + 1) // 200 * 100],
+    },
+    "03": {
+        "byte_of": [lambda v, m, s: round((v - m) / s * 255), lambda v, m, s: round(v * s + m) * 255,
+                    lambda v, m, s: round((v + m) * s * 255), lambda v, m, s: round((v * s + m) * 256),
+                    lambda v, m, s: int((v * s + m) * 255)],
+        "column_of": [lambda c, f, y, x: ((f * 3 + c) * 14 + y) * 14 + x,
+                      lambda c, f, y, x: ((c * 2 + f) * 14 + x) * 14 + y,
+                      lambda c, f, y, x: ((y * 14 + x) * 2 + f) * 3 + c, lambda c, f, y, x: (c * 14 + y) * 14 + x],
+        "row_of": [lambda y, x, w: y // 14 * (w // 14) + x // 14,
+                   lambda y, x, w: 4 * (y // 28 * (w // 28) + x // 28) + x % 28 // 14 * 2 + y % 28 // 14,
+                   lambda y, x, w: 4 * (x // 28 * (w // 28) + y // 28) + y % 28 // 14 * 2 + x % 28 // 14,
+                   lambda y, x, w: y // 28 * (w // 28) + x // 28],
+        "film_tokens": [lambda s, r, h, w: int(2 * s) // 2 * (h // 28) * (w // 28),
+                        lambda s, r, h, w: int(min(max(2 * s, 4), 768, s * r)) * (h // 28) * (w // 28),
+                        lambda s, r, h, w: int(min(max(2 * s, 4), 768)) // 2 * (h // 28) * (w // 28),
+                        lambda s, r, h, w: -(-min(max(2 * s, 4), 768, s * r) // 2) * (h // 28) * (w // 28),
+                        lambda s, r, h, w: int(min(max(2 * s, 4), s * r)) // 2 * (h // 28) * (w // 28)],
+        "halved": [lambda w: w[:, :588], lambda w: w[:, :588] + w[:, 588:], lambda w: w[:, ::2] + w[:, 1::2],
+                   lambda w: w.view(-1, 3, 2, 196).mean(2).flatten(1),
+                   lambda w: w.view(-1, 2, 3, 196).sum(1).flatten(1)],
+    },
+    "04": {
+        "may_see": [lambda a, b, s: a[:2] == b[:2] and abs(a[2] - b[2]) < s and abs(a[3] - b[3]) < s,
+                    lambda a, b, s: a[2] // s == b[2] // s and a[3] // s == b[3] // s,
+                    lambda a, b, s: a[:2] == b[:2] and a[2] % s == b[2] % s and a[3] % s == b[3] % s,
+                    lambda a, b, s: a[0] == b[0] and a[2] // s == b[2] // s and a[3] // s == b[3] // s,
+                    lambda a, b, s: a[:2] == b[:2]],
+        "pairs": [lambda r, c, s: (r * c) ** 2, lambda r, c, s: r * c * s**2,
+                  lambda r, c, s: (r // s) * (c // s) * s**4, lambda r, c, s: -(-r // s) * -(-c // s) * s**4],
+        "angle_of": [lambda j, r, c, d: (r, c)[j % (d // 2) // (d // 4)] * 1e4 ** (-2 * (j % (d // 4)) / d),
+                     lambda j, r, c, d: (c, r)[j % (d // 2) // (d // 4)] * 1e4 ** (-4 * (j % (d // 4)) / d),
+                     lambda j, r, c, d: (r, c)[j % 2] * 1e4 ** (-4 * (j // 2) / d),
+                     lambda j, r, c, d: (r, c)[j // (d // 2)] * 1e4 ** (-4 * (j % (d // 4)) / d)],
+        "merged": [lambda x, r, c: x.reshape(r * c // 4, -1),
+                   lambda x, r, c: x.view(r // 2, 2, c // 2, 2, -1).permute(0, 2, 3, 1, 4).reshape(r * c // 4, -1),
+                   lambda x, r, c: x.view(r // 2, 2, c // 2, 2, -1).permute(2, 0, 1, 3, 4).reshape(r * c // 4, -1),
+                   lambda x, r, c: x.view(2, r // 2, 2, c // 2, -1).permute(1, 3, 0, 2, 4).reshape(r * c // 4, -1)],
+    },
+    "05": {
+        "unmerged": [lambda text: len(text), lambda text: len(text.encode()),
+                     lambda text: len(unicodedata.normalize("NFC", text)),
+                     lambda text: len(unicodedata.normalize("NFD", text).encode())],
+        "next_merge": [lambda w: pairs(w).most_common(1)[0][0], lambda w: min(pairs(w)),
+                       lambda w: max((n, pair) for pair, n in pairs(w).items())[1],
+                       lambda w: min((-n, pair) for pair, n in pairs(w, weighted=False).items())[1],
+                       lambda w: min((-n, pair) for word, n in w.items() for pair in zip(word, word[1:]))[1]],
+        "learns": [lambda row: marked(row, "assistant", 3, 0), lambda row: marked(row, "assistant", 0, 1),
+                   lambda row: marked(row, "assistant", 2, 0), lambda row: marked(row, "assistant", 3, 2),
+                   lambda row: marked(row, "user", 3, 1), lambda row: [1] * len(row)],
+        "showable": [lambda data: len(data), lambda data: len(data.decode(errors="ignore")),
+                     lambda data: len(data.decode(errors="replace").encode()),
+                     lambda data: sum(byte < 128 for byte in data)],
+    },
     "06": {
         "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c,
                      lambda s, r, c: s + 1],
@@ -59,6 +150,23 @@ BUGS = {
         "woven": [lambda x, s: x[0], lambda x, s: x.mean(0),
                   lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
                   lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1)],
+    },
+    "11": {
+        "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
+                  lambda n, r, k: r * n + k - 2 * ((k - r) // 2)],
+        "ghost": [lambda hz, rate: 2 * hz, lambda hz, rate: min(hz, rate - hz), lambda hz, rate: rate - 2 * hz,
+                  lambda hz, rate: 2 * hz % (rate / 2)],
+        "snake": [lambda x, a, b: x + (a[:, None] * x).sin() ** 2 / b[:, None],
+                  lambda x, a, b: x + (a.exp() * x).sin() ** 2 / b.exp(),
+                  lambda x, a, b: x + (a.exp()[:, None] * x).sin() / b.exp()[:, None],
+                  lambda x, a, b: x + (b.exp()[:, None] * x).sin() ** 2 / a.exp()[:, None],
+                  lambda x, a, b: x + (a.exp()[:, None] * x).sin() ** 2 * b.exp()[:, None]],
+        "doubled": [lambda x: [v for v in x for _ in range(2)], lambda x: [w for v in x for w in (v, v / 2)],
+                    lambda x: [w for v, n in zip(x, [*x[1:], 0]) for w in (v, (v + n) / 2)],
+                    lambda x: [w for v, n in zip(x, x[1:]) for w in (v, (v + n) / 2)] + x[-1:]],
+        "sees": [lambda k, ds: sum(k // 2 * d + k // 2 for d in ds), lambda k, ds: sum(5 + k // 2 * d for d in ds),
+                 lambda k, ds: sum(10 + (k - 1) * d + k - 1 for d in ds),
+                 lambda k, ds: max(10 + k // 2 * d + k // 2 for d in ds)],
     },
 }
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]

@@ -1,7 +1,9 @@
 """Notebooks as committed: executed, small, readable, without copies of the package. (nbval executes them anew.)"""
 
 import ast
+import base64
 import re
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,10 +11,11 @@ import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from minomni import viz
 from minomni.config import TINY
-from refresh_notebooks import BUDGET, ROOT as CHECKOUT, clean
+from refresh_notebooks import BUDGET, ROOT as CHECKOUT, clean, small
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -132,6 +135,15 @@ def test_refreshing_takes_out_what_belongs_to_a_machine():
     assert cell.outputs[0].text == "read run.py\n" and "widgets" not in book.metadata
 
 
+@pytest.mark.parametrize("colors, kind", [(100, "image/png"), (60_000, "image/jpeg")])
+def test_figures_keep_a_palette_and_photographs_become_jpegs(colors, kind):
+    numbers = torch.arange(90_000) % colors
+    pixels = torch.stack([numbers % 256, numbers // 256, numbers % 7], -1).view(300, 300, 3).byte()
+    plt.imsave(file := BytesIO(), pixels.numpy(), format="png")
+    [(found, data)] = small(base64.b64encode(file.getvalue()).decode()).items()
+    assert found == kind and Image.open(BytesIO(base64.b64decode(data))).size == (300, 300)
+
+
 @pytest.fixture
 def sliders(monkeypatch):
     """What explore() hands to its sliders."""
@@ -155,6 +167,13 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
     assert sliders == [{"a": (1,)}]
 
 
+def test_squares_are_lines_from_the_top(sliders):
+    ax = viz.axes()
+    viz.squares(ax, {"first": ["audio", "image"], "second": ["text"]})
+    assert [(bar.get_x() + bar.get_width() / 2, bar.get_y() + 0.4) for bar in ax.patches] == [(0, 0), (1, 0), (0, 1)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"] and ax.yaxis_inverted()
+
+
 @pytest.mark.parametrize("length", [3, viz.ROOM_FOR_NUMBERS, viz.ROOM_FOR_NUMBERS + 1])
 def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     tokens = TINY.thinker.tokens
@@ -165,3 +184,14 @@ def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     names = [p.get_ylabel() for p in plots] if len(plots) == 3 else [t.get_text() for t in plots[0].get_yticklabels()]
     assert names == list(viz.AXES)
     assert [t.get_text() for t in plots[0].get_legend().get_texts()] == [kind for kind in viz.COLORS if kind in kinds]
+
+
+def test_lattice_and_tint_lie_on_the_picture(sliders):
+    ax = viz.axes()
+    viz.picture(ax, torch.zeros(56, 84, 3).numpy())
+    viz.tint(ax, torch.arange(24).view(4, 6), 14)
+    viz.lattice(ax, 56, 84, 28)
+    under, over = ax.get_images()
+    assert over.get_extent() == [-0.5, 83.5, 55.5, -0.5] == list(under.get_extent())
+    places = [[float(line[0, axis]) for line in lines.get_segments()] for axis, lines in zip((1, 0), ax.collections)]
+    assert places == [[27.5], [27.5, 55.5]]

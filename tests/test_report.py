@@ -19,7 +19,7 @@ def test_interval_by_hand():
 
 def test_card_as_markdown_and_fractions():
     card = report.Card("m", [report.Row("a", 0.25, 8), report.Row("b", None, 0)], 1.0)
-    assert card.fractions() == {"a": 0.25, "b": None}
+    assert card.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
     assert "| a | 25.0% |" in card.markdown() and "not measurable here" in card.markdown()
 
 
@@ -29,10 +29,12 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     card = report.measure(str(tiny_folder), items=2)
     values = card.fractions()
     assert json.loads(json.dumps(values)) == values and all(0 <= row.n for row in card.rows)
-    others = "spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer natural_speech_wer stop_errors voice_accuracy"
+    others = "real_digits_accuracy spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer natural_speech_wer " \
+             "stop_errors voice_accuracy"
     kept = "dpo_wer_before dpo_wer_after train_seconds"  # only where the stages are kept, and the folder says how long
     assert set(report.ANSWERS) | set(others.split()) | set(kept.split()) == set(values)
     assert all(values[name] is None for name in kept.split())
+    assert values["real_digits_accuracy"] is None  # no folder was given
     assert values["asr_wer_unseen_voices"] is None  # no recordings of such voices without the synthesiser
     assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]  # a model of random weights says nothing
     assert (tmp_path / "runs" / "report.md").read_text() == card.markdown()

@@ -1,5 +1,6 @@
 """The school: every stage learns, resumes exactly, and never sees what is held out."""
 
+import json
 import tempfile
 from math import log
 from pathlib import Path
@@ -187,6 +188,13 @@ def test_next_token_by_hand():
     assert losses.next_token(logits, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_parts_of_a_batch_count_as_the_whole():
+    logits, targets = torch.randn(4, 3, 5), torch.randint(0, 5, (4, 3))
+    targets[0, 1:] = losses.IGNORE
+    parts = [(logits[:1, :2], targets[:1, :2]), (logits[1:], targets[1:])]
+    assert losses.in_parts(parts).item() == pytest.approx(losses.next_token(logits, targets).item(), rel=1e-5)
+
+
 def test_dpo_by_hand():
     loss = losses.dpo(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.0]), beta=0.5)
     assert loss.item() == pytest.approx(log(1 + torch.e**-1.0), rel=1e-5)  # margin (1) - (-1) = 2, times 0.5
@@ -257,3 +265,11 @@ def test_letters_round_trip():
 def test_word_error_by_hand():
     assert edits("a b c".split(), "a x c d".split()) == 2
     assert word_error([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
+
+
+def test_shipped_model_fits_the_code():
+    folder = stages.ROOT / "data_samples" / "tiny"
+    made = json.loads((folder / stages.TRAINED).read_text(encoding="utf-8"))
+    assert made["config"] == stages.fingerprint(TINY), "sizes have changed: train again, then make_data_samples model"
+    assert made["command"].startswith("python -m minomni train tiny") and made["seconds"] > 0
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6

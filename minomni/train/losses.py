@@ -9,14 +9,20 @@ IGNORE = -100  # a target that no loss looks at
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of logits [B, L, V] against targets [B, L], already aligned; IGNORE is skipped."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), ignore_index=IGNORE)
+
+
+def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """next_token over a batch whose parts (logits [B, L, V], targets [B, L]) differ in length: targets count alike."""
+    counts = [(targets != IGNORE).sum() for _, targets in parts]
+    return sum(next_token(*part) * count for part, count in zip(parts, counts)) / sum(counts)
 
 
 def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
     """CTC loss per letter: log-probabilities [B, T, classes] `frames` [B] of them valid, and each row's classes."""
     lengths = torch.tensor([len(row) for row in letters], device=log_probs.device)
     loss = F.ctc_loss(
-        log_probs.transpose(0, 1), torch.cat(letters), frames, lengths, reduction="none", zero_infinity=True
+        log_probs.transpose(0, 1), torch.cat(letters).to(log_probs.device), frames, lengths, reduction="none", zero_infinity=True
     )
     return (loss / lengths).mean()
 

@@ -18,6 +18,7 @@ from ..files import write_atomically
 from ..inputs.mel import voice_mel
 from . import world
 from .judge import Judge, edits
+from .real_digits import leave_one_out
 from .run_folder import graduate
 from .speech import corpus
 from .stages import TRAINED, commit
@@ -79,8 +80,11 @@ def hardware() -> str:
     return f"{cores} cores ({platform.system()}, {platform.machine()})"
 
 
-def measure(model: str, items: int = 100) -> Card:
-    """Score a model by name or folder on held-out material. Raises UserError where there is no such model."""
+def measure(model: str, items: int = 100, digits: Path | None = None) -> Card:
+    """Score a model by name or folder on held-out material, and on a folder of real spoken digits where one is given.
+
+    Raises UserError where there is no such model or folder.
+    """
     began = time.perf_counter()
     folder = folder_of(model)
     examiner = Examiner(load(model), items)
@@ -90,6 +94,7 @@ def measure(model: str, items: int = 100) -> Card:
         examiner.hearing("asr_wer", world.LISTENING_VOICES),
         examiner.hearing("asr_wer_unseen_voices", world.UNSEEN_VOICES),
     ]
+    rows.append(real_digits_row(model, digits))
     rows += examiner.speech() + examiner.preference(folder.parent / "stages")
     trained = folder / TRAINED
     spent = json.loads(trained.read_text(encoding="utf-8"))["seconds"] if trained.exists() else None
@@ -126,6 +131,15 @@ def word_error_row(name: str, items: list[tuple[int, int]]) -> Row:
     if not items:
         return Row(name, None)
     return Row(name, word_error(items), sum(words for _, words in items), bootstrap(word_error, items))
+
+
+def real_digits_row(model: str, digits: Path | None) -> Row:
+    """Right answers about real spoken digits; the interval draws speakers anew: those of one go wrong together."""
+    if digits is None:
+        return Row("real_digits_accuracy", None)
+    speakers = list(leave_one_out(model, digits, ROOT / "runs" / "corpus").values())
+    share = lambda rows: sum(right for right, _ in rows) / sum(count for _, count in rows)  # noqa: E731
+    return Row("real_digits_accuracy", share(speakers), sum(n for _, n in speakers), bootstrap(share, speakers))
 
 
 class Examiner:

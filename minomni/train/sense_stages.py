@@ -18,8 +18,22 @@ from .thinker_stages import Teacher
 from .world import Example
 
 
+def likeness(features: Tensor, thinker, nothing: int) -> Tensor:
+    """Features [N, D] -> log-probabilities [N, 1 + vocabulary]: 0 is `nothing`, i + 1 the word of id i."""
+    table, words = thinker.model.embed_tokens.weight, min(vars(thinker.config.tokens).values())
+    scores = features @ torch.cat([table[nothing : nothing + 1], table[:words]]).T
+    return (scores / table.shape[1] ** 0.5).log_softmax(-1)
+
+
+def word_log_probs(thinker, mels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Word log-probabilities [B, T, classes] that the ears give several clips [bands, F], and their lengths [B]."""
+    counts = [thinker.audio_tower.token_count(mel.shape[-1]) for mel in mels]
+    rows = likeness(thinker.audio_tower(mels), thinker, thinker.config.tokens.audio)  # [sum of tokens, classes]
+    return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), torch.tensor(counts, device=rows.device)
+
+
 class SenseStage(Stage):
-    """What both share: the teacher's examples, and likeness to the word embeddings, which stay as they are."""
+    """What both share: the teacher's examples. The word embeddings that are pointed at stay as they are."""
 
     needs = ("language",)
 
@@ -27,12 +41,6 @@ class SenseStage(Stage):
         super().__init__(*args)
         self.teacher = Teacher(self.omni.config, self.cache)
         self.tokens, self.encode = self.omni.config.thinker.tokens, self.teacher.processor.tokenizer.encode
-
-    def likeness(self, features: Tensor, nothing: int) -> Tensor:
-        """Features [N, D] -> log-probabilities [N, 1 + vocabulary]: 0 is `nothing`, i + 1 the word of id i."""
-        table = self.omni.thinker.model.embed_tokens.weight
-        scores = features @ torch.cat([table[nothing : nothing + 1], table[: min(vars(self.tokens).values())]]).T
-        return (scores / table.shape[1] ** 0.5).log_softmax(-1)
 
 
 class EarsStage(SenseStage):
@@ -55,17 +63,12 @@ class EarsStage(SenseStage):
 
     def losses(self, batch):
         mels, words = batch
-        log_probs, counts = self.log_probs(mels)
+        log_probs, counts = word_log_probs(self.omni.thinker, mels)
         return {"ctc": losses.ctc(log_probs, counts, words)}
 
-    def log_probs(self, mels):
-        """Word log-probabilities [B, T, classes] of several clips, and their lengths [B]."""
-        counts = [self.omni.thinker.audio_tower.token_count(m.shape[-1]) for m in mels]
-        rows = self.likeness(self.omni.thinker.audio_tower(mels), self.tokens.audio)  # [sum of tokens, classes]
-        return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), torch.tensor(counts, device=self.device)
-
     def sample(self):
-        log_probs, _ = self.log_probs([log_mel(self.teacher.speech.wave(len(self.teacher.speech) - 1))])
+        last = log_mel(self.teacher.speech.wave(len(self.teacher.speech) - 1))
+        log_probs, _ = word_log_probs(self.omni.thinker, [last])
         heard = torch.unique_consecutive(log_probs[0].argmax(-1))
         written = self.teacher.processor.tokenizer.decode((heard[heard > 0] - 1).tolist())
         return f"{self.teacher.spoken[-1]!r} -> {written!r}"
@@ -98,13 +101,14 @@ class EyesStage(SenseStage):
 
     def losses(self, batch):
         patches, grids, classes = batch
-        scores = self.likeness(self.omni.thinker.visual(patches, grids), self.tokens.image)
+        scores = likeness(self.omni.thinker.visual(patches, grids), self.omni.thinker, self.tokens.image)
         repeated = scores.repeat(classes.shape[1], 1)  # each word of a cell is a target of its own
         return {"cells": nn.functional.nll_loss(repeated, classes.T.flatten(), ignore_index=losses.IGNORE)}
 
     def sample(self):
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
-        best = self.likeness(self.omni.thinker.visual(patches, grids), self.tokens.image).topk(classes.shape[1]).indices
+        scores = likeness(self.omni.thinker.visual(patches, grids), self.omni.thinker, self.tokens.image)
+        best = scores.topk(classes.shape[1]).indices
         full = classes[:, 0] > 0
         right = ((classes[..., None] == best[:, None]).any(-1) | (classes == losses.IGNORE)).all(1)
         return f"{right[full].float().mean().item():.0%} of full cells named right"

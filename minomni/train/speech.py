@@ -15,13 +15,19 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..inputs.mel import voice_mel
-from ..talker.codec import speaker_vector
-from ..token2wav.speaker import Voice
+from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
-REFERENCE_FRAMES = 150  # mel frames (1.5 s) that stand for a voice
+ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")  # of a crowd that says digits
+CROWD = (  # its throats: espeak-ng's variants of a voice
+    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 klatt5 klatt6 adam Alex Alicia Andrea Andy "
+    "Annie aunty belinda benjamin boris caleb david ed edward Gene grandma grandpa gustave Hugo ian iven Jacky john "
+    "Lee linda Marco Mario max Michael michel miguel Mike norbert pablo paul pedro quincy Reed rob robert sandro "
+    "shelby steph Storm travis victor zac"
+).split()
+PACES = [(rate, pitch) for rate in range(120, 221, 20) for pitch in range(20, 81, 20)]  # of the crowd
 NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
 
 
@@ -101,14 +107,25 @@ def test_jobs() -> list[tuple[str, synthesis.Job]]:
     return jobs
 
 
+def digit_jobs() -> list[tuple[str, synthesis.Job]]:
+    """Digits alone, in many throats and some accents: a crowd to stand beside the few real people of a small set."""
+    random = Random(4)
+    return [
+        (variant, synthesis.Job(number, f"{random.choice(ACCENTS)}+{variant}", *random.choice(PACES)))
+        for variant in CROWD
+        for _ in range(4)
+        for number in world.NUMBERS
+    ]
+
+
 def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
-    """The "speaking", "listening" or "test" corpus, synthesised on first use into the cache folder.
+    """The "speaking", "listening", "test" or "digits" corpus, synthesised on first use into the cache folder.
 
     The cache file is named by a hash of all jobs, so a changed recipe never meets an old recording.
     """
     if not synthesis.available():
         return recorded(held=name == "test")
-    jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs}[name]()
+    jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs, "digits": digit_jobs}[name]()
     key = hashlib.sha256(json.dumps([seed, jobs]).encode()).hexdigest()[:12]
     path = cache / f"{name}-{key}.npy"
     if not path.exists():
@@ -140,8 +157,5 @@ def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:
     voices = {}
     for i, name in enumerate(world.VOICES):
         mels = [voice_mel(speech.wave(j)) for j, u in enumerate(speech.utterances) if u.voice == name][:4]
-        mel = torch.cat(mels)
-        repeats = -(-REFERENCE_FRAMES // len(mel))
-        reference = mel.repeat(repeats, 1)[:REFERENCE_FRAMES]
-        voices[name] = Voice(name, first_bos + i, speaker_vector(mel)[None], reference[None].clone())
+        voices[name] = voice_of(torch.cat(mels), name, first_bos + i)
     return voices

@@ -76,6 +76,13 @@ def to_script(lessons: list[Lesson], tokens, table) -> Script:
     return Script(prompt.to(device), positions.to(device), mask.to(device), voice, lines)
 
 
+def code_loss(omni, lessons: list[Lesson]) -> Tensor:
+    """Mean next-code loss of the Talker on some lessons."""
+    script = to_script(lessons, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
+    embeds, position_ids, mask, targets = omni.talker.teacher_forced(script, [lesson.codes for lesson in lessons])
+    return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
+
+
 class TalkerStage(Stage):
     name, learns, needs = "talker", ("talker.",), ("codec", *THINKER)
     about = "next code: from the Thinker's states and words to speech codes"
@@ -133,9 +140,7 @@ class TalkerStage(Stage):
         return [self.lessons[i] for i in indices]
 
     def losses(self, batch):
-        script = to_script(batch, self.tokens, self.table)
-        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(script, [x.codes for x in batch])
-        return {"codes": losses.next_token(self.omni.talker(embeds, position_ids, mask), targets)}
+        return {"codes": code_loss(self.omni, batch)}
 
     def speak(self, lessons: list[Lesson], sampling: SamplingConfig, generator=None) -> list[Tensor]:
         """Codes the Talker says for some lessons."""

@@ -106,18 +106,9 @@ class Teacher:
 
     def lesson(self, examples: list[Example], random: Random) -> tuple[Inputs, torch.Tensor]:
         """Inputs of questions and answers, and targets [B, L] that look at the answers only."""
-        rows, answers = [], []
-        for example in examples:
-            prompt = self.prompt(example, random)
-            answer = torch.tensor(self.processor.tokenizer.encode(example.answer) + [self.end])
-            ids = torch.cat([prompt.input_ids, answer[None]], 1)
-            rows.append(replace(prompt, input_ids=ids, attention_mask=torch.ones_like(ids)))
-            answers.append(answer)
-        inputs = join(rows, pad=self.processor.config.thinker.tokens.endoftext)
-        targets = torch.full_like(inputs.input_ids, losses.IGNORE)
-        for row, answer in enumerate(answers):
-            targets[row, -len(answer) - 1 : -1] = answer  # position i predicts token i + 1
-        return inputs, targets
+        prompts = [self.prompt(example, random) for example in examples]
+        answers = [self.processor.tokenizer.encode(example.answer) + [self.end] for example in examples]
+        return answered(prompts, answers, self.processor.config.thinker.tokens.endoftext)
 
     def long_lesson(self, conversations: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
         """Inputs and targets of conversations of several turns; every answer is looked at."""
@@ -142,6 +133,19 @@ class Teacher:
         """Ids [1, n] of a prompt's own turn: without the system turn, the line end before it put in front."""
         start = (prompt.input_ids[0] == self.processor.config.thinker.tokens.im_start).nonzero()[1]
         return torch.cat([torch.tensor(self.processor.tokenizer.encode("\n")), prompt.input_ids[0, start:]])[None]
+
+
+def answered(prompts: list[Inputs], answers: list[list[int]], pad: int) -> tuple[Inputs, torch.Tensor]:
+    """One batch of single prompts with their answers' ids behind them, and targets [B, L] that look at those alone."""
+    rows = []
+    for prompt, answer in zip(prompts, answers):
+        ids = torch.cat([prompt.input_ids, torch.tensor([answer])], 1)
+        rows.append(replace(prompt, input_ids=ids, attention_mask=torch.ones_like(ids)))
+    inputs = join(rows, pad)
+    targets = torch.full_like(inputs.input_ids, losses.IGNORE)
+    for row, answer in enumerate(answers):
+        targets[row, -len(answer) - 1 : -1] = torch.tensor(answer)  # position i predicts token i + 1
+    return inputs, targets
 
 
 def follow(row: Inputs, part: Inputs | None, input_ids: torch.Tensor) -> Inputs:
@@ -170,9 +174,8 @@ class ThinkerStage(Stage):
         return [(part, *self.teacher.lesson(part, random)) for part in parts]
 
     def losses(self, batch):
-        counts = [(targets != losses.IGNORE).sum() for *_, targets in batch]
-        means = [losses.next_token(self.logits(examples, inputs), targets) for examples, inputs, targets in batch]
-        return {"text": sum(mean * count for mean, count in zip(means, counts)) / sum(counts)}
+        parts = [(self.logits(examples, inputs), targets) for examples, inputs, targets in batch]
+        return {"text": losses.in_parts(parts)}
 
     def logits(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
         """What the Thinker expects after each position [B, L, V]."""

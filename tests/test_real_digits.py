@@ -1,0 +1,88 @@
+"""Real digits: what augments them, what learns from them, and a count that leaves the tested speaker out."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import soundfile
+import torch
+
+import minomni
+from minomni import ROOT
+from minomni.errors import UserError
+from minomni.train import real_digits, speech, synthesis
+from minomni.train.loop import Recipe, train
+
+DIGITS = Path(os.environ.get("MINOMNI_DIGITS", ROOT.parent / "shared" / "data" / "fsdd"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six recordings as if two speakers had said digits."""
+    recordings = speech.recorded(held=False)
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}_{('ann', 'bob')[i % 2]}_0.wav", recordings.wave(i), 16_000)
+    return tmp_path
+
+
+def test_augmented_mels_stay_mels(folder):
+    mel = real_digits.clips_by_speaker(folder)["ann"][0][0]
+    made = [real_digits.augment(mel, Random(i)) for i in range(20)]
+    assert torch.equal(made[3], real_digits.augment(mel, Random(3))) and not torch.equal(made[3][:, :9], made[4][:, :9])
+    for x in made:
+        assert x.shape[0] == 128 and 0.6 < x.shape[1] / mel.shape[1] < 2 and torch.isfinite(x).all()
+        assert 0 < x.max() - x.min() <= real_digits.RANGE + 1e-5
+
+
+def test_resampling_by_hand():
+    x = torch.tensor([[0.0, 1.0, 4.0]])
+    assert real_digits.resample(x, torch.tensor([0.0, 0.5, 1.5, 2.0])).tolist() == [[0.0, 0.5, 2.5, 4.0]]
+
+
+def test_the_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
+    clips = real_digits.clips_by_speaker(folder)
+    stage = real_digits.DigitsStage(
+        minomni.load(str(tiny_folder)), Recipe(100, 4, 5e-3, warmup=2), tmp_path, 0, clips["ann"], clips["bob"])
+    batch = stage.batch(0)
+    assert sorted(digit % 2 for digit in batch[1]) == [0, 0, 1, 1]  # half of a batch are people, half the crowd
+    stage.batch = lambda step: batch
+    with torch.no_grad():
+        before = sum(stage.losses(batch).values())
+    train(stage, tmp_path / "run", until=12)
+    with torch.no_grad():
+        assert sum(stage.losses(batch).values()) < 0.6 * before
+
+
+def test_the_tested_speaker_is_left_out(folder, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(real_digits, "RECIPE", replace(real_digits.RECIPE, steps=1, batch=2))
+    seen = []
+    stage = real_digits.DigitsStage
+    monkeypatch.setattr(real_digits, "DigitsStage", lambda *a: seen.append(sorted(d for _, d in a[4])) or stage(*a))
+    scores = real_digits.leave_one_out(str(tiny_folder), folder, tmp_path / "corpus")
+    assert scores == {"ann": (0, 3), "bob": (0, 3)}  # a model of random weights answers nothing right
+    assert seen == [[1, 3, 5], [0, 2, 4]]  # ann says the even digits
+    for path in folder.glob("*_bob_*"):
+        path.unlink()
+    with pytest.raises(UserError, match="1 speakers; leaving one out takes at least two"):
+        real_digits.leave_one_out(str(tiny_folder), folder, tmp_path / "corpus")
+
+
+def test_right_answers_are_counted(folder, monkeypatch, tiny_folder):
+    omni = minomni.load(str(tiny_folder))
+    says = {f: omni.tokenizer.encode(real_digits.answer(f)) + [omni.config.thinker.tokens.im_end] for f in (0, 2, 3)}
+    reply = type("Reply", (), {"tokens": [says[0], says[3], says[2]]})
+    monkeypatch.setattr(omni.thinker, "generate", lambda *_: reply)
+    clips = [(torch.zeros(128, 40), digit) for digit in (0, 1, 2)]
+    assert real_digits.right(omni, clips) == 2
+
+
+@pytest.mark.skipif(not DIGITS.is_dir(), reason=f"no real digits in {DIGITS.name}/; MINOMNI_DIGITS names their folder")
+def test_real_recordings_are_read():
+    clips = real_digits.clips_by_speaker(DIGITS)
+    assert len(clips) >= 4
+    for mels in clips.values():
+        assert {digit for _, digit in mels} == set(range(10))
+        assert all(mel.shape[0] == 128 and 10 <= mel.shape[1] < 250 for mel, _ in mels)
