@@ -1,9 +1,12 @@
-# Short names for the two commands; run.py does the work, with or without make.
+# Short names for the commands; run.py does the work, with or without make.
 PYTHON ?= python3
 
-.PHONY: run test
+.PHONY: run hear test
 run:
 	$(PYTHON) run.py
 
 test:
 	$(PYTHON) run.py test
+
+hear:
+	$(PYTHON) run.py hear

@@ -204,7 +204,8 @@ def refused(process: subprocess.Popen) -> None:
 def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
     pytest.importorskip("resource", reason="this system has no file size limits")
     kept = stopped_early(tmp_path)
-    refused(start(tmp_path, "--resume", prelude="import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6,) * 2)"))
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
+    refused(start(tmp_path, "--resume", prelude=limit))
     assert (tmp_path / "stages" / "codec.resume.pt").read_bytes() == kept
     assert not list((tmp_path / "stages").glob("*.part"))
 
@@ -360,6 +361,12 @@ def test_timetable_says_what_to_expect():
         assert f" {seconds} " in rows[name] and loss in rows[name]
     assert stages.EXPECTED["tiny"].keys() == stages.STAGES.keys()
     assert " - " in stages.timetable("small")  # nobody has measured it
+
+
+def test_readme_expects_the_same():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name, (seconds, loss) in stages.EXPECTED["tiny"].items():
+        assert [line for line in lines if line.startswith(f"| {name} |") and f" | {seconds} | {loss} |" in line], name
 
 
 @pytest.mark.parametrize("config", [TINY, SMALL], ids=["tiny", "small"])

@@ -21,9 +21,8 @@ def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
     """CTC loss per letter: log-probabilities [B, T, classes] `frames` [B] of them valid, and each row's classes."""
     lengths = torch.tensor([len(row) for row in letters], device=log_probs.device)
-    loss = F.ctc_loss(
-        log_probs.transpose(0, 1), torch.cat(letters).to(log_probs.device), frames, lengths, reduction="none", zero_infinity=True
-    )
+    targets = torch.cat(letters).to(log_probs.device)
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, frames, lengths, reduction="none", zero_infinity=True)
     return (loss / lengths).mean()
 
 
