@@ -31,7 +31,7 @@ def omni(tiny_folder):
 @pytest.fixture
 def small(monkeypatch, tiny_folder):
     """tune() begins with the random model and takes two lines a step."""
-    monkeypatch.setattr(own_data, "load", lambda size: minomni.load(str(tiny_folder)))
+    monkeypatch.setattr(own_data, "load", lambda size, device: minomni.load(str(tiny_folder), device))
     monkeypatch.setitem(own_data.RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
     monkeypatch.setattr(own_data.OwnChatStage, "sample", lambda self: "")
 
