@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minomni.check import grade, same, show
 
@@ -32,6 +33,13 @@ def marked(row: list[str], who: str, begin: int, end: int) -> list[int]:
         stop = row.index("<|im_end|>", i) if "<|im_end|>" in row[i:] else len(row) - 1
         marks[i + begin : stop + end] = [1] * len(marks[i + begin : stop + end])
     return marks
+
+
+def taken(q, k, v, scale: float | None = None, repeat: bool = False) -> torch.Tensor:
+    """What each head takes home: q [H, d], k and v [S, H_kv, d] -> [H, d]."""
+    group = len(q) // k.shape[1]
+    k, v = (x.repeat(1, group, 1) if repeat else x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q[:, None], k.transpose(0, 1), v.transpose(0, 1), scale=scale)[:, 0]
 
 
 BUGS = {
@@ -150,6 +158,21 @@ BUGS = {
         "woven": [lambda x, s: x[0], lambda x, s: x.mean(0),
                   lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
                   lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1)],
+    },
+    "07": {
+        "whose_keys": [lambda h, heads, shared: h % shared, lambda h, heads, shared: h // shared,
+                       lambda h, heads, shared: h * shared // (heads - 1)],
+        "seen_by": [lambda i, real: [*range(i + 1)], lambda i, real: [j for j in range(i + 1) if real[j]],
+                    lambda i, real: [j for j in range(len(real)) if real[j] or j == i],
+                    lambda i, real: [j for j in range(i) if real[j]]],
+        "normed": [lambda x, w, e: w * x / (x.pow(2).sum(-1, keepdim=True) + e).sqrt(),
+                   lambda x, w, e: w * x / (x.pow(2).mean() + e).sqrt(),
+                   lambda x, w, e: w * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + e),
+                   lambda x, w, e: F.layer_norm(x, w.shape, w, eps=e),
+                   lambda x, w, e: x / (x.pow(2).mean(-1, keepdim=True) + e).sqrt()],
+        "one_more": [lambda q, k, v: taken(q, k, v, scale=1), lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
+                     lambda q, k, v: taken(q, k.flip(1), v.flip(1)), lambda q, k, v: taken(q, k[:-1], v[:-1]),
+                     lambda q, k, v: taken(q, k, v, repeat=True)],
     },
     "11": {
         "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
