@@ -83,7 +83,7 @@ EXPECTED = {
         "codec": (195, "ctc 0.004  mel 0.294"),
         "vocoder": (202, "mel 1.141  stft 1.690"),
         "dit": (478, "flow 0.504"),
-        "language": (161, "text 0.053"),
+        "language": (160, "text 0.053"),
         "ears": (130, "ctc 0.034"),
         "eyes": (150, "cells 0.447"),
         "thinker1": (25, "text 0.153"),
