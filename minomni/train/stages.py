@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .. import config as sizes
 from .. import ROOT, weights
+from .. import config as sizes
 from ..config_json import read_json, write_json
 from ..errors import UserError
 from ..omni import Omni
 from .loop import Recipe, Stage, train
 from .run_folder import claim, forget, graduate
+from .sense_stages import EarsStage, EyesStage
 from .speech import FIRST_VOICE, corpus, make_voices
 from .talker_stages import DPOStage, SpeakersStage, TalkerStage
-from .sense_stages import EarsStage, EyesStage
 from .thinker_stages import ChatStage, LanguageStage, Thinker1Stage, Thinker2Stage, Thinker3Stage
 from .vocabulary import world_tokenizer
 from .voice_stages import CodecStage, DiTStage, VocoderStage
@@ -60,15 +60,6 @@ RECIPES = {
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
 }
-# Twelve times the parameters, for a GPU: longer, in larger batches, at a lower rate. Every stage has made two such steps
-# on a CPU; how many a GPU makes in half an hour has not been measured.
-RECIPES["small"] = {
-    name: Recipe(steps=5 * r.steps, batch=2 * r.batch, lr=r.lr / 4, warmup=min(300, r.steps))
-    for name, r in RECIPES["tiny"].items()
-}
-
-# Seconds and last losses of a whole run of these recipes, two stages at a time on two cores. Filled by hand from its
-# log.jsonl; a size that nobody has measured is not in it.
 # Twelve times the parameters, for a GPU: longer, in larger batches, at a lower rate. Every stage has made two such steps
 # on a CPU; how many a GPU makes in half an hour has not been measured.
 RECIPES["small"] = {
