@@ -92,12 +92,13 @@ def test_golden_would_notice_a_changed_weight(model):
 
 
 # ------------------------------------------------------------------------------------------------------------------ DiT
-def dense_attention(attn: BlockAttention, h, cos, sin, exists):
+def dense_attention(attn: BlockAttention, h, cos, sin, exists, past=None, finished=0):
     """The attention of the paper's figure: every frame against every frame, and a mask of blocks over it."""
     frames = h.shape[1]
     block = torch.arange(frames) // attn.block_size
     distance = block[None] - block[:, None]
-    mask = (distance >= -attn.back) & (distance <= attn.ahead) & exists
+    mask = (distance >= -attn.back) & (distance <= attn.ahead)
+    mask = mask if exists is None else mask & exists
     heads = lambda x: x.reshape(len(h), frames, attn.heads, -1).transpose(1, 2)  # [B, H, T, d]
     q, k, v = heads(attn.to_q(h)), heads(attn.to_k(h)), heads(attn.to_v(h))
     turn = torch.complex(cos, sin)[:, 0]  # [T, d/2], a pair of neighbours is a complex number

@@ -6,6 +6,8 @@ Source: BigVGAN (arXiv 2206.04658), SnakeBeta in log scale, modified by the rele
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -128,6 +130,8 @@ class SnakeBeta(nn.Module):
 class Activation(nn.Module):
     """SnakeBeta at twice the rate, so that the harmonics it makes do not fold back: [B, T, C] -> same."""
 
+    reach = 5  # frames each way: a tap of twelve at twice the rate sees three, and so does the one after it
+
     def __init__(self, channels: int):
         super().__init__()
         self.act = SnakeBeta(channels)
@@ -143,6 +147,11 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     return picture[:, :, 0].transpose(1, 2)  # [B, T, C']
 
 
+def reach(conv: nn.Conv1d) -> int:
+    """Frames on either side that a length-keeping convolution looks at."""
+    return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2
+
+
 class AMPBlock(nn.Module):
     """Anti-aliased multi-periodicity block: three residual pairs of convolutions, [B, T, C] -> same."""
 
@@ -153,11 +162,25 @@ class AMPBlock(nn.Module):
         self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
         self.activations = nn.ModuleList(Activation(channels) for _ in range(2 * len(dilations)))
 
+    @property
+    def reach(self) -> int:
+        """Frames on either side that an output depends on."""
+        return sum(map(reach, (*self.convs1, *self.convs2))) + Activation.reach * len(self.activations)
+
     def forward(self, x: Tensor) -> Tensor:
         for i, (conv1, conv2) in enumerate(zip(self.convs1, self.convs2)):
             y = convolve(conv1, self.activations[2 * i](x))
             x = x + convolve(conv2, self.activations[2 * i + 1](y))
         return x
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the vocoder: [B, T, C] -> [B, rate * T, C'], an output frame seeing `reach` inputs on either side."""
+
+    run: Callable[[Tensor], Tensor]
+    reach: int
+    rate: int = 1
 
 
 class BigVGAN(nn.Module):
@@ -182,12 +205,24 @@ class BigVGAN(nn.Module):
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding="same", bias=False)
 
-    def forward(self, mel: Tensor) -> Tensor:
-        x = convolve(self.conv_pre, normalise(mel).transpose(1, 2).contiguous())  # [B, T, C]
+    def stages(self) -> list["Stage"]:
+        """What a mel goes through, in order. forward() runs them on a whole one, token2wav/stream.py piece by piece."""
+        stages = [Stage(lambda x: convolve(self.conv_pre, x), reach(self.conv_pre))]
         for i, (up,) in enumerate(self.ups):
-            x = up(x.transpose(1, 2)).transpose(1, 2).contiguous()  # [B, rate * T, C/2]
-            x = sum(block(x) for block in self.resblocks[self.kinds * i : self.kinds * (i + 1)]) / self.kinds
-        return convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1).squeeze(-1)  # [B, samples]
+            blocks, rate = self.resblocks[self.kinds * i : self.kinds * (i + 1)], up.stride[0]
+            beyond = up.kernel_size[0] - 1 - up.padding[0]  # samples that an input adds to after its own first one
+            stages.append(Stage(lambda x, up=up: up(x.transpose(1, 2)).transpose(1, 2).contiguous(), beyond // rate,
+                                rate))  # [B, rate * T, C/2]
+            stages.append(Stage(lambda x, blocks=blocks: sum(block(x) for block in blocks) / self.kinds,
+                                max(block.reach for block in blocks)))
+        speak = lambda x: convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
+        return [*stages, Stage(speak, Activation.reach + reach(self.conv_post))]
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = normalise(mel).transpose(1, 2).contiguous()  # [B, T, C]
+        for stage in self.stages():
+            x = stage.run(x)
+        return x.squeeze(-1)  # [B, samples]
 
 
 def normalise(mel: Tensor) -> Tensor:

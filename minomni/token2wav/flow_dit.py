@@ -7,15 +7,16 @@ norms and sway sampling; the release for everything the paper leaves open.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import DiTConfig, FlowConfig
-from minomni.errors import UserError
 from minomni.layers import attend, frequencies
+from minomni.token2wav.solver import solve, time_grid
 from minomni.token2wav.speaker import SpeakerEncoder
 
 TIME_FREQUENCIES = 128
@@ -54,10 +55,10 @@ class InputEmbedding(nn.Module):
         self.proj = nn.Linear(config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim, config.hidden_size)
         self.spk_encoder = SpeakerEncoder(config)
 
-    def context(self, code_embeds: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
-        """[B, n, emb_dim], [B, E], [B, R, 80] -> [B, n * repeats, D], computed at code rate and repeated after it."""
+    def context(self, code_embeds: Tensor, cond: Tensor, timbre: Tensor) -> Tensor:
+        """[B, n, emb_dim], [B, E], [B, enc_dim] -> [B, n * repeats, D], computed at code rate and repeated after it."""
         at_each_code = lambda vector: vector[:, None].expand(-1, code_embeds.shape[1], -1)  # [B, n, .]
-        fixed = torch.cat([at_each_code(self.spk_encoder(ref_mel)), code_embeds, at_each_code(cond)], dim=-1)
+        fixed = torch.cat([at_each_code(timbre), code_embeds, at_each_code(cond)], dim=-1)
         fixed = F.linear(fixed, self.proj.weight[:, self.mel_dim :], self.proj.bias)  # [B, n, D]
         return fixed.repeat_interleave(self.repeats, dim=1)  # [B, T, D]
 
@@ -92,6 +93,22 @@ def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first, rest], dim=2)
 
 
+@dataclass
+class Past:
+    """Keys and values of the last finished blocks, for one layer in one look at the field; None before the first."""
+
+    k: Tensor | None = None  # [B, blocks, size, H, d]
+    v: Tensor | None = None
+
+    def join(self, k: Tensor, v: Tensor, finished: int, back: int) -> tuple[Tensor, Tensor]:
+        """Put the past before new blocks, of which the first `finished` become the past, `back` of them at most."""
+        if self.k is not None:
+            finished += self.k.shape[1]
+            k, v = torch.cat([self.k, k], dim=1), torch.cat([self.v, v], dim=1)
+        self.k, self.v = (x[:, max(finished - back, 0) : finished] for x in (k, v))
+        return k, v
+
+
 class BlockAttention(nn.Module):
     """Attention of each block of frames to `back` blocks before it, itself and `ahead` blocks after it."""
 
@@ -104,20 +121,35 @@ class BlockAttention(nn.Module):
         self.to_v = nn.Linear(config.hidden_size, inner)
         self.to_out = nn.Sequential(nn.Linear(inner, config.hidden_size), nn.Dropout(config.dropout))
 
-    def neighbourhood(self, x: Tensor) -> Tensor:
-        """What each block sees, zeros beyond the ends: [B, blocks, size, ...] -> [B, blocks, seen, ...]."""
-        blocks = x.shape[1]
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (self.back, self.ahead))  # [B, back + blocks + ahead, size, ...]
+    def neighbourhood(self, x: Tensor, missing: int) -> Tensor:
+        """What each new block sees: [B, known blocks, size, ...] -> [B, new blocks, seen, ...], zeros beyond the ends.
+
+        missing: how many of the blocks that the first new one looks back to do not exist.
+        """
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (missing, self.ahead))  # [B, back + new + ahead, size, ...]
+        blocks = x.shape[1] - self.back - self.ahead
         return torch.cat([x[:, i : i + blocks] for i in range(self.back + 1 + self.ahead)], dim=2)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, exists: Tensor) -> Tensor:
-        """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the last block."""
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, exists: Tensor | None, past: Past | None = None,
+                finished: int = 0) -> Tensor:
+        """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the last block, None if all
+        are there. past: what earlier blocks left behind, and where the first `finished` blocks leave theirs.
+        """
         q, k, v = (to(h).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # [B, T, H, d]
         q, k = rotate_first_head(q, cos, sin), rotate_first_head(k, cos, sin)
-        q, k, v, exists = (x.unflatten(1, (-1, self.block_size)) for x in (q, k, v, exists))  # [B, blocks, size, ...]
-        k, v, exists = (self.neighbourhood(x) for x in (k, v, exists))  # [B, blocks, seen, ...]
+        q, k, v = (x.unflatten(1, (-1, self.block_size)) for x in (q, k, v))  # [B, blocks, size, H, d]
+        new = q.shape[1]
+        if past is not None and self.back:
+            k, v = past.join(k, v, finished, self.back)  # [B, known blocks, size, H, d]
+        missing, mask = self.back + new - k.shape[1], None
+        if exists is not None or missing or self.ahead:
+            there = k.new_ones(1, new, self.block_size, dtype=torch.bool) if exists is None else exists.view(1, new, -1)
+            there = self.neighbourhood(F.pad(there, (0, 0, k.shape[1] - new, 0), value=True), missing)
+            mask = there.expand(len(h), -1, -1).flatten(0, 1)[:, None, None]  # [B * blocks, 1, 1, seen]
+        if self.back or self.ahead:
+            k, v = self.neighbourhood(k, missing), self.neighbourhood(v, missing)  # [B, blocks, seen, H, d]
         q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B * blocks, H, size or seen, d]
-        out = attend(q, k, v, mask=exists.repeat(len(h), 1, 1).flatten(0, 1)[:, None, None])
+        out = attend(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).reshape(*h.shape[:2], -1))  # [B, T, D]
 
 
@@ -136,7 +168,10 @@ class FeedForward(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention, then the feed-forward, each with shift, scale and gate made from the time: [B, T, D] -> same."""
+    """Attention, then the feed-forward, each with shift, scale and gate that attn_norm makes from the time.
+
+    [B, T, D] -> same.
+    """
 
     def __init__(self, config: DiTConfig, back: int, ahead: int):
         super().__init__()
@@ -144,8 +179,8 @@ class DiTBlock(nn.Module):
         self.attn = BlockAttention(config, back, ahead)
         self.ff = FeedForward(config)
 
-    def forward(self, h: Tensor, time: Tensor, *attention_inputs: Tensor) -> Tensor:
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.attn_norm(time)
+    def forward(self, h: Tensor, modulation: tuple[Tensor, ...], *attention_inputs) -> Tensor:
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
         h = torch.addcmul(h, gate, self.attn(modulate(h, shift, scale), *attention_inputs))
         return torch.addcmul(h, gate_ff, self.ff(modulate(h, shift_ff, scale_ff)))
 
@@ -176,20 +211,33 @@ class DiT(nn.Module):
 
     def context(self, codes: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
         """All of the input that does not depend on x or time, [B, T, D]: computed once per utterance."""
-        return self.input_embed.context(self.text_embed(codes), cond, ref_mel)
+        return self.input_embed.context(self.text_embed(codes), cond, self.input_embed.spk_encoder(ref_mel))
+
+    def modulations(self, time: Tensor) -> list[tuple[Tensor, ...]]:
+        """Shifts, scales and gates of every block, and scale and shift of the end, for time [B]: each [B, 1, D]."""
+        time = self.time_embed(time)  # [B, D]
+        return [norm(time) for norm in (*(block.attn_norm for block in self.transformer_blocks), self.norm_out)]
 
     def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """forward() with what context() made: x [B, T, 80], time [B] or one number -> [B, T, 80]."""
+        time = torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1)  # [B or 1]
+        return self.look(x, context, self.modulations(time))
+
+    def look(self, x: Tensor, context: Tensor, modulations: list[tuple[Tensor, ...]], start: int = 0,
+             pasts: Sequence[Past | None] | None = None, finished: int = 0) -> Tensor:
+        """velocity() with what modulations() made, from frame `start` of an utterance on.
+
+        pasts: a Past for each block of the network; the first `finished` blocks of frames are added to them.
+        """
         frames = x.shape[1]
-        time = self.time_embed(torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1))  # [B or 1, D]
         h = self.input_embed(x, context)  # [B, T, D]
         h = F.pad(h, (0, 0, 0, -frames % self.config.block_size))  # [B, T in whole blocks, D]
         positions = torch.arange(h.shape[1], device=x.device)
-        cos, sin = self.rotary(positions)
-        exists = (positions < frames)[None]
-        for block in self.transformer_blocks:
-            h = block(h, time, cos, sin, exists)
-        scale, shift = self.norm_out(time)  # in this order here, shift before scale inside the blocks: as released
+        cos, sin = self.rotary(start + positions)
+        exists = None if len(positions) == frames else (positions < frames)[None]
+        for i, block in enumerate(self.transformer_blocks):
+            h = block(h, modulations[i], cos, sin, exists, pasts and pasts[i], finished)
+        scale, shift = modulations[-1]  # in this order here, shift before scale inside the blocks: as released
         return self.proj_out(modulate(h[:, :frames], shift, scale))  # [B, T, 80]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,45 +251,19 @@ class DiT(nn.Module):
 
         Guidance g moves along conditional + g * (conditional - unconditional); 0 costs half the work.
         """
-        inputs = codes, cond, ref_mel
-        if flow.guidance:
-            inputs = tuple(torch.cat([x, torch.zeros_like(x)]) for x in inputs)  # [2, ...]: as asked, and unconditional
-        context = self.context(*inputs)
+        context = self.context(*(both_branches(x, flow) for x in (codes, cond, ref_mel)))
 
         def field(time: Tensor, x: Tensor) -> Tensor:
-            velocity = self.velocity(x.expand(len(context), -1, -1), time, context)
-            return velocity[:1] + flow.guidance * (velocity[:1] - velocity[-1:])
+            return guided(self.velocity(x.expand(len(context), -1, -1), time, context), flow)
 
         return solve(field, noise, time_grid(flow, noise.device), flow.solver).transpose(1, 2)
 
 
-def time_grid(flow: FlowConfig, device: torch.device | None = None) -> Tensor:
-    """The solver's points on [0, 1]; sway -1 crowds them near the noise, where most is decided (F5-TTS sec. 3.3)."""
-    u = torch.linspace(0, 1, flow.points, device=device)
-    return u + flow.sway * (torch.cos(math.pi / 2 * u) - 1 + u)
+def both_branches(x: Tensor, flow: FlowConfig) -> Tensor:
+    """An input as asked and, where there is guidance, zeros for the unconditional branch: [1, ...] -> [1 or 2, ...]."""
+    return torch.cat([x, torch.zeros_like(x)]) if flow.guidance else x
 
 
-def solve(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, grid: Tensor, solver: str) -> Tensor:
-    """Integrate dy/dt = field(t, y) over the grid. Raises UserError for a solver other than euler or rk4."""
-    if solver not in STEPS:
-        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(STEPS)}")
-    for start, end in zip(grid[:-1], grid[1:]):
-        y = STEPS[solver](field, y, start, end)
-    return y
-
-
-def euler_step(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    return y + (end - start) * field(start, y)
-
-
-def rk4_step(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Fourth-order Runge-Kutta by the 3/8 rule: four looks at the field for one step."""
-    h = end - start
-    k1 = field(start, y)
-    k2 = field(start + h / 3, y + h * k1 / 3)
-    k3 = field(start + h * 2 / 3, y + h * (k2 - k1 / 3))
-    k4 = field(end, y + h * (k1 - k2 + k3))
-    return y + h / 8 * (k1 + 3 * (k2 + k3) + k4)
-
-
-STEPS = {"euler": euler_step, "rk4": rk4_step}
+def guided(velocity: Tensor, flow: FlowConfig) -> Tensor:
+    """Velocities of both branches [1 or 2, T, 80] -> the one to follow [1, T, 80]."""
+    return velocity[:1] + flow.guidance * (velocity[:1] - velocity[-1:])
