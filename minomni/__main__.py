@@ -1,9 +1,10 @@
-"""Command line: python -m minomni train | chat | report."""
+"""Command line: python -m minomni train | chat | report | bench."""
 
 import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from . import ROOT, load
@@ -71,8 +72,11 @@ def parser() -> Parser:
     chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
     chat.add_argument("--seed", type=SEED, default=0, help="of the voice's small variations (default 0)")
     chat.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
+    chat.add_argument("--stream", action="store_true",
+                      help="speak while thinking: print text and write the wav as they come")
     chat.add_argument("--json", action="store_true",
-                      help="print one JSON object: text, audio, seconds, sample_rate, total_s")
+                      help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream also "
+                           "first_sound_s, last_text_s")
 
     report = commands.add_parser("report", help="score a model on held-out items with an outside judge",
                                  description="Prints a report card: what share is right, with 95 %% intervals.")
@@ -81,6 +85,12 @@ def parser() -> Parser:
     report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout "
                         "of free-spoken-digit-dataset, and test on the speaker left out")
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
+
+    bench = commands.add_parser("bench", help="measure speed", description="Prints a table of ratios and times.")
+    bench.add_argument("what", choices=["stream"], help="stream: speaking while thinking against speaking afterwards")
+    bench.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.add_argument("--picture", type=Path, help="draw predicted and measured latency into this png")
     return top
 
 
@@ -129,8 +139,9 @@ def run_train(arguments) -> None:
 
 def run_chat(arguments) -> None:
     if arguments.samples:
-        if arguments.content or arguments.json:
-            raise UserError("--samples asks its own questions and prints text; leave out --json and other questions")
+        if arguments.content or arguments.json or arguments.stream:
+            raise UserError("--samples asks its own questions and prints text; leave out --json, --stream and other "
+                            "questions")
         answer_samples(arguments)
         return
     if not arguments.content:
@@ -143,19 +154,44 @@ def run_chat(arguments) -> None:
 
         voice = voice or arguments.voice_from.stem
         omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
-    reply = omni.respond([{"role": "user", "content": arguments.content}], voice=voice, seed=arguments.seed,
-                         speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
-    path = None
-    if not arguments.no_speech:
-        path = str(arguments.out)
-        save(reply, arguments.out)
+    path = None if arguments.no_speech else arguments.out
+    asked = dict(messages=[{"role": "user", "content": arguments.content}], voice=voice, seed=arguments.seed,
+                 speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
+    if arguments.stream:
+        reply = follow(omni.stream(**asked), path, omni.config.token2wav.sample_rate, quiet=arguments.json)
+    else:
+        reply = omni.respond(**asked)
+        if path:
+            save(reply, path)
     if arguments.json:
-        print(json.dumps({"text": reply.text, "audio": path, "seconds": round(reply.seconds, 3),
-                          "sample_rate": reply.sample_rate, "total_s": round(reply.total_s, 3)}))
+        answer = {"text": reply.text, "audio": path and str(path), "seconds": round(reply.seconds, 3),
+                  "sample_rate": reply.sample_rate, "total_s": round(reply.total_s, 3)}
+        if arguments.stream:
+            times = {"first_sound_s": reply.trace.first("sound"), "last_text_s": reply.trace.last("text")}
+            answer |= {name: time and round(time, 3) for name, time in times.items()}
+        print(json.dumps(answer))
     else:
         print(reply.text)
         if path:
             print(f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s")
+
+
+def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
+    """Print an answer's pieces as they come, each with its time, and write its sound into a wav that grows -> Reply."""
+    from .files import growing_wav
+    from .reply import End, SoundPiece
+
+    with growing_wav(path, sample_rate) if path else nullcontext() as wav:
+        for piece in pieces:
+            if isinstance(piece, End):
+                return piece.reply
+            if isinstance(piece, SoundPiece):
+                wav.write(piece.wave.numpy())
+                wav.flush()
+            if not quiet:
+                sound = isinstance(piece, SoundPiece)
+                what = f"~ {len(piece.wave) / sample_rate:.2f} s of sound" if sound else piece.text.strip()
+                print(f"{piece.at_s:6.2f} s  {what}", flush=True)
 
 
 def save(reply, path: Path) -> None:
@@ -188,11 +224,20 @@ def run_report(arguments) -> None:
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 
+def run_bench(arguments) -> None:
+    from . import bench
+
+    result = bench.measure(load(arguments.model))
+    if arguments.picture:
+        result.draw(arguments.picture)
+    print(json.dumps(result.ratios()) if arguments.json else result.markdown())
+
+
 def main() -> int:
     """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
     try:
         arguments = parser().parse_args()
-        {"train": run_train, "chat": run_chat, "report": run_report}[arguments.command](arguments)
+        {"train": run_train, "chat": run_chat, "report": run_report, "bench": run_bench}[arguments.command](arguments)
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)
         return 2

@@ -98,6 +98,10 @@ class KVCache:
         self.lengths[layer] = end
         return keys[:, :, :end], values[:, :, :end]
 
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.lengths = [min(length, seen) for seen in self.lengths]
+
 
 def initialise(module: nn.Module, depth: int, embedding_std: float = 0.02) -> None:
     """Start a module for training from scratch, in place; torch.manual_seed before building repeats it.

@@ -1,63 +1,23 @@
 """The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages in, a reply out."""
 
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from minomni.config import OmniConfig
+from minomni.config import FlowConfig, OmniConfig
 from minomni.errors import UserError
-from minomni.files import write_atomically
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.inputs.tokenizer import Tokenizer
+from minomni.listen import Session
+from minomni.reply import End, Reply, SoundPiece, Spoken, TextPiece, Trace
+from minomni.stream import converse, seeded, think_and_talk
 from minomni.talker.codec import Codec
-from minomni.talker.talker import Talker, script
+from minomni.talker.talker import Talker
 from minomni.thinker.thinker import Thinker
 from minomni.token2wav.speaker import Voice
+from minomni.token2wav.stream import EAGER, Schedule
 from minomni.token2wav.token2wav import Token2Wav
-
-
-@dataclass
-class Spoken:
-    """Answers to a batch, as the parts made them."""
-
-    tokens: list[list[int]]  # per row the text ids, stop id included
-    codes: list[Tensor]  # per row the codec ids [n]
-    waves: list[Tensor]  # per row the sound [samples], float32
-
-
-@dataclass
-class Reply:
-    """One answer. In a notebook it shows its text and a player."""
-
-    text: str
-    wave: Tensor  # float32 [samples] in [-1, 1]; empty where no speech was asked for
-    sample_rate: int  # Hz
-    codes: Tensor  # the codec ids that were spoken [n]
-    total_s: float  # seconds from messages to the last sample
-
-    @property
-    def seconds(self) -> float:
-        """Length of the speech."""
-        return len(self.wave) / self.sample_rate
-
-    def save(self, path: str | Path) -> None:
-        """Write the speech as a 16-bit wav file, whole or not at all."""
-        import soundfile
-
-        samples = self.wave.cpu().numpy()
-        wav = dict(subtype="PCM_16", format="WAV")
-        write_atomically(Path(path), lambda f: soundfile.write(f, samples, self.sample_rate, **wav))
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        from IPython.display import Audio
-
-        player = Audio(self.wave.cpu().numpy(), rate=self.sample_rate)._repr_html_() if len(self.wave) else ""
-        return f"<p>{escape(self.text)}</p>{player}"
 
 
 class Omni(nn.Module):
@@ -91,17 +51,39 @@ class Omni(nn.Module):
 
         A row whose reply is only a stop id has no codes and a wave of no samples. Raises UserError.
         """
-        generator = torch.Generator(self.thinker.device).manual_seed(seed)
-        speaker = None if voice is None else self.voice(voice)
-        reply = self.thinker.generate(inputs, self.config.thinker_sampling, generator)
+        speaker, config = None if voice is None else self.voice(voice), self.config
+        reading = self.thinker.read(inputs, self.thinker.model.new_cache())
+        bos_tokens = None if speaker is None else [speaker.bos_token] * len(reading.hidden)
+        steps = {"text": [], "code": []}
+        for kind, ids in think_and_talk(self, reading, bos_tokens, seed):
+            steps[kind].append(ids)
+        tokens = [row.tolist() for row in until_stop(steps["text"], len(reading.hidden), [config.thinker.tokens.im_end],
+                                                     keep=True)]
         if speaker is None:
-            return Spoken(reply.tokens, [], [])
-        voices, config = [speaker.bos_token] * len(reply.tokens), self.config
-        lines = script(reply, voices, config.thinker.tokens, self.thinker.model.embed_tokens)
-        codes = self.talker.generate(lines, config.talker_sampling, self.table_rows, generator)
+            return Spoken(tokens, [], [])
+        codes = until_stop(steps["code"], len(tokens), [config.talker.codec_pad, config.talker.codec_eos])
+        generator = seeded(seed)
         waves = [self.token2wav(row[None], speaker, config.flow, generator) if len(row) else torch.zeros(0)
                  for row in codes]
-        return Spoken(reply.tokens, codes, waves)
+        return Spoken(tokens, codes, waves)
+
+    def stream(self, messages: list[dict], voice: str | None = None, speech: bool = True,
+               use_audio_in_video: bool = False, seed: int = 0, schedule: Schedule | None = EAGER,
+               flow: FlowConfig | None = None) -> Iterator[TextPiece | SoundPiece | End]:
+        """Answer a conversation as respond() does, in pieces and while it is still being thought: text and sound in
+        order of readiness, at last End with the reply.
+
+        schedule: how the sound is cut; None makes it at the end, in one go. flow: how the DiT's equation is solved, by
+        default as the model's configuration says, but by Euler's steps where the sound is cut. Text and codes are
+        respond()'s. Closing the iterator, or letting go of it, ends all work and frees the memory. Raises UserError
+        before the first piece.
+        """
+        trace = Trace()
+        speaker, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
+        trace.note("input")
+        with torch.no_grad():
+            reading = self.thinker.read(inputs, self.thinker.model.new_cache(), trace.note)
+        return converse(self, reading, speaker, schedule, flow, seed, trace, [])
 
     def respond(self, messages: list[dict], voice: str | None = None, speech: bool = True,
                 use_audio_in_video: bool = False, seed: int = 0) -> Reply:
@@ -111,18 +93,28 @@ class Omni(nn.Module):
         without a system message gets the one that this size was trained with. Same seed, same answer.
         Raises UserError for what cannot be read, does not fit the context, or names no voice.
         """
-        began = time.perf_counter()
+        *_, end = self.stream(messages, voice, speech, use_audio_in_video, seed, schedule=None)
+        return end.reply
+
+    def listen(self, voice: str | None = None, speech: bool = True, system: str | None = None) -> Session:
+        """Begin a conversation that is read while it is being said and shown; see listen.py. Raises UserError."""
+        return Session(self, voice, speech, system)
+
+    def prepare(self, messages: list[dict], voice: str | None, speech: bool,
+                use_audio_in_video: bool) -> tuple[Voice | None, Inputs]:
+        """Who speaks, None without speech, and what the Thinker is to read. Raises UserError."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; load() a folder that holds one")
         if not messages:
             raise UserError("no messages were given; give at least one with role 'user'")
-        if speech:
-            voice = self.voice(voice or next(iter(self.voices), "")).name
+        speaker = self.voice(voice or next(iter(self.voices), "")) if speech else None
         if messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.config.media.system_prompt}, *messages]
-        inputs = Processor(self.config, self.tokenizer)([messages], use_audio_in_video)
-        spoken = self.generate(inputs, voice if speech else None, seed)
-        nothing = torch.zeros(0)
-        return Reply(self.tokenizer.decode(spoken.tokens[0], skip_special=True), *(spoken.waves or [nothing]),
-                     self.config.token2wav.sample_rate, *(spoken.codes or [nothing.long()]),
-                     time.perf_counter() - began)
+        return speaker, Processor(self.config, self.tokenizer)([messages], use_audio_in_video)
+
+
+def until_stop(steps: list[Tensor], rows: int, stops: list[int], keep: bool = False) -> list[Tensor]:
+    """Ids of a batch step by step, each [B] -> per row those before the first stop id, or with it, [n]."""
+    table = torch.stack(steps, dim=1) if steps else torch.zeros(rows, 0, dtype=torch.long)  # [B, n]
+    ends = torch.isin(table, torch.tensor(stops, device=table.device))
+    return [row[:int(end.long().argmax()) + keep if end.any() else len(row)] for row, end in zip(table, ends)]

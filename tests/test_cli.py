@@ -220,7 +220,7 @@ def test_bytes_and_arrays_are_media_too(tiny_folder):
     assert isinstance(reply.text, str) and len(reply.wave) == 0
 
 
-@pytest.mark.parametrize("command_name", ["train", "chat", "report"])
+@pytest.mark.parametrize("command_name", ["train", "chat", "report", "bench"])
 def test_help_is_worth_reading(command_name):
     line = [sys.executable, "-m", "minomni", command_name, "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
@@ -232,3 +232,34 @@ def test_importing_is_quick_and_needs_little():
     code = f"import sys, minomni, minomni.omni; print({heavy} & set(sys.modules) or 'fine')"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert shown.stdout.strip() == "fine", shown.stderr
+
+
+def test_stream_writes_and_tells_as_it_goes(run):
+    code, out, _, path = run("--text", "say a", "--stream")
+    lines = out.splitlines()
+    assert code == 0 and lines[-1].startswith(f"{path}: ") and any(" s  ~ " in line for line in lines)
+    code, out, _, path = run("--text", "say a", "--stream", "--json")
+    reply = json.loads(out)
+    assert set(reply) == {"text", "audio", "seconds", "sample_rate", "total_s", "first_sound_s", "last_text_s"}
+    assert 0 < reply["last_text_s"] < reply["first_sound_s"] <= reply["total_s"]  # four words are over at once
+    written, rate = soundfile.read(path)
+    assert len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
+
+
+def test_stream_without_speech(run):
+    code, out, _, path = run("--text", "say a", "--stream", "--no-speech", "--json")
+    assert code == 0 and json.loads(out)["first_sound_s"] is None and not path.exists()
+
+
+def test_a_stream_that_breaks_leaves_no_file(run, monkeypatch, tmp_path):
+    from minomni.omni import Omni
+
+    def broken(*_, **__):
+        yield from ()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Omni, "stream", broken)
+    code, _, _, path = run("--text", "say a", "--stream")
+    assert code == 130 and not path.exists()
+    code, _, err, _ = run("--text", "say a", "--stream", "--out", tmp_path / "no" / "folder" / "a.wav")
+    assert code == 2 and "cannot be written" in err and err.count("\n") == 1

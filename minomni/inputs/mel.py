@@ -41,21 +41,32 @@ def audio_tokens(frames: int) -> int:
     return (frames + 1) // 4
 
 
-def log_mel(wave: Tensor) -> Tensor:
-    """Waveform [samples] or [B, samples] at 16 kHz -> log-mel [128, F] or [B, 128, F], F = ceil(samples / 160).
+def log_power(wave: Tensor) -> Tensor:
+    """Waveform [samples] or [B, samples] at 16 kHz -> log10 of power in 128 bands [..., 128, F + some], F log_mel's.
 
-    Power spectrum of 25 ms Hann windows, log10, cut 8 (80 dB) below the clip's loudest point, scaled to about -1 ... 1.
-    The clip is followed by silence and not by its reflection, as the release's padding to 300 s makes it (release
-    feature extractor; Whisper's recipe with 128 bands).
+    Power spectrum of 25 ms Hann windows, the one of frame t centred on sample 160 t. The clip is followed by silence
+    and not by its reflection, as the release's padding to 300 s makes it; frames after F still hear the clip's end.
     """
     frames = -(-wave.shape[-1] // HOP)
     padded = F.pad(wave, (0, frames * HOP + LOG_FFT - wave.shape[-1]))
     window = torch.hann_window(LOG_FFT, device=wave.device)
     spectrum = torch.stft(padded, LOG_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
     power = spectrum.abs() ** 2  # [..., 201, F + some]
-    mel = (mel_filters(LOG_FFT, LOG_BANDS).to(wave.device) @ power).clamp_min(1e-10).log10()
-    mel = torch.maximum(mel, mel.amax((-2, -1), keepdim=True) - 8.0)
-    return ((mel + 4.0) / 4.0)[..., :frames]
+    return (mel_filters(LOG_FFT, LOG_BANDS).to(wave.device) @ power).clamp_min(1e-10).log10()
+
+
+def loudness(power: Tensor, peak: Tensor) -> Tensor:
+    """log_power() -> cut 8 (80 dB) below the peak, the clip's loudest point, and scaled to about -1 ... 1."""
+    return (torch.maximum(power, peak - 8.0) + 4.0) / 4.0
+
+
+def log_mel(wave: Tensor) -> Tensor:
+    """Waveform [samples] or [B, samples] at 16 kHz -> log-mel [128, F] or [B, 128, F], F = ceil(samples / 160).
+
+    Source: release feature extractor; Whisper's recipe with 128 bands.
+    """
+    power = log_power(wave)
+    return loudness(power, power.amax((-2, -1), keepdim=True))[..., : -(-wave.shape[-1] // HOP)]
 
 
 def voice_mel(wave: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Processor:
         inputs, pieces, images, videos = Inputs(torch.empty(0), torch.empty(0)), [], [], []
         for is_text, parts in groupby(parts_of(messages, add_generation_prompt), lambda part: isinstance(part, str)):
             if is_text:  # neighbours merge before they are encoded: words reach over their border
-                pieces.append(("a text", self._encode("".join(parts))))
+                pieces.append(("a text", self.encode("".join(parts))))
                 continue
             for kind, source in parts:
                 filled = self._fill(kind, source, use_audio_in_video, inputs, images, videos)
@@ -143,7 +143,7 @@ class Processor:
         inputs.image_patches, inputs.video_patches = _packed(images), _packed(videos)
         return inputs
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Ids of text, in which nobody may type what stands for media: positions and features would go astray."""
         ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
         typed = [name for name, i in special.items() if name not in CHATML and i in ids]

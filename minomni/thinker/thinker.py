@@ -1,6 +1,6 @@
 """The Thinker: text, sound and pictures in one sequence, and a decoder that answers in text (spec: paper sec. 2.1)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,11 @@ class Thinker(nn.Module):
             media = media | (ids == token)
         return embeds, words.masked_fill(media[..., None], 0)
 
-
-    def read(self, inputs: Inputs, cache: KVCache | None = None) -> Reading:
+    def read(self, inputs: Inputs, cache: KVCache | None = None,
+             note: Callable[[str], object] = lambda what: None) -> Reading:
         """Run the decoder over a batch of prompts, or of whole conversations in training.
 
+        note("encode") is called when all has been heard and seen, note("prefill") when all has been read.
         Raises UserError for a prompt that is longer than the context.
         """
         length, context = inputs.input_ids.shape[1], self.config.text.max_position_embeddings
@@ -95,9 +96,11 @@ class Thinker(nn.Module):
             raise UserError(f"the prompt has {length} tokens and the context holds {context}; "
                             f"shorten the text or the media")
         embeds, text_embeds = self.embed(inputs)
+        note("encode")
         mask, ids = inputs.attention_mask.to(self.device), inputs.input_ids.to(self.device)
         position_ids = tmrope_ids(inputs, self.config).to(self.device)
         hidden = self.model(embeds, position_ids, mask, cache)
+        note("prefill")
         return Reading(hidden, text_embeds, position_ids, mask, ids, cache)
 
     def forward(self, inputs: Inputs) -> Tensor:

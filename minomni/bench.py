@@ -1,0 +1,210 @@
+"""How soon and how fast: speaking while thinking against speaking afterwards, stage by stage, measured in one run.
+
+A ten-second answer is asked for by forbidding the codes that end speech. Ratios come from runs that take turns, so that
+what else the machine does falls on both alike.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from minomni.config import FlowConfig
+from minomni.errors import UserError
+from minomni.reply import Reply, SoundPiece, waiting
+from minomni.stream import seeded, think_and_talk
+from minomni.token2wav.stream import EAGER, SERVING, MelStream, Schedule, SpeechStream
+
+ANSWER_S, ROUNDS, SESSION_S = 10, 3, 600
+QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
+STAGES = {"prefill": "the prompt is read", "text": "first word", "code": "first code", "mel": "first mel",
+          "sound": "first sound"}
+SCHEDULES = {"serving: 3 blocks, 2 back computed again, 1 ahead": SERVING, "eager, the default of stream()": EAGER,
+             "3 blocks, the past remembered, 0 ahead": Schedule(((3, 0),)),
+             "3 blocks, the past remembered, 1 ahead": Schedule(((3, 1),)),
+             "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
+             "6 blocks, the past remembered, 1 ahead": Schedule(((6, 1),))}
+
+
+@dataclass
+class Streaming:
+    """What measure() found."""
+
+    rows: dict[str, tuple[float, str]]  # by name: value and what it is
+    stages: dict[str, tuple[float, float]]  # seconds since the question, predicted and measured
+    schedules: dict[str, tuple[int, float]]  # codes that the first sound waits for, mean distance of the mel
+
+    def ratios(self) -> dict[str, float]:
+        return {name: round(value, 4) for name, (value, _) in self.rows.items()}
+
+    def markdown(self) -> str:
+        lines = ["| streaming | value | what it is |", "|---|---|---|"]
+        lines += [f"| {name} | {value:.3g} | {what} |" for name, (value, what) in self.rows.items()]
+        lines += ["", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
+        lines += [f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
+                  for name, (predicted, measured) in self.stages.items()]
+        lines += ["", "| schedule | codes before the first sound | mel distance to the whole utterance |",
+                  "|---|---|---|"]
+        return "\n".join(lines + [f"| {name} | {codes} | {far:.3f} |" for name, (codes, far) in self.schedules.items()])
+
+    def draw(self, path: Path) -> None:
+        """A waterfall of the stages into a png. Raises UserError where it cannot be written."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from . import viz
+
+        ax, bottom = viz.axes(width=7, height=2.6), len(self.stages)
+        for column, name, color in ((0, "predicted", viz.PALE), (1, "measured", viz.COLORS["audio"])):
+            ends = [1e3 * times[column] for times in self.stages.values()]
+            begins = [0.0, *ends[:-1]]
+            rows = [bottom - i - 0.4 * column for i in range(len(ends))]
+            ax.barh(rows, [end - begin for begin, end in zip(begins, ends)], 0.38, begins, color=color, label=name)
+        ax.set(yticks=[bottom - i - 0.2 for i in range(bottom)], xlabel="ms since the question")
+        ax.set_yticklabels([STAGES[name] for name in self.stages])
+        ax.legend(frameon=False, fontsize=8)
+        try:
+            ax.figure.savefig(path, dpi=100)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def endless(omni) -> Iterator[None]:
+    """Within it an answer's speech does not end of itself, but after ANSWER_S seconds."""
+    config, talker = omni.config, omni.talker.config
+    codes = ANSWER_S * config.token2wav.codes_per_second
+    omni.config = dataclasses.replace(
+        config, talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=codes))
+    omni.talker.config = dataclasses.replace(talker, codec_eos=talker.codec_bos)  # which is never spoken
+    try:
+        yield
+    finally:
+        omni.config, omni.talker.config = config, talker
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float, object]:
+    """-> seconds by the clock, seconds of CPU, and what the work gives."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return time.perf_counter() - clock, time.process_time() - cpu, result
+
+
+def streamed(omni, flow: FlowConfig) -> tuple[list[SoundPiece], Reply]:
+    pieces = list(omni.stream(QUESTION, flow=flow))
+    return [piece for piece in pieces if isinstance(piece, SoundPiece)], pieces[-1].reply
+
+
+def measure(omni) -> Streaming:
+    """All rows for a model. Takes about two minutes for tiny on two cores. Raises UserError for one without voices."""
+    flow, rows = omni.config.flow, {}
+    omni.respond(QUESTION)  # warm up
+    with endless(omni):
+        whole, live = [], []
+        for _ in range(ROUNDS):
+            whole.append(timed(lambda: omni.respond(QUESTION)))
+            live.append(timed(lambda: streamed(omni, flow)))
+        predicted = predict(omni, flow)
+    offline_s, offline_cpu = (min(run[i] for run in whole) for i in (0, 1))
+    stream_s, stream_cpu, (sounds, reply) = min(live, key=lambda run: run[0])
+    first = min(run[2][1].trace.first("sound") for run in live)
+    text, codes = (reply.trace.times[kind] for kind in ("text", "code"))
+    words, rate = len(text), omni.config.token2wav.codes_per_second
+    needed = words * (text[-1] - text[0]) / (words - 1) - words / rate
+    rows["first_sound_ms"] = 1e3 * first, "from the question to the first sound"
+    rows["first_sound_ratio"] = first / offline_s, f"the same : a whole reply of {ANSWER_S} s made afterwards"
+    rows["streamed_cost_ratio"] = stream_cpu / offline_cpu, "CPU time of a streamed reply : of one made afterwards"
+    rows["realtime_factor"] = stream_s / reply.seconds, "seconds of work for a second of streamed speech"
+    rows["player_waits_ms"] = 1e3 * waiting(sounds), "how long a player must hold the first sound to play without gap"
+    rows["buffer_by_rule_ms"] = 1e3 * max(needed, 0), (f"what a slow Thinker would ask for: N / r - N / R, N = {words} "
+                                                       f"tokens at r a second, R = {rate} codes a second")
+    late = sum(at > reply.trace.first("sound") for at in text)
+    rows["words_after_first_sound"] = late, "text tokens that come after it"
+    rows["prediction_ratio"] = predicted["sound"] / first, "predicted : measured time to the first sound"
+    rows["session_growth_mb"] = session_growth(omni), f"memory that {SESSION_S} s of listening add to the first context"
+    stages = {name: (predicted[name], min(run[2][1].trace.first(name) for run in live)) for name in STAGES}
+    return Streaming(rows, stages, {name: distance(omni, schedule) for name, schedule in SCHEDULES.items()})
+
+
+def predict(omni, flow: FlowConfig) -> dict[str, float]:
+    """Seconds from the question to each stage, added up from what one step of each part takes, measured alone."""
+    config, voice = omni.config, omni.voice(next(iter(omni.voices)))
+    cost: dict[str, list[float]] = {"text": [], "code": []}
+    _, inputs = omni.prepare(QUESTION, None, True, False)
+
+    def read():
+        with torch.no_grad():
+            return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+
+    prefill, reading = best(lambda: omni.prepare(QUESTION, None, True, False))[0], None
+    seconds, reading = best(read)
+    then = time.perf_counter()
+    for kind, _ in think_and_talk(omni, reading, [voice.bos_token], 0):
+        now = time.perf_counter()
+        cost[kind].append(now - then)
+        then = now
+    blocks, ahead = EAGER.chunks[0]
+    needed = (blocks + ahead) * config.token2wav.dit.block_size // config.token2wav.dit.repeats
+    codes = torch.zeros(1, needed, dtype=torch.long)
+    painting, mel = best(lambda: next(MelStream(omni.token2wav.code2wav_dit_model, voice, flow, EAGER,
+                                                seeded(0)).feed(codes)))
+    setting_up, _ = best(lambda: SpeechStream(omni.token2wav, voice, flow, EAGER, seeded(0)))
+    sounding, _ = best(lambda: SpeechStream(omni.token2wav, voice, flow, EAGER, seeded(0)).vocoder.feed(mel))
+    until = {"prefill": prefill + seconds}
+    until["text"] = until["prefill"] + setting_up + cost["text"][0]
+    until["code"] = until["text"] + cost["text"][1] + cost["code"][0]
+    until["mel"] = until["code"] + (needed - 1) * (median(cost["text"][2:]) + median(cost["code"][1:]))
+    until["mel"] += painting - setting_up
+    until["sound"] = until["mel"] + sounding - setting_up
+    return until
+
+
+def best(work: Callable[[], object], times: int = 7) -> tuple[float, object]:
+    """The least of several times, in seconds, and what the work gives."""
+    runs = [timed(work) for _ in range(times)]
+    return min(run[0] for run in runs), runs[-1][2]
+
+
+def distance(omni, schedule: Schedule) -> tuple[int, float]:
+    """Codes that must be there before the first sound, and how far a schedule's mel is from the whole utterance's.
+
+    The mean over frames and bands of the absolute difference, in nats, for one spoken sentence and one noise.
+    """
+    voice, dit, size = omni.voice(next(iter(omni.voices))), omni.token2wav.code2wav_dit_model, omni.config.token2wav.dit
+    codes = omni.respond(QUESTION).codes[None]
+    mels = []
+    for cut in (schedule, Schedule(((10_000, 0),))):
+        stream = MelStream(dit, voice, omni.config.flow, cut, seeded(0))
+        mels.append(torch.cat([*stream.feed(codes), *stream.finish()], dim=2))
+    blocks, ahead = schedule.chunks[0]
+    return (blocks + ahead) * size.block_size // size.repeats, float((mels[0] - mels[1]).abs().mean())
+
+
+def session_growth(omni) -> float:
+    """Megabytes that SESSION_S seconds of listening add to the process after its first full context.
+
+    A context is heard full, which ends in a UserError that says so, and another session begins. NaN where the system
+    does not say how large a process is.
+    """
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    second = 0.1 * torch.randn(16_000, generator=seeded(0))
+    heard, first = 0, None
+    while heard < SESSION_S:
+        session = omni.listen()
+        try:
+            while heard < SESSION_S:
+                session.hear(second)
+                heard += 1
+        except UserError:
+            first = first or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - (first or 0)) / unit if first else 0.0

@@ -1,0 +1,99 @@
+"""Thinking, talking and sounding at the same time: the one loop behind omni.stream(), respond() and generate().
+
+    Thinker    t0  t1  t2  t3  ...              a step of each in turn; line i of the Talker's text is the Thinker's
+    Talker         c0  c1  c2  ...              state after token i, and is there once token i + 1 has been chosen
+    Token2Wav              [mel, sound] ...     as soon as the codes of a chunk are there
+
+There are no threads: whoever reads the events drives the loop, and closing it drops all that it holds.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minomni.config import FlowConfig
+from minomni.reply import End, Reply, SoundPiece, TextPiece, Trace
+from minomni.talker.talker import Script
+from minomni.thinker.thinker import Reading
+from minomni.token2wav.solver import swift
+from minomni.token2wav.speaker import Voice
+from minomni.token2wav.stream import Schedule, SpeechStream
+
+
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Each part draws from a generator of its own, so that it draws the same however the others keep pace."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+@torch.no_grad()
+def think_and_talk(omni, reading: Reading, bos_tokens: list[int] | None, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Answer a batch of read prompts: yields ("text", ids [B]) and ("code", ids [B]) in order of readiness.
+
+    bos_tokens: the voice's token of each row; None for no speech. Rows that are done go on with filler, as in
+    Thinker.steps and Talker.steps. Text and codes are those of Thinker.generate and then Talker.generate.
+    """
+    config, tokens, device = omni.config, omni.config.thinker.tokens, omni.thinker.device
+    thoughts = omni.thinker.steps(reading, config.thinker_sampling, seeded(seed, device))
+    if bos_tokens is None:
+        yield from (("text", ids) for ids, _ in thoughts)
+        return
+    end, pad, *voices = omni.thinker.model.embed_tokens(
+        torch.tensor([tokens.tts_text_end, tokens.tts_text_pad, *bos_tokens], device=device))  # [E] each
+    rows: list[list[Tensor]] = [[] for _ in voices]  # lines of text, growing while the Talker reads them
+    script = Script(reading.hidden + reading.text_embeds, reading.position_ids, reading.attention_mask,
+                    torch.stack(voices), rows)
+    talk = omni.talker.steps(script, config.talker_sampling, omni.table_rows, seeded(seed, device))
+    thinking = set(range(len(rows)))
+    for ids, states in thoughts:
+        yield "text", ids
+        if states is not None:
+            for row in thinking:
+                rows[row].append(states[row])
+        for row in thinking & set((ids == tokens.im_end).nonzero()[:, 0].tolist()):
+            thinking.remove(row)
+            rows[row] += [end, pad] if rows[row] else []
+        if states is not None:
+            yield from (("code", codes) for codes in [next(talk, None)] if codes is not None)
+    for row in thinking:  # cut by the limit
+        rows[row] += [end, pad] if rows[row] else []
+    yield from (("code", codes) for codes in talk)
+
+
+def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | None, flow: FlowConfig | None,
+             seed: int, trace: Trace, said: list[int]) -> Iterator[TextPiece | SoundPiece | End]:
+    """Answer one read prompt piece by piece; said is filled with the text ids as they come.
+
+    schedule: how the sound is cut; None makes it at the end, in one go. flow: None for the default of omni.stream().
+    """
+    flow = flow or (omni.config.flow if schedule is None else swift(omni.config.flow))
+    config, generator, codes, waves, text = omni.config, seeded(seed), [], [], ""
+    stops = (config.talker.codec_pad, config.talker.codec_eos)
+    speech = None
+    if voice is not None and schedule is not None:
+        speech = SpeechStream(omni.token2wav, voice, flow, schedule, generator, trace.note)
+
+    def sound(pieces: Iterator[Tensor]) -> Iterator[SoundPiece]:
+        for wave in pieces:
+            waves.append(wave.cpu())
+            yield SoundPiece(waves[-1], config.token2wav.sample_rate, trace.note("sound"))
+
+    for kind, ids in think_and_talk(omni, reading, None if voice is None else [voice.bos_token], seed):
+        token, at = int(ids), trace.note(kind)
+        if kind == "text":
+            said.append(token)
+            whole = omni.tokenizer.decode(said, skip_special=True)
+            if len(whole) > len(text) and not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a letter waits
+                yield TextPiece(whole[len(text):], at)
+                text = whole
+        elif token not in stops:
+            codes.append(token)
+            if speech is not None:
+                yield from sound(speech.feed(ids[None]))
+    spoken = torch.tensor(codes, dtype=torch.long)
+    if speech is not None and codes:
+        yield from sound(speech.finish())
+    elif voice is not None and codes:
+        yield from sound([omni.token2wav(spoken[None], voice, flow, generator)])
+    yield End(Reply(omni.tokenizer.decode(said, skip_special=True), torch.cat(waves) if waves else torch.zeros(0),
+                    config.token2wav.sample_rate, spoken, trace.note("end"), trace))

@@ -1,0 +1,235 @@
+"""Speaking while thinking: the same text and codes as afterwards, sound before the text is finished, and clean ends."""
+
+import dataclasses
+import gc
+import itertools
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+import minomni
+from minomni import ROOT
+from minomni.config import TINY
+from minomni.errors import UserError
+from minomni.inputs.prompt import Processor
+from minomni.layers import KVCache
+from minomni.omni import until_stop
+from minomni.reply import End, SoundPiece, TextPiece, waiting
+from minomni.stream import seeded, think_and_talk
+from minomni.talker.talker import script
+from minomni.token2wav.flow_dit import Past
+from minomni.token2wav.stream import EAGER, SERVING, StageStream
+
+DATA, TOKENS = ROOT / "data_samples", TINY.thinker.tokens
+SHAPES = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "cross")]
+
+
+def messages(*content):
+    return [{"role": "user", "content": list(content)}]
+
+
+def questions() -> list[list[dict]]:
+    """50 prompts: words, pictures, sounds and clips, one or several of them, in one turn or two."""
+    says = [messages({"text": f"say the {a} is {where} the {b}"})
+            for a, b, where in zip(SHAPES, SHAPES[::-1], itertools.cycle(["above", "below", "left of"]))]
+    asks = [messages({"image": str(DATA / picture)}, {"text": text})
+            for text in ("what do you see", "which digit is this", "what color is the circle", "which shape is red")
+            for picture in ("scene.png", "color.png", "digit.png")]
+    hears = [messages({"audio": str(path)}) for path in sorted((DATA / "speech").glob("*.flac"))[:17]]
+    films = [messages({"video": str(DATA / name)}, {"text": "where does the shape go"})
+             for name in ("moving.mp4", "sounding.mp4")]
+    both = [messages({"image": str(DATA / "scene.png")}, {"audio": str(DATA / "question.wav")}),
+            messages({"audio": str(DATA / "wish.wav")}), messages({"text": "say yes"})]
+    talks = [[*question, {"role": "assistant", "content": "a red circle"}, *messages({"text": f"say the {shape}"})]
+             for question, shape in zip(asks, SHAPES[:7])]
+    return says + asks + hears + films + both + talks
+
+
+@pytest.fixture(scope="module")
+def omni():
+    torch.set_num_threads(1)
+    return minomni.load(str(DATA / "tiny"), dtype=torch.float32)
+
+
+@pytest.fixture
+def brief(omni, monkeypatch):
+    """Sets how the shipped model samples and how long it may speak, until the test is over."""
+    def set_to(temperature=0.5, words=6, codes=10, **flow):
+        config = omni.config
+        sampling = {f"{part}_sampling": dataclasses.replace(getattr(config, f"{part}_sampling"), max_new_tokens=most,
+                                                            temperature=temperature)
+                    for part, most in (("thinker", words), ("talker", codes))}
+        changed = dataclasses.replace(config, **sampling, flow=dataclasses.replace(config.flow, **flow))
+        monkeypatch.setattr(omni, "config", changed)
+        return omni
+    return set_to
+
+
+def afterwards(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
+    """Text ids and codes the old way: all of the thinking, then all of the talking."""
+    with mock.patch.object(omni.thinker, "read", lambda *_: reading):
+        reply = omni.thinker.generate(None, omni.config.thinker_sampling, seeded(seed))
+    lines = script(reply, bos_tokens(omni, reply.tokens), TOKENS, omni.thinker.model.embed_tokens)
+    codes = omni.talker.generate(lines, omni.config.talker_sampling, omni.table_rows, seeded(seed))
+    return reply.tokens, [row.tolist() for row in codes]
+
+
+def meanwhile(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
+    """The same from the one loop."""
+    steps = {"text": [], "code": []}
+    for kind, ids in think_and_talk(omni, reading, bos_tokens(omni, reading.hidden), seed):
+        steps[kind].append(ids)
+    tokens = until_stop(steps["text"], len(reading.hidden), [TOKENS.im_end], keep=True)
+    codes = until_stop(steps["code"], len(tokens), [TINY.talker.codec_pad, TINY.talker.codec_eos])
+    return [row.tolist() for row in tokens], [row.tolist() for row in codes]
+
+
+def bos_tokens(omni, rows) -> list[int]:
+    return [voice.bos_token for voice, _ in zip(itertools.cycle(omni.voices.values()), rows)]
+
+
+def read(omni, *conversations):
+    inputs = Processor(omni.config, omni.tokenizer)(list(conversations))
+    with torch.no_grad():
+        return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+
+
+def both_ways(omni, reading, seed):
+    then = afterwards(omni, reading, seed)
+    reading.cache.cut(reading.hidden.shape[1])
+    return then, meanwhile(omni, reading, seed)
+
+
+# --------------------------------------------------------------------------------------------------- the same answers
+def test_fifty_answers_are_the_same(brief):
+    asked = questions()
+    assert len(asked) >= 50
+    spoken = []
+    for seed, question in enumerate(asked):
+        omni = brief(temperature=0.9 * (seed % 2))  # by turns greedy and sampled
+        then, now = both_ways(omni, read(omni, question), seed)
+        assert then == now, question
+        spoken += now[1]
+    assert sum(map(len, spoken)) > 400 and len(set(map(tuple, spoken))) > 25  # they do speak, and not all the same
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_batches_answer_the_same(brief, temperature):
+    """Rows of very different length, of which some end early: a reply may be over before another has begun to speak."""
+    omni = brief(temperature, words=12, codes=14)
+    rows = [question for question in questions() if not any("video" in item for item in question[0]["content"])][::6]
+    then, now = both_ways(omni, read(omni, *rows), seed=3)
+    assert then == now and len(set(map(len, now[0]))) > 2
+
+
+@pytest.mark.parametrize("words", [1, 2, 3])
+def test_answers_cut_by_the_limit_are_the_same(brief, words):
+    omni = brief(words=words)
+    then, now = both_ways(omni, read(omni, messages({"text": "say yes"})), seed=0)
+    assert then == now and len(now[0][0]) == words and bool(now[1][0]) == (words > 1)
+
+
+def test_respond_and_stream_say_the_same(brief):
+    omni = brief(codes=30, points=3)
+    question = messages({"text": f"say the {SHAPES[0]} is above the {SHAPES[4]}"})
+    reply = omni.respond(question, seed=4)
+    for schedule in (EAGER, SERVING, None):
+        *pieces, end = omni.stream(question, seed=4, schedule=schedule)
+        assert "".join(piece.text for piece in pieces if isinstance(piece, TextPiece)) == end.reply.text == reply.text
+        waves = [piece.wave for piece in pieces if isinstance(piece, SoundPiece)]
+        assert torch.equal(torch.cat(waves), end.reply.wave) and torch.equal(end.reply.codes, reply.codes)
+        assert end.reply.wave.shape == reply.wave.shape and (len(waves) > 1) == (schedule is not None)
+    assert torch.equal(end.reply.wave, reply.wave)  # schedule None is respond()
+
+
+# ------------------------------------------------------------------------------------------------------- in this order
+def test_talker_takes_one_line_a_step_and_never_pads_early(brief):
+    omni = brief(temperature=0.0, words=12, codes=20)
+    kinds = [kind for kind, _ in think_and_talk(omni, read(omni, questions()[0]), bos_tokens(omni, "1"), 0)]
+    words = kinds.count("text")
+    assert kinds == ["text", *["text", "code"] * (words - 1), *["code"] * (20 - words + 1)] and 5 < words < 13
+
+
+def test_sound_leaves_before_the_last_word(omni):
+    for question in (questions()[0], messages({"audio": str(DATA / "wish.wav")})):
+        pieces = list(itertools.takewhile(lambda piece: not isinstance(piece, End), omni.stream(question)))
+        kinds = [type(piece) for piece in pieces]
+        assert kinds.index(SoundPiece) < len(kinds) - 1 - kinds[::-1].index(TextPiece)
+        assert [piece.at_s for piece in pieces] == sorted(piece.at_s for piece in pieces)
+
+
+def test_a_player_never_runs_dry(omni):
+    """With the CPU's time instead of the wall's, so that the test does not measure what else the machine does."""
+    def gap() -> float:
+        pieces, began = [], time.process_time()
+        for piece in omni.stream(questions()[0]):
+            if isinstance(piece, SoundPiece):
+                pieces.append(dataclasses.replace(piece, at_s=time.process_time() - began))
+        return waiting(pieces)
+    assert min(gap() for _ in range(3)) == 0
+
+
+def test_waiting_is_the_latest_piece_behind_the_player():
+    piece = lambda at_s, seconds: SoundPiece(torch.zeros(int(100 * seconds)), 100, at_s)
+    assert waiting([piece(3, 1), piece(3.5, 1), piece(5, 1)]) == 0
+    assert waiting([piece(0, 1), piece(1.5, 1), piece(4, 1)]) == 2  # the third is due at 2 and comes at 4
+
+
+def test_trace_tells_every_hand_over(brief):
+    question = messages({"image": str(DATA / "color.png")}, {"text": "what do you see"})
+    *_, end = brief(codes=12, points=3).stream(question)
+    trace = end.reply.trace
+    order = [trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "sound")]
+    assert order == sorted(order) and trace.last("sound") <= trace.last("end") == end.reply.total_s
+    assert len(trace.times["code"]) == 12 and trace.first("nothing") is None
+
+
+# --------------------------------------------------------------------------------------------------------- clean ends
+def held() -> tuple[int, int]:
+    """Threads, and caches that something still holds."""
+    gc.collect()
+    return threading.active_count(), sum(type(thing) in (KVCache, Past, StageStream) for thing in gc.get_objects())
+
+
+def test_a_hundred_broken_streams_leave_nothing_behind(brief):
+    omni, question = brief(codes=30, points=2, solver="euler"), messages({"text": "say the red circle"})
+    before = held()
+    for i in range(100):
+        stream = omni.stream(question, seed=i)
+        for _ in range(i % 9):
+            next(stream)
+        if i % 3 == 0:
+            stream.close()
+        elif i % 3 == 1:
+            with pytest.raises(RuntimeError, match="the line went dead"):
+                stream.throw(RuntimeError("the line went dead"))
+        del stream  # a consumer that reads no more
+    assert held() == before
+
+
+def test_an_error_in_the_middle_comes_out_and_leaves_nothing_behind(brief):
+    def broken(*_):
+        raise OSError("out of luck")
+
+    omni, before = brief(codes=30, points=2, solver="euler"), held()
+    for module, name in ((omni.talker, "step"), (omni.thinker.lm_head, "forward"),
+                         (omni.token2wav.code2wav_dit_model, "look")):
+        with mock.patch.object(module, name, broken), pytest.raises(OSError, match="out of luck"):
+            list(omni.stream(messages({"text": "say the red circle"})))
+    assert held() == before
+
+
+def test_questions_that_cannot_be_asked_are_refused_at_once(omni):
+    for bad, says in (([], "no messages"), (messages({"audio": "nowhere.wav"}), "no such file")):
+        with pytest.raises(UserError, match=says):
+            omni.stream(bad)  # before the first piece is asked for
+    with pytest.raises(UserError, match="unknown voice 'Nobody'"):
+        omni.stream(questions()[0], voice="Nobody")
+
+
+def test_text_alone_streams_too(brief):
+    pieces = list(brief().stream(messages({"text": "say yes"}), speech=False))
+    assert {type(piece) for piece in pieces} == {TextPiece, End} and len(pieces[-1].reply.wave) == 0
