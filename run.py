@@ -1,6 +1,6 @@
 """Three commands, for a machine that has Python 3.11 or newer and nothing else:
 
-    python run.py          set up, train the tiny model once, answer the questions in data_samples/ in text and speech
+    python run.py          set up, train the tiny model once, answer data_samples/ in text and speech, score the model
     python run.py hear     set up, answer them with the small model that comes with the project; trains nothing
     python run.py test     set up, run all tests and notebooks
 
@@ -40,12 +40,17 @@ def main() -> int:
 
 
 def demo(python: str) -> int:
-    """Train the tiny model unless that is done (an unfinished run goes on), then answer the sample questions."""
-    if not (ROOT / "runs" / "tiny" / "model").exists():
-        code = call(python, "-m", "minomni", "train", "tiny", "--resume")
+    """Train the tiny model unless that is done (an unfinished run goes on), then answer the sample questions.
+
+    A model that has just been trained is also scored.
+    """
+    trained_before = (ROOT / "runs" / "tiny" / "model").exists()
+    lessons = [] if trained_before else [("train", "tiny", "--resume")]
+    for command in (*lessons, ("chat", "--samples"), *[("report",) for _ in lessons]):
+        code = call(python, "-m", "minomni", *command)
         if code:
             return code
-    return call(python, "-m", "minomni", "chat", "--samples")
+    return 0
 
 
 def hear(python: str) -> int:

@@ -29,8 +29,8 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     card = report.measure(str(tiny_folder), items=2)
     values = card.fractions()
     assert json.loads(json.dumps(values)) == values and all(0 <= row.n for row in card.rows)
-    others = "real_digits_accuracy spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer natural_speech_wer " \
-             "stop_errors voice_accuracy"
+    others = "real_digits_accuracy spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer streamed_speech_wer " \
+             "natural_speech_wer stop_errors voice_accuracy"
     kept = "dpo_wer_before dpo_wer_after train_seconds"  # only where the stages are kept, and the folder says how long
     assert set(report.ANSWERS) | set(others.split()) | set(kept.split()) == set(values)
     assert all(values[name] is None for name in kept.split())

@@ -63,9 +63,10 @@ def machine(tmp_path, monkeypatch):
 
 def test_first_call_installs_trains_and_answers(machine):
     code, calls, _ = machine()
-    install, train, chat = calls
+    install, train, chat, report = calls
     assert code == 0 and install.startswith("-m pip install") and "requirements-dev" not in install
     assert train == "-m minomni train tiny --resume" and chat == "-m minomni chat --samples"
+    assert report == "-m minomni report"
 
 
 def test_second_call_starts_at_once(machine):
@@ -86,7 +87,7 @@ def test_tests_are_one_call_on_one_thread(machine):
     assert code == 5 and "requirements-dev.txt" in install
     assert tests.startswith("-m pytest --nbval-lax --nbval-current-env") and tests.endswith("tests notebooks")
     assert environment["OMP_NUM_THREADS"] == "1"
-    assert len(machine("test")[1]) == 1 and len(machine()[1]) == 2  # installed for both commands
+    assert len(machine("test")[1]) == 1 and len(machine()[1]) == 3  # installed for both commands
 
 
 def test_changed_requirements_install_again(machine):

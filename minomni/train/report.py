@@ -197,7 +197,7 @@ class Examiner:
     def speech(self) -> list[Row]:
         """Word error of spoken held-out sentences by the outside judge, beside that of recordings; and the voice."""
         judge, recordings = Judge(), corpus("test", self.cache)
-        made, natural, stopped, voices = [], [], 0, []
+        made, streamed, natural, stopped, voices = [], [], [], 0, []
         said = [
             i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in self.statements()
         ][: self.items]
@@ -208,6 +208,8 @@ class Examiner:
             reply = self.say(utterance.text, utterance.voice if own_voices else None, seed=i)
             right = utterance.text.split()
             made.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
+            live = self.say_live(utterance.text, utterance.voice if own_voices else None, seed=i)
+            streamed.append((edits(right, hear(judge, live, reply.sample_rate)), len(right)))
             natural.append((edits(right, hear(judge, recordings.wave(i), world.LISTENING_RATE)), len(right)))
             longest = self.omni.config.talker_sampling.max_new_tokens
             pace = reply.seconds / (len(recordings.wave(i)) / world.LISTENING_RATE)
@@ -215,6 +217,7 @@ class Examiner:
             voices.append(own_voices and len(reply.wave) > 0 and known.name(reply.wave) == utterance.voice)
         return [
             word_error_row("speech_wer", made),
+            word_error_row("streamed_speech_wer", streamed),
             word_error_row("natural_speech_wer", natural),
             Row("stop_errors", stopped / len(said), len(said)),
             Row("voice_accuracy", sum(voices) / len(said) if own_voices else None, len(said)),
@@ -240,6 +243,11 @@ class Examiner:
     def say(self, text: str, voice: str | None, seed: int):
         """A typed wish, spoken."""
         return self.omni.respond([{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed)
+
+    def say_live(self, text: str, voice: str | None, seed: int) -> Tensor:
+        """The same wish, spoken while it is thought: the same codes, painted chunk by chunk -> its sound [samples]."""
+        *_, end = self.omni.stream([{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed)
+        return end.reply.wave
 
     def statements(self) -> set[str]:
         return {u.text for u in self.teacher.speech.utterances if not u.text.startswith("say ")} - set(
