@@ -5,6 +5,7 @@ import gc
 import itertools
 import threading
 import time
+from random import Random
 from unittest import mock
 
 import pytest
@@ -22,6 +23,8 @@ from minomni.stream import seeded, think_and_talk
 from minomni.talker.talker import script
 from minomni.token2wav.flow_dit import Past
 from minomni.token2wav.stream import EAGER, SERVING, StageStream
+from minomni.train import world
+from minomni.train.judge import Judge, edits
 
 DATA, TOKENS = ROOT / "data_samples", TINY.thinker.tokens
 SHAPES = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "cross")]
@@ -233,3 +236,17 @@ def test_questions_that_cannot_be_asked_are_refused_at_once(omni):
 def test_text_alone_streams_too(brief):
     pieces = list(brief().stream(messages({"text": "say yes"}), speech=False))
     assert {type(piece) for piece in pieces} == {TextPiece, End} and len(pieces[-1].reply.wave) == 0
+
+
+def test_the_outside_judge_understands_a_stream_as_well(omni):
+    """Held-out sentences: its word error differs by at most a point, which is one word in a hundred."""
+    judge, random, wrong, words = Judge(), Random(1), {"stream": 0, "respond": 0}, 0
+    texts = [text for text in (world.statement(random, held=True) for _ in range(30)) if len(text.split()) > 6]
+    for seed, text in enumerate(texts[:13]):
+        asked, right = messages({"text": f"say {text}"}), text.split()
+        *_, end = omni.stream(asked, seed=seed)
+        for name, reply in (("stream", end.reply), ("respond", omni.respond(asked, seed=seed))):
+            wrong[name] += edits(right, judge.hear(reply.wave, reply.sample_rate).split())
+        words += len(right)
+    assert words >= 100 and abs(wrong["stream"] - wrong["respond"]) <= 0.01 * words
+    assert wrong["stream"] < 0.1 * words
