@@ -1,4 +1,4 @@
-"""Command line: python -m minomni train | chat | report | bench."""
+"""Command line: python -m minomni train | chat | report | ablate | bench."""
 
 import argparse
 import json
@@ -85,6 +85,15 @@ def parser() -> Parser:
     report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout "
                         "of free-spoken-digit-dataset, and test on the speaker left out")
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
+
+    ablate = commands.add_parser("ablate", help="what a stage is good for", description="Prints a table.")
+    ablate.add_argument("what", choices=["dpo", "tuning"],
+                        help="dpo: speech before and after that stage; tuning: the voice breaks when the Thinker is "
+                             "tuned alone, and is repaired")
+    ablate.add_argument("--home", type=Path, default=ROOT / "runs" / "tiny", help="of a finished training "
+                        "(default runs/tiny)")
+    ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")
+    ablate.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
 
     bench = commands.add_parser("bench", help="measure speed", description="Prints a table of ratios and times.")
     bench.add_argument("what", choices=["stream"], help="stream: speaking while thinking against speaking afterwards")
@@ -224,6 +233,12 @@ def run_report(arguments) -> None:
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 
+def run_ablate(arguments) -> None:
+    from .train.ablations import ablate
+
+    print(ablate(arguments.what, arguments.home, arguments.items, arguments.seed))
+
+
 def run_bench(arguments) -> None:
     from . import bench
 
@@ -237,7 +252,8 @@ def main() -> int:
     """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
     try:
         arguments = parser().parse_args()
-        {"train": run_train, "chat": run_chat, "report": run_report, "bench": run_bench}[arguments.command](arguments)
+        commands = {"train": run_train, "chat": run_chat, "report": run_report, "ablate": run_ablate, "bench": run_bench}
+        commands[arguments.command](arguments)
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)
         return 2

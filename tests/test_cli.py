@@ -220,7 +220,7 @@ def test_bytes_and_arrays_are_media_too(tiny_folder):
     assert isinstance(reply.text, str) and len(reply.wave) == 0
 
 
-@pytest.mark.parametrize("command_name", ["train", "chat", "report", "bench"])
+@pytest.mark.parametrize("command_name", ["train", "chat", "report", "ablate", "bench"])
 def test_help_is_worth_reading(command_name):
     line = [sys.executable, "-m", "minomni", command_name, "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)

@@ -228,17 +228,20 @@ class Examiner:
         names = "dpo_wer_before", "dpo_wer_after"
         if not all((stages / f"{stage}.safetensors").exists() for stage in ("talker", "dpo")):
             return [Row(name, None) for name in names]
-        judge, rows = Judge(), []
-        kept = {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()}
-        sentences = hard_sentences()[: self.items]
+        rows, kept = [], {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()}
         for name, stage in zip(names, ("talker", "dpo")):
             graduate(self.omni, stages, [stage])
-            replies = [self.say(text, list(world.VOICES)[i % 4], seed=i) for i, text in enumerate(sentences)]
-            heard = [hear(judge, reply.wave, reply.sample_rate) for reply in replies]
-            items = [(edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)]
-            rows.append(word_error_row(name, items))
+            rows.append(word_error_row(name, self.understood(hard_sentences()[: self.items])))
         self.omni.talker.load_state_dict(kept)
         return rows
+
+    def understood(self, sentences: list[str]) -> list[tuple[int, int]]:
+        """What the judge makes of sentences said in all voices by turns -> (edits, words) each."""
+        judge, voices, items = Judge(), list(self.omni.voices), []
+        for i, text in enumerate(sentences):
+            reply, right = self.say(text, voices[i % len(voices)], seed=i), text.split()
+            items.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
+        return items
 
     def say(self, text: str, voice: str | None, seed: int):
         """A typed wish, spoken."""
