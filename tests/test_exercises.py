@@ -42,6 +42,17 @@ def taken(q, k, v, scale: float | None = None, repeat: bool = False) -> torch.Te
     return F.scaled_dot_product_attention(q[:, None], k.transpose(0, 1), v.transpose(0, 1), scale=scale)[:, 0]
 
 
+def cut(schedule, total: int, look: bool = True, rest: bool = True, last: bool = True, always: bool = False) -> list[int]:
+    """Where the chunks of a schedule end; each switch leaves out, or overdoes, one thing."""
+    ends, done = [], 0
+    while True:
+        blocks, ahead = schedule[min(len(ends), len(schedule) - 1) if last else len(ends) % len(schedule)]
+        if done + blocks + ahead * look > total:
+            return ends + [total] * (rest and done < total or always)
+        done += blocks
+        ends.append(done)
+
+
 BUGS = {
     "00": {
         "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
@@ -190,6 +201,18 @@ BUGS = {
         "sees": [lambda k, ds: sum(k // 2 * d + k // 2 for d in ds), lambda k, ds: sum(5 + k // 2 * d for d in ds),
                  lambda k, ds: sum(10 + (k - 1) * d + k - 1 for d in ds),
                  lambda k, ds: max(10 + k // 2 * d + k // 2 for d in ds)],
+    },
+    "12": {
+        "words_needed": [lambda b, a, f, r: (b + a) * f // r, lambda b, a, f, r: b * f // r + 1,
+                         lambda b, a, f, r: (b + a) * f + 1, lambda b, a, f, r: (b + a) * f // r + 2],
+        "must_wait": [lambda xs, ns: max(0, xs[-1] - xs[0] - sum(ns[:-1])),
+                      lambda xs, ns: max(0, *(x - sum(ns[:k]) for k, x in enumerate(xs))),
+                      lambda xs, ns: max(0, *(x - xs[0] - sum(ns[: k + 1]) for k, x in enumerate(xs))),
+                      lambda xs, ns: max(x - y for x, y in zip(xs[1:], xs)) - ns[0]],
+        "hold_back": [lambda w, r, e: w / r - w / e, lambda w, r, e: max(0, w / e - w / r), lambda w, r, e: w / r,
+                      lambda w, r, e: abs(w / r - w / e)],
+        "cuts": [lambda s, n: cut(s, n, look=False), lambda s, n: cut(s, n, rest=False),
+                 lambda s, n: cut(s, n, last=False), lambda s, n: cut(s, n, always=True)],
     },
 }
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]
