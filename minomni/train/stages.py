@@ -48,7 +48,7 @@ RECIPES = {
         "codec": Recipe(steps=800, batch=16, lr=5e-3),
         "vocoder": Recipe(steps=700, batch=16, lr=5e-3),
         "dit": Recipe(steps=1500, batch=16, lr=8e-3),
-        "language": Recipe(steps=500, batch=24, lr=6e-3),
+        "language": Recipe(steps=700, batch=32, lr=6e-3),
         "ears": Recipe(steps=800, batch=16, lr=6e-3),
         "eyes": Recipe(steps=900, batch=32, lr=6e-3),
         "thinker1": Recipe(steps=100, batch=16, lr=3e-3),
