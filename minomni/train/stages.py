@@ -54,7 +54,7 @@ RECIPES = {
         "thinker1": Recipe(steps=100, batch=16, lr=3e-3),
         "thinker2": Recipe(steps=700, batch=16, lr=4e-3),
         "thinker3": Recipe(steps=40, batch=6, lr=1.5e-3),
-        "chat": Recipe(steps=600, batch=16, lr=3e-3),
+        "chat": Recipe(steps=700, batch=16, lr=3e-3),
         "talker": Recipe(steps=800, batch=24, lr=5e-3),
         "dpo": Recipe(steps=50, batch=16, lr=2.5e-4),
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),

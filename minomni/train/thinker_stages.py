@@ -258,15 +258,15 @@ class ChatStage(ThinkerStage):
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
-        "hear": 1.5,  # else the wish to write down is forgotten: what is heard becomes what is answered
-        "say-typed": 1,
+        "hear": 1,  # else the wish to write down is forgotten: what is heard becomes what is answered
+        "say-typed": 2,
         "say-spoken": 2,
         "scene-typed": 3,
         "scene-spoken": 3,
         "handwriting-typed": 0.5,
         "handwriting-spoken": 0.7,
-        "video-typed": 0.5,
+        "video-typed": 1,
         "video-spoken": 0.7,
-        "sync-typed": 1.5,
+        "sync-typed": 2,
     }
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")
