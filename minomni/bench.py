@@ -19,6 +19,7 @@ from minomni.config import FlowConfig
 from minomni.errors import UserError
 from minomni.reply import Reply, SoundPiece, waiting
 from minomni.stream import seeded, think_and_talk
+from minomni.token2wav.solver import swift
 from minomni.token2wav.stream import EAGER, SERVING, MelStream, Schedule, SpeechStream
 
 ANSWER_S, ROUNDS, SESSION_S = 10, 3, 600
@@ -96,23 +97,25 @@ def timed(work: Callable[[], object]) -> tuple[float, float, object]:
     return time.perf_counter() - clock, time.process_time() - cpu, result
 
 
-def streamed(omni, flow: FlowConfig) -> tuple[list[SoundPiece], Reply]:
+def streamed(omni, flow: FlowConfig | None = None) -> tuple[list[SoundPiece], Reply]:
     pieces = list(omni.stream(QUESTION, flow=flow))
     return [piece for piece in pieces if isinstance(piece, SoundPiece)], pieces[-1].reply
 
 
 def measure(omni) -> Streaming:
     """All rows for a model. Takes about two minutes for tiny on two cores. Raises UserError for one without voices."""
-    flow, rows = omni.config.flow, {}
+    rows = {}
     omni.respond(QUESTION)  # warm up
     with endless(omni):
-        whole, live = [], []
+        whole, live, alike = [], [], []
         for _ in range(ROUNDS):
             whole.append(timed(lambda: omni.respond(QUESTION)))
-            live.append(timed(lambda: streamed(omni, flow)))
-        predicted = predict(omni, flow)
+            live.append(timed(lambda: streamed(omni)))
+            alike.append(timed(lambda: streamed(omni, omni.config.flow)))
+        predicted = predict(omni, swift(omni.config.flow))
     offline_s, offline_cpu = (min(run[i] for run in whole) for i in (0, 1))
     stream_s, stream_cpu, (sounds, reply) = min(live, key=lambda run: run[0])
+    alike_cpu = min(run[1] for run in alike)
     first = min(run[2][1].trace.first("sound") for run in live)
     text, codes = (reply.trace.times[kind] for kind in ("text", "code"))
     words, rate = len(text), omni.config.token2wav.codes_per_second
@@ -120,6 +123,8 @@ def measure(omni) -> Streaming:
     rows["first_sound_ms"] = 1e3 * first, "from the question to the first sound"
     rows["first_sound_ratio"] = first / offline_s, f"the same : a whole reply of {ANSWER_S} s made afterwards"
     rows["streamed_cost_ratio"] = stream_cpu / offline_cpu, "CPU time of a streamed reply : of one made afterwards"
+    rows["streamed_cost_ratio_same_solver"] = alike_cpu / offline_cpu, ("the same, had it taken the reply's solver and "
+                                                                         "not Euler's")
     rows["realtime_factor"] = stream_s / reply.seconds, "seconds of work for a second of streamed speech"
     rows["player_waits_ms"] = 1e3 * waiting(sounds), "how long a player must hold the first sound to play without gap"
     rows["buffer_by_rule_ms"] = 1e3 * max(needed, 0), (f"what a slow Thinker would ask for: N / r - N / R, N = {words} "

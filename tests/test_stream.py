@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import minomni
-from minomni import ROOT
+from minomni import ROOT, bench
 from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.inputs.prompt import Processor
@@ -250,3 +250,22 @@ def test_the_outside_judge_understands_a_stream_as_well(omni):
         words += len(right)
     assert words >= 100 and abs(wrong["stream"] - wrong["respond"]) <= 0.01 * words
     assert wrong["stream"] < 0.1 * words
+
+
+# ---------------------------------------------------------------------------------------------------------- the bench
+def test_bench_measures_every_row_and_leaves_the_model_as_it_was(omni, monkeypatch, tmp_path):
+    for name, value in (("ROUNDS", 1), ("ANSWER_S", 1), ("SESSION_S", 3)):
+        monkeypatch.setattr(bench, name, value)
+    config = omni.config, omni.talker.config
+    result = bench.measure(omni)
+    assert (omni.config, omni.talker.config) == config
+    assert 0 < result.ratios()["first_sound_ratio"] < 1 and result.ratios()["buffer_by_rule_ms"] == 0
+    assert all(f"| {name} |" in result.markdown() for name in result.rows)
+    times = [measured for _, measured in result.stages.values()]
+    assert times == sorted(times) and list(result.stages) == ["prefill", "text", "code", "mel", "sound"]
+    near, far = (result.schedules[f"3 blocks, the past remembered, {ahead} ahead"][1] for ahead in (2, 0))
+    assert near < far  # who looks further ahead comes closer to the whole
+    result.draw(tmp_path / "waterfall.png")
+    assert (tmp_path / "waterfall.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="cannot be written"):
+        result.draw(tmp_path / "no" / "folder.png")
