@@ -21,7 +21,7 @@ from .vocabulary import world_tokenizer
 from .world import Example
 
 TRANSCRIBE = "write what you hear"
-PARTS = 4  # of a batch, so that short questions are not padded to the length of long clips
+PARTS = 3  # of a batch, so that short questions are not padded to the length of long clips
 
 
 def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
@@ -196,14 +196,16 @@ class LanguageStage(ThinkerStage):
     about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
     data = "sentences and questions, typed and imagined as heard or seen"
     mixture = {
-        "hear": 1,
-        "say-typed": 0.5,
-        "say-spoken": 1,
-        "scene-typed": 9,  # what belongs to what, and where, is what takes longest
-        "scene-spoken": 1,
+        "hear": 2,
+        "say-typed": 1,
+        "say-spoken": 1.5,
+        "scene-typed": 3,
+        "scene-spoken": 2,
         "handwriting-typed": 0.5,
-        "video-typed": 1.5,
-        "sync-typed": 2,
+        "handwriting-spoken": 0.5,
+        "video-typed": 1,
+        "video-spoken": 0.7,
+        "sync-typed": 1.5,
     }
     fixed = ("say-typed",)
 
@@ -258,15 +260,14 @@ class ChatStage(ThinkerStage):
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
-        "hear": 1,  # else the wish to write down is forgotten: what is heard becomes what is answered
-        "say-typed": 2,
+        "say-typed": 1,
         "say-spoken": 2,
-        "scene-typed": 3,
+        "scene-typed": 2,
         "scene-spoken": 3,
         "handwriting-typed": 0.5,
         "handwriting-spoken": 0.7,
-        "video-typed": 1,
+        "video-typed": 0.5,
         "video-spoken": 0.7,
-        "sync-typed": 2,
+        "sync-typed": 1.5,
     }
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")
