@@ -8,6 +8,7 @@ One thing is not known until a turn ends: the loudest point of its sound, by whi
 loudest so far is used, and where a louder one changes what was read, it is read again from there.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,8 @@ class Turn:
     """One turn of a Session, which it makes read what comes in."""
 
     def __init__(self, session):
-        self.session, self.config = session, session.omni.config
+        self.session = weakref.proxy(session)  # which holds this turn: a circle would keep both until Python tidies up
+        self.config = session.omni.config
         self.length, self.position = session.length, session.position  # before it
         self.kinds: tuple[str, ...] = ()  # what this turn is made of, settled when its first part is read
         self.parts: list[Part] = []

@@ -1,7 +1,9 @@
 """Listening as it arrives reads what hearing all at once reads, wherever the borders of the chunks fall."""
 
 import dataclasses
+import gc
 import math
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -276,6 +278,20 @@ def test_a_full_context_is_said_and_bounds_the_memory(omni):
     assert session.length < 100  # the turn that was too long is forgotten
     session.hear(noise(1))
     session.respond()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_session_that_is_let_go_is_gone_at_once(shipped, answered):
+    """And not when Python next looks for circles: a minute of listening would wait in memory for that."""
+    session = shipped.listen()
+    session.hear(noise(2.5))
+    if answered:
+        list(session.respond())
+    gone = weakref.ref(session.reading.cache)
+    gc.disable()
+    del session
+    gc.enable()
+    assert gone() is None
 
 
 def test_unknown_voices_and_models_without_words_are_refused(omni, monkeypatch):
