@@ -1,16 +1,22 @@
 """Ablations: each makes its table, and what it falls short of is said."""
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from minomni import load
+from minomni.config import TINY
 from minomni.config_json import write_json
 from minomni.errors import UserError
-from minomni.train import ablations, report, synthesis
+from minomni.thinker.tmrope import position_ids
+from minomni.train import ablations, report, stages, synthesis
 from minomni.train.stages import STAGES, TRAINED
+from minomni.train.thinker_stages import Teacher
 
 
 @pytest.fixture
@@ -22,7 +28,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
-    for name in ("talker", "dpo"):
+    for name in ("ears", "eyes", "thinker2", "thinker3", "chat", "talker", "dpo"):
         learnt = {n: p.detach() for n, p in load(str(home / "model")).named_parameters()
                   if n.startswith(STAGES[name].learns)}
         save_file(learnt, home / "stages" / f"{name}.safetensors")
@@ -44,6 +50,24 @@ def test_tuning_breaks_and_mends(home, monkeypatch):
     assert all(torch.equal(p, before[n]) for n, p in load(str(home / "model")).named_parameters())  # nothing is lost
 
 
+def test_stage3_table(home):
+    text = ablations.ablate("stage3", home, items=4, seed=0)
+    rows = [line.split(" | ") for line in text.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| word error, 30 s of speech", "| word error, one sentence",
+                                        "| right, clips of about 45 s", "| right, clips of about 3 s"]
+    assert all(row[1] == row[2] for row in rows)  # the two stages hold the same weights
+
+
+def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
+    monkeypatch.setitem(stages.RECIPES, "tiny", {name: replace(recipe, steps=1, batch=2)
+                                                 for name, recipe in stages.RECIPES["tiny"].items()})
+    text = ablations.ablate("tmrope", home, items=2, seed=0)
+    assert text.count("\n| ") == 2 and "| plain M-RoPE |" in text
+    row = report.mrope_row(home / report.MROPE)
+    assert row.n == 2 and row.value is not None
+    assert report.mrope_row(home / "nothing").value is None
+
+
 def test_fall_by_hand():
     assert ablations.fall([((2, 4), (1, 4)), ((2, 4), (2, 4))]) == 0.25
     assert ablations.fall([((0, 4), (1, 4))]) == 0.0
@@ -53,3 +77,17 @@ def test_unfinished_runs_are_named(home):
     (home / "stages" / "dpo.safetensors").unlink()
     with pytest.raises(UserError, match="dpo.safetensors is missing"):
         ablations.ablate("dpo", home, items=2, seed=0)
+
+
+def test_plain_mrope_counts_steps_where_tmrope_counts_time():
+    random, teacher = Random(0), Teacher(TINY, Path("."))
+    talks = [[teacher.example("sync-typed", random)], [teacher.example("say-typed", random)]]
+    inputs, _ = teacher.lesson(talks, random)
+    timed, plain = (f(inputs, TINY.thinker) for f in (position_ids, ablations.plain_mrope))
+    video = inputs.input_ids == TINY.thinker.tokens.video
+    assert torch.equal(timed[1:], plain[1:]) and torch.equal(timed[0][~video], plain[0][~video])
+    steps, rows, columns = inputs.video_grids[0]
+    begin = int(timed[0][video][0])
+    assert plain[0][video].tolist() == [begin + i for i in range(steps) for _ in range(rows * columns // 4)]
+    seconds = inputs.video_seconds[0].tolist()
+    assert timed[0][video][:: rows * columns // 4].tolist() == [begin + int(25 * s) for s in seconds]

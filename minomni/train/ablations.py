@@ -1,16 +1,24 @@
 """What a stage is good for: each ablation is one command, `python -m minomni ablate NAME`, and prints a table."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from .. import load
-from ..config_json import read_json
+from ..config import ThinkerConfig
+from ..config_json import read_json, write_json
 from ..errors import UserError
+from ..inputs.prompt import Inputs
+from ..thinker.tmrope import position_ids
+from .judge import LONG
 from .loop import train
-from .report import Examiner, bootstrap, hard_sentences, word_error, word_error_row
+from .report import ANSWERS, MROPE, Examiner, bootstrap, hard_sentences, word_error, word_error_row
 from .run_folder import graduate
-from .stages import STAGES, TRAINED, recipe_of
+from .stages import STAGES, TRAINED, make, recipe_of
 
 TUNING = {"chat": 150, "talker": 200}  # steps of the tuning that breaks the voice, and of what mends it
 
@@ -21,7 +29,7 @@ def dpo(home: Path, items: int, seed: int) -> str:
     before, after = [], []
     for stage, kept in (("talker", before), ("dpo", after)):
         graduate(examiner.omni, home / "stages", [stage])
-        kept += examiner.understood(sentences)
+        kept += examiner.understood(sentences, LONG)
     pairs = list(zip(before, after))
     low, high = bootstrap(fall, pairs)
     total = f"\n\nrelative fall {fall(pairs):.1%}, 95 % interval {low:.1%} to {high:.1%}, sentences drawn in pairs"
@@ -53,6 +61,69 @@ def tuning(home: Path, items: int, seed: int) -> str:
     return table(rows)
 
 
+def stage3(home: Path, items: int, seed: int) -> str:
+    """Half a minute of speech and a minute of pictures, before the stage of long sequences and after it.
+
+    Short ones stand beside them. Fewer items than a row of the card: each is long.
+    """
+    examiner, count = Examiner(load(str(home / "model")), items), max(2, items // 2)
+    lines = ["| what | before stage 3 | after it | 95 % interval | n |", "|---|---|---|---|---|"]
+    columns = []
+    for stage in ("thinker2", "thinker3"):
+        graduate(examiner.omni, home / "stages", [stage])
+        columns.append(examiner.long_rows(count))
+    for before, after in zip(*columns):
+        low, high = after.interval()
+        lines.append(f"| {before.name} | {before.value:.1%} | {after.value:.1%} | {low:.1%} to {high:.1%} | {after.n} |")
+    return "\n".join(lines)
+
+
+def tmrope(home: Path, items: int, seed: int) -> str:
+    """The Thinker's stages once more with plain M-RoPE, and what that model answers about sounds in clips.
+
+    Ears and eyes are taken over as they are: neither knows positions in time. Goes on where it was stopped. The result
+    also stands in the report card from then on.
+    """
+    size, model = read_json(home / "model" / TRAINED)["size"], str(home / "model")
+    run = home.parent / f"{home.name}-mrope"
+    (run / "stages").mkdir(parents=True, exist_ok=True)
+    for name in ("ears", "eyes"):
+        shutil.copy(home / "stages" / f"{name}.safetensors", run / "stages")
+    for name in ("language", "thinker1", "thinker2", "thinker3", "chat"):
+        stage = make(name, size, run, seed)
+        stage.omni.thinker.position_ids = plain_mrope
+        if not (run / "stages" / f"{name}.safetensors").exists():
+            train(stage, run / "stages", resume=True)
+    rows = []
+    for what, places, stages in (("TMRoPE", position_ids, home), ("plain M-RoPE", plain_mrope, run)):
+        examiner = Examiner(load(model), items)
+        graduate(examiner.omni, stages / "stages", ["chat"])
+        examiner.omni.thinker.position_ids = places
+        rows.append((what, examiner.answers("sync_accuracy", ANSWERS["sync_accuracy"])))
+    write_json(home / MROPE, {"sync_accuracy_mrope": rows[1][1].value, "items": items})
+    lines = ["| which thing was there at the sound | right | 95 % interval | n |", "|---|---|---|---|"]
+    for what, row in rows:
+        low, high = row.interval()
+        lines.append(f"| {what} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
+    return "\n".join(lines)
+
+
+def plain_mrope(inputs: Inputs, config: ThinkerConfig) -> Tensor:
+    """Position ids as they were before TMRoPE: a video's grid steps are 0, 1, 2, ... whenever they are shown.
+
+    Everything else is position_ids(): inputs of B rows -> [3, B, L].
+    """
+    ids, grids = position_ids(inputs, config), iter(inputs.video_grids)
+    for row, tokens in enumerate(inputs.input_ids):
+        places = (tokens == config.tokens.video).nonzero()[:, 0]
+        while len(places):
+            steps, *sides = next(grids)
+            cells = sides[0] * sides[1] // config.vision.spatial_merge_size**2
+            here, places = places.split([steps * cells, len(places) - steps * cells])
+            ids[0, row, here] = ids[0, row, here[0]] + torch.arange(steps).repeat_interleave(cells)
+    return ids
+
+
 def table(rows: dict[str, list[tuple[int, int]]]) -> str:
     """(edits, words) of the same sentences by name -> a Markdown table of word errors."""
     lines = ["| speech | word error by the judge | 95 % interval | words |", "|---|---|---|---|"]
@@ -63,7 +134,7 @@ def table(rows: dict[str, list[tuple[int, int]]]) -> str:
     return "\n".join(lines)
 
 
-ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {"dpo": dpo, "tuning": tuning}
+ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {"dpo": dpo, "tuning": tuning, "stage3": stage3, "tmrope": tmrope}
 
 
 def ablate(name: str, home: Path, items: int, seed: int) -> str:
