@@ -53,6 +53,17 @@ def cut(schedule, total: int, look: bool = True, rest: bool = True, last: bool =
         ends.append(done)
 
 
+def read_as(chances, letters, stay: bool = True, leap: bool = True, equal: bool = False, ends: int = 2) -> float:
+    """CTC's chance of a text, summed along the moments; each switch leaves out, or overdoes, one thing."""
+    places = [0, *(c for letter in letters for c in (letter, 0))]
+    at = [float(chances[0][c]) * (s < 2) for s, c in enumerate(places)]
+    for row in chances[1:]:
+        at = [float(row[c]) * (at[s] * stay + (at[s - 1] if s else 0)
+                               + (at[s - 2] if leap and s > 1 and c and (equal or c != places[s - 2]) else 0))
+              for s, c in enumerate(places)]
+    return sum(at[-ends:])
+
+
 BUGS = {
     "00": {
         "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
@@ -184,6 +195,21 @@ BUGS = {
         "one_more": [lambda q, k, v: taken(q, k, v, scale=1), lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
                      lambda q, k, v: taken(q, k.flip(1), v.flip(1)), lambda q, k, v: taken(q, k[:-1], v[:-1]),
                      lambda q, k, v: taken(q, k, v, repeat=True)],
+    },
+    "08": {
+        "bits_per_second": [lambda ls, rate: rate * math.log2(sum(ls)), lambda ls, rate: rate * math.log(math.prod(ls)),
+                            lambda ls, rate: rate * math.ceil(math.log2(math.prod(ls))),
+                            lambda ls, rate: rate * math.prod(ls), lambda ls, rate: math.log2(rate * math.prod(ls))],
+        "digits_of": [lambda c, ls: [c // math.prod(ls[:i]) % n for i, n in enumerate(ls)],
+                      lambda c, ls: [(c - 1) // math.prod(ls[i + 1:]) % n for i, n in enumerate(ls)],
+                      lambda c, ls: [(c - 1) // math.prod(ls[:i]) for i, n in enumerate(ls)],
+                      lambda c, ls: [(c - 1) // n**i % n for i, n in enumerate(ls)]],
+        "shortest": [lambda text: len(text), lambda text: 2 * len(text) + 1,
+                     lambda text: 2 * len(text) - len(set(text)),
+                     lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:]))],
+        "chance_of": [lambda p, x: read_as(p, x, stay=False), lambda p, x: read_as(p, x, leap=False),
+                      lambda p, x: read_as(p, x, equal=True), lambda p, x: read_as(p, x, ends=1),
+                      lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d])],
     },
     "11": {
         "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
