@@ -64,6 +64,14 @@ def read_as(chances, letters, stay: bool = True, leap: bool = True, equal: bool 
     return sum(at[-ends:])
 
 
+def spoken(chosen, cost, count: int, ahead: int) -> list:
+    """When each code is ready if its line comes with the token that many places behind it."""
+    times = [0]
+    for i in range(count):
+        times.append(max(times[-1], chosen[min(i + ahead, len(chosen) - 1)]) + cost)
+    return times[1:]
+
+
 BUGS = {
     "00": {
         "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
@@ -210,6 +218,26 @@ BUGS = {
         "chance_of": [lambda p, x: read_as(p, x, stay=False), lambda p, x: read_as(p, x, leap=False),
                       lambda p, x: read_as(p, x, equal=True), lambda p, x: read_as(p, x, ends=1),
                       lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d])],
+    },
+    "09": {
+        "line_at": [lambda step, n: f"r{step}" if step < n else "end" if step == n else "pad",
+                    lambda step, n: f"r{step}" if step < n - 1 else "end",
+                    lambda step, n: f"r{step}" if step < n - 1 else "pad",
+                    lambda step, n: f"r{step + 1}" if step < n - 2 else "end" if step == n - 2 else "pad"],
+        "targets_of": [lambda n, codes, eos, most: [-100] * n + codes + [eos] + [-100] * (most - len(codes) + 1),
+                       lambda n, codes, eos, most: [-100] * (n + 2) + codes + [-100] * (most - len(codes)),
+                       lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos] + [0] * (most - len(codes)),
+                       lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos],
+                       lambda n, codes, eos, most: [-100] * (n + 1 + most - len(codes)) + codes + [eos]],
+        "never_said": [lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
+                       lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
+                       lambda ids, rows, pad, bos, eos: [i for i in range(ids) if i == bos or i >= rows and i != eos],
+                       lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
+                       lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos]],
+        "ready_at": [lambda xs, d, n: spoken(xs, d, n, ahead=0), lambda xs, d, n: spoken(xs, d, n, ahead=2),
+                     lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
+                     lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
+                     lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)]],
     },
     "11": {
         "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
