@@ -53,6 +53,25 @@ def cut(schedule, total: int, look: bool = True, rest: bool = True, last: bool =
         ends.append(done)
 
 
+def read_as(chances, letters, stay: bool = True, leap: bool = True, equal: bool = False, ends: int = 2) -> float:
+    """CTC's chance of a text, summed along the moments; each switch leaves out, or overdoes, one thing."""
+    places = [0, *(c for letter in letters for c in (letter, 0))]
+    at = [float(chances[0][c]) * (s < 2) for s, c in enumerate(places)]
+    for row in chances[1:]:
+        at = [float(row[c]) * (at[s] * stay + (at[s - 1] if s else 0)
+                               + (at[s - 2] if leap and s > 1 and c and (equal or c != places[s - 2]) else 0))
+              for s, c in enumerate(places)]
+    return sum(at[-ends:])
+
+
+def spoken(chosen, cost, count: int, ahead: int) -> list:
+    """When each code is ready if its line comes with the token that many places behind it."""
+    times = [0]
+    for i in range(count):
+        times.append(max(times[-1], chosen[min(i + ahead, len(chosen) - 1)]) + cost)
+    return times[1:]
+
+
 BUGS = {
     "00": {
         "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
@@ -184,6 +203,41 @@ BUGS = {
         "one_more": [lambda q, k, v: taken(q, k, v, scale=1), lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
                      lambda q, k, v: taken(q, k.flip(1), v.flip(1)), lambda q, k, v: taken(q, k[:-1], v[:-1]),
                      lambda q, k, v: taken(q, k, v, repeat=True)],
+    },
+    "08": {
+        "bits_per_second": [lambda ls, rate: rate * math.log2(sum(ls)), lambda ls, rate: rate * math.log(math.prod(ls)),
+                            lambda ls, rate: rate * math.ceil(math.log2(math.prod(ls))),
+                            lambda ls, rate: rate * math.prod(ls), lambda ls, rate: math.log2(rate * math.prod(ls))],
+        "digits_of": [lambda c, ls: [c // math.prod(ls[:i]) % n for i, n in enumerate(ls)],
+                      lambda c, ls: [(c - 1) // math.prod(ls[i + 1:]) % n for i, n in enumerate(ls)],
+                      lambda c, ls: [(c - 1) // math.prod(ls[:i]) for i, n in enumerate(ls)],
+                      lambda c, ls: [(c - 1) // n**i % n for i, n in enumerate(ls)]],
+        "shortest": [lambda text: len(text), lambda text: 2 * len(text) + 1,
+                     lambda text: 2 * len(text) - len(set(text)),
+                     lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:]))],
+        "chance_of": [lambda p, x: read_as(p, x, stay=False), lambda p, x: read_as(p, x, leap=False),
+                      lambda p, x: read_as(p, x, equal=True), lambda p, x: read_as(p, x, ends=1),
+                      lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d])],
+    },
+    "09": {
+        "line_at": [lambda step, n: f"r{step}" if step < n else "end" if step == n else "pad",
+                    lambda step, n: f"r{step}" if step < n - 1 else "end",
+                    lambda step, n: f"r{step}" if step < n - 1 else "pad",
+                    lambda step, n: f"r{step + 1}" if step < n - 2 else "end" if step == n - 2 else "pad"],
+        "targets_of": [lambda n, codes, eos, most: [-100] * n + codes + [eos] + [-100] * (most - len(codes) + 1),
+                       lambda n, codes, eos, most: [-100] * (n + 2) + codes + [-100] * (most - len(codes)),
+                       lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos] + [0] * (most - len(codes)),
+                       lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos],
+                       lambda n, codes, eos, most: [-100] * (n + 1 + most - len(codes)) + codes + [eos]],
+        "never_said": [lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
+                       lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
+                       lambda ids, rows, pad, bos, eos: [i for i in range(ids) if i == bos or i >= rows and i != eos],
+                       lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
+                       lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos]],
+        "ready_at": [lambda xs, d, n: spoken(xs, d, n, ahead=0), lambda xs, d, n: spoken(xs, d, n, ahead=2),
+                     lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
+                     lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
+                     lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)]],
     },
     "11": {
         "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
