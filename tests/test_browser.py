@@ -22,6 +22,11 @@ IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.
 ORDER = "command => window.jupyterapp.commands.execute(command)"
 COUNTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model)
               .filter(cell => cell.type === 'code').map(cell => cell.executionCount)"""
+LISTEN = """window.played = []; const start = AudioBufferSourceNode.prototype.start;
+            AudioBufferSourceNode.prototype.start = function (when) {
+                const loudest = Math.max(...this.buffer.getChannelData(0).map(Math.abs));
+                window.played.push([when, this.buffer.duration, loudest]);
+                return start.call(this, when); };"""
 
 
 def chosen() -> list[str]:
@@ -112,6 +117,7 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.add_init_script(LISTEN)
     page.goto(addresses[name])
     page.wait_for_function(IDLE)
     page.evaluate(ORDER, "notebook:clear-all-cell-outputs")
@@ -133,5 +139,20 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
     page.screenshot(path=tmp_path / f"{name}_after.png")
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    if "heard(" in (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"):
+        check_what_is_played(page)
+        page.screenshot(path=tmp_path / f"{name}_heard.png")
     assert errors == []
     page.close()
+
+
+def check_what_is_played(page) -> None:
+    """The reply came in several pieces that can be heard, none before the one before it was over."""
+    line = page.locator(".minomni-player")
+    line.scroll_into_view_if_needed()
+    page.get_by_text("heard while they were made").wait_for()
+    begins, seconds, loudness = zip(*page.evaluate("window.played"))
+    waits = [later - begin - length for begin, length, later in zip(begins, seconds, begins[1:])]
+    assert len(waits) > 0 and min(waits) > -1e-3 and max(loudness) > 0.05
+    assert f"{sum(seconds):.1f} s, heard" in line.inner_text()
+    assert f"gaps: {sum(wait > 1e-3 for wait in waits)}" in line.inner_text()
