@@ -27,9 +27,14 @@ SECTIONS = ("it first", "By hand", "The naive version", "Meet the package", "Pro
 MARK = "# NBVAL_CHECK_OUTPUT"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[A-Z]:\\\\")
 BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside this folder\n'
-UNWRITTEN = {path.relative_to(ROOT).as_posix() for pattern in (  # chapters 08 to 10 and 13 to 15 are being written
-    "talker/*.py", "token2wav/flow_dit.py", "token2wav/speaker.py", "train/*.py", "weights.py", "config_json.py")
-    for path in (ROOT / "minomni").glob(pattern) if path.name != "__init__.py"}
+TO_COME = {  # what chapters will teach that are still being written: a chapter that is there has no allowance
+    "08": ["talker/codec.py"],
+    "09": ["talker/talker.py"],
+    "10": ["token2wav/flow_dit.py", "token2wav/speaker.py"],
+    "13": ["train/*.py"],
+    "14": ["train/losses.py", "train/talker_stages.py"],
+    "15": ["weights.py", "config_json.py", "files.py"],
+}
 LOOSEST = 0.02  # the largest tolerance of a proof
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 400_000, range(20, 36), 300, 25, 88
 
@@ -211,8 +216,10 @@ def test_every_file_of_the_package_is_taught():
     """Files without a line of code have nothing to teach."""
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minomni").rglob("*.py")
                if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1}
-    assert sorted(package - taught() - UNWRITTEN) == []
-    assert sorted(UNWRITTEN & taught()) == [], "no longer unwritten"
+    missing = [pattern for number, patterns in TO_COME.items() for pattern in patterns
+               if not any(path.name.startswith(number) for path in NOTEBOOKS)]
+    allowed = {path.relative_to(ROOT).as_posix() for pattern in missing for path in (ROOT / "minomni").glob(pattern)}
+    assert sorted(package - taught() - allowed) == []
 
 
 @pytest.mark.parametrize("start", ["", "notebooks"])
