@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exercises import solved, stubs
 from minomni.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -272,12 +273,6 @@ BUGS = {
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]
 
 
-def stubs(cell) -> list[str]:
-    """Names of the functions that a cell leaves to its reader."""
-    return [node.name for node in ast.parse(cell.source).body
-            if isinstance(node, ast.FunctionDef) and ast.unparse(node.body) == "..."]
-
-
 def read(number: str):
     return nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells
 
@@ -294,7 +289,7 @@ def verdict(monkeypatch, capsys):
 
     def judge(number, name, answer=None):
         codes = [cell for cell in read(number) if cell.cell_type == "code"]
-        grader = ast.parse(next(cell.source for cell in codes if name in stubs(cell)))
+        grader = ast.parse(next(cell.source for cell in codes if name in stubs(cell.source)))
         names = {}
         exec(codes[0].source, names)
         if answer is not None:
@@ -326,13 +321,20 @@ def test_every_exercise_is_tested_and_its_folded_solution_is_the_tested_one():
     assert numbers == list(BUGS)
     for number in numbers:
         cells = read(number)
-        asked = [name for cell in cells if cell.cell_type == "code" for name in stubs(cell)]
+        asked = [name for cell in cells if cell.cell_type == "code" for name in stubs(cell.source)]
         assert asked == list(BUGS[number])
         source = (NOTEBOOKS / "solutions" / f"{number}.py").read_text()
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
                 assert ast.get_source_segment(source, node) in text, f"{number} folds another {node.name}"
+
+
+def test_a_solved_cell_is_the_cell_with_its_solution():
+    """What conftest.py runs in each notebook behind the untouched exercise."""
+    assert solved("def hold_back(w, r, e): ...\ngrade(hold_back)\nx = 1", "12").splitlines() == [
+        "def hold_back(words, rate, eaten):", "    return max(0, words / rate - words / eaten)", "grade(hold_back)",
+        "x = 1"]
 
 
 def test_grade_shows_the_first_counter_example(capsys):
