@@ -16,7 +16,8 @@ from minomni.errors import UserError
 from minomni.thinker.tmrope import position_ids
 from minomni.train import ablations, report, stages, synthesis
 from minomni.train.stages import STAGES, TRAINED
-from minomni.train.thinker_stages import Teacher
+from minomni.train.talker_stages import DPOStage, TalkerStage
+from minomni.train.thinker_stages import Teacher, ThinkerStage
 
 
 @pytest.fixture
@@ -24,11 +25,15 @@ def home(tiny_folder, monkeypatch, tmp_path):
     """The folder of a run that never learnt anything."""
     monkeypatch.setattr(synthesis, "available", lambda: False)
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")  # who has never learnt writes until it is cut off
+    monkeypatch.setattr(TalkerStage, "sample", lambda self: "")
+    monkeypatch.setattr(TalkerStage, "sound", lambda self: None)
+    monkeypatch.setattr(DPOStage, "prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
-    for name in ("ears", "eyes", "thinker2", "thinker3", "chat", "talker", "dpo"):
+    for name in ("codec", "language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat", "talker", "dpo"):
         learnt = {n: p.detach() for n, p in load(str(home / "model")).named_parameters()
                   if n.startswith(STAGES[name].learns)}
         save_file(learnt, home / "stages" / f"{name}.safetensors")
@@ -37,8 +42,21 @@ def home(tiny_folder, monkeypatch, tmp_path):
 
 def test_dpo_table(home):
     text = ablations.ablate("dpo", home, items=2, seed=0)
-    assert text.count("\n| ") == 2 and "| before DPO |" in text and "| after DPO |" in text
+    assert text.count("\n| before DPO |") == text.count("\n| after DPO |") == 2  # word errors, and habits
     assert "relative fall 0.0%" in text  # the two stages hold the same weights
+
+
+def test_beta_table(home, monkeypatch):
+    monkeypatch.setitem(stages.RECIPES, "tiny", short())
+    monkeypatch.setattr(ablations, "BETAS", (0.1, 1.0))
+    text = ablations.ablate("beta", home, items=2, seed=0)
+    assert all(text.count(f"| {name} |") == 2 for name in ("before DPO", "beta 0.1", "beta 1"))
+    assert text.count("relative fall") == 2
+
+
+def short() -> dict:
+    """Recipes of one small step."""
+    return {name: replace(recipe, steps=1, batch=2) for name, recipe in stages.RECIPES["tiny"].items()}
 
 
 def test_tuning_breaks_and_mends(home, monkeypatch):
@@ -59,8 +77,7 @@ def test_stage3_table(home):
 
 
 def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
-    monkeypatch.setitem(stages.RECIPES, "tiny", {name: replace(recipe, steps=1, batch=2)
-                                                 for name, recipe in stages.RECIPES["tiny"].items()})
+    monkeypatch.setitem(stages.RECIPES, "tiny", short())
     text = ablations.ablate("tmrope", home, items=2, seed=0)
     assert text.count("\n| ") == 2 and "| plain M-RoPE |" in text
     row = report.mrope_row(home / report.MROPE)

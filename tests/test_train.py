@@ -16,6 +16,7 @@ from minomni.talker.codec import FIRST_CODE, FSQ, Codec, ids_to_letters, letters
 from minomni.train import losses, speech, stages, synthesis, world
 from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, learning_rate, train
+from minomni.train.talker_stages import DPOStage
 from minomni.train.thinker_stages import Teacher
 
 CACHE = Path(tempfile.mkdtemp())
@@ -42,6 +43,7 @@ OVERFIT = {
 def recordings_only(monkeypatch):
     """Train on data_samples/ alone: quick, and what a machine without the synthesiser does."""
     monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(DPOStage, "prompts", 32)
 
 
 def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stage:

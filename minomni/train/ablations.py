@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .. import load
 from ..config import ThinkerConfig
 from ..config_json import read_json, write_json
 from ..errors import UserError
+from ..inputs.mel import HOP
 from ..inputs.prompt import Inputs
 from ..thinker.tmrope import position_ids
 from .judge import LONG
@@ -20,20 +22,65 @@ from .report import ANSWERS, MROPE, Examiner, bootstrap, hard_sentences, word_er
 from .run_folder import graduate
 from .stages import STAGES, TRAINED, make, recipe_of
 
+BETAS = 0.03, 0.1, 0.3, 1.0
+QUIET = 0.01  # of full scale: 10 ms that stay below it are silent
 TUNING = {"chat": 150, "talker": 200}  # steps of the tuning that breaks the voice, and of what mends it
 
 
 def dpo(home: Path, items: int, seed: int) -> str:
-    """Word error of the judge on long sentences that repeat words, before the DPO stage and after it."""
+    """Word error of the judge on long sentences that repeat words, before the DPO stage and after it.
+
+    Beside it, habits by which a reward is cheated: speech that gets short, silent, or says a code again and again.
+    """
     examiner, sentences = Examiner(load(str(home / "model")), items), hard_sentences()[:items]
-    before, after = [], []
-    for stage, kept in (("talker", before), ("dpo", after)):
+    rows, replies = {}, {}
+    for stage, name in (("talker", "before DPO"), ("dpo", "after DPO")):
         graduate(examiner.omni, home / "stages", [stage])
-        kept += examiner.understood(sentences, LONG)
+        replies[name] = examiner.spoken(sentences)
+        rows[name] = examiner.understood(sentences, replies[name], LONG)
+    return "\n\n".join((table(rows), relative_fall(*rows.values()), habits(replies)))
+
+
+def beta(home: Path, items: int, seed: int) -> str:
+    """The DPO stage with other leashes: the smaller beta, the further it may go from where it began.
+
+    Scored on sentences of the training's side, since the stage's beta is chosen by this table.
+    """
+    examiner, sentences = Examiner(load(str(home / "model")), items), hard_sentences(held=False)[:items]
+    stage = make("dpo", read_json(home / "model" / TRAINED)["size"], home, seed)
+    rows, replies, falls = {}, {}, []
+    for value in (None, *BETAS):
+        name = "before DPO" if value is None else f"beta {value:g}"
+        graduate(stage.omni, home / "stages", ["talker"])
+        if value is not None:
+            stage.beta = value
+            with TemporaryDirectory() as run:
+                train(stage, Path(run))
+        examiner.omni.talker.load_state_dict(stage.omni.talker.state_dict())
+        replies[name] = examiner.spoken(sentences)
+        rows[name] = examiner.understood(sentences, replies[name], LONG)
+        falls.append(f"{name}: {relative_fall(rows['before DPO'], rows[name])}")
+    return "\n\n".join((table(rows), "\n".join(falls[1:]), habits(replies)))
+
+
+def relative_fall(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> str:
+    """By how much word error fell, with its interval, in a line."""
     pairs = list(zip(before, after))
     low, high = bootstrap(fall, pairs)
-    total = f"\n\nrelative fall {fall(pairs):.1%}, 95 % interval {low:.1%} to {high:.1%}, sentences drawn in pairs"
-    return table({"before DPO": before, "after DPO": after}) + total
+    return f"relative fall {fall(pairs):.1%}, 95 % interval {low:.1%} to {high:.1%}, sentences drawn in pairs"
+
+
+def habits(replies: dict[str, list]) -> str:
+    """Replies to the same sentences by name -> a Markdown table of how they are spoken, whatever is understood."""
+    lines = ["| speech | seconds a sentence | silent | a code said again |", "|---|---|---|---|"]
+    for name, spoken in replies.items():
+        seconds = sum(reply.seconds for reply in spoken) / len(spoken)
+        loud = torch.cat([reply.wave.unfold(0, HOP, HOP).abs().amax(1) for reply in spoken if len(reply.wave) >= HOP] or
+                         [torch.zeros(1)])  # [frames of 10 ms]
+        again = sum(int((reply.codes[1:] == reply.codes[:-1]).sum()) for reply in spoken)
+        codes = max(1, sum(len(reply.codes) for reply in spoken))
+        lines.append(f"| {name} | {seconds:.2f} | {(loud < QUIET).float().mean():.1%} | {again / codes:.1%} |")
+    return "\n".join(lines)
 
 
 def fall(pairs: list[tuple]) -> float:
@@ -51,13 +98,13 @@ def tuning(home: Path, items: int, seed: int) -> str:
     omni, size = load(str(home / "model")), read_json(home / "model" / TRAINED)["size"]
     examiner, folder, rows = Examiner(omni, items), home.parent / "ablate-tuning", {}
     sentences = sorted(examiner.statements())[:: max(1, len(examiner.statements()) // items)][:items]
-    rows["as trained"] = examiner.understood(sentences)
+    rows["as trained"] = examiner.understood(sentences, examiner.spoken(sentences))
     for name, said in (("chat", "after tuning the Thinker"), ("talker", "after tuning the Talker to it")):
         recipe = recipe_of(name, size)
         shorter = replace(recipe, steps=TUNING[name], lr=recipe.lr / 2)
         train(STAGES[name](omni, shorter, home.parent / "corpus", seed + 1), folder)
         omni.eval()
-        rows[said] = examiner.understood(sentences)
+        rows[said] = examiner.understood(sentences, examiner.spoken(sentences))
     return table(rows)
 
 
@@ -134,7 +181,7 @@ def table(rows: dict[str, list[tuple[int, int]]]) -> str:
     return "\n".join(lines)
 
 
-ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {"dpo": dpo, "tuning": tuning, "stage3": stage3, "tmrope": tmrope}
+ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {"beta": beta, "dpo": dpo, "stage3": stage3, "tmrope": tmrope, "tuning": tuning}
 
 
 def ablate(name: str, home: Path, items: int, seed: int) -> str:

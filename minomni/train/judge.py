@@ -11,21 +11,20 @@ from ..config import LISTENING_RATE
 from ..errors import UserError
 from . import world
 
+STATEMENT, LONG = "<statement>", "<statement> and <statement>"  # what one utterance may be made of
 
-def grammar(said: str = "<statement>") -> str:
+
+def grammar(said: str = STATEMENT) -> str:
     """The world's statements as a JSGF grammar; `said` is what one utterance is made of."""
     rules = [f"<{name}> = {' | '.join(words)};" for name, words in world.GRAMMAR.items()]
     rules += [f"<statement> = {' | '.join(world.STATEMENTS)};", f"public <said> = {said};"]
     return "#JSGF V1.0;\ngrammar world;\n" + "\n".join(rules) + "\n"
 
 
-LONG = "<statement> and <statement>"
-
-
 class Judge:
     """Writes down what it hears: a statement, or what else `said` allows. UserError where there is no pocketsphinx."""
 
-    def __init__(self, said: str = "<statement>"):
+    def __init__(self, said: str = STATEMENT):
         try:
             from pocketsphinx import Decoder
         except ImportError:

@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import ROOT, folder_of, load
 from ..files import write_atomically
 from ..inputs.mel import voice_mel
+from ..reply import Reply
 from . import world
-from .judge import LONG, Judge, edits
+from .judge import LONG, STATEMENT, Judge, edits
 from .real_digits import leave_one_out
 from .run_folder import graduate
 from .speech import corpus
@@ -256,17 +257,21 @@ class Examiner:
         rows, kept = [], {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()}
         for name, stage in zip(names, ("talker", "dpo")):
             graduate(self.omni, stages, [stage])
-            rows.append(word_error_row(name, self.understood(hard_sentences()[: self.items], LONG)))
+            sentences = hard_sentences()[: self.items]
+            rows.append(word_error_row(name, self.understood(sentences, self.spoken(sentences), LONG)))
         self.omni.talker.load_state_dict(kept)
         return rows
 
-    def understood(self, sentences: list[str], said: str = "<statement>") -> list[tuple[int, int]]:
-        """What the judge makes of sentences said in all voices by turns -> (edits, words) each."""
-        judge, voices, items = Judge(said), list(self.omni.voices), []
-        for i, text in enumerate(sentences):
-            reply, right = self.say(text, voices[i % len(voices)], seed=i), text.split()
-            items.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
-        return items
+    def spoken(self, sentences: list[str]) -> list[Reply]:
+        """Sentences said in all voices by turns, each with a seed of its own."""
+        voices = list(self.omni.voices)
+        return [self.say(text, voices[i % len(voices)], seed=i) for i, text in enumerate(sentences)]
+
+    def understood(self, sentences: list[str], replies: list[Reply], said: str = STATEMENT) -> list[tuple[int, int]]:
+        """What the judge makes of the sentences' replies -> (edits, words) each."""
+        judge = Judge(said)
+        heard = [hear(judge, reply.wave, reply.sample_rate) for reply in replies]
+        return [(edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)]
 
     def say(self, text: str, voice: str | None, seed: int):
         """A typed wish, spoken."""
@@ -288,10 +293,10 @@ def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:
     return judge.hear(wave, sample_rate).split() if len(wave) else []
 
 
-def hard_sentences(count: int = 200) -> list[str]:
-    """Long held-out sentences, two statements in one breath, in which a word comes back."""
+def hard_sentences(held: bool = True, count: int = 200) -> list[str]:
+    """Long sentences, two held-out statements (or trained ones) in one breath, in which a word comes back."""
     random = Random("hard")
-    return [world.long_statement(random, held=True) for _ in range(count)]
+    return [world.long_statement(random, held) for _ in range(count)]
 
 
 class VoiceClassifier:

@@ -55,7 +55,7 @@ RECIPES = {
         "thinker2": Recipe(steps=1300, batch=8, lr=2.5e-3),
         "thinker3": Recipe(steps=80, batch=4, lr=1.5e-3),
         "chat": Recipe(steps=1000, batch=8, lr=2e-3),
-        "talker": Recipe(steps=800, batch=24, lr=5e-3),
+        "talker": Recipe(steps=1100, batch=24, lr=5e-3),
         "dpo": Recipe(steps=60, batch=16, lr=5e-4),
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
