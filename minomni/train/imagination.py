@@ -15,6 +15,7 @@ from . import losses
 from .world import Example
 
 AUDIO_TOKENS_PER_SECOND = 25
+HAIR = 1.5  # pixels
 NOISE = 0.3  # of an embedding's own spread: real senses are never this exact
 
 
@@ -31,16 +32,16 @@ def beep(encode) -> int:
 def cell_words(example: Example, grid, vision, encode) -> Tensor:
     """Token ids for each merge cell of a picture or clip [cells, 4]: color, shape, place across, place down.
 
-    A digit stands alone, an empty cell is -1, and IGNORE fills what is not said: a place in the middle, and all of a
-    cell into which a thing only reaches. A cell holds the thing whose centre is in it.
+    A digit stands alone, an empty cell is -1. A cell holds the thing whose centre is in it; one into which a thing only
+    reaches is empty. IGNORE fills what is not said: a place in the middle, and cells that the centre misses by a hair.
     """
     steps, rows, columns = grid[0], *(n // vision.spatial_merge_size for n in grid[1:])
     words = torch.full((steps, rows, columns, 4), losses.IGNORE)
     words[..., 0] = -1 if example.objects else encode(" " + example.answer.split()[-1])[0]
     for step, things in zip(words, example.objects):
-        for _, _, (x, y), radius in things:
+        for _, _, (x, y), _ in things:
             (left, right), (top, bottom) = (
-                (int(max(0, v - radius) // vision.cell_size), int((v + radius) // vision.cell_size) + 1) for v in (x, y)
+                (int(max(0, v - HAIR) // vision.cell_size), int((v + HAIR) // vision.cell_size) + 1) for v in (x, y)
             )
             step[top:bottom, left:right] = losses.IGNORE
         for color, shape, (x, y), _ in things:

@@ -101,7 +101,8 @@ class DigitsStage(Stage):
 
     def losses(self, batch):
         mels, digits = batch
-        ctc = losses.ctc(*word_log_probs(self.omni.thinker, mels), [self.words[digit] for digit in digits])
+        heard = word_log_probs(self.omni.thinker, mels, self.omni.thinker.audio_tower(mels))
+        ctc = losses.ctc(*heard, [self.words[digit] for digit in digits])
         prompts = [question(mel, self.processor) for mel in mels[:ANSWERED]]
         inputs, targets = answered(prompts, [self.answers[digit] for digit in digits[:ANSWERED]], self.tokens.endoftext)
         return {"ctc": ctc, "text": losses.next_token(self.omni.thinker(inputs), targets)}

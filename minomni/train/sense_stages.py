@@ -17,18 +17,36 @@ from .loop import Stage, to_device
 from .thinker_stages import Teacher
 from .world import Example
 
+PLAIN = 0.5  # weight of features being the very words that they point at
+
+
+def classes_of(thinker, nothing: int) -> Tensor:
+    """What can be pointed at: the embedding of `nothing`, then those of all words [1 + vocabulary, D]."""
+    table, words = thinker.model.embed_tokens.weight, min(vars(thinker.config.tokens).values())
+    return torch.cat([table[nothing : nothing + 1], table[:words]])
+
 
 def likeness(features: Tensor, thinker, nothing: int) -> Tensor:
     """Features [N, D] -> log-probabilities [N, 1 + vocabulary]: 0 is `nothing`, i + 1 the word of id i."""
-    table, words = thinker.model.embed_tokens.weight, min(vars(thinker.config.tokens).values())
-    scores = features @ torch.cat([table[nothing : nothing + 1], table[:words]]).T
-    return (scores / table.shape[1] ** 0.5).log_softmax(-1)
+    return (features @ classes_of(thinker, nothing).T / features.shape[1] ** 0.5).log_softmax(-1)
 
 
-def word_log_probs(thinker, mels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Word log-probabilities [B, T, classes] that the ears give several clips [bands, F], and their lengths [B]."""
+def plainness(features: Tensor, meant: Tensor) -> Tensor:
+    """How far features [N, D] are from the embeddings [N, D] that they stand for, squared, as a share of those.
+
+    Pointing alone leaves them several times too long, and half of that is a denial of all other words: the decoder,
+    which has met ideal senses only, would understand little of it.
+    """
+    return ((features - meant).square().sum(-1) / meant.square().sum(-1)).mean()
+
+
+def word_log_probs(thinker, mels: list[Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
+    """Word log-probabilities [B, T, classes] of what the ears make of clips [bands, F], and their lengths [B].
+
+    features: the ears' tokens of all clips, packed [sum of tokens, D].
+    """
     counts = [thinker.audio_tower.token_count(mel.shape[-1]) for mel in mels]
-    rows = likeness(thinker.audio_tower(mels), thinker, thinker.config.tokens.audio)  # [sum of tokens, classes]
+    rows = likeness(features, thinker, thinker.config.tokens.audio)  # [sum of tokens, classes]
     return nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True), torch.tensor(counts, device=rows.device)
 
 
@@ -57,16 +75,23 @@ class EarsStage(SenseStage):
             words.append(
                 torch.tensor(heard_words(example, self.encode) or [beep(self.encode)]) + 1
             )  # class 0 is silence
-        return mels, words
+        progress = number / (self.recipe.steps * self.recipe.accumulate)
+        return mels, words, PLAIN * max(0.0, 2 * progress - 1)  # first to point at all, then plainly
 
     def losses(self, batch):
-        mels, words = batch
-        log_probs, counts = word_log_probs(self.omni.thinker, mels)
-        return {"ctc": losses.ctc(log_probs, counts, words)}
+        mels, words, weight = batch
+        thinker = self.omni.thinker
+        features = thinker.audio_tower(mels)
+        log_probs, counts = word_log_probs(thinker, mels, features)
+        found = torch.cat([row[:n] for row, n in zip(log_probs, counts)]).detach().exp()  # [sum of tokens, classes]
+        return {
+            "ctc": losses.ctc(log_probs, counts, words),
+            "plain": weight * plainness(features, found @ classes_of(thinker, self.tokens.audio)),
+        }
 
     def sample(self):
         last = log_mel(self.teacher.speech.wave(len(self.teacher.speech) - 1))
-        log_probs, _ = word_log_probs(self.omni.thinker, [last])
+        log_probs, _ = word_log_probs(self.omni.thinker, [last], self.omni.thinker.audio_tower([last]))
         heard = torch.unique_consecutive(log_probs[0].argmax(-1))
         written = self.teacher.processor.tokenizer.decode((heard[heard > 0] - 1).tolist())
         return f"{self.teacher.spoken[-1]!r} -> {written!r}"
@@ -99,9 +124,16 @@ class EyesStage(SenseStage):
 
     def losses(self, batch):
         patches, grids, classes = batch
-        scores = likeness(self.omni.thinker.visual(patches, grids), self.omni.thinker, self.tokens.image)
+        features = self.omni.thinker.visual(patches, grids)
+        scores = likeness(features, self.omni.thinker, self.tokens.image)
         repeated = scores.repeat(classes.shape[1], 1)  # each word of a cell is a target of its own
-        return {"cells": nn.functional.nll_loss(repeated, classes.T.flatten(), ignore_index=losses.IGNORE)}
+        said = (classes != losses.IGNORE)[..., None]  # [N, 4, 1]
+        meant = (classes_of(self.omni.thinker, self.tokens.image)[classes.clamp_min(0)] * said).sum(1)  # [N, D]
+        clear, full = said.any(1)[:, 0], classes[:, 0] > 0
+        return {
+            "cells": nn.functional.nll_loss(repeated, classes.T.flatten(), ignore_index=losses.IGNORE),
+            "plain": PLAIN * (plainness(features[full], meant[full]) + plainness(features[clear], meant[clear])),
+        }
 
     def sample(self):
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
