@@ -87,9 +87,10 @@ def parser() -> Parser:
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
 
     ablate = commands.add_parser("ablate", help="what a stage is good for", description="Prints a table.")
-    ablate.add_argument("what", choices=["dpo", "tuning"],
-                        help="dpo: speech before and after that stage; tuning: the voice breaks when the Thinker is "
-                             "tuned alone, and is repaired")
+    ablate.add_argument("what", choices=["beta", "dpo", "stage3", "tmrope", "tuning"],
+                        help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input before and after it; tmrope: "
+                             "the Thinker raised once more without absolute time; tuning: the voice breaks when the "
+                             "Thinker is tuned alone, and is repaired")
     ablate.add_argument("--home", type=Path, default=ROOT / "runs" / "tiny", help="of a finished training "
                         "(default runs/tiny)")
     ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")

@@ -390,7 +390,7 @@ TINY = OmniConfig(
     media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_544, frame_min_pixels=3136, frame_max_pixels=7_056,
                       clip_max_pixels=451_584, fps=2.0, min_frames=4, max_frames=64,
                       system_prompt="You are a helpful assistant."),
-    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=64),
+    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256),
     talker_sampling=SamplingConfig(temperature=0.5, top_k=20, top_p=0.8, repetition_penalty=1.0, max_new_tokens=256),
     flow=FlowConfig(points=7, solver="rk4", guidance=0.5, sway=-1.0))
 

@@ -195,5 +195,7 @@ def _sliders(draw: Callable, size: float, ranges: dict) -> None:
         draw(axes(width=7, height=1.2 * size), **settings)
         plt.show()
 
-    ipywidgets.interact(redraw, **{name: ipywidgets.SelectionSlider(options=list(values), continuous_update=False)
-                                   for name, values in ranges.items()})
+    ipywidgets.interact(redraw, **{
+        name: ipywidgets.SelectionSlider(options=list(values), value=values[len(values) // 2], continuous_update=False,
+                                         layout={"width": "480px"})
+        for name, values in ranges.items()})

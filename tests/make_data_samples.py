@@ -21,6 +21,7 @@ from minomni.train.stages import TRAINED
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
+FPS = 10
 
 
 def say(text: str, voice: str, name: str) -> str:
@@ -32,10 +33,12 @@ def say(text: str, voice: str, name: str) -> str:
 
 
 def film(example: world.Example, name: str) -> str:
-    """Write an example's clip with its sound track as an mp4 file and return its name."""
-    frames, fps = example.clip
+    """Write an example's clip with its sound track as an mp4 file, at FPS whatever its pace, and return its name."""
+    frames, seconds = example.clip
+    whole = seconds[-1] + (seconds[-1] - seconds[-2])
+    frames = frames[np.searchsorted(seconds, np.arange(0, whole, 1 / FPS), side="right") - 1]
     with av.open(str(FOLDER / name), "w") as container:
-        video = container.add_stream("libx264", rate=int(fps), options={"crf": "12"})
+        video = container.add_stream("libx264", rate=FPS, options={"crf": "12"})
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         sound = None if example.sound is None else container.add_stream("aac", rate=RATE, layout="mono")
         for frame in frames:

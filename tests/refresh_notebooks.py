@@ -1,7 +1,9 @@
 """Execute the notebooks and write their outputs back: python tests/refresh_notebooks.py [part of a name ...].
 
 The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what depends on the
-machine or the day is taken out, pictures are made small, and the header gets the seconds that were measured.
+machine or the day is taken out, pictures are made small, and the header gets the seconds that were measured. Then the
+table of chapters in the READMEs is written anew from the headers; `python tests/refresh_notebooks.py README` does that
+alone.
 """
 
 import base64
@@ -16,6 +18,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+
+import chapters
 
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
@@ -82,6 +86,7 @@ def main(wanted: list[str]) -> None:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if not wanted or any(word in path.name for word in wanted):
             print(f"{path.name}: {refresh(path):.0f} s, {path.stat().st_size // 1000} kB")
+    chapters.write()
 
 
 if __name__ == "__main__":

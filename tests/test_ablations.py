@@ -1,16 +1,23 @@
 """Ablations: each makes its table, and what it falls short of is said."""
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from minomni import load
+from minomni.config import TINY
 from minomni.config_json import write_json
 from minomni.errors import UserError
-from minomni.train import ablations, report, synthesis
+from minomni.thinker.tmrope import position_ids
+from minomni.train import ablations, report, stages, synthesis
 from minomni.train.stages import STAGES, TRAINED
+from minomni.train.talker_stages import DPOStage, TalkerStage
+from minomni.train.thinker_stages import Teacher, ThinkerStage
 
 
 @pytest.fixture
@@ -18,11 +25,15 @@ def home(tiny_folder, monkeypatch, tmp_path):
     """The folder of a run that never learnt anything."""
     monkeypatch.setattr(synthesis, "available", lambda: False)
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")  # who has never learnt writes until it is cut off
+    monkeypatch.setattr(TalkerStage, "sample", lambda self: "")
+    monkeypatch.setattr(TalkerStage, "sound", lambda self: None)
+    monkeypatch.setattr(DPOStage, "prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
-    for name in ("talker", "dpo"):
+    for name in ("codec", "language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat", "talker", "dpo"):
         learnt = {n: p.detach() for n, p in load(str(home / "model")).named_parameters()
                   if n.startswith(STAGES[name].learns)}
         save_file(learnt, home / "stages" / f"{name}.safetensors")
@@ -31,8 +42,21 @@ def home(tiny_folder, monkeypatch, tmp_path):
 
 def test_dpo_table(home):
     text = ablations.ablate("dpo", home, items=2, seed=0)
-    assert text.count("\n| ") == 2 and "| before DPO |" in text and "| after DPO |" in text
+    assert text.count("\n| before DPO |") == text.count("\n| after DPO |") == 2  # word errors, and habits
     assert "relative fall 0.0%" in text  # the two stages hold the same weights
+
+
+def test_beta_table(home, monkeypatch):
+    monkeypatch.setitem(stages.RECIPES, "tiny", short())
+    monkeypatch.setattr(ablations, "BETAS", (0.1, 1.0))
+    text = ablations.ablate("beta", home, items=2, seed=0)
+    assert all(text.count(f"| {name} |") == 2 for name in ("before DPO", "beta 0.1", "beta 1"))
+    assert text.count("relative fall") == 2
+
+
+def short() -> dict:
+    """Recipes of one small step."""
+    return {name: replace(recipe, steps=1, batch=2) for name, recipe in stages.RECIPES["tiny"].items()}
 
 
 def test_tuning_breaks_and_mends(home, monkeypatch):
@@ -44,6 +68,23 @@ def test_tuning_breaks_and_mends(home, monkeypatch):
     assert all(torch.equal(p, before[n]) for n, p in load(str(home / "model")).named_parameters())  # nothing is lost
 
 
+def test_stage3_table(home):
+    text = ablations.ablate("stage3", home, items=4, seed=0)
+    rows = [line.split(" | ") for line in text.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| word error, 30 s of speech", "| word error, one sentence",
+                                        "| right, clips of about 45 s", "| right, clips of about 3 s"]
+    assert all(row[1] == row[2] for row in rows)  # the two stages hold the same weights
+
+
+def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
+    monkeypatch.setitem(stages.RECIPES, "tiny", short())
+    text = ablations.ablate("tmrope", home, items=2, seed=0)
+    assert text.count("\n| ") == 2 and "| plain M-RoPE |" in text
+    row = report.mrope_row(home / report.MROPE)
+    assert row.n == 2 and row.value is not None
+    assert report.mrope_row(home / "nothing").value is None
+
+
 def test_fall_by_hand():
     assert ablations.fall([((2, 4), (1, 4)), ((2, 4), (2, 4))]) == 0.25
     assert ablations.fall([((0, 4), (1, 4))]) == 0.0
@@ -53,3 +94,17 @@ def test_unfinished_runs_are_named(home):
     (home / "stages" / "dpo.safetensors").unlink()
     with pytest.raises(UserError, match="dpo.safetensors is missing"):
         ablations.ablate("dpo", home, items=2, seed=0)
+
+
+def test_plain_mrope_counts_steps_where_tmrope_counts_time():
+    random, teacher = Random(0), Teacher(TINY, Path("."))
+    talks = [[teacher.example("sync-typed", random)], [teacher.example("say-typed", random)]]
+    inputs, _ = teacher.lesson(talks, random)
+    timed, plain = (f(inputs, TINY.thinker) for f in (position_ids, ablations.plain_mrope))
+    video = inputs.input_ids == TINY.thinker.tokens.video
+    assert torch.equal(timed[1:], plain[1:]) and torch.equal(timed[0][~video], plain[0][~video])
+    steps, rows, columns = inputs.video_grids[0]
+    begin = int(timed[0][video][0])
+    assert plain[0][video].tolist() == [begin + i for i in range(steps) for _ in range(rows * columns // 4)]
+    seconds = inputs.video_seconds[0].tolist()
+    assert timed[0][video][:: rows * columns // 4].tolist() == [begin + int(25 * s) for s in seconds]

@@ -2,7 +2,10 @@
 
 import ast
 import base64
+import builtins
 import re
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -23,6 +26,16 @@ SECTIONS = ("it first", "By hand", "The naive version", "Meet the package", "Pro
             "Three sizes", "Exercises", "Recap")
 MARK = "# NBVAL_CHECK_OUTPUT"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[A-Z]:\\\\")
+BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside this folder\n'
+TO_COME = {  # what chapters will teach that are still being written: a chapter that is there has no allowance
+    "08": ["talker/codec.py"],
+    "09": ["talker/talker.py"],
+    "10": ["token2wav/flow_dit.py", "token2wav/speaker.py"],
+    "13": ["train/*.py"],
+    "14": ["train/losses.py", "train/talker_stages.py"],
+    "15": ["weights.py", "config_json.py", "files.py"],
+}
+LOOSEST = 0.02  # the largest tolerance of a proof
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 400_000, range(20, 36), 300, 25, 88
 
 
@@ -56,7 +69,8 @@ def test_every_same_is_checked(notebook):
     """Each notebook proves its naive version equal, in cells whose printed line is compared."""
     proofs = [cell for cell in notebook.codes if re.search(r"^\s*same\(", cell.source, re.M)]
     assert proofs and all(cell.source.startswith(MARK) for cell in proofs)
-    assert all("same ✓" in cell.outputs[0].text for cell in proofs)
+    for cell in proofs:
+        assert cell.outputs[0].text.count("same ✓") >= len(re.findall(r"^\s*same\(", cell.source, re.M))
 
 
 def test_no_trace_of_a_machine(notebook):
@@ -111,6 +125,118 @@ def test_nothing_is_copied_from_the_package(notebook):
     for cell in notebook.codes:
         own |= defined(cell.source)
     assert own and {own[key]: package[key] for key in own.keys() & package.keys()} == {}
+
+
+WRAPPERS = {"clone", "detach", "contiguous", "float", "double", "tolist", "tensor", "as_tensor", "list", "tuple"}
+
+
+def core(node: ast.expr) -> str:
+    """An expression without what copies or converts it."""
+    while isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in WRAPPERS:
+        is_method = isinstance(node.func, ast.Attribute) and node.func.attr not in ("tensor", "as_tensor")
+        inside = [node.func.value] if is_method else node.args[:1]
+        if not inside:
+            break
+        node = inside[0]
+    return ast.unparse(node)
+
+
+def is_fixed(node: ast.AST, known: set[str] = frozenset()) -> bool:
+    """Whether an expression is what it is whatever the package and the earlier cells do: it reads nothing of them."""
+    return all(name.id in known or hasattr(builtins, name.id) for name in ast.walk(node) if isinstance(name, ast.Name))
+
+
+def fixed_names(tree: ast.Module) -> set[str]:
+    """Names that a cell gives nothing but numbers and texts written in the cell itself."""
+    stores = [(name.id, node.iter if isinstance(node, (ast.For, ast.comprehension)) else node.value)
+              for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign, ast.For, ast.comprehension))
+              for target in getattr(node, "targets", None) or [node.target]
+              for name in ast.walk(target) if isinstance(name, ast.Name)]
+    known = {name for name, _ in stores}
+    while fickle := {name for name, value in stores if name in known and not is_fixed(value, known)}:
+        known -= fickle
+    return known
+
+
+def vacuous(source: str) -> list[str]:
+    """The checks of a cell that could never fail."""
+    tree = ast.parse(source)
+    known, found, says = fixed_names(tree), [], []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            test, sides = node.test, [node.test]
+            if isinstance(test, ast.Compare):
+                sides = [test.left, *test.comparators]
+            always = isinstance(test, ast.Tuple) or len(sides) > 1 and len({core(side) for side in sides}) == 1
+            found += [ast.unparse(node)] if always or is_fixed(test, known) else []
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "same":
+            says += node.args[1:]
+            if any(isinstance(argument, ast.Starred) for argument in node.args):
+                continue  # several at once, in a way that says nothing of each
+            mine, theirs, *tolerance = [*node.args[1:], *[key.value for key in node.keywords]]
+            loose = tolerance and isinstance(tolerance[0], ast.Constant) and tolerance[0].value > LOOSEST
+            if core(mine) == core(theirs) or is_fixed(mine, known) and is_fixed(theirs, known) or loose:
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+            says += node.args
+    says += [tree.body[-1].value] if tree.body and isinstance(tree.body[-1], ast.Expr) else []
+    if source.startswith(MARK) and all(is_fixed(said, known) for said in says):
+        found.append("nothing but what is written there is printed")
+    return found
+
+
+def test_no_check_is_vacuous(notebook):
+    assert {cell.source: checks for cell in notebook.codes if (checks := vacuous(cell.source))} == {}
+
+
+@pytest.mark.parametrize("source", [
+    "assert True", "assert 1 + 1 == 2", "assert x == x", "assert x.tolist() == x.clone().tolist()", "assert (x == y, 'no')",
+    "same('x', x, x)", "same('x', x.clone(), x)", "same('x', torch.tensor(x), x)", "same('x', [1, 2], (1, 2))",
+    "same('x', x, y, tolerance=1.0)", "same('x', x, y, 0.5)", f"{MARK}\nprint('loss fell ✓')", f"{MARK}\nlen('four')",
+    f"{MARK}\nfor i in range(3):\n    y = 2 * i\n    print(y)", f"{MARK}\nx = compute()"])
+def test_vacuous_checks_are_found(source):
+    assert vacuous(source)
+
+
+@pytest.mark.parametrize("source", [
+    "assert x", "assert x == 2", "assert len(x) == len(y)", "same('x', x, [1, 2])", "same('x', x, f(x), 1e-4)",
+    f"{MARK}\nprint('shape', list(x.shape))", f"{MARK}\nfor i in range(3):\n    y = f(i)\n    print(y)",
+    f"{MARK}\ndef f(n): return 2 * n\n\n\nprint(f(2))", f"{MARK}\ngrade(f, ((1,), 2))"])
+def test_real_checks_are_not_called_vacuous(source):
+    assert vacuous(source) == []
+
+
+def taught() -> set[str]:
+    """The files that the headers of all notebooks name as theirs."""
+    headers = [nbformat.read(path, as_version=4).cells[0].source for path in NOTEBOOKS]
+    return set(re.findall(r"`(minomni/[\w/]+\.py)`", "\n".join(headers)))
+
+
+def test_every_file_of_the_package_is_taught():
+    """Files without a line of code have nothing to teach."""
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minomni").rglob("*.py")
+               if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1}
+    missing = [pattern for number, patterns in TO_COME.items() for pattern in patterns
+               if not any(path.name.startswith(number) for path in NOTEBOOKS)]
+    allowed = {path.relative_to(ROOT).as_posix() for pattern in missing for path in (ROOT / "minomni").glob(pattern)}
+    assert sorted(package - taught() - allowed) == []
+
+
+@pytest.mark.parametrize("start", ["", "notebooks"])
+def test_a_notebook_finds_the_package_wherever_jupyter_was_started(start, notebook):
+    """Jupyter lets a kernel begin in the folder of its notebook; the first lines find this package, and no other."""
+    from jupyter_server.services.kernels.kernelmanager import MappingKernelManager
+
+    assert notebook.codes[0].source.startswith(BEGINNING)
+    opened = notebook.path.relative_to(ROOT / start).as_posix()
+    assert Path(MappingKernelManager(root_dir=str(ROOT / start)).cwd_for_path(opened)) == ROOT / "notebooks"
+
+
+@pytest.mark.parametrize("folder", ["", "notebooks"])
+def test_the_first_lines_find_the_package(folder):
+    code = f"{BEGINNING}import minomni\n\nprint(minomni.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT / folder, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()).resolve() == ROOT / "minomni" / "__init__.py"
 
 
 def test_shown_source_is_what_is_on_disk(notebook):

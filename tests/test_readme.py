@@ -1,4 +1,4 @@
-"""The README holds what it promises: its tree is the disk, its commands exist, its links lead somewhere."""
+"""The READMEs hold what they promise: the tree is the disk, commands exist, links lead somewhere, both say the same."""
 
 import re
 import shlex
@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 
+import chapters
 from minomni.__main__ import parser
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
+SECTIONS = {"The course": "课程", "Report card": "成绩单", "Speaking while thinking": "边想边说", "Three sizes": "三种大小",
+            "Where the article and the release differ": "文章与发布不同之处"}  # whose first tables say the same
 WHOLE_FOLDERS = ("tests/golden/", "data_samples/*/")  # one line for all that is in them
 BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?: +(?P<phrase>\S.*))?")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def fences(*languages: str) -> list[str]:
+def fences(*languages: str, readme: Path = README) -> list[str]:
     """The README's code blocks in any of the languages."""
-    blocks = FENCE.finditer(README.read_text(encoding="utf-8"))
+    blocks = FENCE.finditer(readme.read_text(encoding="utf-8"))
     return [block["body"] for block in blocks if block["language"] in languages]
 
 
@@ -81,14 +84,15 @@ def test_every_line_of_the_tree_has_a_phrase(tree):
     assert [path for path, phrase in tree.items() if len(phrase) < 8] == []
 
 
-def commands() -> list[list[str]]:
-    """The commands in the README's shell blocks, as lists of words."""
-    lines = "\n".join(fences("bash", "sh", "shell", "console")).replace("\\\n", " ").splitlines()
+def commands(readme: Path) -> list[list[str]]:
+    """The commands in a README's shell blocks, as lists of words."""
+    lines = "\n".join(fences("bash", "sh", "shell", "console", readme=readme)).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
 
 
-def test_commands_exist():
-    found = commands()
+@pytest.mark.parametrize("readme", [README, CHINESE], ids=lambda path: path.stem)
+def test_commands_exist(readme):
+    found = commands(readme)
     assert ["python", "run.py"] in found and ["python", "run.py", "test"] in found
     for words in found:
         if words[0] in ("python", "python3") and words[1:3] == ["-m", "minomni"]:
@@ -101,9 +105,44 @@ def test_commands_exist():
             assert option != "-r" or (ROOT / value).is_file(), words
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", README.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("readme", [README, CHINESE], ids=lambda path: path.stem)
+def test_links_lead_somewhere(readme):
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", readme.read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("readme", chapters.HEADS)
+def test_the_table_of_chapters_is_what_the_notebooks_say(readme):
+    """Otherwise: python tests/refresh_notebooks.py README."""
+    assert chapters.TABLE.search((ROOT / readme).read_text(encoding="utf-8"))[0] == chapters.table(readme)
+
+
+def rows(readme: Path, section: str) -> list[list[str]]:
+    """The rows of the first table under a heading, its head left out."""
+    text = readme.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def facts(row: list[str]) -> tuple[str, list[str]]:
+    """What a row says in any language: the name that code gives it, if it has one, and its numbers."""
+    name = row[0] if re.fullmatch(r"[a-z]+(_[a-z]+)+|\[\d\d\].*", row[0]) else ""
+    return name, sorted(re.findall(r"\d[\d,.]*\d|\d", " ".join(row)))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_chinese_readme_says_the_same(section):
+    english, chinese = rows(README, section), rows(CHINESE, SECTIONS[section])
+    if section == "The course":  # what is built may name a number in one language alone
+        english, chinese = ([row[:1] + row[3:] for row in table] for table in (english, chinese))
+    if section == "Speaking while thinking":  # its last column is said in the text
+        english = [row[:2] for row in english]
+    assert len(english) > 5 and list(map(facts, chinese)) == list(map(facts, english))
+
+
+def test_facts_of_a_row():
+    assert facts(["asr_wer", "12.8%", "11.6% to 14.4%"]) == ("asr_wer", ["11.6", "12.8", "14.4"])
+    assert facts(["DiT，层数 x 宽度", "6 x 1,024"]) == ("", ["1,024", "6"])
 
 
 def test_reading_a_tree():

@@ -16,6 +16,7 @@ from minomni.talker.codec import FIRST_CODE, FSQ, Codec, ids_to_letters, letters
 from minomni.train import losses, speech, stages, synthesis, world
 from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, learning_rate, train
+from minomni.train.talker_stages import DPOStage
 from minomni.train.thinker_stages import Teacher
 
 CACHE = Path(tempfile.mkdtemp())
@@ -28,7 +29,7 @@ OVERFIT = {
     "language": (15, 0.4),
     "ears": (25, 0.8),
     "eyes": (20, 0.6),
-    "thinker1": (15, 0.8),
+    "thinker1": (30, 0.8),
     "thinker2": (12, 0.4),
     "thinker3": (10, 0.6),
     "chat": (12, 0.4),
@@ -42,6 +43,7 @@ OVERFIT = {
 def recordings_only(monkeypatch):
     """Train on data_samples/ alone: quick, and what a machine without the synthesiser does."""
     monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(DPOStage, "prompts", 32)
 
 
 def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stage:
@@ -163,6 +165,51 @@ def test_answers_agree_with_pictures():
                 else set(example.image.get_flattened_data())
             )
             assert world.COLORS[color] in pixels
+
+
+def test_a_color_that_two_things_share_is_not_asked_for():
+    for asked, pairs in world.about([("red", "circle"), ("red", "cross")], "left of").items():
+        assert asked != "shape" or pairs == []
+    asked = world.about([("red", "circle"), ("blue", "cross")], "above")
+    assert ("where is the blue cross", "the blue cross is below the red circle") in asked["relation"]
+    assert "describe" not in asked  # what do you see is answered from left to right
+
+
+def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
+    teacher, random = Teacher(TINY, tmp_path), Random(0)
+    talks = [teacher.talk(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")]
+    examples = sum(talks, [])
+    inputs, answers = teacher.lesson(talks, random)
+    moments = teacher.moments(examples, inputs)
+    assert torch.equal(moments != losses.IGNORE, inputs.input_ids == TINY.thinker.tokens.audio)
+    assert not ((moments != losses.IGNORE) & (answers != losses.IGNORE)).any()
+    for row, talk in ((0, talks[0]), (2, talks[2])):
+        example, said = talk[0], moments[row][moments[row] != losses.IGNORE]
+        change = next(i for i, seen in enumerate(example.objects) if seen != example.objects[0])
+        begins = example.clip[1][2 * change]
+        for i, word in enumerate(said.tolist()):
+            seen = example.objects[0 if i / 25 < begins else -1][0]
+            assert teacher.processor.tokenizer.decode([word]).strip() in seen[:2]
+
+
+def test_a_picture_is_asked_about_several_times(tmp_path):
+    teacher = Teacher(TINY, tmp_path)
+    talk = teacher.talk("scene-typed", Random(2))
+    assert 1 < len(talk) <= 4 and len({example.question for example in talk}) == len(talk)
+    inputs, targets = teacher.lesson([talk], Random(2))
+    answers = [teacher.processor.tokenizer.encode(example.answer) for example in talk]
+    assert targets[targets != losses.IGNORE].tolist() == [i for row in answers for i in (*row, teacher.end)]
+    assert (inputs.input_ids == TINY.thinker.tokens.image).sum() == 16 == len(inputs.image_patches) // 4
+
+
+def test_long_lessons_are_long(tmp_path):
+    teacher, random = Teacher(TINY, tmp_path), Random(0)
+    for _ in range(5):
+        dictation, clip = (teacher.example(kind, random) for kind in ("hear-long", "video-long"))
+        assert 8 < len(dictation.wave) / 16_000 <= 30 and len(dictation.answer.split()) > 15
+        frames, seconds = clip.clip
+        assert 10 <= seconds[-1] <= 60 and len(frames) == len(seconds) <= 64 == 2 * 32
+        assert clip.answer.endswith(" ".join(clip.objects[0 if "first" in clip.question else -1][0][:2]))
 
 
 def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):

@@ -53,6 +53,8 @@ def place(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
 class Thinker(nn.Module):
     """Ears, eyes, decoder and text head."""
 
+    position_ids = staticmethod(tmrope_ids)  # an ablation puts plain M-RoPE in its place
+
     def __init__(self, config: ThinkerConfig):
         super().__init__()
         self.config = config
@@ -98,7 +100,7 @@ class Thinker(nn.Module):
         embeds, text_embeds = self.embed(inputs)
         note("encode")
         mask, ids = inputs.attention_mask.to(self.device), inputs.input_ids.to(self.device)
-        position_ids = tmrope_ids(inputs, self.config).to(self.device)
+        position_ids = self.position_ids(inputs, self.config).to(self.device)
         hidden = self.model(embeds, position_ids, mask, cache)
         note("prefill")
         return Reading(hidden, text_embeds, position_ids, mask, ids, cache)

@@ -11,23 +11,26 @@ from ..config import LISTENING_RATE
 from ..errors import UserError
 from . import world
 
+STATEMENT, LONG = "<statement>", "<statement> and <statement>"  # what one utterance may be made of
 
-def grammar() -> str:
-    """The world's statements and questions as a JSGF grammar."""
+
+def grammar(said: str = STATEMENT) -> str:
+    """The world's statements as a JSGF grammar; `said` is what one utterance is made of."""
     rules = [f"<{name}> = {' | '.join(words)};" for name, words in world.GRAMMAR.items()]
-    return "#JSGF V1.0;\ngrammar world;\n" + "\n".join(rules) + f"\npublic <said> = {' | '.join(world.STATEMENTS)};\n"
+    rules += [f"<statement> = {' | '.join(world.STATEMENTS)};", f"public <said> = {said};"]
+    return "#JSGF V1.0;\ngrammar world;\n" + "\n".join(rules) + "\n"
 
 
 class Judge:
-    """Writes down what it hears. Raises UserError where pocketsphinx is not installed."""
+    """Writes down what it hears: a statement, or what else `said` allows. UserError where there is no pocketsphinx."""
 
-    def __init__(self):
+    def __init__(self, said: str = STATEMENT):
         try:
             from pocketsphinx import Decoder
         except ImportError:
             raise UserError("the outside judge is not installed: pip install pocketsphinx") from None
         self.decoder = Decoder(bestpath=False, loglevel="FATAL")
-        self.decoder.add_jsgf_string("world", grammar())
+        self.decoder.add_jsgf_string("world", grammar(said))
         self.decoder.activate_search("world")
 
     def hear(self, wave: Tensor, sample_rate: int) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import ROOT, folder_of, load
 from ..files import write_atomically
 from ..inputs.mel import voice_mel
+from ..reply import Reply
 from . import world
-from .judge import Judge, edits
+from .judge import LONG, STATEMENT, Judge, edits
 from .real_digits import leave_one_out
 from .run_folder import graduate
 from .speech import corpus
@@ -26,6 +27,7 @@ from .thinker_stages import TRANSCRIBE, Teacher
 from .world import Example
 
 BATCH = 16  # questions that are answered together
+MROPE = "sync_mrope.json"  # in the run folder: what `ablate tmrope` measured
 RESAMPLED = 1000  # draws of the bootstrap
 
 
@@ -90,6 +92,7 @@ def measure(model: str, items: int = 100, digits: Path | None = None) -> Card:
     examiner = Examiner(load(model), items)
     rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]
     rows += [
+        mrope_row(folder.parent / MROPE),
         examiner.spoken_over_typed(),
         examiner.hearing("asr_wer", world.LISTENING_VOICES),
         examiner.hearing("asr_wer_unseen_voices", world.UNSEEN_VOICES),
@@ -131,6 +134,14 @@ def word_error_row(name: str, items: list[tuple[int, int]]) -> Row:
     if not items:
         return Row(name, None)
     return Row(name, word_error(items), sum(words for _, words in items), bootstrap(word_error, items))
+
+
+def mrope_row(file: Path) -> Row:
+    """What the same model answers about sounds in clips where it was raised without absolute time; None if unknown."""
+    if not file.exists():
+        return Row("sync_accuracy_mrope", None)
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    return Row("sync_accuracy_mrope", measured["sync_accuracy_mrope"], measured["items"])
 
 
 def real_digits_row(model: str, digits: Path | None) -> Row:
@@ -194,6 +205,21 @@ class Examiner:
         items = [(edits(right, text.split()), len(right)) for right, text in zip(sentences, texts)]
         return word_error_row(name, items)
 
+    def long_rows(self, count: int) -> list[Row]:
+        """Half a minute of speech and a minute of pictures; and the same of short ones, for comparison."""
+        random = Random("held-out-long")
+        rows = []
+        for name, seconds in (("word error, 30 s of speech", 30), ("word error, one sentence", 0)):
+            asked = [self.teacher.dictation(random, seconds) for _ in range(count)]
+            texts = self.replies([self.teacher.conversation(example, random) for example in asked])
+            right = [example.answer.split() for example in asked]
+            rows.append(word_error_row(name, [(edits(r, text.split()), len(r)) for r, text in zip(right, texts)]))
+        long = [world.long_clip(random, world.LONG_PAIRS) for _ in range(count)]
+        short = [world.ordered(random) for _ in range(count)]
+        for name, asked in (("right, clips of about 45 s", long), ("right, clips of about 3 s", short)):
+            rows.append(Row(name, sum(self.right(asked, random)) / count, count))
+        return rows
+
     def speech(self) -> list[Row]:
         """Word error of spoken held-out sentences by the outside judge, beside that of recordings; and the voice."""
         judge, recordings = Judge(), corpus("test", self.cache)
@@ -231,17 +257,21 @@ class Examiner:
         rows, kept = [], {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()}
         for name, stage in zip(names, ("talker", "dpo")):
             graduate(self.omni, stages, [stage])
-            rows.append(word_error_row(name, self.understood(hard_sentences()[: self.items])))
+            sentences = hard_sentences()[: self.items]
+            rows.append(word_error_row(name, self.understood(sentences, self.spoken(sentences), LONG)))
         self.omni.talker.load_state_dict(kept)
         return rows
 
-    def understood(self, sentences: list[str]) -> list[tuple[int, int]]:
-        """What the judge makes of sentences said in all voices by turns -> (edits, words) each."""
-        judge, voices, items = Judge(), list(self.omni.voices), []
-        for i, text in enumerate(sentences):
-            reply, right = self.say(text, voices[i % len(voices)], seed=i), text.split()
-            items.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
-        return items
+    def spoken(self, sentences: list[str]) -> list[Reply]:
+        """Sentences said in all voices by turns, each with a seed of its own."""
+        voices = list(self.omni.voices)
+        return [self.say(text, voices[i % len(voices)], seed=i) for i, text in enumerate(sentences)]
+
+    def understood(self, sentences: list[str], replies: list[Reply], said: str = STATEMENT) -> list[tuple[int, int]]:
+        """What the judge makes of the sentences' replies -> (edits, words) each."""
+        judge = Judge(said)
+        heard = [hear(judge, reply.wave, reply.sample_rate) for reply in replies]
+        return [(edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)]
 
     def say(self, text: str, voice: str | None, seed: int):
         """A typed wish, spoken."""
@@ -263,13 +293,10 @@ def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:
     return judge.hear(wave, sample_rate).split() if len(wave) else []
 
 
-def hard_sentences() -> list[str]:
-    """Held-out sentences that are long and repeat words, in an order of chance."""
-    held = [t for s in world.STATEMENTS for t in world.expand(s) if world.held_out(t)]
-    hard = [t for t in held if len(t.split()) >= 7 and len(set(t.split()) - {"a", "the"}) < len(
-        [word for word in t.split() if word not in ("a", "the")])]
-    Random(0).shuffle(hard)
-    return hard
+def hard_sentences(held: bool = True, count: int = 200) -> list[str]:
+    """Long sentences, two held-out statements (or trained ones) in one breath, in which a word comes back."""
+    random = Random("hard")
+    return [world.long_statement(random, held) for _ in range(count)]
 
 
 class VoiceClassifier:

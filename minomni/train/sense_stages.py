@@ -33,9 +33,7 @@ def word_log_probs(thinker, mels: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class SenseStage(Stage):
-    """What both share: the teacher's examples. The word embeddings that are pointed at stay as they are."""
-
-    needs = ("language",)
+    """What both share: the teacher's examples. The word embeddings that are pointed at stay as they were drawn."""
 
     def __init__(self, *args):
         super().__init__(*args)

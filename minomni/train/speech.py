@@ -19,6 +19,7 @@ from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
+LONG = 600  # recordings of two statements in one breath
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
 ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")  # of a crowd that says digits
 CROWD = (  # its throats: espeak-ng's variants of a voice
@@ -72,13 +73,13 @@ def all_statements(held: bool) -> list[str]:
 
 
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
-    """What the model's voices say in training: every trained sentence, by two of the voices."""
+    """What the model's voices say in training: every trained sentence, by two of the voices, and some long ones."""
     random = Random(1)
-    return [
-        (name, synthesis.Job(text, world.VOICES[name], **NORMAL))
-        for text in all_statements(held=False)
-        for name in random.sample(list(world.VOICES), 2)
-    ]
+    texts = [text for text in all_statements(held=False) for _ in range(2)]
+    voices = [name for _ in texts[::2] for name in random.sample(list(world.VOICES), 2)]
+    texts += [world.long_statement(random, held=False) for _ in range(LONG)]
+    voices += random.choices(list(world.VOICES), k=LONG)
+    return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for text, name in zip(texts, voices)]
 
 
 def listening_jobs() -> list[tuple[str, synthesis.Job]]:

@@ -19,6 +19,7 @@ from .thinker_stages import Teacher
 from .voice_stages import encode_all, similar_lengths
 
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
+PAUSE = 8  # codes (a third of a second) without a letter that are no pause yet
 CONTEXTS = {
     "say-typed": 6,
     "say-spoken": 1,
@@ -118,7 +119,7 @@ class TalkerStage(Stage):
         for begin in range(0, len(self.speech), 32):
             utterances = self.speech.utterances[begin : begin + 32]
             examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
-            rows = hand_over(self.omni.thinker, *teacher.lesson(examples, random))
+            rows = hand_over(self.omni.thinker, *teacher.lesson([[example] for example in examples], random))
             lessons += [
                 Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
                 for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
@@ -175,27 +176,53 @@ class TalkerStage(Stage):
 
 class DPOStage(TalkerStage):
     name, needs = "dpo", ("codec", *THINKER, "talker")
-    about = "direct preference optimisation: of four tries, the best understood over the worst"
-    data = "its own tries, and the sentences as before"
-    beta, tries, prompts = 0.1, 4, 256
+    about = "direct preference optimisation: of some tries at long sentences, the best understood over the worst"
+    data = "its own tries at sentences that nobody has recorded, and the recorded ones as before"
+    beta, tries, prompts = 0.1, 4, 320
 
     def prepare(self):
         """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference log-probabilities."""
         lessons = super().prepare()
-        random, generator = Random(self.seed + 12), torch.Generator(self.device).manual_seed(self.seed + 12)
-        loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=120)
-        chosen, self.pairs = random.sample(lessons, min(self.prompts, len(lessons))), []
-        for begin in range(0, len(chosen), 32):
-            part = chosen[begin : begin + 32]
+        generator = torch.Generator(self.device).manual_seed(self.seed + 12)
+        room = max(len(lesson.codes) for lesson in lessons) * 3 // 2
+        loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=room)
+        self.pairs = []
+        for part in self.wishes():
             tried = [self.speak(part, loud, generator) for _ in range(self.tries)]
             for row, lesson in enumerate(part):
-                ranked = sorted(
-                    (edits(lesson.text, self.hear(codes[row])), len(codes[row]), i) for i, codes in enumerate(tried)
-                )
-                if ranked[-1][0] > ranked[0][0] + 1 and len(tried[ranked[0][2]][row]):
-                    self.pairs.append((lesson, tried[ranked[0][2]][row], tried[ranked[-1][2]][row]))
+                ranked = sorted((codes[row] for codes in tried), key=lambda codes: self.faults(lesson.text, codes))
+                if self.faults(lesson.text, ranked[-1]) > self.faults(lesson.text, ranked[0]) + 1 and len(ranked[0]):
+                    self.pairs.append((lesson, ranked[0], ranked[-1]))
+        self.pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))  # what is computed together is about as long
         self.reference = [self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)]
         return lessons
+
+    def wishes(self) -> list[list[Lesson]]:
+        """Long sentences to say, in any voice, without codes: nobody has said them yet. In batches."""
+        teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 12)
+        examples = [teacher.example("say-long", random) for _ in range(self.prompts)]
+        parts = [examples[i : i + 32] for i in range(0, len(examples), 32)]
+        voices, nothing = [voice.bos_token for voice in self.voices.values()], torch.zeros(0, dtype=torch.long)
+        return [
+            [
+                Lesson(*row, random.choice(voices), nothing, example.answer)
+                for row, example in zip(hand_over(self.omni.thinker, *teacher.lesson([[x] for x in part], random)), part)
+            ]
+            for part in parts
+        ]
+
+    def faults(self, text: str, codes: Tensor) -> float:
+        """What is wrong with some speech: letters that our own codec misreads, and moments of silence within it."""
+        return edits(text, self.hear(codes)) + self.stalls(codes)
+
+    def stalls(self, codes: Tensor) -> float:
+        """Codes without a letter, beyond PAUSE of them at a time, between the first letter and the last; two a fault."""
+        if len(codes) == 0:
+            return 0.0
+        grid = self.omni.codec.fsq.values(codes)[None]
+        runs = torch.unique_consecutive(self.omni.codec.letters(grid)[0].argmax(-1), return_counts=True)
+        inner = [n for letter, n in zip(*(row.tolist() for row in runs)) if letter == 0][1:-1]
+        return sum(max(0, n - PAUSE) for n in inner) / 2
 
     def _log_probs(self, pairs):
         """Log-probabilities [2, B] of the better and the worse codes."""

@@ -10,18 +10,23 @@ from random import Random
 import numpy as np
 import torch
 
+from ..config import LISTENING_RATE
 from ..inputs.media import Clip
 from ..inputs.prompt import Inputs, Processor, join
-from ..thinker.tmrope import position_ids
 from . import losses, world
-from .imagination import imagine
+from .imagination import AUDIO_TOKENS_PER_SECOND, imagine
 from .loop import Stage
 from .speech import corpus
 from .vocabulary import world_tokenizer
 from .world import Example
 
 TRANSCRIBE = "write what you hear"
-PARTS = 3  # of a batch, so that short questions are not padded to the length of long clips
+SHOWN = {"scene": [world.scene], "video": [world.moving, world.ordered], "sync": [world.sounding]}
+TURNS = 4  # questions about one picture, at most, each in a turn of its own: a picture costs more than a question
+PARTS = 2  # of a batch, so that short questions are not padded to the length of long clips
+LONG_SECONDS = 30  # of speech at most
+ALONE = 0.3  # of the steps of `language` that show pictures and nothing else
+MOMENTS = 0.5  # weight of the loss on what is seen while a clip sounds
 
 
 def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
@@ -30,10 +35,9 @@ def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
     if example.image is not None:
         content.append({"type": "image", "image": example.image})
     if example.clip is not None:
-        frames, fps = example.clip
-        seconds = torch.arange(len(frames), dtype=torch.float32) / fps
+        frames, seconds = example.clip
         sound = None if example.sound is None else torch.from_numpy(example.sound)
-        content.append({"type": "video", "video": Clip(torch.from_numpy(frames), seconds, sound)})
+        content.append({"type": "video", "video": Clip(torch.from_numpy(frames), torch.from_numpy(seconds), sound)})
     if wave is not None:
         content.append({"type": "audio", "audio": wave})
     if wave is None or example.heard is not None:
@@ -44,7 +48,7 @@ def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
 def about_tokens(example: Example) -> int:
     """About how many tokens the media of an example take."""
     frames = 0 if example.clip is None else len(example.clip[0])
-    return 16 * (example.image is not None) + 5 * frames + 13 * frames * (example.sound is not None) + 50 * (
+    return 20 + 16 * (example.image is not None) + 5 * frames + 13 * frames * (example.sound is not None) + 50 * (
         example.voice is not None
     )
 
@@ -61,8 +65,17 @@ class Teacher:
         self.end = config.thinker.tokens.im_end
 
     def example(self, kind: str, random: Random) -> Example:
-        """One example: `kind` is scene, handwriting, video, sync or say, with `-typed` or `-spoken`; or hear."""
+        """One example: `kind` is scene, handwriting, video, sync or say, with `-typed` or `-spoken`; or hear.
+
+        say-long is typed and has two statements; hear-long and video-long last up to 30 and 60 seconds.
+        """
         what, _, how = kind.partition("-")
+        if kind == "hear-long":
+            return self.dictation(random, random.uniform(10, LONG_SECONDS))
+        if kind == "say-long":
+            return replace(self.say(world.long_statement(random, self.held)), kind=kind)
+        if kind == "video-long":
+            return replace(world.long_clip(random, random.randint(10, world.LONG_PAIRS)), kind=kind)
         if what == "hear":
             text = random.choice(self.spoken)
             return Example(TRANSCRIBE, text, voice="any", heard=text, kind=kind)
@@ -72,9 +85,21 @@ class Teacher:
         elif what == "handwriting":
             made = world.handwriting(random, self.digits)
         else:
-            made = {"scene": world.scene, "video": world.moving, "sync": world.sounding}[what](random)
+            made = random.choice(SHOWN[what])(random)
         recorded = how == "spoken" and made.question in self.recorded
         return replace(made, voice="any" if recorded else None, kind=kind)
+
+    def dictation(self, random: Random, seconds: float) -> Example:
+        """Recordings one after the other, as many as fit into some seconds, to be written down."""
+        waves, texts = [], []
+        while True:
+            text = random.choice(self.spoken)
+            wave = self.wave(Example("", "", voice="any", heard=text), random)
+            if waves and sum(map(len, waves)) + len(wave) > seconds * LISTENING_RATE:
+                said = " ".join(texts)
+                return Example(TRANSCRIBE, said, voice="any", heard=said, wave=torch.cat(waves), kind="hear-long")
+            waves.append(wave)
+            texts.append(text)
 
     def _sayable(self, random, spoken):
         """A statement to repeat; spoken ones must have been recorded."""
@@ -84,8 +109,8 @@ class Teacher:
 
     def wave(self, example: Example, random: Random) -> torch.Tensor | None:
         """The recording of an example's question (or what is to be written down), louder or noisier each time."""
-        if example.voice is None:
-            return None
+        if example.voice is None or example.wave is not None:
+            return example.wave
         wave = self.speech.wave(self.speech.find(example.heard or example.question, random))
         if self.held:
             return wave
@@ -104,16 +129,21 @@ class Teacher:
         """The typed wish to hear a sentence."""
         return Example(f"say {text}", text)
 
-    def lesson(self, examples: list[Example], random: Random) -> tuple[Inputs, torch.Tensor]:
-        """Inputs of questions and answers, and targets [B, L] that look at the answers only."""
-        prompts = [self.prompt(example, random) for example in examples]
-        answers = [self.processor.tokenizer.encode(example.answer) + [self.end] for example in examples]
-        return answered(prompts, answers, self.processor.config.thinker.tokens.endoftext)
+    def talk(self, kind: str, random: Random) -> list[Example]:
+        """A conversation: one example, and where its kind has more to ask, some of that in further turns.
 
-    def long_lesson(self, conversations: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
-        """Inputs and targets of conversations of several turns; every answer is looked at."""
+        None in those of a kind that ends in -alone: there an earlier answer could give a later one away.
+        """
+        first = self.example(kind, random)
+        turns = 1 if first.voice or kind.endswith("-alone") else TURNS
+        more = random.sample(first.more, min(turns - 1, len(first.more)))
+        later = [Example(question, answer, kind=first.kind) for question, answer in more]
+        return [first, *later]
+
+    def lesson(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
+        """Inputs of conversations of some turns, and targets [B, L] that look at the answers, at every one."""
         rows, asked = [], []
-        for examples in conversations:
+        for examples in talks:
             parts = [self.prompt(example, random) for example in examples]
             row, wanted = parts[0], []
             for turn, (part, example) in enumerate(zip(parts, examples)):
@@ -128,6 +158,25 @@ class Teacher:
         for row, wanted in enumerate(asked):
             targets[row, -len(wanted) :] = wanted
         return inputs, targets
+
+    def moments(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
+        """Targets [B, L] at the sound of clips: a word for what is seen just then, its color or its shape by chance.
+
+        That is an answer at every 40 ms to what the question about the sound asks once. IGNORE everywhere else.
+        """
+        tokens, encode = self.processor.config.thinker.tokens, self.processor.tokenizer.encode
+        targets = torch.full_like(inputs.input_ids, losses.IGNORE)
+        ids = inputs.input_ids
+        opened = (ids[:, :-1] == tokens.vision_bos) & (ids[:, 1:] == tokens.audio_bos)  # [B, L - 1]
+        sounding = [example for example in examples if example.sound is not None]
+        for (row, begin), example in zip(opened.nonzero().tolist(), sounding):
+            end = begin + int((ids[row, begin:] == tokens.audio_eos).nonzero()[0, 0])
+            places = begin + (ids[row, begin:end] == tokens.audio).nonzero()[:, 0]  # [n]
+            shown = torch.from_numpy(example.clip[1][::2].copy())  # when each grid step begins
+            step = torch.bucketize(torch.arange(len(places)) / AUDIO_TOKENS_PER_SECOND, shown, right=True) - 1  # [n]
+            words = torch.tensor([[encode(f" {word}")[0] for word in seen[0][:2]] for seen in example.objects])
+            targets[row, places] = words[step, torch.randint(2, step.shape)]
+        return targets
 
     def _next_turn(self, prompt: Inputs) -> torch.Tensor:
         """Ids [1, n] of a prompt's own turn: without the system turn, the line end before it put in front."""
@@ -165,17 +214,31 @@ class ThinkerStage(Stage):
         self.teacher = Teacher(self.omni.config, self.cache)
 
     def batch(self, number):
-        """Parts of a batch: examples of about equal length in each, with their inputs and targets."""
+        """Parts of a batch: examples of conversations of about equal length, with inputs, targets and moments."""
         random = Random(f"{self.seed}-{self.name}-{number}")
-        kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch)
-        examples = sorted((self.teacher.example(kind, random) for kind in kinds), key=about_tokens)
-        size = -(-len(examples) // PARTS)
-        parts = [examples[i : i + size] for i in range(0, len(examples), size)]
-        return [(part, *self.teacher.lesson(part, random)) for part in parts]
+        mixture = self.mixture_at(number)
+        kinds = random.choices(list(mixture), weights=list(mixture.values()), k=self.recipe.batch)
+        talks = sorted((self.talk(kind, random) for kind in kinds), key=lambda talk: sum(map(about_tokens, talk)))
+        size = -(-len(talks) // PARTS)
+        parts = [talks[i : i + size] for i in range(0, len(talks), size)]
+        return [(sum(part, []), *self.teacher.lesson(part, random)) for part in parts]
+
+    def mixture_at(self, number: int) -> dict[str, float]:
+        """The mixture from which a batch is drawn."""
+        return self.mixture
+
+    def talk(self, kind: str, random: Random) -> list[Example]:
+        """One conversation of a batch."""
+        return self.teacher.talk(kind, random)
 
     def losses(self, batch):
-        parts = [(self.logits(examples, inputs), targets) for examples, inputs, targets in batch]
-        return {"text": losses.in_parts(parts)}
+        answers, seen = [], []
+        for examples, inputs, targets in batch:
+            logits, moments = self.logits(examples, inputs), self.teacher.moments(examples, inputs)
+            answers.append((logits, targets))
+            seen += [(logits, moments)] if (moments != losses.IGNORE).any() else []
+        text = {"text": losses.in_parts(answers)}
+        return text | {"moments": MOMENTS * losses.in_parts(seen)} if seen else text
 
     def logits(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
         """What the Thinker expects after each position [B, L, V]."""
@@ -192,27 +255,34 @@ class ThinkerStage(Stage):
 
 
 class LanguageStage(ThinkerStage):
-    name, learns = "language", ("thinker.model.", "thinker.lm_head.")
+    """The table of words stays as it was drawn, so that ears and eyes can be taught to point at it meanwhile."""
+
+    name, learns = "language", ("thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
     about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
     data = "sentences and questions, typed and imagined as heard or seen"
     mixture = {
-        "hear": 2,
-        "say-typed": 1,
-        "say-spoken": 1.5,
+        "hear": 1.5,
+        "say-typed": 1.5,
+        "say-long": 0.5,
+        "say-spoken": 1,
         "scene-typed": 3,
-        "scene-spoken": 2,
-        "handwriting-typed": 0.5,
-        "handwriting-spoken": 0.5,
-        "video-typed": 1,
-        "video-spoken": 0.7,
-        "sync-typed": 1.5,
+        "scene-spoken": 1,
+        "handwriting-typed": 0.3,
+        "handwriting-spoken": 0.2,
+        "video-typed": 4,
+        "video-spoken": 0.5,
+        "sync-typed": 6,
     }
-    fixed = ("say-typed",)
+    fixed = ("scene-typed", "say-typed")
+
+    def mixture_at(self, number):
+        """Pictures alone at first: among everything else, which thing has which color is not learnt at all."""
+        return {"scene-alone": 1} if number < ALONE * self.recipe.steps * self.recipe.accumulate else self.mixture
 
     def logits(self, examples, inputs):
         thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
         embeds = imagine(examples, inputs, thinker, encode)
-        positions = position_ids(inputs, thinker.config).to(self.device)
+        positions = thinker.position_ids(inputs, thinker.config).to(self.device)
         hidden = thinker.model(embeds, positions, inputs.attention_mask.to(self.device))
         return thinker.lm_head(hidden)
 
@@ -232,27 +302,27 @@ class Thinker2Stage(ThinkerStage):
     mixture = {
         "hear": 2,
         "say-typed": 1,
+        "say-long": 0.3,
         "scene-typed": 4,
         "handwriting-typed": 1,
-        "video-typed": 1.5,
-        "sync-typed": 1.5,
+        "video-typed": 3,
+        "sync-typed": 5,
     }
     fixed = ("hear", "scene-typed", "video-typed", "sync-typed")
 
 
 class Thinker3Stage(ThinkerStage):
     name, needs, learns = "thinker3", ("language", "ears", "eyes", "thinker1", "thinker2"), ("thinker.",)
-    about = "pre-training 3: longer sequences, several items in one conversation"
-    data = "the same, three in a conversation"
-    mixture = Thinker2Stage.mixture
-    fixed = Thinker2Stage.fixed
+    about = "pre-training 3: longer sequences: half a minute of speech, a minute of pictures, three things in one talk"
+    data = "speech of 10 to 30 s to write down, clips of 10 to 60 s, and three of the things before in a conversation"
+    mixture = {**Thinker2Stage.mixture, "hear-long": 6, "video-long": 6}
+    fixed = ("hear-long", "video-long")
 
-    def batch(self, number):
-        random = Random(f"{self.seed}-{self.name}-{number}")
-        kinds = random.choices(list(self.mixture), weights=list(self.mixture.values()), k=self.recipe.batch * 3)
-        examples = [self.teacher.example(kind, random) for kind in kinds]
-        talks = [examples[i : i + 3] for i in range(0, len(examples), 3)]
-        return [(examples, *self.teacher.long_lesson(talks, random))]
+    def talk(self, kind, random):
+        if kind.endswith("-long"):
+            return [self.teacher.example(kind, random)]
+        others = [name for name in self.mixture if not name.endswith("-long")]
+        return [self.teacher.example(name, random) for name in (kind, *random.choices(others, k=2))]
 
 
 class ChatStage(ThinkerStage):
@@ -260,14 +330,16 @@ class ChatStage(ThinkerStage):
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
-        "say-typed": 1,
+        "hear": 1,
+        "say-typed": 1.5,
+        "say-long": 0.5,
         "say-spoken": 2,
-        "scene-typed": 2,
-        "scene-spoken": 3,
+        "scene-typed": 2.5,
+        "scene-spoken": 2.5,
         "handwriting-typed": 0.5,
-        "handwriting-spoken": 0.7,
-        "video-typed": 0.5,
+        "handwriting-spoken": 0.5,
+        "video-typed": 1,
         "video-spoken": 0.7,
-        "sync-typed": 1.5,
+        "sync-typed": 3,
     }
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")

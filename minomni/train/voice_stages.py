@@ -5,9 +5,11 @@ from random import Random
 import torch
 from torch.nn import functional as F
 
+from ..config import MEL_RATE
 from ..inputs.mel import voice_mel
 from ..talker.codec import MEL_CENTRE, MEL_SPREAD, ids_to_letters, letters_to_ids
 from . import losses
+from .judge import edits
 from .loop import Stage
 from .speech import corpus, make_voices
 
@@ -77,12 +79,24 @@ class CodecStage(VoiceStage):
         }
 
     def sample(self):
-        codec, used = self.omni.codec, set()
-        for i in range(0, len(self.speech), max(1, len(self.speech) // 64)):
-            used.update(codec.encode(self.mel(i)[None].to(self.device))[0].tolist())
-        grid, _ = codec.quantise(self.mel(0)[None].to(self.device))
-        heard = ids_to_letters(codec.letters(grid)[0].argmax(-1))
-        return f"{len(used)} of {codec.config.num_codes} codes used; reads {heard!r}"
+        """How much of the alphabet is used, how many bits a second it carries, and whether what is re-made is legible."""
+        codec, chosen = self.omni.codec, range(0, len(self.speech), max(1, len(self.speech) // 32))
+        codes, wrong, words = [], 0, 0
+        for i in chosen:
+            codes.append(codec.encode(self.mel(i)[None].to(self.device))[0])
+            again = codec.mel(codec.fsq.values(codes[-1])[None], self.conds([i]).to(self.device))  # [1, T, bands]
+            text = self.speech.utterances[i].text.split()
+            wrong, words = wrong + edits(text, self.read(again).split()), words + len(text)
+        _, counts = torch.cat(codes).unique(return_counts=True)
+        share = counts / counts.sum()
+        bits = -(share * share.log2()).sum().item() * MEL_RATE / codec.config.downsample
+        return (f"{len(counts)} of {codec.config.num_codes} codes used, {bits:.0f} bits/s; re-made and read again: word "
+                f"error {wrong / words:.0%}; reads {self.read(self.mel(0)[None].to(self.device))!r}")
+
+    def read(self, mel: torch.Tensor) -> str:
+        """What the codec reads in a mel [1, T, bands]."""
+        grid, _ = self.omni.codec.quantise(mel)
+        return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
 
     def sound(self):
         grid, _ = self.omni.codec.quantise(self.mel(0)[None].to(self.device))

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from ..config import LISTENING_RATE
 
@@ -25,7 +26,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SCENE_SIZE, CLIP_SIZE = 112, 84  # pixels
-CLIP_FPS = 2.0
+PAIR_SECONDS = 0.6, 1.4  # how long two frames of a clip that belong together last: each pair another time
+LONG_PAIR_SECONDS, LONG_PAIRS = (1.0, 1.85), 32  # in long clips, and how many they have at most
 
 # How each voice is made: espeak-ng voice. The first four are the voices the model speaks with.
 VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
@@ -60,7 +62,11 @@ QUESTIONS = (
     "which digit is this",
     "where does the shape go",
     "what was there at the sound",
+    "what was there first",
+    "what was there last",
 )
+
+ASKED = ("color", "shape", "count", "relation", "describe")  # kinds of questions about a picture
 
 
 @dataclass
@@ -71,13 +77,15 @@ class Example:
     answer: str
     voice: str | None = None  # who speaks the question; None is typed
     image: Image.Image | None = None
-    clip: tuple | None = None  # frames uint8 [n, H, W, 3] and their rate (frames per second)
+    clip: tuple | None = None  # frames uint8 [n, H, W, 3] and when each is shown, float32 [n] in seconds
     sound: np.ndarray | None = None  # the clip's sound track, float32 [samples] at 16 kHz
     heard: str | None = None  # what the recording says, where it is not the question
+    wave: Tensor | None = None  # the recording, where it is none of the corpus, float32 [samples] at 16 kHz
     objects: list[list[tuple]] = field(
         default_factory=list
     )  # by grid step: color, shape, (x, y), radius of what is seen
     sound_at: float | None = None  # seconds into the clip
+    more: list[tuple[str, str]] = field(default_factory=list)  # what else can be asked about it, with the answers
     kind: str = ""
 
 
@@ -99,6 +107,15 @@ def statement(random: Random, held: bool) -> str:
     while True:
         text = fill(random.choices(STATEMENTS, weights=(6, 3, 1, 1, 4, 1, 1, 1))[0], random)
         if held_out(text) == held:
+            return text
+
+
+def long_statement(random: Random, held: bool) -> str:
+    """Two statements in one breath, both from the held-out tenth or both from the rest, in which a word comes back."""
+    while True:
+        text = f"{statement(random, held)} and {statement(random, held)}"
+        words = [word for word in text.split() if word not in ("a", "and", "is", "the")]
+        if len(text.split()) >= 9 and len(set(words)) < len(words):
             return text
 
 
@@ -147,16 +164,17 @@ def things(random: Random, n: int) -> list[tuple[str, str]]:
 
 def scene(random: Random) -> Example:
     """A picture with one to three shapes and a question about it."""
-    kind = random.choice(("color", "shape", "count", "relation", "describe"))
+    kind = random.choices(ASKED, weights=(3, 1, 1, 2, 1))[0]
     n = 2 if kind in ("relation", "describe") else random.randint(1, 3)
     objects = things(random, n)
+    if kind in ("relation", "describe") and random.random() < 0.5:  # only the shape tells the two apart
+        objects[1] = (objects[0][0], objects[1][1])
     image, pen = blank(SCENE_SIZE, random)
-    relation = random.choice(list(RELATIONS))
-    dx, dy = RELATIONS["right of" if kind == "describe" else relation]
+    relation = random.choice(["left of", "right of"] if kind == "describe" else list(RELATIONS))
+    dx, dy = RELATIONS[relation]
     third = SCENE_SIZE / 3
     if n == 2:
-        a, b = [(SCENE_SIZE / 2 + s * dx * third * 0.75, SCENE_SIZE / 2 + s * dy * third * 0.75) for s in (1, -1)]
-        places = [b, a] if kind == "describe" else [a, b]
+        places = [(SCENE_SIZE / 2 + s * dx * third * 0.75, SCENE_SIZE / 2 + s * dy * third * 0.75) for s in (1, -1)]
     else:
         cells = random.sample([(i, j) for i in range(3) for j in range(3)], n)
         places = [((i + 0.5) * third, (j + 0.5) * third) for i, j in cells]
@@ -166,15 +184,33 @@ def scene(random: Random) -> Example:
     ]
     for color, shape, centre, radius in drawn:
         draw(pen, shape, color, centre, radius)
-    (c0, s0), (c1, s1) = objects[0], objects[-1]
-    question, answer = {
-        "color": (f"what color is the {s0}", f"the {s0} is {c0}"),
-        "shape": (f"which shape is {c0}", f"the {c0} shape is a {s0}"),
-        "count": ("how many shapes are there", GRAMMAR["count"][n - 1]),
-        "relation": (f"where is the {c0} {s0}", f"the {c0} {s0} is {relation} the {c1} {s1}"),
-        "describe": ("what do you see", f"a {c0} {s0} and a {c1} {s1}"),
-    }[kind]
-    return Example(question, answer, image=image, objects=[drawn], kind="scene")
+    asked = about(objects, relation if n == 2 else None)
+    question, answer = random.choice(asked[kind])
+    more = [pair for pairs in asked.values() for pair in pairs if pair[0] != question]
+    return Example(question, answer, image=image, objects=[drawn], more=more, kind="scene")
+
+
+def about(objects: list[tuple[str, str]], relation: str | None) -> dict[str, list[tuple[str, str]]]:
+    """All that can be asked about a picture's (color, shape) things, by kind: questions with their answers.
+
+    relation: of the first thing to the second, where there are two. A color that two things share names neither.
+    """
+    colors = [color for color, _ in objects]
+    asked = {
+        "color": [(f"what color is the {shape}", f"the {shape} is {color}") for color, shape in objects],
+        "shape": [(f"which shape is {color}", f"the {color} shape is a {shape}") for color, shape in objects
+                  if colors.count(color) == 1],
+        "count": [("how many shapes are there", GRAMMAR["count"][len(objects) - 1])],
+    }
+    if relation:
+        there = [" ".join(thing) for thing in objects]
+        back = next(name for name, step in RELATIONS.items() if step == tuple(-x for x in RELATIONS[relation]))
+        asked["relation"] = [(f"where is the {a}", f"the {a} is {which} the {b}")
+                             for a, b, which in ((*there, relation), (*there[::-1], back))]
+        if relation in ("left of", "right of"):
+            left, right = there if relation == "left of" else there[::-1]
+            asked["describe"] = [("what do you see", f"a {left} and a {right}")]
+    return asked
 
 
 def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Example:
@@ -196,15 +232,19 @@ def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
     return data.images[chosen], data.target[chosen]
 
 
-def film(steps: list[list[tuple]], random: Random) -> tuple[np.ndarray, float]:
-    """Frames of a clip, given what is seen in each -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and their rate."""
+def film(steps: list[list[tuple]], random: Random, pair_seconds=PAIR_SECONDS) -> tuple[np.ndarray, np.ndarray]:
+    """What is seen in each frame -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and when it is shown, float32 [n] in seconds.
+
+    Frames come in pairs of chance length; within a pair the second frame is shown half-way.
+    """
     background, frames = random.randint(0, 1 << 30), []
     for things_seen in steps:
         image, pen = blank(CLIP_SIZE, Random(background))
         for color, shape, centre, radius in things_seen:
             draw(pen, shape, color, centre, radius)
         frames.append(np.asarray(image))
-    return np.stack(frames), CLIP_FPS
+    halves = np.repeat([random.uniform(*pair_seconds) / 2 for _ in range(len(steps) // 2)], 2)
+    return np.stack(frames), np.concatenate([[0.0], np.cumsum(halves)[:-1]]).astype(np.float32)
 
 
 def moving(random: Random) -> Example:
@@ -226,22 +266,50 @@ def moving(random: Random) -> Example:
     )
 
 
+def in_turn(random: Random, count: int, n: int) -> tuple[list[list[tuple]], list[int]]:
+    """Things that show one after the other in n frames -> what is seen in each frame, where each thing begins.
+
+    Things change between two pairs of frames, so that none holds both.
+    """
+    shown = [(*thing, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16) for thing in things(random, count)]
+    begins = [0, *sorted(2 * pair for pair in random.sample(range(1, n // 2), count - 1))]
+    return [[shown[sum(i >= begin for begin in begins) - 1]] for i in range(n)], begins
+
+
+def ordered(random: Random) -> Example:
+    """A silent clip in which two shapes show one after the other, and which of them was first, or last."""
+    steps, _ = in_turn(random, 2, random.choice((4, 6, 8)))
+    return first_or_last(steps, film(steps, random), random)
+
+
+def long_clip(random: Random, pairs: int) -> Example:
+    """The same with two to four shapes in many pairs of frames: LONG_PAIRS of them last up to a minute."""
+    steps, _ = in_turn(random, random.randint(2, 4), 2 * pairs)
+    return first_or_last(steps, film(steps, random, LONG_PAIR_SECONDS), random)
+
+
+def first_or_last(steps: list[list[tuple]], clip: tuple, random: Random) -> Example:
+    """The question which thing of a clip was the first, or the last."""
+    which, at = random.choice((("first", 0), ("last", -1)))
+    color, shape, *_ = steps[at][0]
+    return Example(f"what was there {which}", f"it was the {color} {shape}", clip=clip, objects=steps[::2], kind="video")
+
+
 def sounding(random: Random) -> Example:
     """A clip in which two shapes show one after the other, with a sound while one of them is there."""
-    first, second = ((*thing, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16) for thing in things(random, 2))
-    n = random.choice((4, 6, 8))
-    change = random.randrange(1, n // 2) * 2  # between two grid steps, so that no frame pair holds both
-    steps = [[first if i < change else second] for i in range(n)]
-    early = random.random() < 0.5
-    begin, end = (0.0, change / CLIP_FPS) if early else (change / CLIP_FPS, n / CLIP_FPS)
-    at = random.uniform(begin + 0.1, end - 0.5)
-    color, shape, *_ = first if early else second
+    steps, (_, change) = in_turn(random, 2, random.choice((4, 6, 8)))
+    frames, seconds = film(steps, random)
+    whole = seconds[-1] + (seconds[-1] - seconds[-2])
+    second = random.random() < 0.5
+    begin, end = (seconds[change], whole) if second else (0.0, seconds[change])
+    at = float(random.uniform(begin + 0.05, end - 0.35))
+    color, shape, *_ = steps[-1 if second else 0][0]
     return Example(
         "what was there at the sound",
         f"it was the {color} {shape}",
-        clip=film(steps, random),
+        clip=(frames, seconds),
         objects=steps[::2],
-        sound=tone(random, n / CLIP_FPS, at),
+        sound=tone(random, whole, at),
         sound_at=at,
         kind="sync",
     )
