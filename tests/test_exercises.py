@@ -269,6 +269,20 @@ BUGS = {
         "cuts": [lambda s, n: cut(s, n, look=False), lambda s, n: cut(s, n, rest=False),
                  lambda s, n: cut(s, n, last=False), lambda s, n: cut(s, n, always=True)],
     },
+    "15": {
+        "cache_weighs": [lambda n, h, s, d, t: 2 * n * h * d * t * 2, lambda n, h, s, d, t: n * s * d * t * 2,
+                         lambda n, h, s, d, t: 2 * n * s * d * t, lambda n, h, s, d, t: 2 * n * s * d * 2],
+        "pass_ms": [lambda n, w, g, t: 2 * n / g / 1e6 + 2 * n * w / t / 1e9, lambda n, w, g, t: 2 * n / g / 1e6,
+                    lambda n, w, g, t: 2 * n * w / t / 1e9, lambda n, w, g, t: max(2 * n / g / 1e6, n * w / t / 1e9),
+                    lambda n, w, g, t: min(2 * n / g / 1e6, 2 * n * w / t / 1e9)],
+        "problems": [lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()), []],
+                     lambda a, b: [sorted(b.keys() - a.keys()), sorted(a.keys() - b.keys()),
+                                   sorted(n for n in a if n in b and a[n] != b[n])],
+                     lambda a, b: [[n for n in a if n not in b], [n for n in b if n not in a],
+                                   [n for n in a if n in b and a[n] != b[n]]],
+                     lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()),
+                                   [n for n in a if n in b and math.prod(a[n]) != math.prod(b[n])]]],
+    },
 }
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]
 
