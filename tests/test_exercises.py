@@ -53,6 +53,13 @@ def cut(schedule, total: int, look: bool = True, rest: bool = True, last: bool =
         ends.append(done)
 
 
+def leaving(x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, surest: bool = False) -> torch.Tensor:
+    """The mean speed of what may have come by x at time t; each switch weighs or measures it in a wrong way."""
+    noises = (x - t * ends) / (1 - t if rest else 1)
+    shares = (-half * noises.abs() ** power).softmax(0)
+    return (ends - noises)[shares.argmax()] if surest else (shares * (ends - noises)).sum()
+
+
 BUGS = {
     "00": {
         "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
@@ -184,6 +191,22 @@ BUGS = {
         "one_more": [lambda q, k, v: taken(q, k, v, scale=1), lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
                      lambda q, k, v: taken(q, k.flip(1), v.flip(1)), lambda q, k, v: taken(q, k[:-1], v[:-1]),
                      lambda q, k, v: taken(q, k, v, repeat=True)],
+    },
+    "10": {
+        "seen": [lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
+                 lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), (i // b + ahead + 1) * b - 1],
+                 lambda i, n, b, back, ahead: [(i // b - back) * b, min((i // b + ahead + 1) * b - 1, n - 1)],
+                 lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), min((i // b + ahead) * b, n - 1)],
+                 lambda i, n, b, back, ahead: [max((i // b - ahead) * b, 0), min((i // b + back + 1) * b - 1, n - 1)]],
+        "heun_step": [lambda f, y, a, b: y + (b - a) * f(a, y),
+                      lambda f, y, a, b: y + (b - a) * f((a + b) / 2, y + (b - a) / 2 * f(a, y)),
+                      lambda f, y, a, b: y + (b - a) * (f(a, y) + f(a, y + (b - a) * f(a, y))) / 2,
+                      lambda f, y, a, b: y + (b - a) * (f(a, y) + f(b, y)) / 2,
+                      lambda f, y, a, b: y + (b - a) * f(b, y + (b - a) * f(a, y))],
+        "best": [lambda x, t, ends: (ends - x).mean() / (1 - t), lambda x, t, ends: leaving(x, t, ends, power=0),
+                 lambda x, t, ends: leaving(x, t, ends, power=1), lambda x, t, ends: leaving(x, t, ends, half=1),
+                 lambda x, t, ends: leaving(x, t, ends, rest=False),
+                 lambda x, t, ends: leaving(x, t, ends, surest=True)],
     },
     "11": {
         "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
