@@ -96,8 +96,9 @@ def test_unfinished_runs_are_named(home):
         ablations.ablate("dpo", home, items=2, seed=0)
 
 
-def test_plain_mrope_counts_steps_where_tmrope_counts_time():
-    random, teacher = Random(0), Teacher(TINY, Path("."))
+def test_plain_mrope_counts_steps_where_tmrope_counts_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis, "available", lambda: False)
+    random, teacher = Random(0), Teacher(TINY, tmp_path)
     talks = [[teacher.example("sync-typed", random)], [teacher.example("say-typed", random)]]
     inputs, _ = teacher.lesson(talks, random)
     timed, plain = (f(inputs, TINY.thinker) for f in (position_ids, ablations.plain_mrope))

@@ -73,6 +73,13 @@ def spoken(chosen, cost, count: int, ahead: int) -> list:
     return times[1:]
 
 
+def leaving(x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, surest: bool = False) -> torch.Tensor:
+    """The mean speed of what may have come by x at time t; each switch weighs or measures it in a wrong way."""
+    noises = (x - t * ends) / (1 - t if rest else 1)
+    shares = (-half * noises.abs() ** power).softmax(0)
+    return (ends - noises)[shares.argmax()] if surest else (shares * (ends - noises)).sum()
+
+
 BUGS = {
     "00": {
         "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
@@ -239,6 +246,21 @@ BUGS = {
                      lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
                      lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
                      lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)]],
+    "10": {
+        "seen": [lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
+                 lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), (i // b + ahead + 1) * b - 1],
+                 lambda i, n, b, back, ahead: [(i // b - back) * b, min((i // b + ahead + 1) * b - 1, n - 1)],
+                 lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), min((i // b + ahead) * b, n - 1)],
+                 lambda i, n, b, back, ahead: [max((i // b - ahead) * b, 0), min((i // b + back + 1) * b - 1, n - 1)]],
+        "heun_step": [lambda f, y, a, b: y + (b - a) * f(a, y),
+                      lambda f, y, a, b: y + (b - a) * f((a + b) / 2, y + (b - a) / 2 * f(a, y)),
+                      lambda f, y, a, b: y + (b - a) * (f(a, y) + f(a, y + (b - a) * f(a, y))) / 2,
+                      lambda f, y, a, b: y + (b - a) * (f(a, y) + f(b, y)) / 2,
+                      lambda f, y, a, b: y + (b - a) * f(b, y + (b - a) * f(a, y))],
+        "best": [lambda x, t, ends: (ends - x).mean() / (1 - t), lambda x, t, ends: leaving(x, t, ends, power=0),
+                 lambda x, t, ends: leaving(x, t, ends, power=1), lambda x, t, ends: leaving(x, t, ends, half=1),
+                 lambda x, t, ends: leaving(x, t, ends, rest=False),
+                 lambda x, t, ends: leaving(x, t, ends, surest=True)],
     },
     "11": {
         "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
