@@ -246,6 +246,7 @@ BUGS = {
                      lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
                      lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
                      lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)]],
+    },
     "10": {
         "seen": [lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
                  lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), (i // b + ahead + 1) * b - 1],
