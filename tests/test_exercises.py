@@ -292,6 +292,28 @@ BUGS = {
         "cuts": [lambda s, n: cut(s, n, look=False), lambda s, n: cut(s, n, rest=False),
                  lambda s, n: cut(s, n, last=False), lambda s, n: cut(s, n, always=True)],
     },
+    "13": {
+        "shortened": [lambda gs, limit: [g * limit / math.hypot(*gs) for g in gs],
+                      lambda gs, limit: [max(-limit, min(limit, g)) for g in gs],
+                      lambda gs, limit: [g * min(1.0, limit / sum(map(abs, gs))) for g in gs],
+                      lambda gs, limit: [g * min(1.0, limit / math.hypot(*gs) ** 2) for g in gs]],
+        "wanted": [lambda turns: [i for p, a in turns for i in [-100] * len(p) + a],
+                   lambda turns: [i for p, a in turns for i in [-100] * (len(p) - 1) + a[:-1] + [-100, -100]],
+                   lambda turns: [i for p, a in turns for i in (p + a)][1:] + [-100],
+                   lambda turns: [i for p, a in turns for i in [0] * (len(p) - 1) + a + [0]]],
+        "whole_mean": [lambda parts: sum(mean for mean, _ in parts) / len(parts),
+                       lambda parts: sum(mean * n for mean, n in parts) / len(parts),
+                       lambda parts: sum(mean / n for mean, n in parts) / sum(1 / n for _, n in parts),
+                       lambda parts: max(parts, key=lambda part: part[1])[0]],
+        "started": [lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
+                                                    and set(w) <= set(done)],
+                    lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done
+                                                    and set(w) <= set(done)][: lanes - len(on)],
+                    lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
+                                                    and set(w) <= set(done)][:lanes],
+                    lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
+                                                    and set(w) <= set(done + on)][: lanes - len(on)]],
+    },
     "15": {
         "cache_weighs": [lambda n, h, s, d, t: 2 * n * h * d * t * 2, lambda n, h, s, d, t: n * s * d * t * 2,
                          lambda n, h, s, d, t: 2 * n * s * d * t, lambda n, h, s, d, t: 2 * n * s * d * 2],
