@@ -6,6 +6,7 @@ import runpy
 import sys
 import unicodedata
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -78,6 +79,18 @@ def leaving(x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, su
     noises = (x - t * ends) / (1 - t if rest else 1)
     shares = (-half * noises.abs() ** power).softmax(0)
     return (ends - noises)[shares.argmax()] if surest else (shares * (ends - noises)).sum()
+
+
+def noticed(before, after, total: bool = False, short: bool = True, often: bool = False, twice: float = 2) -> list[str]:
+    """What a check for hacked rewards says; each switch makes it look at something else, or at less."""
+    def run(rows):
+        if often:  # how often a code occurs, wherever it does
+            return max(max(Counter(row).values()) for row in rows)
+        return max(len(list(same_codes)) for row in rows for _, same_codes in groupby(row))
+
+    (old, new) = (sum(map(len, rows)) / (1 if total else len(rows)) for rows in (before, after))
+    found = ["longer"] * (new > 1.5 * old) + ["shorter"] * (short and new < old / 1.5)
+    return found + ["stuck"] * (run(after) > twice * run(before))
 
 
 BUGS = {
@@ -313,6 +326,24 @@ BUGS = {
                                                     and set(w) <= set(done)][:lanes],
                     lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
                                                     and set(w) <= set(done + on)][: lanes - len(on)]],
+    },
+    "14": {
+        "pull": [lambda w, l, w0, l0, b: 1 / (1 + math.exp(b * (w - w0 - l + l0))),
+                 lambda w, l, w0, l0, b: b / (1 + math.exp(b * (l - l0 - w + w0))),
+                 lambda w, l, w0, l0, b: b / (1 + math.exp(w - w0 - l + l0)),
+                 lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - l))),
+                 lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - w0 + l - l0)))],
+        "pair_of": [lambda n: [n.index(min(n)), n.index(max(n))],
+                    lambda n: [n.index(min(n)), n.index(max(n))] * (n[0] > 0),
+                    lambda n: [n.index(max(n)), n.index(min(n))] if max(n) > min(n) + 1 else [],
+                    lambda n: [len(n) - 1 - n[::-1].index(min(n)), n.index(max(n))] if max(n) > min(n) + 1 else [],
+                    lambda n: [n.index(min(n)), n.index(max(n))] if max(n) > min(n) else [],
+                    lambda n: [min(n), max(n)] if max(n) > min(n) + 1 else []],
+        "balance": [lambda p, b: math.log(p / (1 - p)), lambda p, b: math.log(p / (1 - p)) * b,
+                    lambda p, b: math.log((1 - p) / p) / b, lambda p, b: math.log(p) / b, lambda p, b: p / (1 - p) / b],
+        "hacks": [lambda a, b: noticed(a, b, total=True), lambda a, b: noticed(a, b, short=False),
+                  lambda a, b: noticed(a, b, often=True), lambda a, b: noticed(a, b, twice=1),
+                  lambda a, b: noticed(a, b, twice=math.inf)],
     },
     "15": {
         "cache_weighs": [lambda n, h, s, d, t: 2 * n * h * d * t * 2, lambda n, h, s, d, t: n * s * d * t * 2,
