@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import SamplingConfig
+from ..errors import UserError
 from ..files import write_atomically
 from ..talker.codec import ids_to_letters
 from ..talker.talker import Script, text
@@ -190,9 +191,13 @@ class DPOStage(TalkerStage):
         for part in self.wishes():
             tried = [self.speak(part, loud, generator) for _ in range(self.tries)]
             for row, lesson in enumerate(part):
-                ranked = sorted((codes[row] for codes in tried), key=lambda codes: self.faults(lesson.text, codes))
-                if self.faults(lesson.text, ranked[-1]) > self.faults(lesson.text, ranked[0]) + 1 and len(ranked[0]):
-                    self.pairs.append((lesson, ranked[0], ranked[-1]))
+                ranked = sorted((self.faults(lesson.text, codes[row]), i) for i, codes in enumerate(tried))
+                (fewest, best), (most, worst) = ranked[0], ranked[-1]
+                if most > fewest + 1 and len(tried[best][row]):
+                    self.pairs.append((lesson, tried[best][row], tried[worst][row]))
+        if not self.pairs:
+            raise UserError(f"stage {self.name}: in {self.prompts} sentences no try was better than another; the talker "
+                            f"stage needs more steps")
         self.pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))  # what is computed together is about as long
         self.reference = [self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)]
         return lessons
