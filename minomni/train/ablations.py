@@ -121,7 +121,8 @@ def stage3(home: Path, items: int, seed: int) -> str:
         columns.append(examiner.long_rows(count))
     for before, after in zip(*columns):
         low, high = after.interval()
-        lines.append(f"| {before.name} | {before.value:.1%} | {after.value:.1%} | {low:.1%} to {high:.1%} | {after.n} |")
+        values = f"{before.value:.1%} | {after.value:.1%} | {low:.1%} to {high:.1%}"
+        lines.append(f"| {before.name} | {values} | {after.n} |")
     return "\n".join(lines)
 
 
@@ -181,12 +182,14 @@ def table(rows: dict[str, list[tuple[int, int]]]) -> str:
     return "\n".join(lines)
 
 
-ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {"beta": beta, "dpo": dpo, "stage3": stage3, "tmrope": tmrope, "tuning": tuning}
+ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {
+    "beta": beta, "dpo": dpo, "stage3": stage3, "tmrope": tmrope, "tuning": tuning}
 
 
 def ablate(name: str, home: Path, items: int, seed: int) -> str:
     """A table by name. Raises UserError where the run folder does not hold what it needs."""
-    for needed in (home / "model" / TRAINED, home / "stages" / "talker.safetensors", home / "stages" / "dpo.safetensors"):
+    stages = home / "stages"
+    for needed in (home / "model" / TRAINED, stages / "talker.safetensors", stages / "dpo.safetensors"):
         if not needed.exists():
             raise UserError(f"{needed} is missing: python -m minomni train tiny makes it")
     return ABLATIONS[name](home, items, seed)

@@ -250,7 +250,7 @@ class Examiner:
         ]
 
     def preference(self, stages: Path) -> list[Row]:
-        """Word error on hard sentences before and after DPO, with the same seeds; None where the stages are not kept."""
+        """Word error on hard sentences before and after DPO, the same seeds; None where the stages are not kept."""
         names = "dpo_wer_before", "dpo_wer_after"
         if not all((stages / f"{stage}.safetensors").exists() for stage in ("talker", "dpo")):
             return [Row(name, None) for name in names]
