@@ -20,13 +20,13 @@ from minomni.errors import UserError
 from minomni.reply import Reply, SoundPiece, waiting
 from minomni.stream import seeded, think_and_talk
 from minomni.token2wav.solver import swift
-from minomni.token2wav.stream import EAGER, SERVING, MelStream, Schedule, SpeechStream
+from minomni.token2wav.stream import SERVING, MelStream, Schedule, SpeechStream, codes_until_sound, eager
 
 ANSWER_S, ROUNDS, SESSION_S = 10, 3, 600
 QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
 STAGES = {"prefill": "the prompt is read", "text": "first word", "code": "first code", "mel": "first mel",
           "sound": "first sound"}
-SCHEDULES = {"serving: 3 blocks, 2 back computed again, 1 ahead": SERVING, "eager, the default of stream()": EAGER,
+SCHEDULES = {"serving: 3 blocks, 2 back computed again, 1 ahead": SERVING,
              "3 blocks, the past remembered, 0 ahead": Schedule(((3, 0),)),
              "3 blocks, the past remembered, 1 ahead": Schedule(((3, 1),)),
              "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
@@ -134,7 +134,8 @@ def measure(omni) -> Streaming:
     rows["prediction_ratio"] = predicted["sound"] / first, "predicted : measured time to the first sound"
     rows["session_growth_mb"] = session_growth(omni), f"memory that {SESSION_S} s of listening add to the first context"
     stages = {name: (predicted[name], min(run[2][1].trace.first(name) for run in live)) for name in STAGES}
-    return Streaming(rows, stages, {name: distance(omni, schedule) for name, schedule in SCHEDULES.items()})
+    schedules = {"eager, the default of stream()": eager(omni.token2wav), **SCHEDULES}
+    return Streaming(rows, stages, {name: distance(omni, schedule) for name, schedule in schedules.items()})
 
 
 def predict(omni, flow: FlowConfig) -> dict[str, float]:
@@ -154,19 +155,19 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
         now = time.perf_counter()
         cost[kind].append(now - then)
         then = now
-    blocks, ahead = EAGER.chunks[0]
-    needed = (blocks + ahead) * config.token2wav.dit.block_size // config.token2wav.dit.repeats
-    codes = torch.zeros(1, needed, dtype=torch.long)
-    painting, mel = best(lambda: next(MelStream(omni.token2wav.code2wav_dit_model, voice, flow, EAGER,
-                                                seeded(0)).feed(codes)))
-    setting_up, _ = best(lambda: SpeechStream(omni.token2wav, voice, flow, EAGER, seeded(0)))
-    sounding, _ = best(lambda: SpeechStream(omni.token2wav, voice, flow, EAGER, seeded(0)).vocoder.feed(mel))
+    schedule = eager(omni.token2wav)
+    codes = torch.zeros(1, codes_until_sound(schedule, omni.token2wav), dtype=torch.long)
+    painting, _ = best(lambda: next(MelStream(omni.token2wav.code2wav_dit_model, voice, flow, schedule,
+                                              seeded(0)).feed(codes)))
+    speech = lambda: SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
+    setting_up, _ = best(speech)
+    sounding, _ = best(lambda: next(wave for wave in speech().feed(codes) if len(wave)))
+    step = median(cost["text"][2:]) + median(cost["code"][1:])
     until = {"prefill": prefill + seconds}
     until["text"] = until["prefill"] + setting_up + cost["text"][0]
     until["code"] = until["text"] + cost["text"][1] + cost["code"][0]
-    until["mel"] = until["code"] + (needed - 1) * (median(cost["text"][2:]) + median(cost["code"][1:]))
-    until["mel"] += painting - setting_up
-    until["sound"] = until["mel"] + sounding - setting_up
+    until["mel"] = until["code"] + (schedule.first_codes(config.token2wav.dit) - 1) * step + painting - setting_up
+    until["sound"] = until["code"] + (codes.shape[1] - 1) * step + sounding - setting_up
     return until
 
 
@@ -187,8 +188,7 @@ def distance(omni, schedule: Schedule) -> tuple[int, float]:
     for cut in (schedule, Schedule(((10_000, 0),))):
         stream = MelStream(dit, voice, omni.config.flow, cut, seeded(0))
         mels.append(torch.cat([*stream.feed(codes), *stream.finish()], dim=2))
-    blocks, ahead = schedule.chunks[0]
-    return (blocks + ahead) * size.block_size // size.repeats, float((mels[0] - mels[1]).abs().mean())
+    return codes_until_sound(schedule, omni.token2wav), float((mels[0] - mels[1]).abs().mean())
 
 
 def session_growth(omni) -> float:

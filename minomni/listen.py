@@ -22,7 +22,7 @@ from minomni.reply import End, SoundPiece, TextPiece, Trace
 from minomni.stream import converse
 from minomni.thinker.thinker import Reading
 from minomni.thinker.tmrope import line
-from minomni.token2wav.stream import EAGER, Schedule
+from minomni.token2wav.stream import Schedule
 from minomni.turn import Turn
 
 OPENS, ENDS = "<|im_start|>user\n", "<|im_end|>\n"
@@ -71,7 +71,7 @@ class Session:
         """
         self.begin_turn().see(frame, at_seconds)
 
-    def respond(self, text: str = "", seed: int = 0, schedule: Schedule | None = EAGER,
+    def respond(self, text: str = "", seed: int = 0, schedule: Schedule | str | None = "eager",
                 flow: FlowConfig | None = None) -> Iterator[TextPiece | SoundPiece | End]:
         """Answer what was heard and seen, and then `text`, in pieces as omni.stream() does.
 
@@ -93,7 +93,7 @@ class Session:
         self.answering = self.answer(seed, schedule, flow, trace)
         return self.answering
 
-    def answer(self, seed: int, schedule: Schedule | None, flow: FlowConfig | None, trace: Trace) -> Iterator:
+    def answer(self, seed: int, schedule: Schedule | str | None, flow: FlowConfig | None, trace: Trace) -> Iterator:
         """converse(), and note what of it the user may have heard."""
         for piece in converse(self.omni, self.reading, self.speaker, schedule, flow, seed, trace, self.said):
             if isinstance(piece, SoundPiece):

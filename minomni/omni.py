@@ -16,7 +16,7 @@ from minomni.talker.codec import Codec
 from minomni.talker.talker import Talker
 from minomni.thinker.thinker import Thinker
 from minomni.token2wav.speaker import Voice
-from minomni.token2wav.stream import EAGER, Schedule
+from minomni.token2wav.stream import Schedule
 from minomni.token2wav.token2wav import Token2Wav
 
 
@@ -68,12 +68,12 @@ class Omni(nn.Module):
         return Spoken(tokens, codes, waves)
 
     def stream(self, messages: list[dict], voice: str | None = None, speech: bool = True,
-               use_audio_in_video: bool = False, seed: int = 0, schedule: Schedule | None = EAGER,
+               use_audio_in_video: bool = False, seed: int = 0, schedule: Schedule | str | None = "eager",
                flow: FlowConfig | None = None) -> Iterator[TextPiece | SoundPiece | End]:
         """Answer a conversation as respond() does, in pieces and while it is still being thought: text and sound in
         order of readiness, at last End with the reply.
 
-        schedule: how the sound is cut; None makes it at the end, in one go. flow: how the DiT's equation is solved, by
+        schedule: how the sound is cut, "eager" as soon as can be; None makes it at the end, in one go. flow: how the DiT's equation is solved, by
         default as the model's configuration says, but by Euler's steps where the sound is cut. Text and codes are
         respond()'s. Closing the iterator, or letting go of it, ends all work and frees the memory. Raises UserError
         before the first piece.

@@ -18,7 +18,7 @@ from minomni.talker.talker import Script
 from minomni.thinker.thinker import Reading
 from minomni.token2wav.solver import swift
 from minomni.token2wav.speaker import Voice
-from minomni.token2wav.stream import Schedule, SpeechStream
+from minomni.token2wav.stream import Schedule, SpeechStream, eager
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -60,12 +60,13 @@ def think_and_talk(omni, reading: Reading, bos_tokens: list[int] | None, seed: i
     yield from (("code", codes) for codes in talk)
 
 
-def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | None, flow: FlowConfig | None,
+def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | str | None, flow: FlowConfig | None,
              seed: int, trace: Trace, said: list[int]) -> Iterator[TextPiece | SoundPiece | End]:
     """Answer one read prompt piece by piece; said is filled with the text ids as they come.
 
     schedule: how the sound is cut; None makes it at the end, in one go. flow: None for the default of omni.stream().
     """
+    schedule = eager(omni.token2wav) if schedule == "eager" else schedule
     flow = flow or (omni.config.flow if schedule is None else swift(omni.config.flow))
     config, generator, codes, waves, text = omni.config, seeded(seed), [], [], ""
     stops = (config.talker.codec_pad, config.talker.codec_eos)

@@ -60,7 +60,7 @@ def short() -> dict:
 
 
 def test_tuning_breaks_and_mends(home, monkeypatch):
-    monkeypatch.setattr(ablations, "TUNING", {"chat": 1, "talker": 1})
+    monkeypatch.setattr(ablations, "TUNING", {"chat": {"steps": 1}, "talker": {"steps": 1}})
     before = {n: p.clone() for n, p in load(str(home / "model")).named_parameters()}
     text = ablations.ablate("tuning", home, items=2, seed=0)
     assert text.count("\n| ") == 3 and "after tuning the Thinker" in text

@@ -22,7 +22,7 @@ from minomni.reply import End, SoundPiece, TextPiece, waiting
 from minomni.stream import seeded, think_and_talk
 from minomni.talker.talker import script
 from minomni.token2wav.flow_dit import Past
-from minomni.token2wav.stream import EAGER, SERVING, StageStream
+from minomni.token2wav.stream import SERVING, StageStream
 from minomni.train import world
 from minomni.train.judge import Judge, edits
 
@@ -139,7 +139,7 @@ def test_respond_and_stream_say_the_same(brief):
     omni = brief(codes=30, points=3)
     question = messages({"text": f"say the {SHAPES[0]} is above the {SHAPES[4]}"})
     reply = omni.respond(question, seed=4)
-    for schedule in (EAGER, SERVING, None):
+    for schedule in ("eager", SERVING, None):
         *pieces, end = omni.stream(question, seed=4, schedule=schedule)
         assert "".join(piece.text for piece in pieces if isinstance(piece, TextPiece)) == end.reply.text == reply.text
         waves = [piece.wave for piece in pieces if isinstance(piece, SoundPiece)]

@@ -1,6 +1,7 @@
 """Sound in pieces: the vocoder's are exact, the DiT's are those of the same schedule computed in one go."""
 
 import dataclasses
+import math
 from unittest import mock
 
 import pytest
@@ -12,12 +13,23 @@ from minomni.errors import UserError
 from minomni.token2wav.bigvgan import Activation, BigVGAN
 from minomni.token2wav.flow_dit import BlockAttention, both_branches, guided, rotate_first_head
 from minomni.token2wav.solver import looks, solve, time_grid
-from minomni.token2wav.stream import EAGER, SERVING, MelStream, Schedule, SpeechStream, VocoderStream
+from minomni.token2wav.speaker import Voice
+from minomni.token2wav.stream import (
+    MOMENT,
+    SERVING,
+    MelStream,
+    Schedule,
+    SpeechStream,
+    VocoderStream,
+    codes_until_sound,
+    eager,
+)
 
 SHORT = dataclasses.replace(FLOW, points=3)  # 8 looks at the field: enough for them to meet each other's past
 EULER = dataclasses.replace(SHORT, solver="euler", guidance=0.0)
 MANY = torch.randint(0, 8448, (1, 125), generator=torch.Generator().manual_seed(1))  # 250 frames: 10 blocks and a bit
 BLOCK = CONFIG.dit.block_size
+EAGER = eager(filled())
 SAME = dict(rtol=0, atol=1e-4)  # mels of scale 10, and sums in another order at every look
 
 
@@ -97,6 +109,7 @@ def unrolled(schedule, frames):
     -> rows of (chunk, block, final): what a block sees is settled by this, for dense_unrolled().
     """
     rows, done, chunk = [], 0, 0
+    frames += lacking(schedule)  # the first block begins before the utterance
     while done * BLOCK < frames:
         blocks, ahead = schedule.chunks[min(chunk, len(schedule.chunks) - 1)]
         end = done + blocks if (done + blocks + ahead) * BLOCK <= frames else -(-frames // BLOCK)
@@ -104,6 +117,11 @@ def unrolled(schedule, frames):
         rows += [(chunk, block, block < end) for block in range(done, seen)]
         done, chunk = end, chunk + 1
     return rows
+
+
+def lacking(schedule) -> int:
+    """Frames that a schedule's first block has less than the others."""
+    return 0 if schedule.lead is None else BLOCK - 2 * schedule.lead
 
 
 def sees(row, other, back, ahead) -> bool:
@@ -115,14 +133,16 @@ def sees(row, other, back, ahead) -> bool:
 
 
 @pytest.mark.parametrize("flow", [SHORT, EULER], ids=["rk4", "euler"])
-@pytest.mark.parametrize("schedule", [EAGER, Schedule(((2, 1),)), Schedule(((1, 2), (1, 0)))], ids=str)
+@pytest.mark.parametrize("schedule", [EAGER, Schedule(((2, 1),)), Schedule(((1, 2), (1, 0))),
+                                      Schedule(((1, 0), (1, 0)), lead=5), Schedule(((2, 1),), lead=11)], ids=str)
 @torch.no_grad()
 def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule):
     """Every block that is ever computed stands in one long sequence, under one dense mask, in one solve."""
     dit, frames = model.code2wav_dit_model, 250
     rows, noise = unrolled(schedule, frames), torch.randn(1, frames, 80, generator=seeded())
     at = torch.tensor([frame for _, block, _ in rows for frame in range(block * BLOCK, (block + 1) * BLOCK)])
-    exists, at = at < frames, at.clamp(max=frames - 1)
+    at = at - lacking(schedule)
+    exists, at = (0 <= at) & (at < frames), at.clamp(0, frames - 1)
     attentions = [block.attn for block in dit.transformer_blocks]
     masks = {attn: torch.tensor([[sees(row, other, attn.back, attn.ahead) for other in rows] for row in rows])
              .repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1) & exists for attn in attentions}
@@ -141,6 +161,36 @@ def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule)
         mel = solve(field, noise[:, at], time_grid(flow), flow.solver)[0]
     kept = torch.tensor([final for _, _, final in rows]).repeat_interleave(BLOCK) & exists
     torch.testing.assert_close(painted(model, MANY, flow, schedule)[0].T, mel[kept], **SAME)
+
+
+@torch.no_grad()
+def test_a_short_first_block_is_painted_first(model):
+    """With as many codes as a block has it is no other schedule; and none of the windows is longer for it."""
+    plain = painted(model, MANY, EULER, Schedule(((1, 0), (2, 1))))
+    torch.testing.assert_close(painted(model, MANY, EULER, Schedule(((1, 0), (2, 1)), lead=12)), plain, **SAME)
+    stream = MelStream(model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0), (2, 1)), lead=5), seeded())
+    assert stream.schedule.first_codes(CONFIG.dit) == 5
+    lengths = [mel.shape[2] for mel in [*stream.feed(MANY), *stream.finish()]]
+    assert lengths[:2] == [10, 2 * BLOCK] and sum(lengths) == 2 * MANY.shape[1]
+    with pytest.raises(UserError, match="13 codes; a block of this model has 12"):
+        MelStream(model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0),), lead=13), seeded())
+
+
+@pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
+@torch.no_grad()
+def test_eager_sounds_as_soon_as_a_moment_can_be_heard(config):
+    """One code fewer in the first block, and the first piece would be shorter than a moment."""
+    model = filled(config)
+    voice = VOICE if config is CONFIG else Voice("x", 0, torch.zeros(1, config.dit.enc_emb_dim), torch.zeros(1, 30, 80))
+    schedule = eager(model)
+    codes = torch.zeros(1, codes_until_sound(schedule, model), dtype=torch.long)
+    moment = MOMENT * math.prod(config.bigvgan.upsample_rates)  # samples
+    for fewer in (0, 1):
+        shorter = dataclasses.replace(schedule, lead=schedule.lead - fewer)
+        stream = SpeechStream(model, voice, EULER, shorter, seeded())
+        heard = sum(map(len, stream.feed(codes[:, fewer:])))
+        assert (heard >= moment) is (fewer == 0)
+    assert not list(SpeechStream(model, voice, EULER, schedule, seeded()).feed(codes[:, 1:]))
 
 
 @pytest.mark.parametrize("schedule", [EAGER, SERVING], ids=["eager", "serving"])
@@ -201,7 +251,7 @@ def test_every_look_of_a_solve_reaches_two_more_blocks_back_and_one_ahead():
 def test_a_schedule_bounds_what_a_code_can_move(model):
     other = MANY.clone()
     other[0, 5 * 12 + 3] = (MANY[0, 5 * 12 + 3] + 4000) % 8448  # in block 5, which the second chunk makes final
-    for schedule, blocks in ((SERVING, range(3, 9)), (Schedule(((3, 1),)), range(3, 11)), (EAGER, range(4, 11))):
+    for schedule, blocks in ((SERVING, range(3, 9)), (Schedule(((3, 1),)), range(3, 11)), (EAGER, range(3, 11))):
         mels = [painted(model, codes, SHORT, schedule) for codes in (MANY, other)]
         assert set(moved(*mels)) <= set(blocks) and 5 in moved(*mels)
 

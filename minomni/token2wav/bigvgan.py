@@ -218,6 +218,14 @@ class BigVGAN(nn.Module):
         speak = lambda x: convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
         return [*stages, Stage(speak, Activation.reach + reach(self.conv_post))]
 
+    @property
+    def reach(self) -> float:
+        """Mel frames on either side that a sample depends on."""
+        frames, rate = 0.0, 1
+        for stage in self.stages():
+            frames, rate = frames + stage.reach / rate, rate * stage.rate
+        return frames
+
     def forward(self, mel: Tensor) -> Tensor:
         x = normalise(mel).transpose(1, 2).contiguous()  # [B, T, C]
         for stage in self.stages():

@@ -95,18 +95,17 @@ def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class Past:
-    """Keys and values of the last finished blocks, for one layer in one look at the field; None before the first."""
+    """What a layer keeps of the last finished blocks in one look at the field; nothing before the first."""
 
-    k: Tensor | None = None  # [B, blocks, size, H, d]
-    v: Tensor | None = None
+    kept: tuple[Tensor, Tensor, Tensor] | None = None  # keys and values [B, blocks, size, H, d], what exists of them
 
-    def join(self, k: Tensor, v: Tensor, finished: int, back: int) -> tuple[Tensor, Tensor]:
+    def join(self, new: tuple[Tensor, Tensor, Tensor], finished: int, back: int) -> tuple[Tensor, Tensor, Tensor]:
         """Put the past before new blocks, of which the first `finished` become the past, `back` of them at most."""
-        if self.k is not None:
-            finished += self.k.shape[1]
-            k, v = torch.cat([self.k, k], dim=1), torch.cat([self.v, v], dim=1)
-        self.k, self.v = (x[:, max(finished - back, 0) : finished] for x in (k, v))
-        return k, v
+        if self.kept is not None:
+            finished += self.kept[0].shape[1]
+            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.kept, new))
+        self.kept = tuple(x[:, max(finished - back, 0) : finished] for x in new)
+        return new
 
 
 class BlockAttention(nn.Module):
@@ -132,19 +131,20 @@ class BlockAttention(nn.Module):
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, exists: Tensor | None, past: Past | None = None,
                 finished: int = 0) -> Tensor:
-        """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the last block, None if all
-        are there. past: what earlier blocks left behind, and where the first `finished` blocks leave theirs.
+        """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the first or the last one.
+
+        None if all are there. past: what earlier blocks left behind, and where the first `finished` leave theirs.
         """
         q, k, v = (to(h).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # [B, T, H, d]
         q, k = rotate_first_head(q, cos, sin), rotate_first_head(k, cos, sin)
         q, k, v = (x.unflatten(1, (-1, self.block_size)) for x in (q, k, v))  # [B, blocks, size, H, d]
         new = q.shape[1]
+        there = k.new_ones(1, new, self.block_size, dtype=torch.bool) if exists is None else exists.view(1, new, -1)
         if past is not None and self.back:
-            k, v = past.join(k, v, finished, self.back)  # [B, known blocks, size, H, d]
+            k, v, there = past.join((k, v, there), finished, self.back)  # [B or 1, known blocks, size, ...]
         missing, mask = self.back + new - k.shape[1], None
-        if exists is not None or missing or self.ahead:
-            there = k.new_ones(1, new, self.block_size, dtype=torch.bool) if exists is None else exists.view(1, new, -1)
-            there = self.neighbourhood(F.pad(there, (0, 0, k.shape[1] - new, 0), value=True), missing)
+        if exists is not None or missing or self.ahead or k.shape[1] > new:
+            there = self.neighbourhood(there, missing)
             mask = there.expand(len(h), -1, -1).flatten(0, 1)[:, None, None]  # [B * blocks, 1, 1, seen]
         if self.back or self.ahead:
             k, v = self.neighbourhood(k, missing), self.neighbourhood(v, missing)  # [B, blocks, seen, H, d]
@@ -201,13 +201,14 @@ class DiT(nn.Module):
         self.norm_out = AdaptiveNorm(config.hidden_size, parts=2)
         self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
 
-    def forward(self, x: Tensor, codes: Tensor, time: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
+    def forward(self, x: Tensor, codes: Tensor, time: Tensor, cond: Tensor, ref_mel: Tensor,
+                lacking: int = 0) -> Tensor:
         """Velocity [B, T, 80] of the noisy mel x [B, T, 80] at time [B] or one number for all, 0 noise to 1 speech.
 
         codes [B, n] with T = n * repeats, cond [B, E], ref_mel [B, R, 80]. Zeros in codes, cond and ref_mel are the
-        unconditional branch of classifier-free guidance.
+        unconditional branch of classifier-free guidance. lacking: see look().
         """
-        return self.velocity(x, time, self.context(codes, cond, ref_mel))
+        return self.velocity(x, time, self.context(codes, cond, ref_mel), lacking)
 
     def context(self, codes: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
         """All of the input that does not depend on x or time, [B, T, D]: computed once per utterance."""
@@ -218,27 +219,28 @@ class DiT(nn.Module):
         time = self.time_embed(time)  # [B, D]
         return [norm(time) for norm in (*(block.attn_norm for block in self.transformer_blocks), self.norm_out)]
 
-    def velocity(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, time: Tensor, context: Tensor, lacking: int = 0) -> Tensor:
         """forward() with what context() made: x [B, T, 80], time [B] or one number -> [B, T, 80]."""
         time = torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1)  # [B or 1]
-        return self.look(x, context, self.modulations(time))
+        return self.look(x, context, self.modulations(time), lacking=lacking)
 
     def look(self, x: Tensor, context: Tensor, modulations: list[tuple[Tensor, ...]], start: int = 0,
-             pasts: Sequence[Past | None] | None = None, finished: int = 0) -> Tensor:
+             pasts: Sequence[Past | None] | None = None, finished: int = 0, lacking: int = 0) -> Tensor:
         """velocity() with what modulations() made, from frame `start` of an utterance on.
 
-        pasts: a Past for each block of the network; the first `finished` blocks of frames are added to them.
+        pasts: a Past for each block of the network; the first `finished` blocks of frames are added to them. lacking:
+        frames that the first block has less than the others.
         """
         frames = x.shape[1]
         h = self.input_embed(x, context)  # [B, T, D]
-        h = F.pad(h, (0, 0, 0, -frames % self.config.block_size))  # [B, T in whole blocks, D]
-        positions = torch.arange(h.shape[1], device=x.device)
+        h = F.pad(h, (0, 0, lacking, -(lacking + frames) % self.config.block_size))  # [B, T in whole blocks, D]
+        positions = torch.arange(-lacking, h.shape[1] - lacking, device=x.device)
         cos, sin = self.rotary(start + positions)
-        exists = None if len(positions) == frames else (positions < frames)[None]
+        exists = None if len(positions) == frames else ((0 <= positions) & (positions < frames))[None]
         for i, block in enumerate(self.transformer_blocks):
             h = block(h, modulations[i], cos, sin, exists, pasts and pasts[i], finished)
         scale, shift = modulations[-1]  # in this order here, shift before scale inside the blocks: as released
-        return self.proj_out(modulate(h[:, :frames], shift, scale))  # [B, T, 80]
+        return self.proj_out(modulate(h[:, lacking : lacking + frames], shift, scale))  # [B, T, 80]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d/2]; computed at each call, so that a model built on the meta device needs no fixing."""

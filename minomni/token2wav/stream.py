@@ -8,13 +8,14 @@ noise and the schedule alone, never on when the codes came.
 Source: paper sec. 2.4 (sliding window); the serving recipe that goes with the release (3 blocks, 2 back, 1 ahead).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minomni.config import FlowConfig
+from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import BigVGAN, Stage, normalise
 from minomni.token2wav.flow_dit import DiT, Past, both_branches, guided
@@ -29,20 +30,52 @@ class Schedule:
 
     chunks: for each chunk the blocks that it adds and the blocks beyond them that it looks at; the last pair goes on
     for ever. back: how many blocks before a chunk are computed again with it, as if nothing had been before them; None
-    computes none again: what they were to each look at the field is remembered.
+    computes none again: what they were to each look at the field is remembered. lead: codes in the first block, fewer
+    than in the others, so that sound begins sooner; None for as many.
     """
 
     chunks: tuple[tuple[int, int], ...]
     back: int | None = None
+    lead: int | None = None
 
     def __post_init__(self):
         if not self.chunks or any(blocks < 1 or ahead < 0 for blocks, ahead in self.chunks) or (self.back or 0) < 0:
             raise UserError(f"a schedule of chunks {self.chunks} with {self.back} blocks back; expected pairs of at "
                             f"least one block and no fewer than none ahead, and no fewer than none back")
 
+    def lacking(self, dit: DiTConfig) -> int:
+        """Frames that the first block has less than the others. Raises UserError for a lead that fits into no block."""
+        whole = dit.block_size // dit.repeats
+        if self.lead is not None and not 1 <= self.lead <= whole:
+            raise UserError(f"a schedule whose first block has {self.lead} codes; a block of this model has {whole}, "
+                            f"give 1 to that many")
+        return 0 if self.lead is None else (whole - self.lead) * dit.repeats
 
-EAGER = Schedule(chunks=((1, 0), (1, 0), (2, 0), (4, 1), (8, 1)))  # soon, then well, and cheaper as a lead is gained
+    def first_codes(self, dit: DiTConfig) -> int:
+        """How many codes must be there before the first piece of mel."""
+        return (sum(self.chunks[0]) * dit.block_size - self.lacking(dit)) // dit.repeats
+
+
 SERVING = Schedule(chunks=((3, 1),), back=2)  # how the release is served
+MOMENT = 5  # frames of sound in the first piece at least: while they are played the next piece is made
+
+
+def eager(token2wav: Token2Wav) -> Schedule:
+    """Soon, then well, then cheaply: no more codes in the first block than the vocoder needs to sound for a MOMENT."""
+    dit = token2wav.config.dit
+    frames = math.ceil(token2wav.code2wav_bigvgan_model.reach + MOMENT) % dit.block_size or dit.block_size
+    return Schedule(chunks=((1, 0), (1, 0), (2, 1), (4, 1), (8, 1)), lead=-(-frames // dit.repeats))
+
+
+def codes_until_sound(schedule: Schedule, token2wav: Token2Wav) -> int:
+    """How many codes must be there before the first piece of sound: the vocoder may want more than one chunk's mel."""
+    dit, chunks = token2wav.config.dit, [*schedule.chunks]
+    end = -schedule.lacking(dit)
+    while True:
+        blocks, ahead = chunks.pop(0) if len(chunks) > 1 else chunks[0]
+        end += blocks * dit.block_size
+        if end > token2wav.code2wav_bigvgan_model.reach:
+            return (end + ahead * dit.block_size) // dit.repeats
 
 
 class MelStream:
@@ -59,6 +92,7 @@ class MelStream:
             parts = [torch.stack(norm, dim=1) for norm in dit.modulations(times)]  # [looks, parts, 1, D] each
         self.looks = [[tuple(norm[i][:, None]) for norm in parts] for i in range(len(times))]
         self.pasts = None if schedule.back is not None else [[Past() for _ in dit.transformer_blocks] for _ in times]
+        self.lacking = schedule.lacking(size)
         self.codes = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.noise = torch.zeros(1, 0, size.mel_dim, device=device)
         self.chunk = self.done = 0  # chunks and frames that are out
@@ -69,7 +103,7 @@ class MelStream:
         frames, block = self.codes.shape[1] * self.dit.config.repeats, self.dit.config.block_size
         while True:
             blocks, ahead = self.schedule.chunks[min(self.chunk, len(self.schedule.chunks) - 1)]
-            end = self.done + blocks * block
+            end = self.done + blocks * block - (self.lacking if self.done == 0 else 0)
             if end + ahead * block > frames:
                 return
             yield self.paint(end, end + ahead * block)
@@ -85,6 +119,8 @@ class MelStream:
         """The mel [1, 80, frames] from the last chunk's end to frame `end`, looking as far as frame `seen`."""
         block, repeats, back = self.dit.config.block_size, self.dit.config.repeats, self.schedule.back
         begin = max(self.done - (back or 0) * block, 0)
+        lacking = self.lacking if begin == 0 else 0
+        finished = (lacking + end - begin) // block
         codes = both_branches(self.codes[:, begin // repeats : seen // repeats], self.flow)
         context = self.dit.input_embed.context(self.dit.text_embed(codes), *self.speaker)  # [1 or 2, seen - begin, D]
         ahead = iter(zip(self.looks, self.pasts or [None] * len(self.looks)))
@@ -92,7 +128,7 @@ class MelStream:
         def field(_, x: Tensor) -> Tensor:
             modulations, pasts = next(ahead)
             x = x.expand(len(context), -1, -1)
-            return guided(self.dit.look(x, context, modulations, begin, pasts, (end - begin) // block), self.flow)
+            return guided(self.dit.look(x, context, modulations, begin, pasts, finished, lacking), self.flow)
 
         mel = solve(field, self.draw(begin, seen), time_grid(self.flow, self.noise.device), self.flow.solver)
         mel = mel[:, self.done - begin : end - begin].transpose(1, 2)
@@ -159,11 +195,16 @@ class SpeechStream:
         self.vocoder = VocoderStream(token2wav.code2wav_bigvgan_model)
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
-        """The next codes [1, n] -> waveforms [samples], one for each chunk they complete. Raises UserError."""
+        """The next codes [1, n] -> waveforms [samples], one for each chunk that makes something audible of them.
+
+        Raises UserError.
+        """
         check_codes(codes, self.config)
         for mel in self.mel.feed(codes):
             self.note("mel")
-            yield self.vocoder.feed(mel)
+            wave = self.vocoder.feed(mel)
+            if len(wave):
+                yield wave
 
     def finish(self) -> Iterator[Tensor]:
         """No more codes come -> the rest of the waveform, in one piece if there is any."""

@@ -24,7 +24,7 @@ TRANSCRIBE = "write what you hear"
 SHOWN = {"scene": [world.scene], "video": [world.moving, world.ordered], "sync": [world.sounding]}
 TURNS = 4  # questions about one picture, at most, each in a turn of its own: a picture costs more than a question
 PARTS = 2  # of a batch, so that short questions are not padded to the length of long clips
-LONG_SECONDS = 30  # of speech at most
+LONG_SECONDS = 3, 10  # of speech: what is learnt from longer ones in as many steps is worse, half a minute included
 ALONE = 0.3  # of the steps of `language` that show pictures and nothing else
 MOMENTS = 0.5  # weight of the loss on what is seen while a clip sounds
 
@@ -67,13 +67,16 @@ class Teacher:
     def example(self, kind: str, random: Random) -> Example:
         """One example: `kind` is scene, handwriting, video, sync or say, with `-typed` or `-spoken`; or hear.
 
-        say-long is typed and has two statements; hear-long and video-long last up to 30 and 60 seconds.
+        say-long is typed and has two statements, say-words words without sense, which are learnt only by copying;
+        hear-long and video-long last up to 10 and 60 seconds.
         """
         what, _, how = kind.partition("-")
         if kind == "hear-long":
-            return self.dictation(random, random.uniform(10, LONG_SECONDS))
+            return self.dictation(random, random.uniform(*LONG_SECONDS))
         if kind == "say-long":
             return replace(self.say(world.long_statement(random, self.held)), kind=kind)
+        if kind == "say-words":
+            return replace(self.say(world.word_string(random)), kind=kind)
         if kind == "video-long":
             return replace(world.long_clip(random, random.randint(10, world.LONG_PAIRS)), kind=kind)
         if what == "hear":
@@ -263,7 +266,8 @@ class LanguageStage(ThinkerStage):
     mixture = {
         "hear": 1.5,
         "say-typed": 1.5,
-        "say-long": 0.5,
+        "say-long": 1,
+        "say-words": 3,
         "say-spoken": 1,
         "scene-typed": 3,
         "scene-spoken": 1,
@@ -302,7 +306,8 @@ class Thinker2Stage(ThinkerStage):
     mixture = {
         "hear": 2,
         "say-typed": 1,
-        "say-long": 0.3,
+        "say-long": 1,
+        "say-words": 1,
         "scene-typed": 4,
         "handwriting-typed": 1,
         "video-typed": 3,
@@ -313,8 +318,8 @@ class Thinker2Stage(ThinkerStage):
 
 class Thinker3Stage(ThinkerStage):
     name, needs, learns = "thinker3", ("language", "ears", "eyes", "thinker1", "thinker2"), ("thinker.",)
-    about = "pre-training 3: longer sequences: half a minute of speech, a minute of pictures, three things in one talk"
-    data = "speech of 10 to 30 s to write down, clips of 10 to 60 s, and three of the things before in a conversation"
+    about = "pre-training 3: longer sequences: sentences in a row, a minute of pictures, three things in one talk"
+    data = "speech of 3 to 10 s to write down, clips of 10 to 60 s, and three of the things before in a conversation"
     mixture = {**Thinker2Stage.mixture, "hear-long": 6, "video-long": 6}
     fixed = ("hear-long", "video-long")
 
@@ -331,11 +336,12 @@ class ChatStage(ThinkerStage):
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
         "hear": 1,
-        "say-typed": 1.5,
-        "say-long": 0.5,
+        "say-typed": 3,
+        "say-long": 2,
+        "say-words": 2,
         "say-spoken": 2,
-        "scene-typed": 2.5,
-        "scene-spoken": 2.5,
+        "scene-typed": 3,
+        "scene-spoken": 3,
         "handwriting-typed": 0.5,
         "handwriting-spoken": 0.5,
         "video-typed": 1,

@@ -157,7 +157,9 @@ class DiTStage(VoiceStage):
 
     def batch(self, number):
         random, dit = Random(f"{self.seed}-dit-{number}"), self.omni.config.token2wav.dit
-        length = CROP_BLOCKS * dit.block_size
+        first, last = (random.choice((dit.block_size, random.randrange(dit.repeats, dit.block_size, dit.repeats)))
+                       for _ in range(2))  # frames of the outer blocks: streams begin, and speech ends, with short ones
+        length = (CROP_BLOCKS - 2) * dit.block_size + first + last
         indices, mels, codes = [], [], []
         while len(indices) < self.recipe.batch:
             i = random.randrange(len(self.speech))
@@ -169,10 +171,10 @@ class DiTStage(VoiceStage):
             mels.append(mel[start : start + length])
             codes.append(self.codes[i][start // dit.repeats : (start + length) // dit.repeats])
         references = torch.cat([self.voices[self.speech.utterances[i].voice].ref_mel for i in indices])
-        return torch.stack(mels), torch.stack(codes), self.conds(indices), references
+        return torch.stack(mels), torch.stack(codes), self.conds(indices), references, dit.block_size - first
 
     def losses(self, batch):
-        mels, codes, conds, references = batch
+        mels, codes, conds, references, lacking = batch
         kept = torch.rand(len(mels), device=self.device) >= DROP_CONDITION
         codes, conds, references = codes * kept[:, None], conds * kept[:, None], references * kept[:, None, None]
         time = 1 - torch.cos(
@@ -181,7 +183,7 @@ class DiTStage(VoiceStage):
         dit = self.omni.token2wav.code2wav_dit_model
         return {
             "flow": losses.flow_matching(
-                lambda x, t: dit(x, codes, t, conds, references), mels, torch.randn_like(mels), time
+                lambda x, t: dit(x, codes, t, conds, references, lacking), mels, torch.randn_like(mels), time
             )
         }
 

@@ -119,6 +119,12 @@ def long_statement(random: Random, held: bool) -> str:
             return text
 
 
+def word_string(random: Random) -> str:
+    """Words in no order that means anything, few different ones, so that they come back: no statement is in them."""
+    few = random.sample([*COLORS, *SHAPES, *NUMBERS, *MOVES], random.randint(2, 8))
+    return " ".join(random.choices(few, k=random.randint(2, 14)))
+
+
 def expand(template: str) -> list[str]:
     """Every text that a template stands for."""
     if "<" not in template:
