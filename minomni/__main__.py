@@ -88,9 +88,9 @@ def parser() -> Parser:
 
     ablate = commands.add_parser("ablate", help="what a stage is good for", description="Prints a table.")
     ablate.add_argument("what", choices=["beta", "dpo", "stage3", "tmrope", "tuning"],
-                        help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input before and after it; tmrope: "
-                             "the Thinker raised once more without absolute time; tuning: the voice breaks when the "
-                             "Thinker is tuned alone, and is repaired")
+                        help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input "
+                             "before and after it; tmrope: the Thinker raised once more without absolute time; tuning: "
+                             "the voice breaks when the Thinker is tuned alone, and is repaired")
     ablate.add_argument("--home", type=Path, default=ROOT / "runs" / "tiny", help="of a finished training "
                         "(default runs/tiny)")
     ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")
@@ -253,8 +253,8 @@ def main() -> int:
     """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
     try:
         arguments = parser().parse_args()
-        commands = {"train": run_train, "chat": run_chat, "report": run_report, "ablate": run_ablate, "bench": run_bench}
-        commands[arguments.command](arguments)
+        run = {"train": run_train, "chat": run_chat, "report": run_report, "ablate": run_ablate, "bench": run_bench}
+        run[arguments.command](arguments)
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,8 @@ from minomni.thinker.tmrope import position_ids
 from minomni.train import ablations, report, stages, synthesis
 from minomni.train.stages import STAGES, TRAINED
 from minomni.train.talker_stages import DPOStage, TalkerStage
-from minomni.train.thinker_stages import Teacher, ThinkerStage
+from minomni.train.teacher import Teacher
+from minomni.train.thinker_stages import ThinkerStage
 
 
 @pytest.fixture

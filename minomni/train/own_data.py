@@ -24,7 +24,8 @@ from .own_lines import Line, Lines, in_turn, prompt, read
 from .run_folder import graduate
 from .stages import TRAINED, begin, commit, fingerprint
 from .talker_stages import Lesson, code_loss, hand_over
-from .thinker_stages import PARTS, answered
+from .teacher import answered
+from .thinker_stages import PARTS
 from .voice_stages import pad_mels
 
 LEAST_STEPS, LEAST_EPOCHS = 300, 3  # where nobody says how many epochs: few lines are seen often, many at least thrice

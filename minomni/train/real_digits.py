@@ -26,7 +26,7 @@ from .loop import Recipe, Stage, train
 from .own_lines import DIGIT_NAME, WHICH_DIGIT, digit_files
 from .sense_stages import word_log_probs
 from .speech import corpus
-from .thinker_stages import answered
+from .teacher import answered
 from .world import NUMBERS
 
 RECIPE = Recipe(steps=800, batch=32, lr=3e-3, warmup=20)

@@ -23,7 +23,7 @@ from .real_digits import leave_one_out
 from .run_folder import graduate
 from .speech import corpus
 from .stages import TRAINED, commit
-from .thinker_stages import TRANSCRIBE, Teacher
+from .teacher import TRANSCRIBE, Teacher
 from .world import Example
 
 BATCH = 16  # questions that are answered together

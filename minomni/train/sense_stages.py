@@ -14,7 +14,7 @@ from ..inputs.patches import image_patches, video_patches
 from . import losses
 from .imagination import beep, cell_words, heard_words
 from .loop import Stage, to_device
-from .thinker_stages import Teacher
+from .teacher import Teacher
 from .world import Example
 
 PLAIN = 0.5  # weight of features being the very words that they point at

@@ -16,7 +16,7 @@ from . import losses
 from .judge import edits
 from .loop import Stage
 from .speech import FIRST_VOICE, corpus, make_voices
-from .thinker_stages import Teacher
+from .teacher import Teacher
 from .voice_stages import encode_all, similar_lengths
 
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
@@ -196,8 +196,10 @@ class DPOStage(TalkerStage):
                 if most > fewest + 1 and len(tried[best][row]):
                     self.pairs.append((lesson, tried[best][row], tried[worst][row]))
         if not self.pairs:
-            raise UserError(f"stage {self.name}: in {self.prompts} sentences no try was better than another; the talker "
-                            f"stage needs more steps")
+            raise UserError(
+                f"stage {self.name}: in {self.prompts} sentences no try was better than another; the talker stage needs "
+                f"more steps"
+            )
         self.pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))  # what is computed together is about as long
         self.reference = [self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)]
         return lessons
@@ -206,22 +208,20 @@ class DPOStage(TalkerStage):
         """Long sentences to say, in any voice, without codes: nobody has said them yet. In batches."""
         teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 12)
         examples = [teacher.example("say-long", random) for _ in range(self.prompts)]
-        parts = [examples[i : i + 32] for i in range(0, len(examples), 32)]
         voices, nothing = [voice.bos_token for voice in self.voices.values()], torch.zeros(0, dtype=torch.long)
-        return [
-            [
-                Lesson(*row, random.choice(voices), nothing, example.answer)
-                for row, example in zip(hand_over(self.omni.thinker, *teacher.lesson([[x] for x in part], random)), part)
-            ]
-            for part in parts
-        ]
+        parts = []
+        for begin in range(0, len(examples), 32):
+            part = examples[begin : begin + 32]
+            rows = hand_over(self.omni.thinker, *teacher.lesson([[example] for example in part], random))
+            parts.append([Lesson(*row, random.choice(voices), nothing, x.answer) for row, x in zip(rows, part)])
+        return parts
 
     def faults(self, text: str, codes: Tensor) -> float:
-        """What is wrong with some speech: letters that our own codec misreads, and moments of silence within it."""
+        """What is wrong with some speech: letters that our own codec misreads, and stretches of silence within."""
         return edits(text, self.hear(codes)) + self.stalls(codes)
 
     def stalls(self, codes: Tensor) -> float:
-        """Codes without a letter, beyond PAUSE of them at a time, between the first letter and the last; two a fault."""
+        """Codes without a letter, those beyond PAUSE at a time, between the first letter and the last; two a fault."""
         if len(codes) == 0:
             return 0.0
         grid = self.omni.codec.fsq.values(codes)[None]

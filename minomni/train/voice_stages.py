@@ -79,7 +79,7 @@ class CodecStage(VoiceStage):
         }
 
     def sample(self):
-        """How much of the alphabet is used, how many bits a second it carries, and whether what is re-made is legible."""
+        """How much of the alphabet is used, how many bits a second it carries, and whether it can be read again."""
         codec, chosen = self.omni.codec, range(0, len(self.speech), max(1, len(self.speech) // 32))
         codes, wrong, words = [], 0, 0
         for i in chosen:
@@ -90,8 +90,10 @@ class CodecStage(VoiceStage):
         _, counts = torch.cat(codes).unique(return_counts=True)
         share = counts / counts.sum()
         bits = -(share * share.log2()).sum().item() * MEL_RATE / codec.config.downsample
-        return (f"{len(counts)} of {codec.config.num_codes} codes used, {bits:.0f} bits/s; re-made and read again: word "
-                f"error {wrong / words:.0%}; reads {self.read(self.mel(0)[None].to(self.device))!r}")
+        return (
+            f"{len(counts)} of {codec.config.num_codes} codes used, {bits:.0f} bits/s; re-made and read again: word error "
+            f"{wrong / words:.0%}; reads {self.read(self.mel(0)[None].to(self.device))!r}"
+        )
 
     def read(self, mel: torch.Tensor) -> str:
         """What the codec reads in a mel [1, T, bands]."""
