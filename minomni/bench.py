@@ -162,7 +162,8 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
     speech = lambda: SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
     setting_up, _ = best(speech)
     sounding, _ = best(lambda: next(wave for wave in speech().feed(codes) if len(wave)))
-    step = median(cost["text"][2:]) + median(cost["code"][1:])
+    early = codes.shape[1]  # later steps have more to look back at
+    step = median(cost["text"][2 : early + 1]) + median(cost["code"][1:early])
     until = {"prefill": prefill + seconds}
     until["text"] = until["prefill"] + setting_up + cost["text"][0]
     until["code"] = until["text"] + cost["text"][1] + cost["code"][0]
