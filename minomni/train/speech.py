@@ -139,6 +139,12 @@ def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
     return Speech(np.load(path, mmap_mode="r"), [Utterance(*row) for row in index])
 
 
+def sentences(speech: Speech) -> Speech:
+    """The recordings of a corpus that say one statement, without the long ones."""
+    short = set(all_statements(held=False))
+    return Speech(speech.samples, [u for u in speech.utterances if u.text in short])
+
+
 def recorded(held: bool) -> Speech:
     """The committed recordings of data_samples/speech: those of held-out sentences, or the rest."""
     import soundfile

@@ -149,13 +149,13 @@ class ChatStage(ThinkerStage):
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
-        "hear": 1,
-        "say-typed": 3,
-        "say-long": 2,
-        "say-words": 2,
-        "say-spoken": 2,
+        "hear": 1.5,
+        "say-typed": 1.5,
+        "say-long": 1.5,
+        "say-words": 1,
+        "say-spoken": 3,
         "scene-typed": 3,
-        "scene-spoken": 3,
+        "scene-spoken": 3.5,
         "handwriting-typed": 0.5,
         "handwriting-spoken": 0.5,
         "video-typed": 1,

@@ -11,7 +11,7 @@ from ..talker.codec import MEL_CENTRE, MEL_SPREAD, ids_to_letters, letters_to_id
 from . import losses
 from .judge import edits
 from .loop import Stage
-from .speech import corpus, make_voices
+from .speech import corpus, make_voices, sentences
 
 CROP_BLOCKS = 4  # attention blocks of mel in one training crop of the DiT
 VOCODER_FRAMES = 32  # mel frames in one training crop of the vocoder
@@ -42,7 +42,7 @@ class VoiceStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.speech = corpus("speaking", self.cache, seed=0)
+        self.speech = sentences(corpus("speaking", self.cache))  # long ones would take steps and teach nothing new
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]
         self.text = self.speech.utterances[0].text  # of the utterance that is sampled
