@@ -6,6 +6,7 @@ from math import log
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,13 @@ def test_a_run_is_never_lost_by_accident(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- held-out material
+
+
+def test_voice_stages_leave_long_recordings_out():
+    first, second = speech.all_statements(held=False)[:2]
+    texts = [first, f"{first} and {second}", f"say {second}"]
+    speech_of_three = speech.Speech(np.zeros(1), [speech.Utterance(text, "Anna", 0, 1) for text in texts])
+    assert [u.text for u in speech.sentences(speech_of_three).utterances] == [texts[0], texts[2]]
 
 
 def test_word_strings_hold_no_statement():

@@ -140,9 +140,9 @@ def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
 
 
 def sentences(speech: Speech) -> Speech:
-    """The recordings of a corpus that say one statement, without the long ones."""
+    """The recordings of a corpus that say one statement, or wish to hear it; the long ones are left out."""
     short = set(all_statements(held=False))
-    return Speech(speech.samples, [u for u in speech.utterances if u.text in short])
+    return Speech(speech.samples, [u for u in speech.utterances if u.text.removeprefix("say ") in short])
 
 
 def recorded(held: bool) -> Speech:
