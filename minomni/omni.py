@@ -73,9 +73,9 @@ class Omni(nn.Module):
         """Answer a conversation as respond() does, in pieces and while it is still being thought: text and sound in
         order of readiness, at last End with the reply.
 
-        schedule: how the sound is cut, "eager" as soon as can be; None makes it at the end, in one go. flow: how the DiT's equation is solved, by
-        default as the model's configuration says, but by Euler's steps where the sound is cut. Text and codes are
-        respond()'s. Closing the iterator, or letting go of it, ends all work and frees the memory. Raises UserError
+        schedule: how the sound is cut, "eager" to begin as soon as can be; None makes it at the end, in one go. flow:
+        how the DiT's equation is solved, by default as the model's configuration says, but by Euler's steps where the
+        sound is cut. Text and codes are respond()'s. Closing the iterator, or letting go of it, ends all work and frees the memory. Raises UserError
         before the first piece.
         """
         trace = Trace()

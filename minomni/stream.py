@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minomni.config import FlowConfig
+from minomni.errors import UserError
 from minomni.reply import End, Reply, SoundPiece, TextPiece, Trace
 from minomni.talker.talker import Script
 from minomni.thinker.thinker import Reading
@@ -64,9 +65,13 @@ def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | s
              seed: int, trace: Trace, said: list[int]) -> Iterator[TextPiece | SoundPiece | End]:
     """Answer one read prompt piece by piece; said is filled with the text ids as they come.
 
-    schedule: how the sound is cut; None makes it at the end, in one go. flow: None for the default of omni.stream().
+    schedule: how the sound is cut, or "eager"; None makes it at the end, in one go. flow: None for the default of
+    omni.stream(). Raises UserError for another word.
     """
-    schedule = eager(omni.token2wav) if schedule == "eager" else schedule
+    if schedule == "eager":
+        schedule = eager(omni.token2wav)
+    elif isinstance(schedule, str):
+        raise UserError(f'schedule {schedule!r}; give "eager", a Schedule, or None for sound in one go')
     flow = flow or (omni.config.flow if schedule is None else swift(omni.config.flow))
     config, generator, codes, waves, text = omni.config, seeded(seed), [], [], ""
     stops = (config.talker.codec_pad, config.talker.codec_eos)

@@ -231,6 +231,8 @@ def test_questions_that_cannot_be_asked_are_refused_at_once(omni):
             omni.stream(bad)  # before the first piece is asked for
     with pytest.raises(UserError, match="unknown voice 'Nobody'"):
         omni.stream(questions()[0], voice="Nobody")
+    with pytest.raises(UserError, match="schedule 'at once'; give \"eager\""):
+        next(omni.stream(questions()[0], schedule="at once"))
 
 
 def test_text_alone_streams_too(brief):
