@@ -1,6 +1,7 @@
 """Stages that teach the Talker: next code, preference for what is understood (DPO), the voices (paper, sec. 3.3)."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
@@ -12,7 +13,7 @@ from ..errors import UserError
 from ..files import write_atomically
 from ..talker.codec import ids_to_letters
 from ..talker.talker import Script, text
-from . import losses
+from . import losses, world
 from .judge import edits
 from .loop import Stage
 from .speech import FIRST_VOICE, corpus, make_voices
@@ -20,6 +21,7 @@ from .teacher import Teacher
 from .voice_stages import encode_all, similar_lengths
 
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
+FAIR = 0.3
 PAUSE = 8  # codes (a third of a second) without a letter that are no pause yet
 CONTEXTS = {
     "say-typed": 6,
@@ -85,6 +87,17 @@ def code_loss(omni, lessons: list[Lesson]) -> Tensor:
     return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
 
 
+def balanced(texts: list[str]) -> list[float]:
+    """How often each recording is drawn: most draws favour none, a share FAIR is fair to the kinds of sentences.
+
+    Two thirds of all sentences say where something is; of "the digit is nine" there are two recordings.
+    """
+    kinds = {text: i for i, template in enumerate(world.STATEMENTS) for text in world.expand(template)}
+    kind = [kinds.get(text) for text in texts]  # None for two statements in one breath
+    counts = Counter(kind)
+    return [(1 - FAIR) / len(texts) + FAIR / (len(counts) * counts[k]) for k in kind]
+
+
 class TalkerStage(Stage):
     name, learns, needs = "talker", ("talker.",), ("codec", *THINKER)
     about = "next code: from the Thinker's states and words to speech codes"
@@ -100,6 +113,7 @@ class TalkerStage(Stage):
         with torch.no_grad():
             self.lessons = self.prepare()
         self.lengths = [len(x.prompt) + len(x.codes) for x in self.lessons]
+        self.weights = balanced([x.text for x in self.lessons])
 
     def prepare(self) -> list[Lesson]:
         """One lesson for every recording. The three Talker stages share them in a file, named by what made them."""
@@ -138,7 +152,7 @@ class TalkerStage(Stage):
         return asked
 
     def batch(self, number):
-        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number)
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)
         return [self.lessons[i] for i in indices]
 
     def losses(self, batch):

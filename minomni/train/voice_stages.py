@@ -18,10 +18,15 @@ VOCODER_FRAMES = 32  # mel frames in one training crop of the vocoder
 DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
 
 
-def similar_lengths(lengths: list[int], batch: int, seed: int, step: int, pool: int = 8) -> list[int]:
-    """Indices of one batch whose rows are about equally long, so little is padding; a function of the step alone."""
+def similar_lengths(
+    lengths: list[int], batch: int, seed: int, step: int, weights: list[float] | None = None, pool: int = 8
+) -> list[int]:
+    """Indices of one batch whose rows are about equally long, so little is padding; a function of the step alone.
+
+    weights: how often each index is drawn; None for all alike.
+    """
     random = Random(f"{seed}-{step // pool}")
-    chosen = random.choices(range(len(lengths)), k=batch * pool)
+    chosen = random.choices(range(len(lengths)), weights, k=batch * pool)
     chosen.sort(key=lengths.__getitem__)
     batches = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
     random.shuffle(batches)
