@@ -24,8 +24,8 @@ from .stages import STAGES, TRAINED, make, recipe_of
 
 BETAS = 0.03, 0.1, 0.3, 1.0
 QUIET = 0.01  # of full scale: 10 ms that stay below it are silent
-# Steps and rates of the tuning that breaks the voice, and of what mends it. The first is five times the rate of `chat`,
-# as of somebody who tunes in haste: at a gentle rate nothing breaks.
+# Steps and rates of the tuning that may break the voice, and of what mends it. The first is five times the rate of
+# `chat`, as of somebody who tunes in haste.
 TUNING = {"chat": {"steps": 150, "lr": 3e-3}, "talker": {"steps": 200, "lr": 2.5e-3}}
 
 
