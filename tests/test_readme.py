@@ -6,9 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import chapters
 from minomni.__main__ import parser
+from minomni.config import SIZES
+from minomni.omni import Omni
 
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
@@ -151,3 +154,14 @@ def test_reading_a_tree():
                                 "e": "phrase e"}
     assert expected(["tests/golden/a.npz", "tests/x.py", "data_samples/speech/0.flac"]) == {
         "tests/", "tests/golden/", "tests/x.py", "data_samples/", "data_samples/speech/"}
+
+
+def test_parameters_are_those_of_the_sizes():
+    names = {"parameters": "", "Talker": "talker.", "BigVGAN": "token2wav.code2wav_bigvgan_model."}
+    for column, config in enumerate(SIZES.values(), start=1):
+        with torch.device("meta"):
+            parameters = dict(Omni(config).named_parameters())
+        for row, prefix in names.items():
+            line = re.search(rf"^\| {row} \|.*$", README.read_text(encoding="utf-8"), re.MULTILINE)[0]
+            count = sum(p.numel() for name, p in parameters.items() if name.startswith(prefix))
+            assert line.split("|")[column + 1].strip() == f"{count:,}"

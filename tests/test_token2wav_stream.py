@@ -254,6 +254,8 @@ def test_a_schedule_bounds_what_a_code_can_move(model):
     for schedule, blocks in ((SERVING, range(3, 9)), (Schedule(((3, 1),)), range(3, 11)), (EAGER, range(3, 11))):
         mels = [painted(model, codes, SHORT, schedule) for codes in (MANY, other)]
         assert set(moved(*mels)) <= set(blocks) and 5 in moved(*mels)
+    before = 2 * EAGER.lead + 3 * BLOCK  # frames of the chunks before the one that holds it: no whole blocks here
+    assert (mels[0] - mels[1])[:, :, :before].abs().max() <= 1e-5 < (mels[0] - mels[1])[:, :, before:].abs().max()
 
 
 @torch.no_grad()
