@@ -7,6 +7,7 @@ seen, and the checkpoint needs no position in the data. What a run leaves on dis
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,17 +151,25 @@ def gradients(stage: Stage, step: int) -> dict[str, float]:
     """
     stage.omni.zero_grad(set_to_none=True)
     parts, device, means = stage.recipe.accumulate, stage.device, {}
-    bf16 = stage.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    rough = stage.bf16 and has_bf16(device)
     for number in range(step * parts, (step + 1) * parts):
         torch.manual_seed(stage.seed * 1_000_003 + number)  # dropout and noise repeat, resumed or not
         batch = to_device(stage.batch(number), device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16) if rough else nullcontext():
             losses = stage.losses(batch)
         _check_finite(stage.name, step, losses)
         (sum(losses.values()) / parts).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.item() / parts
     return means
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bf16 itself; on others it would be slower than fp32."""
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def to_device(batch, device: torch.device):
