@@ -159,6 +159,8 @@ def test_no_trained_sentence_is_held_out():
         job.text.removeprefix("say ") for _, job in speech.listening_jobs()
     }
     assert not said & held
+    words = {word for text in trained for word in text.split()}
+    assert {word for text in held for word in text.split()} <= words  # what nobody has said cannot be learnt
     tested = {job.text.removeprefix("say ") for _, job in speech.test_jobs()} - set(world.every_question())
     assert tested <= held
     assert not {name for name, _ in speech.listening_jobs()} & set(world.UNSEEN_VOICES)

@@ -20,6 +20,7 @@ from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 LONG = 600  # recordings of two statements in one breath
+FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
 ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")  # of a crowd that says digits
 CROWD = (  # its throats: espeak-ng's variants of a voice
@@ -73,13 +74,14 @@ def all_statements(held: bool) -> list[str]:
 
 
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
-    """What the model's voices say in training: every trained sentence, by two of the voices, and some long ones."""
-    random = Random(1)
-    texts = [text for text in all_statements(held=False) for _ in range(2)]
-    voices = [name for _ in texts[::2] for name in random.sample(list(world.VOICES), 2)]
-    texts += [world.long_statement(random, held=False) for _ in range(LONG)]
-    voices += random.choices(list(world.VOICES), k=LONG)
-    return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for text, name in zip(texts, voices)]
+    """What the model's voices say in training: every trained sentence, by two of the voices or all, and long ones."""
+    random, voices = Random(1), list(world.VOICES)
+    kinds = [world.expand(template) for template in world.STATEMENTS]
+    few = {text for kind in kinds if len(kind) < FEW for text in kind}
+    said = [(name, text) for text in all_statements(held=False)
+            for name in random.sample(voices, len(voices) if text in few else 2)]
+    said += [(random.choice(voices), world.long_statement(random, held=False)) for _ in range(LONG)]
+    return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for name, text in said]
 
 
 def listening_jobs() -> list[tuple[str, synthesis.Job]]:
@@ -88,7 +90,7 @@ def listening_jobs() -> list[tuple[str, synthesis.Job]]:
     jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(4)]
     jobs += [
         (random.choice(list(world.LISTENING_VOICES)), "say " + t)
-        for t in random.sample(all_statements(held=False), 1500)
+        for t in random.sample(all_statements(held=False), 2200)
     ]
     return [
         (name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
@@ -97,9 +99,12 @@ def listening_jobs() -> list[tuple[str, synthesis.Job]]:
 
 
 def test_jobs() -> list[tuple[str, synthesis.Job]]:
-    """Held-out sentences: by the model's voices as they speak, and spoken questions at unheard rates and pitches."""
+    """Held-out sentences: by the model's voices as they speak, and spoken questions at unheard rates and pitches.
+
+    Drawn as the answers of a conversation are, not from all there are, of which most say where something is.
+    """
     random = Random(3)
-    texts = random.sample(all_statements(held=True), 100)
+    texts = [world.statement(random, held=True) for _ in range(100)]
     jobs = [(name, synthesis.Job(t, world.VOICES[name], **NORMAL)) for t, name in zip(texts, list(world.VOICES) * 25)]
     for names in (world.LISTENING_VOICES, world.UNSEEN_VOICES):
         for t in ["say " + t for t in texts] + world.every_question():

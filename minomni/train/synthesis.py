@@ -6,6 +6,7 @@ process, in a fixed order, with a fixed seed: then it is the same, bit for bit, 
 
 import ctypes
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +34,8 @@ def synthesise(jobs: list[Job], seed: int) -> list[np.ndarray]:
 
     Raises UserError where the synthesiser is not installed or lacks a voice.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as fresh_process:
-        return fresh_process.apply(_speak_all, (jobs, seed))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
+        return fresh_process.submit(_speak_all, jobs, seed).result()
 
 
 def available() -> bool:

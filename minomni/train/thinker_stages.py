@@ -159,7 +159,7 @@ class ChatStage(ThinkerStage):
         "handwriting-typed": 0.5,
         "handwriting-spoken": 0.5,
         "video-typed": 1,
-        "video-spoken": 0.7,
+        "video-spoken": 2,
         "sync-typed": 3,
     }
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")

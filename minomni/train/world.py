@@ -90,8 +90,11 @@ class Example:
 
 
 def held_out(text: str) -> bool:
-    """Whether a sentence belongs to the tenth that is never trained on."""
-    return zlib.crc32(text.encode()) % 10 == 0
+    """Whether a sentence belongs to the tenth that is never trained on.
+
+    Digits and counts never do: "six" stands in one sentence alone, and who has not heard a word cannot say it.
+    """
+    return zlib.crc32(text.encode()) % 10 == 0 and not text.startswith(("the digit is ", "there "))
 
 
 def fill(template: str, random: Random) -> str:
