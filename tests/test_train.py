@@ -17,7 +17,7 @@ from minomni.talker.codec import FIRST_CODE, FSQ, Codec, ids_to_letters, letters
 from minomni.train import losses, speech, stages, synthesis, world
 from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, learning_rate, train
-from minomni.train.talker_stages import DPOStage, balanced
+from minomni.train.talker_stages import DPOStage
 from minomni.train.teacher import Teacher
 
 CACHE = Path(tempfile.mkdtemp())
@@ -133,14 +133,16 @@ def test_a_run_is_never_lost_by_accident(tmp_path):
 
 def test_voice_stages_leave_long_recordings_out():
     first, second = speech.all_statements(held=False)[:2]
-    texts = [first, f"{first} and {second}", f"say {second}"]
-    speech_of_three = speech.Speech(np.zeros(1), [speech.Utterance(text, "Anna", 0, 1) for text in texts])
-    assert [u.text for u in speech.sentences(speech_of_three).utterances] == [texts[0], texts[2]]
+    texts = [first, f"{first} and {second}", "red two up", "a red cross and a blue cross"]
+    recordings = speech.Speech(np.zeros(1), [speech.Utterance(text, "Anna", 0, 1) for text in texts])
+    assert [u.text for u in speech.without_long(recordings).utterances] == [texts[0], *texts[2:]]
 
 
-def test_talker_lessons_are_fair_to_kinds_of_sentences():
-    texts = ["the red circle is above the blue cross"] * 8 + ["the digit is nine"] * 2
-    assert balanced(texts) == pytest.approx([0.7 / 10 + 0.3 / 16] * 8 + [0.7 / 10 + 0.3 / 4] * 2)
+def test_lessons_are_fair_to_kinds_of_sentences():
+    texts = ["the red circle is above the blue cross"] * 7 + ["the digit is nine"] * 2 + ["red two up"]
+    share = speech.FAIR / 3
+    rest = (1 - speech.FAIR) / 10
+    assert speech.balanced(texts) == pytest.approx([rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share])
 
 
 def test_word_strings_hold_no_statement():

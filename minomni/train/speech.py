@@ -5,7 +5,9 @@ Without the synthesiser the few recordings in data_samples/speech stand in: enou
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -19,7 +21,8 @@ from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
-LONG = 600  # recordings of two statements in one breath
+LONG, STRINGS = 600, 1200  # recordings of two statements in one breath, and of words without sense
+FAIR = 0.5
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
 ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")  # of a crowd that says digits
@@ -74,13 +77,15 @@ def all_statements(held: bool) -> list[str]:
 
 
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
-    """What the model's voices say in training: every trained sentence, by two of the voices or all, and long ones."""
+    """What the model's voices say in training: every trained sentence, by two of the voices or all; long ones; words
+    without sense, which can be said only by who keeps his place."""
     random, voices = Random(1), list(world.VOICES)
     kinds = [world.expand(template) for template in world.STATEMENTS]
     few = {text for kind in kinds if len(kind) < FEW for text in kind}
     said = [(name, text) for text in all_statements(held=False)
             for name in random.sample(voices, len(voices) if text in few else 2)]
     said += [(random.choice(voices), world.long_statement(random, held=False)) for _ in range(LONG)]
+    said += [(random.choice(voices), world.word_string(random)) for _ in range(STRINGS)]
     return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for name, text in said]
 
 
@@ -144,10 +149,29 @@ def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
     return Speech(np.load(path, mmap_mode="r"), [Utterance(*row) for row in index])
 
 
-def sentences(speech: Speech) -> Speech:
-    """The recordings of a corpus that say one statement, or wish to hear it; the long ones are left out."""
-    short = set(all_statements(held=False))
-    return Speech(speech.samples, [u for u in speech.utterances if u.text.removeprefix("say ") in short])
+def without_long(speech: Speech) -> Speech:
+    """The recordings of a corpus but those of two statements in one breath."""
+    return Speech(speech.samples, [u for u in speech.utterances if kind_of(u.text) != "long"])
+
+
+@cache
+def _templates() -> dict[str, str]:
+    return {text: template for template in world.STATEMENTS for text in world.expand(template)}
+
+
+def kind_of(text: str) -> str:
+    """The template of a statement; "long" for two statements in one breath, "words" for words without sense."""
+    return _templates().get(text, "long" if " and " in text else "words")
+
+
+def balanced(texts: list[str]) -> list[float]:
+    """How often each recording is drawn: most draws favour none, a share FAIR is fair to the kinds of sentences.
+
+    Two thirds of all sentences say where something is; of "the digit is nine" there are four recordings.
+    """
+    kinds = [kind_of(text) for text in texts]
+    counts = Counter(kinds)
+    return [(1 - FAIR) / len(texts) + FAIR / (len(counts) * counts[kind]) for kind in kinds]
 
 
 def recorded(held: bool) -> Speech:

@@ -1,7 +1,6 @@
 """Stages that teach the Talker: next code, preference for what is understood (DPO), the voices (paper, sec. 3.3)."""
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
@@ -13,15 +12,14 @@ from ..errors import UserError
 from ..files import write_atomically
 from ..talker.codec import ids_to_letters
 from ..talker.talker import Script, text
-from . import losses, world
+from . import losses
 from .judge import edits
 from .loop import Stage
-from .speech import FIRST_VOICE, corpus, make_voices
+from .speech import FIRST_VOICE, balanced, corpus, make_voices
 from .teacher import Teacher
 from .voice_stages import encode_all, similar_lengths
 
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
-FAIR = 0.3
 PAUSE = 8  # codes (a third of a second) without a letter that are no pause yet
 CONTEXTS = {
     "say-typed": 6,
@@ -85,17 +83,6 @@ def code_loss(omni, lessons: list[Lesson]) -> Tensor:
     script = to_script(lessons, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
     embeds, position_ids, mask, targets = omni.talker.teacher_forced(script, [lesson.codes for lesson in lessons])
     return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
-
-
-def balanced(texts: list[str]) -> list[float]:
-    """How often each recording is drawn: most draws favour none, a share FAIR is fair to the kinds of sentences.
-
-    Two thirds of all sentences say where something is; of "the digit is nine" there are two recordings.
-    """
-    kinds = {text: i for i, template in enumerate(world.STATEMENTS) for text in world.expand(template)}
-    kind = [kinds.get(text) for text in texts]  # None for two statements in one breath
-    counts = Counter(kind)
-    return [(1 - FAIR) / len(texts) + FAIR / (len(counts) * counts[k]) for k in kind]
 
 
 class TalkerStage(Stage):

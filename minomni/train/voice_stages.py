@@ -11,9 +11,9 @@ from ..talker.codec import MEL_CENTRE, MEL_SPREAD, ids_to_letters, letters_to_id
 from . import losses
 from .judge import edits
 from .loop import Stage
-from .speech import corpus, make_voices, sentences
+from .speech import balanced, corpus, make_voices, without_long
 
-CROP_BLOCKS = 4  # attention blocks of mel in one training crop of the DiT
+CROP_BLOCKS = 3, 4  # attention blocks of mel in a training crop of the DiT; short sentences have no more than three
 VOCODER_FRAMES = 32  # mel frames in one training crop of the vocoder
 DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
 
@@ -47,10 +47,15 @@ class VoiceStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.speech = sentences(corpus("speaking", self.cache))  # long ones would take steps and teach nothing new
+        self.speech = without_long(corpus("speaking", self.cache))  # they would take steps and teach nothing new
+        self.weights = balanced([u.text for u in self.speech.utterances])
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]
         self.text = self.speech.utterances[0].text  # of the utterance that is sampled
+
+    def draw(self, random: Random) -> int:
+        """Index of an utterance."""
+        return random.choices(range(len(self.speech)), self.weights)[0]
 
     def mel(self, index: int) -> torch.Tensor:
         """Voice mel [T, bands] of one utterance."""
@@ -66,7 +71,7 @@ class CodecStage(VoiceStage):
     about = "speech tokenizer: reads letters (CTC) and restores the mel from FSQ codes"
 
     def batch(self, number):
-        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number)
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)
         mels, frames = pad_mels([self.mel(i) for i in indices])
         letters = [letters_to_ids(self.speech.utterances[i].text) for i in indices]
         progress = number / (self.recipe.steps * self.recipe.accumulate)
@@ -119,7 +124,7 @@ class VocoderStage(VoiceStage):
         random = Random(f"{self.seed}-vocoder-{number}")
         waves, length = [], VOCODER_FRAMES * 160
         while len(waves) < self.recipe.batch:
-            wave = self.speech.wave(random.randrange(len(self.speech)))
+            wave = self.speech.wave(self.draw(random))
             if len(wave) > length:
                 start = random.randrange(0, len(wave) - length, 160)
                 waves.append(wave[start : start + length])
@@ -166,10 +171,10 @@ class DiTStage(VoiceStage):
         random, dit = Random(f"{self.seed}-dit-{number}"), self.omni.config.token2wav.dit
         first, last = (random.choice((dit.block_size, random.randrange(dit.repeats, dit.block_size, dit.repeats)))
                        for _ in range(2))  # frames of the outer blocks: streams begin, and speech ends, with short ones
-        length = (CROP_BLOCKS - 2) * dit.block_size + first + last
+        length = (random.choice(CROP_BLOCKS) - 2) * dit.block_size + first + last
         indices, mels, codes = [], [], []
         while len(indices) < self.recipe.batch:
-            i = random.randrange(len(self.speech))
+            i = self.draw(random)
             if len(self.codes[i]) * dit.repeats <= length:
                 continue
             mel = self.mel(i)
