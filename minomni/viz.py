@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import LISTENING_RATE, MEL_RATE, TokenIds
 
 INK, PALE = "#222222", "#d9d9d9"
-COLORS = {"text": "#8c8c8c", "marker": "#c8c8c8", "audio": "#e08214", "image": "#35978f", "video": "#4575b4"}
+COLORS = {"text": "#8c8c8c", "marker": "#c8c8c8", "audio": "#e08214", "image": "#1b7837", "video": "#4575b4"}
 AXES = ("time", "height", "width")
 ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids can still be read
 
