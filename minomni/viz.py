@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import LISTENING_RATE, MEL_RATE, TokenIds
 
 INK, PALE = "#222222", "#d9d9d9"
-COLORS = {"text": "#8c8c8c", "marker": "#c8c8c8", "audio": "#e08214", "image": "#35978f", "video": "#4575b4"}
+COLORS = {"text": "#8c8c8c", "marker": "#c8c8c8", "audio": "#e08214", "image": "#1b7837", "video": "#4575b4"}
 AXES = ("time", "height", "width")
 ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids can still be read
 
@@ -58,13 +58,16 @@ def filters(ax, bank: Tensor, top: float = LISTENING_RATE / 2, every: int = 1, t
     for band in range(0, bank.shape[0], every):
         heard = bank[band].nonzero().flatten()
         feet = slice(max(int(heard[0]) - 1, 0), int(heard[-1]) + 2)  # the triangle with the zero on either side
-        ax.plot(hz[feet], bank[band, feet], color=colors(band / bank.shape[0]), linewidth=0.9)
+        ax.plot(hz[feet], bank[band, feet], color=colors(0.9 * band / bank.shape[0]), linewidth=0.9)
     ax.set(xlabel="Hz", ylabel="weight", title=title, xlim=(0, top), ylim=(0, None))
 
 
 def picture(ax, pixels, title: str = "") -> None:
-    """A picture without axes: a PIL image, or [height, width, 3] of bytes or of 0 .. 1."""
-    ax.imshow(pixels)
+    """A picture without axes: a PIL image, or [height, width, 3] of bytes or of 0 .. 1. Its pixels are squares."""
+    shown, room = ax.imshow(pixels), ax.get_window_extent()
+    height, width = shown.get_size()
+    if min(room.height / height, room.width / width) > 1:
+        shown.set_interpolation("nearest")  # matplotlib would smooth it, and show less of what a model is given
     ax.axis("off")
     ax.set_title(title, fontsize=9)
 
@@ -76,11 +79,12 @@ def lattice(ax, height: int, width: int, step: int, color: str = "white", linewi
     ax.vlines(torch.arange(step, width, step) + edge, edge, height + edge, color, linewidth=linewidth)
 
 
-def tint(ax, labels: Tensor, step: int) -> None:
-    """Colour the squares of `step` pixels of a picture by their labels [rows, columns]."""
-    height, width = step * labels.shape[0], step * labels.shape[1]
-    ax.imshow((labels % 10).numpy(), cmap="tab10", vmin=0, vmax=9, alpha=0.4, interpolation="nearest",
-              extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+def tint(ax, chosen: Tensor, step: int) -> None:
+    """Darken some squares of `step` pixels of a picture: chosen [rows, columns] says which."""
+    height, width = step * chosen.shape[0], step * chosen.shape[1]
+    shade = torch.zeros(*chosen.shape, 4)  # black that cannot be seen
+    shade[..., 3] = 0.3 * chosen
+    ax.imshow(shade.numpy(), interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
 
 
 def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
@@ -96,7 +100,8 @@ def legend(ax, kinds: list[str]) -> None:
     from matplotlib.patches import Patch
 
     present = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]
-    ax.legend(handles=present, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(present), frameon=False, fontsize=8)
+    ax.legend(handles=present, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(present), frameon=False, fontsize=8,
+              borderaxespad=0, handlelength=1, columnspacing=1)
 
 
 def tmrope(ids: Tensor, kinds: list[str], title: str = "") -> None:
@@ -110,7 +115,7 @@ def _cells(ids: Tensor, kinds: list[str], title: str) -> None:
         ax.add_patch(_rectangle(column, 2 - row, COLORS[kinds[column]]))
         ax.text(column, 2 - row, int(ids[row, column]), ha="center", va="center", fontsize=8, color=INK)
     ax.set(xlim=(-0.6, ids.shape[1] - 0.4), ylim=(-0.6, 2.6), xticks=[], yticks=(2, 1, 0), yticklabels=AXES)
-    ax.set_title(title, loc="left")
+    ax.set_title(title, loc="left", fontsize=9)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     legend(ax, kinds)
@@ -129,7 +134,7 @@ def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
         ax.set_ylabel(name, fontsize=9)
         ax.grid(color=PALE, linewidth=0.5)
         ax.set_axisbelow(True)
-    plots[0].set_title(title, loc="left")
+    plots[0].set_title(title, loc="left", fontsize=9)
     plots[-1].set_xlabel("token", fontsize=9)
     legend(plots[0], kinds)
 
@@ -164,15 +169,21 @@ def angles(ax, cosines: Tensor, section: tuple[int, int, int]) -> None:
 def explore(draw: Callable, size: float = 2.6, **ranges) -> None:
     """Show draw(ax, **settings) at every setting: a strip of pictures always, and sliders where somebody can drag them.
 
-    ranges: for each setting its values. The strip goes along the first range, with the others at their middle value.
-    size: height of a picture in inches.
+    ranges: for each setting its values. The strip goes along the first range, with the others at their middle value,
+    which stands above it. A title that draw sets is kept. size: height of a picture in inches.
     """
     (first, values), *rest = ranges.items()
     middle = {name: options[len(options) // 2] for name, options in rest}
-    plots = axes(1, len(values), width=min(11.0, 3.4 * len(values)), height=size)
-    for ax, value in zip(plots if len(values) > 1 else [plots], values):
+    plots = axes(1, len(values), width=min(9.0, 3.0 * len(values)), height=size + 0.2 * bool(middle))
+    plots = plots if len(values) > 1 else [plots]
+    for ax, value in zip(plots, values):
         draw(ax, **{first: value}, **middle)
-        ax.set_title(f"{first} = {value}", fontsize=9)
+        ax.set_title(ax.get_title() or f"{first} = {value}", fontsize=9)
+        if ax is not plots[0] and ax.get_ylabel() == plots[0].get_ylabel():
+            ax.set_ylabel("")  # said once, and the room goes to the pictures
+    if middle:
+        fixed = ", ".join(f"{name} = {value}" for name, value in middle.items())
+        plots[0].figure.suptitle(fixed, x=0.01, ha="left", fontsize=8, color=COLORS["text"])
     if somebody_is_there():
         _sliders(draw, size, ranges)
 

@@ -43,7 +43,7 @@ def said(header: str) -> dict[str, str]:
     build = re.search(r"\*\*You will build\*\* \| (.*) \|", header)[1]
     minutes, seconds = re.search(r"about (\d+) minutes reading; .* run in (\d+) s", header).groups()
     return {"number": number, "question": question, "minutes": minutes, "seconds": seconds,
-            "build": re.split(r",? in about \d|,? and prove", build)[0]}
+            "build": re.split(r"[,;]? in about \d|[,;]? and prove", build)[0]}
 
 
 def table(readme: str) -> str:

@@ -77,7 +77,7 @@ def small(png: str) -> dict[str, str]:
     if photograph:
         picture.save(file, "JPEG", quality=75, optimize=True)
     else:
-        picture.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        picture.quantize(COLORS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return {"image/jpeg" if photograph else "image/png": base64.b64encode(file.getvalue()).decode()}
 
 

@@ -283,6 +283,7 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
 
     viz.explore(draw, a=(1, 2, 3), b=(4, 5, 6))
     assert drawn == [{"a": a, "b": 5} for a in (1, 2, 3)] and sliders == []
+    assert plt.gcf().get_suptitle() == "b = 5" and [ax.get_title() for ax in plt.gcf().axes] == ["a = 1", "a = 2", "a = 3"]
     monkeypatch.setattr(viz, "somebody_is_there", lambda: True)
     viz.explore(draw, a=(1,))
     assert sliders == [{"a": (1,)}]
@@ -310,7 +311,7 @@ def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
 def test_lattice_and_tint_lie_on_the_picture(sliders):
     ax = viz.axes()
     viz.picture(ax, torch.zeros(56, 84, 3).numpy())
-    viz.tint(ax, torch.arange(24).view(4, 6), 14)
+    viz.tint(ax, torch.arange(24).view(4, 6) % 2 == 1, 14)
     viz.lattice(ax, 56, 84, 28)
     under, over = ax.get_images()
     assert over.get_extent() == [-0.5, 83.5, 55.5, -0.5] == list(under.get_extent())

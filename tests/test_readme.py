@@ -15,8 +15,9 @@ from minomni.omni import Omni
 
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
+# sections whose first tables say the same
 SECTIONS = {"The course": "课程", "Report card": "成绩单", "Speaking while thinking": "边想边说", "Three sizes": "三种大小",
-            "Where the article and the release differ": "文章与发布不同之处"}  # whose first tables say the same
+            "What is often told about the release, and what it does": "常见说法与官方发布的实际做法"}
 WHOLE_FOLDERS = ("tests/golden/", "data_samples/*/")  # one line for all that is in them
 BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?: +(?P<phrase>\S.*))?")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
