@@ -286,6 +286,15 @@ def test_bf16_says_about_the_same(name, cache, monkeypatch):
     assert torch.cosine_similarity(leaning, right, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("frames", [200, 400, 440])
+def test_a_codec_in_bf16_takes_any_length(frames):
+    torch.manual_seed(0)
+    codec = Omni(TINY).codec
+    with torch.autocast("cpu", torch.bfloat16):
+        grid, codes = codec.quantise(torch.randn(2, frames, TINY.codec.mel_dim) - 5)
+        assert codec.letters(grid).shape[:2] == codes.shape == (2, frames // TINY.codec.downsample)
+
+
 def test_bf16_where_the_processor_multiplies_in_it(monkeypatch):
     cpu = torch.device("cpu")
     for able, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):

@@ -131,7 +131,7 @@ class Codec(nn.Module):
         """Run layers over x [B, C, D] cut into blocks of time that do not see each other."""
         b, c, d = x.shape
         size = min(self.config.block_frames // self.config.downsample, c)
-        blocks = F.pad(x, (0, 0, 0, -c % size)).view(-1, size, d)  # [B * blocks, size, D]
+        blocks = F.pad(x, (0, 0, 0, -c % size)).reshape(-1, size, d)  # [B * blocks, size, D]
         real = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, -c % size)).view(-1, 1, 1, size)
         for layer in layers:
             blocks = layer(blocks, real)
