@@ -290,6 +290,11 @@ def test_flow_matching_is_zero_for_the_right_velocity():
     assert torch.equal(seen[0][0], noise[0]) and torch.allclose(seen[0][1], mel[1])
 
 
+def test_off_centre_by_hand():
+    grid = torch.tensor([[[1.0, -1.0], [0.5, 1.0], [9.0, 9.0]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])  # [B, C, channels]
+    assert losses.off_centre(grid, torch.tensor([2, 3])).item() == pytest.approx((0.75**2 + 0 + 1 + 0) / 2)
+
+
 def test_masked_l1_ignores_padding():
     target = torch.zeros(2, 4, 3)
     predicted = torch.ones(2, 4, 3)

@@ -82,10 +82,11 @@ class CodecStage(VoiceStage):
         mels, frames, letters, conds, mel_weight = batch
         codec = self.omni.codec
         grid, _ = codec.quantise(mels)
-        mel = codec.mel(grid, conds)
+        mel, lengths = codec.mel(grid, conds), frames // codec.config.downsample
         return {
-            "ctc": losses.ctc(codec.letters(grid), frames // codec.config.downsample, letters),
+            "ctc": losses.ctc(codec.letters(grid), lengths, letters),
             "mel": mel_weight * losses.masked_l1(mel, mels, frames),
+            "even": losses.off_centre(grid, lengths),
         }
 
     def sample(self):
