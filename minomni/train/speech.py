@@ -22,8 +22,8 @@ from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 LONG, STRINGS = 600, 1200  # recordings of two statements in one breath, and of words without sense
-FAIR = 0.5
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
+FAIR = 0.5  # share of all draws that treats kinds of sentences alike
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
 ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")  # of a crowd that says digits
 CROWD = (  # its throats: espeak-ng's variants of a voice
@@ -77,8 +77,10 @@ def all_statements(held: bool) -> list[str]:
 
 
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
-    """What the model's voices say in training: every trained sentence, by two of the voices or all; long ones; words
-    without sense, which can be said only by who keeps his place."""
+    """What the model's voices say in training: every trained sentence, by two of the voices or all, and long ones.
+
+    And words without sense: nothing helps to say them but to know which word comes next.
+    """
     random, voices = Random(1), list(world.VOICES)
     kinds = [world.expand(template) for template in world.STATEMENTS]
     few = {text for kind in kinds if len(kind) < FEW for text in kind}
@@ -165,7 +167,7 @@ def kind_of(text: str) -> str:
 
 
 def balanced(texts: list[str]) -> list[float]:
-    """How often each recording is drawn: most draws favour none, a share FAIR is fair to the kinds of sentences.
+    """How often each recording of these texts is drawn: all alike, or, in a share FAIR of the draws, all kinds alike.
 
     Two thirds of all sentences say where something is; of "the digit is nine" there are four recordings.
     """
