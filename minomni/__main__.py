@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -255,6 +256,9 @@ def main() -> int:
         arguments = parser().parse_args()
         run = {"train": run_train, "chat": run_chat, "report": run_report, "ablate": run_ablate, "bench": run_bench}
         run[arguments.command](arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after `| head`; and nobody is to be told so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)
         return 2

@@ -263,3 +263,11 @@ def test_a_stream_that_breaks_leaves_no_file(run, monkeypatch, tmp_path):
     assert code == 130 and not path.exists()
     code, _, err, _ = run("--text", "say a", "--stream", "--out", tmp_path / "no" / "folder" / "a.wav")
     assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    """As in `python -m minomni train tiny --stages | head -1`: no traceback."""
+    command_line = [sys.executable, "-m", "minomni", "train", "tiny", "--stages"]
+    with subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(120) == 0 and process.stderr.read() == b""

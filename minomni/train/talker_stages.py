@@ -190,12 +190,13 @@ class DPOStage(TalkerStage):
         loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=room)
         self.pairs = []
         for part in self.wishes():
-            tried = [self.speak(part, loud, generator) for _ in range(self.tries)]
-            for row, lesson in enumerate(part):
-                ranked = sorted((self.faults(lesson.text, codes[row]), i) for i, codes in enumerate(tried))
+            tried = self.speak([lesson for lesson in part for _ in range(self.tries)], loud, generator)
+            for i, lesson in enumerate(part):
+                ours = tried[i * self.tries :][: self.tries]
+                ranked = sorted((self.faults(lesson.text, codes), number) for number, codes in enumerate(ours))
                 (fewest, best), (most, worst) = ranked[0], ranked[-1]
-                if most > fewest + 1 and len(tried[best][row]):
-                    self.pairs.append((lesson, tried[best][row], tried[worst][row]))
+                if most > fewest + 1 and len(ours[best]):
+                    self.pairs.append((lesson, ours[best], ours[worst]))
         if not self.pairs:
             raise UserError(
                 f"stage {self.name}: in {self.prompts} sentences no try was better than another; the talker stage needs "
