@@ -187,7 +187,7 @@ class DPOStage(TalkerStage):
         lessons = super().prepare()
         generator = torch.Generator(self.device).manual_seed(self.seed + 12)
         room = max(len(lesson.codes) for lesson in lessons) * 3 // 2
-        loud = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=room)
+        loud = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95, repetition_penalty=1.0, max_new_tokens=room)
         self.pairs = []
         for part in self.wishes():
             tried = self.speak([lesson for lesson in part for _ in range(self.tries)], loud, generator)
