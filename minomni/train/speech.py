@@ -76,16 +76,21 @@ def all_statements(held: bool) -> list[str]:
     return sorted(t for t in texts if world.held_out(t) == held)
 
 
+@cache
+def rare_statements() -> set[str]:
+    """The statements of kinds of which there are few."""
+    kinds = [world.expand(template) for template in world.STATEMENTS]
+    return {text for kind in kinds if len(kind) < FEW for text in kind}
+
+
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
     """What the model's voices say in training: every trained sentence, by two of the voices or all, and long ones.
 
     And words without sense: nothing helps to say them but to know which word comes next.
     """
     random, voices = Random(1), list(world.VOICES)
-    kinds = [world.expand(template) for template in world.STATEMENTS]
-    few = {text for kind in kinds if len(kind) < FEW for text in kind}
     said = [(name, text) for text in all_statements(held=False)
-            for name in random.sample(voices, len(voices) if text in few else 2)]
+            for name in random.sample(voices, len(voices) if text in rare_statements() else 2)]
     said += [(random.choice(voices), world.long_statement(random, held=False)) for _ in range(LONG)]
     said += [(random.choice(voices), world.word_string(random)) for _ in range(STRINGS)]
     return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for name, text in said]
