@@ -89,7 +89,7 @@ def test_run_folder_can_be_looked_into(tmp_path):
     }
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
-    assert all(entry.keys() == {"stage", "step", "ctc", "mel", "ms", "items_per_s", "sample"} for entry in entries)
+    assert all(entry.keys() == {"stage", "step", "ctc", "mel", "even", "ms", "items_per_s", "sample"} for entry in entries)
     wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
     assert rate == 16_000 and len(wave) == len(speech.recorded(held=False).wave(0)) and abs(wave).max() > 0.001
     said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()

@@ -198,8 +198,8 @@ def held() -> tuple[int, int]:
 
 
 def test_a_hundred_broken_streams_leave_nothing_behind(brief):
-    omni, question = brief(codes=30, points=2, solver="euler"), messages({"text": "say the red circle"})
-    before = held()
+    omni = brief(codes=30, points=2, solver="euler")
+    question, before = messages({"text": "say the red circle is left of the blue square"}), held()
     for i in range(100):
         stream = omni.stream(question, seed=i)
         for _ in range(i % 9):
