@@ -171,12 +171,22 @@ def test_no_trained_sentence_is_held_out():
 def test_teacher_keeps_to_its_side(tmp_path):
     for held in (False, True):
         teacher, random = Teacher(TINY, tmp_path, held), Random(0)
-        for kind in ("say-typed", "say-spoken"):
+        for kind in ("say-typed", "say-spoken", "say-rare"):
             assert all(world.held_out(teacher.example(kind, random).answer) == held for _ in range(50))
     train_digits, test_digits = world.digits(False)[0], world.digits(True)[0]
     assert len(train_digits) + len(test_digits) == 1797
     seen = {digit.tobytes() for digit in train_digits}
     assert sum(digit.tobytes() in seen for digit in test_digits) < 3  # the set itself repeats hardly any
+
+
+def test_rare_sentences_are_lessons_of_their_own():
+    assert {"the digit is six", "it was the red cross", "there is one shape"} <= speech.rare_statements()
+    assert "the red cross is above the blue circle" not in speech.rare_statements()
+    teacher, random = Teacher(TINY, CACHE), Random(0)
+    texts = {teacher.example("say-rare", random).answer for _ in range(30)}
+    texts |= {teacher.example("hear-rare", random).answer.removeprefix("say ") for _ in range(30)}
+    there = {text.removeprefix("say ") for text in teacher.wishes}
+    assert texts <= there and (not there & speech.rare_statements() or texts <= speech.rare_statements())
 
 
 def test_answers_agree_with_pictures():
