@@ -78,12 +78,12 @@ EXPECTED = {
         "ears": (248, "ctc 0.036  plain 0.063"),
         "eyes": (202, "cells 0.345  plain 0.059"),
         "thinker1": (29, "text 0.033"),
-        "thinker2": (261, "text 0.061  moments 0.349"),
-        "thinker3": (85, "text 0.750"),
-        "chat": (384, "text 0.070  moments 0.353"),
-        "talker": (834, "codes 0.620"),
-        "dpo": (27, "dpo 0.688  codes 0.833"),
-        "speakers": (41, "codes 0.661"),
+        "thinker2": (270, "text 0.058  moments 0.348"),
+        "thinker3": (91, "text 0.739"),
+        "chat": (372, "text 0.078  moments 0.349"),
+        "talker": (762, "codes 0.615"),
+        "dpo": (27, "dpo 0.695  codes 0.834"),
+        "speakers": (42, "codes 0.666"),
     },
 }
 
