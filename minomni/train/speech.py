@@ -72,15 +72,20 @@ class Speech:
 
 def all_statements(held: bool) -> list[str]:
     """Every statement of the language on one side of the held-out border, in a fixed order."""
-    texts = {t for s in world.STATEMENTS for t in world.expand(s)}
-    return sorted(t for t in texts if world.held_out(t) == held)
+    return sorted(text for text in _templates() if world.held_out(text) == held)
+
+
+@cache
+def _templates() -> dict[str, str]:
+    """Every statement, with its template."""
+    return {text: template for template in world.STATEMENTS for text in world.expand(template)}
 
 
 @cache
 def rare_statements() -> set[str]:
     """The statements of kinds of which there are few."""
-    kinds = [world.expand(template) for template in world.STATEMENTS]
-    return {text for kind in kinds if len(kind) < FEW for text in kind}
+    counts = Counter(_templates().values())
+    return {text for text, template in _templates().items() if counts[template] < FEW}
 
 
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
@@ -161,11 +166,6 @@ def without_long(speech: Speech) -> Speech:
     return Speech(speech.samples, [u for u in speech.utterances if kind_of(u.text) != "long"])
 
 
-@cache
-def _templates() -> dict[str, str]:
-    return {text: template for template in world.STATEMENTS for text in world.expand(template)}
-
-
 def kind_of(text: str) -> str:
     """The template of a statement; "long" for two statements in one breath, "words" for words without sense."""
     return _templates().get(text, "long" if " and " in text else "words")
@@ -174,7 +174,7 @@ def kind_of(text: str) -> str:
 def balanced(texts: list[str]) -> list[float]:
     """How often each recording of these texts is drawn: all alike, or, in a share FAIR of the draws, all kinds alike.
 
-    Two thirds of all sentences say where something is; of "the digit is nine" there are four recordings.
+    Three quarters of all sentences say where something is; of "the digit is nine" there are four recordings.
     """
     kinds = [kind_of(text) for text in texts]
     counts = Counter(kinds)

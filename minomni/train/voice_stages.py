@@ -47,7 +47,7 @@ class VoiceStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.speech = without_long(corpus("speaking", self.cache))  # they would take steps and teach nothing new
+        self.speech = without_long(corpus("speaking", self.cache))  # long ones would take steps and teach nothing new
         self.weights = balanced([u.text for u in self.speech.utterances])
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]
