@@ -145,6 +145,19 @@ def test_lessons_are_fair_to_kinds_of_sentences():
     assert speech.balanced(texts) == pytest.approx([rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share])
 
 
+@pytest.mark.parametrize("name", ["codec", "vocoder", "dit"])
+def test_voice_stages_draw_by_weight(name):
+    """With all the weight on one recording, every row of a batch is from it."""
+    stage = stage_of(name)
+    assert stage.weights == speech.balanced([u.text for u in stage.speech.utterances])
+    longest = max(range(len(stage.speech)), key=stage.lengths.__getitem__)
+    stage.weights = [float(i == longest) for i in range(len(stage.speech))]
+    asked, find = [], stage.speech.wave
+    stage.speech.wave = lambda i: asked.append(i) or find(i)
+    stage.batch(0)
+    assert asked and set(asked) == {longest}
+
+
 def test_word_strings_hold_no_statement():
     """So none that is held out is copied word by word in training. Words come back: where from is not told by them."""
     random = Random(0)
