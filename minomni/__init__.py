@@ -18,15 +18,31 @@ ROOT = Path(__file__).parents[1]
 def load(name: str, device: str = "cpu", dtype=None):
     """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
 
-    "tiny" is what `python run.py` trained, or else the one that comes with the project. dtype: of Thinker and Talker;
-    None keeps what a folder stores, and is fp32 for a size. Raises UserError naming what is missing or broken.
+    "tiny" is what `python run.py` trained, or else the one that comes with the project. device: cpu, cuda, mps or auto.
+    dtype: of Thinker and Talker; None keeps what a folder stores, and is fp32 for a size. Raises UserError naming what
+    is missing or broken.
     """
     import torch
 
     from . import weights
 
     folder = folder_of(name)
-    return weights.load(folder, device, dtype if Path(name).is_dir() else dtype or torch.float32)
+    return weights.load(folder, device_of(device), dtype if Path(name).is_dir() else dtype or torch.float32)
+
+
+def device_of(name: str):
+    """The torch.device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
+    import torch
+
+    from .errors import UserError
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [device for device, available in there.items() if available]
+    if name == "auto":
+        return torch.device(there[0])
+    if torch.device(name).type not in there:
+        raise UserError(f"device {name}: this machine, with this PyTorch, has {' and '.join(there)}; or use auto")
+    return torch.device(name)
 
 
 def __getattr__(name: str):

@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from . import ROOT, load
+from . import ROOT, device_of, load
 from .errors import UserError
 
 QUESTIONS = ROOT / "data_samples" / "questions.json"
@@ -30,7 +30,7 @@ def whole(lowest: int, below: int):
     return convert
 
 
-SEED, COUNT = whole(0, 2**63), whole(1, 100_000)
+SEED, COUNT, DEVICES = whole(0, 2**63), whole(1, 100_000), ("auto", "cpu", "cuda", "mps")
 
 
 def parser() -> Parser:
@@ -48,7 +48,7 @@ def parser() -> Parser:
     train.add_argument("--resume", action="store_true", help="go on with an unfinished run, exactly where it stopped")
     train.add_argument("--fresh", action="store_true",
                        help="throw an earlier run away and start over; with --stage that stage's work alone")
-    train.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+    train.add_argument("--device", default="auto", choices=DEVICES,
                        help="where to compute (default auto: cuda, else mps, else cpu)")
     train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
     train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
@@ -98,10 +98,15 @@ def parser() -> Parser:
     ablate.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
 
     bench = commands.add_parser("bench", help="measure speed", description="Prints a table of ratios and times.")
-    bench.add_argument("what", choices=["stream"], help="stream: speaking while thinking against speaking afterwards")
+    bench.add_argument("what", choices=["stream", "first"], help="stream: speaking while thinking against speaking "
+                       "afterwards; first: how soon the first sound comes")
     bench.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
+    bench.add_argument("--chance", action="store_true", help="the size that --model names with weights of chance: as "
+                       "fast as trained ones")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
-    bench.add_argument("--picture", type=Path, help="draw predicted and measured latency into this png")
+    bench.add_argument("--picture", type=Path, help="draw predicted and measured latency into this png (stream)")
+    for command in (chat, report, bench):
+        command.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
     return top
 
 
@@ -122,7 +127,7 @@ def run_train(arguments) -> None:
     if arguments.stages:
         print(stages.timetable(arguments.size))
         return
-    device = stages.device_of(arguments.device).type
+    device = device_of(arguments.device).type
     home = arguments.home or ROOT / "runs" / arguments.size
     if arguments.data:
         from .train import own_data
@@ -159,7 +164,7 @@ def run_chat(arguments) -> None:
         raise UserError("nothing was asked; give --text, --audio, --image or --video")
     if arguments.out.is_dir():
         raise UserError(f"{arguments.out}: is a folder; --out takes the name of a wav file")
-    omni, voice = load(arguments.model), arguments.voice
+    omni, voice = load(arguments.model, arguments.device), arguments.voice
     if arguments.voice_from:
         from . import make_voice
 
@@ -215,7 +220,7 @@ def save(reply, path: Path) -> None:
 
 def answer_samples(arguments) -> None:
     """Answer every question of data_samples/questions.json and say where each wav is."""
-    omni = load(arguments.model)
+    omni = load(arguments.model, arguments.device)
     folder = ROOT / "runs" / "answers"
     for entry in json.loads(QUESTIONS.read_text(encoding="utf-8")):
         content = [{kind: value if kind == "text" else str(QUESTIONS.parent / value)} for part in entry["content"]
@@ -231,7 +236,7 @@ def answer_samples(arguments) -> None:
 def run_report(arguments) -> None:
     from .train import report
 
-    card = report.measure(arguments.model, arguments.items, arguments.digits)
+    card = report.measure(arguments.model, arguments.items, arguments.digits, arguments.device)
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 
@@ -244,7 +249,14 @@ def run_ablate(arguments) -> None:
 def run_bench(arguments) -> None:
     from . import bench
 
-    result = bench.measure(load(arguments.model))
+    device = device_of(arguments.device).type
+    omni = bench.by_chance(arguments.model, device) if arguments.chance else load(arguments.model, device)
+    if arguments.what == "first":
+        rows = bench.first_sound(omni)
+        print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}) if arguments.json
+              else bench.table(rows))
+        return
+    result = bench.measure(omni)
     if arguments.picture:
         result.draw(arguments.picture)
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())

@@ -1,5 +1,7 @@
 """How soon and how fast: speaking while thinking against speaking afterwards, stage by stage, measured in one run.
 
+measure() asks a model all that, first_sound() any size how soon it speaks, with weights of chance where it has no others.
+
 A ten-second answer is asked for by forbidding the codes that end speech. Ratios come from runs that take turns, so that
 what else the machine does falls on both alike.
 """
@@ -15,14 +17,18 @@ from statistics import median
 
 import torch
 
+from minomni import config as sizes
 from minomni.config import FlowConfig
 from minomni.errors import UserError
+from minomni.omni import Omni
 from minomni.reply import Reply, SoundPiece, waiting
 from minomni.stream import seeded, think_and_talk
 from minomni.token2wav.solver import swift
+from minomni.token2wav.speaker import Voice
 from minomni.token2wav.stream import SERVING, MelStream, Schedule, SpeechStream, codes_until_sound, eager
 
 ANSWER_S, ROUNDS, SESSION_S = 10, 3, 600
+WORDS_PER_S = 3  # text tokens to a second of speech, at most: chance would go on writing for ever
 QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
 STAGES = {"prefill": "the prompt is read", "text": "first word", "code": "first code", "mel": "first mel",
           "sound": "first sound"}
@@ -45,9 +51,7 @@ class Streaming:
         return {name: round(value, 4) for name, (value, _) in self.rows.items()}
 
     def markdown(self) -> str:
-        lines = ["| streaming | value | what it is |", "|---|---|---|"]
-        lines += [f"| {name} | {value:.3g} | {what} |" for name, (value, what) in self.rows.items()]
-        lines += ["", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
+        lines = [table(self.rows), "", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
         lines += [f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
                   for name, (predicted, measured) in self.stages.items()]
         lines += ["", "| schedule | codes before the first sound | mel distance to the whole utterance |",
@@ -76,13 +80,20 @@ class Streaming:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
+def table(rows: dict[str, tuple[float, str]]) -> str:
+    """Rows, each a value and what it is, as a Markdown table."""
+    lines = [f"| {name} | {value:.3g} | {what} |" for name, (value, what) in rows.items()]
+    return "\n".join(["| streaming | value | what it is |", "|---|---|---|", *lines])
+
+
 @contextmanager
 def endless(omni) -> Iterator[None]:
-    """Within it an answer's speech does not end of itself, but after ANSWER_S seconds."""
+    """Within it an answer's speech does not end of itself, but after ANSWER_S seconds; its text within them."""
     config, talker = omni.config, omni.talker.config
     codes = ANSWER_S * config.token2wav.codes_per_second
     omni.config = dataclasses.replace(
-        config, talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=codes))
+        config, talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=codes),
+        thinker_sampling=dataclasses.replace(config.thinker_sampling, max_new_tokens=ANSWER_S * WORDS_PER_S))
     omni.talker.config = dataclasses.replace(talker, codec_eos=talker.codec_bos)  # which is never spoken
     try:
         yield
@@ -136,6 +147,46 @@ def measure(omni) -> Streaming:
     stages = {name: (predicted[name], min(run[2][1].trace.first(name) for run in live)) for name in STAGES}
     schedules = {"eager, the default of stream()": eager(omni.token2wav), **SCHEDULES}
     return Streaming(rows, stages, {name: distance(omni, schedule) for name, schedule in schedules.items()})
+
+
+def first_sound(omni) -> dict[str, tuple[float, str]]:
+    """How soon a streamed answer is heard, on whatever device the model is, and whether it can be kept up."""
+    with endless(omni):
+        streamed(omni)  # warm up
+        sounds, reply = min((streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].trace.first("sound"))
+    text, code, sound = (reply.trace.times[kind] for kind in ("text", "code", "sound"))
+    needed = codes_until_sound(eager(omni.token2wav), omni.token2wav)
+    alone = [later - earlier for earlier, later in zip(code, code[1:]) if earlier > text[-1]]
+    return {
+        "first_text_ms": (1e3 * text[0], "from the question to the first word"),
+        "codes_before_sound": (needed, "that the first sound waits for"),
+        "thinker_and_talker_ms": (1e3 * (code[needed - 1] - code[0]) / (needed - 1), "one step of both"),
+        "talker_ms": (1e3 * median(alone), "one step of the Talker alone"),
+        "mel_and_sound_ms": (1e3 * (sound[0] - code[needed - 1]), "from the last of those codes to the first sound"),
+        "first_sound_ms": (1e3 * sound[0], "from the question to the first sound"),
+        "realtime_factor": (reply.total_s / reply.seconds, "seconds of work for a second of streamed speech"),
+        "player_waits_ms": (1e3 * waiting(sounds), "how long a player must hold the first sound to play without gap"),
+    }
+
+
+def by_chance(size: str, device: str) -> Omni:
+    """A model of a size with weights of chance, as fast as a trained one: it answers nonsense in a voice of noise.
+
+    On a GPU Thinker and Talker are bf16. Raises UserError for an unknown size.
+    """
+    from minomni.train.vocabulary import world_tokenizer
+
+    torch.manual_seed(0)
+    if size not in sizes.SIZES:
+        raise UserError(f"unknown size {size!r}; the sizes are {', '.join(sizes.SIZES)}")
+    with torch.device(device):
+        omni = Omni(sizes.size(size)).eval()
+        dit, tokens = omni.config.token2wav.dit, omni.config.thinker.tokens
+        noise = torch.randn(1, dit.enc_emb_dim), torch.randn(1, 300, dit.mel_dim) - 5
+    if device == "cuda":
+        omni.thinker.bfloat16(), omni.talker.bfloat16()
+    omni.tokenizer, omni.voices = world_tokenizer(tokens), {"chance": Voice("chance", tokens.tts_text_pad + 5, *noise)}
+    return omni
 
 
 def predict(omni, flow: FlowConfig) -> dict[str, float]:

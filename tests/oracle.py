@@ -81,10 +81,10 @@ def scale(name: str, shape: torch.Size) -> float:
 
 
 @torch.no_grad()
-def fill(tensors: dict[str, torch.Tensor]) -> None:
+def fill(tensors: dict[str, torch.Tensor], numbers_of=lambda name, like: torch.from_numpy(numbers(name, *like.shape))):
     """Overwrite tensors, keyed by their names in a checkpoint, with their numbers."""
     for name, tensor in tensors.items():
-        draw = torch.from_numpy(numbers(name, *tensor.shape))
+        draw = numbers_of(name, tensor)
         if tensor.dim() > 1:
             tensor.copy_(draw * scale(name, tensor.shape))
         elif name.endswith("weight"):  # norms
@@ -205,7 +205,7 @@ def hf_name(name: str) -> str:
     return name
 
 
-def hf_model(repaired: bool = True):
+def hf_model(repaired: bool = True, fill=fill):
     """The official model, filled."""
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
     from transformers.utils import logging
@@ -229,7 +229,7 @@ def repair_talker_mask(model):
             now = prepared["input_ids"] if prepared.get("inputs_embeds") is None else prepared["inputs_embeds"]
             cache = prepared.get("past_key_values")
             past = 0 if cache is None else cache.get_seq_length()
-            prepared["attention_mask"] = torch.ones(now.shape[0], past + now.shape[1], dtype=torch.long)
+            prepared["attention_mask"] = torch.ones(now.shape[0], past + now.shape[1], dtype=torch.long, device=now.device)
         return prepared
 
     model.talker.prepare_inputs_for_generation = with_mask
@@ -271,8 +271,9 @@ def ask_official(model, case: str, free: dict[str, np.ndarray] | None = None) ->
     ears.on(token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
     ears.on(token2wav, "codes", lambda a, k, out: a[0])
     torch.manual_seed(0)
+    given = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in hf_inputs(case).items()}
     ids, waves = model.generate(
-        **hf_inputs(case), speaker="Chelsie", thinker_do_sample=False, talker_do_sample=False,
+        **given, speaker="Chelsie", thinker_do_sample=False, talker_do_sample=False,
         thinker_max_new_tokens=config.thinker_sampling.max_new_tokens,
         thinker_eos_token_id=config.thinker.tokens.im_end,
         talker_max_new_tokens=config.talker_sampling.max_new_tokens,

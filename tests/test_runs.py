@@ -18,7 +18,7 @@ import torch
 from elsewhere import ELSEWHERE, Elsewhere, Factories, Functions, Generator
 from torch import nn
 
-from minomni import config_json, load
+from minomni import config_json, device_of, load
 from minomni.config import SMALL, TINY, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
@@ -303,16 +303,16 @@ def test_bf16_where_the_processor_multiplies_in_it(monkeypatch):
 
 
 def test_devices_by_name(monkeypatch):
-    assert stages.device_of("cpu").type == "cpu"
+    assert device_of("cpu").type == "cpu"
     there = {"cuda": torch.cuda, "mps": torch.backends.mps}
     for name, best in (("cuda", "mps"), ("mps", "cpu")):
         monkeypatch.setattr(there[name], "is_available", lambda: True)
         monkeypatch.setattr(there["mps"], "is_available", lambda: True)
-        assert stages.device_of("auto").type == name
+        assert device_of("auto").type == name
         monkeypatch.setattr(there[name], "is_available", lambda: False)
-        assert stages.device_of("auto").type == ("mps" if name == "cuda" else "cpu")
-    with pytest.raises(UserError, match="--device cuda: this machine, with this PyTorch, has cpu; or use auto"):
-        stages.device_of("cuda")
+        assert device_of("auto").type == ("mps" if name == "cuda" else "cpu")
+    with pytest.raises(UserError, match="device cuda: this machine, with this PyTorch, has cpu; or use auto"):
+        device_of("cuda")
 
 
 # ---------------------------------------------------------------------------------------------- gradients in parts

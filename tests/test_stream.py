@@ -277,3 +277,15 @@ def test_bench_measures_every_row_and_leaves_the_model_as_it_was(omni, monkeypat
     assert (tmp_path / "waterfall.png").stat().st_size > 1000
     with pytest.raises(UserError, match="cannot be written"):
         result.draw(tmp_path / "no" / "folder.png")
+
+
+def test_bench_of_a_size_that_nobody_trained(monkeypatch):
+    """Weights of chance speak, without an end, and the times add up."""
+    for name, value in (("ROUNDS", 1), ("ANSWER_S", 1)):
+        monkeypatch.setattr(bench, name, value)
+    values = {name: value for name, (value, _) in bench.first_sound(bench.by_chance("tiny", "cpu")).items()}
+    steps = (values["codes_before_sound"] - 1) * values["thinker_and_talker_ms"] + values["mel_and_sound_ms"]
+    assert values["codes_before_sound"] == 4 and steps < values["first_sound_ms"]
+    assert 0 < values["talker_ms"] < values["first_sound_ms"] and values["first_text_ms"] < values["first_sound_ms"]
+    with pytest.raises(UserError, match="unknown size 'huge'"):
+        bench.by_chance("huge", "cpu")

@@ -274,6 +274,10 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
     first, second = synthesis.synthesise(jobs, seed=3), synthesis.synthesise(jobs, seed=3)
     assert all((a == b).all() for a, b in zip(first, second))
     assert all(0.4 < len(w) / 16_000 < 4 for w in first)
+    monkeypatch.setattr(synthesis, "PART", 1)  # each in a process of its own, from a seed of its own
+    apart = synthesis.synthesise(jobs, seed=3)
+    alone = synthesis.synthesise(jobs[:1], seed=3) + synthesis.synthesise(jobs[1:], seed=4)
+    assert all((a == b).all() for a, b in zip(apart, alone, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- losses by hand

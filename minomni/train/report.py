@@ -57,6 +57,7 @@ class Card:
     rows: list[Row]
     seconds: float  # that measuring took
     train_seconds: float | None = None  # that training took, where the model's folder says so
+    device: str = "cpu"  # where it was measured
 
     def fractions(self) -> dict[str, float | None]:
         """Row values by name, as fractions."""
@@ -73,23 +74,25 @@ class Card:
                 low, high = row.interval()
                 lines.append(f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
         trained = "" if self.train_seconds is None else f"trained in {self.train_seconds:.0f} s; "
-        return "\n".join(lines) + f"\n\n{trained}measured in {self.seconds:.0f} s on {hardware()}, commit {commit()}"
+        return "\n".join(lines) + f"\n\n{trained}measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
 
 
-def hardware() -> str:
-    """The machine in a few words."""
+def hardware(device: str = "cpu") -> str:
+    """The machine in a few words, with its GPU where that did the work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores ({platform.system()}, {platform.machine()})"
+    gpu = f"one {torch.cuda.get_device_name()} and " if device == "cuda" else ""
+    return f"{gpu}{cores} cores ({platform.system()}, {platform.machine()})"
 
 
-def measure(model: str, items: int = 100, digits: Path | None = None) -> Card:
+def measure(model: str, items: int = 100, digits: Path | None = None, device: str = "cpu") -> Card:
     """Score a model by name or folder on held-out material, and on a folder of real spoken digits where one is given.
 
-    Raises UserError where there is no such model or folder.
+    Raises UserError where there is no such model, folder or device.
     """
     began = time.perf_counter()
     folder = folder_of(model)
-    examiner = Examiner(load(model), items)
+    omni = load(model, device)
+    examiner = Examiner(omni, items)
     rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]
     rows += [
         mrope_row(folder.parent / MROPE),
@@ -101,7 +104,7 @@ def measure(model: str, items: int = 100, digits: Path | None = None) -> Card:
     rows += examiner.speech() + examiner.preference(folder.parent / "stages")
     trained = folder / TRAINED
     spent = json.loads(trained.read_text(encoding="utf-8"))["seconds"] if trained.exists() else None
-    card = Card(model, rows, time.perf_counter() - began, spent)
+    card = Card(model, rows, time.perf_counter() - began, spent, omni.thinker.device.type)
     write_atomically(ROOT / "runs" / "report.md", lambda f: f.write(card.markdown().encode()))
     return card
 

@@ -149,7 +149,7 @@ def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
     if not synthesis.available():
         return recorded(held=name == "test")
     jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs, "digits": digit_jobs}[name]()
-    key = hashlib.sha256(json.dumps([seed, jobs]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([seed, synthesis.PART, jobs]).encode()).hexdigest()[:12]
     path = cache / f"{name}-{key}.npy"
     if not path.exists():
         waves = synthesis.synthesise([job for _, job in jobs], seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import ROOT, weights
+from .. import ROOT, device_of, weights
 from .. import config as sizes
 from ..config_json import read_json, write_json
 from ..errors import UserError
@@ -23,6 +23,7 @@ from .thinker_stages import ChatStage, LanguageStage, Thinker1Stage, Thinker2Sta
 from .vocabulary import world_tokenizer
 from .voice_stages import CodecStage, DiTStage, VocoderStage
 
+LANES = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
 TRAINED = "trained.json"  # beside the weights: size, seed, command, seconds, config, commit
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
@@ -121,17 +122,6 @@ def recipe_of(name: str, size: str) -> Recipe:
     return RECIPES[size][name]
 
 
-def device_of(name: str) -> torch.device:
-    """The device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [device for device, available in there.items() if available]
-    if name == "auto":
-        return torch.device(there[0])
-    if name not in there:
-        raise UserError(f"--device {name}: this machine, with this PyTorch, has {' and '.join(there)}; or use auto")
-    return torch.device(name)
-
-
 def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> None:
     """Make room for a run, or for one stage of it.
 
@@ -214,8 +204,8 @@ def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, device:
     train(make(name, size, home, seed, device), folder, resume, slot=slot)
 
 
-def run_all(size: str, home: Path, seed: int, device: str = "cpu", lanes: int = 2) -> None:
-    """Run every unfinished stage, two at a time as soon as what each needs is there; each in a process of its own.
+def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
+    """Run every unfinished stage as soon as what it needs is there, LANES at a time; each in a process of its own.
 
     A stage that fails ends the run with its message; what is finished stays, and the next run goes on from there.
     """
@@ -224,6 +214,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu", lanes: int = 
     waited_for = {name: sum(name in stage.needs for stage in STAGES.values()) for name in STAGES}
     order = sorted(STAGES, key=lambda name: -waited_for[name])  # what most others wait for goes first
     command = [sys.executable, "-m", "minomni", "train", size, "--resume", "--home", str(home), "--seed", str(seed)]
+    lanes = LANES.get(device, LANES["cpu"])
     while len(done) < len(STAGES):
         for name in order:
             ready = name not in done and name not in running and done.issuperset(STAGES[name].needs)

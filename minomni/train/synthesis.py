@@ -1,12 +1,14 @@
 """Speech for the generated world, by the espeak-ng synthesiser inside pip's `espeakng-loader`.
 
-espeak-ng keeps state between utterances and seeds its breath noise from the clock, so a corpus is made in one fresh
-process, in a fixed order, with a fixed seed: then it is the same, bit for bit, wherever the same version runs.
+espeak-ng keeps state between utterances and seeds its breath noise from the clock, so a corpus is cut into parts, each
+made in a fresh process, in a fixed order, with a fixed seed: then it is the same, bit for bit, wherever the same version
+runs, on however many cores.
 """
 
 import ctypes
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from ..errors import UserError
 ESPEAK_RATE = 22_050  # Hz, what espeak-ng makes
 SILENCE = 150  # of 32767: quieter samples at both ends are cut off
 MARGIN = 640  # samples (40 ms) of quiet kept at both ends
+PART = 500  # utterances that one process speaks
 
 
 class Job(NamedTuple):
@@ -30,10 +33,17 @@ class Job(NamedTuple):
 
 
 def synthesise(jobs: list[Job], seed: int) -> list[np.ndarray]:
-    """Speak jobs in order -> int16 arrays [samples] at 16 kHz. Same jobs and seed, same samples.
+    """Speak jobs, PART of them to a process -> int16 arrays [samples] at 16 kHz. Same jobs and seed, same samples.
 
     Raises UserError where the synthesiser is not installed or lacks a voice.
     """
+    parts = [jobs[begin : begin + PART] for begin in range(0, len(jobs), PART)]
+    with ThreadPoolExecutor(os.cpu_count()) as lanes:
+        spoken = lanes.map(_in_fresh_process, parts, range(seed, seed + len(parts)))
+        return [wave for part in spoken for wave in part]
+
+
+def _in_fresh_process(jobs, seed):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
         return fresh_process.submit(_speak_all, jobs, seed).result()
 

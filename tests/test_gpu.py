@@ -1,0 +1,113 @@
+"""What only a GPU can show; skipped where there is none. Nothing here is needed by the rest."""
+
+import zlib
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_parity import ask, compare
+from test_runs import cache, make  # noqa: F401  (a fixture)
+
+from minomni import ROOT, bench, load, weights
+from minomni.config import QWEN7B
+from minomni.inputs.mel import voice_mel
+from minomni.omni import Omni
+from minomni.train import loop, stages, synthesis, talker_stages
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+MEMORY = 100e9  # bytes that both codes take in fp32, side by side
+SEVEN = replace(QWEN7B, thinker=replace(QWEN7B.thinker, tokens=oracle.TOKENS),
+                token2wav=replace(QWEN7B.token2wav, dit=replace(QWEN7B.token2wav.dit, num_embeds=8447)),
+                thinker_sampling=oracle.CONFIG.thinker_sampling, talker_sampling=oracle.CONFIG.talker_sampling)
+# Ten times what two fp32 implementations of this depth were measured to differ by.
+DEEP = {"audio": 1e-2, "vision": 1e-2, "logits": 1e-1, "step_logits": 1e-1, "talker_inputs": 1e-2,
+        "talker_step_inputs": 1e-2, "talker_logits": 1e-1, "mel_0": 1e-2, "mel_1": 1e-2, "wave_0": 1e-2, "wave_1": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """No rounding of fp32 to tf32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def there(name: str, like: torch.Tensor) -> torch.Tensor:
+    """Numbers that depend on the name alone, drawn where they are wanted."""
+    generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(like.shape, generator=generator, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def seven():
+    """The release's sizes, twice: our code and the official one, filled with the same numbers."""
+    transformers = pytest.importorskip("transformers", reason="needed to compare with the official code itself")
+    if transformers.__version__ != oracle.VERSION or torch.cuda.mem_get_info()[1] < MEMORY:
+        pytest.skip(f"needs transformers {oracle.VERSION} and a GPU of {MEMORY / 1e9:.0f} GB")
+    small, oracle.CONFIG = oracle.CONFIG, SEVEN
+    with torch.device("cuda"):
+        official = oracle.hf_model(fill=lambda tensors: oracle.fill(tensors, there))
+        omni = Omni(SEVEN).eval()
+    oracle.fill(omni.state_dict(), there)
+    omni.voices = {name: replace(voice, cond=voice.cond.cuda(), ref_mel=voice.ref_mel.cuda())
+                   for name, voice in oracle.voices().items()}
+    yield omni, official
+    oracle.CONFIG = small
+
+
+@pytest.mark.parametrize("case", oracle.PROMPTS)
+def test_seven_billion_weights_say_what_the_official_code_says(case, seven):
+    omni, official = seven
+    mine, theirs = ask(omni, case), oracle.ask_official(official, case)
+    far = {name: float(np.abs(mine[name].astype(float) - theirs[name]).max()) for name in theirs if name in DEEP}
+    print(case, {name: f"{value:.1e} of {np.abs(theirs[name]).max():.1f}" for name, value in far.items()})
+    compare(mine, theirs, DEEP)
+
+
+def test_the_release_s_folder_loads_onto_a_gpu(tmp_path):
+    """As many weights, in the same files and precisions: loaded, every one as it was stored."""
+    omni = bench.by_chance("qwen7b", "cuda")
+    weights.save(omni, tmp_path / "model")
+    kept = {name: tensor.cpu() for name, tensor in omni.state_dict().items()}
+    del omni
+    torch.cuda.empty_cache()
+    again = load(str(tmp_path / "model"), "cuda")
+    assert again.thinker.lm_head.weight.dtype == torch.bfloat16
+    for name, tensor in again.state_dict().items():
+        assert tensor.is_cuda and torch.equal(tensor.cpu(), kept.pop(name)), name
+    assert not kept
+    assert len(again.respond([{"role": "user", "content": "say two"}]).wave)
+
+
+def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
+    here, there = load("tiny"), load("tiny", "cuda")
+    for content in ([{"type": "text", "text": "say the red circle is above the blue square"}],
+                    [{"type": "image", "image": ROOT / "data_samples" / "scene.png"},
+                     {"type": "audio", "audio": ROOT / "data_samples" / "question.wav"}]):
+        asked = [{"role": "user", "content": content}]
+        first, second = here.respond(asked), there.respond(asked)
+        assert first.text == second.text and 0.5 < second.seconds / first.seconds < 2
+        *_, end = there.stream(asked)
+        assert end.reply.codes.tolist() == second.codes.tolist()
+    with torch.no_grad():
+        waves = [omni.token2wav(first.codes[None].to(omni.thinker.device), omni.voice("Anna"), omni.config.flow,
+                                torch.Generator().manual_seed(0)).cpu() for omni in (here, there)]
+    assert (voice_mel(waves[0]) - voice_mel(waves[1])).abs().mean() < 1e-2
+
+
+@pytest.mark.parametrize("name", list(stages.STAGES))
+def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
+    """Losses and gradients are finite, and where chance has no part in them, those of a CPU."""
+    monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(stages.STAGES["dpo"], "prompts", 4)
+    worse = count(0, 2)
+    monkeypatch.setattr(talker_stages, "edits", lambda *_: next(worse))  # every try has a better and a worse one
+    stage = make(name, cache, "cuda")
+    rough = loop.gradients(stage, 0)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in stage.parameters().values())
+    monkeypatch.setattr(loop, "has_bf16", lambda device: False)
+    if name not in ("dit", "dpo"):
+        exact = loop.gradients(stage, 0)
+        assert rough == pytest.approx(exact, rel=0.03)
+        assert exact == pytest.approx(loop.gradients(make(name, cache), 0), rel=1e-3)
