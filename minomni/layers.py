@@ -1,10 +1,16 @@
 """What every tower shares: norm, rotary turns, attention, the key/value cache, the gated MLP and the initialisation."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CACHE_STEP = 256  # a full cache grows by at least this many tokens
+# How a GPU attends. cuDNN's way is left out: it plans every new shape anew, for milliseconds, and shapes are new at
+# every token and in every batch.
+WAYS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +66,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     if q.is_cpu and torch.is_autocast_enabled("cpu"):  # a CPU takes its gradient 2.6 times as fast in fp32 as in bf16
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, causal)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    with sdpa_kernel(WAYS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_slowly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,

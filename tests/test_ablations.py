@@ -16,7 +16,7 @@ from minomni.errors import UserError
 from minomni.thinker.tmrope import position_ids
 from minomni.train import ablations, report, stages, synthesis
 from minomni.train.stages import STAGES, TRAINED
-from minomni.train.talker_stages import DPOStage, TalkerStage
+from minomni.train.talker_stages import DPOStage, SpeechStage
 from minomni.train.teacher import Teacher
 from minomni.train.thinker_stages import ThinkerStage
 
@@ -27,8 +27,8 @@ def home(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(synthesis, "available", lambda: False)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")  # who has never learnt writes until it is cut off
-    monkeypatch.setattr(TalkerStage, "sample", lambda self: "")
-    monkeypatch.setattr(TalkerStage, "sound", lambda self: None)
+    monkeypatch.setattr(SpeechStage, "sample", lambda self: "")
+    monkeypatch.setattr(SpeechStage, "sound", lambda self: None)
     monkeypatch.setattr(DPOStage, "prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")

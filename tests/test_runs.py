@@ -257,7 +257,7 @@ def test_every_stage_learns_on_another_device(name, cache, monkeypatch):
     here = make(name, cache)
     assert losses == pytest.approx(loop.gradients(here, 0), rel=1e-5)  # sums in another order
     for key, parameter in here.parameters().items():
-        moved = away.omni.get_parameter(key).grad
+        moved = away.parameters()[key].grad
         assert (moved is None) == (parameter.grad is None)
         if moved is not None:
             assert type(moved) is Elsewhere

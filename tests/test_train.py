@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+from collections import Counter
+from itertools import product
 from math import log
 from pathlib import Path
 from random import Random
@@ -13,7 +15,7 @@ import torch
 from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.omni import Omni
-from minomni.talker.codec import FIRST_CODE, FSQ, Codec, ids_to_letters, letters_to_ids
+from minomni.talker.codec import FIRST_CODE, FSQ, Codec, align, ids_to_letters, letters_to_ids
 from minomni.train import losses, speech, stages, synthesis, world
 from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, learning_rate, train
@@ -184,7 +186,7 @@ def test_no_trained_sentence_is_held_out():
 def test_teacher_keeps_to_its_side(tmp_path):
     for held in (False, True):
         teacher, random = Teacher(TINY, tmp_path, held), Random(0)
-        for kind in ("say-typed", "say-spoken", "say-rare"):
+        for kind in ("say-typed", "say-spoken"):
             assert all(world.held_out(teacher.example(kind, random).answer) == held for _ in range(50))
     train_digits, test_digits = world.digits(False)[0], world.digits(True)[0]
     assert len(train_digits) + len(test_digits) == 1797
@@ -192,14 +194,30 @@ def test_teacher_keeps_to_its_side(tmp_path):
     assert sum(digit.tobytes() in seen for digit in test_digits) < 3  # the set itself repeats hardly any
 
 
-def test_rare_sentences_are_lessons_of_their_own():
-    assert {"the digit is six", "it was the red cross", "there is one shape"} <= speech.rare_statements()
-    assert "the red cross is above the blue circle" not in speech.rare_statements()
-    teacher, random = Teacher(TINY, CACHE), Random(0)
-    texts = {teacher.example("say-rare", random).answer for _ in range(30)}
-    texts |= {teacher.example("hear-rare", random).answer.removeprefix("say ") for _ in range(30)}
-    there = {text.removeprefix("say ") for text in teacher.wishes}
-    assert texts <= there and (not there & speech.rare_statements() or texts <= speech.rare_statements())
+def test_recordings_are_drawn_fairly_but_for_tests():
+    teacher, random, drawn = Teacher(TINY, CACHE), Random(0), 4000
+    kinds = [speech.kind_of(teacher.recorded_text(random).removeprefix("say ")) for _ in range(drawn)]
+    there = Counter(speech.kind_of(text.removeprefix("say ")) for text in teacher.spoken)
+    for kind, count in there.items():
+        share = (1 - speech.FAIR) * count / len(teacher.spoken) + speech.FAIR / len(there)
+        assert kinds.count(kind) / drawn == pytest.approx(share, abs=0.03)
+    assert Teacher(TINY, CACHE, held=True).weights is None
+
+
+def test_kinds_of_sentences():
+    for template in world.STATEMENTS:
+        assert {speech.kind_of(text) for text in world.expand(template)} == {template}
+    assert speech.kind_of("the cross is red and a red cross and a blue circle") == "long"
+    assert speech.kind_of("a red cross and a blue circle and the cross is red") == "long"
+    assert speech.kind_of("a red seven and a blue circle") == speech.kind_of("cross cross nine") == "words"
+
+
+def test_words_in_frames_are_no_statements():
+    random = Random(0)
+    drawn = [world.framed_words(random) for _ in range(2000)]
+    assert not set(drawn) & set(world.statements()) and len(set(drawn)) > 1000
+    little = {word for text in world.statements() for word in text.split()}
+    assert little == {word for text in drawn for word in text.split()} | {"shape", "shapes"}
 
 
 def test_answers_agree_with_pictures():
@@ -278,6 +296,47 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
     apart = synthesis.synthesise(jobs, seed=3)
     alone = synthesis.synthesise(jobs[:1], seed=3) + synthesis.synthesise(jobs[1:], seed=4)
     assert all((a == b).all() for a, b in zip(apart, alone, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- words in their places
+
+
+def test_letters_are_found_where_they_are_said():
+    """By hand: a, pause, a again, b drawn out; and what every way through would be, tried one by one."""
+    log_probs = torch.full((6, 3), -5.0)
+    log_probs[range(6), [1, 0, 1, 2, 2, 0]] = -0.1
+    assert align(log_probs, torch.tensor([1, 1, 2])).tolist() == [0, 0, 1, 2, 2, 2]
+    assert align(log_probs[:2], torch.tensor([1, 1])) is None  # two of a kind need a pause between them
+    random = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    letters = [3, 1, 1]
+    ways = [way for way in product(range(4), repeat=5) if squeezed(way) == letters]
+    best = max(ways, key=lambda way: sum(float(random[t, c]) for t, c in enumerate(way)))
+    said, expected = 0, []
+    for before, now in zip((0, *best), best):
+        said += now not in (0, before)
+        expected.append(max(said - 1, 0))
+    assert len(ways) > 3 and align(random, torch.tensor(letters)).tolist() == expected
+
+
+def squeezed(classes) -> list[int]:
+    """Repeats collapse, blanks vanish."""
+    return [now for before, now in zip((0, *classes), classes) if now not in (0, before)]
+
+
+def test_talker_is_asked_for_the_word_it_says():
+    stage = stage_of("talker")
+    lesson = next(x for x in stage.lessons if x.words is not None and len(x.text.split()) > 3)
+    assert len(lesson.words) == len(lesson.codes) and (lesson.words.diff() >= 0).all()
+    targets = torch.full((1, len(lesson.codes) + 9), losses.IGNORE)
+    targets[0, 5 : 5 + len(lesson.codes)] = lesson.codes
+    places, words = stage.said([lesson], targets)
+    assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
+    assert (places[0, :5] == losses.IGNORE).all() and (words[0, 5 + len(lesson.codes) :] == losses.IGNORE).all()
+    spell = Teacher(TINY, CACHE).processor.tokenizer.decode
+    first = spell([int(words[0, 5])]).strip()
+    assert first and lesson.text.split()[int(lesson.words[0])].startswith(first)
+    before = {name for name, _ in stage.omni.named_parameters()}
+    assert {name for name in stage.parameters() if name not in before} == {"place_head.weight", "place_head.bias"}
 
 
 # ---------------------------------------------------------------------------------------------- losses by hand

@@ -33,6 +33,34 @@ def ids_to_letters(classes: Tensor) -> str:
     return "".join(LETTERS[c - 1] for c in collapsed if 0 < c <= len(LETTERS))
 
 
+def align(log_probs: Tensor, letters: Tensor) -> Tensor | None:
+    """Which letter is being said when: the likeliest way of CTC through a text (Viterbi).
+
+    log_probs [T, classes], letters [n] -> index of a letter for each of T moments [T], that of the one before in a
+    pause; None where there are too few moments for the letters.
+    """
+    states = torch.zeros(2 * len(letters) + 1, dtype=torch.long)  # blank, letter, blank, letter, ... blank
+    states[1::2] = letters
+    leap = torch.zeros(len(states), dtype=torch.bool)  # over a blank, between letters that differ
+    leap[3::2] = states[3::2] != states[1:-2:2]
+    heard = log_probs.cpu().float()[:, states]  # [T, states]
+    never = torch.full((2,), -torch.inf)
+    score, came = torch.cat([heard[0, :2], never.new_full((len(states) - 2,), -torch.inf)]), []
+    for row in heard[1:]:
+        ways = torch.stack([score, torch.cat([never[:1], score[:-1]]),
+                            torch.cat([never, score[:-2]]).where(leap, never[0])])  # stay, step, leap
+        best, way = ways.max(0)
+        score = best + row
+        came.append(way)
+    place = len(states) - 2 + int(score[-1] > score[-2])
+    if score[place] == -torch.inf:
+        return None
+    places = [place]
+    for way in reversed(came):
+        places.append(places[-1] - int(way[places[-1]]))
+    return ((torch.tensor(places[::-1]) - 1) // 2).clamp_min(0)
+
+
 class FSQ(nn.Module):
     """Finite scalar quantisation: every channel is squashed to (-1, 1) and rounded to one of `levels` values."""
 

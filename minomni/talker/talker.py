@@ -74,8 +74,12 @@ class Talker(nn.Module):
     def forward(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
         """embeds [B, L, E], position_ids [3, B, L], attention_mask [B, past + L] -> logits [B, L, V] in fp32."""
-        hidden = self.model(self.thinker_to_talker_proj(embeds), position_ids, attention_mask, cache)
-        return self.codec_head(hidden).float()
+        return self.codec_head(self.hidden_states(embeds, position_ids, attention_mask, cache)).float()
+
+    def hidden_states(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
+                      cache: KVCache | None = None) -> Tensor:
+        """What forward() makes its logits of [B, L, D]."""
+        return self.model(self.thinker_to_talker_proj(embeds), position_ids, attention_mask, cache)
 
     def code_embeds(self, codes: Tensor | int) -> Tensor:
         """Codec ids -> their embeddings [..., E]."""

@@ -149,7 +149,8 @@ def gradients(stage: Stage, step: int) -> dict[str, float]:
     The forward pass runs in bf16 where the stage allows it and the device has it. Raises UserError for a loss that is
     not finite.
     """
-    stage.omni.zero_grad(set_to_none=True)
+    for parameter in stage.parameters().values():
+        parameter.grad = None
     parts, device, means = stage.recipe.accumulate, stage.device, {}
     rough = stage.bf16 and has_bf16(device)
     for number in range(step * parts, (step + 1) * parts):

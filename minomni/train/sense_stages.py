@@ -68,7 +68,7 @@ class EarsStage(SenseStage):
         random = Random(f"{self.seed}-ears-{number}")
         mels, words = [], []
         for i in range(self.recipe.batch):
-            text = random.choice(self.teacher.spoken)
+            text = self.teacher.recorded_text(random)
             example = Example("", "", voice="any", heard=text) if i % 6 else self.teacher.example("sync-typed", random)
             wave = torch.from_numpy(example.sound) if example.voice is None else self.teacher.wave(example, random)
             mels.append(log_mel(wave))

@@ -21,7 +21,7 @@ from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
-LONG, STRINGS = 600, 1200  # recordings of two statements in one breath, and of words without sense
+LONG, STRINGS, FRAMED = 600, 1200, 2000  # recordings of two statements in one breath, and of words without sense
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FAIR = 0.5  # share of all draws that treats kinds of sentences alike
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
@@ -72,32 +72,28 @@ class Speech:
 
 def all_statements(held: bool) -> list[str]:
     """Every statement of the language on one side of the held-out border, in a fixed order."""
-    return sorted(text for text in _templates() if world.held_out(text) == held)
-
-
-@cache
-def _templates() -> dict[str, str]:
-    """Every statement, with its template."""
-    return {text: template for template in world.STATEMENTS for text in world.expand(template)}
+    return sorted(text for text in world.statements() if world.held_out(text) == held)
 
 
 @cache
 def rare_statements() -> set[str]:
     """The statements of kinds of which there are few."""
-    counts = Counter(_templates().values())
-    return {text for text, template in _templates().items() if counts[template] < FEW}
+    counts = Counter(world.statements().values())
+    return {text for text, template in world.statements().items() if counts[template] < FEW}
 
 
 def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
     """What the model's voices say in training: every trained sentence, by two of the voices or all, and long ones.
 
-    And words without sense: nothing helps to say them but to know which word comes next.
+    And words without sense, loose and in the frames of sentences: nothing helps to say them but to know which word
+    comes next.
     """
     random, voices = Random(1), list(world.VOICES)
     said = [(name, text) for text in all_statements(held=False)
             for name in random.sample(voices, len(voices) if text in rare_statements() else 2)]
     said += [(random.choice(voices), world.long_statement(random, held=False)) for _ in range(LONG)]
     said += [(random.choice(voices), world.word_string(random)) for _ in range(STRINGS)]
+    said += [(random.choice(voices), world.framed_words(random)) for _ in range(FRAMED)]
     return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for name, text in said]
 
 
@@ -167,8 +163,11 @@ def without_long(speech: Speech) -> Speech:
 
 
 def kind_of(text: str) -> str:
-    """The template of a statement; "long" for two statements in one breath, "words" for words without sense."""
-    return _templates().get(text, "long" if " and " in text else "words")
+    """The template of a statement; "long" for two of them in one breath, "words" for words without sense."""
+    statements, parts = world.statements(), text.split(" and ")  # there may be one within a statement too
+    pairs = ((" and ".join(parts[:i]), " and ".join(parts[i:])) for i in range(1, len(parts)))
+    words = "long" if any(a in statements and b in statements for a, b in pairs) else "words"
+    return statements.get(text, words)
 
 
 def balanced(texts: list[str]) -> list[float]:

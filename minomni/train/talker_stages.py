@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import SamplingConfig
 from ..errors import UserError
 from ..files import write_atomically
-from ..talker.codec import ids_to_letters
+from ..talker.codec import align, ids_to_letters, letters_to_ids
 from ..talker.talker import Script, text
 from . import losses
 from .judge import edits
@@ -19,7 +19,10 @@ from .speech import FIRST_VOICE, balanced, corpus, make_voices
 from .teacher import Teacher
 from .voice_stages import encode_all, similar_lengths
 
+SPACE = int(letters_to_ids(" "))
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
+PLACES = 32  # words of an answer that are told apart by their number
+PLACE = 0.3  # weight of each of the two losses on it
 PAUSE = 8  # codes (a third of a second) without a letter that are no pause yet
 CONTEXTS = {
     "say-typed": 6,
@@ -42,6 +45,7 @@ class Lesson:
     voice: int  # token id
     codes: Tensor  # [m]
     text: str
+    words: Tensor | None = None  # [m] which word of the text each code says, counted from 0; None where unknown
 
 
 def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -85,10 +89,10 @@ def code_loss(omni, lessons: list[Lesson]) -> Tensor:
     return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
 
 
-class TalkerStage(Stage):
-    name, learns, needs = "talker", ("talker.",), ("codec", *THINKER)
-    about = "next code: from the Thinker's states and words to speech codes"
-    data = "spoken sentences as answers, what the Thinker thinks of them"
+class SpeechStage(Stage):
+    """What the three share: spoken sentences as answers, what the Thinker thinks of them, and how they sound."""
+
+    learns, data = ("talker.",), "spoken sentences as answers, what the Thinker thinks of them"
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -123,10 +127,16 @@ class TalkerStage(Stage):
             examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
             rows = hand_over(self.omni.thinker, *teacher.lesson([[example] for example in examples], random))
             lessons += [
-                Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
+                Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text, self.words_said(u.text, code))
                 for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
             ]
         return lessons
+
+    def words_said(self, text: str, codes: Tensor) -> Tensor | None:
+        """Which word of a text each of its codes says [m], as our codec reads them; None where it cannot tell."""
+        letters = letters_to_ids(text)
+        places = align(self.letters(codes), letters)
+        return None if places is None else (letters == SPACE).cumsum(0)[places]
 
     def questions(self, teacher, random) -> dict[str, list]:
         """Examples about things seen and heard, by the sentence that answers them."""
@@ -150,12 +160,13 @@ class TalkerStage(Stage):
         rows = self.omni.config.token2wav.dit.num_embeds + 1
         return self.omni.talker.generate(to_script(lessons, self.tokens, self.table), sampling, rows, generator)
 
+    def letters(self, codes: Tensor) -> Tensor:
+        """What our own codec reads in codes [m], as log-probabilities [m, classes]."""
+        return self.omni.codec.letters(self.omni.codec.fsq.values(codes.to(self.device))[None])[0]
+
     def hear(self, codes: Tensor) -> str:
         """What our own codec reads in codes; the outside judge is kept for the report."""
-        if len(codes) == 0:
-            return ""
-        grid = self.omni.codec.fsq.values(codes)[None]  # [1, m, channels]
-        return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
+        return ids_to_letters(self.letters(codes).argmax(-1)) if len(codes) else ""
 
     def sample(self):
         generator = torch.Generator(self.device).manual_seed(0)
@@ -176,7 +187,51 @@ class TalkerStage(Stage):
         return lesson.text, codec.mel(codec.fsq.values(codes)[None], voice.cond.to(self.device))[0]
 
 
-class DPOStage(TalkerStage):
+class TalkerStage(SpeechStage):
+    """Besides the next code it is asked, at each code, which word it is saying, by a head that is thrown away.
+
+    That is what a Talker must know to go on, and what the codes alone tell it late: without it, it loses its place in
+    long sentences and takes new ones for those it knows.
+    """
+
+    name, needs = "talker", ("codec", *THINKER)
+    about = "next code: from the Thinker's states and words to speech codes"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        config, encode = self.omni.config, Teacher(self.omni.config, self.cache).processor.tokenizer.encode
+        self.first_tokens = lambda text: torch.tensor([encode(f" {word}")[0] for word in text.split()])
+        self.place_head = nn.Linear(config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size)
+        self.place_head.to(self.device)
+
+    def parameters(self):
+        return super().parameters() | {f"place_head.{n}": p for n, p in self.place_head.named_parameters()}
+
+    def losses(self, lessons):
+        omni, tokens = self.omni, self.omni.config.thinker.tokens
+        script = to_script(lessons, tokens, omni.thinker.model.embed_tokens)
+        embeds, position_ids, mask, targets = omni.talker.teacher_forced(script, [x.codes for x in lessons])
+        hidden = omni.talker.hidden_states(embeds, position_ids, mask)  # [B, T, D]
+        places, words = self.said(lessons, targets.cpu())
+        at, word = self.place_head(hidden).float().split([PLACES, omni.config.thinker.text.vocab_size], -1)
+        return {
+            "codes": losses.next_token(omni.talker.codec_head(hidden).float(), targets),
+            "place": PLACE * losses.next_token(at, places),
+            "word": PLACE * losses.next_token(word, words),
+        }
+
+    def said(self, lessons: list[Lesson], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Where codes are asked for, targets [B, T]: which word of the text is said, and its first token [B, T] each."""
+        places, words = torch.full_like(targets, losses.IGNORE), torch.full_like(targets, losses.IGNORE)
+        for row, lesson in enumerate(lessons):
+            if lesson.words is not None:
+                begin = int((targets[row] != losses.IGNORE).nonzero()[0])
+                places[row, begin : begin + len(lesson.words)] = lesson.words.clamp(max=PLACES - 1)
+                words[row, begin : begin + len(lesson.words)] = self.first_tokens(lesson.text)[lesson.words]
+        return places, words
+
+
+class DPOStage(SpeechStage):
     name, needs = "dpo", ("codec", *THINKER, "talker")
     about = "direct preference optimisation: of some tries at long sentences, the best understood over the worst"
     data = "its own tries at sentences that nobody has recorded, and the recorded ones as before"
@@ -226,8 +281,7 @@ class DPOStage(TalkerStage):
         """Codes without a letter, those beyond PAUSE at a time, between the first letter and the last; two a fault."""
         if len(codes) == 0:
             return 0.0
-        grid = self.omni.codec.fsq.values(codes)[None]
-        runs = torch.unique_consecutive(self.omni.codec.letters(grid)[0].argmax(-1), return_counts=True)
+        runs = torch.unique_consecutive(self.letters(codes).argmax(-1), return_counts=True)
         inner = [n for letter, n in zip(*(row.tolist() for row in runs)) if letter == 0][1:-1]
         return sum(max(0, n - PAUSE) for n in inner) / 2
 
@@ -251,6 +305,6 @@ class DPOStage(TalkerStage):
         return {"dpo": losses.dpo(chosen, rejected, *reference, self.beta), **super().losses(lessons)}
 
 
-class SpeakersStage(TalkerStage):
+class SpeakersStage(SpeechStage):
     name, needs = "speakers", ("codec", *THINKER, "talker", "dpo")
     about = "speaker tuning: all voices once more, at a low rate"

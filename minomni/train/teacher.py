@@ -11,7 +11,7 @@ from ..inputs.media import Clip
 from ..inputs.prompt import Inputs, Processor, join
 from . import losses, world
 from .imagination import AUDIO_TOKENS_PER_SECOND
-from .speech import corpus, rare_statements
+from .speech import balanced, corpus
 from .vocabulary import world_tokenizer
 from .world import Example
 
@@ -53,8 +53,8 @@ class Teacher:
         self.held, self.digits = held, world.digits(held)
         self.speech = corpus("test" if held else "listening", cache)
         self.spoken = [u.text for u in self.speech.utterances]
-        self.wishes = [text for text in self.spoken if text.startswith("say ")]
-        self.rare = [text for text in self.wishes if text[4:] in rare_statements()] or self.wishes
+        # Kinds of sentences fairly, in training; in a test as they are.
+        self.weights = None if held else balanced([text.removeprefix("say ") for text in self.spoken])
         self.recorded = set(self.spoken)
         self.end = config.thinker.tokens.im_end
 
@@ -62,8 +62,7 @@ class Teacher:
         """One example: `kind` is scene, handwriting, video, sync or say, with `-typed` or `-spoken`; or hear.
 
         say-long is typed and has two statements, say-words words without sense, which are learnt only by copying;
-        hear-rare and say-rare are spoken, in sentences of which there are few; hear-long and video-long last up to 10
-        and 60 seconds.
+        hear-long and video-long last up to 10 and 60 seconds.
         """
         what, _, how = kind.partition("-")
         if kind == "hear-long":
@@ -75,7 +74,7 @@ class Teacher:
         if kind == "video-long":
             return replace(world.long_clip(random, random.randint(10, world.LONG_PAIRS)), kind=kind)
         if what == "hear":
-            text = random.choice(self.rare if how == "rare" else self.spoken)
+            text = self.recorded_text(random)
             return Example(TRANSCRIBE, text, voice="any", heard=text, kind=kind)
         if what == "say":
             text = self._sayable(random, how)
@@ -84,14 +83,14 @@ class Teacher:
             made = world.handwriting(random, self.digits)
         else:
             made = random.choice(SHOWN[what])(random)
-        recorded = how in ("spoken", "rare") and made.question in self.recorded
+        recorded = how == "spoken" and made.question in self.recorded
         return replace(made, voice="any" if recorded else None, kind=kind)
 
     def dictation(self, random: Random, seconds: float) -> Example:
         """Recordings one after the other, as many as fit into some seconds, to be written down."""
         waves, texts = [], []
         while True:
-            text = random.choice(self.spoken)
+            text = self.recorded_text(random)
             wave = self.wave(Example("", "", voice="any", heard=text), random)
             if waves and sum(map(len, waves)) + len(wave) > seconds * LISTENING_RATE:
                 said = " ".join(texts)
@@ -99,11 +98,17 @@ class Teacher:
             waves.append(wave)
             texts.append(text)
 
+    def recorded_text(self, random: Random) -> str:
+        """What one of the recordings says."""
+        return random.choices(self.spoken, self.weights)[0]
+
     def _sayable(self, random, how):
         """A statement to repeat; spoken ones must have been recorded."""
         if how == "typed":
             return world.statement(random, self.held)
-        return random.choice(self.rare if how == "rare" else self.wishes)[4:]
+        while not (text := self.recorded_text(random)).startswith("say "):
+            pass
+        return text.removeprefix("say ")
 
     def wave(self, example: Example, random: Random) -> torch.Tensor | None:
         """The recording of an example's question (or what is to be written down), louder or noisier each time."""

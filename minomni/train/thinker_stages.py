@@ -118,8 +118,7 @@ class Thinker2Stage(ThinkerStage):
     about = "pre-training 2: everything unlocked, all kinds of input"
     data = "the same, sentences to say, and clips with sound"
     mixture = {
-        "hear": 1.5,
-        "hear-rare": 1,
+        "hear": 2.5,
         "say-typed": 1,
         "say-long": 1,
         "say-words": 1,
@@ -150,13 +149,11 @@ class ChatStage(ThinkerStage):
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {
-        "hear": 1,
-        "hear-rare": 1,
+        "hear": 2,
         "say-typed": 1.5,
         "say-long": 1.5,
         "say-words": 1,
-        "say-spoken": 2.5,
-        "say-rare": 1.5,
+        "say-spoken": 4,
         "scene-typed": 3,
         "scene-spoken": 3.5,
         "handwriting-typed": 0.5,

@@ -3,8 +3,10 @@
 Sentences are told apart by their text alone: one in ten is held out for ever, by a hash that no seed can move.
 """
 
+import re
 import zlib
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -53,6 +55,9 @@ STATEMENTS = (
     "<count>",
     "it was the <color> <shape>",
 )
+WORDS = (*COLORS, *SHAPES, *NUMBERS, *MOVES)
+FRAMES = (*(re.sub(r"<\w+>", "<>", statement) for statement in STATEMENTS if statement != "<count>"), "there is one <>",
+          "there are two <>", "there are three <>")
 QUESTIONS = (
     "what color is the <shape>",
     "which shape is <color>",
@@ -124,8 +129,24 @@ def long_statement(random: Random, held: bool) -> str:
 
 def word_string(random: Random) -> str:
     """Words in no order that means anything, few different ones, so that they come back: no statement is in them."""
-    few = random.sample([*COLORS, *SHAPES, *NUMBERS, *MOVES], random.randint(2, 8))
+    few = random.sample(WORDS, random.randint(2, 8))
     return " ".join(random.choices(few, k=random.randint(2, 14)))
+
+
+def framed_words(random: Random) -> str:
+    """Words in the frame of a statement that they do not belong into: "the seven is circle". No statement either."""
+    while True:
+        text = random.choice(FRAMES)
+        for _ in range(text.count("<>")):
+            text = text.replace("<>", random.choice([*WORDS, *RELATIONS]), 1)
+        if text not in statements():
+            return text
+
+
+@cache
+def statements() -> dict[str, str]:
+    """Every statement of the language, with its template."""
+    return {text: template for template in STATEMENTS for text in expand(template)}
 
 
 def expand(template: str) -> list[str]:
