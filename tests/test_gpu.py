@@ -22,9 +22,9 @@ MEMORY = 100e9  # bytes that both codes take in fp32, side by side
 SEVEN = replace(QWEN7B, thinker=replace(QWEN7B.thinker, tokens=oracle.TOKENS),
                 token2wav=replace(QWEN7B.token2wav, dit=replace(QWEN7B.token2wav.dit, num_embeds=8447)),
                 thinker_sampling=oracle.CONFIG.thinker_sampling, talker_sampling=oracle.CONFIG.talker_sampling)
-# Ten times what two fp32 implementations of this depth were measured to differ by.
-DEEP = {"audio": 1e-2, "vision": 1e-2, "logits": 1e-1, "step_logits": 1e-1, "talker_inputs": 1e-2,
-        "talker_step_inputs": 1e-2, "talker_logits": 1e-1, "mel_0": 1e-2, "mel_1": 1e-2, "wave_0": 1e-2, "wave_1": 1e-2}
+# Ten times what the two were measured to differ by on an H200. Whatever is not listed is an integer, and equal.
+DEEP = {"audio": 1e-4, "vision": 6e-4, "logits": 6e-3, "step_logits": 6e-3, "talker_inputs": 1e-3,
+        "talker_step_inputs": 1e-3, "talker_logits": 5e-3, "mel_0": 4e-5, "mel_1": 4e-5, "wave_0": 2e-5, "wave_1": 2e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_seven_billion_weights_say_what_the_official_code_says(case, seven, monk
     compare(mine, theirs, DEEP)
 
 
-def test_the_release_s_folder_loads_onto_a_gpu(tmp_path):
+def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
     """As many weights, in the same files and precisions: loaded, every one as it was stored."""
     omni = bench.by_chance("qwen7b", "cuda")
     weights.save(omni, tmp_path / "model")
@@ -78,7 +78,9 @@ def test_the_release_s_folder_loads_onto_a_gpu(tmp_path):
     for name, tensor in again.state_dict().items():
         assert tensor.is_cuda and torch.equal(tensor.cpu(), kept.pop(name)), name
     assert not kept
-    assert len(again.respond([{"role": "user", "content": "say two"}]).wave)
+    monkeypatch.setattr(bench, "ANSWER_S", 1)
+    with bench.endless(again):  # chance would go on for ever
+        assert len(again.respond(bench.QUESTION).wave)
 
 
 def test_tiny_thinks_and_sounds_the_same_on_a_gpu():

@@ -194,7 +194,7 @@ class TalkerStage(SpeechStage):
     long sentences and takes new ones for those it knows.
     """
 
-    name, needs = "talker", ("codec", *THINKER)
+    name, needs = "talker", ("codec", *THINKER[:5])  # it goes on with later Thinkers as well as with that of thinker2
     about = "next code: from the Thinker's states and words to speech codes"
 
     def __init__(self, *args):
