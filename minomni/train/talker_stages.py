@@ -103,7 +103,7 @@ class SpeechStage(Stage):
         self.omni.eval()
         with torch.no_grad():
             self.lessons = self.prepare()
-        self.lengths = [len(x.prompt) + len(x.codes) for x in self.lessons]
+        self.lengths = [(len(x.prompt) // 8, len(x.codes)) for x in self.lessons]  # each is padded on its own
         self.weights = balanced([x.text for x in self.lessons])
 
     def prepare(self) -> list[Lesson]:
@@ -149,7 +149,7 @@ class SpeechStage(Stage):
         return asked
 
     def batch(self, number):
-        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)
+        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights, pool=32)
         return [self.lessons[i] for i in indices]
 
     def losses(self, batch):

@@ -19,11 +19,12 @@ DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
 
 
 def similar_lengths(
-    lengths: list[int], batch: int, seed: int, step: int, weights: list[float] | None = None, pool: int = 8
+    lengths: list, batch: int, seed: int, step: int, weights: list[float] | None = None, pool: int = 8
 ) -> list[int]:
     """Indices of one batch whose rows are about equally long, so little is padding; a function of the step alone.
 
-    weights: how often each index is drawn; None for all alike.
+    lengths: numbers, or tuples of them that are compared in turn. weights: how often each index is drawn; None for all
+    alike. pool: of how many batches the rows are drawn and sorted together.
     """
     random = Random(f"{seed}-{step // pool}")
     chosen = random.choices(range(len(lengths)), weights, k=batch * pool)
