@@ -57,7 +57,7 @@ RECIPES = {
         "thinker3": Recipe(steps=240, batch=4, lr=8e-4),
         "chat": Recipe(steps=1100, batch=8, lr=6e-4),
         "talker": Recipe(steps=1500, batch=24, lr=5e-3),
-        "dpo": Recipe(steps=20, batch=16, lr=5e-4, warmup=2),  # one pass: in a second one pairs are learnt by heart
+        "dpo": Recipe(steps=160, batch=16, lr=2e-3, warmup=16),  # about four passes
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
 }

@@ -235,7 +235,8 @@ class DPOStage(SpeechStage):
     name, needs = "dpo", ("codec", *THINKER, "talker")
     about = "direct preference optimisation: of some tries at long sentences, the best understood over the worst"
     data = "its own tries at sentences that nobody has recorded, and the recorded ones as before"
-    beta, tries, prompts = 0.1, 4, 320
+    beta, tries, prompts = 0.05, 4, 640
+    better = 0.5  # weight of the better try as a lesson: without it preference makes both less likely, and speech worse
 
     def prepare(self):
         """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference log-probabilities."""
@@ -302,7 +303,12 @@ class DPOStage(SpeechStage):
     def losses(self, batch):
         pairs, reference, lessons = batch
         chosen, rejected = self._log_probs(pairs)
-        return {"dpo": losses.dpo(chosen, rejected, *reference, self.beta), **super().losses(lessons)}
+        said = sum(len(better) + 1 for _, better, _ in pairs)  # the stop is said too
+        return {
+            "dpo": losses.dpo(chosen, rejected, *reference, self.beta),
+            "better": -self.better * chosen.sum() / said,
+            **super().losses(lessons),
+        }
 
 
 class SpeakersStage(SpeechStage):
