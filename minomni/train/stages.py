@@ -82,9 +82,9 @@ EXPECTED = {
         "thinker2": (349, "text 0.059  moments 0.348"),
         "thinker3": (112, "text 0.827"),
         "chat": (411, "text 0.070  moments 0.350"),
-        "talker": (836, "codes 0.791  place 0.025  word 0.012"),
-        "dpo": (29, "dpo 0.687  codes 0.656"),
-        "speakers": (41, "codes 0.813"),
+        "talker": (621, "codes 0.714  place 0.022  word 0.010"),
+        "dpo": (135, "dpo 0.004  better 0.285  codes 0.750"),
+        "speakers": (32, "codes 0.618"),
     },
 }
 
