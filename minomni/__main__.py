@@ -40,7 +40,7 @@ def parser() -> Parser:
 
     train = commands.add_parser("train", help="train a size from scratch, stage by stage",
                                 description="Trains every stage that is not finished, two at a time, and writes "
-                                            "runs/SIZE/model. tiny takes about 20 minutes on two cores and 4 GB of "
+                                            "runs/SIZE/model. tiny takes about 35 minutes on two cores and 4 GB of "
                                             "memory.")
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     train.add_argument("--stage", help="run this one stage only; --stages lists them")

@@ -166,8 +166,8 @@ def kind_of(text: str) -> str:
     """The template of a statement; "long" for two of them in one breath, "words" for words without sense."""
     statements, parts = world.statements(), text.split(" and ")  # there may be one within a statement too
     pairs = ((" and ".join(parts[:i]), " and ".join(parts[i:])) for i in range(1, len(parts)))
-    words = "long" if any(a in statements and b in statements for a, b in pairs) else "words"
-    return statements.get(text, words)
+    other = "long" if any(a in statements and b in statements for a, b in pairs) else "words"
+    return statements.get(text, other)
 
 
 def balanced(texts: list[str]) -> list[float]:
