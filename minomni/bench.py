@@ -150,9 +150,13 @@ def measure(omni) -> Streaming:
 
 
 def first_sound(omni) -> dict[str, tuple[float, str]]:
-    """How soon a streamed answer is heard, on whatever device the model is, and whether it can be kept up."""
+    """How soon a streamed answer is heard, on whatever device the model is, and whether it can be kept up.
+
+    Raises UserError for a model that says nothing.
+    """
     with endless(omni):
-        streamed(omni)  # warm up
+        if not streamed(omni)[0]:  # which also warms up
+            raise UserError("the model answers without speech; there is no first sound to wait for")
         sounds, reply = min((streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].trace.first("sound"))
     text, code, sound = (reply.trace.times[kind] for kind in ("text", "code", "sound"))
     needed = codes_until_sound(eager(omni.token2wav), omni.token2wav)
@@ -161,7 +165,7 @@ def first_sound(omni) -> dict[str, tuple[float, str]]:
         "first_text_ms": (1e3 * text[0], "from the question to the first word"),
         "codes_before_sound": (needed, "that the first sound waits for"),
         "thinker_and_talker_ms": (1e3 * (code[needed - 1] - code[0]) / (needed - 1), "one step of both"),
-        "talker_ms": (1e3 * median(alone), "one step of the Talker alone"),
+        "talker_ms": (1e3 * median(alone or [float("nan")]), "one step of the Talker alone"),
         "mel_and_sound_ms": (1e3 * (sound[0] - code[needed - 1]), "from the last of those codes to the first sound"),
         "first_sound_ms": (1e3 * sound[0], "from the question to the first sound"),
         "realtime_factor": (reply.total_s / reply.seconds, "seconds of work for a second of streamed speech"),

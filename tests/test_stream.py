@@ -289,3 +289,6 @@ def test_bench_of_a_size_that_nobody_trained(monkeypatch):
     assert 0 < values["talker_ms"] < values["first_sound_ms"] and values["first_text_ms"] < values["first_sound_ms"]
     with pytest.raises(UserError, match="unknown size 'huge'"):
         bench.by_chance("huge", "cpu")
+    monkeypatch.setattr(bench, "streamed", lambda omni: ([], None))
+    with pytest.raises(UserError, match="answers without speech"):
+        bench.first_sound(bench.by_chance("tiny", "cpu"))
