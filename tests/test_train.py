@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from math import log
 from pathlib import Path
@@ -18,8 +19,8 @@ from minomni.omni import Omni
 from minomni.talker.codec import FIRST_CODE, FSQ, Codec, align, ids_to_letters, letters_to_ids
 from minomni.train import losses, speech, stages, synthesis, world
 from minomni.train.judge import edits, word_error
-from minomni.train.loop import Recipe, Stage, learning_rate, train
-from minomni.train.talker_stages import DPOStage
+from minomni.train.loop import Recipe, Stage, gradients, learning_rate, train
+from minomni.train.talker_stages import DPOStage, code_loss
 from minomni.train.teacher import Teacher
 
 CACHE = Path(tempfile.mkdtemp())
@@ -337,6 +338,21 @@ def test_talker_is_asked_for_the_word_it_says():
     assert first and lesson.text.split()[int(lesson.words[0])].startswith(first)
     before = {name for name, _ in stage.omni.named_parameters()}
     assert {name for name in stage.parameters() if name not in before} == {"place_head.weight", "place_head.bias"}
+    gradients(stage, 0)
+    once = stage.place_head.weight.grad.clone()
+    gradients(stage, 0)  # what is thrown away later is cleared between steps too
+    assert once.abs().max() > 0 and torch.equal(stage.place_head.weight.grad, once)
+
+
+def test_the_better_try_is_a_lesson_as_any_other():
+    """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to become likelier."""
+    stage = stage_of("dpo")
+    stage.omni.eval()
+    pairs, reference, lessons = stage.batch(0)
+    with torch.no_grad():
+        losses_of = stage.losses((pairs, reference, lessons))
+        taught = code_loss(stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs])
+    assert losses_of["better"].item() == pytest.approx(stage.better * taught.item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- losses by hand

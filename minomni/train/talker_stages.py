@@ -17,6 +17,7 @@ from .judge import edits
 from .loop import Stage
 from .speech import FIRST_VOICE, balanced, corpus, make_voices
 from .teacher import Teacher
+from .vocabulary import world_tokenizer
 from .voice_stages import encode_all, similar_lengths
 
 SPACE = int(letters_to_ids(" "))
@@ -199,7 +200,7 @@ class TalkerStage(SpeechStage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        config, encode = self.omni.config, Teacher(self.omni.config, self.cache).processor.tokenizer.encode
+        config, encode = self.omni.config, world_tokenizer(self.tokens).encode
         self.first_tokens = lambda text: torch.tensor([encode(f" {word}")[0] for word in text.split()])
         self.place_head = nn.Linear(config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size)
         self.place_head.to(self.device)
@@ -236,7 +237,7 @@ class DPOStage(SpeechStage):
     about = "direct preference optimisation: of some tries at long sentences, the best understood over the worst"
     data = "its own tries at sentences that nobody has recorded, and the recorded ones as before"
     beta, tries, prompts = 0.05, 4, 640
-    better = 0.5  # weight of the better try as a lesson: without it preference makes both less likely, and speech worse
+    better = 0.5  # weight of the better try as a lesson: preference alone has not helped
 
     def prepare(self):
         """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference log-probabilities."""
