@@ -11,12 +11,14 @@ from ..config import LISTENING_RATE
 from ..errors import UserError
 from . import world
 
-STATEMENT, LONG = "<statement>", "<statement> and <statement>"  # what one utterance may be made of
+# What one utterance may be made of.
+STATEMENT, LONG, ENGLISH = "<statement>", "<statement> and <statement>", "the <word> <word> is <relation> the <word> <word>"
 
 
-def grammar(said: str = STATEMENT) -> str:
-    """The world's statements as a JSGF grammar; `said` is what one utterance is made of."""
-    rules = [f"<{name}> = {' | '.join(words)};" for name, words in world.GRAMMAR.items()]
+def grammar(said: str = STATEMENT, words=world.WORDS) -> str:
+    """The world's statements as a JSGF grammar; `said` is what one utterance is made of, `words` those of ENGLISH."""
+    lists = {**world.GRAMMAR, "word": words}
+    rules = [f"<{name}> = {' | '.join(choices)};" for name, choices in lists.items()]
     rules += [f"<statement> = {' | '.join(world.STATEMENTS)};", f"public <said> = {said};"]
     return "#JSGF V1.0;\ngrammar world;\n" + "\n".join(rules) + "\n"
 
@@ -24,13 +26,13 @@ def grammar(said: str = STATEMENT) -> str:
 class Judge:
     """Writes down what it hears: a statement, or what else `said` allows. UserError where there is no pocketsphinx."""
 
-    def __init__(self, said: str = STATEMENT):
+    def __init__(self, said: str = STATEMENT, words=world.WORDS):
         try:
             from pocketsphinx import Decoder
         except ImportError:
             raise UserError("the outside judge is not installed: pip install pocketsphinx") from None
         self.decoder = Decoder(bestpath=False, loglevel="FATAL")
-        self.decoder.add_jsgf_string("world", grammar(said))
+        self.decoder.add_jsgf_string("world", grammar(said, words))
         self.decoder.activate_search("world")
 
     def hear(self, wave: Tensor, sample_rate: int) -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from . import run_folder, samples
+from .muon import Muon
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
 OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer
@@ -96,9 +97,7 @@ def make_optimizers(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))] if groups else []
     if matrices:
         groups = [{"params": list(matrices.values()), "share": 1.0}]
-        optimizers.append(
-            torch.optim.Muon(groups, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(groups, weight_decay=recipe.weight_decay))
     return optimizers
 
 

@@ -18,12 +18,13 @@ from ..files import write_atomically
 from ..inputs.mel import voice_mel
 from ..reply import Reply
 from . import world
-from .judge import LONG, STATEMENT, Judge, edits
+from .judge import ENGLISH, LONG, STATEMENT, Judge, edits
 from .real_digits import leave_one_out
 from .run_folder import graduate
 from .speech import corpus
 from .stages import TRAINED, commit
 from .teacher import TRANSCRIBE, Teacher
+from .vocabulary import tested
 from .world import Example
 
 BATCH = 16  # questions that are answered together
@@ -101,7 +102,7 @@ def measure(model: str, items: int = 100, digits: Path | None = None, device: st
         examiner.hearing("asr_wer_unseen_voices", world.UNSEEN_VOICES),
     ]
     rows.append(real_digits_row(model, digits))
-    rows += examiner.speech() + examiner.preference(folder.parent / "stages")
+    rows += examiner.speech() + examiner.preference(folder.parent / "stages") + examiner.english()
     trained = folder / TRAINED
     spent = json.loads(trained.read_text(encoding="utf-8"))["seconds"] if trained.exists() else None
     card = Card(model, rows, time.perf_counter() - began, spent, omni.thinker.device.type)
@@ -208,6 +209,31 @@ class Examiner:
         items = [(edits(right, text.split()), len(right)) for right, text in zip(sentences, texts)]
         return word_error_row(name, items)
 
+    def english(self) -> list[Row]:
+        """English words in a sentence, written down and said; nothing where a model knows the world's words alone.
+
+        The rows in _new are of words that no training has had.
+        """
+        words = self.teacher.english
+        groups = {"": tested(words.trained), "_new": tested(words.held)}
+        return [row for end, few in groups.items() if few for row in self.english_words(end, few)]
+
+    def english_words(self, end: str, few: list[str]) -> list[Row]:
+        """Error of some words, the sentence around them aside: written down by the Thinker, said by it, and recorded."""
+        speech, errors, judge = self.teacher.speech, {"asr": [], "speech": [], "natural_speech": []}, Judge(ENGLISH, few)
+        chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(few)][: self.items]
+        texts = self.replies([[{"role": "user", "content": [{"type": "audio", "audio": speech.wave(i)},
+                                                            {"type": "text", "text": TRANSCRIBE}]}] for i in chosen])
+        for i, text in zip(chosen, texts):
+            utterance = speech.utterances[i]
+            reply, frame = self.say(utterance.text, utterance.voice, seed=i), set(utterance.text.split()) - set(few)
+            right = [word for word in utterance.text.split() if word in few]
+            heard = {"asr": text.split(), "speech": hear(judge, reply.wave, reply.sample_rate),
+                     "natural_speech": hear(judge, speech.wave(i), world.LISTENING_RATE)}
+            for name, said in heard.items():
+                errors[name].append((edits(right, [word for word in said if word not in frame]), len(right)))
+        return [word_error_row(f"english_{name}_wer{end}", items) for name, items in errors.items()]
+
     def long_rows(self, count: int) -> list[Row]:
         """Half a minute of speech and a minute of pictures; and the same of short ones, for comparison."""
         random = Random("held-out-long")
@@ -225,13 +251,11 @@ class Examiner:
 
     def speech(self) -> list[Row]:
         """Word error of spoken held-out sentences by the outside judge, beside that of recordings; and the voice."""
-        judge, recordings = Judge(), corpus("test", self.cache)
+        judge, recordings = Judge(), self.teacher.speech
         made, streamed, natural, stopped, voices = [], [], [], 0, []
-        said = [
-            i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in self.statements()
-        ][: self.items]
+        said = [i for i, u in enumerate(recordings.utterances) if u.text in world.statements()][: self.items]
         own_voices = set(world.VOICES) <= set(self.omni.voices)  # another model has voices of its own
-        known = VoiceClassifier(corpus("speaking", self.cache)) if own_voices else None
+        known = VoiceClassifier(corpus("speaking", self.cache, self.teacher.english)) if own_voices else None
         for i in said:
             utterance = recordings.utterances[i]
             reply = self.say(utterance.text, utterance.voice if own_voices else None, seed=i)
@@ -284,11 +308,6 @@ class Examiner:
         """The same wish, spoken while it is thought: the same codes, painted chunk by chunk -> its sound [samples]."""
         *_, end = self.omni.stream([{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed)
         return end.reply.wave
-
-    def statements(self) -> set[str]:
-        return {u.text for u in self.teacher.speech.utterances if not u.text.startswith("say ")} - set(
-            world.every_question()
-        )
 
 
 def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:

@@ -19,9 +19,11 @@ from ..files import write_atomically
 from ..inputs.mel import voice_mel
 from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
+from .vocabulary import English, tested
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 LONG, STRINGS, FRAMED = 600, 1200, 2000  # recordings of two statements in one breath, and of words without sense
+AGAIN = 400  # sentences to listen to that a second voice says as well
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FAIR = 0.5  # share of all draws that treats kinds of sentences alike
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
@@ -82,39 +84,44 @@ def rare_statements() -> set[str]:
     return {text for text, template in world.statements().items() if counts[template] < FEW}
 
 
-def speaking_jobs() -> list[tuple[str, synthesis.Job]]:
+def speaking_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
     """What the model's voices say in training: every trained sentence, by two of the voices or all, and long ones.
 
-    And words without sense, loose and in the frames of sentences: nothing helps to say them but to know which word
-    comes next.
+    And words without sense, English ones where there are any, loose and in the frames of sentences: nothing helps to
+    say them but to know which word comes next.
     """
-    random, voices = Random(1), list(world.VOICES)
+    random, voices, words = Random(1), list(world.VOICES), [*world.WORDS, *english.trained]
+    strings, framed = STRINGS + 3 * len(english.trained), FRAMED + len(english.trained)
     said = [(name, text) for text in all_statements(held=False)
             for name in random.sample(voices, len(voices) if text in rare_statements() else 2)]
     said += [(random.choice(voices), world.long_statement(random, held=False)) for _ in range(LONG)]
-    said += [(random.choice(voices), world.word_string(random)) for _ in range(STRINGS)]
-    said += [(random.choice(voices), world.framed_words(random)) for _ in range(FRAMED)]
+    said += [(random.choice(voices), world.word_string(random, words)) for _ in range(strings)]
+    said += [(random.choice(voices), world.framed_words(random, words)) for _ in range(framed)]
     return [(name, synthesis.Job(text, world.VOICES[name], **NORMAL)) for name, text in said]
 
 
-def listening_jobs() -> list[tuple[str, synthesis.Job]]:
-    """What the model hears in training: questions by every voice and sentences by some, at many rates and pitches."""
+def listening_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
+    """What the model hears in training, at many rates and pitches: every question by every voice, every sentence by one or two.
+
+    And strings of words, where there are English ones.
+    """
     random = Random(2)
-    jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(4)]
-    jobs += [
-        (random.choice(list(world.LISTENING_VOICES)), "say " + t)
-        for t in random.sample(all_statements(held=False), 2200)
-    ]
+    jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(2)]
+    words, statements = [*world.WORDS, *english.trained], all_statements(held=False)
+    said = statements + random.sample(statements, AGAIN)
+    said += [world.word_string(random, words) for _ in range(2 * len(english.trained))]
+    jobs += [(random.choice(list(world.LISTENING_VOICES)), "say " + t) for t in said]
     return [
         (name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
         for name, t in jobs
     ]
 
 
-def test_jobs() -> list[tuple[str, synthesis.Job]]:
+def test_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
     """Held-out sentences: by the model's voices as they speak, and spoken questions at unheard rates and pitches.
 
-    Drawn as the answers of a conversation are, not from all there are, of which most say where something is.
+    Drawn as the answers of a conversation are, not from all there are, of which most say where something is. And
+    sentences of English words, where there are any: of those that were trained on, and of those that were not.
     """
     random = Random(3)
     texts = [world.statement(random, held=True) for _ in range(100)]
@@ -123,6 +130,11 @@ def test_jobs() -> list[tuple[str, synthesis.Job]]:
         for t in ["say " + t for t in texts] + world.every_question():
             name = random.choice(list(names))
             jobs.append((name, synthesis.Job(t, names[name], random.randint(150, 210), random.randint(35, 65))))
+    for words in filter(None, english):
+        for name in list(world.VOICES) * 12:
+            a, b, c, d = random.sample(tested(words), 4)
+            text = f"the {a} {b} is {random.choice(list(world.RELATIONS))} the {c} {d}"
+            jobs.append((name, synthesis.Job(text, world.VOICES[name], **NORMAL)))
     return jobs
 
 
@@ -137,14 +149,16 @@ def digit_jobs() -> list[tuple[str, synthesis.Job]]:
     ]
 
 
-def corpus(name: str, cache: Path, seed: int = 0) -> Speech:
+def corpus(name: str, cache: Path, english=English(), seed: int = 0) -> Speech:
     """The "speaking", "listening", "test" or "digits" corpus, synthesised on first use into the cache folder.
 
-    The cache file is named by a hash of all jobs, so a changed recipe never meets an old recording.
+    english: words that are spoken in it beside the world's own. The cache file is named by a hash of all jobs, so a
+    changed recipe never meets an old recording.
     """
     if not synthesis.available():
         return recorded(held=name == "test")
-    jobs = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs, "digits": digit_jobs}[name]()
+    makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs}
+    jobs = digit_jobs() if name == "digits" else makers[name](english)
     key = hashlib.sha256(json.dumps([seed, synthesis.PART, jobs]).encode()).hexdigest()[:12]
     path = cache / f"{name}-{key}.npy"
     if not path.exists():

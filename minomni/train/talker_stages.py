@@ -17,7 +17,7 @@ from .judge import edits
 from .loop import Stage
 from .speech import FIRST_VOICE, balanced, corpus, make_voices
 from .teacher import Teacher
-from .vocabulary import world_tokenizer
+from .vocabulary import english, world_tokenizer
 from .voice_stages import encode_all, similar_lengths
 
 SPACE = int(letters_to_ids(" "))
@@ -97,7 +97,7 @@ class SpeechStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.speech = corpus("speaking", self.cache)
+        self.speech = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
         self.voices = make_voices(self.speech, self.omni.config.thinker.tokens.tts_text_pad + FIRST_VOICE)
         self.table = self.omni.thinker.model.embed_tokens
         self.tokens = self.omni.config.thinker.tokens

@@ -12,7 +12,7 @@ from ..inputs.prompt import Inputs, Processor, join
 from . import losses, world
 from .imagination import AUDIO_TOKENS_PER_SECOND
 from .speech import balanced, corpus
-from .vocabulary import world_tokenizer
+from .vocabulary import english, world_tokenizer
 from .world import Example
 
 TRANSCRIBE = "write what you hear"
@@ -51,7 +51,9 @@ class Teacher:
     def __init__(self, config, cache, held: bool = False):
         self.processor = Processor(config, world_tokenizer(config.thinker.tokens))
         self.held, self.digits = held, world.digits(held)
-        self.speech = corpus("test" if held else "listening", cache)
+        self.english = english(config.thinker.tokens)
+        self.words = [*world.WORDS, *self.english.trained]
+        self.speech = corpus("test" if held else "listening", cache, self.english)
         self.spoken = [u.text for u in self.speech.utterances]
         # Kinds of sentences fairly, in training; in a test as they are.
         self.weights = None if held else balanced([text.removeprefix("say ") for text in self.spoken])
@@ -70,7 +72,7 @@ class Teacher:
         if kind == "say-long":
             return replace(self.say(world.long_statement(random, self.held)), kind=kind)
         if kind == "say-words":
-            return replace(self.say(world.word_string(random)), kind=kind)
+            return replace(self.say(world.word_string(random, self.words)), kind=kind)
         if kind == "video-long":
             return replace(world.long_clip(random, random.randint(10, world.LONG_PAIRS)), kind=kind)
         if what == "hear":

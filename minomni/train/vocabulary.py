@@ -1,10 +1,44 @@
-"""The tokenizer of the generated world: byte-level BPE trained on every sentence the language has."""
+"""The vocabulary of the generated world, opened where there is room: its tokenizer, and the English words beside its own.
+
+The tokenizer is byte-level BPE trained on every sentence the language has. English comes in pieces, so that words which
+nobody has said in training can be spelled, heard and said like the others.
+"""
 
 from functools import cache
+from random import Random
+from typing import NamedTuple
 
+from .. import ROOT
 from ..config import TokenIds
 from ..inputs.tokenizer import Tokenizer, special_tokens
 from . import world
+
+
+ENGLISH = ROOT / "data_samples" / "words.txt"  # common in the notebooks, known to the judge, each sounds like no other
+TESTED, LONG = 40, 6  # words in a test, and letters that they have at least
+OWN, PIECES = 480, 320  # ids that the world's own words take, and those for pieces of English
+
+
+class English(NamedTuple):
+    """English words beside the world's own."""
+
+    trained: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()  # never trained on: one in ten
+
+
+@cache
+def english(tokens: TokenIds) -> English:
+    """The words that a vocabulary has room for: none in one of OWN ids."""
+    if min(special_tokens(tokens).values()) < OWN + PIECES:
+        return English()
+    words = ENGLISH.read_text(encoding="utf-8").split()
+    return English(*(tuple(word for word in words if world.held_out(word) == held) for held in (False, True)))
+
+
+def tested(words: tuple[str, ...]) -> list[str]:
+    """Some long ones of them, which a judge can tell from each other."""
+    long = [word for word in words if len(word) >= LONG]
+    return Random(6).sample(long, min(TESTED, len(long)))
 
 
 @cache
@@ -14,6 +48,6 @@ def world_tokenizer(tokens: TokenIds) -> Tokenizer:
     texts = texts + list(world.QUESTIONS) * 100
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "write what you hear"] * 400
     texts += [f"say {word} {word}s" for words in (world.COLORS, world.SHAPES, world.NUMBERS) for word in words]
-    return Tokenizer.train(
-        texts, vocab_size=min(special_tokens(tokens).values()), special_tokens=special_tokens(tokens)
-    )
+    texts += [f"say {word}" for word in english(tokens).trained] * 3
+    room = min(OWN + PIECES, *special_tokens(tokens).values())
+    return Tokenizer.train(texts, vocab_size=room, special_tokens=special_tokens(tokens))

@@ -12,6 +12,7 @@ from . import losses
 from .judge import edits
 from .loop import Stage
 from .speech import balanced, corpus, make_voices, without_long
+from .vocabulary import english
 
 CROP_BLOCKS = 3, 4  # attention blocks of mel in a training crop of the DiT; short sentences have no more than three
 VOCODER_FRAMES = 32  # mel frames in one training crop of the vocoder
@@ -48,7 +49,8 @@ class VoiceStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.speech = without_long(corpus("speaking", self.cache))  # long ones would take steps and teach nothing new
+        spoken = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
+        self.speech = without_long(spoken)  # long ones would take steps and teach nothing new
         self.weights = balanced([u.text for u in self.speech.utterances])
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]

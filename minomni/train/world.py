@@ -33,7 +33,10 @@ LONG_PAIR_SECONDS, LONG_PAIRS = (1.0, 1.85), 32  # in long clips, and how many t
 
 # How each voice is made: espeak-ng voice. The first four are the voices the model speaks with.
 VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
-LISTENING_VOICES = {**VOICES, "Mike": "en-us+m1", "Max": "en-us+m3", "Nora": "en-us+f4", "Paul": "en-us"}
+MORE_VOICES = ("Alex", "Alicia", "Andrea", "belinda", "caleb", "david", "ed", "Gene", "Hugo", "ian", "Jacky", "Lee", "linda",
+               "Mario", "steph", "victor")  # espeak-ng's own names of them
+LISTENING_VOICES = {**VOICES, "Mike": "en-us+m1", "Max": "en-us+m3", "Nora": "en-us+f4", "Paul": "en-us",
+                    **{name.capitalize(): f"en-us+{name}" for name in MORE_VOICES}}
 UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # heard in tests only
 
 # Every sentence the language has, as a grammar: the judge of speech listens with the same one.
@@ -127,18 +130,18 @@ def long_statement(random: Random, held: bool) -> str:
             return text
 
 
-def word_string(random: Random) -> str:
+def word_string(random: Random, words=WORDS) -> str:
     """Words in no order that means anything, few different ones, so that they come back: no statement is in them."""
-    few = random.sample(WORDS, random.randint(2, 8))
+    few = random.sample(words, random.randint(2, 8))
     return " ".join(random.choices(few, k=random.randint(2, 14)))
 
 
-def framed_words(random: Random) -> str:
+def framed_words(random: Random, words=WORDS) -> str:
     """Words in the frame of a statement that they do not belong into: "the seven is circle". No statement either."""
     while True:
         text = random.choice(FRAMES)
         for _ in range(text.count("<>")):
-            text = text.replace("<>", random.choice([*WORDS, *RELATIONS]), 1)
+            text = text.replace("<>", random.choice([*words, *RELATIONS]), 1)
         if text not in statements():
             return text
 

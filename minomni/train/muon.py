@@ -1,0 +1,57 @@
+"""Muon for many small matrices: those of one shape are turned together, in a third of the calls or fewer."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+RMS = 0.2  # of a step of AdamW, which Muon's steps are made as long as (arXiv 2502.16982, sec. 2.2)
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with match_rms_adamw, whose steps it takes, matrices of one shape (or one on its side) at a time.
+
+    In a step of the tiny Thinker, 77 matrices, that takes about half as long; on a GPU, where each call costs alike, a
+    fraction. Nothing else differs: neither the state nor what is saved of it.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        """One step for all matrices that have a gradient."""
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[tuple(sorted(matrix.shape))].append(matrix)
+            for matrices in by_shape.values():
+                self._step_together(matrices, group)
+
+    def _step_together(self, matrices: list[Tensor], group: dict) -> None:
+        grads, momentum, lr = [matrix.grad for matrix in matrices], group["momentum"], group["lr"]
+        buffers = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        wanted = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov: one step ahead
+        turned = orthogonal(torch.stack([wide(x) for x in wanted]), group["ns_steps"]).to(grads[0].dtype)  # [n, r, c]
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        length = lr * RMS * max(matrices[0].shape) ** 0.5
+        torch._foreach_add_([wide(x) for x in matrices], list(turned.unbind()), alpha=-length)
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """A view of a matrix with no more rows than columns."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def orthogonal(matrices: Tensor, steps: int) -> Tensor:
+    """Matrices [n, r, c], r <= c -> [n, r, c] in bf16 with the same singular vectors and all singular values near 1.
+
+    By Newton-Schulz: each step is a polynomial of the singular values that lifts small ones and holds large ones below
+    about 1.2 (Keller Jordan, "Muon", 2024).
+    """
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(steps):
+        gram = x @ x.mT  # [n, r, r]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
