@@ -2,13 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from minomni.config import SMALL
 from minomni.train import report, speech, synthesis, world
-from minomni.train.judge import LONG, Judge, grammar
+from minomni.train.judge import ENGLISH, LONG, Judge, edits, grammar
+from minomni.train.vocabulary import English, english, told_apart
 
 
 def test_interval_by_hand():
@@ -57,6 +60,36 @@ def test_hard_sentences_are_long_held_out_and_repeat_a_word():
         assert len(text.split()) >= 9 and len(set(words)) < len(words)
         halves = [text[: at.start()] for at in re.finditer(" and ", text)]  # a statement may hold an "and" of its own
         assert not trained & {*halves, *(text[at.end() :] for at in re.finditer(" and ", text))}
+
+
+def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
+    """Two recordings, of four words each: one misheard, one replaced, one word too many, the frame's own faults aside."""
+    few = ["garden", "window", "silver", "number"]
+    texts = ["the garden window is above the silver number", "the silver garden is left of the number window"]
+    speeches = speech.Speech(np.zeros(4, np.int16), [speech.Utterance(text, "Anna", i, i + 1) for i, text in enumerate(texts)])
+    examiner = object.__new__(report.Examiner)
+    examiner.items, examiner.teacher = 9, SimpleNamespace(speech=speeches, english=English(tuple(few), ()))
+    examiner.replies = lambda asked: ["a garden window above silver", texts[1]]
+    examiner.say = lambda text, voice, seed: SimpleNamespace(wave=torch.zeros(1), sample_rate=16_000)
+    heard = iter(["the garden garden window is below the silver number", texts[0], "number", texts[1]])
+    monkeypatch.setattr(report, "Judge", lambda said, words: (said, words))
+    monkeypatch.setattr(report, "hear", lambda *_: next(heard).split())
+    rows = {row.name: (row.value, row.n) for row in examiner.english()}
+    assert rows == {"english_asr_wer": (2 / 8, 8), "english_speech_wer": (4 / 8, 8), "english_natural_speech_wer": (0, 8)}
+
+
+@pytest.mark.skipif(not synthesis.available(), reason="no synthesiser here")
+def test_judge_knows_english_words_apart(tmp_path):
+    """Recordings of words, those that are trained on and those that are not: more than three in four are understood."""
+    words = english(SMALL.thinker.tokens)
+    jobs = [job for _, job in speech.test_jobs(words)[-96:]][::8]
+    for few, said in zip((told_apart(words.trained), told_apart(words.held)), (jobs[:6], jobs[6:])):
+        judge, right, wrong = Judge(ENGLISH, few), 0, 0
+        for job, wave in zip(said, synthesis.synthesise(said, 0)):
+            heard = judge.hear(torch.from_numpy(wave) / 32768, world.LISTENING_RATE).split()
+            wrong += edits([w for w in job.text.split() if w in few], [w for w in heard if w in few])
+            right += 4
+        assert wrong / right < 0.25
 
 
 def test_voice_classifier_knows_recordings_apart():

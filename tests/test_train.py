@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.config import TINY
+from minomni.config import SMALL, TINY
 from minomni.errors import UserError
 from minomni.omni import Omni
 from minomni.talker.codec import FIRST_CODE, FSQ, Codec, align, ids_to_letters, letters_to_ids
 from minomni.train import losses, speech, stages, synthesis, world
 from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, gradients, learning_rate, train
+from minomni.train.muon import Muon, orthogonal
 from minomni.train.talker_stages import DPOStage, code_loss
 from minomni.train.teacher import Teacher
+from minomni.train.vocabulary import english, world_tokenizer
 
 CACHE = Path(tempfile.mkdtemp())
 FAST = dict(warmup=2, weight_decay=0.0)
@@ -168,6 +170,51 @@ def test_word_strings_hold_no_statement():
     statements = {text for template in world.STATEMENTS for text in world.expand(template)}
     assert not any(f" {text} " in f" {string} " for text in statements for string in strings)
     assert sum(len(set(string.split())) < len(string.split()) for string in strings) > 200
+
+
+def test_muon_steps_as_torch_s_does():
+    """Wide, high and square matrices, two of one shape, one that gets no gradient, weight decay, three steps."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
+    ours = [torch.nn.Parameter(draw(shape)) for shape in ((8, 24), (24, 8), (8, 24), (16, 16), (4, 6))]
+    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
+    mine = Muon(ours, lr=0.02, weight_decay=0.1)
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours[:-1], theirs):
+            a.grad = b.grad = draw(a.shape)
+        before = [matrix.detach().clone() for matrix in theirs]
+        mine.step(), other.step()
+        for a, b, c in zip(ours, theirs, before):
+            torch.testing.assert_close(a, b, rtol=0, atol=0.02 * float((b - c).detach().abs().max()))  # bf16, in another order
+    assert mine.state_dict()["state"].keys() == other.state_dict()["state"].keys()
+
+
+def test_newton_schulz_keeps_directions_and_evens_out_lengths():
+    """A matrix with known singular vectors, of lengths from 1 to 0.1: afterwards all lie between 0.6 and 1.3."""
+    u, v = (torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(i))).Q for i in (1, 2))
+    turned = orthogonal((u @ torch.diag(torch.linspace(1, 0.1, 8)) @ v.T)[None], steps=5)[0].float()
+    lengths = u.T @ turned @ v
+    assert ((lengths.diagonal() > 0.6) & (lengths.diagonal() < 1.3)).all()
+    assert (lengths - lengths.diagonal().diag()).abs().max() < 0.05
+
+
+def test_english_words_where_there_is_room_for_them():
+    """None for tiny, whose corpora stay as they are. Small's come in pieces; a tenth is never trained on."""
+    assert english(TINY.thinker.tokens) == ((), ())
+    words, known = english(SMALL.thinker.tokens), world_tokenizer(SMALL.thinker.tokens)
+    assert not set(words.trained) & set(words.held) and 0.05 < len(words.held) / len(sum(words, ())) < 0.15
+    own = {word for text in [*world.statements(), *world.every_question()] for word in text.split()}
+    assert not own & {*words.trained, *words.held, "say"}
+    jobs = [job.text for _, job in speech.speaking_jobs(words) + speech.listening_jobs(words)]
+    said = {word for text in jobs for word in text.split()}
+    assert set(words.trained) <= said and not said & set(words.held)
+    pieces = {piece for word in said for piece in known.encode(f" {word}")}
+    foreign = [word for word in words.held if not set(known.encode(f" {word}")) <= pieces]
+    assert len(foreign) < 0.05 * len(words.held)  # of the others every piece has been heard and said
+    tested = [job.text for _, job in speech.test_jobs(words)][len(speech.test_jobs()) :]
+    assert len(tested) == 96 and not set(tested) & set(jobs)
+    assert speech.test_jobs(words)[: -len(tested)] == speech.test_jobs()
 
 
 def test_no_trained_sentence_is_held_out():

@@ -21,6 +21,7 @@ from .loop import train
 from .report import ANSWERS, MROPE, Examiner, bootstrap, hard_sentences, word_error, word_error_row
 from .run_folder import graduate
 from .stages import STAGES, TRAINED, make, recipe_of
+from .world import statements
 
 BETAS = 0.03, 0.1, 0.3, 1.0
 QUIET = 0.01  # of full scale: 10 ms that stay below it are silent
@@ -99,13 +100,14 @@ def tuning(home: Path, items: int, seed: int) -> str:
     """
     omni, size = load(str(home / "model")), read_json(home / "model" / TRAINED)["size"]
     examiner, folder, rows = Examiner(omni, items), home.parent / "ablate-tuning", {}
-    sentences = sorted(examiner.statements())[:: max(1, len(examiner.statements()) // items)][:items]
+    said = sorted({u.text for u in examiner.teacher.speech.utterances} & statements().keys())
+    sentences = said[:: max(1, len(said) // items)][:items]
     rows["as trained"] = examiner.understood(sentences, examiner.spoken(sentences))
-    for name, said in (("chat", "after tuning the Thinker"), ("talker", "after tuning the Talker to it")):
+    for name, row in (("chat", "after tuning the Thinker"), ("talker", "after tuning the Talker to it")):
         recipe = replace(recipe_of(name, size), **TUNING[name])
         train(STAGES[name](omni, recipe, home.parent / "corpus", seed + 1), folder)
         omni.eval()
-        rows[said] = examiner.understood(sentences, examiner.spoken(sentences))
+        rows[row] = examiner.understood(sentences, examiner.spoken(sentences))
     return table(rows)
 
 

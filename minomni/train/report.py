@@ -24,11 +24,12 @@ from .run_folder import graduate
 from .speech import corpus
 from .stages import TRAINED, commit
 from .teacher import TRANSCRIBE, Teacher
-from .vocabulary import tested
+from .vocabulary import told_apart
 from .world import Example
 
 BATCH = 16  # questions that are answered together
 MROPE = "sync_mrope.json"  # in the run folder: what `ablate tmrope` measured
+FRAME = {"the", "is", *" ".join(world.RELATIONS).split()}  # around the English words of a test
 RESAMPLED = 1000  # draws of the bootstrap
 
 
@@ -215,7 +216,7 @@ class Examiner:
         The rows in _new are of words that no training has had.
         """
         words = self.teacher.english
-        groups = {"": tested(words.trained), "_new": tested(words.held)}
+        groups = {"": told_apart(words.trained), "_new": told_apart(words.held)}
         return [row for end, few in groups.items() if few for row in self.english_words(end, few)]
 
     def english_words(self, end: str, few: list[str]) -> list[Row]:
@@ -226,12 +227,12 @@ class Examiner:
                                                             {"type": "text", "text": TRANSCRIBE}]}] for i in chosen])
         for i, text in zip(chosen, texts):
             utterance = speech.utterances[i]
-            reply, frame = self.say(utterance.text, utterance.voice, seed=i), set(utterance.text.split()) - set(few)
+            reply = self.say(utterance.text, utterance.voice, seed=i)
             right = [word for word in utterance.text.split() if word in few]
             heard = {"asr": text.split(), "speech": hear(judge, reply.wave, reply.sample_rate),
                      "natural_speech": hear(judge, speech.wave(i), world.LISTENING_RATE)}
             for name, said in heard.items():
-                errors[name].append((edits(right, [word for word in said if word not in frame]), len(right)))
+                errors[name].append((edits(right, [word for word in said if word not in FRAME]), len(right)))
         return [word_error_row(f"english_{name}_wer{end}", items) for name, items in errors.items()]
 
     def long_rows(self, count: int) -> list[Row]:
@@ -253,7 +254,9 @@ class Examiner:
         """Word error of spoken held-out sentences by the outside judge, beside that of recordings; and the voice."""
         judge, recordings = Judge(), self.teacher.speech
         made, streamed, natural, stopped, voices = [], [], [], 0, []
-        said = [i for i, u in enumerate(recordings.utterances) if u.text in world.statements()][: self.items]
+        said = [
+            i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in world.statements()
+        ][: self.items]
         own_voices = set(world.VOICES) <= set(self.omni.voices)  # another model has voices of its own
         known = VoiceClassifier(corpus("speaking", self.cache, self.teacher.english)) if own_voices else None
         for i in said:

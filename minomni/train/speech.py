@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -19,7 +20,7 @@ from ..files import write_atomically
 from ..inputs.mel import voice_mel
 from ..token2wav.speaker import Voice, voice_of
 from . import synthesis, world
-from .vocabulary import English, tested
+from .vocabulary import English, told_apart
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 LONG, STRINGS, FRAMED = 600, 1200, 2000  # recordings of two statements in one breath, and of words without sense
@@ -132,7 +133,7 @@ def test_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
             jobs.append((name, synthesis.Job(t, names[name], random.randint(150, 210), random.randint(35, 65))))
     for words in filter(None, english):
         for name in list(world.VOICES) * 12:
-            a, b, c, d = random.sample(tested(words), 4)
+            a, b, c, d = random.sample(told_apart(words), 4)
             text = f"the {a} {b} is {random.choice(list(world.RELATIONS))} the {c} {d}"
             jobs.append((name, synthesis.Job(text, world.VOICES[name], **NORMAL)))
     return jobs
@@ -212,6 +213,6 @@ def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:
     """A Voice for each of the model's speakers from its first recordings: reference mel and speaker vector."""
     voices = {}
     for i, name in enumerate(world.VOICES):
-        mels = [voice_mel(speech.wave(j)) for j, u in enumerate(speech.utterances) if u.voice == name][:4]
-        voices[name] = voice_of(torch.cat(mels), name, first_bos + i)
+        own = (j for j, u in enumerate(speech.utterances) if u.voice == name)
+        voices[name] = voice_of(torch.cat([voice_mel(speech.wave(j)) for j in islice(own, 4)]), name, first_bos + i)
     return voices

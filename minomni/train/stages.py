@@ -47,11 +47,11 @@ STAGES: dict[str, type[Stage]] = {
 RECIPES = {
     "tiny": {
         "codec": Recipe(steps=900, batch=16, lr=5e-3),
-        "vocoder": Recipe(steps=600, batch=16, lr=5e-3),
-        "dit": Recipe(steps=1800, batch=16, lr=8e-3),
+        "vocoder": Recipe(steps=560, batch=16, lr=5e-3),
+        "dit": Recipe(steps=1700, batch=16, lr=8e-3),
         "language": Recipe(steps=3000, batch=8, lr=3.5e-3),
         "ears": Recipe(steps=1100, batch=16, lr=6e-3),
-        "eyes": Recipe(steps=1150, batch=32, lr=6e-3),
+        "eyes": Recipe(steps=1050, batch=32, lr=6e-3),
         "thinker1": Recipe(steps=100, batch=8, lr=5e-4),
         "thinker2": Recipe(steps=800, batch=8, lr=6e-4),
         "thinker3": Recipe(steps=240, batch=4, lr=8e-4),
@@ -82,8 +82,9 @@ RECIPES["small"] = {
     for name, r in RECIPES["tiny"].items()
 }
 
-# Seconds and last losses of these recipes, two stages at a time on two cores that other work shared. Filled by hand from
-# log.jsonl; a size that nobody has measured is not in it.
+# Seconds and last losses of these recipes, and where. Filled by hand from log.jsonl; a stage that nobody has measured is
+# not in it.
+MEASURED = {"tiny": "two cores, two stages at a time", "small": "one H100 and 16 cores, up to five stages at a time"}
 EXPECTED = {
     "tiny": {
         "codec": (198, "ctc 0.039  mel 0.366  even 0.006"),
@@ -99,6 +100,19 @@ EXPECTED = {
         "talker": (621, "codes 0.714  place 0.022  word 0.010"),
         "dpo": (135, "dpo 0.004  better 0.285  codes 0.750"),
         "speakers": (32, "codes 0.618"),
+    },
+    "small": {
+        "codec": (108, "ctc 0.120  mel 0.388"),
+        "vocoder": (213, "mel 0.749  stft 1.350"),
+        "dit": (226, "flow 0.474"),
+        "language": (155, "text 0.835"),
+        "ears": (118, "ctc 1.086"),
+        "eyes": (105, "cells 0.320"),
+        "thinker1": (36, "text 0.259"),
+        "thinker2": (65, "text 0.522"),
+        "thinker3": (38, "text 1.785"),
+        "chat": (90, "text 0.542"),
+        "talker": (258, "codes 1.810"),
     },
 }
 
@@ -118,7 +132,7 @@ def timetable(size: str) -> str:
         rows.append((name, *map(str, numbers), loss, in_short(stage.learns), in_short(locked), stage.data))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "* measured on two cores, two stages at a time; - where nobody has measured it",
+    return "\n".join([*lines, "", f"* measured on {MEASURED[size]}; - where nobody has measured it",
                       "", *(f"{name:<10}{stage.about}" for name, stage in STAGES.items())])
 
 
@@ -218,6 +232,15 @@ def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, device:
     train(make(name, size, home, seed, device), folder, resume, slot=slot)
 
 
+def way(name: str, size: str) -> float:
+    """Seconds from a stage's start to the end of the last that waits for it; the longest way goes first.
+
+    As measured; a stage that nobody has measured counts by its steps.
+    """
+    seconds, _ = EXPECTED.get(size, {}).get(name, (recipe_of(name, size).steps / 4, ""))
+    return seconds + max((way(other, size) for other, stage in STAGES.items() if name in stage.needs), default=0)
+
+
 def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     """Run every unfinished stage as soon as what it needs is there, LANES at a time; each in a process of its own.
 
@@ -225,8 +248,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     """
     done = {name for name in STAGES if (home / "stages" / f"{name}.safetensors").exists()}
     running: dict[str, subprocess.Popen] = {}
-    waited_for = {name: sum(name in stage.needs for stage in STAGES.values()) for name in STAGES}
-    order = sorted(STAGES, key=lambda name: -waited_for[name])  # what most others wait for goes first
+    order = sorted(STAGES, key=lambda name: -way(name, size))
     command = [sys.executable, "-m", "minomni", "train", size, "--resume", "--home", str(home), "--seed", str(seed)]
     lanes = LANES.get(device, LANES["cpu"])
     while len(done) < len(STAGES):

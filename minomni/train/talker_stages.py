@@ -1,7 +1,6 @@
 """Stages that teach the Talker: next code, preference for what is understood (DPO), the voices (paper, sec. 3.3)."""
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -18,7 +17,7 @@ from .loop import Stage
 from .speech import FIRST_VOICE, balanced, corpus, make_voices
 from .teacher import Teacher
 from .vocabulary import english, world_tokenizer
-from .voice_stages import encode_all, similar_lengths
+from .voice_stages import coded, digest, similar_lengths
 
 SPACE = int(letters_to_ids(" "))
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
@@ -108,36 +107,29 @@ class SpeechStage(Stage):
         self.weights = balanced([x.text for x in self.lessons])
 
     def prepare(self) -> list[Lesson]:
-        """One lesson for every recording. The three Talker stages share them in a file, named by what made them."""
-        made_by = hashlib.sha256(f"{self.seed} {len(self.speech)}".encode())
-        for part in (self.omni.thinker, self.omni.codec):
-            for parameter in part.parameters():
-                made_by.update(parameter.cpu().numpy().tobytes())
-        path = self.cache / f"lessons-{made_by.hexdigest()[:12]}.pt"
-        if not path.exists():
-            rows = [vars(lesson) for lesson in self.make_lessons()]
-            write_atomically(path, lambda f: torch.save(rows, f))
-        return [Lesson(**row) for row in torch.load(path, weights_only=True)]
+        """One lesson for every recording, kept in a file that is named by what made them: dpo and speakers share it."""
+        path = self.cache / f"lessons-{digest([self.omni.thinker, self.omni.codec], self.seed, len(self.speech))}.pt"
+        if path.exists():
+            return [Lesson(**row) for row in torch.load(path, weights_only=True)]
+        lessons = self.make_lessons()
+        rows = [vars(lesson) for lesson in lessons]
+        write_atomically(path, lambda f: torch.save(rows, f))
+        return lessons
 
     def make_lessons(self) -> list[Lesson]:
         """For every recording a context in which its sentence is the answer, read by the finished Thinker."""
         teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 11)
-        codes, lessons, asked = encode_all(self.omni.codec, self.speech), [], self.questions(teacher, random)
+        codes, lessons = coded(self.omni.codec, self.speech, self.cache), []
+        asked = self.questions(teacher, random)
         for begin in range(0, len(self.speech), 32):
             utterances = self.speech.utterances[begin : begin + 32]
             examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
             rows = hand_over(self.omni.thinker, *teacher.lesson([[example] for example in examples], random))
             lessons += [
-                Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text, self.words_said(u.text, code))
+                Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
                 for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
             ]
         return lessons
-
-    def words_said(self, text: str, codes: Tensor) -> Tensor | None:
-        """Which word of a text each of its codes says [m], as our codec reads them; None where it cannot tell."""
-        letters = letters_to_ids(text)
-        places = align(self.letters(codes), letters)
-        return None if places is None else (letters == SPACE).cumsum(0)[places]
 
     def questions(self, teacher, random) -> dict[str, list]:
         """Examples about things seen and heard, by the sentence that answers them."""
@@ -204,6 +196,15 @@ class TalkerStage(SpeechStage):
         self.first_tokens = lambda text: torch.tensor([encode(f" {word}")[0] for word in text.split()])
         self.place_head = nn.Linear(config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size)
         self.place_head.to(self.device)
+
+    def prepare(self):
+        return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().prepare()]
+
+    def words_said(self, text: str, codes: Tensor) -> Tensor | None:
+        """Which word of a text each of its codes says [m], as our codec reads them; None where it cannot tell."""
+        letters = letters_to_ids(text)
+        places = align(self.letters(codes), letters)
+        return None if places is None else (letters == SPACE).cumsum(0)[places]
 
     def parameters(self):
         return super().parameters() | {f"place_head.{n}": p for n, p in self.place_head.named_parameters()}

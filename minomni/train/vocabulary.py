@@ -13,7 +13,6 @@ from ..config import TokenIds
 from ..inputs.tokenizer import Tokenizer, special_tokens
 from . import world
 
-
 ENGLISH = ROOT / "data_samples" / "words.txt"  # common in the notebooks, known to the judge, each sounds like no other
 TESTED, LONG = 40, 6  # words in a test, and letters that they have at least
 OWN, PIECES = 480, 320  # ids that the world's own words take, and those for pieces of English
@@ -35,7 +34,7 @@ def english(tokens: TokenIds) -> English:
     return English(*(tuple(word for word in words if world.held_out(word) == held) for held in (False, True)))
 
 
-def tested(words: tuple[str, ...]) -> list[str]:
+def told_apart(words: tuple[str, ...]) -> list[str]:
     """Some long ones of them, which a judge can tell from each other."""
     long = [word for word in words if len(word) >= LONG]
     return Random(6).sample(long, min(TESTED, len(long)))

@@ -1,17 +1,20 @@
 """Stages that make the voice: codec (speech -> codes), vocoder (mel -> sound), dit (codes -> mel)."""
 
+import hashlib
+from pathlib import Path
 from random import Random
 
 import torch
 from torch.nn import functional as F
 
 from ..config import MEL_RATE
+from ..files import write_atomically
 from ..inputs.mel import voice_mel
 from ..talker.codec import MEL_CENTRE, MEL_SPREAD, ids_to_letters, letters_to_ids
 from . import losses
 from .judge import edits
 from .loop import Stage
-from .speech import balanced, corpus, make_voices, without_long
+from .speech import balanced, corpus, kind_of, make_voices, without_long
 from .vocabulary import english
 
 CROP_BLOCKS = 3, 4  # attention blocks of mel in a training crop of the DiT; short sentences have no more than three
@@ -49,8 +52,8 @@ class VoiceStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        spoken = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
-        self.speech = without_long(spoken)  # long ones would take steps and teach nothing new
+        self.spoken = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
+        self.speech = without_long(self.spoken)  # long ones would take steps and teach nothing new
         self.weights = balanced([u.text for u in self.speech.utterances])
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]
@@ -150,7 +153,8 @@ class DiTStage(VoiceStage):
     def __init__(self, *args):
         super().__init__(*args)
         with torch.no_grad():
-            self.codes = encode_all(self.omni.codec, self.speech)
+            codes = coded(self.omni.codec, self.spoken, self.cache)
+            self.codes = [row for row, u in zip(codes, self.spoken.utterances) if kind_of(u.text) != "long"]
             self.start_from_sounds()
 
     def start_from_sounds(self) -> None:
@@ -208,6 +212,27 @@ class DiTStage(VoiceStage):
         noise = torch.randn(1, *self.mel(0).shape, generator=torch.Generator().manual_seed(0))  # [1, T, bands]
         inputs = [x.to(self.device) for x in (self.codes[0][None], voice.cond, voice.ref_mel)]
         return self.text, dit.sample(*inputs, self.omni.config.flow, noise.to(self.device))[0].T
+
+
+def coded(codec, speech, cache: Path) -> list[torch.Tensor]:
+    """Codes [C] of every utterance of a corpus. Dit and the Talker's stages share them in a file, named by the codec."""
+    path = cache / f"codes-{digest([codec], len(speech))}.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        return list(kept["codes"].split(kept["lengths"].tolist()))
+    codes = encode_all(codec, speech)
+    kept = {"codes": torch.cat(codes), "lengths": torch.tensor([len(row) for row in codes])}
+    write_atomically(path, lambda f: torch.save(kept, f))
+    return codes
+
+
+def digest(parts: list, *others) -> str:
+    """Stands for the weights of some parts of a model, and for whatever else is given."""
+    made_by = hashlib.sha256(str(others).encode())
+    for part in parts:
+        for parameter in part.parameters():
+            made_by.update(parameter.detach().cpu().numpy().tobytes())
+    return made_by.hexdigest()[:12]
 
 
 def encode_all(codec, speech) -> list[torch.Tensor]:
