@@ -24,7 +24,6 @@ from .vocabulary import English, told_apart
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 LONG, STRINGS, FRAMED = 600, 1200, 2000  # recordings of two statements in one breath, and of words without sense
-AGAIN = 400  # sentences to listen to that a second voice says as well
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FAIR = 0.5  # share of all draws that treats kinds of sentences alike
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
@@ -102,16 +101,15 @@ def speaking_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
 
 
 def listening_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
-    """What the model hears in training, at many rates and pitches: every question by every voice, every sentence by one or two.
+    """What the model hears in training, at many rates and pitches: questions by every voice and sentences by some.
 
     And strings of words, where there are English ones.
     """
     random = Random(2)
-    jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(2)]
-    words, statements = [*world.WORDS, *english.trained], all_statements(held=False)
-    said = statements + random.sample(statements, AGAIN)
-    said += [world.word_string(random, words) for _ in range(2 * len(english.trained))]
-    jobs += [(random.choice(list(world.LISTENING_VOICES)), "say " + t) for t in said]
+    jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(4)]
+    voices, words = list(world.LISTENING_VOICES), [*world.WORDS, *english.trained]
+    jobs += [(random.choice(voices), "say " + t) for t in random.sample(all_statements(held=False), 2200)]
+    jobs += [(random.choice(voices), "say " + world.word_string(random, words)) for _ in range(2 * len(english.trained))]
     return [
         (name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
         for name, t in jobs

@@ -33,10 +33,7 @@ LONG_PAIR_SECONDS, LONG_PAIRS = (1.0, 1.85), 32  # in long clips, and how many t
 
 # How each voice is made: espeak-ng voice. The first four are the voices the model speaks with.
 VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
-MORE_VOICES = ("Alex", "Alicia", "Andrea", "belinda", "caleb", "david", "ed", "Gene", "Hugo", "ian", "Jacky", "Lee", "linda",
-               "Mario", "steph", "victor")  # espeak-ng's own names of them
-LISTENING_VOICES = {**VOICES, "Mike": "en-us+m1", "Max": "en-us+m3", "Nora": "en-us+f4", "Paul": "en-us",
-                    **{name.capitalize(): f"en-us+{name}" for name in MORE_VOICES}}
+LISTENING_VOICES = {**VOICES, "Mike": "en-us+m1", "Max": "en-us+m3", "Nora": "en-us+f4", "Paul": "en-us"}
 UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # heard in tests only
 
 # Every sentence the language has, as a grammar: the judge of speech listens with the same one.
