@@ -17,7 +17,7 @@ from minomni.config import SMALL, TINY
 from minomni.errors import UserError
 from minomni.omni import Omni
 from minomni.talker.codec import FIRST_CODE, FSQ, Codec, align, ids_to_letters, letters_to_ids
-from minomni.train import losses, speech, stages, synthesis, world
+from minomni.train import losses, speech, stages, synthesis, voice_stages, world
 from minomni.train.judge import edits, word_error
 from minomni.train.loop import Recipe, Stage, gradients, learning_rate, train
 from minomni.train.muon import Muon, orthogonal
@@ -197,6 +197,29 @@ def test_newton_schulz_keeps_directions_and_evens_out_lengths():
     lengths = u.T @ turned @ v
     assert ((lengths.diagonal() > 0.6) & (lengths.diagonal() < 1.3)).all()
     assert (lengths - lengths.diagonal().diag()).abs().max() < 0.05
+
+
+def test_the_longest_way_goes_first():
+    """By hand: dpo and then speakers wait for chat; whoever is waited for has a longer way than who waits."""
+    seconds = {name: took for name, (took, _) in stages.EXPECTED["tiny"].items()}
+    assert stages.way("chat", "tiny") == seconds["chat"] + seconds["dpo"] + seconds["speakers"]
+    for name, stage in stages.STAGES.items():
+        assert all(stages.way(need, "tiny") > stages.way(name, "tiny") for need in stage.needs)
+    assert "dpo" not in stages.EXPECTED["small"] and stages.way("dpo", "small") == (80 + 40) / 4  # not measured: by steps
+
+
+def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
+    """What is read back is what was encoded, row by row; another codec does not meet it."""
+    spoken, codec = speech.recorded(held=True), Codec(TINY.codec)
+    fresh = voice_stages.coded(codec, spoken, tmp_path)
+    kept = voice_stages.coded(codec, spoken, tmp_path)
+    encoded = voice_stages.encode_all(codec, spoken)
+    assert len(fresh) == len(kept) == len(spoken)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(fresh, kept, encoded))
+    with torch.no_grad():
+        next(codec.parameters()).mul_(2)
+    voice_stages.coded(codec, spoken, tmp_path)
+    assert len(list(tmp_path.glob("codes-*.pt"))) == 2
 
 
 def test_english_words_where_there_is_room_for_them():
