@@ -93,6 +93,7 @@ class SpeechStage(Stage):
     """What the three share: spoken sentences as answers, what the Thinker thinks of them, and how they sound."""
 
     learns, data = ("talker.",), "spoken sentences as answers, what the Thinker thinks of them"
+    kept = "lessons"  # begins the name of the file that they are kept in
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -108,7 +109,7 @@ class SpeechStage(Stage):
 
     def prepare(self) -> list[Lesson]:
         """One lesson for every recording, kept in a file that is named by what made them: dpo and speakers share it."""
-        path = self.cache / f"lessons-{digest([self.omni.thinker, self.omni.codec], self.seed, len(self.speech))}.pt"
+        path = self.cache / f"{self.kept}-{digest([self.omni.thinker, self.omni.codec], self.seed, len(self.speech))}.pt"
         if path.exists():
             return [Lesson(**row) for row in torch.load(path, weights_only=True)]
         lessons = self.make_lessons()
@@ -189,6 +190,7 @@ class TalkerStage(SpeechStage):
 
     name, needs = "talker", ("codec", *THINKER[:5])  # it goes on with later Thinkers as well as with that of thinker2
     about = "next code: from the Thinker's states and words to speech codes"
+    kept = "lessons-with-words"
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -197,8 +199,8 @@ class TalkerStage(SpeechStage):
         self.place_head = nn.Linear(config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size)
         self.place_head.to(self.device)
 
-    def prepare(self):
-        return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().prepare()]
+    def make_lessons(self):
+        return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().make_lessons()]
 
     def words_said(self, text: str, codes: Tensor) -> Tensor | None:
         """Which word of a text each of its codes says [m], as our codec reads them; None where it cannot tell."""
