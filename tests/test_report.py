@@ -79,7 +79,7 @@ def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
 
 
 @pytest.mark.skipif(not synthesis.available(), reason="no synthesiser here")
-def test_judge_knows_english_words_apart(tmp_path):
+def test_judge_knows_english_words_apart():
     """Recordings of words, those that are trained on and those that are not: more than three in four are understood."""
     words = english(SMALL.thinker.tokens)
     jobs = [job for _, job in speech.test_jobs(words)[-96:]][::8]

@@ -209,17 +209,20 @@ def test_the_longest_way_goes_first():
 
 
 def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
-    """What is read back is what was encoded, row by row; another codec does not meet it."""
+    """What is read back is what was encoded, row by row; other recordings, as many, and another codec do not meet it."""
     spoken, codec = speech.recorded(held=True), Codec(TINY.codec)
     fresh = voice_stages.coded(codec, spoken, tmp_path)
     kept = voice_stages.coded(codec, spoken, tmp_path)
     encoded = voice_stages.encode_all(codec, spoken)
     assert len(fresh) == len(kept) == len(spoken)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(fresh, kept, encoded))
+    others = speech.Speech(spoken.samples, spoken.utterances[::-1])
+    turned = voice_stages.coded(codec, others, tmp_path)
+    assert [len(row) for row in turned] == [len(row) for row in kept[::-1]] != [len(row) for row in kept]
     with torch.no_grad():
         next(codec.parameters()).mul_(2)
     voice_stages.coded(codec, spoken, tmp_path)
-    assert len(list(tmp_path.glob("codes-*.pt"))) == 2
+    assert len(list(tmp_path.glob("codes-*.pt"))) == 3
 
 
 def test_english_words_where_there_is_room_for_them():

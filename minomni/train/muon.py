@@ -1,4 +1,4 @@
-"""Muon for many small matrices: those of one shape are turned together, in a third of the calls or fewer."""
+"""Muon for many small matrices: those of one shape are turned together, in as many calls as one of them takes."""
 
 from collections import defaultdict
 
@@ -11,8 +11,8 @@ RMS = 0.2  # of a step of AdamW, which Muon's steps are made as long as (arXiv 2
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with match_rms_adamw, whose steps it takes, matrices of one shape (or one on its side) at a time.
 
-    In a step of the tiny Thinker, 77 matrices, that takes about half as long; on a GPU, where each call costs alike, a
-    fraction. Nothing else differs: neither the state nor what is saved of it.
+    The tiny Thinker's 77 matrices have 8 shapes; its optimizers take 51 ms a step for 76 (one thread, lab log). Nothing
+    else differs: neither the state nor what is saved of it.
     """
 
     @torch.no_grad()

@@ -202,13 +202,16 @@ class Examiner:
         speech = self.teacher.speech
         chosen = [i for i, u in enumerate(speech.utterances) if u.voice in voices and u.text.startswith("say ")]
         chosen = chosen[: self.items]
-        asked = [
-            [{"type": "audio", "audio": speech.wave(i)}, {"type": "text", "text": TRANSCRIBE}] for i in chosen
-        ]
-        texts = self.replies([[{"role": "user", "content": content}] for content in asked])
+        texts = self.written_down(chosen)
         sentences = [speech.utterances[i].text.split() for i in chosen]
         items = [(edits(right, text.split()), len(right)) for right, text in zip(sentences, texts)]
         return word_error_row(name, items)
+
+    def written_down(self, chosen: list[int]) -> list[str]:
+        """What the model writes of some recordings of the test."""
+        waves = [self.teacher.speech.wave(i) for i in chosen]
+        asked = [[{"type": "audio", "audio": wave}, {"type": "text", "text": TRANSCRIBE}] for wave in waves]
+        return self.replies([[{"role": "user", "content": content}] for content in asked])
 
     def english(self) -> list[Row]:
         """English words in a sentence, written down and said; nothing where a model knows the world's words alone.
@@ -223,9 +226,7 @@ class Examiner:
         """Error of some words, the sentence around them aside: written down by the Thinker, said by it, and recorded."""
         speech, errors, judge = self.teacher.speech, {"asr": [], "speech": [], "natural_speech": []}, Judge(ENGLISH, few)
         chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(few)][: self.items]
-        texts = self.replies([[{"role": "user", "content": [{"type": "audio", "audio": speech.wave(i)},
-                                                            {"type": "text", "text": TRANSCRIBE}]}] for i in chosen])
-        for i, text in zip(chosen, texts):
+        for i, text in zip(chosen, self.written_down(chosen)):
             utterance = speech.utterances[i]
             reply = self.say(utterance.text, utterance.voice, seed=i)
             right = [word for word in utterance.text.split() if word in few]

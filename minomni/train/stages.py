@@ -61,7 +61,8 @@ RECIPES = {
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
 }
-# Twelve times the parameters, for a GPU: in larger batches, at a lower rate, as long as an H100 does in ten minutes.
+# Twelve times the parameters, for a GPU: in larger batches, at a lower rate, as many steps as an H100
+# did in ten minutes; those of dpo and speakers, which it did not reach, are a guess.
 SMALL_STEPS = {
     "codec": 510,
     "vocoder": 670,

@@ -109,7 +109,7 @@ class SpeechStage(Stage):
 
     def prepare(self) -> list[Lesson]:
         """One lesson for every recording, kept in a file that is named by what made them: dpo and speakers share it."""
-        path = self.cache / f"{self.kept}-{digest([self.omni.thinker, self.omni.codec], self.seed, len(self.speech))}.pt"
+        path = self.cache / f"{self.kept}-{digest([self.omni.thinker, self.omni.codec], self.seed, self.speech.utterances)}.pt"
         if path.exists():
             return [Lesson(**row) for row in torch.load(path, weights_only=True)]
         lessons = self.make_lessons()

@@ -215,8 +215,11 @@ class DiTStage(VoiceStage):
 
 
 def coded(codec, speech, cache: Path) -> list[torch.Tensor]:
-    """Codes [C] of every utterance of a corpus. Dit and the Talker's stages share them in a file, named by the codec."""
-    path = cache / f"codes-{digest([codec], len(speech))}.pt"
+    """Codes [C] of every utterance of a corpus. Dit and the Talker's stages share them in a file.
+
+    It is named by the codec and by what the recordings are, so that neither others nor another codec meet it.
+    """
+    path = cache / f"codes-{digest([codec], speech.utterances)}.pt"
     if path.exists():
         kept = torch.load(path, weights_only=True)
         return list(kept["codes"].split(kept["lengths"].tolist()))
