@@ -24,6 +24,7 @@ from .vocabulary import English, told_apart
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
 LONG, STRINGS, FRAMED = 600, 1200, 2000  # recordings of two statements in one breath, and of words without sense
+HEARD, HEARD_STRINGS, HEARD_FRAMED = 2200, 400, 600  # sentences to listen to, and words without sense
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FAIR = 0.5  # share of all draws that treats kinds of sentences alike
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
@@ -103,13 +104,15 @@ def speaking_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
 def listening_jobs(english=English()) -> list[tuple[str, synthesis.Job]]:
     """What the model hears in training, at many rates and pitches: questions by every voice and sentences by some.
 
-    And strings of words, where there are English ones.
+    And words without sense, which cannot be guessed from those before, so that it listens to every one.
     """
-    random = Random(2)
-    jobs = [(name, q) for name in world.LISTENING_VOICES for q in world.every_question() for _ in range(4)]
-    voices, words = list(world.LISTENING_VOICES), [*world.WORDS, *english.trained]
-    jobs += [(random.choice(voices), "say " + t) for t in random.sample(all_statements(held=False), 2200)]
-    jobs += [(random.choice(voices), "say " + world.word_string(random, words)) for _ in range(2 * len(english.trained))]
+    random, voices, words = Random(2), list(world.LISTENING_VOICES), [*world.WORDS, *english.trained]
+    strings = HEARD_STRINGS + 2 * len(english.trained)
+    said = random.sample(all_statements(held=False), HEARD)
+    said += [world.word_string(random, words) for _ in range(strings)]
+    said += [world.framed_words(random, words) for _ in range(HEARD_FRAMED)]
+    jobs = [(name, q) for name in voices for q in world.every_question() for _ in range(4)]
+    jobs += [(random.choice(voices), "say " + text) for text in said]
     return [
         (name, synthesis.Job(t, world.LISTENING_VOICES[name], random.randint(150, 210), random.randint(35, 65)))
         for name, t in jobs

@@ -47,11 +47,11 @@ STAGES: dict[str, type[Stage]] = {
 RECIPES = {
     "tiny": {
         "codec": Recipe(steps=900, batch=16, lr=5e-3),
-        "vocoder": Recipe(steps=700, batch=16, lr=5e-3),
-        "dit": Recipe(steps=2400, batch=16, lr=8e-3),
+        "vocoder": Recipe(steps=600, batch=16, lr=5e-3),
+        "dit": Recipe(steps=1800, batch=16, lr=8e-3),
         "language": Recipe(steps=3000, batch=8, lr=3.5e-3),
         "ears": Recipe(steps=1100, batch=16, lr=6e-3),
-        "eyes": Recipe(steps=1150, batch=32, lr=6e-3),
+        "eyes": Recipe(steps=1050, batch=32, lr=6e-3),
         "thinker1": Recipe(steps=100, batch=8, lr=5e-4),
         "thinker2": Recipe(steps=800, batch=8, lr=6e-4),
         "thinker3": Recipe(steps=240, batch=4, lr=8e-4),
