@@ -68,7 +68,6 @@ def _speak_all(jobs, seed):
         espeak.espeak_SetParameter(3, job.pitch, 0)  # 3 = espeakPITCH
         raw = job.text.encode()
         espeak.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, 1, None, None)  # count in characters, text is UTF-8
-        espeak.espeak_Synchronize()
         waves.append(_trim(np.concatenate(pieces)))
     return waves
 
@@ -80,7 +79,8 @@ def _start(seed):
     import espeakng_loader
 
     espeak = ctypes.CDLL(espeakng_loader.get_library_path())
-    if espeak.espeak_Initialize(1, 0, espeakng_loader.get_data_path().encode(), 0) < 0:  # 1 = hand samples over
+    # 2 = hand samples over, in the calling thread; espeak-ng's own thread would be asked every 20 ms if it is done
+    if espeak.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0) < 0:
         raise UserError("espeak-ng did not start: its data folder is missing or of another version")
     pieces = []
     callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
