@@ -257,6 +257,15 @@ def test_no_trained_sentence_is_held_out():
     assert not {name for name, _ in speech.listening_jobs()} & set(world.UNSEEN_VOICES)
 
 
+def test_a_part_of_what_is_heard_cannot_be_guessed():
+    """Words without sense, loose and in frames, by every voice, and with every word of the world among them."""
+    drawn = [(name, job.text) for name, job in speech.listening_jobs() if job.text not in world.every_question()]
+    without = [(name, text) for name, text in drawn if speech.kind_of(text.removeprefix("say ")) == "words"]
+    assert len(without) == speech.HEARD_STRINGS + speech.HEARD_FRAMED and len(drawn) - len(without) == speech.HEARD
+    assert {name for name, _ in without} == set(world.LISTENING_VOICES)
+    assert set(world.WORDS) <= {word for _, text in without for word in text.split()}
+
+
 def test_teacher_keeps_to_its_side(tmp_path):
     for held in (False, True):
         teacher, random = Teacher(TINY, tmp_path, held), Random(0)

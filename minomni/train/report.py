@@ -319,7 +319,7 @@ def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:
     return judge.hear(wave, sample_rate).split() if len(wave) else []
 
 
-def hard_sentences(held: bool = True, count: int = 200) -> list[str]:
+def hard_sentences(held: bool = True, count: int = 400) -> list[str]:
     """Long sentences, two held-out statements (or trained ones) in one breath, in which a word comes back."""
     random = Random("hard")
     return [world.long_statement(random, held) for _ in range(count)]

@@ -247,10 +247,10 @@ class DPOStage(SpeechStage):
         lessons = super().prepare()
         generator = torch.Generator(self.device).manual_seed(self.seed + 12)
         room = max(len(lesson.codes) for lesson in lessons) * 3 // 2
-        loud = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95, repetition_penalty=1.0, max_new_tokens=room)
+        varied = SamplingConfig(temperature=0.6, top_k=0, top_p=0.9, repetition_penalty=1.0, max_new_tokens=room)
         self.pairs = []
         for part in self.wishes():
-            tried = self.speak([lesson for lesson in part for _ in range(self.tries)], loud, generator)
+            tried = self.speak([lesson for lesson in part for _ in range(self.tries)], varied, generator)
             for i, lesson in enumerate(part):
                 ours = tried[i * self.tries :][: self.tries]
                 ranked = sorted((self.faults(lesson.text, codes), number) for number, codes in enumerate(ours))
