@@ -208,6 +208,21 @@ def test_the_longest_way_goes_first():
     assert "dpo" not in stages.EXPECTED["small"] and stages.way("dpo", "small") == (80 + 40) / 4  # not measured: by steps
 
 
+def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
+    """By hand, two lanes: the vocoder in the third; no dit in a free lane while thinker3 will want it; at the end any."""
+    order = sorted(stages.STAGES, key=lambda name: -stages.way(name, "tiny"))
+    running = {}
+    while start := stages.start_next(order, set(), running, 2):
+        running[start[0]] = start[1]
+    assert running == {"language": 0, "eyes": 1, "vocoder": 2}
+    done = {"language", "ears", "eyes", "thinker1", "codec", "vocoder"}
+    assert stages.start_next(order, done, {"thinker2": 0}, 2) == ("dit", 2)
+    assert stages.start_next(order, done, {"thinker2": 0, "dit": 2}, 2) is None
+    done |= {"thinker2", "thinker3", "chat", "talker", "dpo"}
+    assert stages.start_next(order, done, {"dit": 2}, 2) == ("speakers", 0)
+    assert stages.start_next(order, done, {}, 1) == ("dit", 0)
+
+
 def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     """What is read back is what was encoded, row by row; other recordings, as many, and another codec do not meet it."""
     spoken, codec = speech.recorded(held=True), Codec(TINY.codec)

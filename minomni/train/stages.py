@@ -1,6 +1,7 @@
 """The school's timetable: which stages there are, in the paper's order, and how long each runs at each size."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -242,33 +243,49 @@ def way(name: str, size: str) -> float:
     return seconds + max((way(other, size) for other, stage in STAGES.items() if name in stage.needs), default=0)
 
 
+def start_next(order: list[str], done: set[str], running: dict[str, int], lanes: int) -> tuple[str, int] | None:
+    """The stage that starts now and its lane, or None while there is none; running: stages with their lanes.
+
+    As long as others are waited for, a stage that nobody waits for keeps to a spare lane, number `lanes`.
+    """
+    awaited = {need for stage in STAGES.values() for need in stage.needs}
+    left = [name for name in order if name not in done and name not in running]
+    free = [lane for lane in range(lanes + 1) if lane not in running.values()]
+    for name in left:
+        spare = name not in awaited and not awaited.isdisjoint(left)
+        mine = [lane for lane in free if (lane == lanes) == spare]
+        if mine and done.issuperset(STAGES[name].needs):
+            return name, mine[0]
+    return None
+
+
 def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     """Run every unfinished stage as soon as what it needs is there, LANES at a time; each in a process of its own.
 
-    A stage that fails ends the run with its message; what is finished stays, and the next run goes on from there.
+    One more has the lowest priority: it learns in what the others leave of the cores. A stage that fails ends the run
+    with its message; what is finished stays, and the next run goes on from there.
     """
     done = {name for name in STAGES if (home / "stages" / f"{name}.safetensors").exists()}
-    running: dict[str, subprocess.Popen] = {}
+    running: dict[str, int] = {}
+    processes: dict[str, subprocess.Popen] = {}
     for name in ("listening", "speaking"):  # once, by all cores, before two stages miss the same recordings
         corpus(name, home.parent / "corpus", english(sizes.size(size).thinker.tokens))
     order = sorted(STAGES, key=lambda name: -way(name, size))
     command = [sys.executable, "-m", "minomni", "train", size, "--resume", "--home", str(home), "--seed", str(seed)]
     lanes = LANES.get(device, LANES["cpu"])
     while len(done) < len(STAGES):
-        for name in order:
-            ready = name not in done and name not in running and done.issuperset(STAGES[name].needs)
-            if ready and len(running) < lanes:
-                slot = next(i for i in range(lanes) if i not in [p.slot for p in running.values()])
-                options = ["--stage", name, "--slot", str(slot), "--device", device]
-                running[name] = subprocess.Popen([*command, *options], cwd=ROOT)
-                running[name].slot = slot
+        while start := start_next(order, done, running, lanes):
+            name, lane = start
+            running[name] = lane
+            options = ["--stage", name, "--slot", str(lane), "--device", device]
+            processes[name] = subprocess.Popen([*command, *options], cwd=ROOT)
+            if lane == lanes and hasattr(os, "setpriority"):  # not on Windows
+                os.setpriority(os.PRIO_PROCESS, processes[name].pid, 19)
         time.sleep(0.2)
-        for name, process in list(running.items()):
-            if process.poll() is None:
-                continue
+        for name in [name for name in running if processes[name].poll() is not None]:
             del running[name]
-            if process.returncode:
-                for other in running.values():
-                    other.terminate()
-                raise UserError(f"stage {name} stopped with exit code {process.returncode}; its message stands above")
+            if processes[name].returncode:
+                for other in running:
+                    processes[other].terminate()
+                raise UserError(f"stage {name} stopped with exit code {processes[name].returncode}; its message stands above")
             done.add(name)

@@ -319,14 +319,24 @@ def long_clip(random: Random, pairs: int) -> Example:
 
 
 def first_or_last(steps: list[list[tuple]], clip: tuple, random: Random) -> Example:
-    """The question which thing of a clip was the first, or the last."""
-    which, at = random.choice((("first", 0), ("last", -1)))
-    color, shape, *_ = steps[at][0]
-    return Example(f"what was there {which}", f"it was the {color} {shape}", clip=clip, objects=steps[::2], kind="video")
+    """The question which thing of a clip was the first, or the last; the other one is left to ask."""
+    asked = order_of(steps)
+    question, answer = random.choice(asked)
+    other = [pair for pair in asked if pair[0] != question]
+    return Example(question, answer, clip=clip, objects=steps[::2], more=other, kind="video")
+
+
+def order_of(steps: list[list[tuple]]) -> list[tuple[str, str]]:
+    """What can be asked about the order of a clip's things, with the answers."""
+    said = [f"it was the {color} {shape}" for ((color, shape, *_),) in (steps[0], steps[-1])]
+    return list(zip(("what was there first", "what was there last"), said))
 
 
 def sounding(random: Random) -> Example:
-    """A clip in which two shapes show one after the other, with a sound while one of them is there."""
+    """A clip in which two shapes show one after the other, with a sound while one of them is there.
+
+    What is asked is which; what was first and what was last is left to ask.
+    """
     steps, (_, change) = in_turn(random, 2, random.choice((4, 6, 8)))
     frames, seconds = film(steps, random)
     whole = seconds[-1] + (seconds[-1] - seconds[-2])
@@ -341,6 +351,7 @@ def sounding(random: Random) -> Example:
         objects=steps[::2],
         sound=tone(random, whole, at),
         sound_at=at,
+        more=order_of(steps),
         kind="sync",
     )
 
