@@ -16,7 +16,7 @@ from .teacher import Teacher, about_tokens
 from .world import Example
 
 PARTS = 2  # of a batch, so that short questions are not padded to the length of long clips
-ALONE = 0.3  # of the steps of `language` that show pictures and nothing else
+PICTURES, CLIPS = 0.25, 0.45  # of the steps of `language`: until the first pictures alone, until the second mostly clips
 MOMENTS = 0.5  # weight of the loss on what is seen while a clip sounds
 
 
@@ -94,8 +94,14 @@ class LanguageStage(ThinkerStage):
     fixed = ("scene-typed", "say-typed")
 
     def mixture_at(self, number):
-        """Pictures alone at first: among everything else, which thing has which color is not learnt at all."""
-        return {"scene-alone": 1} if number < ALONE * self.recipe.steps * self.recipe.accumulate else self.mixture
+        """Pictures alone, then clips with some pictures, then everything.
+
+        In a mixture, which thing has which color is not learnt at all, and what came first is a matter of luck.
+        """
+        progress = number / (self.recipe.steps * self.recipe.accumulate)
+        if progress < PICTURES:
+            return {"scene-alone": 1}
+        return {"sync-typed": 3, "video-typed": 2, "scene-typed": 1} if progress < CLIPS else self.mixture
 
     def logits(self, examples, inputs):
         thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
