@@ -234,15 +234,21 @@ def answer_samples(arguments) -> None:
 
 
 def run_report(arguments) -> None:
+    import torch
+
     from .train import report
 
+    torch.set_num_threads(1)  # short replies one by one: a second thread waits more than it works
     card = report.measure(arguments.model, arguments.items, arguments.digits, arguments.device)
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 
 def run_ablate(arguments) -> None:
+    import torch
+
     from .train.ablations import ablate
 
+    torch.set_num_threads(1)
     print(ablate(arguments.what, arguments.home, arguments.items, arguments.seed))
 
 
