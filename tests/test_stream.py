@@ -165,17 +165,14 @@ def test_sound_leaves_before_the_last_word(omni):
 
 
 def test_a_player_never_runs_dry(omni):
-    """With the CPU's time instead of the wall's, so that the test does not measure what else the machine does.
-
-    Not wholly: caches are shared, so some tries are granted; one without a gap shows that it can keep pace.
-    """
+    """With the CPU's time instead of the wall's, so that the test does not measure what else the machine does."""
     def gap() -> float:
         pieces, began = [], time.process_time()
         for piece in omni.stream(questions()[0]):
             if isinstance(piece, SoundPiece):
                 pieces.append(dataclasses.replace(piece, at_s=time.process_time() - began))
         return waiting(pieces)
-    assert any(gap() == 0 for _ in range(8))
+    assert min(gap() for _ in range(3)) == 0
 
 
 def test_waiting_is_the_latest_piece_behind_the_player():

@@ -223,6 +223,46 @@ def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
     assert stages.start_next(order, done, {}, 1) == ("dit", 0)
 
 
+@pytest.mark.parametrize("broken", [None, "eyes"])
+def test_all_stages_run_and_the_spare_lane_yields(monkeypatch, tmp_path, broken):
+    """With processes that end at once, or one that fails while the others go on for ever: those are ended."""
+    begun, yielded, ended = [], [], []
+
+    class Process:
+        def __init__(self, command, cwd):
+            self.pid = command[command.index("--stage") + 1]
+            self.returncode = int(self.pid == broken)
+            begun.append(self.pid)
+
+        def poll(self):
+            return self.returncode if broken in (None, self.pid) else None
+
+        def terminate(self):
+            ended.append(self.pid)
+
+    monkeypatch.setattr(stages.subprocess, "Popen", Process)
+    monkeypatch.setattr(stages.os, "setpriority", lambda kind, pid, priority: yielded.append((pid, priority)), raising=False)
+    monkeypatch.setattr(stages, "corpus", lambda *_: None)
+    if broken:
+        with pytest.raises(UserError, match="stage eyes stopped with exit code 1"):
+            stages.run_all("tiny", tmp_path, seed=0)
+        assert sorted(ended) == ["language", "vocoder"] and len(begun) == 3
+        return
+    stages.run_all("tiny", tmp_path, seed=0)
+    assert sorted(begun) == sorted(stages.STAGES) and yielded == [("vocoder", 19), ("dit", 19)]
+    for name, stage in stages.STAGES.items():
+        assert all(begun.index(need) < begun.index(name) for need in stage.needs)
+
+
+def test_language_begins_with_pictures_and_then_clips():
+    """Of 100 steps of two batches each, those before 25 pictures, those before 45 mostly clips, then everything."""
+    stage = object.__new__(stages.LanguageStage)
+    stage.recipe = Recipe(steps=100, batch=8, lr=1e-3, accumulate=2)
+    assert stage.mixture_at(0) == stage.mixture_at(49) == {"scene-alone": 1}
+    assert set(stage.mixture_at(50)) == set(stage.mixture_at(89)) == {"sync-typed", "video-typed", "scene-typed"}
+    assert stage.mixture_at(90) == stage.mixture_at(199) == stage.mixture
+
+
 def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     """What is read back is what was encoded, row by row; other recordings, as many, and another codec do not meet it."""
     spoken, codec = speech.recorded(held=True), Codec(TINY.codec)
@@ -316,6 +356,17 @@ def test_words_in_frames_are_no_statements():
     assert not set(drawn) & set(world.statements()) and len(set(drawn)) > 1000
     little = {word for text in world.statements() for word in text.split()}
     assert little == {word for text in drawn for word in text.split()} | {"shape", "shapes"}
+
+
+def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
+    random = Random(3)
+    for made, more in ((world.ordered, 1), (world.sounding, 2), (lambda r: world.long_clip(r, 12), 1)):
+        for _ in range(20):
+            example = made(random)
+            asked = dict([(example.question, example.answer), *example.more])
+            assert len(example.more) == more and len(asked) == more + 1
+            for question, seen in (("what was there first", example.objects[0]), ("what was there last", example.objects[-1])):
+                assert asked[question] == f"it was the {seen[0][0]} {seen[0][1]}"
 
 
 def test_answers_agree_with_pictures():

@@ -23,8 +23,8 @@ from . import synthesis, world
 from .vocabulary import English, told_apart
 
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "speech"
-LONG, STRINGS, FRAMED = 2400, 1200, 2000  # recordings of two statements in one breath, and of words without sense
-HEARD, HEARD_STRINGS, HEARD_FRAMED = 2200, 400, 600  # sentences to listen to, and words without sense
+LONG, STRINGS, FRAMED = 2400, 1200, 2000  # said: two statements in one breath, and words without sense
+HEARD, HEARD_STRINGS, HEARD_FRAMED = 2200, 400, 600  # listened to: sentences, and words without sense
 FEW = 100  # a kind of sentence of which there are fewer is said by every voice
 FAIR = 0.5  # share of all draws that treats kinds of sentences alike
 FIRST_VOICE = 5  # the voices' token ids begin this far behind tts_text_pad
