@@ -136,6 +136,7 @@ def train(
                 if step < recipe.steps:  # before the log speaks of it: what is logged is safe
                     run_folder.keep(folder, stage.name, step, means, unlocked, optimizers)
                 report(stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar)
+                began, first = time.perf_counter(), step  # the next line tells the pace since this one
     if step == recipe.steps:
         kept = dict(stage.omni.named_parameters())  # a stage may have learnt with parts that it throws away
         run_folder.finish(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
@@ -193,7 +194,7 @@ def in_words(means: dict[str, float]) -> str:
 
 
 def report(stage: Stage, folder: Path, step: int, means: dict[str, float], seconds: float, bar: tqdm) -> None:
-    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: of one step, on average."""
+    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: a step took since the last."""
     stage.omni.eval()
     with torch.no_grad():
         shown = stage.sample()
