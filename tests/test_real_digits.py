@@ -41,6 +41,28 @@ def test_resampling_by_hand():
     assert real_digits.resample(x, torch.tensor([0.0, 0.5, 1.5, 2.0])).tolist() == [[0.0, 0.5, 2.5, 4.0]]
 
 
+def test_levels_by_hand(monkeypatch):
+    mel = torch.tensor([[0.0, 4.0, 6.0], [0.0, 0.0, 2.0]])  # loudness 0, 2, 4: the last two frames are the louder half
+    levels = real_digits.band_levels([mel[:, :1], mel[:, 1:]])
+    torch.testing.assert_close(levels, torch.tensor([[10 / 3], [2 / 3]]))
+    monkeypatch.setattr(real_digits, "LEVELLED", 0.5)
+    made = real_digits.levelled(mel, torch.tensor([[1.0], [1.0]]))  # bands are at 5 and 1
+    assert made.tolist() == [[-2.0, 2.0, 4.0], [0.0, 0.0, 2.0]]
+
+
+def test_a_microphone_is_levelled_out(folder):
+    mel = real_digits.clips_by_speaker(folder)["ann"][0][0]
+    levels, colour = torch.zeros(128, 1), torch.linspace(-0.3, 0.3, 128)[:, None]
+    apart = real_digits.levelled(mel + colour - colour.mean(), levels) - real_digits.levelled(mel, levels)
+    torch.testing.assert_close(apart, (colour - colour.mean()).expand_as(apart) * (1 - real_digits.LEVELLED))
+
+
+def test_blur_by_hand():
+    mel = torch.tensor([[0.0], [3.0], [0.0], [6.0]])
+    assert real_digits.blurred(mel, 3).flatten().tolist() == [1.0, 1.0, 3.0, 4.0]
+    assert torch.equal(real_digits.blurred(mel, 1), mel)
+
+
 def test_the_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
     clips = real_digits.clips_by_speaker(folder)
     stage = real_digits.DigitsStage(

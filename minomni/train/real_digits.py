@@ -33,6 +33,8 @@ RECIPE = Recipe(steps=800, batch=32, lr=3e-3, warmup=20)
 CROWDED = 0.4  # share of synthetic voices in a batch
 ANSWERED = 8  # of a batch's clips are answered in words too: the ears need more lessons than the decoder
 WARP, EQUALISE, STRETCH, HURRY = 0.15, 0.3, 0.5, 0.3  # how far augment() goes
+BLURS = 1, 1, 3, 5, 7, 9  # bands that augment() makes one of
+LEVELLED = 0.8  # share of what sets a clip's bands apart from all others' that levelled() takes away
 QUIET = 1600  # samples (100 ms) of silence around a recording: many are cut within the first sound
 RANGE = 2.0  # log_mel's units from a clip's loudest point to its floor (80 dB)
 
@@ -61,8 +63,29 @@ def resample(x: Tensor, places: Tensor) -> Tensor:
     return torch.lerp(x[..., below], x[..., above], places - below)
 
 
+def band_levels(mels: list[Tensor]) -> Tensor:
+    """Mean of every band over all frames of log-mels [128, F] -> [128, 1]."""
+    return torch.cat(mels, dim=1).mean(1, keepdim=True)
+
+
+def levelled(mel: Tensor, levels: Tensor) -> Tensor:
+    """A log-mel [128, F] with its bands drawn to `levels` [128, 1], by their means over the louder half of the frames.
+
+    What a throat and a microphone add to everything is mostly gone then: cepstral mean subtraction, told of bands.
+    """
+    loudness = mel.mean(0)
+    own = mel[:, loudness >= loudness.median()].mean(1, keepdim=True)  # [128, 1]
+    return mel + LEVELLED * (levels - own)
+
+
+def blurred(mel: Tensor, width: int) -> Tensor:
+    """Every band of a log-mel [128, F] as the mean of the `width` (odd) around it: formants stay, the pitch goes."""
+    return F.avg_pool1d(F.pad(mel.T, (width // 2, width // 2), mode="replicate"), width, stride=1).T
+
+
 def augment(mel: Tensor, random: Random) -> Tensor:
     """A log-mel [128, F] as another throat, another pace, another microphone and another room would have it."""
+    mel = blurred(mel, random.choice(BLURS))
     bands, frames = mel.shape
     throat = (torch.arange(bands) * (1 + random.uniform(-WARP, WARP))).clamp(max=bands - 1)
     mel = resample(mel.T, throat).T  # formants move
@@ -87,6 +110,7 @@ class DigitsStage(Stage):
         """people and crowd: (log-mel [128, F], digit) pairs of real and of synthetic speakers."""
         super().__init__(omni, recipe, cache, seed)
         self.people, self.crowd, self.tokens = people, crowd, omni.config.thinker.tokens
+        self.levels = band_levels([mel for mel, _ in people])
         self.processor, encode = Processor(omni.config, omni.tokenizer), omni.tokenizer.encode
         self.words = [torch.tensor(encode(f" {number}")) + 1 for number in NUMBERS]  # class 0 is silence
         self.answers = [encode(answer(digit)) + [self.tokens.im_end] for digit in range(10)]
@@ -97,7 +121,7 @@ class DigitsStage(Stage):
         chosen = random.choices(self.people, k=self.recipe.batch - many)
         chosen += random.choices(self.crowd, k=many) if many else []
         random.shuffle(chosen)
-        return [augment(mel, random) for mel, _ in chosen], [digit for _, digit in chosen]
+        return [levelled(augment(mel, random), self.levels) for mel, _ in chosen], [digit for _, digit in chosen]
 
     def losses(self, batch):
         mels, digits = batch
@@ -152,7 +176,9 @@ def leave_one_out(model: str, folder: Path, cache: Path, seed: int = 0) -> dict[
     for speaker, held in clips.items():
         omni, heard = load(model), [clip for name in clips if name != speaker for clip in clips[name]]
         torch.manual_seed(seed)
+        stage = DigitsStage(omni, RECIPE, cache, seed, heard, others)
         with TemporaryDirectory() as run:
-            train(DigitsStage(omni, RECIPE, cache, seed, heard, others), Path(run))
-        scores[speaker] = right(omni.eval(), held), len(held)
+            train(stage, Path(run))
+        asked = [(levelled(mel, stage.levels), digit) for mel, digit in held]
+        scores[speaker] = right(omni.eval(), asked), len(held)
     return scores
