@@ -33,8 +33,8 @@ RECIPE = Recipe(steps=800, batch=32, lr=3e-3, warmup=20)
 CROWDED = 0.4  # share of synthetic voices in a batch
 ANSWERED = 8  # of a batch's clips are answered in words too: the ears need more lessons than the decoder
 WARP, EQUALISE, STRETCH, HURRY = 0.15, 0.3, 0.5, 0.3  # how far augment() goes
-BLURS = 1, 1, 3, 5, 7, 9  # bands that augment() makes one of
-LEVELLED = 0.8  # share of what sets a clip's bands apart from all others' that levelled() takes away
+BLURS = 1, 1, 3, 5, 7, 9  # widths in bands, of which augment() draws one
+LEVELLED = 0.8  # share of a clip's own level that levelled() takes away
 QUIET = 1600  # samples (100 ms) of silence around a recording: many are cut within the first sound
 RANGE = 2.0  # log_mel's units from a clip's loudest point to its floor (80 dB)
 
@@ -174,7 +174,7 @@ def leave_one_out(model: str, folder: Path, cache: Path, seed: int = 0) -> dict[
     """For every speaker of a folder, how many recordings a model tuned on all others answers right, and of how many."""
     clips, others, scores = clips_by_speaker(folder), crowd(cache), {}
     for speaker, held in clips.items():
-        omni = load(model, dtype=torch.float32)  # whatever the folder stores: half precision learns nothing
+        omni = load(model, dtype=torch.float32)  # whatever the folder stores: it is to be trained
         heard = [clip for name in clips if name != speaker for clip in clips[name]]
         torch.manual_seed(seed)
         stage = DigitsStage(omni, RECIPE, cache, seed, heard, others)
