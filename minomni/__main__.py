@@ -40,8 +40,8 @@ def parser() -> Parser:
 
     train = commands.add_parser("train", help="train a size from scratch, stage by stage",
                                 description="Trains every stage that is not finished, two at a time, and writes "
-                                            "runs/SIZE/model. tiny takes about 35 minutes on two cores and 4 GB of "
-                                            "memory.")
+                                            "runs/SIZE/model. tiny takes about half an hour on two cores, and 8 GB "
+                                            "of memory.")
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
     train.add_argument("--stages", action="store_true", help="list the stages: what learns, for how long, from what")

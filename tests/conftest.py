@@ -1,6 +1,7 @@
 """Every test runs on one thread with fixed seeds, so that its numbers repeat on any machine."""
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ from nbval.plugin import IPyNbCell
 def repeatable():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def untrained_tries(monkeypatch):
+    """Tries of an untrained Talker for DPO: short, as it does not end by itself, each with a better and a worse one."""
+    from minomni.config import SamplingConfig
+    from minomni.train import talker_stages
+
+    short = lambda **sampling: SamplingConfig(**{**sampling, "max_new_tokens": 6})  # noqa: E731
+    monkeypatch.setattr(talker_stages, "SamplingConfig", short)
+    worse = count(0, 2)
+    monkeypatch.setattr(talker_stages, "edits", lambda *_: next(worse))
 
 
 @pytest.fixture(scope="session")

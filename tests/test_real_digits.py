@@ -63,6 +63,31 @@ def test_blur_by_hand():
     assert torch.equal(real_digits.blurred(mel, 1), mel)
 
 
+def assert_levelled(mels: list[torch.Tensor], clips: list):
+    """Their bands, in the louder half of the frames, are where the clips' are on average."""
+    wanted = torch.cat([mel for mel, _ in clips], dim=1).mean(1)
+    for mel in mels:
+        loud = mel[:, mel.mean(0) >= mel.mean(0).median()].mean(1)
+        torch.testing.assert_close(loud, wanted, rtol=0, atol=1e-4)
+
+
+def test_lessons_are_levelled(folder, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_digits, "LEVELLED", 1.0)
+    clips = real_digits.clips_by_speaker(folder)
+    stage = real_digits.DigitsStage(
+        minomni.load(str(tiny_folder)), Recipe(100, 4, 5e-3), tmp_path, 0, clips["ann"], clips["bob"])
+    assert_levelled(stage.batch(0)[0], clips["ann"])  # the crowd is no measure of people
+
+
+def test_lessons_are_blurred(folder, monkeypatch):
+    mel = real_digits.clips_by_speaker(folder)["ann"][0][0]
+    monkeypatch.setattr(real_digits, "BLURS", (9,))
+    made = real_digits.augment(mel, Random(0))
+    monkeypatch.setattr(real_digits, "BLURS", (1,))
+    assert torch.equal(made, real_digits.augment(real_digits.blurred(mel, 9), Random(0)))
+    assert not torch.equal(made, real_digits.augment(mel, Random(0)))
+
+
 def test_the_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
     clips = real_digits.clips_by_speaker(folder)
     stage = real_digits.DigitsStage(
@@ -80,13 +105,18 @@ def test_the_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
 def test_the_tested_speaker_is_left_out(folder, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesis, "available", lambda: False)
     monkeypatch.setattr(real_digits, "RECIPE", replace(real_digits.RECIPE, steps=1, batch=2))
-    seen = []
+    monkeypatch.setattr(real_digits, "LEVELLED", 1.0)
+    seen, asked, count = [], [], real_digits.right
+    monkeypatch.setattr(real_digits, "right", lambda omni, clips: asked.append(clips) or count(omni, clips))
     stage = real_digits.DigitsStage
     monkeypatch.setattr(real_digits, "DigitsStage", lambda *a: seen.append(sorted(d for _, d in a[4])) or stage(*a))
     weights.save(minomni.load(str(tiny_folder)).half(), tmp_path / "half")  # as the shipped one is stored
     scores = real_digits.leave_one_out(str(tmp_path / "half"), folder, tmp_path / "corpus")
     assert scores == {"ann": (0, 3), "bob": (0, 3)}  # a model of random weights answers nothing right
     assert seen == [[1, 3, 5], [0, 2, 4]]  # ann says the even digits
+    clips = real_digits.clips_by_speaker(folder)
+    for held, other in zip(asked, ("bob", "ann")):  # ann is asked at bob's level, which does not know hers
+        assert_levelled([mel for mel, _ in held], clips[other])
     for path in folder.glob("*_bob_*"):
         path.unlink()
     with pytest.raises(UserError, match="1 speakers; leaving one out takes at least two"):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,11 @@ from elsewhere import ELSEWHERE, Elsewhere, Factories, Functions, Generator
 from torch import nn
 
 from minomni import config_json, device_of, load
-from minomni.config import SMALL, TINY, SamplingConfig
+from minomni.config import SMALL, TINY
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.omni import Omni
-from minomni.train import loop, run_folder, samples, speech, stages, synthesis, talker_stages
+from minomni.train import loop, run_folder, samples, speech, stages, synthesis
 from minomni.train.judge import edits
 from minomni.train.loop import Recipe, Stage
 from minomni.train.talker_stages import DPOStage
@@ -239,15 +238,11 @@ def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(stages.STAGES))
-def test_every_stage_learns_on_another_device(name, cache, monkeypatch):
+def test_every_stage_learns_on_another_device(name, cache, monkeypatch, untrained_tries):
     """On a pretended device that refuses what is not on it, a stage loses and learns what it does on the CPU."""
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(loop, "has_bf16", lambda device: False)  # both count the same digits
     monkeypatch.setattr(DPOStage, "prompts", 4)
-    short = lambda **sampling: SamplingConfig(**{**sampling, "max_new_tokens": 6})  # noqa: E731
-    monkeypatch.setattr(talker_stages, "SamplingConfig", short)
-    worse = count(0, 2)
-    monkeypatch.setattr(talker_stages, "edits", lambda *_: next(worse))  # every try has a better and a worse one
     with Factories(), Functions():
         away = make(name, cache, ELSEWHERE)
         losses = loop.gradients(away, 0)
@@ -334,6 +329,19 @@ class Rows(Stage):
 
     def losses(self, batch):
         return {"square": self.omni(batch).square().mean(), "size": 0.1 * self.omni(batch).abs().mean()}
+
+
+def test_a_line_tells_the_pace_since_the_last(tmp_path, monkeypatch):
+    """Eight steps of 10 s, as beside other work, then eight of 1 s: the time left is told by the second."""
+    clock = [0.0]
+    stage = Rows(Recipe(steps=16, batch=6, lr=1e-3))
+    stage.losses = lambda batch: clock.__setitem__(0, clock[0] + (10 if len(stage.asked) <= 8 else 1)) or {
+        "square": stage.omni(batch).square().mean()}
+    stage.sample = lambda: clock.__setitem__(0, clock[0] + 100) or ""  # a step does not pay for what is shown
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    loop.train(stage, tmp_path)
+    told = [json.loads(line)["ms"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert told == [10_000] * 4 + [1_000] * 4
 
 
 def test_gradients_in_parts_are_those_of_the_whole():

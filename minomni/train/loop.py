@@ -194,7 +194,7 @@ def in_words(means: dict[str, float]) -> str:
 
 
 def report(stage: Stage, folder: Path, step: int, means: dict[str, float], seconds: float, bar: tqdm) -> None:
-    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: a step took since the last."""
+    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: of a step, since the last."""
     stage.omni.eval()
     with torch.no_grad():
         shown = stage.sample()
