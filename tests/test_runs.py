@@ -25,6 +25,7 @@ from minomni.omni import Omni
 from minomni.train import loop, run_folder, samples, speech, stages, synthesis
 from minomni.train.judge import edits
 from minomni.train.loop import Recipe, Stage
+from minomni.train.precision import has_bf16
 from minomni.train.talker_stages import DPOStage
 
 ROOT = Path(__file__).parents[1]
@@ -290,11 +291,18 @@ def test_a_codec_in_bf16_takes_any_length(frames):
         assert codec.letters(grid).shape[:2] == codes.shape == (2, frames // TINY.codec.downsample)
 
 
-def test_bf16_where_the_processor_multiplies_in_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for able, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-        assert loop.has_bf16(cpu) == expected
+@pytest.mark.parametrize("instructions, onednn, enabled, expected", [
+    ({"avx512_bf16": True}, True, True, True),
+    ({"amx_bf16": True}, True, True, True),
+    ({"avx2": True}, True, True, False),
+    ({"amx_bf16": True}, False, True, False),  # limited by ONEDNN_MAX_CPU_ISA
+    ({"avx512_bf16": True}, True, False, False),
+])
+def test_bf16_where_the_processor_multiplies_in_it(instructions, onednn, enabled, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        assert has_bf16(torch.device("cpu")) == expected
 
 
 def test_devices_by_name(monkeypatch):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from . import run_folder, samples
 from .muon import Muon
+from .precision import has_bf16
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
 OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer
@@ -163,14 +164,6 @@ def gradients(stage: Stage, step: int) -> dict[str, float]:
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.item() / parts
     return means
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bf16 itself; on others it would be slower than fp32."""
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def to_device(batch, device: torch.device):

@@ -5,14 +5,16 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from .precision import has_bf16
+
 RMS = 0.2  # of a step of AdamW, which Muon's steps are made as long as (arXiv 2502.16982, sec. 2.2)
 
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with match_rms_adamw, whose steps it takes, matrices of one shape (or one on its side) at a time.
 
-    The tiny Thinker's 77 matrices have 8 shapes; its optimizers take 51 ms a step for 76 (one thread, lab log). Nothing
-    else differs: neither the state nor what is saved of it.
+    The tiny Thinker's 77 matrices have 8 shapes; its optimizers take 51 ms a step for 76 (one thread, lab log). The
+    state and what is saved of it are torch's. torch's Muon always multiplies in bf16; see orthogonal() for when this does.
     """
 
     @torch.no_grad()
@@ -43,12 +45,13 @@ def wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor, steps: int) -> Tensor:
-    """Matrices [n, r, c], r <= c -> [n, r, c] in bf16 with the same singular vectors and all singular values near 1.
+    """Matrices [n, r, c], r <= c -> [n, r, c] with the same singular vectors and all singular values near 1.
 
     By Newton-Schulz: each step is a polynomial of the singular values that lifts small ones and holds large ones below
-    about 1.2 (Keller Jordan, "Muon", 2024).
+    about 1.2 (Keller Jordan, "Muon", 2024). fp32 is multiplied in bf16 where the device does that in hardware, two
+    digits being enough; any other type keeps its digits.
     """
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.dtype == torch.float32 and has_bf16(matrices.device) else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(steps):
