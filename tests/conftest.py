@@ -1,5 +1,13 @@
-"""Every test runs on one thread with fixed seeds, so that its numbers repeat on any machine."""
+"""Every test runs on one thread with fixed seeds, so that its numbers repeat on any machine.
 
+test_processors.py runs them as on other processors, by these environment variables:
+
+    MINOMNI_TEST_THREADS=n       n threads instead of one
+    MINOMNI_TEST_ONEDNN=off      matrix products and convolutions without oneDNN
+    MINOMNI_TEST_BF16=on|off     training as on a processor that multiplies bf16 in hardware, or on one that does not
+"""
+
+import os
 from dataclasses import replace
 from itertools import count
 
@@ -11,9 +19,15 @@ from nbval.plugin import IPyNbCell
 
 
 @pytest.fixture(autouse=True)
-def repeatable():
-    torch.set_num_threads(1)
+def repeatable(monkeypatch):
+    torch.set_num_threads(int(os.environ.get("MINOMNI_TEST_THREADS", "1")))
     torch.manual_seed(0)
+    if os.environ.get("MINOMNI_TEST_ONEDNN") == "off":
+        torch.backends.mkldnn.set_flags(_enabled=False)
+    bf16 = os.environ.get("MINOMNI_TEST_BF16")
+    if bf16:
+        monkeypatch.setattr("minomni.train.loop.has_bf16", lambda device: bf16 == "on")
+        monkeypatch.setattr("minomni.train.muon.has_bf16", lambda device: bf16 == "on")
 
 
 @pytest.fixture
