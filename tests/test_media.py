@@ -161,9 +161,8 @@ def test_arrays_of_pictures():
     array = picture(3)
     for source in (array, torch.from_numpy(array), Image.fromarray(array)):
         assert np.array_equal(np.asarray(load_image(source)), array)
-    for wrong in (array / 255, np.zeros((3, 8, 8), np.uint8)):
-        with pytest.raises(UserError, match=r"expected uint8 \[h, w, 3\]"):
-            load_image(wrong)
+    with pytest.raises(UserError, match=r"expected \[h, w\], \[h, w, 3\] or"):
+        load_image(np.zeros((5, 8, 8), np.uint8))
 
 
 def test_broken_pictures(tmp_path):

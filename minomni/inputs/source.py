@@ -1,44 +1,322 @@
-"""Where media come from: paths and bytes to a seekable stream, and decoders' complaints to one line."""
+"""Where media come from: paths, bytes and open files to a seekable stream, and decoders' complaints to one line."""
 
+import base64
+import binascii
 import io
+import os
+import re
+import stat
 import struct
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
 
+import numpy as np
 from PIL import UnidentifiedImageError
+from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, shorten
+
+LONGEST_NAME = 120  # characters of a path in a message
+LONGEST_REASON = 160  # characters of a library's complaint
 
 
+@contextmanager
 def open_source(source, name: str):
-    """A seekable binary stream of a path or of bytes."""
-    if isinstance(source, (bytes, bytearray)):
-        return io.BytesIO(source)
-    if not isinstance(source, (str, Path)):
-        raise UserError(f"{name}: a {type(source).__name__} cannot be read; give a path, bytes or an array")
-    path = Path(str(source).removeprefix("file://"))
+    """A seekable binary stream of a path, a file:// or data: URI, bytes, or a file that is open already.
+
+    A dictionary of Hugging Face datasets, {"bytes", "path"}, is taken too. The stream stands at its beginning; what
+    the caller opened stays open. Raises UserError for what is not there or no regular file; nothing is ever fetched.
+    """
+    if isinstance(source, dict) and ("bytes" in source or "path" in source):
+        content = source.get("bytes")
+        source = source.get("path") if content is None else content
+        if source is None:
+            raise UserError(f"{name}: a dictionary whose bytes and path are both empty; give one of them")
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source) if isinstance(os.fspath(source), str) else os.fsdecode(source)
+    if isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
+        source = _data_of_uri(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        yield io.BytesIO(source)
+    elif isinstance(source, str):
+        with _open_file(source, name) as stream:
+            yield stream
+    elif hasattr(source, "read") and hasattr(source, "seek"):
+        _rewind(source, name)
+        yield source
+    else:
+        raise UserError(f"{name}: a {shorten(type(source).__name__)} cannot be read; give a path, bytes or an array")
+
+
+def _open_file(spelling: str, name: str):
+    """A path or a file:// URI -> its open file."""
+    is_uri = re.match("file:/", spelling, re.IGNORECASE)
+    if not is_uri and re.match("[a-z][a-z0-9+.-]+://", spelling, re.IGNORECASE):
+        raise UserError(f"{name}: no such file; web addresses are not fetched, download it")
     try:
-        found, readable = path.exists(), path.is_file()
-        if readable:
-            return open(path, "rb")
+        path = _path_of_uri(spelling) if is_uri else Path(spelling)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{name}: not a file, but a {_kind_of(status.st_mode)}")
+        if status.st_size == 0:  # /proc/kmsg too, which would be waited for
+            return io.BytesIO()
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be opened ({first_line(error)})") from None
-    web = "; web addresses are not fetched, download it" if "://" in str(source) else ""
-    raise UserError(f"{name}: {'not a file' if found else 'no such file'}{web}")
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _path_of_uri(uri: str) -> Path:
+    """file:///a%20b -> /a b. What people write by hand, as file:///a b or file://a, is taken as it stands."""
+    rest = re.sub("^file:(//(localhost(?=/))?)?", "", uri, flags=re.IGNORECASE)
+    if os.name == "nt":
+        rest = re.sub("^/(?=[A-Za-z]:)", "", rest)
+    decoded = Path(unquote(rest, errors="surrogateescape"))
+    return decoded if decoded.exists() or not Path(rest).exists() else Path(rest)
+
+
+def _data_of_uri(uri: str, name: str) -> bytes:
+    """data:[type][;base64],content -> the bytes."""
+    header, comma, content = uri.partition(",")
+    if not comma:
+        raise UserError(f"{name}: a data: URI without a comma; expected data:TYPE;base64,CONTENT")
+    if not header.lower().rstrip().endswith(";base64"):
+        return unquote_to_bytes(content)
+    content = re.sub(r"\s", "", unquote(content)).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(f"{name}: a data: URI whose base64 is broken; encode the file again") from None
+
+
+def _rewind(stream, name: str) -> None:
+    """Put a caller's stream to its beginning, or say why it cannot be read."""
+    try:
+        if hasattr(stream, "fileno"):
+            _require_regular(stream, name)
+        stream.seek(0)
+        content = stream.read(1)
+        stream.seek(0)
+    except UserError:
+        raise
+    except Exception as error:  # any class may stand for a file
+        raise UserError(f"{name}: an open file that cannot be read from its beginning ({first_line(error)}); give its "
+                        f"bytes") from None
+    if not isinstance(content, bytes):
+        raise UserError(f"{name}: a file opened as text; open it with mode 'rb'")
+
+
+def _require_regular(stream, name: str) -> None:
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError, TypeError):  # BytesIO and its like have no number; closed files are told later
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{name}: an open {_kind_of(mode)}; give a file, or the bytes read from it")
+
+
+def array_of(source, name: str) -> np.ndarray:
+    """An array, tensor or list of numbers -> array of the same shape, in numpy's types (bfloat16 as float32).
+
+    Nothing is copied where it need not be: look at the shape before anything is computed from a huge one. Raises
+    UserError for tensors that hold no values (meta), and for what is no array of numbers.
+    """
+    try:
+        if isinstance(source, Tensor):
+            source = source.detach().cpu()
+            source = source.float() if source.is_floating_point() and source.element_size() < 4 else source
+            source = source.resolve_conj().resolve_neg().numpy()
+        array = np.asarray(source)
+    except Exception as error:  # meta, sparse and quantized tensors, ragged lists: many kinds
+        raise UserError(f"{name}: a {type(source).__name__} whose values cannot be read ({first_line(error)})") from None
+    if array.dtype.kind not in "iufb":
+        raise UserError(f"{name}: values of type {shorten(array.dtype, 60)}; expected numbers, float or integer")
+    return array
 
 
 def require_whole(stream, name: str) -> None:
-    """Raise UserError where a box of an mp4 file reaches beyond its end: decoders would just play what is left."""
-    end, place = stream.seek(0, io.SEEK_END), 0
+    """Raise UserError where a file ends before what its own header announces: decoders would play what is left.
+
+    Known for mp4 and mov, wav, avi, aiff, au, mkv and webm. Others (mp3, aac, ogg, ts) announce no length. A length of
+    0 or beyond 2 GB in wav and its like stands for "unknown": recorders and pipes write the header first.
+    """
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(12)
+    if head[4:8] in MP4_BEGINS:
+        needed = _end_of_mp4(stream, end)
+    elif head[:4] in (b"RIFF", b"RF64", b"FORM"):
+        needed = _end_of_chunks(stream, end, ">" if head[:4] == b"FORM" else "<")
+    elif head[:4] == b".snd":
+        needed = _end_of_au(head)
+    elif head[:4] == b"\x1a\x45\xdf\xa3":
+        needed = _end_of_matroska(stream)
+    else:
+        needed = 0
+    stream.seek(0)
+    if needed > end:
+        raise UserError(f"{name}: cut short, {end} of at least {needed} bytes are there; copy it again")
+
+
+MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+MP4_CONTENT = (b"moov", b"mdat", b"moof")
+UNKNOWN = 2_000_000_000  # bytes: lengths from here on are what writers put who do not know it yet
+
+
+def _end_of_mp4(stream, end: int) -> int:
+    """How far the boxes of an mp4 reach. Bytes behind the last one (a camera's, a tag) are no box and do not count."""
+    place, seen = 0, set()
     while place + 16 <= end:
         stream.seek(place)
         size, kind, long_size = struct.unpack(">I4sQ", stream.read(16))
-        if place == 0 and kind != b"ftyp" or size == 0:  # another container; or a last box of open length
-            break
-        place += max(8, long_size if size == 1 else size)
+        if size == 0:  # reaches to the end
+            return end
+        size = max(8, long_size if size == 1 else size)
+        if place + size > end and kind not in MP4_CONTENT and {b"moov", b"mdat"} <= seen:
+            return end
+        seen.add(kind)
+        place += size
+    return place if {b"moov", b"mdat"} <= seen else max(place, end + 8)  # at least the header of the other one
+
+
+def _end_of_chunks(stream, end: int, order: str) -> int:
+    """How far the samples of a wav, avi or aiff reach: its chunk data, LIST movi or SSND."""
+    place, long_size = 12, UNKNOWN
+    while place + 12 <= end:
+        stream.seek(place)
+        kind, size, inner = struct.unpack(f"{order}4sI4s", stream.read(12))
+        if kind == b"ds64" and place + 24 <= end:  # of RF64, whose chunk sizes are then 0xffffffff
+            stream.seek(place + 16)
+            long_size = struct.unpack("<Q", stream.read(8))[0]
+        if kind == b"data" and size == 0xFFFFFFFF:
+            size = long_size
+        if kind in (b"data", b"SSND") or (kind == b"LIST" and inner == b"movi"):
+            return 0 if size >= UNKNOWN else place + 8 + size
+        place += 8 + size + size % 2
+    return 0
+
+
+def _end_of_au(head: bytes) -> int:
+    header, size = struct.unpack(">II", head[4:12])
+    return 0 if size >= UNKNOWN else header + size
+
+
+def _end_of_matroska(stream) -> int:
+    """How far the one segment of an mkv or webm reaches: elements are an id, a size and content, all of any length."""
+    stream.seek(4)
+    stream.seek(_matroska_size(stream)[0], io.SEEK_CUR)
+    if stream.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    size, unknown = _matroska_size(stream)
+    return 0 if unknown else stream.tell() + size
+
+
+def _matroska_size(stream) -> tuple[int, bool]:
+    """A size of 1 to 8 bytes, and whether it is the one that stands for "unknown". Its leading zero bits tell how many."""
+    first = stream.read(1)
+    if not first or not first[0]:
+        return 0, True
+    more = 8 - first[0].bit_length()
+    value = int.from_bytes(first + stream.read(more), "big") - (1 << (7 * more + 7))
+    return value, value == (1 << (7 * more + 7)) - 1
+
+
+MOST_PARTS = 1_000
+PAGE_BEGINS_STREAM = 2  # a flag of an Ogg page
+FLAC_HEADER = b"fLaC\0\0\0\x22"  # the marker and the type and length of the block that must follow it
+
+
+class _Part(io.RawIOBase):
+    """Bytes begin ... end of a seekable stream, as a stream of their own."""
+
+    def __init__(self, stream, begin: int, end: int):
+        self.stream, self.begin, self.end, self.place = stream, begin, end, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.end - self.begin}[whence]
+        self.place = max(0, base + offset)
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        wanted = min(len(buffer), max(0, self.end - self.begin - self.place))
+        self.stream.seek(self.begin + self.place)
+        content = self.stream.read(wanted)
+        buffer[: len(content)] = content
+        self.place += len(content)
+        return len(content)
+
+
+def is_ogg(stream) -> bool:
+    """Whether a stream begins as Ogg files do."""
     stream.seek(0)
-    if place > end:
-        raise UserError(f"{name}: cut short, {end} of at least {place} bytes are there; copy it again")
+    return stream.read(4) == b"OggS"
+
+
+def parts_of_stream(stream, name: str) -> list:
+    """Streams [at least 1] of an Ogg or FLAC file that begins anew midway (`cat a b`, radio): [stream] for others.
+
+    Decoders play the first part alone, or stumble where the rate changes.
+    """
+    stream.seek(0)
+    head = stream.read(len(FLAC_HEADER))
+    if head[:4] == b"OggS":
+        begins = _ogg_begins(stream)
+    elif head == FLAC_HEADER:
+        begins = _places(stream, FLAC_HEADER)
+    else:
+        begins = [0]
+    if len(begins) > MOST_PARTS:
+        raise UserError(f"{name}: begins anew {len(begins)} times; at most {MOST_PARTS} parts are read, split it")
+    if len(begins) < 2:
+        return [stream]
+    ends = begins[1:] + [stream.seek(0, io.SEEK_END)]
+    return [_Part(stream, begin, end) for begin, end in zip(begins, ends)]
+
+
+def _ogg_begins(stream) -> list[int]:
+    """Where the parts of a chained Ogg file begin: at pages that begin a stream and follow one that does not."""
+    begins, place, was_begin = [], 0, False
+    while True:
+        stream.seek(place)
+        page = stream.read(27)
+        if len(page) < 27 or page[:4] != b"OggS":
+            return begins
+        is_begin = bool(page[5] & PAGE_BEGINS_STREAM)
+        if is_begin and not was_begin:  # several streams side by side all begin before the first other page
+            begins.append(place)
+        was_begin = is_begin
+        lengths = stream.read(page[26])
+        place += 27 + len(lengths) + sum(lengths)
+
+
+def _places(stream, pattern: bytes) -> list[int]:
+    """Where a pattern occurs in a stream."""
+    places, read, kept = [], 0, b""
+    stream.seek(0)
+    while block := stream.read(1 << 20):
+        window = kept + block
+        at = window.find(pattern)
+        while at >= 0:
+            places.append(read - len(kept) + at)
+            at = window.find(pattern, at + 1)
+        read += len(block)
+        kept = window[-(len(pattern) - 1) :]
+    return places
 
 
 @contextmanager
@@ -50,20 +328,28 @@ def complaints(name: str, what: str):
         yield
     except UserError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise UserError(f"{name}: {what} ({first_line(error)})") from None
 
 
 def name_of(source, kind: str) -> str:
-    """What to call a source in a message."""
-    if not isinstance(source, (str, Path)):
+    """What to call a source in a message: its path, on one line and shortened, or "the KIND given"."""
+    if isinstance(source, dict):
+        source = source.get("path")
+    if isinstance(source, os.PathLike):
+        source = str(source)
+    if hasattr(source, "read"):  # an open file
+        source = getattr(source, "name", None)
+    if not isinstance(source, str):
         return f"the {kind} given"
-    spelling = str(source) or "an empty path"
-    return spelling if len(spelling) <= 300 else f"{spelling[:60]}..."
+    if re.match("data:", source, re.IGNORECASE):
+        return f"the {kind} given"
+    return shorten(source, LONGEST_NAME) or "an empty path"
 
 
 def first_line(error: Exception) -> str:
     """The first line of a library's complaint, without numbers and addresses that mean nothing to a reader."""
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
-    return (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return shorten(lines[0] if lines else type(error).__name__, LONGEST_REASON)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import MediaConfig
 from ..errors import UserError
-from .audio import audio_track, to_wave
+from .audio import audio_track
 from .options import MediaOptions
 from .patches import frame_size
 from .source import complaints, name_of, open_source, require_whole
@@ -86,5 +86,5 @@ def _decode_video(stream, name, media, with_audio, cell) -> Clip:
                     break
     seconds = torch.tensor([times[i] - times[0] for i in chosen])
     stream.seek(0)
-    track = audio_track(stream, name) if with_audio else None
-    return Clip(torch.from_numpy(np.stack(frames)), seconds, None if track is None else to_wave(*track, name))
+    wave = audio_track(stream, name, origin=times[0]) if with_audio else None
+    return Clip(torch.from_numpy(np.stack(frames)), seconds, wave)
