@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from .options import MediaOptions, options_of, quoted
+from .options import MediaOptions, options_of, quoted, with_article
 
 KINDS = ("image", "audio", "video", "text")
 KIND_OF_TYPE = {kind: kind for kind in KINDS} | {f"{kind}_url": kind for kind in ("image", "audio", "video")} | {
@@ -43,7 +43,8 @@ def parse_item(item: dict) -> Item:
     kind = _kind(item)
     places = [key for key in SOURCE_KEYS[kind] if key in item]
     if not places:
-        raise UserError(f"a content item has the keys {listed(item)}; expected one of {', '.join(SOURCE_KEYS[kind])}")
+        raise UserError(f"{with_article(kind)} item has the keys {listed(item)}; expected one of "
+                        f"{', '.join(SOURCE_KEYS[kind])}, and not None")
     if len(places) > 1:
         raise UserError(f"a content item has both {places[0]} and {places[1]}; give one of them")
     wishes = {key: value for key, value in item.items() if key not in WITHOUT_MEANING and key != places[0]}

@@ -50,7 +50,7 @@ def options_of(kind: str, wishes: dict) -> MediaOptions:
     for key, value in wishes.items():
         if key not in KEYS_OF[kind]:
             known = f"it may have {', '.join(KEYS_OF[kind])}" if KEYS_OF[kind] else "it has no options"
-            raise UserError(f"{_an(kind)} item has the unknown key {quoted(key)}; {known}")
+            raise UserError(f"{with_article(kind)} item has the unknown key {quoted(key)}; {known}")
         if key == "use_audio_in_video":
             if not isinstance(value, (bool, np.bool_)):
                 raise UserError(f"{key} is {quoted(value)}; expected true or false")
@@ -59,7 +59,7 @@ def options_of(kind: str, wishes: dict) -> MediaOptions:
     if "fps" in wishes and "nframes" in wishes:
         raise UserError("a video item has both fps and nframes; give one of them")
     if ("resized_height" in wishes) != ("resized_width" in wishes):
-        raise UserError(f"{_an(kind)} item has one of resized_height and resized_width; give both or none")
+        raise UserError(f"{with_article(kind)} item has one of resized_height and resized_width; give both or none")
     for start, end in (("video_start", "video_end"), ("audio_start", "audio_end")):
         if end in wishes and wishes[end] <= max(0, wishes.get(start, 0)):
             raise UserError(f"{end} is {wishes[end]} s and the start {wishes.get(start, 0)} s; the end comes later")
@@ -77,9 +77,10 @@ def _require_number(key: str, value) -> None:
 
 def quoted(value) -> str:
     """A value as a message shows it: at most 60 characters, and of collections and objects only the type."""
-    spelling = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    spelling = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
     return spelling if len(spelling) <= 60 else f"{spelling[:60]}..."
 
 
-def _an(kind: str) -> str:
+def with_article(kind: str) -> str:
+    """A kind of item as a sentence begins with it."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

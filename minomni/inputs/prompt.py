@@ -223,7 +223,7 @@ class Processor:
         cells = grid[1] * grid[2] // merge
         if not with_sound:
             return [ids.vision_bos] + [ids.video] * (grid[0] * cells) + [ids.vision_eos]
-        return self._interleave(seconds, cells, self._listen(clip.wave, inputs))
+        return self._interleave(seconds, cells, self._listen(load_audio(clip.wave), inputs))
 
     def _require_room(self, n: int, size: tuple[int, int], name: str) -> None:
         """Raise UserError where n frames of a size (height, width) are more tokens than fit, before they are made."""

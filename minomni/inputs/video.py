@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import MediaConfig
 from ..errors import UserError
-from .audio import audio_track, load_audio
+from .audio import audio_track
 from .image import load_image
 from .options import SAMPLING, MediaOptions
 from .patches import frame_size, smart_resize
@@ -137,8 +137,6 @@ def _checked(clip: Clip, name: str, options: MediaOptions) -> Clip:
     if wave is not None and not (isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()):
         raise UserError(f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None")
     _refuse(options, ("fps", "sample_fps", *SAMPLING), name, "a Clip")
-    if wave is not None:
-        load_audio(wave)  # complains about what is too short or not finite
     return clip
 
 
@@ -172,7 +170,9 @@ def _frame_array(source, name, media, cell, options, most_tokens) -> Tensor:
     if array.ndim != 4 or array.shape[-1] != 3 or len(array) == 0 or array.dtype != np.uint8:
         raise UserError(f"{name}: frames of shape {array.shape[:8]} and type {array.dtype}; expected uint8 "
                         f"[n, height, width, 3], n > 0")
-    _require_room(len(array), array.shape[1:3], name, media, cell, options, most_tokens)
+    _require_pixels(*array.shape[1:3], name)
+    if most_tokens is not None:
+        _require_room(len(array), array.shape[1:3], name, media, cell, options, most_tokens)
     return torch.from_numpy(np.require(array, requirements=("C", "W")))  # copies what torch cannot look at
 
 
@@ -208,12 +208,15 @@ def _listed_size(image, media, cell, options, name) -> tuple[int, int]:
     return smart_resize(height, width, cell, least, most, name, at_least_a_cell=True)
 
 
-def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[int, int]:
-    """The size (height, width) that n frames of a shape come at. Raises UserError where they are too many or large."""
-    height, width = shape
+def _require_pixels(height: int, width: int, name: str) -> None:
     if height * width > MOST_PIXELS:
         raise UserError(f"{name}: frames of {width}x{height} pixels; at most {MOST_PIXELS} pixels are read, shrink it")
-    size = frame_size(n, height, width, cell, media, name, options)
+
+
+def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[int, int]:
+    """The size (height, width) that n frames of a shape come at. Raises UserError where they are too many or large."""
+    _require_pixels(*shape, name)
+    size = frame_size(n, *shape, cell, media, name, options)
     tokens = ceil(n / 2) * size[0] * size[1] // cell**2
     if most_tokens is not None and tokens > most_tokens:
         raise UserError(f"{name}: {n} frames of {size[1]}x{size[0]} pixels are {tokens} tokens and the context holds "
@@ -261,9 +264,7 @@ def _frames(stream, name) -> Iterator[tuple]:
         video = container.streams.video[0]
         codec = video.codec_context
         codec.options = limit
-        if codec.width * codec.height > MOST_PIXELS:
-            raise UserError(f"{name}: frames of {codec.width}x{codec.height} pixels; at most {MOST_PIXELS} pixels are "
-                            f"read, shrink it")
+        _require_pixels(codec.height, codec.width, name)
         yield from ((frame, video.average_rate) for frame in container.decode(video=0))
 
 
