@@ -266,7 +266,7 @@ def test_arrays_of_frames():
     (np.zeros((0, 8, 8, 3), np.uint8), "n > 0"),
     (np.zeros((4, 8, 8, 3), np.float32), "expected uint8"),
     ((np.zeros((4, 8, 8, 3), np.uint8), 0), "0 frames per second"),
-    (["a.png", "b.png"], "a list cannot be read"),
+    (["a.png", "b.png"], "frame 1: a.png: no such file"),
     ("nowhere.mp4", "nowhere.mp4: no such file"),
     (b"words, not a film", "the video given: not a readable video"),
 ])

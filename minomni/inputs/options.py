@@ -1,6 +1,19 @@
 """What a content item may ask for besides its source: the keys of qwen-omni-utils, under their own names."""
 
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+
+import numpy as np
+
+from ..errors import UserError
+
+SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+SAMPLING = ("nframes", "min_frames", "max_frames", "video_start", "video_end")  # which frames of a film are looked at
+KEYS_OF = {"text": (), "image": SIZES, "audio": ("audio_start", "audio_end"),
+           "video": ("fps", *SAMPLING, *SIZES, "total_pixels", "sample_fps", "use_audio_in_video")}
+MAY_BE_NEGATIVE = ("video_start", "video_end", "audio_start", "audio_end")  # times before the beginning
+LARGEST = 1e12  # of every number: far beyond any use, and safe to calculate with
 
 
 @dataclass(frozen=True)
@@ -22,3 +35,52 @@ class MediaOptions:
     audio_end: float | None = None
     sample_fps: float | None = None  # frames per second at which a list of frames was taken
     use_audio_in_video: bool | None = None  # for this video, instead of for all
+
+    def given(self, keys: tuple[str, ...]) -> list[str]:
+        """Those of the keys that have a value."""
+        return [key for key in keys if getattr(self, key) is not None]
+
+
+def options_of(kind: str, wishes: dict) -> MediaOptions:
+    """The keys of one content item beside its source, none of them None -> its options.
+
+    Raises UserError for a key that this kind of item does not have, for values that are no number, and for keys that
+    contradict each other (as qwen-omni-utils does).
+    """
+    for key, value in wishes.items():
+        if key not in KEYS_OF[kind]:
+            known = f"it may have {', '.join(KEYS_OF[kind])}" if KEYS_OF[kind] else "it has no options"
+            raise UserError(f"{with_article(kind)} item has the unknown key {quoted(key)}; {known}")
+        if key == "use_audio_in_video":
+            if not isinstance(value, (bool, np.bool_)):
+                raise UserError(f"{key} is {quoted(value)}; expected true or false")
+        else:
+            _require_number(key, value)
+    if "fps" in wishes and "nframes" in wishes:
+        raise UserError("a video item has both fps and nframes; give one of them")
+    if ("resized_height" in wishes) != ("resized_width" in wishes):
+        raise UserError(f"{with_article(kind)} item has one of resized_height and resized_width; give both or none")
+    for start, end in (("video_start", "video_end"), ("audio_start", "audio_end")):
+        if end in wishes and wishes[end] <= max(0, wishes.get(start, 0)):
+            raise UserError(f"{end} is {wishes[end]} s and the start {wishes.get(start, 0)} s; the end comes later")
+    return MediaOptions(**wishes)
+
+
+def _require_number(key: str, value) -> None:
+    """Raise UserError for what is no finite number, or not above zero where it has to be."""
+    is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+    if not is_number or not abs(value) <= LARGEST or not isfinite(value):
+        raise UserError(f"{key} is {quoted(value)}; expected a number")
+    if value <= 0 and key not in MAY_BE_NEGATIVE:
+        raise UserError(f"{key} is {quoted(value)}; expected a number above zero")
+
+
+def quoted(value) -> str:
+    """A value as a message shows it: at most 60 characters, and of collections and objects only the type."""
+    spelling = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
+    return spelling if len(spelling) <= 60 else f"{spelling[:60]}..."
+
+
+def with_article(kind: str) -> str:
+    """A kind of item as a sentence begins with it."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import MediaConfig, VisionEncoderConfig
 from ..errors import UserError
+from .options import SIZES, MediaOptions
 
 # CLIP's, which the release keeps.
 CHANNEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -19,17 +20,23 @@ VIDEO_FLOOR = 1.05  # a frame of a long clip keeps at least this many times fram
 Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
 
 
-def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels: int,
-                 name: str = "the picture") -> tuple[int, int]:
+def smart_resize(height: int, width: int, cell: int, min_pixels: float, max_pixels: float, name: str = "the picture",
+                 at_least_a_cell: bool = False) -> tuple[int, int]:
     """The size nearest to height x width whose sides are multiples of `cell` and whose area lies within the limits.
 
-    Raises UserError for no pixels and for an aspect ratio above 200 (release: Qwen2-VL's smart_resize).
+    A side of less than half a cell is rounded to nothing before the area is looked at (the release's processor), or to
+    one cell (at_least_a_cell: qwen-omni-utils). Raises UserError for no pixels, for an aspect ratio above 200 and for
+    limits that leave nothing between them.
     """
     short, long = sorted((height, width))
     if not 0 < long <= MOST_STRETCHED * short:
         raise UserError(f"{name}: {width}x{height} pixels; an aspect ratio of at most {MOST_STRETCHED} is read, "
                         f"cut the picture")
-    new_height, new_width = (round(side / cell) * cell for side in (height, width))
+    if max_pixels < min_pixels:
+        raise UserError(f"{name}: max_pixels is {max_pixels:.0f} and min_pixels {min_pixels:.0f}; give a larger "
+                        f"max_pixels or a smaller min_pixels")
+    least = cell if at_least_a_cell else 0
+    new_height, new_width = (max(least, round(side / cell) * cell) for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = sqrt(height * width / max_pixels)
         new_height, new_width = (max(cell, floor(side / shrink / cell) * cell) for side in (height, width))
@@ -39,32 +46,61 @@ def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels
     return new_height, new_width
 
 
-def image_patches(image: Image.Image, vision: VisionEncoderConfig, media: MediaConfig,
-                  name: str = "the picture") -> tuple[Tensor, Grid]:
-    """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); it stands in for both frames of a pair."""
-    height, width = smart_resize(image.height, image.width, vision.cell_size, media.image_min_pixels,
-                                 media.image_max_pixels, name)
+def image_size(height: int, width: int, cell: int, media: MediaConfig, name: str = "the picture",
+               options: MediaOptions = MediaOptions()) -> tuple[int, int]:
+    """The size that a picture of height x width is brought to (release; with any size option: qwen-omni-utils).
+
+    Raises UserError as smart_resize.
+    """
+    if options.resized_height is not None:
+        return smart_resize(options.resized_height, options.resized_width, cell, media.image_min_pixels,
+                            media.image_max_pixels, name, at_least_a_cell=True)
+    least = media.image_min_pixels if options.min_pixels is None else options.min_pixels
+    most = media.image_max_pixels if options.max_pixels is None else options.max_pixels
+    return smart_resize(height, width, cell, least, most, name, at_least_a_cell=bool(options.given(SIZES)))
+
+
+def frame_size(n: int, height: int, width: int, cell: int, media: MediaConfig, name: str,
+               options: MediaOptions = MediaOptions()) -> tuple[int, int]:
+    """The size that each of n frames is brought to: pairs of frames share media.clip_max_pixels, so long clips get
+    smaller ones (release: qwen-omni-utils, also for the options). Raises UserError as smart_resize."""
+    if options.resized_height is not None:  # the limits of pictures: qwen-omni-utils looks at no others here
+        return image_size(height, width, cell, media, name, options)
+    least = media.frame_min_pixels if options.min_pixels is None else options.min_pixels
+    shared = media.clip_max_pixels if options.total_pixels is None else options.total_pixels
+    most = max(min(media.frame_max_pixels, shared / n * 2), int(least * VIDEO_FLOOR))
+    most = most if options.max_pixels is None else min(options.max_pixels, most)
+    any_size = bool(options.given((*SIZES, "total_pixels")))
+    return smart_resize(height, width, cell, least, most, name, at_least_a_cell=any_size)
+
+
+def video_tokens(n: int, size: tuple[int, int], vision: VisionEncoderConfig) -> int:
+    """Tokens of n frames, or of one picture (n = 1), of a size in pixels (height, width)."""
+    return ceil(n / vision.temporal_patch_size) * size[0] * size[1] // vision.cell_size**2
+
+
+def image_patches(image: Image.Image, vision: VisionEncoderConfig, media: MediaConfig, name: str = "the picture",
+                  options: MediaOptions = MediaOptions()) -> tuple[Tensor, Grid]:
+    """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); it stands in for both frames of a pair.
+
+    Raises UserError for sizes that smart_resize refuses.
+    """
+    height, width = image_size(image.height, image.width, vision.cell_size, media, name, options)
     pixels = _resized(image, height, width)
     return to_patches(pixels.expand(vision.temporal_patch_size, -1, -1, -1), vision)
 
 
-def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfig,
-                  name: str = "the video") -> tuple[Tensor, Grid]:
+def video_patches(frames: Tensor, vision: VisionEncoderConfig, media: MediaConfig, name: str = "the video",
+                  size: tuple[int, int] | None = None) -> tuple[Tensor, Grid]:
     """Frames uint8 [n, height, width, 3] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw), t = ceil(n / 2).
 
-    An odd last frame is doubled. Frames have frame_size already where they come from a file.
+    An odd last frame is doubled. size: in pixels (height, width), by default frame_size without options. Raises
+    UserError for sizes that smart_resize refuses.
     """
-    size = frame_size(*frames.shape[:3], vision.cell_size, media, name)
+    size = size or frame_size(*frames.shape[:3], vision.cell_size, media, name)
     pixels = torch.cat([_resized(Image.fromarray(frame.numpy()), *size) for frame in frames])  # [n, 3, height, width]
     missing = -len(pixels) % vision.temporal_patch_size
     return to_patches(torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]), vision)
-
-
-def frame_size(n: int, height: int, width: int, cell: int, media: MediaConfig, name: str) -> tuple[int, int]:
-    """The size that each of n frames is brought to: pairs of frames share media.clip_max_pixels, so long clips get
-    smaller ones (release: qwen-omni-utils)."""
-    most = max(min(media.frame_max_pixels, media.clip_max_pixels * 2 / n), int(media.frame_min_pixels * VIDEO_FLOOR))
-    return smart_resize(height, width, cell, media.frame_min_pixels, most, name)
 
 
 def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Grid]:

@@ -3,17 +3,25 @@
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
+import regex
 import torch
 from torch import Tensor
 
 from ..config import OmniConfig
 from ..errors import UserError
+from .item import Item, kind_and_source, parse_item
 from .media import load_audio, load_image, load_video, name_of
 from .mel import audio_tokens, log_mel
-from .patches import Grid, image_patches, video_patches
+from .options import quoted
+from .patches import Grid, frame_size, image_patches, image_size, video_patches, video_tokens
 from .tokenizer import Tokenizer, special_tokens
 
+__all__ = ["DEFAULT_SYSTEM", "Inputs", "Processor", "join", "kind_and_source", "messages_of", "parts_of", "render"]
+
 ROLES = ("system", "user", "assistant")
+SAME_ROLE = {"developer": "system"}  # OpenAI's newer name
+# Keys of a message that other programs write, and that could not change an answer here.
+WITHOUT_MEANING = frozenset(("annotations", "date", "id", "loss", "metadata", "name", "refusal", "timestamp", "weight"))
 DEFAULT_SYSTEM = "You are a helpful assistant."
 MARKS = {"image": "<|vision_bos|><|IMAGE|><|vision_eos|>", "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
          "video": "<|vision_bos|><|VIDEO|><|vision_eos|>"}
@@ -35,43 +43,58 @@ class Inputs:
     video_seconds: list[Tensor] = field(default_factory=list)  # each [t] float32, when a grid step begins
 
 
-def kind_and_source(item: dict) -> tuple[str, object]:
-    """What a content item is (image, audio, video or text), and what it holds. Raises UserError for anything else."""
-    if not isinstance(item, dict):
-        raise UserError(f"a content item is a {type(item).__name__}; expected a dictionary with one of image, audio, "
-                        f"video, text")
-    for kind in ("image", "audio", "video", "text"):
-        if item.get("type") in (kind, f"{kind}_url") or kind in item or f"{kind}_url" in item:
-            for key in (kind, f"{kind}_url", "path", "url"):
-                if key in item:
-                    return kind, item[key]
-    raise UserError(f"a content item has the keys {sorted(item)}; expected one of image, audio, video, text")
+def messages_of(messages: list[dict]) -> list[dict]:
+    """Messages as users write them -> the same with role and content alone, developer messages as system messages.
+
+    Contents are a text or a list of items, not looked at here. Raises UserError for everything else.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise UserError(f"the messages are {quoted(messages)}; expected a list of dictionaries with role and content")
+    return [_message(message) for message in messages]
+
+
+def _message(message: dict) -> dict:
+    if not isinstance(message, dict):
+        raise UserError(f"a message is {quoted(message)}; expected a dictionary with role and content")
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    if role in ("tool", "function"):
+        raise UserError(f"the role {role!r} is not known to this model; put what the tool answered into a user message")
+    role = SAME_ROLE.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise UserError(f"unknown role {quoted(role)}; roles are {', '.join(ROLES)}")
+    for key, value in message.items():
+        is_empty = isinstance(value, (list, dict)) and not value
+        if key not in ("role", "content") and key not in WITHOUT_MEANING and not is_empty:
+            raise UserError(f"a message has the unknown key {quoted(key)}; expected role and content")
+    content = message.get("content", "")
+    if not isinstance(content, (str, list, tuple)):
+        raise UserError(f"the content of a message is {quoted(content)}; expected a text or a list of items")
+    return {"role": role, "content": content}
 
 
 def parts_of(messages: list[dict], add_generation_prompt: bool, add_vision_id: bool = False,
-             add_audio_id: bool = False) -> list[str | tuple[str, object]]:
-    """The release's ChatML as a list of texts and of (kind, source) media, in reading order.
+             add_audio_id: bool = False) -> list[str | Item]:
+    """The release's ChatML as a list of texts and of media items, in reading order.
 
-    A conversation that does not begin with a system message gets the template's own. Raises UserError for unknown roles
-    and items.
+    A conversation that does not begin with a system message gets the template's own. Raises UserError for what are no
+    messages, unknown roles and unknown items.
     """
     counts, parts = dict.fromkeys(COUNTED_AS, 0), []
-    if not messages or messages[0].get("role") != "system":
+    messages = messages_of(messages)
+    if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     for message in messages:
-        if message.get("role") not in ROLES:
-            raise UserError(f"unknown role {message.get('role')!r}; roles are {', '.join(ROLES)}")
         parts.append(f"<|im_start|>{message['role']}\n")
-        content = message.get("content") or ""
-        for item in [{"text": content}] if isinstance(content, str) else content:
-            kind, source = kind_and_source(item)
-            if kind == "text":
-                parts.append(str(source))
+        content = message["content"]
+        for item in [Item("text", content)] if isinstance(content, str) else map(parse_item, content):
+            if item.kind == "text":
+                parts.append(item.source)
                 continue
-            counts[kind] += 1
-            if add_audio_id if kind == "audio" else add_vision_id:
-                parts.append(f"{COUNTED_AS[kind]} {counts[kind]}: ")
-            parts.append((kind, source))
+            counts[item.kind] += 1
+            if add_audio_id if item.kind == "audio" else add_vision_id:
+                parts.append(f"{COUNTED_AS[item.kind]} {counts[item.kind]}: ")
+            parts.append(item)
         parts.append("<|im_end|>\n")
     return parts + (["<|im_start|>assistant\n"] if add_generation_prompt else [])
 
@@ -80,7 +103,7 @@ def render(messages: list[dict], add_generation_prompt: bool = True, add_vision_
            add_audio_id: bool = False) -> str:
     """Messages -> the release's ChatML text, with one placeholder for each picture, sound and video."""
     parts = parts_of(messages, add_generation_prompt, add_vision_id, add_audio_id)
-    return "".join(part if isinstance(part, str) else MARKS[part[0]] for part in parts)
+    return "".join(part if isinstance(part, str) else MARKS[part.kind] for part in parts)
 
 
 def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
@@ -112,14 +135,28 @@ class Processor:
                 raise UserError(f"{name} is {tokenizer.special_tokens.get(name)} in the tokenizer and {i} in the "
                                 f"configuration; use files of one model")
         self.config, self.tokenizer = config, tokenizer
+        self.longest_token = max(map(len, tokenizer.bytes_of.values()))  # bytes
+        longest_special = max(map(len, tokenizer.special_tokens), default=0)
+        self.longest_token = max(self.longest_token, longest_special)
+        # What is longer cannot fit, and normalising such a run takes the square of its length.
+        self.too_many_marks = regex.compile(rf"\p{{M}}{{{self.context + 1}}}")
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit into one prompt."""
+        return self.config.thinker.text.max_position_embeddings
 
     def __call__(self, conversations: list[list[dict]], use_audio_in_video: bool = False,
                  add_generation_prompt: bool = True) -> Inputs:
         """Conversations -> one left-padded batch.
 
-        use_audio_in_video: every video brings its sound track along, in prompt, features and positions alike. Raises
-        UserError for unreadable media, unknown roles or items, and prompts longer than the context.
+        use_audio_in_video: every video brings its sound track along, in prompt, features and positions alike; a video
+        item's own key of this name decides for that video. Raises UserError for unreadable media, unknown roles, items
+        or keys, and prompts longer than the context.
         """
+        if not isinstance(conversations, (list, tuple)) or not conversations:
+            raise UserError(f"the conversations are {quoted(conversations)}; expected a list of at least one, each a "
+                            f"list of messages")
         rows = [self._row(messages, use_audio_in_video, add_generation_prompt) for messages in conversations]
         return join(rows, pad=self.config.thinker.tokens.endoftext)
 
@@ -129,49 +166,71 @@ class Processor:
             if is_text:  # neighbours merge before they are encoded: words reach over their border
                 pieces.append(("a text", self.encode("".join(parts))))
                 continue
-            for kind, source in parts:
-                filled = self._fill(kind, source, use_audio_in_video, inputs, images, videos)
-                pieces.append((name_of(source, kind), filled))
+            for item in parts:
+                filled = self._fill(item, use_audio_in_video, inputs, images, videos)
+                pieces.append((name_of(item.source, item.kind), filled))
         ids = [i for _, piece in pieces for i in piece]
-        limit = self.config.thinker.text.max_position_embeddings
-        if len(ids) > limit:
+        if len(ids) > self.context:
             name, longest = max(pieces, key=lambda piece: len(piece[1]))
-            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {limit}; the longest item is "
-                            f"{name} with {len(longest)} tokens, shorten it")
+            raise UserError(f"the prompt has {len(ids)} tokens and the context holds {self.context}; the longest item "
+                            f"is {name} with {len(longest)} tokens, shorten it")
         inputs.input_ids = torch.tensor([ids])
         inputs.attention_mask = torch.ones_like(inputs.input_ids)
         inputs.image_patches, inputs.video_patches = _packed(images), _packed(videos)
         return inputs
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text, in which nobody may type what stands for media: positions and features would go astray."""
+        """Ids of text, in which nobody may type what stands for media: positions and features would go astray.
+
+        Half surrogate pairs, which are no characters, become U+FFFD. Raises UserError for media's tokens, and for texts
+        that cannot fit the context: those are not tokenized first.
+        """
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if len(text.encode()) > self.context * self.longest_token or self.too_many_marks.search(text):
+            raise UserError(f"a text has {len(text)} characters and the context holds {self.context} tokens; shorten it")
         ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
         typed = [name for name, i in special.items() if name not in CHATML and i in ids]
         if typed:
             raise UserError(f"a text holds {typed[0]}, which only media may put there; give the item instead")
         return ids
 
-    def _fill(self, kind, source, use_audio_in_video, inputs, images, videos) -> list[int]:
+    def _fill(self, item, use_audio_in_video, inputs, images, videos) -> list[int]:
         """Load one item, note its features in `inputs`, and return the ids that stand for it."""
         ids, vision, media = self.config.thinker.tokens, self.config.thinker.vision, self.config.media
+        name, options = name_of(item.source, item.kind), item.options
         merge = vision.spatial_merge_size**2
-        if kind == "audio":
-            return [ids.audio_bos] + [ids.audio] * self._listen(load_audio(source), inputs) + [ids.audio_eos]
-        if kind == "image":
-            patches, grid = image_patches(load_image(source), vision, media, name_of(source, kind))
+        if item.kind == "audio":
+            tokens = self._listen(load_audio(item.source, options), inputs)
+            return [ids.audio_bos] + [ids.audio] * tokens + [ids.audio_eos]
+        if item.kind == "image":
+            image = load_image(item.source)
+            self._require_room(1, image_size(image.height, image.width, vision.cell_size, media, name, options), name)
+            patches, grid = image_patches(image, vision, media, name, options)
             images.append(patches)
             inputs.image_grids.append(grid)
             return [ids.vision_bos] + [ids.image] * (len(patches) // merge) + [ids.vision_eos]
-        clip = load_video(source, media, use_audio_in_video, vision.cell_size)
-        patches, grid = video_patches(clip.frames, vision, media, name_of(source, kind))
+        with_sound = use_audio_in_video if options.use_audio_in_video is None else options.use_audio_in_video
+        clip = load_video(item.source, media, with_sound, vision.cell_size, options, most_tokens=self.context)
+        size = tuple(clip.frames.shape[1:3])
+        if not clip.sized:
+            size = frame_size(len(clip.frames), *size, vision.cell_size, media, name, options)
+        self._require_room(len(clip.frames), size, name)
+        patches, grid = video_patches(clip.frames, vision, media, name, size)
         videos.append(patches)
         inputs.video_grids.append(grid)
         seconds = clip.seconds[:: vision.temporal_patch_size] - clip.seconds[0]
         inputs.video_seconds.append(seconds)
         cells = grid[1] * grid[2] // merge
-        if not use_audio_in_video:
+        if not with_sound:
             return [ids.vision_bos] + [ids.video] * (grid[0] * cells) + [ids.vision_eos]
-        return self._interleave(seconds, cells, self._listen(clip.wave, inputs))
+        return self._interleave(seconds, cells, self._listen(load_audio(clip.wave), inputs))
+
+    def _require_room(self, n: int, size: tuple[int, int], name: str) -> None:
+        """Raise UserError where n frames of a size (height, width) are more tokens than fit, before they are made."""
+        tokens = video_tokens(n, size, self.config.thinker.vision)
+        if tokens > self.context:
+            raise UserError(f"{name}: {size[1]}x{size[0]} pixels{f' in {n} frames' if n > 1 else ''} are {tokens} tokens "
+                            f"and the context holds {self.context}; shorten it, or set max_pixels")
 
     def _listen(self, wave, inputs) -> int:
         """Note a wave's mel and return how many tokens it makes."""
