@@ -17,7 +17,7 @@ from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConf
                             Token2WavConfig, TokenIds, VisionEncoderConfig)
 from minomni.errors import UserError
 from minomni.files import write_atomically
-from minomni.model_files import quote, read_object, where
+from minomni.model_files import cut, quote, read_object, where
 
 # Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> OmniConfig:
     except RecursionError:
         raise UserError(f"{where(file)}: is nested too deeply for settings; copy it again") from None
     except ValueError as error:  # sizes that contradict each other
-        raise UserError(f"{where(file)}: {error}") from None
+        raise UserError(f"{where(file)}: {cut(str(error), 260)}") from None
     compare(given, spell_as_release(plain(to_json(config)), file), where(file))
     return config
 
@@ -124,6 +124,13 @@ def whole_model(data: dict, file: Path) -> dict:
         # Sizes of parts that are turned off say nothing; transformers writes its defaults there.
         data = {key: value for key, value in data.items() if key not in (*SPEECH_SECTIONS, "enable_talker")}
     return data
+
+
+def without_speech(config: OmniConfig) -> OmniConfig:
+    """The same model with its Thinker alone, as read_config gives it for a folder that holds no more."""
+    unused = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
+    thinker = dataclasses.replace(config.thinker, tokens=dataclasses.replace(config.thinker.tokens, **unused))
+    return dataclasses.replace(config, thinker=thinker, talker=None, token2wav=None, codec=None)
 
 
 def write_config(config: OmniConfig, folder: Path) -> None:
@@ -219,7 +226,7 @@ class Section:
         try:
             return cls(**values, **known)
         except ValueError as error:
-            raise UserError(f"{self.name}: {error}") from None
+            raise UserError(f"{self.name}: {cut(str(error), 260)}") from None
 
     def typed(self, key: str, kind: Any) -> Any:
         """The value of a key, checked against int, float, str, bool or a tuple type."""

@@ -22,6 +22,12 @@ def quote(value: object, room: int = 80) -> str:
     return text if len(text) <= room else f"{text[: room - 3]}..."
 
 
+def cut(text: str, room: int) -> str:
+    """A text for an error message: on one line, at most `room` characters."""
+    text = text if text[:room].isprintable() else text[:room].encode("unicode_escape").decode() + text[room:room + 1]
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
 def where(path: Path) -> str:
     """A path for an error message: on one line, its end if it is long."""
     text = str(path)

@@ -1,6 +1,7 @@
 """The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages in, a reply out."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,17 @@ class Omni(nn.Module):
         super().__init__()
         self.config = config
         self.thinker = Thinker(config.thinker)
-        self.talker = Talker(config.talker)
-        self.token2wav = Token2Wav(config.token2wav)
+        self.talker = None if config.talker is None else Talker(config.talker)
+        self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav)
         self.codec = None if config.codec is None else Codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
+        self.loaded_from: Path | None = None  # the folder that load() read
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the speech that comes out; 0 for a model that answers in text alone."""
+        return 0 if self.config.token2wav is None else self.config.token2wav.sample_rate
 
     @property
     def table_rows(self) -> int:
@@ -40,6 +47,9 @@ class Omni(nn.Module):
 
     def voice(self, name: str) -> Voice:
         """A voice by name. Raises UserError naming the voices there are."""
+        if self.talker is None:
+            raise UserError("this model has no voice: its folder holds a Thinker alone; ask it with speech=False "
+                            "(--no-speech), or load the whole model")
         if name not in self.voices:
             there = ", ".join(self.voices) or "none (no spk_dict.pt)"
             raise UserError(f"unknown voice {name!r}; this model has {there}")
