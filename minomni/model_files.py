@@ -4,6 +4,7 @@ A device, a pipe or a file of /proc may have no end; a git-LFS pointer stands fo
 """
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
+        if path.is_symlink():
+            raise UserError(f"{where(path)}: is a link to {cut(os.readlink(path), 80)}, which is not there; {advice}") \
+                from None
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{where(path)}: is no ordinary file; {advice}")
@@ -52,12 +56,19 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
         raise UserError(f"{where(path)}: has {found.st_size:,} bytes, expected at most {largest:,}; this is not the "
                         f"file that a model folder holds under this name")
     try:
-        with open(path, "rb") as file:
-            start = file.read(len(LFS_POINTER))
+        pointer = is_pointer(path)
     except OSError as error:
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
-    if start == LFS_POINTER:
+    if pointer:
         raise UserError(f"{where(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in its folder")
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-LFS has left a pointer in place of the file. Raises OSError."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def reason(error: Exception) -> str:

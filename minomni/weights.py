@@ -30,7 +30,7 @@ from minomni import device_of, dtype_of
 from minomni.config import OmniConfig
 from minomni.config_json import RELEASE, read_config, read_json, without_speech, write_config, write_json
 from minomni.errors import UserError
-from minomni.inputs.tokenizer import Tokenizer
+from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file, cut, quote, reason, where
 from minomni.omni import Omni
 from minomni.token2wav.speaker import Voice
@@ -102,6 +102,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         omni.voices = load_voices(folder / VOICES, config, device)
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         omni.tokenizer = Tokenizer.load(folder)
+        check_tokenizer(folder, omni.tokenizer, config)
     omni.loaded_from = folder
     return omni.eval()
 
@@ -299,6 +300,19 @@ def usable(tensor: Tensor) -> Tensor:
     """A tensor as it is, or a copy where the mapping will not do: numbers across addresses, and Windows."""
     crooked = tensor.is_cpu and tensor.data_ptr() % tensor.element_size()
     return tensor.clone() if crooked or os.name == "nt" else tensor
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: OmniConfig) -> None:
+    """Raise UserError for a tokenizer of another model: ids without an embedding, other ids of special tokens."""
+    rows = config.thinker.text.vocab_size
+    largest = max(*tokenizer.bytes_of, *tokenizer.special_tokens.values())
+    if largest >= rows:
+        raise UserError(f"{where(folder)}: the tokenizer has the id {largest}, the model embeds ids below {rows}; use "
+                        f"files of one model")
+    for name, token in special_tokens(config.thinker.tokens).items():
+        if tokenizer.special_tokens.get(name, token) != token:
+            raise UserError(f"{where(folder)}: {name} is {tokenizer.special_tokens[name]} in the tokenizer's files and "
+                            f"{token} in config.json; use files of one model")
 
 
 def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cpu") -> dict[str, Voice]:
