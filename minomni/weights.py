@@ -186,9 +186,9 @@ def unlisted_files(folder: Path) -> list[str]:
     names = sorted(file.name for file in folder.glob("*.safetensors") if file.name != "adapter_model.safetensors")
     if not names:
         raise UserError(f"{where(folder)}: holds neither {WHOLE} nor {INDEX}; give the folder of a model")
-    numbered = NUMBERED.fullmatch(names[0])
+    numbered = [match for match in map(NUMBERED.fullmatch, names) if match]
     if numbered:
-        start, _, rest, total = numbered.groups()
+        start, _, rest, total = numbered[0].groups()
         expected = [f"{start}{i + 1:05}{rest}" for i in range(int(total))]
         lost = sorted(set(expected) - set(names))
         if lost:
@@ -323,13 +323,13 @@ def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cp
     check_unpacked(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on strange pickles; ours follows
-            data = torch.load(file, map_location=device, weights_only=True)
+            data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken or hostile pickle raises is up to its author
         raise UserError(f"{where(file)}: is cut short or wants to run code ({type(error).__name__}); "
                         f"get it from its source again") from None
     if not isinstance(data, dict):
         raise UserError(f"{where(file)}: holds a {type(data).__name__}, not a dictionary of voices")
-    return {str(name): voice_from(file, name, entry, config) for name, entry in data.items()}
+    return {str(name): voice_from(file, name, entry, config, device) for name, entry in data.items()}
 
 
 def check_unpacked(file: Path) -> None:
@@ -344,8 +344,8 @@ def check_unpacked(file: Path) -> None:
                         f"its source again")
 
 
-def voice_from(file: Path, name: str, entry: dict, config: OmniConfig) -> Voice:
-    """One entry, checked against the sizes: bos_token, cond [1, E], ref_mel [1, R, mel_dim]."""
+def voice_from(file: Path, name: str, entry: dict, config: OmniConfig, device: str | torch.device) -> Voice:
+    """One entry, checked against the sizes: bos_token, cond [1, E], ref_mel [1, R, mel_dim]. Raises UserError."""
     dit, rows, who = config.token2wav.dit, config.thinker.text.vocab_size, f"{where(file)}: voice {quote(name, 40)}"
     try:
         bos, cond, ref_mel = entry["bos_token"], entry["cond"], entry["ref_mel"]
@@ -365,7 +365,7 @@ def voice_from(file: Path, name: str, entry: dict, config: OmniConfig) -> Voice:
     cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
     if not (cond.isfinite().all() and ref_mel.isfinite().all()):
         raise UserError(f"{who} holds numbers that are not finite; get it from its source again")
-    return Voice(str(name), bos, cond, ref_mel)
+    return Voice(str(name), bos, cond.to(device), ref_mel.to(device))
 
 
 def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -55,8 +55,7 @@ def log(folder: Path, entry: dict) -> None:
 
 def keep(folder: Path, name: str, step: int, means: dict, unlocked: dict[str, Tensor], optimizers: list) -> None:
     """Write all that a stage needs to go on."""
-    # Copied, as a parameter may be a piece of a mapped file, and torch.save would write the whole of that.
-    parameters = {n: p.detach().clone() for n, p in unlocked.items()}
+    parameters = {n: p.detach() for n, p in unlocked.items()}
     states = [optimizer.state_dict() for optimizer in optimizers]
     state = {"step": step, "means": means, "parameters": parameters, "optimizers": states}
     path = folder / f"{name}.resume.pt"
