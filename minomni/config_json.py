@@ -15,9 +15,9 @@ from typing import Any
 from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConfig, DecoderConfig, DiTConfig,
                             FlowConfig, MediaConfig, OmniConfig, SamplingConfig, TalkerConfig, ThinkerConfig,
                             Token2WavConfig, TokenIds, VisionEncoderConfig)
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
-from minomni.model_files import cut, quote, read_object, where
+from minomni.model_files import quote, read_object, where
 
 # Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> OmniConfig:
     except RecursionError:
         raise UserError(f"{where(file)}: is nested too deeply for settings; copy it again") from None
     except ValueError as error:  # sizes that contradict each other
-        raise UserError(f"{where(file)}: {cut(str(error), 260)}") from None
+        raise UserError(f"{where(file)}: {shorten(error, 260)}") from None
     compare(given, spell_as_release(plain(to_json(config)), file), where(file))
     return config
 
@@ -226,7 +226,7 @@ class Section:
         try:
             return cls(**values, **known)
         except ValueError as error:
-            raise UserError(f"{self.name}: {cut(str(error), 260)}") from None
+            raise UserError(f"{self.name}: {shorten(error, 260)}") from None
 
     def typed(self, key: str, kind: Any) -> Any:
         """The value of a key, checked against int, float, str, bool or a tuple type."""

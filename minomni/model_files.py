@@ -8,7 +8,7 @@ import os
 import stat
 from pathlib import Path
 
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
 
 MOST_JSON = 32_000_000  # bytes; the release's tokenizer.json has 7 million. Python needs up to 25 times as much for it
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -18,22 +18,12 @@ def quote(value: object, room: int = 80) -> str:
     """A value for an error message: its repr on one line, at most `room` characters."""
     if isinstance(value, (list, tuple, dict)) and len(value) > room:  # do not spell a million entries
         return f"a {type(value).__name__} of {len(value)} entries"
-    text = ascii(value) if not isinstance(value, str) else repr(value[: 2 * room])
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
-    return text if len(text) <= room else f"{text[: room - 3]}..."
-
-
-def cut(text: str, room: int) -> str:
-    """A text for an error message: on one line, at most `room` characters."""
-    text = text if text[:room].isprintable() else text[:room].encode("unicode_escape").decode() + text[room:room + 1]
-    return text if len(text) <= room else f"{text[: room - 3]}..."
+    return shorten(repr(value[: 2 * room] if isinstance(value, str) else value), room)
 
 
 def where(path: Path) -> str:
-    """A path for an error message: on one line, its end if it is long."""
-    text = str(path)
-    text = text if text.isprintable() else text.encode("unicode_escape").decode()
-    return text if len(text) <= 160 else f"...{text[-157:]}"
+    """A path for an error message: on one line, its begin and its end if it is long."""
+    return shorten(path, 160)
 
 
 def check_file(path: Path, largest: int | None = None, advice: str = "copy it again") -> None:
@@ -45,7 +35,7 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
         if path.is_symlink():
-            raise UserError(f"{where(path)}: is a link to {cut(os.readlink(path), 80)}, which is not there; {advice}") \
+            raise UserError(f"{where(path)}: is a link to {shorten(os.readlink(path), 80)}, which is not there; {advice}") \
                 from None
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
     if not stat.S_ISREG(found.st_mode):

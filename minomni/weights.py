@@ -29,10 +29,10 @@ from torch.overrides import TorchFunctionMode
 from minomni import device_of, dtype_of
 from minomni.config import OmniConfig
 from minomni.config_json import RELEASE, read_config, read_json, without_speech, write_config, write_json
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.model_files import check_file, cut, quote, reason, where
-from minomni.omni import Omni
+from minomni.model_files import check_file, quote, reason, where
+from minomni.omni import TEXT_HEAD, Omni
 from minomni.token2wav.speaker import Voice
 from minomni.token2wav.token2wav import shortest_reference
 
@@ -48,7 +48,6 @@ ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the relea
 SPEECH = ("talker.", "token2wav.", "codec.")  # what a model that answers in text alone does without
 PARTS = ("thinker.", *SPEECH)
 SHARD_BYTES = 5_000_000_000
-TEXT_HEAD = "thinker.lm_head.weight"  # not stored where it is the embedding table
 # How safetensors spells the precisions that are read.
 PRECISIONS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Ends of the names that quantized checkpoints have beside, or in place of, a plain weight.
@@ -130,7 +129,7 @@ def empty_model(folder: Path, config: OmniConfig) -> Omni:
             return Omni(config)
     except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, MemoryError) as error:
         raise UserError(f"{where(folder / 'config.json')}: describes a model that cannot be built "
-                        f"({cut(str(error), 200)})") from None
+                        f"({shorten(error, 200)})") from None
 
 
 def snapshot(folder: Path) -> Path:
@@ -155,7 +154,7 @@ def snapshot(folder: Path) -> Path:
 def count(names: list[str], shown: int = 3, room: int = 50) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(cut(name, room) for name in names[:shown]) + more
+    return ", ".join(shorten(name, room) for name in names[:shown]) + more
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -211,7 +210,7 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
                 slices = {name: shard.get_slice(name) for name in shard.keys()}
                 found[file] = {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{where(file)}: cut short or not a safetensors file ({cut(str(error), 100)}); copy it "
+            raise UserError(f"{where(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
                             f"again") from None
     places = [(name, file.name) for file, names in found.items() for name in names]
     if index is not None and sorted(places) != sorted(index.items()):
@@ -232,11 +231,11 @@ def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
     quantized = [name for name in stored if name.endswith(QUANTIZED)]
     if quantized:
         raise UserError(f"{where(folder)}: its weights are quantized ({len(quantized)} tensors such as "
-                        f"{cut(quantized[0], 80)}); such weights are not read here, take the bf16 release {RELEASE}")
+                        f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release {RELEASE}")
     wrong = [name for name, tensor in stored.items() if tensor.precision not in PRECISIONS]
     if wrong:
         raise UserError(f"{where(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
-                        f"{cut(wrong[0], 80)}; only {', '.join(PRECISIONS)} are read here, take the bf16 release "
+                        f"{shorten(wrong[0], 80)}; only {', '.join(PRECISIONS)} are read here, take the bf16 release "
                         f"{RELEASE}")
 
 
@@ -249,12 +248,6 @@ def commonest(stored: dict[str, Stored]) -> torch.dtype:
     return PRECISIONS[numbers.most_common(1)[0][0]]
 
 
-def stored_tensors(omni: Omni) -> dict[str, Tensor]:
-    """The tensors that a folder holds: all of the model's, but for a text head that is the embedding table."""
-    tied = omni.config.thinker.tie_word_embeddings
-    return {name: tensor for name, tensor in omni.state_dict().items() if not tied or name != TEXT_HEAD}
-
-
 def used(name: str, omni: Omni) -> bool:
     """Whether a stored tensor is one of the model's: what others store in vain and speech that is turned off are not."""
     return name not in COMPUTED and not (omni.talker is None and name.startswith(SPEECH))
@@ -262,21 +255,22 @@ def used(name: str, omni: Omni) -> bool:
 
 def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni) -> None:
     """Raise one UserError that counts all missing, extra and misshapen tensors, and names the first of each."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in stored_tensors(omni).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in omni.stored_tensors().items()}
     stored = {name: shape for name, shape in stored.items() if used(name, omni)}
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     shapes = [name for name in sorted(wanted.keys() & stored.keys()) if stored[name] != wanted[name]]
-    shapes = [f"{cut(name, 60)} is {cut(str(list(stored[name])), 30)}, expected {cut(str(list(wanted[name])), 30)}"
+    shapes = [f"{shorten(name, 50)} is {shorten(list(stored[name]), 24)}, expected {shorten(list(wanted[name]), 24)}"
               for name in shapes]
     problems = [(what, names) for what, names in (("missing", missing), ("extra", extra), ("of another shape", shapes))
                 if names]
-    for shown, room in ((3, 150), (1, 100)):  # fewer names where they do not fit
-        text = "; ".join(f"{len(names)} {what}: {count(names, shown, room)}" for what, names in problems)
+    for shown, room in ((3, 150), (1, 60)):  # fewer names where they do not fit
+        text = "; ".join(f"{len(names)} {what}: {count(names, shown, 120 if names is shapes else room)}"
+                         for what, names in problems)
         if len(text) <= 280:
             break
     if problems:
-        raise UserError(f"{cut(str(folder), 100)}: the tensors are not those that config.json describes; "
-                        f"{cut(text, 320)}")
+        raise UserError(f"{shorten(folder, 100)}: the tensors are not those that config.json describes; "
+                        f"{shorten(text, 330)}")
 
 
 def read_shard(file: Path, names: dict[str, Stored], device: torch.device, dtype: torch.dtype,
@@ -292,7 +286,7 @@ def read_shard(file: Path, names: dict[str, Stored], device: torch.device, dtype
                     precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
                     tensors[name] = usable(tensor.to(device, precision))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{where(file)}: cannot be read ({cut(str(error), 100)}); copy it again") from None
+        raise UserError(f"{where(file)}: cannot be read ({shorten(error, 100)}); copy it again") from None
     return tensors
 
 
@@ -359,8 +353,8 @@ def voice_from(file: Path, name: str, entry: dict, config: OmniConfig, device: s
     shortest, longest = shortest_reference(dit), LONGEST_REFERENCE
     fits = cond.shape == (1, dit.enc_emb_dim) and ref_mel.ndim == 3 and ref_mel.shape[::2] == (1, dit.mel_dim)
     if not 0 <= bos < rows or not fits or not shortest <= ref_mel.shape[1] <= longest:
-        raise UserError(f"{who} has bos_token {quote(bos, 20)}, cond {cut(str(list(cond.shape)), 40)}, ref_mel "
-                        f"{cut(str(list(ref_mel.shape)), 40)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
+        raise UserError(f"{who} has bos_token {quote(bos, 20)}, cond {shorten(str(list(cond.shape)), 40)}, ref_mel "
+                        f"{shorten(str(list(ref_mel.shape)), 40)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
                         f"[1, {shortest} to {longest} frames, {dit.mel_dim}]")
     cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
     if not (cond.isfinite().all() and ref_mel.isfinite().all()):
@@ -382,7 +376,7 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
     fresh.mkdir(parents=True)
     try:
         write_config(omni.config, fresh)
-        write_tensors(stored_tensors(omni), fresh, shard_bytes)
+        write_tensors(omni.stored_tensors(), fresh, shard_bytes)
         if omni.voices:
             torch.save({name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
                         for name, voice in omni.voices.items()}, fresh / VOICES)

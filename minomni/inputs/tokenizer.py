@@ -9,9 +9,9 @@ from pathlib import Path
 import regex
 
 from ..config import TokenIds
-from ..errors import UserError
+from ..errors import UserError, shorten
 from ..files import write_atomically
-from ..model_files import MOST_JSON, check_file, cut, is_pointer, quote, read_object, reason, where
+from ..model_files import MOST_JSON, check_file, is_pointer, quote, read_object, reason, where
 
 # How the release cuts text into words before merging: contractions, letters, single digits, signs, line ends, spaces.
 WORDS = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -163,7 +163,7 @@ class Tokenizer:
             vocab = {_bytes(token): i for token, i in vocab.items() if token not in added}
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"{where(folder)}: its tokenizer files hold no byte-level BPE ({cut(why, 200)})") from None
+            raise UserError(f"{where(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})") from None
         wrong = sorted(set(vocab.items()) ^ set(tokenizer.id_of.items())) if vocab else []
         if wrong:
             raise UserError(f"{where(folder)}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, "
