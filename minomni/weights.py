@@ -102,7 +102,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         omni.tokenizer = Tokenizer.load(folder)
         check_tokenizer(folder, omni.tokenizer, config)
-    omni.loaded_from = folder
+    omni.loaded_from = folder.absolute()
     return omni.eval()
 
 
@@ -202,16 +202,7 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     The tensors of a Thinker saved by itself lack its prefix. Raises UserError for a broken shard or a wrong index.
     """
     files, index = shard_files(folder)
-    found = {}
-    for file in files:
-        check_file(file)
-        try:
-            with safe_open(file, "pt") as shard:
-                slices = {name: shard.get_slice(name) for name in shard.keys()}
-                found[file] = {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{where(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
-                            f"again") from None
+    found = {file: header(file) for file in files}
     places = [(name, file.name) for file, names in found.items() for name in names]
     if index is not None and sorted(places) != sorted(index.items()):
         name, file = sorted(set(places) ^ set(index.items()))[0]
@@ -224,6 +215,18 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if not any(name.startswith(PARTS) for name, _ in places):
         found = {file: {f"thinker.{name}": tensor for name, tensor in names.items()} for file, names in found.items()}
     return found
+
+
+def header(file: Path) -> dict[str, Stored]:
+    """{tensor: what is stored} of one file. Raises UserError for a broken one."""
+    check_file(file)
+    try:
+        with safe_open(file, "pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}
+            return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
+                        f"again") from None
 
 
 def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
