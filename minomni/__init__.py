@@ -15,34 +15,60 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def load(name: str, device: str = "cpu", dtype=None):
+PRECISION_NAMES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16",
+                   "float32": "float32", "fp32": "float32", "float": "float32", "float64": "float64", "fp64": "float64",
+                   "double": "float64"}
+
+
+def load(name, device="cpu", dtype=None):
     """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
 
-    "tiny" is what `python run.py` trained, or else the one that comes with the project. device: cpu, cuda, mps or auto.
-    dtype: of Thinker and Talker; None keeps what a folder stores, and is fp32 for a size. Raises UserError naming what
-    is missing or broken.
+    "tiny" is what `python run.py` trained, or else the one that comes with the project. A folder of that name counts
+    only if it holds a config.json. device: cpu, cuda, mps or auto. dtype: of Thinker and Talker, a torch.dtype or its
+    name ("bfloat16", "bf16", "torch.bfloat16" ...); None or "auto" keeps what a folder stores, and is fp32 for a size.
+    Raises UserError naming what is missing or broken, or of the wrong type.
     """
     import torch
 
     from . import weights
 
-    folder = folder_of(name)
-    return weights.load(folder, device_of(device), dtype if Path(name).is_dir() else dtype or torch.float32)
+    folder, dtype = folder_of(name), dtype_of(dtype)
+    named_by_size = folder != Path(name)
+    return weights.load(folder, device, torch.float32 if named_by_size and dtype is None else dtype)
 
 
-def device_of(name: str):
+def device_of(name):
     """The torch.device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
     import torch
 
     from .errors import UserError
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [device for device, available in there.items() if available]
-    if name == "auto":
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cuda"] * (cards > 0) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if isinstance(name, str) and name == "auto":
         return torch.device(there[0])
-    if torch.device(name).type not in there:
-        raise UserError(f"device {name}: this machine, with this PyTorch, has {' and '.join(there)}; or use auto")
-    return torch.device(name)
+    try:
+        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
+    except RuntimeError:  # not the name of a device
+        device = None
+    if device is None or device.type not in there or not 0 <= (device.index or 0) < max(cards, 1):
+        raise UserError(f"device {name!r:.60}: this machine, with this PyTorch, has {' and '.join(there)}; or use auto")
+    return device
+
+
+def dtype_of(name):
+    """The torch.dtype of a name, None for None or "auto". Raises UserError for one that a model cannot have."""
+    import torch
+
+    from .errors import UserError
+
+    if name is None or isinstance(name, str) and name == "auto":
+        return None
+    key = str(name).removeprefix("torch.").lower() if isinstance(name, (str, torch.dtype)) else ""
+    if key not in PRECISION_NAMES:
+        raise UserError(f"dtype {name!r:.60}: expected bfloat16, float16, float32 or float64, as a torch.dtype or a "
+                        f"text, or auto for what the folder stores")
+    return getattr(torch, PRECISION_NAMES[key])
 
 
 def __getattr__(name: str):
@@ -54,15 +80,20 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'minomni' has no attribute {name!r}")
 
 
-def folder_of(name: str) -> Path:
+def folder_of(name) -> Path:
     """Where the model of a size, or of a checkpoint's folder, lies. Raises UserError where there is none."""
+    import os
+
     from . import config
     from .errors import UserError
 
-    if Path(name).is_dir():
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise UserError(f"a model is the name of a size or a folder, not {name!r:.60}; the sizes are "
+                        f"{', '.join(config.SIZES)}")
+    if os.path.isdir(name) and (name not in config.SIZES or os.path.exists(os.path.join(name, "config.json"))):
         return Path(name)
-    if name not in config.SIZES:
-        raise UserError(f"{name!r} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}")
+    if str(name) not in config.SIZES:
+        raise UserError(f"{str(name)!a:.200} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}")
     for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
         if folder.is_dir():
             return folder

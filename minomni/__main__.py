@@ -174,7 +174,7 @@ def run_chat(arguments) -> None:
     asked = dict(messages=[{"role": "user", "content": arguments.content}], voice=voice, seed=arguments.seed,
                  speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
     if arguments.stream:
-        reply = follow(omni.stream(**asked), path, omni.config.token2wav.sample_rate, quiet=arguments.json)
+        reply = follow(omni.stream(**asked), path, omni.sample_rate, quiet=arguments.json)
     else:
         reply = omni.respond(**asked)
         if path:

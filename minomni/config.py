@@ -11,16 +11,59 @@ Time base, shared by all sizes: a mel frame is 10 ms, an audio token and a TMRoP
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 LISTENING_RATE = 16_000  # Hz, what the ears and the codec hear
 MEL_RATE = 100  # mel frames per second on both the listening and the speaking side
+
+
+LARGEST = 2**24  # of any size: products of two stay far below 2**63
+MOST_LAYERS = 1024  # of any tower, so that a model is described in seconds
+LONGEST_LIST = 32  # kernel sizes, rates, channels: one entry per convolution
 
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds: sizes that contradict each other never build a model."""
     if not condition:
         raise ValueError(message)
+
+
+def require_int(name: str, value, low: int, high: int) -> None:
+    """Raise ValueError unless the value is a whole number from low to high."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and low <= value <= high, f"{name} is {value!r:.60}, expected a whole number from {low} to {high}")
+
+
+def require_number(name: str, value, low: float, high: float) -> None:
+    """Raise ValueError unless the value is a finite number from low to high."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(number and low <= value <= high, f"{name} is {value!r:.60}, expected a number from {low:g} to {high:g}")
+
+
+def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...] = ()) -> None:
+    """Check every whole number of a config dataclass, lists included.
+
+    Sizes are at least 1. `indexes` names the fields that count from 0, `layers` those that are a number of layers.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        low = 0 if field.name in indexes else 1
+        high = MOST_LAYERS if field.name in layers else LARGEST
+        if field.type is int:
+            require_int(field.name, value, low, high)
+        elif field.type is not float and not is_dataclass(value):
+            require_list(field.name, value, low, MOST_LAYERS if low == 0 else LONGEST_LIST)
+
+
+def require_list(name: str, value, low: int, longest: int) -> None:
+    """Check a list of whole numbers, or of such lists."""
+    require(isinstance(value, tuple), f"{name} is {value!r:.60}, expected a list")
+    require(len(value) <= longest, f"{name} has {len(value)} entries, expected at most {longest}")
+    for entry in value:
+        if isinstance(entry, tuple):
+            require_list(name, entry, low, longest)
+        else:
+            require_int(f"an entry of {name}", entry, low, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -42,6 +85,12 @@ class TokenIds:
     tts_text_end: int  # tells the Talker that the text is over
     tts_text_pad: int  # fed to the Talker for ever after
 
+    def __post_init__(self):
+        require_sizes(self, indexes=tuple(field.name for field in fields(self)))
+
+
+TTS_TOKENS = ("tts_text_start", "tts_text_end", "tts_text_pad")  # of no use to a Thinker alone
+
 
 @dataclass(frozen=True)
 class AudioEncoderConfig:
@@ -55,6 +104,7 @@ class AudioEncoderConfig:
     output_dim: int
 
     def __post_init__(self):
+        require_sizes(self, layers=("encoder_layers",))
         require(self.d_model % (2 * self.encoder_attention_heads) == 0, f"audio d_model {self.d_model} must split into "
                 f"{self.encoder_attention_heads} heads of even size")
 
@@ -74,6 +124,7 @@ class VisionEncoderConfig:
     out_hidden_size: int
 
     def __post_init__(self):
+        require_sizes(self, indexes=("fullatt_block_indexes",), layers=("depth",))
         require(self.hidden_size % (4 * self.num_heads) == 0, f"vision hidden_size {self.hidden_size} must split into "
                 f"{self.num_heads} heads of a size divisible by 4 (2-D rotary)")
         require(self.window_size % self.cell_size == 0, f"window_size {self.window_size} must be a multiple of the "
@@ -107,6 +158,11 @@ class DecoderConfig:
     mrope_section: tuple[int, int, int]  # how many of the head_dim/2 angles follow time, height, width
 
     def __post_init__(self):
+        require_sizes(self, indexes=("mrope_section",), layers=("num_hidden_layers",))
+        require_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
+        require_number("rope_theta", self.rope_theta, 1, 1e12)
+        require(len(self.mrope_section) == 3, f"mrope_section {self.mrope_section} must have three entries: time, "
+                f"height, width")
         require(2 * sum(self.mrope_section) == self.head_dim, f"mrope_section {self.mrope_section} must add up to half "
                 f"of head_dim {self.head_dim}")
         require(self.num_attention_heads % self.num_key_value_heads == 0, f"{self.num_attention_heads} query heads "
@@ -121,9 +177,15 @@ class ThinkerConfig:
     tokens: TokenIds
     position_id_per_seconds: int  # TMRoPE ids per second
     seconds_per_chunk: int  # audio and video of one clip take turns in chunks of this length
+    tie_word_embeddings: bool  # the text head's weight is the embedding table
 
     def __post_init__(self):
-        width = self.text.hidden_size
+        for name in ("position_id_per_seconds", "seconds_per_chunk"):
+            require_int(name, getattr(self, name), 1, 10_000)
+        width, rows = self.text.hidden_size, self.text.vocab_size
+        for name, token in vars(self.tokens).items():
+            require(token < rows or name in TTS_TOKENS, f"the token id {name} is {token}, expected one below "
+                    f"vocab_size {rows}")
         require(self.audio.output_dim == width, f"audio output_dim {self.audio.output_dim} must equal the Thinker's "
                 f"{width}")
         require(self.vision.out_hidden_size == width, f"vision out_hidden_size {self.vision.out_hidden_size} must "
@@ -138,6 +200,13 @@ class TalkerConfig:
     codec_bos: int
     codec_eos: int
     codec_mask: int
+
+    def __post_init__(self):
+        ids = ("codec_pad", "codec_bos", "codec_eos", "codec_mask")
+        require_sizes(self, indexes=ids)
+        for name in ids:
+            require(getattr(self, name) < self.decoder.vocab_size, f"the code {name} is {getattr(self, name)}, "
+                    f"expected one below vocab_size {self.decoder.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +235,17 @@ class DiTConfig:
     enc_se_channels: int
 
     def __post_init__(self):
+        require_sizes(self, indexes=("look_ahead_layers", "look_backward_layers"), layers=("num_hidden_layers",))
+        require_number("dropout", self.dropout, 0, 0.99)
+        require_number("rope_theta", self.rope_theta, 1, 1e12)
+        require(self.repeats <= MEL_RATE, f"repeats is {self.repeats}; a code is at most a second of {MEL_RATE} frames")
+        lists = (self.enc_channels, self.enc_kernel_sizes, self.enc_dilations)
+        require(len(set(map(len, lists))) == 1 and len(self.enc_channels) > 2, "enc_channels, enc_kernel_sizes and "
+                "enc_dilations must be of equal length, three or more")
+        require(len(set(self.enc_channels[:-1])) == 1, f"all of enc_channels {self.enc_channels} but the last must be "
+                f"equal")
+        require(self.enc_channels[0] % self.enc_res2net_scale == 0, f"enc_channels {self.enc_channels} must split into "
+                f"enc_res2net_scale {self.enc_res2net_scale} groups")
         require(self.block_size % self.repeats == 0, f"block_size {self.block_size} must hold whole codes of "
                 f"{self.repeats} frames")
         require(self.enc_channels[-1] == sum(self.enc_channels[1:-1]), f"the last of enc_channels {self.enc_channels} "
@@ -180,6 +260,23 @@ class BigVGANConfig:
     upsample_kernel_sizes: tuple[int, ...]
     resblock_kernel_sizes: tuple[int, ...]
     resblock_dilation_sizes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        require_sizes(self)
+        rates, kernels = self.upsample_rates, self.upsample_kernel_sizes
+        require(len(rates) == len(kernels), f"upsample_rates {rates} and upsample_kernel_sizes {kernels} must be of "
+                f"equal length")
+        require(all(rate <= kernel for rate, kernel in zip(rates, kernels)), f"none of upsample_kernel_sizes {kernels} "
+                f"may be smaller than its rate of {rates}")
+        require(MEL_RATE * math.prod(rates) <= 768_000, f"upsample_rates {rates} make {MEL_RATE * math.prod(rates)} "
+                f"samples a second, expected at most 768000")
+        require(self.upsample_initial_channel >= 2 ** len(rates), f"upsample_initial_channel "
+                f"{self.upsample_initial_channel} must be halved {len(rates)} times")
+        blocks = self.resblock_dilation_sizes
+        require(len(self.resblock_kernel_sizes) == len(blocks) > 0, f"resblock_kernel_sizes "
+                f"{self.resblock_kernel_sizes} and resblock_dilation_sizes {blocks} must be of equal length")
+        require(all(isinstance(block, tuple) for block in blocks), f"resblock_dilation_sizes {blocks} must be a list "
+                f"of lists")
 
 
 @dataclass(frozen=True)
@@ -216,6 +313,9 @@ class CodecConfig:
     ctc_vocab: int  # blank and letters
 
     def __post_init__(self):
+        require_sizes(self, layers=("num_hidden_layers",))
+        require(self.hidden_size % self.num_attention_heads == 0, f"the codec's hidden_size {self.hidden_size} must "
+                f"split into {self.num_attention_heads} heads")
         require(self.downsample & (self.downsample - 1) == 0, f"downsample {self.downsample} must be a power of two")
 
     @property
@@ -226,10 +326,20 @@ class CodecConfig:
 @dataclass(frozen=True)
 class SamplingConfig:
     temperature: float  # 0 is greedy
-    top_k: int  # 0 keeps all
+    top_k: int  # 0 keeps all; -1, as other programs write it, becomes 0
     top_p: float
     repetition_penalty: float
     max_new_tokens: int
+
+    def __post_init__(self):
+        if self.temperature != 0 or isinstance(self.temperature, bool):
+            require_number("temperature", self.temperature, 0.001, 1000)
+        require_int("top_k", self.top_k, -1, LARGEST)
+        require_number("top_p", self.top_p, 1e-9, 1)
+        require_number("repetition_penalty", self.repetition_penalty, 0.001, 1000)
+        require_int("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
 
 
 @dataclass(frozen=True)
@@ -240,6 +350,12 @@ class FlowConfig:
     solver: str  # "rk4" or "euler"
     guidance: float
     sway: float
+
+    def __post_init__(self):
+        require_int("points", self.points, 2, 1000)
+        require(self.solver in ("rk4", "euler"), f"solver is {self.solver!r:.60}, expected rk4 or euler")
+        require_number("guidance", self.guidance, -100, 100)
+        require_number("sway", self.sway, -1, 1)
 
 
 @dataclass(frozen=True)
@@ -256,12 +372,21 @@ class MediaConfig:
     max_frames: int
     system_prompt: str  # put first where a conversation has none and speech is asked for
 
+    def __post_init__(self):
+        for low, high in (("image_min_pixels", "image_max_pixels"), ("frame_min_pixels", "frame_max_pixels"),
+                          ("frame_min_pixels", "clip_max_pixels"), ("min_frames", "max_frames")):
+            for name in (low, high):
+                require_int(name, getattr(self, name), 1, 1_000_000_000)
+            require(getattr(self, low) <= getattr(self, high), f"{low} {getattr(self, low)} is more than {high} "
+                    f"{getattr(self, high)}")
+        require_number("fps", self.fps, 0.001, 1000)
+
 
 @dataclass(frozen=True)
 class OmniConfig:
     thinker: ThinkerConfig
-    talker: TalkerConfig
-    token2wav: Token2WavConfig
+    talker: TalkerConfig | None  # None, both of them, where the model answers in text alone
+    token2wav: Token2WavConfig | None
     codec: CodecConfig | None  # the release ships none
     media: MediaConfig
     thinker_sampling: SamplingConfig
@@ -269,6 +394,18 @@ class OmniConfig:
     flow: FlowConfig
 
     def __post_init__(self):
+        bands, colors = self.thinker.audio.num_mel_bins, self.thinker.vision.in_channels
+        half = self.thinker.audio.n_window
+        require(half % 2 == 0, f"n_window is {half}, expected an even number: tokens would straddle the blocks")
+        require(bands == 128, f"num_mel_bins is {bands}, expected 128: that is how sound is prepared")
+        require(colors == 3, f"in_channels is {colors}, expected 3: that is how pictures are prepared")
+        if self.talker is None or self.token2wav is None:
+            require(self.talker is self.token2wav is self.codec is None, "speech needs a Talker and Token2Wav: one of "
+                    "them, or a codec, alone makes no sound")
+            return
+        for name in TTS_TOKENS:
+            token, rows = getattr(self.thinker.tokens, name), self.thinker.text.vocab_size
+            require(token < rows, f"the token id {name} is {token}, expected one below vocab_size {rows}")
         require(self.talker.embedding_size == self.thinker.text.hidden_size, f"the Talker reads width "
                 f"{self.talker.embedding_size}, the Thinker writes {self.thinker.text.hidden_size}")
         require(self.codec is None or self.codec.downsample == self.token2wav.dit.repeats, "codec and DiT disagree on "
@@ -290,7 +427,7 @@ QWEN7B = OmniConfig(
         tokens=TokenIds(endoftext=151643, im_start=151644, im_end=151645, audio=151646, audio_bos=151647,
                         audio_eos=151648, vision_bos=151652, vision_eos=151653, vision_pad=151654, image=151655,
                         video=151656, tts_text_start=151860, tts_text_end=151861, tts_text_pad=151859),
-        position_id_per_seconds=25, seconds_per_chunk=2),
+        position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
     talker=TalkerConfig(
         embedding_size=3584,
         decoder=DecoderConfig(hidden_size=896, intermediate_size=18944, num_hidden_layers=24, num_attention_heads=12,
@@ -329,7 +466,7 @@ SMALL = OmniConfig(
         tokens=TokenIds(endoftext=4000, im_start=4001, im_end=4002, audio=4003, audio_bos=4004, audio_eos=4005,
                         vision_bos=4006, vision_eos=4007, vision_pad=4008, image=4009, video=4010, tts_text_start=4061,
                         tts_text_end=4062, tts_text_pad=4060),
-        position_id_per_seconds=25, seconds_per_chunk=2),
+        position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
     talker=TalkerConfig(
         embedding_size=512,
         decoder=DecoderConfig(hidden_size=384, intermediate_size=1152, num_hidden_layers=6, num_attention_heads=6,
@@ -368,7 +505,7 @@ TINY = OmniConfig(
         tokens=TokenIds(endoftext=480, im_start=481, im_end=482, audio=483, audio_bos=484, audio_eos=485,
                         vision_bos=486, vision_eos=487, vision_pad=488, image=489, video=490,
                         tts_text_start=496, tts_text_end=497, tts_text_pad=495),
-        position_id_per_seconds=25, seconds_per_chunk=2),
+        position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
     talker=TalkerConfig(
         embedding_size=128,
         decoder=DecoderConfig(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=5,

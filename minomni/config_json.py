@@ -2,7 +2,8 @@
 
 config.json holds the sizes; what it says must be said completely, and nothing unknown may be said. Three things of ours
 are not in a release and take QWEN7B's values there: codec_config in config.json, the generation settings in
-generation_config.json, the media limits in preprocessor_config.json.
+generation_config.json, the media limits in preprocessor_config.json. A Thinker alone is a model too: its config.json is
+what the release says under thinker_config, or has enable_audio_output turned off.
 """
 
 import dataclasses
@@ -14,8 +15,9 @@ from typing import Any
 from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConfig, DecoderConfig, DiTConfig,
                             FlowConfig, MediaConfig, OmniConfig, SamplingConfig, TalkerConfig, ThinkerConfig,
                             Token2WavConfig, TokenIds, VisionEncoderConfig)
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
+from minomni.model_files import quote, read_object, where
 
 # Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
@@ -40,6 +42,7 @@ UNSAID = {
 # Keys of the release, or of what transformers saves, that say nothing about the model.
 MEANINGLESS = frozenset((
     "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype",  # who wrote it and how
+    "_attn_implementation_autoset",
     "init_std", "initializer_range", "ignore_index", "problem_type",  # about training
     "attention_dropout", "activation_dropout", "encoder_layerdrop",  # zero everywhere
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",  # how to call
@@ -48,24 +51,86 @@ MEANINGLESS = frozenset((
     "user_token_id", "enc_lin_neurons", "enc_global_context",  # read by nothing
     "embed_dim", "in_chans", "spatial_patch_size", "tokens_per_second",  # second names of sizes that are there
 ))
-MEANINGLESS_IN = {"audio_config": "num_hidden_layers", "dit_config": "max_position_embeddings"}  # but not elsewhere
+TOWERS = ("audio_config", "vision_config", "dit_config", "bigvgan_config")
+OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")  # the Thinker's are the ones that count
+# Keys that say nothing in one section, but do elsewhere. A tower has no words whose embeddings could be tied.
+MEANINGLESS_IN = {section: ("tie_word_embeddings",) for section in TOWERS} | {
+    "audio_config": ("tie_word_embeddings", "num_hidden_layers"),
+    "dit_config": ("tie_word_embeddings", "max_position_embeddings"),
+    "text_config": OF_GENERATION, "talker_config": OF_GENERATION, "": OF_GENERATION,
+}
+# What transformers before 5 wrote into every section, whatever the model: without meaning at these values alone.
+USUAL = {
+    "add_cross_attention": False, "diversity_penalty": 0.0, "do_sample": False, "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0, "is_decoder": False, "length_penalty": 1.0, "max_length": 20, "min_length": 0,
+    "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1, "output_scores": False,
+    "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1.0, "return_dict_in_generate": False,
+    "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False, "tie_word_embeddings": False,
+    "top_k": 50, "top_p": 1.0, "torchscript": False, "typical_p": 1.0, "use_bfloat16": False,
+}
+BASE = "qwen2_5_omni"  # the model_type of a whole model
+RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
+SPEECH_SECTIONS = ("talker_config", "token2wav_config", "codec_config")
 
 
 def read_config(folder: Path) -> OmniConfig:
     """The configuration of a model folder: an official checkpoint's, or one saved here.
 
-    Raises UserError, naming file and key, for what is missing, unknown, of the wrong type or contradictory.
+    talker, token2wav and codec are None for a Thinker alone. Raises UserError, naming file and key, for what is
+    missing, unknown, of the wrong type, out of bounds or contradictory, and for quantized models.
     """
-    file = Path(folder) / "config.json"
-    given = spell_as_release(read_json(file), file)
+    folder = Path(folder)
+    file = folder / "config.json"
+    data = read_json(file)
+    refuse_quantized(data, file)
     try:
-        config = parse(given, Path(folder))
+        given = spell_as_release(whole_model(data, file), file)
+        config = parse(given, folder)
     except UserError:
         raise
+    except RecursionError:
+        raise UserError(f"{where(file)}: is nested too deeply for settings; copy it again") from None
     except ValueError as error:  # sizes that contradict each other
-        raise UserError(f"{file}: {error}") from None
-    compare(given, spell_as_release(plain(to_json(config)), file), file)
+        raise UserError(f"{where(file)}: {shorten(error, 260)}") from None
+    compare(given, spell_as_release(plain(to_json(config)), file), where(file))
     return config
+
+
+def refuse_quantized(data: dict, file: Path) -> None:
+    """Raise UserError for a model whose weights were quantized by another program, naming the method."""
+    sections = [data, data.get("thinker_config")]
+    sections += [section.get("text_config") for section in sections if isinstance(section, dict)]
+    for section in sections:
+        if isinstance(section, dict) and section.get("quantization_config") is not None:
+            how = section["quantization_config"]
+            method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
+            bits = f", {quote(how['bits'], 20)} bits" if isinstance(how, dict) and "bits" in how else ""
+            raise UserError(f"{where(file)}: this model is quantized (quantization_config: {quote(method, 30)}{bits}); "
+                            f"such weights are not read here, take the bf16 release {RELEASE}")
+
+
+def whole_model(data: dict, file: Path) -> dict:
+    """The settings of a whole model: those of a Thinker alone are put where the release has them.
+
+    Raises UserError for the settings of another kind of model.
+    """
+    kind = data.get("model_type", BASE)
+    if kind == f"{BASE}_thinker":
+        data = {"enable_audio_output": False, "thinker_config": data}
+    elif kind != BASE:
+        raise UserError(f"{where(file)}: model_type is {quote(kind)}, this code runs '{BASE}' and '{BASE}_thinker'; "
+                        f"take {RELEASE}")
+    if data.get("enable_audio_output") is False:
+        # Sizes of parts that are turned off say nothing; transformers writes its defaults there.
+        data = {key: value for key, value in data.items() if key not in (*SPEECH_SECTIONS, "enable_talker")}
+    return data
+
+
+def without_speech(config: OmniConfig) -> OmniConfig:
+    """The same model with its Thinker alone, as read_config gives it for a folder that holds no more."""
+    unused = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
+    thinker = dataclasses.replace(config.thinker, tokens=dataclasses.replace(config.thinker.tokens, **unused))
+    return dataclasses.replace(config, thinker=thinker, talker=None, token2wav=None, codec=None)
 
 
 def write_config(config: OmniConfig, folder: Path) -> None:
@@ -86,15 +151,7 @@ def read_json(file: Path, optional: bool = False) -> dict:
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{file}: cannot be read; a model folder holds config.json and *.safetensors") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: holds a {type(data).__name__}, not an object with settings")
-    return data
+    return read_object(file, "a model folder holds config.json and *.safetensors")
 
 
 def plain(data: dict) -> dict:
@@ -105,18 +162,42 @@ def plain(data: dict) -> dict:
 def spell_as_release(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict:
     """The same settings with the release's keys, unsaid ones filled in, nulls left out."""
     data = {key: value for key, value in data.items() if value is not None}
+    here = f"{where(file)}: {'.'.join(path)}"
     rope = data.pop("rope_parameters", {})
+    if not isinstance(rope, dict):
+        raise UserError(f"{here}: 'rope_parameters' is {quote(rope)}, expected an object")
     alternatives = [("rope_theta", rope.get("rope_theta"))]
     if "mrope_section" in rope:
         alternatives.append(("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"}))
+    elif rope.keys() - {"rope_theta", "rope_type"} or rope.get("rope_type", "default") not in ("default", "axial"):
+        raise UserError(f"{here}: 'rope_parameters' is {quote(rope, 160)}; this code knows rope_theta alone here")
     if "dit_config" in path:
         alternatives += [(short, data.pop(long, None)) for long, short in DIT_SPELLINGS.items()]
     for key, value in alternatives:
         if value is not None and data.setdefault(key, value) != value:
-            raise UserError(f"{file}: {'.'.join(path)} says both {data[key]!r} and {value!r} for {key}; keep one")
-    data.pop(MEANINGLESS_IN.get("".join(path[-1:])), None)
+            raise UserError(f"{here} says both {quote(data[key])} and {quote(value)} for {key}; keep one")
+    for key in MEANINGLESS_IN.get("".join(path[-1:]), ()):
+        data.pop(key, None)
     inner = {key: spell_as_release(value, file, (*path, key)) for key, value in data.items() if isinstance(value, dict)}
-    return UNSAID.get(path, {}) | data | inner
+    data = UNSAID.get(path, {}) | data | inner
+    return spell_tying(data, file) if path == ("thinker_config",) else data
+
+
+def spell_tying(thinker: dict, file: Path) -> dict:
+    """tie_word_embeddings said in both places where one may say it: in transformers 4 text_config counts, in 5 the other.
+
+    Which of them is right is known from the tensors: where the text head is stored, it is not tied.
+    """
+    text = thinker.get("text_config")
+    said = [section["tie_word_embeddings"] for section in (thinker, text)
+            if isinstance(section, dict) and "tie_word_embeddings" in section]
+    for value in said:
+        if not isinstance(value, bool):
+            raise UserError(f"{where(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, expected true or "
+                            f"false")
+    if isinstance(text, dict):
+        thinker = thinker | {"text_config": text | {"tie_word_embeddings": any(said)}}
+    return thinker | {"tie_word_embeddings": any(said)}
 
 
 class Section:
@@ -132,21 +213,27 @@ class Section:
 
     def section(self, key: str) -> "Section":
         if not isinstance(self[key], dict):
-            raise UserError(f"{self.name}: {key!r} is {self[key]!r}, expected an object")
+            raise UserError(f"{self.name}: {key!r} is {quote(self[key])}, expected an object")
         return Section(self[key], f"{self.name}, {key}")
 
     def build(self, cls: type, keys: dict[str, str] | None = None, **known) -> Any:
-        """A config dataclass: each field from the key of its name, or as `keys` renames it, or as `known`."""
+        """A config dataclass: each field from the key of its name, or as `keys` renames it, or as `known`.
+
+        Raises UserError naming the section for a value of the wrong type, and for what the dataclass itself refuses.
+        """
         values = {field.name: self.typed((keys or {}).get(field.name, field.name), field.type)
                   for field in dataclasses.fields(cls) if field.name not in known}
-        return cls(**values, **known)
+        try:
+            return cls(**values, **known)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {shorten(error, 260)}") from None
 
     def typed(self, key: str, kind: Any) -> Any:
-        """The value of a key, checked against int, float, str or a tuple type."""
+        """The value of a key, checked against int, float, str, bool or a tuple type."""
         value = self[key]
-        allowed = {int: int, float: (int, float), str: str}.get(kind, list)
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            raise UserError(f"{self.name}: {key!r} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+        allowed = {int: int, float: (int, float), str: str, bool: bool}.get(kind, list)
+        if not isinstance(value, allowed) or isinstance(value, bool) and kind is not bool:
+            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected {getattr(kind, '__name__', kind)}")
         return tuples(value)
 
 
@@ -156,29 +243,38 @@ def tuples(value: Any) -> Any:
 
 def parse(data: dict, folder: Path) -> OmniConfig:
     """config.json in the release's spelling, and the two files beside it, as an OmniConfig."""
-    root = Section(data, str(folder / "config.json"))
-    thinker, talker, token2wav = (root.section(key) for key in ("thinker_config", "talker_config", "token2wav_config"))
+    root = Section(data, where(folder / "config.json"))
+    thinker, talker, token2wav = root.section("thinker_config"), None, None
+    speaks = data.get("enable_audio_output") is not False
+    if speaks:
+        talker, token2wav = root.section("talker_config"), root.section("token2wav_config")
     vision_pad = thinker.typed("vision_start_token_id", int) + 2
     thinker.data.setdefault("vision_token_id", vision_pad)  # left out by transformers
     text = thinker.section("text_config")
     head_dim = text.typed("hidden_size", int) // max(text.typed("num_attention_heads", int), 1)
     text.data.setdefault("head_dim", head_dim)  # left out by the release
-    speech = {name: talker.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()}
+    speech = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}  # of no use without a Talker
+    if speaks:
+        speech = {name: talker.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()}
     file = folder / "generation_config.json"
-    generation = Section(read_json(file, optional=True), str(file))
+    generation = Section(read_json(file, optional=True), where(file))
     return OmniConfig(
         thinker=thinker.build(
             ThinkerConfig, audio=thinker.section("audio_config").build(AudioEncoderConfig),
             vision=thinker.section("vision_config").build(VisionEncoderConfig), text=decoder(text),
             tokens=thinker.build(TokenIds, TOKEN_KEYS, **speech)),
-        talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)),
-        token2wav=Token2WavConfig(dit=token2wav.section("dit_config").build(DiTConfig, DIT_SPELLINGS),
-                                  bigvgan=token2wav.section("bigvgan_config").build(BigVGANConfig)),
+        talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)) if speaks else None,
+        token2wav=parse_token2wav(token2wav) if speaks else None,
         codec=root.section("codec_config").build(CodecConfig) if "codec_config" in data else None,
         media=parse_media(folder),
         thinker_sampling=setting(generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling),
         talker_sampling=setting(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
         flow=setting(generation, "flow", FlowConfig, QWEN7B.flow))
+
+
+def parse_token2wav(section: Section) -> Token2WavConfig:
+    dit = section.section("dit_config").build(DiTConfig, DIT_SPELLINGS)
+    return section.build(Token2WavConfig, dit=dit, bigvgan=section.section("bigvgan_config").build(BigVGANConfig))
 
 
 def decoder(section: Section) -> DecoderConfig:
@@ -192,17 +288,23 @@ def setting(section: Section, key: str, cls: type, default: Any) -> Any:
     group = section.section(key)
     unknown = sorted(set(group.data) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
-        raise UserError(f"{group.name}: unknown key {unknown[0]!r}")
+        raise UserError(f"{group.name}: unknown key {quote(unknown[0])}")
     return group.build(cls)
 
 
 def parse_media(folder: Path) -> MediaConfig:
     """Our own limits, or the release's with the picture limits that its preprocessor_config.json states."""
     file = folder / "preprocessor_config.json"
-    data = read_json(file, optional=True)
-    release = dataclasses.replace(QWEN7B.media, image_min_pixels=data.get("min_pixels", QWEN7B.media.image_min_pixels),
-                                  image_max_pixels=data.get("max_pixels", QWEN7B.media.image_max_pixels))
-    return setting(Section(data, str(file)), "media", MediaConfig, release)
+    section = Section(read_json(file, optional=True), where(file))
+    limits = {}
+    for name, key in (("image_min_pixels", "min_pixels"), ("image_max_pixels", "max_pixels")):
+        if section.data.get(key) is not None:
+            limits[name] = section.typed(key, int)
+    try:
+        release = dataclasses.replace(QWEN7B.media, **limits)
+    except ValueError as error:
+        raise UserError(f"{section.name}, min_pixels and max_pixels: {error}") from None
+    return setting(section, "media", MediaConfig, release)
 
 
 def compare(given: dict, written: dict, where: str) -> None:
@@ -211,45 +313,56 @@ def compare(given: dict, written: dict, where: str) -> None:
         if key in MEANINGLESS:
             continue
         if key not in written:
-            raise UserError(f"{where}: unknown key {key!r}; remove it, or use the code that it was written for")
+            if key in USUAL and value == USUAL[key]:
+                continue
+            raise UserError(f"{where}: unknown key {quote(key)}; remove it, or use the code that it was written for")
         if isinstance(value, dict) and isinstance(written[key], dict):
             compare(value, written[key], f"{where}, {key}")
         elif value != written[key]:
-            raise UserError(f"{where}: {key!r} is {value!r}, this code can only be {written[key]!r} here")
+            raise UserError(f"{where}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} here")
 
 
 def to_json(config: OmniConfig) -> dict:
     """What config.json says, in the release's layout. The DiT's sizes are in both spellings: transformers reads one."""
-    thinker, talker, token2wav = config.thinker, config.talker, config.token2wav
-    ids, dit, base = asdict(thinker.tokens), asdict(token2wav.dit), "qwen2_5_omni"
+    thinker, ids = config.thinker, asdict(config.thinker.tokens)
     time = {"position_id_per_seconds": thinker.position_id_per_seconds, "seconds_per_chunk": thinker.seconds_per_chunk}
-    shared = {TOKEN_KEYS[name]: ids[name] for name in SHARED_TOKENS}
+    tied = {"tie_word_embeddings": thinker.tie_word_embeddings}
     data = {
-        "architectures": ["Qwen2_5OmniForConditionalGeneration"], "model_type": base, "enable_audio_output": True,
-        "enable_talker": True,
+        "architectures": ["Qwen2_5OmniForConditionalGeneration"], "model_type": BASE,
+        "enable_audio_output": config.talker is not None, "enable_talker": config.talker is not None,
         "thinker_config": {
-            "model_type": f"{base}_thinker", **{key: ids[name] for name, key in TOKEN_KEYS.items()}, **time,
-            "tie_word_embeddings": False,
-            "audio_config": {"model_type": f"{base}_audio_encoder", "activation_function": "gelu", "dropout": 0.0,
+            "model_type": f"{BASE}_thinker", **{key: ids[name] for name, key in TOKEN_KEYS.items()}, **time, **tied,
+            "audio_config": {"model_type": f"{BASE}_audio_encoder", "activation_function": "gelu", "dropout": 0.0,
                              "scale_embedding": False, **asdict(thinker.audio)},
-            "vision_config": {"model_type": f"{base}_vision_encoder", "hidden_act": "silu", **asdict(thinker.vision)},
-            "text_config": {"model_type": f"{base}_text", **decoder_json(thinker.text)},
+            "vision_config": {"model_type": f"{BASE}_vision_encoder", "hidden_act": "silu", **asdict(thinker.vision)},
+            "text_config": {"model_type": f"{BASE}_text", **decoder_json(thinker.text), **tied},
         },
+    }
+    if config.talker is not None:
+        data |= speech_json(config, time)
+    return data | ({} if config.codec is None else {"codec_config": asdict(config.codec)})
+
+
+def speech_json(config: OmniConfig, time: dict) -> dict:
+    """The two sections of config.json that a model without speech leaves out."""
+    thinker, talker, token2wav = config.thinker, config.talker, config.token2wav
+    ids, dit = asdict(thinker.tokens), asdict(token2wav.dit)
+    return {
         "talker_config": {
-            "model_type": f"{base}_talker", "embedding_size": talker.embedding_size, **decoder_json(talker.decoder),
-            **shared, **time, **{key: ids[name] for name, key in SPEECH_TOKEN_KEYS.items()},
+            "model_type": f"{BASE}_talker", "embedding_size": talker.embedding_size, **decoder_json(talker.decoder),
+            **{TOKEN_KEYS[name]: ids[name] for name in SHARED_TOKENS}, **time,
+            **{key: ids[name] for name, key in SPEECH_TOKEN_KEYS.items()},
             **{key: getattr(talker, name) for name, key in CODEC_KEYS.items()},
             "spatial_merge_size": thinker.vision.spatial_merge_size,
         },
         "token2wav_config": {
-            "model_type": f"{base}_token2wav",
-            "dit_config": {"model_type": f"{base}_dit", **dit,
+            "model_type": f"{BASE}_token2wav",
+            "dit_config": {"model_type": f"{BASE}_dit", **dit,
                            **{key: dit[name] for name, key in DIT_SPELLINGS.items()}},
-            "bigvgan_config": {"model_type": f"{base}_bigvgan", "use_bias_at_final": False,
+            "bigvgan_config": {"model_type": f"{BASE}_bigvgan", "use_bias_at_final": False,
                                **asdict(token2wav.bigvgan)},
         },
     }
-    return data | ({} if config.codec is None else {"codec_config": asdict(config.codec)})
 
 
 def decoder_json(config: DecoderConfig) -> dict:

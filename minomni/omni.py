@@ -1,6 +1,7 @@
 """The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages in, a reply out."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from minomni.token2wav.speaker import Voice
 from minomni.token2wav.stream import Schedule
 from minomni.token2wav.token2wav import Token2Wav
 
+TEXT_HEAD = "thinker.lm_head.weight"
+
 
 class Omni(nn.Module):
     """Qwen2.5-Omni of any size. Its attributes are the prefixes of the checkpoint's tensor names."""
@@ -27,19 +30,33 @@ class Omni(nn.Module):
         super().__init__()
         self.config = config
         self.thinker = Thinker(config.thinker)
-        self.talker = Talker(config.talker)
-        self.token2wav = Token2Wav(config.token2wav)
+        self.talker = None if config.talker is None else Talker(config.talker)
+        self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav)
         self.codec = None if config.codec is None else Codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
+        self.loaded_from: Path | None = None  # the folder; saving keeps what else it holds
 
     @property
     def table_rows(self) -> int:
         """Codec ids that Token2Wav can look up."""
         return self.config.token2wav.dit.num_embeds + 1
 
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the speech; 0 for a model that answers in text alone."""
+        return 0 if self.config.token2wav is None else self.config.token2wav.sample_rate
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """What a folder holds of the model: all tensors, but for a text head that is the embedding table."""
+        tied = self.config.thinker.tie_word_embeddings
+        return {name: tensor for name, tensor in self.state_dict().items() if not tied or name != TEXT_HEAD}
+
     def voice(self, name: str) -> Voice:
         """A voice by name. Raises UserError naming the voices there are."""
+        if self.talker is None:
+            raise UserError("this model has no voice: its folder holds the Thinker alone; give speech=False, or "
+                            "--no-speech, for an answer in text")
         if name not in self.voices:
             there = ", ".join(self.voices) or "none (no spk_dict.pt)"
             raise UserError(f"unknown voice {name!r}; this model has {there}")

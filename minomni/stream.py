@@ -69,12 +69,12 @@ def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | s
     omni.stream(). Raises UserError for another word.
     """
     if schedule == "eager":
-        schedule = eager(omni.token2wav)
+        schedule = None if voice is None else eager(omni.token2wav)
     elif isinstance(schedule, str):
         raise UserError(f'schedule {schedule!r}; give "eager", a Schedule, or None for sound in one go')
     flow = flow or (omni.config.flow if schedule is None else swift(omni.config.flow))
     config, generator, codes, waves, text = omni.config, seeded(seed), [], [], ""
-    stops = (config.talker.codec_pad, config.talker.codec_eos)
+    stops = () if voice is None else (config.talker.codec_pad, config.talker.codec_eos)
     speech = None
     if voice is not None and schedule is not None:
         speech = SpeechStream(omni.token2wav, voice, flow, schedule, generator, trace.note)
@@ -82,7 +82,7 @@ def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | s
     def sound(pieces: Iterator[Tensor]) -> Iterator[SoundPiece]:
         for wave in pieces:
             waves.append(wave.cpu())
-            yield SoundPiece(waves[-1], config.token2wav.sample_rate, trace.note("sound"))
+            yield SoundPiece(waves[-1], omni.sample_rate, trace.note("sound"))
 
     for kind, ids in think_and_talk(omni, reading, None if voice is None else [voice.bos_token], seed):
         token, at = int(ids), trace.note(kind)
@@ -102,4 +102,4 @@ def converse(omni, reading: Reading, voice: Voice | None, schedule: Schedule | s
     elif voice is not None and codes:
         yield from sound([omni.token2wav(spoken[None], voice, flow, generator)])
     yield End(Reply(omni.tokenizer.decode(said, skip_special=True), torch.cat(waves) if waves else torch.zeros(0),
-                    config.token2wav.sample_rate, spoken, trace.note("end"), trace))
+                    omni.sample_rate, spoken, trace.note("end"), trace))

@@ -2,24 +2,39 @@
 
 Our modules carry the checkpoint's names, so loading is a bijection: every stored tensor is used once, every parameter
 is filled once, every shape is equal, or one error lists the differences. Nothing is read before that is settled.
+
+On a CPU a tensor whose precision need not change is not copied: it is the file itself, mapped into memory, and read
+from the disk when it is first used. Writing to such a tensor changes the memory alone (the mapping is private). Files
+are replaced and not overwritten here, so saving a model over the folder that it was loaded from is safe: the mapping
+keeps the old file alive. Whoever overwrites a file in place (cp over it) changes a model that is in use, as it does
+with transformers. Windows does not replace mapped files, so there everything is copied.
 """
 
 import os
+import re
 import shutil
 import warnings
+import zipfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from minomni import device_of, dtype_of
 from minomni.config import OmniConfig
-from minomni.config_json import read_config, read_json, write_config, write_json
-from minomni.errors import UserError
-from minomni.inputs.tokenizer import Tokenizer
-from minomni.omni import Omni
+from minomni.config_json import RELEASE, read_config, read_json, without_speech, write_config, write_json
+from minomni.errors import UserError, shorten
+from minomni.inputs.tokenizer import Tokenizer, special_tokens
+from minomni.model_files import check_file, quote, reason, where
+from minomni.omni import TEXT_HEAD, Omni
 from minomni.token2wav.speaker import Voice
+from minomni.token2wav.token2wav import shortest_reference
 
 INDEX, WHOLE, VOICES = "model.safetensors.index.json", "model.safetensors", "spk_dict.pt"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
@@ -30,123 +45,324 @@ KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.jso
                "*.safetensors", VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                "vocab.json", "merges.txt", "added_tokens.json", "trained.json")
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the release stores and runs it
+SPEECH = ("talker.", "token2wav.", "codec.")  # what a model that answers in text alone does without
+PARTS = ("thinker.", *SPEECH)
 SHARD_BYTES = 5_000_000_000
+# How safetensors spells the precisions that are read.
+PRECISIONS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# Ends of the names that quantized checkpoints have beside, or in place of, a plain weight.
+QUANTIZED = (".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax",
+             ".quant_map", ".SCB")
+NUMBERED = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.safetensors)")
+# Weights that are there, in a form that is not read: what to do about it.
+OTHER_WEIGHTS = {
+    "adapter_model.safetensors": "a LoRA adapter alone; merge it into its model first (peft: merge_and_unload)",
+    "*.gguf": f"GGUF files, which are not read here; take the release {RELEASE}",
+    "*.bin": "weights as .bin files; save them as safetensors first (transformers: save_pretrained)",
+}
+MOST_VOICES = 256_000_000  # bytes of a spk_dict.pt, also when unpacked; the release's has 260 thousand
+LONGEST_REFERENCE = 30_000  # mel frames (five minutes) of a voice
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Omni:
+class Stored(NamedTuple):
+    """What the header of a file says about a tensor."""
+
+    precision: str
+    shape: tuple[int, ...]
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Omni:
     """Build the model of a folder (an official checkpoint, or one saved here), with its voices and tokenizer.
 
-    dtype is that of Thinker and Talker, None keeps what is stored; Token2Wav and codec are fp32. Memory peaks at the
-    weights plus one shard. Raises UserError naming the file for anything missing, extra, misshapen or broken.
+    A folder with a Thinker alone gives a model that answers in text. A cache folder of the Hugging Face hub
+    (models--...) stands for the snapshot that it calls main. device: "cpu", "cuda", "mps" or "auto". dtype is that of
+    Thinker and Talker, None or "auto" keeps what is stored, and the commonest precision where it differs; Token2Wav and
+    codec are fp32. Tensors are mapped or copied as the head of this file says; on a GPU, memory of the host peaks at
+    one shard. omni.loaded_from is the folder. Raises UserError naming the file for anything missing, extra, misshapen
+    or broken.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one that holds config.json and *.safetensors")
+    device, dtype = device_of(device), dtype_of(dtype)
+    folder = snapshot(Path(folder))
     config = read_config(folder)
-    with torch.device("meta"):
-        omni = Omni(config)
-    stored = headers(folder)
-    check_bijection(folder, {name: shape for names in stored.values() for name, shape in names.items()}, omni)
-    for file, names in stored.items():
-        omni.load_state_dict(read_shard(file, names, device, dtype), strict=False, assign=True)
-    omni.voices = load_voices(folder / VOICES, config, device)
+    files = headers(folder)
+    stored = {name: tensor for names in files.values() for name, tensor in names.items()}
+    check_precisions(folder, stored)
+    if config.talker is not None and not any(name.startswith(SPEECH) for name in stored):
+        config = without_speech(config)
+    if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:  # an own table after all
+        config = replace(config, thinker=replace(config.thinker, tie_word_embeddings=False))
+    omni = empty_model(folder, config)
+    check_bijection(folder, {name: tensor.shape for name, tensor in stored.items()}, omni)
+    for file, names in files.items():
+        tensors = read_shard(file, names, device, dtype or commonest(stored), omni)
+        omni.load_state_dict(tensors, strict=False, assign=True)
+    omni.thinker.tie_head()
+    if config.talker is not None:
+        omni.voices = load_voices(folder / VOICES, config, device)
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         omni.tokenizer = Tokenizer.load(folder)
+        check_tokenizer(folder, omni.tokenizer, config)
+    omni.loaded_from = folder.absolute()
     return omni.eval()
 
 
+class Empty(TorchFunctionMode):
+    """Skip the first numbers of modules while they are built on meta, where there is no room for numbers anyway.
+
+    torch would still decompose every random draw, which takes longer than reading the files.
+    """
+
+    SKIPPED = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "zeros_", "ones_", "constant_", "zero_",
+               "fill_")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def empty_model(folder: Path, config: OmniConfig) -> Omni:
+    """The modules of a configuration, on meta. Raises UserError where torch cannot build what it describes."""
+    try:
+        with torch.device("meta"), Empty():
+            return Omni(config)
+    except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, MemoryError) as error:
+        raise UserError(f"{where(folder / 'config.json')}: describes a model that cannot be built "
+                        f"({shorten(error, 200)})") from None
+
+
+def snapshot(folder: Path) -> Path:
+    """The folder itself, or the main snapshot of a cache folder of the Hugging Face hub. Raises UserError."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{where(folder)}: no such folder; give one that holds config.json and *.safetensors")
+    if (folder / "config.json").exists() or not (folder / "snapshots").is_dir():
+        return folder
+    there = sorted(entry.name for entry in (folder / "snapshots").iterdir() if entry.is_dir())
+    main = folder / "refs" / "main"
+    if main.exists():
+        check_file(main, largest=200)
+        revision = main.read_text(errors="replace").strip()
+        if revision in there:
+            return folder / "snapshots" / revision
+    if len(there) == 1:
+        return folder / "snapshots" / there[0]
+    raise UserError(f"{where(folder)}: is a cache folder whose refs/main names none of its snapshots; give one of "
+                    f"{count(there)} in snapshots/")
+
+
+def count(names: list[str], shown: int = 3, room: int = 50) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(shorten(name, room) for name in names[:shown]) + more
+
+
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The folder's tensor files, and what its index says about them: {tensor: file}. Raises UserError."""
+    """The folder's tensor files, and what its index says about them: {tensor: file}, None without one.
+
+    Where the index of several files is lost, their headers say as much. Raises UserError.
+    """
     if not (folder / INDEX).exists():
-        if not (folder / WHOLE).exists():
-            raise UserError(f"{folder}: holds neither {WHOLE} nor {INDEX}; give the folder of a model")
-        return [folder / WHOLE], None
+        return [folder / name for name in unlisted_files(folder)], None
     index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise UserError(f"{folder / INDEX}: has no weight_map from tensor names to file names")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise UserError(f"{where(folder / INDEX)}: has no weight_map from tensor names to file names; copy it again")
     names = sorted(set(index.values()))
     for name in names:
-        if name != Path(name).name or "\\" in name or not inside(folder / name, folder):
-            raise UserError(f"{folder / INDEX}: names the file {name!r}, which is outside the model's folder")
+        if name in ("", ".", "..") or name != Path(name).name or "\\" in name or not name.isprintable():
+            raise UserError(f"{where(folder / INDEX)}: names the file {quote(name)}, which is outside the model's "
+                            f"folder; copy it again")
     return [folder / name for name in names], index
 
 
-def inside(file: Path, folder: Path) -> bool:
-    """Whether a file really lies in the folder. Hugging Face's cache links from snapshots/x/ to its own blobs/."""
-    folder, home = folder.resolve(), file.resolve().parent
-    return home == folder or (folder.parent.name == "snapshots" and home == folder.parents[1] / "blobs")
+def unlisted_files(folder: Path) -> list[str]:
+    """The names of the tensor files of a folder without an index. Raises UserError where some are missing."""
+    if (folder / WHOLE).exists() or (folder / WHOLE).is_symlink():
+        return [WHOLE]
+    for pattern, what in OTHER_WEIGHTS.items():
+        if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
+            raise UserError(f"{where(folder)}: holds {what}")
+    names = sorted(file.name for file in folder.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    if not names:
+        raise UserError(f"{where(folder)}: holds neither {WHOLE} nor {INDEX}; give the folder of a model")
+    numbered = [match for match in map(NUMBERED.fullmatch, names) if match]
+    if numbered:
+        start, _, rest, total = numbered[0].groups()
+        expected = [f"{start}{i + 1:05}{rest}" for i in range(int(total))]
+        lost = sorted(set(expected) - set(names))
+        if lost:
+            raise UserError(f"{where(folder)}: {len(lost)} of {total} files are missing: {count(lost)}; copy them again")
+        names = expected
+    return names
 
 
-def headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
-    """{file: {tensor: shape}}, without reading the tensors. Raises UserError for a broken shard or a wrong index."""
+def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
+    """{file: {tensor: what is stored}}, without reading the tensors, by the names that our modules have.
+
+    The tensors of a Thinker saved by itself lack its prefix. Raises UserError for a broken shard or a wrong index.
+    """
     files, index = shard_files(folder)
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as shard:
-                found[file] = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: missing, cut short or not a safetensors file ({error}); copy it again") from None
+    found = {file: header(file) for file in files}
     places = [(name, file.name) for file, names in found.items() for name in names]
     if index is not None and sorted(places) != sorted(index.items()):
         name, file = sorted(set(places) ^ set(index.items()))[0]
-        raise UserError(f"{folder / INDEX}: index and files disagree, first about {name!r} in {file!r}; "
-                        f"copy the folder again")
+        raise UserError(f"{where(folder / INDEX)}: index and files disagree, first about {quote(name)} in "
+                        f"{quote(file)}; copy the folder again")
+    twice = [name for name, times in Counter(name for name, _ in places).items() if times > 1]
+    if twice:
+        raise UserError(f"{where(folder)}: {len(twice)} tensors lie in more than one file: {count(twice)}; keep the "
+                        f"files of one model")
+    if not any(name.startswith(PARTS) for name, _ in places):
+        found = {file: {f"thinker.{name}": tensor for name, tensor in names.items()} for file, names in found.items()}
     return found
 
 
+def header(file: Path) -> dict[str, Stored]:
+    """{tensor: what is stored} of one file. Raises UserError for a broken one."""
+    check_file(file)
+    try:
+        with safe_open(file, "pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}
+            return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
+                        f"again") from None
+
+
+def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
+    """Raise UserError for tensors that are no plain floating-point numbers: quantized ones, for the most part."""
+    quantized = [name for name in stored if name.endswith(QUANTIZED)]
+    if quantized:
+        raise UserError(f"{where(folder)}: its weights are quantized ({len(quantized)} tensors such as "
+                        f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release {RELEASE}")
+    wrong = [name for name, tensor in stored.items() if tensor.precision not in PRECISIONS]
+    if wrong:
+        raise UserError(f"{where(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
+                        f"{shorten(wrong[0], 80)}; only {', '.join(PRECISIONS)} are read here, take the bf16 release "
+                        f"{RELEASE}")
+
+
+def commonest(stored: dict[str, Stored]) -> torch.dtype:
+    """The precision that most numbers of Thinker and Talker are stored in; they pass numbers on, so they share one."""
+    numbers = Counter()
+    for name, tensor in stored.items():
+        if name.startswith(ANY_PRECISION):
+            numbers[tensor.precision] += torch.Size(tensor.shape).numel()
+    return PRECISIONS[numbers.most_common(1)[0][0]]
+
+
+def used(name: str, omni: Omni) -> bool:
+    """Whether a stored tensor is one of the model's: what others store in vain and speech that is turned off are not."""
+    return name not in COMPUTED and not (omni.talker is None and name.startswith(SPEECH))
+
+
 def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni) -> None:
-    """Raise one UserError that lists every missing, extra and misshapen tensor."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in omni.state_dict().items()}
-    stored = {name: shape for name, shape in stored.items() if name not in COMPUTED}
+    """Raise one UserError that counts all missing, extra and misshapen tensors, and names the first of each."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in omni.stored_tensors().items()}
+    stored = {name: shape for name, shape in stored.items() if used(name, omni)}
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    shapes = [f"{name} is {list(stored[name])}, expected {list(wanted[name])}"
-              for name in sorted(wanted.keys() & stored.keys()) if stored[name] != wanted[name]]
-    problems = [f"{len(names)} {what}: {', '.join(names)}"
-                for what, names in (("missing", missing), ("extra", extra), ("of another shape", shapes)) if names]
+    shapes = [name for name in sorted(wanted.keys() & stored.keys()) if stored[name] != wanted[name]]
+    shapes = [f"{shorten(name, 50)} is {shorten(list(stored[name]), 24)}, expected {shorten(list(wanted[name]), 24)}"
+              for name in shapes]
+    problems = [(what, names) for what, names in (("missing", missing), ("extra", extra), ("of another shape", shapes))
+                if names]
+    for shown, room in ((3, 150), (1, 60)):  # fewer names where they do not fit
+        text = "; ".join(f"{len(names)} {what}: {count(names, shown, 120 if names is shapes else room)}"
+                         for what, names in problems)
+        if len(text) <= 280:
+            break
     if problems:
-        raise UserError(f"{folder}: the tensors are not those that config.json describes; {'; '.join(problems)}")
+        raise UserError(f"{shorten(folder, 100)}: the tensors are not those that config.json describes; "
+                        f"{shorten(text, 330)}")
 
 
-def read_shard(file: Path, names: dict, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of one file, copied (so that the file can be replaced), in their precision, on the device."""
+def read_shard(file: Path, names: dict[str, Stored], device: torch.device, dtype: torch.dtype,
+               omni: Omni) -> dict[str, Tensor]:
+    """The tensors of one file that the model uses, in their precision, on the device; mapped where that is enough."""
     tensors = {}
-    with safe_open(file, "pt") as shard:
-        for name in names:
-            if name not in COMPUTED:
-                precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
-                tensors[name] = shard.get_tensor(name).to(device, precision, copy=True)
+    try:
+        with safe_open(file, "pt") as shard:
+            inside = set(shard.keys())
+            for name in names:
+                if used(name, omni):
+                    tensor = shard.get_tensor(name if name in inside else name.removeprefix("thinker."))
+                    precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
+                    tensors[name] = usable(tensor.to(device, precision))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where(file)}: cannot be read ({shorten(error, 100)}); copy it again") from None
     return tensors
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or a copy where the mapping will not do: numbers across addresses, and Windows."""
+    crooked = tensor.is_cpu and tensor.data_ptr() % tensor.element_size()
+    return tensor.clone() if crooked or os.name == "nt" else tensor
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: OmniConfig) -> None:
+    """Raise UserError for a tokenizer of another model: ids without an embedding, other ids of special tokens."""
+    rows = config.thinker.text.vocab_size
+    largest = max(*tokenizer.bytes_of, *tokenizer.special_tokens.values())
+    if largest >= rows:
+        raise UserError(f"{where(folder)}: the tokenizer has the id {largest}, the model embeds ids below {rows}; use "
+                        f"files of one model")
+    for name, token in special_tokens(config.thinker.tokens).items():
+        if tokenizer.special_tokens.get(name, token) != token:
+            raise UserError(f"{where(folder)}: {name} is {tokenizer.special_tokens[name]} in the tokenizer's files and "
+                            f"{token} in config.json; use files of one model")
 
 
 def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cpu") -> dict[str, Voice]:
     """The voices of a spk_dict.pt, none where there is no file. Read as data, code is refused. Raises UserError."""
-    if not file.exists():
+    if not (file.exists() or file.is_symlink()):
         return {}
+    check_file(file, MOST_VOICES)
+    check_unpacked(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on strange pickles; ours follows
-            data = torch.load(file, map_location=device, weights_only=True)
+            data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a broken or hostile pickle raises is up to its author
-        raise UserError(f"{file}: is cut short or wants to run code ({type(error).__name__}); "
+        raise UserError(f"{where(file)}: is cut short or wants to run code ({type(error).__name__}); "
                         f"get it from its source again") from None
     if not isinstance(data, dict):
-        raise UserError(f"{file}: holds a {type(data).__name__}, not a dictionary of voices")
-    return {str(name): voice_from(file, name, entry, config) for name, entry in data.items()}
+        raise UserError(f"{where(file)}: holds a {type(data).__name__}, not a dictionary of voices")
+    return {str(name): voice_from(file, name, entry, config, device) for name, entry in data.items()}
 
 
-def voice_from(file: Path, name: str, entry: dict, config: OmniConfig) -> Voice:
-    """One entry, checked against the sizes: bos_token, cond [1, E], ref_mel [1, R, mel_dim]."""
-    dit, rows = config.token2wav.dit, config.thinker.text.vocab_size
+def check_unpacked(file: Path) -> None:
+    """Raise UserError for an archive that would unpack to far more than voices need."""
     try:
-        bos, cond, ref_mel = int(entry["bos_token"]), entry["cond"].float(), entry["ref_mel"].float()
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{file}: voice {name!r} must have an id bos_token and tensors cond and ref_mel") from None
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # torch reads what it can, and says what it cannot
+    if unpacked > MOST_VOICES:
+        raise UserError(f"{where(file)}: unpacks to {unpacked:,} bytes, expected at most {MOST_VOICES:,}; get it from "
+                        f"its source again")
+
+
+def voice_from(file: Path, name: str, entry: dict, config: OmniConfig, device: str | torch.device) -> Voice:
+    """One entry, checked against the sizes: bos_token, cond [1, E], ref_mel [1, R, mel_dim]. Raises UserError."""
+    dit, rows, who = config.token2wav.dit, config.thinker.text.vocab_size, f"{where(file)}: voice {quote(name, 40)}"
+    try:
+        bos, cond, ref_mel = entry["bos_token"], entry["cond"], entry["ref_mel"]
+        bos = bos.item() if isinstance(bos, Tensor) else bos
+        numbers = all(x.dtype in PRECISIONS.values() and x.layout == torch.strided and not x.is_meta
+                      for x in (cond, ref_mel))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        bos, numbers = None, False
+    if not isinstance(bos, int) or isinstance(bos, bool) or not numbers:
+        raise UserError(f"{who} must have an id bos_token and tensors cond and ref_mel of floating-point numbers")
+    shortest, longest = shortest_reference(dit), LONGEST_REFERENCE
     fits = cond.shape == (1, dit.enc_emb_dim) and ref_mel.ndim == 3 and ref_mel.shape[::2] == (1, dit.mel_dim)
-    if not 0 <= bos < rows or not fits:
-        raise UserError(f"{file}: voice {name!r} has bos_token {bos}, cond {list(cond.shape)}, ref_mel "
-                        f"{list(ref_mel.shape)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
-                        f"[1, frames, {dit.mel_dim}]")
-    return Voice(str(name), bos, cond, ref_mel)
+    if not 0 <= bos < rows or not fits or not shortest <= ref_mel.shape[1] <= longest:
+        raise UserError(f"{who} has bos_token {quote(bos, 20)}, cond {shorten(str(list(cond.shape)), 40)}, ref_mel "
+                        f"{shorten(str(list(ref_mel.shape)), 40)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
+                        f"[1, {shortest} to {longest} frames, {dit.mel_dim}]")
+    cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
+    if not (cond.isfinite().all() and ref_mel.isfinite().all()):
+        raise UserError(f"{who} holds numbers that are not finite; get it from its source again")
+    return Voice(str(name), bos, cond.to(device), ref_mel.to(device))
 
 
 def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -163,7 +379,7 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
     fresh.mkdir(parents=True)
     try:
         write_config(omni.config, fresh)
-        write_tensors(omni.state_dict(), fresh, shard_bytes)
+        write_tensors(omni.stored_tensors(), fresh, shard_bytes)
         if omni.voices:
             torch.save({name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
                         for name, voice in omni.voices.items()}, fresh / VOICES)

@@ -39,7 +39,7 @@ CONFIG = OmniConfig(
         text=DecoderConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
                            num_key_value_heads=2, head_dim=16, vocab_size=512, max_position_embeddings=4096,
                            rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(2, 3, 3)),
-        tokens=TOKENS, position_id_per_seconds=25, seconds_per_chunk=2),
+        tokens=TOKENS, position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
     talker=TalkerConfig(
         embedding_size=64,
         decoder=DecoderConfig(hidden_size=40, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

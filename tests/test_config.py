@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import oracle
@@ -11,12 +13,16 @@ import pytest
 import torch
 
 import minomni
-from minomni.config import QWEN7B, SIZES, OmniConfig
-from minomni.config_json import plain, read_config, to_json, write_config
+from minomni import weights
+from minomni.config import QWEN7B, SIZES, FlowConfig, MediaConfig, OmniConfig, SamplingConfig
+from minomni.config_json import MEANINGLESS, USUAL, plain, read_config, to_json, without_speech, write_config
 from minomni.errors import UserError
 from minomni.omni import Omni
 
-RELEASE = json.loads((Path(__file__).parent / "golden" / "release_config.json").read_text())  # as released, verbatim
+GOLDEN = Path(__file__).parent / "golden"
+RELEASE = json.loads((GOLDEN / "release_config.json").read_text())  # as released: every key, every null
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665ca7c\nsize 4967543752\n"
+VERSIONS = ("4.57.1", "5.24.0")  # of transformers, whose files make_golden_configs.py has kept
 
 
 def written(tmp_path: Path, data: dict, name: str = "config.json") -> Path:
@@ -56,22 +62,78 @@ def test_release_counts_to_the_parameter():
 
 
 def test_released_config_is_the_released_row(tmp_path):
+    assert len((GOLDEN / "release_config.json").read_bytes()) == 13_186  # not a cleaned copy
     assert read_config(written(tmp_path, RELEASE)) == QWEN7B
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_configs_saved_by_transformers(tmp_path, version):
+    shutil.copy(GOLDEN / f"saved_by_{version}.json", tmp_path / "config.json")
+    config = read_config(tmp_path)
+    assert dataclasses.replace(config, talker_sampling=None, thinker_sampling=None) == dataclasses.replace(
+        oracle.CONFIG, talker_sampling=None, thinker_sampling=None)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_thinkers_saved_by_transformers(tmp_path, version):
+    shutil.copy(GOLDEN / f"thinker_saved_by_{version}.json", tmp_path / "config.json")
+    config = read_config(tmp_path)
+    assert config.talker is config.token2wav is config.codec is None
+    assert config.thinker == without_speech(oracle.CONFIG).thinker
+
+
+def test_sizes_of_the_3b(tmp_path):
+    """As third parties state them: another vocabulary, heads of another size, an angle section of zero."""
+    text = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
+                num_attention_heads=16, num_key_value_heads=2)
+    data = changed("thinker_config", "text_config", **text)
+    data["thinker_config"]["audio_config"]["output_dim"] = data["thinker_config"]["vision_config"]["out_hidden_size"] = 2048
+    rope = {"mrope_section": [16, 16, 0], "rope_type": "default", "type": "default"}
+    data["talker_config"] |= dict(embedding_size=2048, hidden_size=896, intermediate_size=4864, num_attention_heads=14,
+                                  num_key_value_heads=2, head_dim=64, rope_scaling=rope)
+    config = read_config(written(tmp_path, data))
+    assert config.thinker.text.head_dim == 128 and config.talker.decoder.mrope_section == (16, 16, 0)
+    with torch.device("meta"), weights.Empty():
+        omni = Omni(config)
+    assert omni.talker.model.embed_tokens.weight.shape == (8448, 2048)
+    assert omni.thinker.lm_head.weight.shape == (151_936, 2048) and not config.thinker.tie_word_embeddings
+
+
+@pytest.mark.parametrize("in_thinker, in_text, tied", [(None, None, False), (False, False, False), (None, True, True),
+                                                       (True, None, True), (False, True, True)])
+def test_tied_words_are_said_in_either_place(tmp_path, in_thinker, in_text, tied):
+    data = changed("thinker_config", tie_word_embeddings=in_thinker)
+    data["thinker_config"]["text_config"]["tie_word_embeddings"] = in_text
+    config = read_config(written(tmp_path, data))
+    assert config.thinker == dataclasses.replace(QWEN7B.thinker, tie_word_embeddings=tied)
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
 
 
 def test_what_we_write_is_the_release_but_for_what_says_nothing():
     def differences(ours, release, path=()):
         for key, value in release.items():
-            if isinstance(value, dict):
+            if key in ours and isinstance(value, dict):
                 yield from differences(ours[key], value, path + (key,))
-            elif key not in ours or ours[key] != value:
+            elif value is not None and (key not in ours or ours[key] != value):
                 yield key
 
     silent = set(differences(plain(to_json(QWEN7B)), RELEASE))
-    assert silent == {"architectures", "torch_dtype", "transformers_version", "attention_dropout", "activation_dropout",
-                      "encoder_layerdrop", "init_std", "initializer_range", "ignore_index", "max_window_layers",
-                      "sliding_window", "use_cache", "user_token_id", "embed_dim", "in_chans", "spatial_patch_size",
-                      "tokens_per_second", "enc_global_context", "enc_lin_neurons", "num_hidden_layers"}
+    assert silent - set(USUAL) == {
+        "architectures", "torch_dtype", "transformers_version", "attention_dropout", "activation_dropout",
+        "encoder_layerdrop", "init_std", "initializer_range", "ignore_index", "max_window_layers", "sliding_window",
+        "use_cache", "user_token_id", "embed_dim", "in_chans", "spatial_patch_size", "tokens_per_second",
+        "enc_global_context", "enc_lin_neurons", "num_hidden_layers", "_attn_implementation_autoset", "_name_or_path",
+        "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "output_attentions",
+        "output_hidden_states", "return_dict"}
+    assert silent - {"num_hidden_layers"} <= MEANINGLESS | set(USUAL)
+
+
+@pytest.mark.parametrize("key, value", [("temperature", 0.7), ("pruned_heads", {"1": [0]}), ("is_decoder", True),
+                                        ("top_k", 7), ("tie_encoder_decoder", True)])
+def test_usual_keys_mean_nothing_at_their_usual_values_alone(tmp_path, key, value):
+    with pytest.raises(UserError, match=f"vision_config: unknown key '{key}'"):
+        read_config(written(tmp_path, changed("thinker_config", "vision_config", **{key: value})))
 
 
 @pytest.mark.parametrize("config", [*SIZES.values(), oracle.CONFIG], ids=[*SIZES, "oracle"])
@@ -103,11 +165,36 @@ def test_spelling_of_transformers_is_read(tmp_path):
     (changed("thinker_config", "vision_config", rope_theta=5.0), "'rope_theta' is 5.0"),
     (changed("talker_config", embedding_size=2048), "the Talker reads width 2048, the Thinker writes 3584"),
     (changed(thinker_config=7), "'thinker_config' is 7, expected an object"),
+    (changed("thinker_config", "audio_config", n_window=75), "n_window is 75, expected an even number"),
+    (changed("thinker_config", "audio_config", num_mel_bins=96), "num_mel_bins is 96, expected 128"),
+    (changed("thinker_config", "vision_config", in_channels=4), "in_channels is 4, expected 3"),
+    (changed("thinker_config", "text_config", num_attention_heads=0), "num_attention_heads is 0, expected a whole num"),
+    (changed("talker_config", num_hidden_layers=-2), "talker_config: num_hidden_layers is -2, expected"),
+    (changed("talker_config", num_hidden_layers=10**7), "num_hidden_layers is 10000000, expected"),
+    (changed("talker_config", hidden_size=True), "'hidden_size' is True, expected int"),
+    (changed("talker_config", rms_norm_eps=float("nan")), "rms_norm_eps is nan, expected a number"),
+    (changed("talker_config", rope_theta=-1.0), "rope_theta is -1.0, expected a number"),
+    (changed("talker_config", vocab_size=[8448]), "'vocab_size' is [8448], expected int"),
+    (changed("talker_config", tts_codec_end_token_id=9000), "codec_eos is 9000, expected one below vocab_size 8448"),
+    (changed("thinker_config", eos_token_id=152_064), "im_end is 152064, expected one below vocab_size 152064"),
+    (changed("token2wav_config", "bigvgan_config", upsample_rates=[5, 0, 2, 2, 2, 2]), "bigvgan_config: an entry of ups"),
+    (changed("token2wav_config", "bigvgan_config", upsample_rates=[5, "3", 2, 2, 2, 2]), "an entry of upsample_rates is"),
+    (changed("token2wav_config", "bigvgan_config", upsample_rates=[5, 9, 2, 2, 2, 2]), "may be smaller than its rate"),
+    (changed("token2wav_config", "bigvgan_config", resblock_kernel_sizes=[3] * 900), "has 900 entries, expected at m"),
+    (changed("token2wav_config", "dit_config", enc_channels=[256, 128, 256, 256, 640]), "the last must be equal"),
+    (changed("thinker_config", tie_word_embeddings="yes"), "'tie_word_embeddings' is 'yes', expected true or false"),
+    (changed("thinker_config", "text_config", rope_parameters=[1]), "'rope_parameters' is [1], expected an object"),
+    (changed("thinker_config", "vision_config", rope_parameters={"rope_type": "yarn", "factor": 4}), "'rope_type': 'ya"),
+    (changed(quantization_config={"quant_method": "awq", "bits": 4}), "this model is quantized (quantization_config: 'a"),
+    (changed("thinker_config", quantization_config={"quant_method": "fp8"}), "quantized (quantization_config: 'fp8'"),
+    (changed(model_type="qwen3_omni_moe"), "model_type is 'qwen3_omni_moe', this code runs 'qwen2_5_omni'"),
+    (changed("talker_config", head_dim="\n" * 10**6), "'head_dim' is"),
+    (changed("talker_config", **{"key" * 10**6: 1}), "unknown key 'keykey"),
 ])
 def test_bad_config_names_the_key(tmp_path, data, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         read_config(written(tmp_path, data))
-    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+    assert "config.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) <= 500
 
 
 def test_bad_files_name_themselves(tmp_path):
@@ -119,6 +206,85 @@ def test_bad_files_name_themselves(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json: holds a list"):
         read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(UserError, match="config.json: is empty"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(LFS)
+    with pytest.raises(UserError, match="config.json: is a git-LFS pointer.*git lfs pull"):
+        read_config(tmp_path)
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(40_000_000)
+    with pytest.raises(UserError, match="config.json: has 40,000,000 bytes, expected at most"):
+        read_config(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="config.json: is no ordinary file"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="config.json: is no ordinary file"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="config.json: is a link to .*gone, which is not there"):
+        read_config(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(RELEASE).encode())
+    assert read_config(tmp_path) == QWEN7B
+
+
+def test_speech_turned_off(tmp_path):
+    """Sizes of parts that are turned off are not looked at, and the rest is a Thinker alone."""
+    config = read_config(written(tmp_path, changed(enable_audio_output=False, talker_config={"hidden_size": 0})))
+    assert config == without_speech(QWEN7B) and config.thinker.text == QWEN7B.thinker.text
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    with pytest.raises(ValueError, match="speech needs a Talker and Token2Wav"):
+        dataclasses.replace(QWEN7B, talker=None)
+
+
+@pytest.mark.parametrize("key, value, bounds", [
+    ("temperature", -1, "from 0.001 to 1000"), ("temperature", float("nan"), "temperature is nan"),
+    ("temperature", 1e-30, "from 0.001"), ("temperature", float("inf"), "temperature is inf"),
+    ("top_p", 0, "top_p is 0"), ("top_p", 1.5, "top_p is 1.5"), ("top_k", -3, "top_k is -3"),
+    ("repetition_penalty", 0, "repetition_penalty is 0"), ("repetition_penalty", 1e300, "repetition_penalty is 1e+300"),
+    ("max_new_tokens", 0, "max_new_tokens is 0"), ("max_new_tokens", 10**12, "max_new_tokens is 1000000000000"),
+    ("max_new_tokens", 5.5, "'max_new_tokens' is 5.5, expected int"), ("top_p", "all", "'top_p' is 'all'"),
+])
+def test_sampling_out_of_bounds(tmp_path, key, value, bounds):
+    written(tmp_path, RELEASE)
+    group = dict(dataclasses.asdict(QWEN7B.talker_sampling), **{key: value})
+    written(tmp_path, {"talker": group}, "generation_config.json")
+    with pytest.raises(UserError, match=re.escape(bounds)) as error:
+        read_config(tmp_path)
+    assert "generation_config.json, talker: " in str(error.value)
+
+
+def test_top_k_of_minus_one_keeps_all():
+    assert dataclasses.replace(QWEN7B.talker_sampling, top_k=-1) == dataclasses.replace(QWEN7B.talker_sampling, top_k=0)
+
+
+@pytest.mark.parametrize("cls, default, key, value", [
+    (FlowConfig, QWEN7B.flow, "points", 10**9), (FlowConfig, QWEN7B.flow, "points", 1),
+    (FlowConfig, QWEN7B.flow, "solver", "midpoint"), (FlowConfig, QWEN7B.flow, "guidance", float("inf")),
+    (FlowConfig, QWEN7B.flow, "sway", 9.0), (MediaConfig, QWEN7B.media, "fps", 0),
+    (MediaConfig, QWEN7B.media, "image_max_pixels", 10), (MediaConfig, QWEN7B.media, "min_frames", True),
+    (SamplingConfig, QWEN7B.thinker_sampling, "top_k", 2.0),
+])
+def test_settings_have_bounds_in_python_too(cls, default, key, value):
+    with pytest.raises(ValueError, match=key):
+        cls(**dataclasses.asdict(default) | {key: value})
 
 
 def test_settings_beside_config_json(tmp_path):
@@ -128,6 +294,13 @@ def test_settings_beside_config_json(tmp_path):
     written(tmp_path, {"min_pixels": 3136, "max_pixels": 100_352, "patch_size": 14}, "preprocessor_config.json")
     config = read_config(tmp_path)
     assert config.media == dataclasses.replace(QWEN7B.media, image_max_pixels=100_352) and config.flow == QWEN7B.flow
+    written(tmp_path, {"min_pixels": "few"}, "preprocessor_config.json")
+    with pytest.raises(UserError, match="preprocessor_config.json: 'min_pixels' is 'few', expected int"):
+        read_config(tmp_path)
+    written(tmp_path, {"min_pixels": 3136, "max_pixels": 30}, "preprocessor_config.json")
+    with pytest.raises(UserError, match="preprocessor_config.json, min_pixels and max_pixels: image_min_pixels 3136 is mo"):
+        read_config(tmp_path)
+    written(tmp_path, {"min_pixels": None}, "preprocessor_config.json")
     written(tmp_path, {"flow": {"points": 10}}, "generation_config.json")
     with pytest.raises(UserError, match="generation_config.json, flow: the key 'solver' is missing"):
         read_config(tmp_path)

@@ -160,7 +160,7 @@ def test_files_that_disagree_are_refused(small, tmp_path):
     with pytest.raises(UserError, match="disagree on 1 tokens, first 'th'"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text("{")
-    with pytest.raises(UserError, match="vocab.json: not JSON"):
+    with pytest.raises(UserError, match="vocab.json: not valid JSON"):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer here"):
         Tokenizer.load(tmp_path / "elsewhere")
@@ -170,8 +170,70 @@ def test_files_that_disagree_are_refused(small, tmp_path):
                                      {"model": {"vocab": {"a": 0}, "merges": ["a b c"]}}])
 def test_tokenizers_of_another_kind_are_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(UserError, match="no byte-level BPE"):
+    with pytest.raises(UserError, match="no byte-level BPE|holds a list, not an object"):
         Tokenizer.load(tmp_path)
+
+
+WHOLE = {"model": {"vocab": {"!": 0}, "merges": []}, "added_tokens": [{"content": "<|im_end|>", "id": 400}]}
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer.json", WHOLE | {"model": {"vocab": True, "merges": []}}, "no byte-level BPE"),
+    ("tokenizer.json", WHOLE | {"model": {"vocab": {"!": {}}, "merges": []}}, "the id of '!' is {}, expected a whole"),
+    ("tokenizer.json", WHOLE | {"model": {"vocab": {"!": True}, "merges": []}}, "the id of '!' is True"),
+    ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": {"a": "b"}}}, "its merges are"),
+    ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": [["a", 7]]}}, "merge 1 is"),
+    ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": ["a " * 10**6]}}, "merge 1 is"),
+    ("tokenizer.json", WHOLE | {"added_tokens": "none"}, "'added_tokens' is 'none', expected a list"),
+    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": ["x"], "id": 5}]}, "an added token is"),
+    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": "x", "id": [5]}]}, r"the id of 'x' is \[5\]"),
+    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": "", "id": 500}]}, "none of them empty"),
+    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": str(i), "id": i} for i in range(200)]},
+     "special token ids 0, 1, 2 and 197 more are taken"),
+    ("vocab.json", ["!"], "holds a list, not an object"),
+    ("vocab.json", {"!": None}, "the id of '!' is None"),
+    ("added_tokens.json", {"<|im_end|>": [482]}, r"the id of '<\|im_end\|>' is \[482\]"),
+    ("added_tokens.json", {"<|im_end|>": -4}, "is -4, expected a whole number from 0"),
+    ("added_tokens.json", {str(i): 1000 + i for i in range(20_000)}, "has 20,000 added tokens"),
+])
+def test_ids_that_are_none(small, tmp_path, file, content, message):
+    small.save(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+
+
+def test_files_that_are_none(small, tmp_path):
+    """A pointer that git-LFS left, a file of the wrong kind or size."""
+    small.save(tmp_path)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:a2\nsize 7031645\n"
+    (tmp_path / "tokenizer.json").write_bytes(pointer)
+    assert Tokenizer.load(tmp_path).encode("the red") == small.encode("the red")  # merges.txt says as much
+    merges = (tmp_path / "merges.txt").read_bytes()
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match="tokenizer.json: is a git-LFS pointer"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "merges.txt").write_bytes(merges + b"\xff")
+    with pytest.raises(UserError, match="merges.txt: cannot be read"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text("a b\n" * 1_200_000)
+    with pytest.raises(UserError, match="merges are a list of .* entries, expected a list of at most 1,000,000"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(bytes(40_000_000))
+    with pytest.raises(UserError, match="merges.txt: has 40,000,000 bytes"):
+        Tokenizer.load(tmp_path)
+
+
+def test_half_a_letter(small):
+    """Texts cut in the middle of an emoji, and names of files that are no UTF-8."""
+    assert small.encode("the\ud83d") == small.encode("the\N{REPLACEMENT CHARACTER}")
+    assert small.encode("the\ud83e\udd99") == small.encode("the🦙")  # two halves that belong together
+    assert small.decode(small.encode("\udcff!")) == "\N{REPLACEMENT CHARACTER}!"
+    assert small.encode("e" + "\u0301\u0316" * 50)
+    with pytest.raises(UserError, match="has 102 combining marks on one letter"):
+        small.encode("e" + "\u0301\u0316" * 51)
 
 
 def test_special_ids_are_the_release_s():

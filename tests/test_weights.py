@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minomni import weights
+import minomni
+from minomni import make_voice, weights
 from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.omni import Omni
+from minomni.omni import TEXT_HEAD, Omni
 from minomni.token2wav.speaker import Voice
 
 
@@ -79,7 +81,7 @@ def refuse(folder: Path, *messages: str) -> str:
         weights.load(folder)
     for message in messages:
         assert re.search(message, str(error.value)), str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
     return str(error.value)
 
 
@@ -114,11 +116,59 @@ def test_requested_precision_spares_the_voice(saved):
     assert spoken.waves[0].isfinite().all() and len(spoken.waves[0]) == 480 * len(spoken.codes[0]) > 0
 
 
-def test_loaded_tensors_outlive_their_files(folder, omni):
+@pytest.mark.skipif(os.name == "nt", reason="everything is copied on Windows")
+def test_tensors_are_the_files_themselves(folder):
+    """They lie in memory as in the file; writing to them leaves the file as it was."""
     model = weights.load(folder)
+    ours = model.state_dict()
     for file in folder.glob("*.safetensors"):
-        file.write_bytes(bytes(file.stat().st_size))
+        whole = file.read_bytes()
+        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        header.pop("__metadata__")
+        assert len({ours[name].data_ptr() - part["data_offsets"][0] for name, part in header.items()}) == 1
+    before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert {file: file.read_bytes() for file in folder.glob("*.safetensors")} == before
+    assert not same_tensors(weights.load(folder), model)
+
+
+def test_a_model_outlives_its_folder(folder, omni):
+    """Saved over the folder that it was loaded from, and with the folder gone, it is what it was."""
+    model = weights.load(folder)
+    weights.save(model, folder, shard_bytes=3_000_000)
+    assert same_tensors(model, omni) and same_tensors(weights.load(folder), omni)
+    said = model.generate(oracle.inputs("mixed"), "Ethan")
+    weights.save(model, folder)
+    shutil.rmtree(folder)
+    again = model.generate(oracle.inputs("mixed"), "Ethan")
+    assert said.tokens == again.tokens and torch.equal(said.waves[0], again.waves[0])
     assert same_tensors(model, omni)
+
+
+def test_loading_draws_no_numbers(folder):
+    """What random numbers on meta need takes torch two seconds to import, and every start of the program would pay."""
+    code = f"""
+import sys, torch
+from minomni import weights
+state = torch.get_rng_state()
+weights.load({str(folder)!r})
+assert torch.equal(state, torch.get_rng_state()) and "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tensors_that_lie_askew_are_copied(saved, tmp_path):
+    """A header whose length is no multiple of eight puts numbers across addresses, which some machines cannot read."""
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    file = sorted(folder.glob("*.safetensors"))[0]
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    file.write_bytes((size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :])
+    model = weights.load(folder)
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in model.state_dict().values())
+    assert same_tensors(model, weights.load(saved))
 
 
 def test_saving_replaces_a_model_and_nothing_else(folder, omni):
@@ -183,6 +233,19 @@ def test_one_error_lists_all_differences(folder):
            r"1 of another shape: token2wav.code2wav_dit_model.proj_out.bias is \[7\], expected \[80\]")
 
 
+def test_a_long_list_is_three_names_and_a_count(folder):
+    """Whatever lies in the files: a hundred thousand tensors of long names, and most of ours missing."""
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith("token2wav.code2wav_bigvgan_model")]:
+            del tensors[name]
+        for name in [name for name in tensors if "visual" in name]:
+            tensors[name] = torch.zeros(1, 1, 1, 1, 1, 1, 1)
+        tensors.update({f"talker.{i}.{'x' * 300}": torch.zeros(1) for i in range(2000)})
+
+    edit(folder, change)
+    refuse(folder, r"\d+ missing: token2wav\S+ and \d+ more; 2000 extra: talker.0.x+\.\.\.x+ and 1999 more; .* of another sh")
+
+
 def test_only_the_documented_extra_is_tolerated(folder, omni):
     extra = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
     edit(folder, lambda tensors: tensors.update({extra: torch.zeros(32)}))
@@ -194,10 +257,32 @@ def test_only_the_documented_extra_is_tolerated(folder, omni):
 # ---------------------------------------------------------------------------------------------------------- bad folders
 def test_missing_folder_and_files(tmp_path, folder):
     refuse(tmp_path / "nowhere", "no such folder")
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": []}'):
+        (folder / weights.INDEX).write_text(text)
+        refuse(folder, "index.json: has no weight_map")
     (folder / weights.INDEX).unlink()
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
     refuse(folder, "neither model.safetensors nor model.safetensors.index.json")
-    (folder / weights.INDEX).write_text("{}")
-    refuse(folder, "index.json: has no weight_map")
+    for name, message in (("pytorch_model.bin", "as .bin files; save them as safetensors"), ("x.gguf", "GGUF files"),
+                          ("adapter_model.safetensors", "a LoRA adapter alone; merge it")):
+        (folder / name).write_bytes(b"x")
+        refuse(folder, message)
+        (folder / name).unlink()
+
+
+def test_a_lost_index(folder, omni):
+    """The headers of the files say as much, and their names how many there are."""
+    (folder / weights.INDEX).unlink()
+    assert same_tensors(weights.load(folder), omni)
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    shutil.copy(first, folder / "a.safetensors")
+    assert same_tensors(weights.load(folder), omni)  # not one of the numbered ones
+    (folder / "a.safetensors").unlink()
+    last.unlink()
+    refuse(folder, f"1 of 0000. files are missing: {last.name}; copy them again")
+    shutil.copy(first, last)
+    refuse(folder, "tensors lie in more than one file")
 
 
 def test_truncated_and_missing_shards(folder):
@@ -205,9 +290,11 @@ def test_truncated_and_missing_shards(folder):
     whole = shard.read_bytes()
     for size in (0, 5, 4000, len(whole) - 1):
         shard.write_bytes(whole[:size])
-        refuse(folder, f"{shard.name}: missing, cut short or not a safetensors file")
+        refuse(folder, f"{shard.name}: (is empty|cut short or not a safetensors file)")
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:77\nsize 4985055536\n")
+    refuse(folder, f"{shard.name}: is a git-LFS pointer.*git lfs pull")
     shard.unlink()
-    refuse(folder, f"{shard.name}: missing")
+    refuse(folder, f"{shard.name}: cannot be read .No such file")
 
 
 def test_index_that_disagrees_with_the_files(folder):
@@ -220,21 +307,230 @@ def test_index_that_disagrees_with_the_files(folder):
 def test_index_that_points_outside(folder, name):
     tensor, file = next(iter(index_of(folder).items()))
     reindex(folder, **{tensor: name.format(file)})
-    refuse(folder, "outside the model's folder|missing, cut short")
+    refuse(folder, "outside the model's folder")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
-def test_links_lead_outside_only_in_a_hub_cache(folder, omni, tmp_path):
-    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b"
+def test_a_hub_cache(folder, omni, tmp_path):
+    """Its snapshots hold links to blobs; the cache's own folder stands for the snapshot that is called main."""
+    home = tmp_path / "models--Qwen--Qwen2.5-Omni-7B"
+    blobs, snapshots = home / "blobs", home / "snapshots"
     shutil.copytree(folder, blobs)
-    snapshot.mkdir(parents=True)
+    for revision in ("0a1b", "2c3d"):
+        (snapshots / revision).mkdir(parents=True)
     for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(os.path.join("..", "..", "blobs", file.name))
-    assert same_tensors(weights.load(snapshot), omni)
-    shard = sorted(folder.glob("*.safetensors"))[0]
-    shard.rename(tmp_path / "elsewhere.safetensors")
-    shard.symlink_to(tmp_path / "elsewhere.safetensors")
-    refuse(folder, f"{shard.name}', which is outside the model's folder")
+        (snapshots / "0a1b" / file.name).symlink_to(os.path.join("..", "..", "blobs", file.name))
+    assert same_tensors(weights.load(snapshots / "0a1b"), omni)
+    refuse(home, "is a cache folder whose refs/main names none of its snapshots; give one of 0a1b, 2c3d in snapshots/")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("../../elsewhere")
+    refuse(home, "refs/main names none")
+    (home / "refs" / "main").write_text("0a1b")
+    model = weights.load(home)
+    assert same_tensors(model, omni) and model.loaded_from == snapshots / "0a1b"
+    blob = next(blobs.glob("*.safetensors"))
+    blob.unlink()
+    refuse(home, f"{blob.name}: is a link to .*blobs/{blob.name}, which is not there")
+    shutil.rmtree(snapshots / "0a1b")
+    (home / "refs" / "main").unlink()
+    refuse(home, "snapshots/2c3d/config.json: cannot be read")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_files_linked_from_another_disk(folder, omni, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for file in (*folder.glob("*.safetensors"), folder / weights.VOICES):
+        file.rename(tmp_path / "disk" / file.name)
+        file.symlink_to(tmp_path / "disk" / file.name)
+    assert same_tensors(weights.load(folder), omni)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("name", [weights.INDEX, weights.VOICES, "tokenizer.json", "model-00002-of-00006.safetensors",
+                                  "generation_config.json"])
+def test_what_has_no_end_is_not_read(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refuse(folder, f"{name}: is no ordinary file")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    refuse(folder, f"{name}: is no ordinary file")
+
+
+# ------------------------------------------------------------------------------------------------- a Thinker by itself
+def thinker_alone(folder: Path, prefix: bool = True, kind: str = "qwen2_5_omni_thinker") -> None:
+    """Leave the Thinker in a folder, under its names in the whole model or without their first word."""
+    def change(tensors):
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if name.startswith("thinker."):
+                tensors[name if prefix else name.removeprefix("thinker.")] = tensor
+
+    edit(folder, change)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if kind == "qwen2_5_omni_thinker":
+        config = config["thinker_config"]
+    elif kind == "switched off":
+        config["enable_audio_output"] = False
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2_5_omni_thinker", "switched off", "whole config"])
+def test_a_thinker_alone_answers_in_text(folder, omni, tmp_path, prefix, kind):
+    thinker_alone(folder, prefix, kind)
+    model = weights.load(folder)
+    assert same_tensors(model.thinker, omni.thinker) and model.talker is model.token2wav is model.codec is None
+    spoken = model.generate(oracle.inputs("mixed"), None)
+    assert spoken.tokens == oracle.golden("mixed")["tokens"].tolist() and spoken.waves == []
+    asked = [{"role": "user", "content": "the red circle"}]
+    reply = model.respond(asked, speech=False)
+    assert reply.text == omni.respond(asked, speech=False).text and len(reply.wave) == 0
+    for attempt in (lambda: model.respond(asked), lambda: list(model.stream(asked)),
+                    lambda: model.generate(oracle.inputs("text"), "Chelsie"), lambda: model.listen(),
+                    lambda: model.respond(asked, speech=True)):
+        with pytest.raises(UserError, match="this model has no voice: its folder holds the Thinker alone"):
+            attempt()
+    with pytest.raises(UserError, match="this model has no"):
+        make_voice(np.ones(16_000, np.float32), "Ada", model)
+    weights.save(model, tmp_path / "again")
+    again = weights.load(tmp_path / "again")
+    assert same_tensors(again, model) and again.config == model.config
+
+
+def test_speech_that_is_turned_off_is_not_read(folder, omni):
+    """The whole model, asked to do without speech in its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
+    model = weights.load(folder)
+    assert same_tensors(model.thinker, omni.thinker) and model.talker is None and not model.voices
+
+
+def test_a_thinker_with_half_a_talker_is_refused(folder):
+    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("token2wav.")])
+    refuse(folder, r"\d+ missing: token2wav\S+, token2wav\S+, token2wav\S+ and \d+ more$")
+
+
+# ---------------------------------------------------------------------------------------------------- tied embeddings
+def tie(folder: Path, stored: bool) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["thinker_config"]["text_config"]["tie_word_embeddings"] = True
+    file.write_text(json.dumps(config))
+    if not stored:
+        edit(folder, lambda tensors: tensors.pop(TEXT_HEAD))
+
+
+def test_a_tied_head_is_the_table(folder, omni, tmp_path):
+    tie(folder, stored=False)
+    model = weights.load(folder)
+    table = model.thinker.model.embed_tokens.weight
+    assert model.thinker.lm_head.weight is table and model.config.thinker.tie_word_embeddings
+    assert torch.equal(table, omni.thinker.model.embed_tokens.weight)
+    weights.save(model, tmp_path / "again")
+    again = weights.load(tmp_path / "again")
+    assert same_tensors(again, model) and again.config == model.config
+    with torch.device("meta"):
+        assert Omni(model.config).thinker.lm_head.weight.is_meta
+
+
+def test_a_head_that_is_stored_is_not_tied(folder, omni):
+    tie(folder, stored=True)
+    model = weights.load(folder)
+    assert same_tensors(model, omni) and not model.config.thinker.tie_word_embeddings
+
+
+def test_a_missing_head_is_missed(folder):
+    edit(folder, lambda tensors: tensors.pop(TEXT_HEAD))
+    refuse(folder, "1 missing: thinker.lm_head.weight")
+
+
+# ---------------------------------------------------------------------------------------------------------- precisions
+@pytest.mark.parametrize("dtype, name", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int64, "I64"),
+                                         (torch.bool, "BOOL"), (torch.uint8, "U8")])
+def test_tensors_that_are_no_floats(folder, dtype, name):
+    one = "talker.model.layers.1.mlp.up_proj.weight"
+    edit(folder, lambda tensors: tensors.update({one: tensors[one].to(dtype)}))
+    refuse(folder, f"1 tensors are {name}, first {one}; only BF16, F16, F32, F64 are read here")
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_scale_inv", "weight.absmax", "SCB"])
+def test_quantized_folders_are_called_so(folder, suffix):
+    edit(folder, lambda tensors: tensors.update({f"thinker.model.layers.0.mlp.down_proj.{suffix}": torch.zeros(4)}))
+    refuse(folder, f"its weights are quantized .1 tensors such as thinker.*{suffix}.*take the bf16 release")
+
+
+def test_mixed_precisions_become_the_commonest(folder, omni):
+    def change(tensors):
+        for name in list(tensors):
+            if not name.startswith("thinker.model.norm"):
+                tensors[name] = tensors[name].bfloat16()
+
+    edit(folder, change)
+    for dtype in (None, "auto"):
+        model = weights.load(folder, dtype=dtype)
+        kinds = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
+        assert kinds == {"thinker": torch.bfloat16, "talker": torch.bfloat16, "token2wav": torch.float32}
+
+
+@pytest.mark.parametrize("dtype, expected", [("bf16", torch.bfloat16), ("torch.float16", torch.float16),
+                                             (torch.float64, torch.float64), ("float", torch.float32)])
+def test_precisions_by_name(saved, dtype, expected):
+    model = minomni.load(str(saved), dtype=dtype)
+    assert model.talker.codec_head.weight.dtype == model.thinker.lm_head.weight.dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int32, "fp4", 16, ["bf16"], "x" * 10**6, "", True, np.float32])
+def test_precisions_that_are_none(saved, dtype):
+    with pytest.raises(UserError, match="dtype .*: expected bfloat16, float16, float32 or float64") as error:
+        minomni.load(str(saved), dtype=dtype)
+    assert len(str(error.value)) <= 500
+
+
+@pytest.mark.parametrize("device", ["gpu", "CUDA", "cuda:99", "meta", "", 0, None, ["cpu"], "cpu:x", "y" * 10**6, b"cpu"])
+def test_devices_that_are_none(saved, device):
+    with pytest.raises(UserError, match="device .*: this machine, with this PyTorch, has .*cpu; or use auto") as error:
+        weights.load(saved, device)
+    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+
+
+def test_devices_by_name(saved):
+    for device in ("cpu", torch.device("cpu"), "cpu:0"):
+        assert next(minomni.load(saved, device).parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", [5, None, "", b"tiny", ["tiny"], "no\0where", "a/" * 5000, "huge", "line\nfeed",
+                                  "half \ud83d"])
+def test_models_that_are_none(name):
+    with pytest.raises(UserError, match="the sizes are tiny, small, qwen7b") as error:
+        minomni.load(name)
+    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+
+
+def test_a_folder_named_like_a_size(saved, tmp_path, monkeypatch):
+    """Counts if a model lies in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert minomni.folder_of("tiny") == minomni.ROOT / "data_samples" / "tiny" or "runs" in str(minomni.folder_of("tiny"))
+    shutil.copytree(saved, tmp_path / "tiny", dirs_exist_ok=True)
+    assert minomni.folder_of("tiny") == Path("tiny")
+
+
+# ------------------------------------------------------------------------------------------------- files that disagree
+def test_a_tokenizer_of_another_model(folder):
+    Tokenizer.train(["the red circle"] * 3, 262, {"<|im_end|>": 300}).save(folder)
+    refuse(folder, r"<\|im_end\|> is 300 in the tokenizer's files and 409 in config.json")
+    Tokenizer.train(["the red circle"] * 3, 262, {"<|other|>": 600}).save(folder)
+    refuse(folder, "the tokenizer has the id 600, the model embeds ids below 512")
+
+
+def test_sizes_that_cannot_be_built(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["thinker_config"]["vision_config"] |= {"patch_size": 2**20, "temporal_patch_size": 2**24,
+                                                  "window_size": 2**21}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse(folder, "config.json: describes a model that cannot be built")
 
 
 # -------------------------------------------------------------------------------------------------------------- voices
@@ -267,6 +563,16 @@ def entry(bos=5, cond=(1, 12), ref_mel=(1, 9, 80)):
     ({"A": entry(bos=512)}, "bos_token 512.*an id below 512"),
     ({"A": entry(cond=(1, 192))}, r"cond \[1, 192\].*\[1, 12\]"),
     ({"A": entry(ref_mel=(9, 80))}, r"ref_mel \[9, 80\]"),
+    ({"A": entry(ref_mel=(1, 4, 80))}, r"ref_mel \[1, 4, 80\]; expected .* \[1, \d+ to 30000 frames, 80\]"),
+    ({"A": entry() | {"ref_mel": torch.zeros(1, 1, 80).expand(1, 10**9, 80)}}, r"ref_mel \[1, 1000000000, 80\]"),
+    ({"A": entry() | {"ref_mel": torch.zeros(1, 1, 80).half().expand(1, 10**6, 80)}}, r"ref_mel \[1, 1000000, 80\]"),
+    ({"A": entry() | {"cond": torch.full((1, 12), float("nan"))}}, "numbers that are not finite"),
+    ({"A": entry() | {"cond": torch.zeros(1, 12, dtype=torch.long)}}, "tensors cond and ref_mel of floating-point"),
+    ({"A": entry() | {"cond": torch.zeros(1, 12).to_sparse()}}, "tensors cond and ref_mel of floating-point"),
+    ({"A": entry(bos=True)}, "must have an id bos_token"),
+    ({"A": entry(bos=5.5)}, "must have an id bos_token"),
+    ({"A": entry(bos=10**30)}, "bos_token 1000"),
+    ({"A" * 10**5: entry(bos=-1)}, "voice 'AAA"),
 ])
 def test_voices_of_another_shape(folder, content, message):
     torch.save(content, folder / weights.VOICES)
@@ -283,6 +589,20 @@ def test_broken_and_absent_voices(folder):
     assert len(silent.generate(oracle.inputs("text"), None).tokens[0]) == 8
     with pytest.raises(UserError, match="unknown voice 'Chelsie'; this model has none"):
         silent.generate(oracle.inputs("text"), "Chelsie")
+
+
+def test_voices_that_unpack_without_end(folder):
+    """Three hundred million zeros take three hundred thousand bytes in an archive that is packed."""
+    with zipfile.ZipFile(folder / weights.VOICES, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("archive/data/0", "w", force_zip64=True) as file:
+            for _ in range(300):
+                file.write(bytes(1_000_000))
+    refuse(folder, "spk_dict.pt: unpacks to 300,000,000 bytes, expected at most")
+    with open(folder / weights.VOICES, "wb") as file:
+        file.truncate(300_000_000)
+    refuse(folder, "spk_dict.pt: has 300,000,000 bytes, expected at most")
+    (folder / weights.VOICES).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:9f\nsize 259544\n")
+    refuse(folder, "spk_dict.pt: is a git-LFS pointer")
 
 
 def test_unknown_voice_names_the_known_ones(omni):

@@ -9,12 +9,16 @@ from pathlib import Path
 import regex
 
 from ..config import TokenIds
-from ..errors import UserError
+from ..errors import UserError, shorten
 from ..files import write_atomically
+from ..model_files import MOST_JSON, check_file, is_pointer, quote, read_object, reason, where
 
 # How the release cuts text into words before merging: contractions, letters, single digits, signs, line ends, spaces.
 WORDS = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                       r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+MARKS = regex.compile(r"\p{M}{101,}")  # no script stacks so many on a letter, and sorting them takes their square
+MOST_TOKENS, MOST_ADDED = 1_000_000, 10_000  # the release has 151,643 and 22
 
 
 def _byte_letters() -> dict[int, str]:
@@ -49,8 +53,9 @@ class Tokenizer:
         self.id_of = {token: i for i, token in self.bytes_of.items()}
         taken = sorted(i for i in special_tokens.values() if i in self.bytes_of)
         if taken:
-            raise UserError(f"special token ids {taken} are taken by ordinary tokens; put them at {len(self.bytes_of)} "
-                            f"or above")
+            more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+            raise UserError(f"special token ids {', '.join(map(str, taken[:3]))}{more} are taken by ordinary tokens; "
+                            f"put them at {len(self.bytes_of)} or above")
         names = sorted(special_tokens, key=len, reverse=True)
         self._special = regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
         self._known: dict[str, list[int]] = {}
@@ -59,7 +64,15 @@ class Tokenizer:
         return len(self.bytes_of) + len(self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Special tokens spelled in the text become their ids; the rest is normalised (NFC) and merged."""
+        """Text -> ids. Special tokens spelled in the text become their ids; the rest is normalised (NFC) and merged.
+
+        Half a letter (a lone surrogate, as cut texts and file names have them) becomes U+FFFD. Raises UserError for a
+        letter with more than a hundred combining marks.
+        """
+        text = _whole_letters(text)
+        marks = MARKS.search(text)
+        if marks:
+            raise UserError(f"the text has {len(marks[0]):,} combining marks on one letter, expected at most 100")
         parts = self._special.split(text) if self._special else [text]
         ids = []
         for part in parts:
@@ -144,33 +157,92 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Read tokenizer.json, or vocab.json + merges.txt (+ added_tokens.json). Raises UserError naming the fault."""
         folder = Path(folder)
+        merges, vocab, added = _stored(folder)
         try:
-            merges, vocab, added = _stored(folder)
             tokenizer = cls([(_bytes(a), _bytes(b)) for a, b in merges], added)
             vocab = {_bytes(token): i for token, i in vocab.items() if token not in added}
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{folder}: its tokenizer files hold no byte-level BPE ({reason})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"{where(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})") from None
         wrong = sorted(set(vocab.items()) ^ set(tokenizer.id_of.items())) if vocab else []
         if wrong:
-            raise UserError(f"{folder}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, first "
-                            f"{_spell(wrong[0][0])!r}; use files of one model")
+            raise UserError(f"{where(folder)}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, "
+                            f"first {quote(_spell(wrong[0][0]))}; use files of one model")
         return tokenizer
 
 
 def _stored(folder: Path) -> tuple[list, dict[str, int], dict[str, int]]:
-    """Merges, vocabulary (empty where there is none) and added tokens, as the files of a folder spell them."""
-    if (folder / "tokenizer.json").exists():
-        whole = _read_json(folder / "tokenizer.json")
-        merges = [m.split(" ") if isinstance(m, str) else m for m in whole["model"]["merges"]]
-        return merges, whole["model"]["vocab"], {t["content"]: t["id"] for t in whole.get("added_tokens", [])}
-    if (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return merges, *(_read_json(folder / name) for name in ("vocab.json", "added_tokens.json"))
-    raise UserError(f"{folder}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
+    """Merges, vocabulary (empty where there is none) and added tokens, as the files of a folder spell them.
+
+    Raises UserError for files that are none of a tokenizer.
+    """
+    whole, lines = folder / "tokenizer.json", folder / "merges.txt"
+    if whole.exists() and not (lines.exists() and is_pointer(whole)):
+        return _stored_whole(whole)
+    if lines.exists():
+        check_file(lines, MOST_JSON)
+        try:
+            rows = lines.read_text(encoding="utf-8").split("\n", MOST_TOKENS + 1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where(lines)}: cannot be read ({reason(error)}); copy it again") from None
+        merges = _pairs([row for row in rows if row and not row.startswith("#version")], lines)
+        vocab, added = (_read_json(folder / name) for name in ("vocab.json", "added_tokens.json"))
+        return merges, _table(vocab, folder / "vocab.json"), _names(added, folder / "added_tokens.json")
+    raise UserError(f"{where(folder)}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
+
+
+def _stored_whole(file: Path) -> tuple[list, dict[str, int], dict[str, int]]:
+    """What a tokenizer.json says."""
+    data = _read_json(file)
+    model, extra = data.get("model"), data.get("added_tokens", [])
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        raise UserError(f"{where(file)}: holds no byte-level BPE: model with vocab and merges; use the release's file")
+    if not isinstance(extra, list) or not all(isinstance(token, dict) for token in extra):
+        raise UserError(f"{where(file)}: 'added_tokens' is {quote(extra)}, expected a list of objects")
+    added = {}
+    for token in extra:
+        name = token.get("content")
+        if not isinstance(name, str):
+            raise UserError(f"{where(file)}: an added token is {quote(token)}, expected an object with content and id")
+        added[name] = token.get("id")
+    return _pairs(model["merges"], file), _table(model["vocab"], file), _names(added, file)
+
+
+def _pairs(merges: list, file: Path) -> list:
+    """Merges as pairs of texts; each is one already, or a line with a blank between its two. Raises UserError."""
+    if not isinstance(merges, list) or len(merges) > MOST_TOKENS:
+        raise UserError(f"{where(file)}: its merges are {quote(merges)}, expected a list of at most {MOST_TOKENS:,}")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise UserError(f"{where(file)}: holds no byte-level BPE: merge {number + 1} is {quote(merges[number])}, "
+                            f"expected two tokens")
+    return pairs
+
+
+def _table(vocab: dict, file: Path) -> dict[str, int]:
+    """A vocabulary whose ids are ids. Raises UserError naming the first that is none."""
+    for token, i in vocab.items():
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
+            raise UserError(f"{where(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number from 0")
+    return vocab
+
+
+def _names(added: dict, file: Path) -> dict[str, int]:
+    """Added tokens, which have names. Raises UserError for too many and for one without."""
+    if len(added) > MOST_ADDED or "" in added:
+        raise UserError(f"{where(file)}: has {len(added):,} added tokens, expected at most {MOST_ADDED:,}, none of "
+                        f"them empty")
+    return _table(added, file)
+
+
+def _whole_letters(text: str) -> str:
+    """The text with surrogate pairs joined, and U+FFFD for what is only half of one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -192,9 +264,4 @@ def _bytes(spelling: str) -> bytes:
 
 def _read_json(path: Path) -> dict:
     """The object in a file; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    return read_object(path) if path.exists() else {}

@@ -63,6 +63,12 @@ class Thinker(nn.Module):
         self.model = Decoder(config.text, config.text.hidden_size)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         initialise(self.lm_head, depth=1)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Make the embedding table the weight of the text head, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def device(self) -> torch.device:

@@ -44,6 +44,8 @@ def make_voice(wav, name: str, omni, bos_token: int | None = None) -> Voice:
     the default is the first free one, which training on speech of this voice can then fill with a manner of speaking.
     Raises UserError for silence, too little speech, and a model whose speaker vectors come from an unpublished network.
     """
+    if omni.config.token2wav is None:
+        raise UserError("this model has no voice: its folder holds the Thinker alone; load the whole model")
     dit, given = omni.config.token2wav.dit, name_of(wav, "audio")
     if dit.enc_emb_dim != 2 * dit.mel_dim:
         raise UserError(f"voice {name!r}: this model's speaker vectors of {dit.enc_emb_dim} numbers come from a "

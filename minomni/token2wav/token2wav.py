@@ -47,9 +47,14 @@ def check_codes(codes: Tensor, config: DiTConfig) -> None:
                         f"{config.num_embeds}; use codes of its own Talker or codec")
 
 
-def check_voice(voice: Voice, config: DiTConfig) -> None:
+def shortest_reference(config: DiTConfig) -> int:
+    """Mel frames that a voice's ref_mel needs: reflect padding needs more frames than it adds."""
     reach = max(d * (k - 1) + 1 for k, d in zip(config.enc_kernel_sizes, config.enc_dilations)) // 2
-    shortest = reach + 1  # reflect padding needs more frames than it adds
+    return reach + 1
+
+
+def check_voice(voice: Voice, config: DiTConfig) -> None:
+    shortest = shortest_reference(config)
     if list(voice.cond.shape) != [1, config.enc_emb_dim]:
         raise UserError(f"voice {voice.name!r}: cond has shape {list(voice.cond.shape)}, this model expects "
                         f"[1, {config.enc_emb_dim}]; use a voice made for it")
