@@ -1,5 +1,6 @@
 """Samples that a run leaves behind: in samples/<stage>/ a wav, a mel as a picture, and what a codec reads in it."""
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -77,7 +78,9 @@ def write_wav(file, wave: Tensor, rate: int) -> None:
     """A wave [samples] as 16 bits."""
     import soundfile
 
-    soundfile.write(file, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+    content = BytesIO()  # soundfile would swallow what a full disk says
+    soundfile.write(content, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+    file.write(content.getbuffer())
 
 
 def write_picture(file, mel: Tensor, title: str) -> None:
