@@ -157,6 +157,27 @@ def cause_of(error: Exception) -> str | None:
     return cause.strerror or str(cause) if isinstance(cause, OSError) else None
 
 
+def open_regular(path: str | Path, what: str) -> BinaryIO:
+    """A regular file, opened to be read. what: what it is to a person.
+
+    Raises UserError where there is none: for a folder, for a device or a pipe, which might never end or never begin,
+    and for files of /proc and /sys.
+    """
+    shown = one_line(path, SHOWN)
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    except FileNotFoundError:
+        raise UserError(f"{shown}: no such file or folder, where {what} should be") from None
+    except IsADirectoryError:
+        raise UserError(f"{shown}: is a folder, where {what} should be") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown}: cannot be opened ({cause_of(error) or error})") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or Path(path).resolve().parts[1:2] in (("proc",), ("sys",)):
+        file.close()
+        raise UserError(f"{shown}: is a device, a pipe or the system's own; copy {what} to a file")
+    return file
+
+
 def resolved(path: Path) -> Path:
     """The place that a path stands for: links are followed, so that they stay.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import OmniConfig
 from ..config_json import read_config, write_config
 from ..errors import UserError, one_line
-from ..files import WriteError, write_atomically, writing
+from ..files import WriteError, open_regular, write_atomically, writing
 
 
 RUN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "log.jsonl", "seconds.json", "samples",
@@ -124,7 +124,7 @@ def read_checked(path: Path):
     torch does not compare the checksums that it writes; zipfile does, so that a flipped bit is not learnt from.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, "a checkpoint") as file, zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > path.stat().st_size:  # torch stores without compression
                 raise ValueError("its parts are larger than the file")
@@ -132,6 +132,8 @@ def read_checked(path: Path):
                 raise ValueError(f"{broken} was changed")
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # what a broken or hostile file raises is up to its author
         reason = one_line((str(error).splitlines() or [""])[0], 120)
         raise UserError(f"{one_line(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
@@ -207,6 +209,7 @@ def graduate(omni: nn.Module, folder: Path, stages: list[str]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises UserError for a damaged one."""
+    open_regular(path, "what a stage learnt").close()
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
