@@ -20,6 +20,7 @@ import torch
 from minomni import config as sizes
 from minomni.config import FlowConfig
 from minomni.errors import UserError
+from minomni.files import write_atomically
 from minomni.omni import Omni
 from minomni.reply import Reply, SoundPiece, waiting
 from minomni.stream import seeded, think_and_talk
@@ -74,10 +75,7 @@ class Streaming:
         ax.set(yticks=[bottom - i - 0.2 for i in range(bottom)], xlabel="ms since the question")
         ax.set_yticklabels([STAGES[name] for name in self.stages])
         ax.legend(frameon=False, fontsize=8)
-        try:
-            ax.figure.savefig(path, dpi=100)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        write_atomically(path, lambda file: ax.figure.savefig(file, format="png", dpi=100))
 
 
 def table(rows: dict[str, tuple[float, str]]) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 from torch import Tensor
@@ -60,12 +61,12 @@ class Reply:
         return len(self.wave) / self.sample_rate
 
     def save(self, path: str | Path) -> None:
-        """Write the speech as a 16-bit wav file, whole or not at all."""
+        """Write the speech as a 16-bit wav file, whole or not at all. Raises UserError where it cannot be written."""
         import soundfile
 
-        samples = self.wave.cpu().numpy()
-        wav = dict(subtype="PCM_16", format="WAV")
-        write_atomically(Path(path), lambda f: soundfile.write(f, samples, self.sample_rate, **wav))
+        content = BytesIO()  # soundfile would swallow what a full disk says
+        soundfile.write(content, self.wave.cpu().numpy(), self.sample_rate, subtype="PCM_16", format="WAV")
+        write_atomically(path, lambda file: file.write(content.getbuffer()))
 
     def _repr_html_(self) -> str:
         from html import escape

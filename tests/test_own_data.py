@@ -1,6 +1,7 @@
 """People's own data: bad lines are named before anything is trained, good ones are streamed, learnt and saved."""
 
 import json
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -61,49 +62,107 @@ def spoken(tmp_path, recordings) -> list[dict]:
 
 BAD = [
     ("{", "not JSON"),
-    ([1], 'a list "messages"'),
+    ("[" * 100_000, "not JSON"),
+    ('{"messages": NaN}', "'messages' is nan; expected a list"),
+    ([1], "a list; expected an object with messages"),
+    ("null", "null; expected an object"),
     ({"messages": [], "speach": "x.wav"}, "unknown key 'speach'"),
     ({"messages": []}, "at least one question"),
     ({"messages": [{"role": "user", "content": "a"}]}, "the assistant's answer"),
-    ({"messages": ["a", "b"]}, "no dictionary"),
+    ({"messages": ["a", "b"]}, "message 1 is a text; expected a dictionary"),
+    ({"messages": {"role": "user"}}, "'messages' is an object; expected a list"),
+    ({"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "a"}]}, "message 1 has no role"),
+    ({"messages": [], "conversations": []}, "found messages and conversations"),
+    ({"history": []}, "found none"),
     (line(answer=" "), "the answer is empty"),
+    (line(answer=[]), "the answer is empty"),
+    (line(answer=0.5), "the content of message 2 is 0.5"),
+    (line(answer=None), "message 2 has no content"),
+    (line(answer=["a"]), "a content item of message 2 is a text"),
+    (line(answer=[{"type": "text", "text": ["a"]}]), "a text of message 2 is a list"),
+    (line(answer="half \udca9"), "half of a character"),
+    (line([{"type": "text", "text": "\ud800"}]), "half of a character"),
     (line(answer=[{"type": "image", "image": "x.png"}]), "the answer holds media"),
     (line([{"type": "image", "image": "none.png"}]), "none.png: no such file"),
     (line([{"type": "audio", "audio": "words.wav"}]), "words.wav: not readable as sound"),
-    (line([{"type": "smell", "smell": "x"}]), "expected one of image"),
-    (line([{"type": "audio", "audio": "https://example.org/a.wav"}]), "web addresses are not fetched"),
+    (line([{"type": "smell", "smell": "x"}]), "expected one of"),
+    (line([{"type": "audio", "audio": "https://example.org/a.wav"}]), "not fetched"),
+    (line([{"type": "text"}]), "a text of message 1 is null"),
+    (line({"type": "text", "text": "a"}), "the content of message 1 is an object"),
     (line("so long " * 3000), "the context holds 2048"),
     (line(answer="so long " * 3000), "the context holds 2048"),
     (line("<|AUDIO|>"), "which only media may put there"),
+    (line(answer="a <|IMAGE|> b"), "which only media may put there"),
+    (line(answer="<|vision_bos|>"), "which only media may put there"),
     (line(speech="none.wav"), "none.wav: no such file"),
     (line(speech=3), "'speech' is 3"),
+    (line(speech="hush.wav", voice="Me"), "hush.wav: is silent"),
+    (line(voice=["Ann"]), "'voice' is a list"),
+    (line(use_audio_in_video=1), "'use_audio_in_video' is 1; expected true or false"),
     ({"messages": [{"role": "users", "content": "a"}, {"role": "assistant", "content": "a"}]}, "unknown role 'users'"),
+    (line(images=["x.png"], question="<image><image> a"), "more <image> tags than the 1"),
+    (line(images=[5]), "an entry of 'images' is 5"),
+    ({"query": "a", "response": "b", "history": [["a"]]}, "'history' is no list of pairs"),
+    ({"query": "a"}, "message 2 has no content"),
+    ({"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "weight": 0}]}, "has weight 0"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *line()["messages"]]}, "'tool_calls'"),
 ]
 
 
 def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
     (tmp_path / "words.wav").write_text("words, not sound")
+    soundfile.write(tmp_path / "hush.wav", torch.zeros(20_000).numpy(), 16_000)
     rows = [row for bad, _ in BAD for row in (bad if isinstance(bad, str) else json.dumps(bad), line())]
     with pytest.raises(UserError) as error:
         own_data.tune("tiny", write(tmp_path, rows), tmp_path / "tuned")
-    first, *causes = str(error.value).splitlines()
-    assert f"{len(BAD)} bad lines, nothing was trained" in first and len(causes) == len(BAD)
+    message = str(error.value)
+    assert f"{len(BAD)} bad lines, nothing was trained; line 1: not JSON" in message and len(message) <= 500
+    assert "; line 3: " in message and "; line 5: " in message and f"and {len(BAD) - 3} more in" in message
+    causes = (tmp_path / "tuned.run" / "bad_lines.txt").read_text().splitlines()
+    assert len(causes) == len(BAD)
     for i, (cause, (_, says)) in enumerate(zip(causes, BAD)):
-        assert cause.startswith(f"line {2 * i + 1}: ") and says in cause
+        assert cause.startswith(f"line {2 * i + 1}: ") and says in cause, cause
     assert not (tmp_path / "tuned").exists() and not list((tmp_path / "tuned.run" / "stages").iterdir())
 
 
-def test_at_most_twenty_lines_are_named(tmp_path, omni):
+def test_a_fault_that_nobody_thought_of_names_its_line(tmp_path, omni, monkeypatch):
+    """Whatever a line raises: its number is told, and the lines behind it are looked at."""
+    def broken(messages, *_):
+        raise ZeroDivisionError("of a part that is not ours\nand more")
+
+    monkeypatch.setattr(own_lines.Processor, "__call__", broken)
     with pytest.raises(UserError) as error:
-        own_lines.checked(write(tmp_path, ["?"] * 50), omni)
-    assert len(str(error.value).splitlines()) == 22 and str(error.value).endswith("... and 30 more")
+        own_lines.checked(write(tmp_path, [line(), "", line()]), omni)
+    text = str(error.value)
+    assert "2 bad lines" in text and "line 1: cannot be read (ZeroDivisionError: of a part" in text and "line 3: " in text
+
+
+def test_a_message_stays_short_and_a_hopeless_file_is_given_up(tmp_path, omni):
+    with pytest.raises(UserError) as error:
+        own_lines.checked(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
+    text = str(error.value)
+    assert text.isprintable() and len(text) <= 500 and "1000 or more bad lines" in text and "and 997 more" in text
+
+
+def test_a_line_without_end_is_refused_quickly(tmp_path, omni):
+    """20 GB without a line feed; the file has holes in the place of its bytes."""
+    path = tmp_path / "big.jsonl"
+    with open(path, "wb") as file:
+        file.write(json.dumps(line()).encode() + b"\n{")
+        file.truncate(20_000_000_000)
+    with pytest.raises(UserError, match="line 2: is longer than 64 MB"):
+        own_lines.read(path, tmp_path, omni)
+    with open(path, "r+b") as file:
+        file.write(b"[\n")
+    with pytest.raises(UserError, match="larger than 256 MB and not one JSON object a line"):
+        own_lines.read(path, tmp_path, omni)
 
 
 def test_speech_wants_a_voice_that_can_be_made(tmp_path, omni, recordings):
     soundfile.write(tmp_path / "short.wav", recordings.wave(0)[:4000], 16_000)
-    path = write(tmp_path, [line(speech="short.wav", voice="Me")])
-    with pytest.raises(UserError, match="s of speech; a voice needs at least 1 s"):
-        minomni.make_voice(own_lines.checked(path, omni).voices["Me"], "Me", omni)
+    path = write(tmp_path, [line(), line(speech="short.wav", voice="Me")])
+    with pytest.raises(UserError, match=r"line 2: .*short.wav, of voice .*a voice needs at least 1 s"):
+        own_lines.checked(path, omni)
     omni.voices = {}
     with pytest.raises(UserError, match='line 1: the model has no voices; give this recording a "voice"'):
         own_lines.checked(write(tmp_path, [line(speech="short.wav")]), omni)
@@ -121,6 +180,140 @@ def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
     assert question[-1]["content"][0] == {"type": "image", "image": str(tmp_path / "media" / "a.png")}
     inputs = own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer))
     assert len(inputs.mels) == 1 and len(inputs.image_grids) == 1
+
+
+def asked(*content) -> list[dict]:
+    """What the model is asked in a line whose question is this content."""
+    return [{"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}]
+
+
+TEXT = lambda text: {"type": "text", "text": text}  # noqa: E731
+LAYOUTS = {  # a row, and its question; the answer is always "a square"
+    "ours, with nulls": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "text": None},
+                                                   {"type": "text", "text": "what", "image": None}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "a square", "image": None}]}],
+         "speech": None, "voice": None, "images": None, "tools": None},
+        asked({"type": "image", "image": "@a.png"}, TEXT("what"))),
+    "openai": (
+        {"messages": [{"role": "developer", "content": "be short"},
+                      {"role": "user", "name": "Bo", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
+                                                                 {"type": "text", "text": "what"}]},
+                      {"role": "assistant", "content": "a circle", "weight": 0}, {"role": "user", "content": "again"},
+                      {"role": "assistant", "content": "a square", "weight": 1, "refusal": None, "tool_calls": None}]},
+        [{"role": "system", "content": "be short"},
+         *asked({"type": "image_url", "image_url": {"url": "@a.png"}}, TEXT("what")),
+         {"role": "assistant", "content": "a circle"}, *asked("again")]),
+    "ms-swift": (
+        {"messages": [{"role": "user", "content": "<image>first, then <audio> and <video>"},
+                      {"role": "assistant", "content": "a square"}], "images": ["a.png"], "audios": ["a.wav"]},
+        asked({"type": "image", "image": "@a.png"}, TEXT("first, then "), {"type": "audio", "audio": "@a.wav"},
+              TEXT(" and <video>"))),
+    "ms-swift, without tags": (
+        {"messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": "what"},
+                      {"role": "assistant", "content": "a square"}], "images": [{"path": "a.png", "bytes": None}]},
+        [{"role": "system", "content": "be short"}, *asked({"type": "image", "image": "@a.png"}, TEXT("what"))]),
+    "ms-swift, older": (
+        {"query": "and <audio>", "response": "a square", "history": [["hi", "hello"]], "system": "be short",
+         "audios": "a.wav"},
+        [{"role": "system", "content": "be short"}, *asked("hi"), {"role": "assistant", "content": "hello"},
+         *asked(TEXT("and "), {"type": "audio", "audio": "@a.wav"})]),
+    "sharegpt": (
+        {"id": 7, "conversations": [{"from": "system", "value": "be short"}, {"from": "human", "value": "<image>\nwhat"},
+                                    {"from": "gpt", "value": "a square"}], "images": ["a.png"]},
+        [{"role": "system", "content": "be short"}, *asked({"type": "image", "image": "@a.png"}, TEXT("\nwhat"))]),
+    "llava": (
+        {"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "what <image>"},
+                                                        {"from": "gpt", "value": "a square"}]},
+        asked(TEXT("what "), {"type": "image", "image": "@a.png"})),
+    "alpaca": ({"instruction": "name it", "input": "it has four corners", "output": "a square"},
+               asked("name it\nit has four corners")),
+    "alpaca, no input": ({"instruction": "name it", "input": "", "output": "a square", "system": ""}, asked("name it")),
+    "places without sources": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "a square"}]}], "images": ["a.png"]},
+        asked({"type": "image", "image": "@a.png"}, TEXT("what"))),
+    "options of an item stay": (
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": ["a.png", "/b.png"], "fps": 2.0}]},
+                      {"role": "assistant", "content": "a square"}]},
+        asked({"type": "video", "video": ["@a.png", "/b.png"], "fps": 2.0})),
+    "text about tags": ({"messages": [{"role": "user", "content": "what is <video>"},
+                                      {"role": "assistant", "content": "a square"}]}, asked("what is <video>")),
+    "addresses stay": (
+        {"query": "what", "response": "a square", "images": ["data:image/png;base64,AAAA", "file:///b.png"]},
+        asked({"type": "image", "image": "data:image/png;base64,AAAA"}, {"type": "image", "image": "file:///b.png"},
+              TEXT("what"))),
+}
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_layouts_of_other_programs(name, tmp_path):
+    row, question = LAYOUTS[name]
+    lesson = own_lines.parse(json.dumps(row), tmp_path, "be kind")
+    wanted = json.loads(json.dumps(question).replace("@", f"{tmp_path}/"))
+    if wanted[0]["role"] != "system":
+        wanted = [{"role": "system", "content": "be kind"}, *wanted]
+    assert lesson.question == wanted and lesson.answer == "a square"
+    assert lesson.speech is lesson.voice is None and lesson.use_audio_in_video is False
+
+
+def test_tools_are_no_key_of_ours(tmp_path):
+    with pytest.raises(UserError, match="unknown key 'tools'"):
+        own_lines.parse(json.dumps(line(tools=[{}])), tmp_path, "")
+
+
+ROWS = [line("say é [a] {b}", "a \"circle\""), LAYOUTS["alpaca"][0], line("c", "a\nb")]
+
+
+@pytest.mark.parametrize("kind", ["lines", "lines with \\r and a mark", "array", "pretty array", "utf-16 lines", "utf-16 array"])
+def test_files_of_rows(kind, tmp_path, omni):
+    plain = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    content = {
+        "lines": "\n".join(plain).encode(),
+        "lines with \\r and a mark": "\r\n".join(plain).encode("utf-8-sig"),
+        "array": json.dumps(ROWS).encode(),
+        "pretty array": ("\n " + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n").encode("utf-8-sig"),
+        "utf-16 lines": "\n".join(plain).encode("utf-16"),
+        "utf-16 array": json.dumps(ROWS, indent=1).encode("utf-16"),
+    }[kind]
+    (tmp_path / "my.data").write_bytes(content)
+    lines = own_lines.read(tmp_path / "my.data", tmp_path / "run", omni)
+    assert [lines[i].answer for i in range(len(lines))] == ['a "circle"', "a square", "a\nb"]
+    assert lines[0].question[-1]["content"] == "say é [a] {b}"
+
+
+def test_media_of_an_array_are_looked_for_beside_it(tmp_path, omni):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    path = tmp_path / "my.json"
+    path.write_text(json.dumps([LAYOUTS["llava"][0]], indent=2))
+    lines = own_lines.read(path, tmp_path / "run", omni)
+    assert lines[0].question[-1]["content"][-1]["image"] == str(tmp_path / "a.png")
+    path.write_text(json.dumps([line(), 5, line(answer="<|VIDEO|>")], indent=2))
+    with pytest.raises(UserError, match=r"my.json: 2 bad entries, .*entry 2: 5; expected.*; entry 3: a text holds"):
+        own_lines.read(path, tmp_path / "run", omni)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[", "entry 1 of the array is not JSON"), ("[{}", "does not go on after entry 1"), ("[{} {}]", "expected , or ]"),
+    ("[{}, }]", "entry 2 of the array is not JSON"), ("[{}] 5", "something follows the array"), ("[]", "holds no line"),
+    ("[" * 90_000, "entry 1 of the array is not JSON"), ("", "holds no line"), ("[5]\n[6]", "line 2: a list"),
+])
+def test_broken_arrays(text, says, tmp_path, omni):
+    (tmp_path / "my.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        own_lines.read(tmp_path / "my.json", tmp_path / "run", omni)
+    assert says in str(error.value) and "my.json" in str(error.value)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("none", "no such file"), ("pipe", "is a device, a pipe"), ("/dev/zero", "is a device, a pipe"),
+    ("/proc/self/mem", "the system's own"), ("x" * 300, "File name too long"), ("nul\0", "its name cannot be"),
+])
+def test_what_is_no_file_of_data(name, says, tmp_path, omni):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError) as error:
+        own_lines.read(tmp_path / name, tmp_path / "run", omni)
+    assert says in str(error.value) and str(error.value).isprintable()
 
 
 def test_an_epoch_holds_every_line_once():
@@ -221,7 +414,7 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
     for i in range(2):
         soundfile.write(folder / "wavs" / f"LJ-{i}.wav", recordings.wave(i), 22_050)
-    with pytest.raises(UserError, match=r"line 3: .*LJ-2.wav: no such file"):
+    with pytest.raises(UserError, match=r"row 3: .*LJ-2.wav: no such file"):
         own_data.tune("tiny", folder, tmp_path / "tuned", epochs=1)
     soundfile.write(folder / "wavs" / "LJ-2.wav", recordings.wave(2), 22_050)
     own_data.tune("tiny", folder, tmp_path / "tuned", epochs=1, resume=True)
@@ -229,6 +422,49 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
     (folder / "metadata.csv").write_text("LJ-0 no columns\n")
     with pytest.raises(UserError, match="row 1 has 1 columns"):
         list(own_lines.layout(folder))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with a mark", "cp1252", "shift_jis"])
+def test_metadata_in_any_encoding(encoding, tmp_path):
+    (tmp_path / "LJ" / "wavs").mkdir(parents=True)
+    mark = "\ufeff" if "mark" in encoding else ""
+    text = mark + "Ü-1|ein Ü \u3042|ein Ü\r\nU-2|zwei\u2028Ü|zwei\u2028Ü\r\n"
+    text = text if encoding.startswith("utf") else "U-0|ein\n" + {"cp1252": "Ü-1|Übung\n", "shift_jis": "U-1|\u3042\n"}[encoding]
+    (tmp_path / "LJ" / "metadata.csv").write_bytes(text.encode(encoding.split()[0]))
+    if not encoding.startswith("utf"):
+        with pytest.raises(UserError, match=r"metadata.csv: is not UTF-8 \(byte \d+, in row 2\); save it as UTF-8"):
+            list(own_lines.layout(tmp_path / "LJ"))
+        return
+    rows = list(own_lines.layout(tmp_path / "LJ"))
+    assert [Path(row["speech"]).name for row in rows] == ["Ü-1.wav", "U-2.wav"]
+    assert [row["messages"][-1]["content"] for row in rows] == ["ein Ü", "zwei\u2028Ü"]
+
+
+@pytest.mark.parametrize("content, says", [(b"a|b\0|c\xff", "is not UTF-8"), (b"\xff\xfea", "is not UTF-16"),
+                                           (b"a|" + b"b" * 200_000, "row 1 cannot be read")])
+def test_broken_metadata(content, says, tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(own_lines.layout(tmp_path))
+    assert says in str(error.value) and "metadata.csv" in str(error.value)
+
+
+@pytest.mark.parametrize("out, says", [
+    ("", "expected the name of a folder"), (".", "expected the name of a folder"), ("..", "expected the name of a folder"),
+    ("file", "is a file"), ("file/below", "cannot be written"), ("full", "holds something that is no model"),
+    ("x" * 300, "File name too long"), ("x" * 253, "File name too long"),
+])
+def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
+    """Told before the data are read or a model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(own_data, "load", lambda *_: pytest.fail("work began"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(UserError) as error:
+        own_data.tune("tiny", tmp_path / "none.jsonl", Path(out))
+    assert says in str(error.value) and (tmp_path / "file").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}
 
 
 @pytest.mark.parametrize("options, says", [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minomni.config import SMALL
+from minomni.errors import UserError
 from minomni.train import report, speech, synthesis, world
 from minomni.train.judge import ENGLISH, LONG, Judge, edits, grammar
 from minomni.train.vocabulary import English, english, told_apart
@@ -42,6 +43,18 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     assert values["asr_wer_unseen_voices"] is None  # no recordings of such voices without the synthesiser
     assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]  # a model of random weights says nothing
     assert (tmp_path / "runs" / "report.md").read_text() == card.markdown()
+
+
+def test_a_folder_of_digits_is_looked_at_before_anything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "load", lambda *_: pytest.fail("work began"))
+    (tmp_path / "two").mkdir()
+    for name in ("1_ann_0.wav", "2_bob_0.wav"):
+        (tmp_path / "two" / name).write_bytes(b"no sound")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "1_ann_0.wav").write_bytes(b"no sound")
+    for name, says in (("none", "holds no"), ("one", "recordings of 1 speakers"), ("two", "1_ann_0.wav")):
+        with pytest.raises(UserError, match=says):
+            report.measure("data_samples/tiny", digits=tmp_path / name)
 
 
 def test_word_errors_count_sentences_as_a_whole():

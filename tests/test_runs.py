@@ -1,5 +1,6 @@
 """Runs that people can trust: a run folder to look into, kills, full disks, devices, gradients in parts, two sizes."""
 
+import copy
 import json
 import math
 import os
@@ -8,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import soundfile
@@ -226,6 +229,125 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     refused(subprocess.Popen([*mount, script, "sh", *command(disk, "--resume")], cwd=ROOT, env=environment, **pipes))
     assert (out / "stages" / "codec.resume.pt").read_bytes() == kept
     assert not list((out / "stages").glob("*.part"))
+
+
+def checkpoint(folder: Path) -> tuple[Stage, Path]:
+    """A stage that has learnt for two steps, and what it has kept of itself."""
+    stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
+    loop.train(stage, folder, until=2)
+    return stage, folder / "rows.resume.pt"
+
+
+def go_back(folder: Path) -> tuple[int, dict]:
+    """restore() into a fresh stage, of which nothing may have changed where it refuses."""
+    stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
+    unlocked, before = stage.parameters(), [p.detach().clone() for p in stage.parameters().values()]
+    try:
+        return run_folder.restore(folder, "rows", unlocked, loop.make_optimizers(unlocked, stage.recipe))
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) <= 500 and "rows.resume.pt" in str(error)
+        assert all(map(torch.equal, before, unlocked.values()))
+        raise
+
+
+def test_every_damage_of_a_resume_file_is_one_line(tmp_path):
+    """A flipped bit, a cut and a splice anywhere: refused, or exactly what was kept."""
+    _, path = checkpoint(tmp_path)
+    whole, random, refused_ones = path.read_bytes(), Random(5), 0
+    kept = torch.load(path, weights_only=True)
+    for case in range(150):
+        content, at, other = bytearray(whole), random.randrange(len(whole)), random.randrange(len(whole))
+        if case % 3 == 0:
+            content[at] ^= 1 << random.randrange(8)
+        elif case % 3 == 1:
+            content = content[:at]
+        else:
+            content[at : at + 40] = content[other : other + 40]
+        path.write_bytes(content)
+        try:
+            assert go_back(tmp_path) == (kept["step"], kept["means"])
+        except UserError:
+            refused_ones += 1
+    assert refused_ones > 100  # the rest hit bytes that say nothing
+
+
+def test_other_files_in_the_place_of_a_resume_file(tmp_path):
+    stage, path = checkpoint(tmp_path)
+    good = torch.load(path, weights_only=True)
+    states = copy.deepcopy(good["optimizers"])
+    states[0]["state"][0]["exp_avg"] = torch.zeros(7)
+    groups = copy.deepcopy(good["optimizers"])
+    del groups[0]["param_groups"][0]["share"]
+    others = [[1], "text", {}, {**good, "step": "2"}, {**good, "step": -1}, {**good, "step": 2.0}, {**good, "means": None},
+              {**good, "means": {"x": "y"}}, {**good, "parameters": [1]}, {**good, "parameters": {"0.weight": 1}},
+              {**good, "parameters": {}}, {**good, "optimizers": []}, {**good, "optimizers": [1]},
+              {**good, "optimizers": [{"state": {}, "param_groups": []}]}, {**good, "optimizers": states},
+              {**good, "optimizers": groups}, {**good, "parameters": {n: p[:1] for n, p in good["parameters"].items()}}]
+    for other in others:
+        torch.save(other, path)
+        with pytest.raises(UserError):
+            go_back(tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged or was not written by a training"):
+        go_back(tmp_path)
+    torch.save(stage.omni, path)  # a pickle that wants to run code
+    with pytest.raises(UserError, match="is damaged or was not written by a training"):
+        go_back(tmp_path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(UserError, match="its parts are larger than the file"):
+        go_back(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a device, a pipe"):
+        go_back(tmp_path)
+
+
+def test_what_a_stage_learnt_is_checked_before_it_is_used(tmp_path):
+    stage, _ = checkpoint(tmp_path)
+    path = tmp_path / "rows.safetensors"
+    run_folder.finish(tmp_path, "rows", stage.parameters())
+    run_folder.graduate(stage.omni, tmp_path, ["rows"])
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="rows.safetensors: cut short or no safetensors file"):
+            run_folder.graduate(stage.omni, tmp_path, ["rows"])
+    for other in ({"0.weight": torch.zeros(2, 2)}, {"1.weight": torch.zeros(3, 5)}):
+        run_folder.finish(tmp_path, "rows", other)
+        with pytest.raises(UserError, match="belongs to another model"):
+            run_folder.graduate(stage.omni, tmp_path, ["rows"])
+
+
+# ---------------------------------------------------------------------------------------------- where a run may live
+
+
+@pytest.mark.parametrize("home, says", [
+    ("file", "cannot be written"), ("file/below", "cannot be written"), ("x" * 300, "File name too long"),
+    ("y/" * 3000, "File name too long"), ("/proc/none", "cannot be written"), ("nul\0", "its name cannot be a file's"),
+])
+def test_a_home_that_cannot_be_is_told_before_work_begins(home, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError) as error:
+        stages.begin(Path(home), resume=False, fresh=False)
+    assert says in str(error.value) and str(error.value).isprintable() and len(str(error.value)) <= 500
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_fresh_deletes_no_strangers(tmp_path):
+    """In a folder that has a stages/ of its own, as with --home . in another project."""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "chapter.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds 'chapter.txt', which --fresh would delete"):
+        stages.begin(tmp_path, resume=False, fresh=True)
+    assert (tmp_path / "stages" / "chapter.txt").exists()
+    (tmp_path / "stages" / "chapter.txt").unlink()
+    for name in ("log.jsonl", "codec.safetensors", "dit.resume.pt", "config.json", "dit.resume.pt.1234.part"):
+        (tmp_path / "stages" / name).write_text("x")
+    (tmp_path / "stages" / "samples").mkdir()
+    stages.begin(tmp_path, resume=False, fresh=True)
+    assert not list((tmp_path / "stages").iterdir())
 
 
 def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .. import load, weights
 from ..config_json import read_json, write_json
-from ..errors import UserError
+from ..errors import UserError, shorten
+from ..files import writing
 from ..inputs.media import load_audio
 from ..inputs.mel import HOP, voice_mel
 from ..inputs.prompt import Processor
@@ -117,8 +118,9 @@ def tune(size: str, data: Path, out: Path, stage: str | None = None, seed: int =
     if stage is not None and stage not in STAGES:
         raise UserError(f"own data has no stage {stage!r}; its stages are {', '.join(STAGES)}")
     torch.set_num_threads(1)
-    omni, run, began = load(size, device), out.with_name(f"{out.name}.run"), time.perf_counter()
+    run, began = run_of(out), time.perf_counter()
     begin(run, resume, fresh)
+    omni = load(size, device)
     lines = read(data, run, omni)
     if stage == "talker" and not lines.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
@@ -137,6 +139,19 @@ def tune(size: str, data: Path, out: Path, stage: str | None = None, seed: int =
                                "seconds": round(time.perf_counter() - began), "config": fingerprint(omni.config),
                                "commit": commit()})
     return out
+
+
+def run_of(out: Path) -> Path:
+    """The folder of the run, beside the one of the tuned model. Raises UserError where no model can go there."""
+    shown = shorten(out, 200) or "an empty name"
+    with writing(out):
+        if out.name in ("", ".."):
+            raise UserError(f"--out {shown}: expected the name of a folder for the tuned model, as runs/tuned")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {shown}: is a file; give the name of a folder for the tuned model")
+        if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+            raise UserError(f"--out {shown}: holds something that is no model; give the name of a new folder")
+    return out.with_name(f"{out.name}.run")
 
 
 def own_stage(name: str, size: str, omni, run: Path, seed: int, lines: Lines, epochs: int | None) -> OwnStage:

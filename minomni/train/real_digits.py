@@ -39,15 +39,27 @@ QUIET = 1600  # samples (100 ms) of silence around a recording: many are cut wit
 RANGE = 2.0  # log_mel's units from a clip's loudest point to its floor (80 dB)
 
 
+def recordings_by_speaker(folder: Path) -> dict[str, list[Path]]:
+    """The recordings of every speaker in a folder. Raises UserError for fewer than two speakers."""
+    files = defaultdict(list)
+    for path in digit_files(folder):
+        files[DIGIT_NAME.fullmatch(path.name)[2]].append(path)
+    if len(files) < 2:
+        raise UserError(f"{folder}: recordings of {len(files)} speakers; leaving one out takes at least two")
+    return dict(files)
+
+
+def check_recordings(folder: Path) -> None:
+    """Open every recording once. Raises UserError for what clips_by_speaker() would stop at."""
+    for files in recordings_by_speaker(folder).values():
+        for path in files:
+            load_audio(path)
+
+
 def clips_by_speaker(folder: Path) -> dict[str, list[tuple[Tensor, int]]]:
     """Log-mels [128, F] and digits of every recording, by speaker. Raises UserError for fewer than two speakers."""
-    clips = defaultdict(list)
-    for path in digit_files(folder):
-        digit, speaker, _ = DIGIT_NAME.fullmatch(path.name).groups()
-        clips[speaker].append((log_mel(F.pad(load_audio(path), (QUIET, QUIET))), int(digit)))
-    if len(clips) < 2:
-        raise UserError(f"{folder}: recordings of {len(clips)} speakers; leaving one out takes at least two")
-    return dict(clips)
+    return {speaker: [(log_mel(F.pad(load_audio(path), (QUIET, QUIET))), int(path.name[0])) for path in files]
+            for speaker, files in recordings_by_speaker(folder).items()}
 
 
 def bend(size: int, spread: float, knots: int, random: Random) -> Tensor:

@@ -19,7 +19,7 @@ from ..inputs.mel import voice_mel
 from ..reply import Reply
 from . import world
 from .judge import ENGLISH, LONG, STATEMENT, Judge, edits
-from .real_digits import leave_one_out
+from .real_digits import check_recordings, leave_one_out
 from .run_folder import graduate
 from .speech import corpus
 from .stages import TRAINED, commit
@@ -93,6 +93,8 @@ def measure(model: str, items: int = 100, digits: Path | None = None, device: st
     """
     began = time.perf_counter()
     folder = folder_of(model)
+    if digits is not None:
+        check_recordings(digits)  # before an hour is spent on the other rows
     omni = load(model, device)
     examiner = Examiner(omni, items)
     rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]

@@ -1,16 +1,16 @@
 """Samples that a run leaves behind: in samples/<stage>/ a wav, a mel as a picture, and what a codec reads in it."""
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import viz
 from ..files import write_atomically
 from ..inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
 from ..talker.codec import Codec, ids_to_letters
-from .run_folder import room_for
+from .run_folder import read_tensors, room_for
 
 
 def leave(stage, folder: Path, step: int, shown: str) -> None:
@@ -37,7 +37,7 @@ def trained_codec(stage, folder: Path) -> nn.Module | None:
     if not (folder / "codec.safetensors").exists():
         return None
     codec = Codec(stage.omni.config.codec)
-    codec.load_state_dict({k.removeprefix("codec."): v for k, v in load_file(folder / "codec.safetensors").items()})
+    codec.load_state_dict({k.removeprefix("codec."): v for k, v in read_tensors(folder / "codec.safetensors").items()})
     return codec
 
 
@@ -77,7 +77,9 @@ def write_wav(file, wave: Tensor, rate: int) -> None:
     """A wave [samples] as 16 bits."""
     import soundfile
 
-    soundfile.write(file, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+    content = BytesIO()  # soundfile would swallow what a full disk says
+    soundfile.write(content, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+    file.write(content.getbuffer())
 
 
 def write_picture(file, mel: Tensor, title: str) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from ..config_json import read_json, write_json
 from ..errors import UserError
 from ..omni import Omni
 from .loop import Recipe, Stage, train
-from .run_folder import claim, forget, graduate
+from .run_folder import claim, clear_home, forget, graduate, make_home
 from .sense_stages import EarsStage, EyesStage
 from .speech import FIRST_VOICE, corpus, make_voices
 from .talker_stages import DPOStage, SpeakersStage, TalkerStage
@@ -158,15 +157,16 @@ def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> No
     Raises UserError where earlier work would be lost, or mixed up, without being asked.
     """
     folder = home / "stages"
+    make_home(folder)
     if fresh and stage:
         forget(folder, stage)
-    elif fresh and folder.exists():
-        shutil.rmtree(folder)
+    elif fresh:
+        clear_home(folder)
     left = [*folder.glob(f"{stage}.safetensors"), *folder.glob(f"{stage}.resume.pt")] if stage else folder.glob("*")
     if any(left) and not resume:
         what = f"stage {stage} of an earlier run" if stage else "an earlier run"
         raise UserError(f"{folder} holds {what}; --resume goes on with it, --fresh throws it away")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_home(folder)
 
 
 def graduation(size: str, home: Path, seed: int) -> None:

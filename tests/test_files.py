@@ -1,0 +1,191 @@
+"""Files are written whole or not at all, and what is no regular file of ours is never replaced."""
+
+import io
+import os
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from minomni.errors import LONGEST, UserError, shorten
+from minomni.files import WriteError, growing_wav, write_atomically
+
+TONE = (0.4 * np.sin(np.arange(4000) / 5)).astype(np.float32)
+
+
+def by_write_atomically(path):
+    write_atomically(path, lambda file: file.write(b"new"))
+
+
+def by_growing_wav(path):
+    with growing_wav(path, 8000) as wav:
+        wav.write(TONE)
+        wav.flush()
+
+
+WAYS = pytest.mark.parametrize("write", [by_write_atomically, by_growing_wav])
+
+
+def device(path: Path, major: int, minor: int) -> Path:
+    """A character device, of which /dev/null is 1, 3 and /dev/full is 1, 7."""
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+        open(path, "wb").close()
+    except (OSError, AttributeError):
+        pytest.skip("this user cannot make devices here")
+    return path
+
+
+def strangers(folder: Path, *known: str) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+
+
+@WAYS
+def test_a_device_is_written_through(write, tmp_path):
+    path = device(tmp_path / "null", 1, 3)
+    write(path)
+    assert path.is_char_device() and not strangers(tmp_path, "null")
+
+
+@WAYS
+def test_a_full_device_is_one_line_and_stays(write, tmp_path):
+    path = device(tmp_path / "full", 1, 7)
+    with pytest.raises(WriteError, match=r"full: cannot be written \(No space left on device\)"):
+        write(path)
+    assert path.is_char_device() and not strangers(tmp_path, "full")
+
+
+@WAYS
+def test_a_pipe_gets_the_bytes_and_stays(write, tmp_path):
+    path, got = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: got.append(path.read_bytes()))
+    reader.start()
+    write(path)
+    reader.join(20)
+    assert path.is_fifo() and not strangers(tmp_path, "pipe")
+    if write is by_write_atomically:
+        assert got == [b"new"]
+        return
+    wave, rate = soundfile.read(io.BytesIO(got[0]))  # whose header does not say how long it is
+    assert rate == 8000 and np.abs(wave - TONE).max() < 1e-4 and len(wave) == len(TONE)
+
+
+@WAYS
+def test_links_are_followed_and_stay(write, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_bytes(b"old")
+    for name, target in (("one", "a/old"), ("two", "one"), ("dangling", "a/none")):
+        (tmp_path / name).symlink_to(target)
+    write(tmp_path / "two")
+    write(tmp_path / "dangling")
+    assert all((tmp_path / name).is_symlink() for name in ("one", "two", "dangling"))
+    assert (tmp_path / "a" / "old").read_bytes() not in (b"old", b"") and not (tmp_path / "a" / "old").is_symlink()
+    assert (tmp_path / "a" / "none").is_file() and not strangers(tmp_path / "a", "old", "none")
+
+
+@WAYS
+def test_an_open_file_of_proc_is_written_through(write, tmp_path):
+    """As /dev/stdout is where a shell sends it into a file: that file is written, not put in the place of."""
+    with open(tmp_path / "out", "wb") as file:
+        place = Path(f"/proc/self/fd/{file.fileno()}")
+        if not place.exists():
+            pytest.skip("this system has no /proc")
+        (tmp_path / "stdout").symlink_to(place)
+        number = os.stat(tmp_path / "out").st_ino
+        write(tmp_path / "stdout")
+    assert os.stat(tmp_path / "out").st_ino == number and (tmp_path / "out").stat().st_size > 0
+
+
+@WAYS
+@pytest.mark.parametrize("name, says", [
+    ("", "is a folder"), (".", "is a folder"), ("folder", "is a folder"), ("file/below", "cannot be written"),
+    ("ring", "circle"), ("x" * 300, "File name too long"), ("x/" * 3000, "File name too long"),
+    ("nul\0", "its name cannot be a file's"), ("half \ud83d", "its name cannot be a file's"),
+    ("line\nfeed/" + "y" * 300, r"line\nfeed"),
+])
+def test_what_cannot_be_written_is_one_line(write, name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "ring").symlink_to("ring")
+    with pytest.raises(WriteError) as error:
+        write(name)
+    text = str(error.value)
+    if not (write is by_growing_wav and "line" in name):  # it makes no folders, and says so
+        assert says in text
+    assert text.isprintable() and len(text) <= LONGEST
+    assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "folder").iterdir())
+
+
+@WAYS
+def test_a_write_protected_file_is_refused(write, tmp_path):
+    path = tmp_path / "kept"
+    path.write_bytes(b"old")
+    path.chmod(0o400)
+    if os.access(path, os.W_OK):
+        pytest.skip("this user may write everything")
+    with pytest.raises(WriteError, match="write-protected"):
+        write(path)
+    assert path.read_bytes() == b"old"
+
+
+@WAYS
+def test_a_private_file_stays_private(write, tmp_path):
+    path = tmp_path / "mine"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    write(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_bytes() != b"old"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, OSError])
+def test_a_broken_stream_leaves_what_was_there(error, tmp_path):
+    path = tmp_path / "answer.wav"
+    path.write_bytes(b"an old answer")
+    for file in (path, tmp_path / "none.wav"):
+        with pytest.raises(error), growing_wav(file, 8000) as wav:
+            wav.write(TONE)
+            wav.flush()
+            raise error("broken")
+    assert path.read_bytes() == b"an old answer" and not strangers(tmp_path, "answer.wav")
+    with pytest.raises((error, WriteError)):  # an error of the system while it writes becomes one line
+        write_atomically(path, lambda file: (file.write(b"half"), (_ for _ in ()).throw(error("broken"))))
+    assert path.read_bytes() == b"an old answer" and not strangers(tmp_path, "answer.wav")
+
+
+def test_a_growing_wav_can_be_played_while_it_grows(tmp_path):
+    path = tmp_path / "answer.wav"
+    path.write_bytes(b"an old answer")
+    with growing_wav(path, 8000) as wav:
+        for pieces in (1, 2, 3):
+            wav.write(TONE)
+            wav.flush()
+            assert soundfile.info(path).frames == pieces * len(TONE)
+    whole = io.BytesIO()
+    soundfile.write(whole, np.tile(TONE, 3), 8000, "PCM_16", format="WAV")
+    assert path.read_bytes() == whole.getvalue() and not strangers(tmp_path, "answer.wav")
+
+
+def test_a_long_name_is_written(tmp_path):
+    for name in ("x" * 255, "ü" * 127):
+        by_write_atomically(tmp_path / name)
+        by_growing_wav(tmp_path / name)
+        assert (tmp_path / name).is_file()
+
+
+def test_errors_of_the_writer_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="no disk"):
+        write_atomically(tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("no disk")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_message_is_one_line_of_bounded_length():
+    assert shorten("a\nb\tc\x1b[31m\ud83dü") == "a\\nb\\tc\\x1b[31m\\ud83dü"
+    assert str(UserError("short")) == "short"
+    long = str(UserError("begin " + "\n" * 100_000 + " end"))
+    assert len(long) <= LONGEST and long.startswith("begin ") and long.isprintable()
+    assert str(UserError("x" * 9000 + " end")).endswith(" end")

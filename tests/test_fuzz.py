@@ -1,0 +1,98 @@
+"""Damaged files of every kind are read: a right answer or one clear line. How, and how to run more: fuzz.py."""
+
+import os
+from random import Random
+
+import pytest
+
+pytest.importorskip("resource", reason="this system has no memory limits")
+
+import fuzz  # noqa: E402
+
+CASES, SEED = int(os.environ.get("MINOMNI_FUZZ_CASES", 1000)), 1
+
+
+def test_damaged_files_are_read_right_or_refused_in_one_line():
+    result = fuzz.fuzz(CASES, SEED)
+    assert not result.faults, result.report(SEED)
+    counted = sum(result.counts.values(), fuzz.Counter())
+    assert counted.total() == CASES and set(result.counts) == {file for file, _, _ in fuzz.FILES}
+    assert counted["right"] > CASES / 10 and counted["refused"] > CASES / 10  # damage is neither harmless nor all there is
+
+
+class Planted:
+    """Readers with faults, each in a file of its own."""
+
+    def __init__(self, inputs, work):
+        self.inputs, self.work = inputs, work
+        work.mkdir(exist_ok=True)
+        for file, _, _ in fuzz.FILES:
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+
+    def sound(self, path):
+        raise KeyError("x")
+
+    def picture(self, path):
+        return False
+
+    def config(self, path):
+        from minomni.errors import UserError
+
+        class Long(UserError):
+            def __str__(self):
+                return "a\nb"
+
+        raise Long("")
+
+    film = tokenizer = voices = model = resume = data = lambda self, path: True
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A text in the place of every file: what is damaged matters to none of these tests."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for file, _, _ in fuzz.FILES:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text('{"a": [1, {"b": "text"}], "c": -0.5}')
+    return folder
+
+
+def test_planted_faults_are_found(inputs, tmp_path):
+    readers, kinds = Planted(inputs, tmp_path / "work"), {}
+    for number in range(200):
+        outcome = fuzz.run_case(readers, 3, number)
+        kinds.setdefault(dict(fuzz.ROUND)[outcome.file], set()).add((outcome.kind, outcome.what[:16]))
+    assert kinds["sound"] == {("fault", "KeyError in a li")} and kinds["picture"] == {("fault", "a wrong answer")}
+    assert kinds["config"] == {("fault", "a message of 3 c")} and kinds["film"] == {("right", "")}
+
+
+def crash(self, path):
+    os.abort()
+
+
+def hang(self, path):
+    while True:
+        pass
+
+
+def eat(self, path):
+    return len(bytearray(3 * 2**30)) > 0
+
+
+def test_a_case_is_the_same_every_time(inputs):
+    cases = [fuzz.case_of(7, number, inputs) for number in range(300)]
+    assert cases == [fuzz.case_of(7, number, inputs) for number in range(300)]
+    whole = (inputs / "data/rows.json").read_bytes()
+    assert sum(content != whole for _, _, content in cases) > 280 and len({content for *_, content in cases}) > 200
+
+
+def test_values_of_json_are_replaced_and_stay_json(inputs):
+    import json
+
+    random, seen = Random(0), set()
+    for _ in range(300):
+        changed = fuzz.other_value(b'{"a": [1, {"b": "text"}], "c": -0.5}', "x.json", random)
+        seen.add(changed[:200])
+        if changed.count(b"[") < 10 and changed.count(b"{") < 10 and b"[[[" not in changed and b"{{{" not in changed:
+            json.loads(changed)
+    assert len(seen) > 60
