@@ -57,7 +57,7 @@ class Reply:
     @property
     def seconds(self) -> float:
         """Length of the speech."""
-        return len(self.wave) / self.sample_rate
+        return len(self.wave) / self.sample_rate if len(self.wave) else 0.0
 
     def save(self, path: str | Path) -> None:
         """Write the speech as a 16-bit wav file, whole or not at all."""
