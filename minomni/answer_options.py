@@ -57,9 +57,14 @@ OPTIONS = {
                                  "a number from 0.01 to 100", "above 1 makes repeated tokens less likely"),
     "do_sample": Option(flag, bool, "True or False", "False takes the most likely token"),
 }
-ELSEWHERE = {"speaker": "voice=", "return_audio": "speech=", "generation_mode": "speech=", "system_prompt": "system= of "
-             "listen(), or a first message with role 'system'", "token2wav_num_steps": "flow= of stream()",
-             "token2wav_guidance_scale": "flow= of stream()", "token2wav_sway_coefficient": "flow= of stream()"}
+ELSEWHERE = {  # transformers' words for what has another name here
+    "speaker": "voice=",
+    "return_audio": "speech=",
+    "generation_mode": "speech=",
+    "token2wav_num_steps": "points in flow= of stream()",
+    "token2wav_guidance_scale": "guidance in flow= of stream()",
+    "token2wav_sway_coefficient": "sway in flow= of stream()",
+}
 
 
 def asked_for(options: dict) -> tuple[dict, dict]:

@@ -1,4 +1,4 @@
-"""Checks of what callers pass, each failure one UserError that names the argument. No PyTorch: --help needs them too."""
+"""Checks of what callers pass; a failure is one UserError that names the argument. No PyTorch: --help needs them."""
 
 import math
 from numbers import Integral, Real

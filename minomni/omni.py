@@ -47,7 +47,7 @@ class Omni(nn.Module):
         return 0 if self.config.token2wav is None else self.config.token2wav.sample_rate
 
     def voice(self, name: str) -> Voice:
-        """A voice by name. Raises UserError naming the voices there are, and for a voice that does not fit the model."""
+        """A voice by name. Raises UserError naming the voices there are, and for one that does not fit the model."""
         if not isinstance(name, str):
             raise UserError(f"voice is {shown(name)}; expected the name of a voice")
         if name not in self.voices:
@@ -84,7 +84,7 @@ class Omni(nn.Module):
         no samples. Raises UserError.
         """
         if not isinstance(inputs, Inputs):
-            raise UserError(f"generate() was given {shown(inputs)}; expected the Inputs of a Processor. respond() takes "
+            raise UserError(f"generate() was given {shown(inputs)}; expected what a Processor makes; respond() takes "
                             f"messages")
         rows = len(inputs.input_ids)
         speakers = [None if name is None else self.speaker(name, speech=True) for name in each(voice, rows, "voice")]
@@ -185,7 +185,7 @@ class Omni(nn.Module):
                 for text, wave, ids in zip(texts, waves or silence, codes or no_codes)]
 
     def have_room(self, lengths: list[int], sampling: tuple[SamplingConfig, SamplingConfig], speech: bool) -> bool:
-        """Whether prompts of these lengths, padded to the longest, leave each answer all the tokens that it may have."""
+        """Whether prompts of these lengths, padded to the longest, leave each answer all tokens that it may have."""
         thinker, talker = sampling
         room = max(lengths) + thinker.max_new_tokens <= self.config.thinker.text.max_position_embeddings
         if speech:

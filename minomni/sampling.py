@@ -34,7 +34,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise UserError where a row [V] of logits [B, V] can come of no sound weights: not finite, or all numbers equal."""
+    """Raise UserError where a row of logits [B, V] is not finite or of one value throughout: the weights are broken."""
     lowest, highest = logits.aminmax(dim=-1)  # [B] each; NaN wherever a row holds one
     spreads = (highest - lowest).tolist()
     if not all(0 < spread < float("inf") for spread in spreads):

@@ -94,8 +94,8 @@ def check_flow(flow: FlowConfig | None) -> None:
 def check_wave(wave: Tensor) -> Tensor:
     """The wave [samples] itself. Raises UserError where weights without sense have made it."""
     if not wave.isfinite().all():
-        raise UserError("the weights of token2wav give NaN or infinite samples instead of sound; its files are damaged: "
-                        "copy them again")
+        raise UserError("the weights of token2wav give NaN or infinite samples instead of sound; the model's files are "
+                        "damaged, copy them again")
     return wave
 
 

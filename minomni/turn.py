@@ -203,8 +203,8 @@ def checked(chunk, rate: int, most: int) -> Tensor:
     if not np.isfinite(samples).all():
         raise UserError("a chunk holds NaN or infinite samples; check the microphone")
     if len(samples) and abs(samples).max() > LOUDEST:
-        raise UserError(f"a chunk with samples as large as {abs(samples).max():g}; expected floats from -1 to 1, divide "
-                        f"16-bit samples by 32768")
+        raise UserError(f"a chunk with samples as high as {abs(samples).max():g}; expected floats from -1 to 1: divide "
+                        f"those of 16 bits by 32768")
     return torch.from_numpy(samples.astype(np.float32))
 
 

@@ -231,8 +231,8 @@ def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
 def test_bad_frames_get_one_line(omni):
     session, frame = omni.listen(), film(0).frames[0].numpy()
     session.see(frame, 1.0)
-    for bad, at, says in ((frame, 1.0, "in order of time"), (frame, 0.5, "in order of time"), (frame, math.nan, "finite"),
-                          (frame[:20], 2.0, "60x20 pixels after 60x40"), (frame.astype(float), 2.0, "float64")):
+    for bad, at, says in ((frame, 1.0, "in order of time"), (frame, 0.5, "in order of time"),
+                          (frame, math.nan, "finite"), (frame[:20], 2.0, "60x20 pixels after 60x40"), (frame.astype(float), 2.0, "float64")):
         with pytest.raises(UserError, match=says):
             session.see(bad, at)
 
