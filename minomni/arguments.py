@@ -29,11 +29,14 @@ def whole_number(value, name: str, lowest: int, highest: int) -> int:
 
 def number(value, name: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
     """A finite number of Python or numpy from lowest to highest; bool is none. Raises UserError."""
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    if not good or not lowest <= value <= highest or not abs(value) <= 1e300:
+    try:
+        given = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        given = math.inf
+    if not lowest <= given <= highest or math.isinf(given):
         bounds = f" from {lowest:g} to {highest:g}" if math.isfinite(highest) else ""
         raise UserError(f"{name} is {shown(value)}; expected a finite number{bounds}")
-    return float(value)
+    return given
 
 
 def flag(value, name: str) -> bool:
