@@ -5,10 +5,12 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from . import ROOT, device_of, load
+from .answer_options import OPTIONS
+from .arguments import shown
 from .errors import UserError
 
 QUESTIONS = ROOT / "data_samples" / "questions.json"
@@ -27,6 +29,18 @@ def whole(lowest: int, below: int):
         if not text.isdecimal() or not lowest <= int(text) < below:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {below - 1}")
         return int(text)
+    return convert
+
+
+def answer_option(name: str):
+    """A type for one of the options of answer_options.py."""
+    option = OPTIONS[name]
+
+    def convert(text: str):
+        try:
+            return option.check(option.read(text), name)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {option.expected}") from None
     return convert
 
 
@@ -58,8 +72,9 @@ def parser() -> Parser:
     train.add_argument("--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)")
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
 
-    chat = commands.add_parser("chat", help="ask one question, get text and speech",
-                               description="Media and text are asked in the order given. "
+    chat = commands.add_parser("chat", help="ask a question, or hold a conversation, in text and speech",
+                               description="Media and text are asked in the order given. Without any, on a terminal, "
+                                           "it is a conversation of several turns. "
                                            "Example: --image scene.png --audio question.wav --out reply.wav")
     for kind in ("image", "audio", "video", "text"):
         chat.add_argument(f"--{kind}", dest="content", action=Item, kind=kind,
@@ -69,9 +84,16 @@ def parser() -> Parser:
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
     chat.add_argument("--voice", help="who answers (default: the model's first voice)")
     chat.add_argument("--voice-from", type=Path, metavar="WAV", help="answer in the voice of a few seconds of speech")
-    chat.add_argument("--out", type=Path, default=Path("reply.wav"), help="where the speech goes (default reply.wav)")
+    chat.add_argument("--system", metavar="TEXT", help="the system message (default: the model's own)")
+    chat.add_argument("--out", type=Path, metavar="FILE", help="where the speech goes: a name that ends in .wav, "
+                      ".flac, .ogg or .mp3 (default reply.wav); the turns of a conversation are numbered")
     chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
-    chat.add_argument("--seed", type=SEED, default=0, help="of the voice's small variations (default 0)")
+    chat.add_argument("--seed", type=SEED, default=0, help="of all that is random (default 0)")
+    for prefix, part in (("", "Thinker"), ("talker_", "Talker")):
+        for name, option in OPTIONS.items():
+            if name != "do_sample":  # the temperature says it
+                chat.add_argument(f"--{(prefix + name).replace('_', '-')}", type=answer_option(name), metavar="N",
+                                  help=f"{option.help} ({part}; default: the model's)")
     chat.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
     chat.add_argument("--stream", action="store_true",
                       help="speak while thinking: print text and write the wav as they come")
@@ -154,29 +176,118 @@ def run_train(arguments) -> None:
 
 
 def run_chat(arguments) -> None:
+    out = arguments.out or Path("reply.wav")
     if arguments.samples:
-        if arguments.content or arguments.json or arguments.stream:
-            raise UserError("--samples asks its own questions and prints text; leave out --json, --stream and other "
-                            "questions")
-        answer_samples(arguments)
-        return
-    if not arguments.content:
-        raise UserError("nothing was asked; give --text, --audio, --image or --video")
-    if arguments.out.is_dir():
-        raise UserError(f"{arguments.out}: is a folder; --out takes the name of a wav file")
+        refuse_with_samples(arguments)
+    elif not arguments.content and not (sys.stdin and sys.stdin.isatty()):
+        raise UserError("nothing was asked; give --text, --audio, --image or --video, or run it on a terminal")
+    check_out(out, arguments.stream)
+    if arguments.voice_from and arguments.no_speech:
+        raise UserError("--voice-from makes a voice, and --no-speech wants none; leave out one of them")
     omni, voice = load(arguments.model, arguments.device), arguments.voice
     if arguments.voice_from:
         from . import make_voice
 
-        voice = voice or arguments.voice_from.stem
+        voice = arguments.voice_from.stem if voice is None else voice
         omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
-    path = None if arguments.no_speech else arguments.out
-    asked = dict(messages=[{"role": "user", "content": arguments.content}], voice=voice, seed=arguments.seed,
-                 speech=not arguments.no_speech, use_audio_in_video=arguments.use_audio_in_video)
-    if arguments.stream:
-        reply = follow(omni.stream(**asked), path, omni.sample_rate, quiet=arguments.json)
+    options = {prefix + name: getattr(arguments, prefix + name) for prefix in ("", "talker_") for name in OPTIONS
+               if name != "do_sample"}
+    if arguments.samples:
+        answer_samples(omni, arguments, voice, options)
+    elif arguments.content:
+        answer_once(omni, arguments, voice, out, options)
     else:
-        reply = omni.respond(**asked)
+        hold_conversation(omni, arguments, voice, out, options)
+
+
+def refuse_with_samples(arguments) -> None:
+    """--samples asks its own questions and has its own places for the answers."""
+    given = {"another question": arguments.content, "--json": arguments.json, "--stream": arguments.stream,
+             "--out": arguments.out, "--no-speech": arguments.no_speech,
+             "--use-audio-in-video": arguments.use_audio_in_video}
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--samples asks its own questions and writes to runs/answers; leave out {name}")
+
+
+def check_out(path: Path, stream: bool) -> None:
+    """Refuse, before any work is done, a file that cannot be written."""
+    from .reply import SOUND_FILES, sound_file
+
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; --out takes the name of a sound file")
+        kind, _ = sound_file(path)
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: cannot be written, there is no folder {path.parent}; make it first")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{path}: cannot be written (no permission)")
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown(str(path))}: cannot be written ({reason})") from None
+    if stream and kind != SOUND_FILES[".wav"][0]:
+        raise UserError(f"{path}: --stream writes a wav while it grows; give --out a name that ends in .wav")
+
+
+def answer_once(omni, arguments, voice: str | None, out: Path, options: dict) -> None:
+    """Answer the question of the command line."""
+    messages = [{"role": "user", "content": arguments.content}]
+    if arguments.system is not None:
+        messages.insert(0, {"role": "system", "content": arguments.system})
+    asked = dict(messages=messages, voice=voice, seed=arguments.seed, speech=not arguments.no_speech,
+                 use_audio_in_video=arguments.use_audio_in_video, **options)
+    tell(omni, omni.stream(**asked, schedule="eager" if arguments.stream else None), arguments,
+         None if arguments.no_speech else out)
+
+
+def hold_conversation(omni, arguments, voice: str | None, out: Path, options: dict) -> None:
+    """Answer the lines that are typed, each with all that was said before in mind.
+
+    The speech of turn n goes beside `out`, with -n behind its name. A question that cannot be answered is one line,
+    and the conversation goes on.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then knows the arrow keys
+
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a terminal may send what is no UTF-8
+    print("Type a question. /new begins a new conversation, /quit ends.", file=sys.stderr)
+    session, turns = omni.listen(voice, not arguments.no_speech, arguments.system), 0
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question in ("/quit", "/exit"):
+            return
+        if question == "/new":
+            session = omni.listen(voice, not arguments.no_speech, arguments.system)
+        elif question:
+            path = None if arguments.no_speech else numbered(out, turns + 1)
+            try:
+                tell(omni, session.respond(question, arguments.seed, "eager" if arguments.stream else None, **options),
+                     arguments, path)
+                turns += 1
+            except UserError as error:
+                print(f"minomni: {error}", file=sys.stderr)
+
+
+def numbered(path: Path, number: int) -> Path:
+    """reply.wav -> reply-1.wav; a device or a pipe stays as it is."""
+    device = path.exists() and not path.is_file()
+    return path if device else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def tell(omni, pieces, arguments, path: Path | None) -> None:
+    """Print an answer, as it comes or at its end, and write its speech to `path`."""
+    if arguments.stream:
+        reply = follow(pieces, path, omni.sample_rate, quiet=arguments.json)
+    else:
+        *_, end = pieces
+        reply = end.reply
         if path:
             save(reply, path)
     if arguments.json:
@@ -185,11 +296,11 @@ def run_chat(arguments) -> None:
         if arguments.stream:
             times = {"first_sound_s": reply.trace.first("sound"), "last_text_s": reply.trace.last("text")}
             answer |= {name: time and round(time, 3) for name, time in times.items()}
-        print(json.dumps(answer))
+        print(json.dumps(answer), flush=True)
     else:
         print(reply.text)
         if path:
-            print(f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s")
+            print(f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s", flush=True)
 
 
 def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
@@ -218,15 +329,17 @@ def save(reply, path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def answer_samples(arguments) -> None:
+def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
     """Answer every question of data_samples/questions.json and say where each wav is."""
-    omni = load(arguments.model, arguments.device)
     folder = ROOT / "runs" / "answers"
     for entry in json.loads(QUESTIONS.read_text(encoding="utf-8")):
         content = [{kind: value if kind == "text" else str(QUESTIONS.parent / value)} for part in entry["content"]
                    for kind, value in part.items()]
-        reply = omni.respond([{"role": "user", "content": content}], voice=arguments.voice or entry["voice"],
-                             seed=arguments.seed, use_audio_in_video=entry.get("use_audio_in_video", False))
+        messages = [{"role": "user", "content": content}]
+        if arguments.system is not None:
+            messages.insert(0, {"role": "system", "content": arguments.system})
+        reply = omni.respond(messages, voice=entry["voice"] if voice is None else voice, seed=arguments.seed,
+                             use_audio_in_video=entry.get("use_audio_in_video", False), **options)
         path = folder / f"{entry['name']}.wav"
         save(reply, path)
         print(f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
@@ -255,6 +368,8 @@ def run_ablate(arguments) -> None:
 def run_bench(arguments) -> None:
     from . import bench
 
+    if arguments.picture and arguments.what != "stream":
+        raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
     omni = bench.by_chance(arguments.model, device) if arguments.chance else load(arguments.model, device)
     if arguments.what == "first":
@@ -270,6 +385,9 @@ def run_bench(arguments) -> None:
 
 def main() -> int:
     """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, and an answer letters, that cannot be printed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser().parse_args()
         run = {"train": run_train, "chat": run_chat, "report": run_report, "ablate": run_ablate, "bench": run_bench}

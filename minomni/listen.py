@@ -15,11 +15,13 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from minomni.config import LISTENING_RATE, FlowConfig
+from minomni.answer_options import sampling_of
+from minomni.arguments import number, seed_of, shown
+from minomni.config import LISTENING_RATE, FlowConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.prompt import Processor
 from minomni.reply import End, SoundPiece, TextPiece, Trace
-from minomni.stream import converse
+from minomni.stream import check_flow, check_schedule, converse
 from minomni.thinker.thinker import Reading
 from minomni.thinker.tmrope import line
 from minomni.token2wav.stream import Schedule
@@ -37,6 +39,8 @@ class Session:
 
         Raises UserError for a model without tokenizer, and for an unknown voice.
         """
+        if system is not None and not isinstance(system, str):
+            raise UserError(f"system is {shown(system)}; expected the text of the first message")
         system = omni.config.media.system_prompt if system is None else system
         self.omni = omni
         self.speaker, _ = omni.prepare([{"role": "system", "content": system}], voice, speech, False)
@@ -72,16 +76,22 @@ class Session:
         self.begin_turn().see(frame, at_seconds)
 
     def respond(self, text: str = "", seed: int = 0, schedule: Schedule | str | None = "eager",
-                flow: FlowConfig | None = None) -> Iterator[TextPiece | SoundPiece | End]:
-        """Answer what was heard and seen, and then `text`, in pieces as omni.stream() does.
+                flow: FlowConfig | None = None, **options) -> Iterator[TextPiece | SoundPiece | End]:
+        """Answer what was heard and seen, and then `text`, in pieces as omni.stream() does, with the same options.
 
         Raises UserError where nothing was heard or seen, or nothing but silence, and where the context is full; that
         turn is forgotten then.
         """
+        text = "" if text is None else text
+        if not isinstance(text, str):
+            raise UserError(f"text is {shown(text)}; expected a str")
+        sampling, seed = sampling_of(self.omni.config, options), seed_of(seed)
+        check_schedule(schedule)
+        check_flow(flow)
         turn, trace = self.begin_turn(), Trace()
         trace.note("input")
         try:
-            turn.finish(something_said=bool(text))
+            turn.finish(something_said=bool(text.strip()))
             trace.note("encode")
             self.tell(f"{text}{ENDS}<|im_start|>assistant\n")
             trace.note("prefill")
@@ -90,12 +100,13 @@ class Session:
             self.turn = Turn(self)
             raise
         self.turn, self.said, self.sound_s, self.ended, self.heard_s = None, [], 0.0, False, None
-        self.answering = self.answer(seed, schedule, flow, trace)
+        self.answering = self.answer(seed, schedule, flow, trace, sampling)
         return self.answering
 
-    def answer(self, seed: int, schedule: Schedule | str | None, flow: FlowConfig | None, trace: Trace) -> Iterator:
+    def answer(self, seed: int, schedule: Schedule | str | None, flow: FlowConfig | None, trace: Trace,
+               sampling: tuple[SamplingConfig, SamplingConfig]) -> Iterator:
         """converse(), and note what of it the user may have heard."""
-        for piece in converse(self.omni, self.reading, self.speaker, schedule, flow, seed, trace, self.said):
+        for piece in converse(self.omni, self.reading, self.speaker, schedule, flow, seed, trace, self.said, sampling):
             if isinstance(piece, SoundPiece):
                 self.sound_s += len(piece.wave) / piece.sample_rate
             self.ended = isinstance(piece, End)
@@ -104,8 +115,10 @@ class Session:
     def interrupt(self, heard_s: float | None = None) -> None:
         """Stop the answer, if one is being given. heard_s: seconds of its sound that the user has heard, by default all
         that was handed out; only so much of its text, about, stays in the conversation. May come after the answer's
-        end, as sound is made faster than it is played.
+        end, as sound is made faster than it is played. Raises UserError where heard_s is no time.
         """
+        if heard_s is not None:
+            heard_s = number(heard_s, "heard_s", 0, 1e12)
         if self.answering is not None:
             self.answering.close()
             self.answering = None

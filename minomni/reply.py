@@ -8,7 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from minomni.errors import UserError
 from minomni.files import write_atomically
+
+SOUND_FILES = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
+               ".mp3": ("MP3", "MPEG_LAYER_III")}  # as soundfile names them: format and subtype
+BLOCK = 65_536  # samples that are encoded at once: some versions of libsndfile crash on much longer blocks of Vorbis
 
 
 class Trace:
@@ -58,15 +63,23 @@ class Reply:
     @property
     def seconds(self) -> float:
         """Length of the speech."""
-        return len(self.wave) / self.sample_rate
+        return len(self.wave) / self.sample_rate if len(self.wave) else 0.0
 
     def save(self, path: str | Path) -> None:
-        """Write the speech as a 16-bit wav file, whole or not at all. Raises UserError where it cannot be written."""
+        """Write the speech into a file, whole or not at all; the name says which kind: wav, flac, ogg or mp3.
+
+        Raises UserError for another name, for a reply without speech, and where the file cannot be written.
+        """
         import soundfile
 
-        content = BytesIO()  # soundfile would swallow what a full disk says
-        soundfile.write(content, self.wave.cpu().numpy(), self.sample_rate, subtype="PCM_16", format="WAV")
-        write_atomically(path, lambda file: file.write(content.getbuffer()))
+        kind, subtype = sound_file(path)
+        if not self.sample_rate:
+            raise UserError(f"{path}: nothing to write, as this model answers in text alone")
+        content, samples = BytesIO(), self.wave.cpu().numpy()
+        with soundfile.SoundFile(content, "w", self.sample_rate, 1, subtype, format=kind) as file:
+            for start in range(0, len(samples), BLOCK):
+                file.write(samples[start : start + BLOCK])
+        write_atomically(Path(path), lambda file: file.write(content.getbuffer()))
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -75,6 +88,20 @@ class Reply:
 
         player = Audio(self.wave.cpu().numpy(), rate=self.sample_rate)._repr_html_() if len(self.wave) else ""
         return f"<p>{escape(self.text)}</p>{player}"
+
+
+def sound_file(path: str | Path) -> tuple[str, str]:
+    """Format and subtype of the sound file that a name stands for; a device or a pipe gets a wav.
+
+    Raises UserError for a name that is none.
+    """
+    path = Path(path)
+    if path.suffix.lower() in SOUND_FILES:
+        return SOUND_FILES[path.suffix.lower()]
+    of_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))  # /dev/stdout may lead to a regular file
+    if path.exists() and not path.is_dir() and (of_the_system or not path.is_file()):
+        return SOUND_FILES[".wav"]
+    raise UserError(f"{path}: speech is written as {', '.join(SOUND_FILES)}; give a name that ends so")
 
 
 @dataclass

@@ -10,11 +10,13 @@ loudest so far is used, and where a louder one changes what was read, it is read
 
 import weakref
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minomni.arguments import number, shown
 from minomni.config import LISTENING_RATE
 from minomni.errors import UserError
 from minomni.inputs.media import SHORTEST, load_image
@@ -23,8 +25,12 @@ from minomni.inputs.patches import video_patches
 from minomni.inputs.prompt import video_times
 from minomni.thinker.tmrope import line, moving
 
+SAMPLES_PER_TOKEN = 4 * HOP  # 40 ms
 SIDE = 3  # mel frames that are computed before and after a stretch, lest its borders be heard
 SILENCE = 1e-3  # of full scale: whoever speaks is louder
+ONLY_SILENCE = "only silence was heard; speak louder, show something, or ask in text too"
+LOUDEST = 8.0  # of full scale; floats beyond it are 16-bit samples that were not divided by 32768
+LONGEST_TURN = 86_400  # s
 
 
 @dataclass
@@ -56,7 +62,8 @@ class Turn:
         """Session.hear()."""
         self.expect("sound")
         self.read()  # where the context is full, here is the end of it: nothing is heaped up
-        self.wave = torch.cat([self.wave, checked(chunk, rate)])
+        most = self.config.thinker.text.max_position_embeddings * SAMPLES_PER_TOKEN
+        self.wave = torch.cat([self.wave, checked(chunk, rate, most)])
         while len(self.wave) >= HOP * ((len(self.powers) + 1) * self.block + SIDE):
             self.measure(len(self.powers) * self.block, (len(self.powers) + 1) * self.block)
         self.read()
@@ -64,8 +71,12 @@ class Turn:
     def see(self, frame, at_seconds: float) -> None:
         """Session.see()."""
         self.expect("frames")
-        if self.last_at is not None and not at_seconds > self.last_at or not np.isfinite(at_seconds):
+        at_seconds = number(at_seconds, "at_seconds", -1e12, 1e12)
+        if self.last_at is not None and not at_seconds > self.last_at:
             raise UserError(f"a frame at {at_seconds} s after one at {self.last_at} s; give frames in order of time")
+        if self.began_at is not None and at_seconds - self.began_at > LONGEST_TURN:
+            raise UserError(f"a frame at {at_seconds:g} s, more than a day after the first one at {self.began_at:g} s; "
+                            f"at_seconds counts seconds")
         image = load_image(frame)
         if self.size not in (None, image.size):
             raise UserError(f"a frame of {image.width}x{image.height} pixels after {self.size[0]}x{self.size[1]}; "
@@ -91,7 +102,7 @@ class Turn:
         if 0 < samples <= SHORTEST:
             raise UserError(f"{samples * 1000 / LISTENING_RATE:.0f} ms of sound were heard; more than 20 ms are needed")
         if samples and not frames and not something_said and self.wave.abs().max() < SILENCE:
-            raise UserError("only silence was heard; speak, show something, or give respond() text")
+            raise UserError(ONLY_SILENCE)
         if self.odd is not None:
             self.look(self.odd[0])  # an odd last frame is doubled
         total = -(-samples // HOP)
@@ -179,13 +190,30 @@ class Turn:
         self.parts.append(part)
 
 
-def checked(chunk, rate: int) -> Tensor:
-    """A chunk of sound -> float32 [samples]. Raises UserError."""
-    samples = np.asarray(chunk)
-    if rate != LISTENING_RATE:
-        raise UserError(f"a chunk at {rate} Hz; expected {LISTENING_RATE} Hz, resample it first")
+def checked(chunk, rate: int, most: int) -> Tensor:
+    """A chunk of sound -> float32 [samples], at most so many. Raises UserError."""
+    if isinstance(rate, bool) or not isinstance(rate, Real) or rate != LISTENING_RATE:
+        raise UserError(f"a chunk at {shown(rate)} Hz; expected {LISTENING_RATE} Hz, resample it first")
+    samples = as_array(chunk)
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise UserError(f"a chunk of shape {list(samples.shape)} and type {samples.dtype}; expected floats [samples]")
+    if len(samples) > most:
+        raise UserError(f"a chunk of {len(samples) / LISTENING_RATE:.0f} s of sound; the whole context holds "
+                        f"{most / LISTENING_RATE:.0f} s. Give shorter chunks, and begin a new session when it is full")
     if not np.isfinite(samples).all():
         raise UserError("a chunk holds NaN or infinite samples; check the microphone")
+    if len(samples) and abs(samples).max() > LOUDEST:
+        raise UserError(f"a chunk with samples as high as {abs(samples).max():g}; expected floats from -1 to 1: divide "
+                        f"those of 16 bits by 32768")
     return torch.from_numpy(samples.astype(np.float32))
+
+
+def as_array(chunk) -> np.ndarray:
+    """Any array or tensor of numbers as numpy has it. Raises UserError."""
+    try:
+        if isinstance(chunk, Tensor):
+            chunk = chunk.detach().float() if chunk.is_floating_point() else chunk.detach()
+            return chunk.cpu().numpy()
+        return np.asarray(chunk)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # ragged lists, tensors without data
+        raise UserError(f"a chunk that is {shown(chunk)} without plain numbers; expected floats [samples]") from None

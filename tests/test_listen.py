@@ -217,7 +217,12 @@ def test_hearing_something_cuts_the_answer(shipped):
 @pytest.mark.parametrize("chunk, rate, says", [
     (torch.zeros(100), 24_000, "24000 Hz; expected 16000 Hz"), (torch.zeros(2, 100), RATE, r"shape \[2, 100\]"),
     (torch.zeros(100, dtype=torch.int16), RATE, "type int16; expected floats"),
-    (torch.full((100,), torch.nan), RATE, "NaN or infinite"), (np.array(["loud"]), RATE, "expected floats")])
+    (torch.full((100,), torch.nan), RATE, "NaN or infinite"), (np.array(["loud"]), RATE, "expected floats"),
+    (torch.zeros(100), 1e30, "1e\\+30 Hz"), (torch.zeros(100), "fast", "'fast' Hz"), (torch.zeros(100), None, "None Hz"),
+    (torch.zeros(100), 10**400, "a very large number Hz"), (torch.zeros(100), torch.ones(2), "a Tensor Hz"),
+    (np.full(100, 3000.0), RATE, "as high as 3000"), ([[0.0], [0.0, 0.1]], RATE, "expected floats"), (None, RATE, "object"),
+    (torch.zeros(100, device="meta"), RATE, "without plain numbers"), (np.zeros(100, complex), RATE, "complex128"),
+    (np.broadcast_to(np.float32(0), 10**12), RATE, "the whole context holds 82 s"), ({"loud": 1}, RATE, "object")])
 def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
     session, wave = omni.listen(), noise(2.5)
     session.hear(wave[:20_000])
@@ -231,8 +236,11 @@ def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
 def test_bad_frames_get_one_line(omni):
     session, frame = omni.listen(), film(0).frames[0].numpy()
     session.see(frame, 1.0)
-    for bad, at, says in ((frame, 1.0, "in order of time"), (frame, 0.5, "in order of time"), (frame, math.nan, "time"),
-                          (frame[:20], 2.0, "60x20 pixels after 60x40"), (frame.astype(float), 2.0, "float64")):
+    for bad, at, says in ((frame, 1.0, "in order of time"), (frame, 0.5, "in order of time"),
+                          (frame, math.nan, "finite"), (frame, "soon", "at_seconds is 'soon'"), (frame, None, "None"),
+                          (frame, 1e9, "more than a day"),
+                          (frame[:20], 2.0, "60x20 pixels after 60x40"), (frame.astype(float), 2.0, "float64"),
+                          (frame, 10**5000, "a very large number")):
         with pytest.raises(UserError, match=says):
             session.see(bad, at)
 
@@ -300,3 +308,38 @@ def test_unknown_voices_and_models_without_words_are_refused(omni, monkeypatch):
     monkeypatch.setattr(omni, "tokenizer", None)
     with pytest.raises(UserError, match="no tokenizer"):
         omni.listen()
+
+
+def test_tensors_of_any_float_type_are_heard(omni):
+    wave = noise(0.5)
+    for chunk in (wave.double(), wave.bfloat16(), wave.clone().requires_grad_(), wave.numpy()[::-1], wave.tolist()):
+        session = omni.listen()
+        session.hear(chunk)
+        session.respond()
+        assert session.turn is None
+
+
+def test_arguments_of_the_wrong_type_get_one_line_and_keep_the_turn(omni):
+    session = omni.listen()
+    session.hear(noise(0.5))
+    for arguments, says in (({"text": 5}, "text is 5"), ({"seed": 2**70}, "seed is 1180591620717411303424"),
+                            ({"seed": 1.5}, "seed is 1.5"), ({"schedule": 5}, "schedule 5"), ({"flow": "x"}, "flow is 'x'"),
+                            ({"temperature": "hot"}, "temperature is 'hot'"), ({"length": 5}, "unknown option 'length'")):
+        with pytest.raises(UserError, match=says):
+            session.respond(**arguments)
+    session.respond(None, seed=None)  # None is not given
+    same(session, at_once(omni, user({"audio": noise(0.5)})))
+    for bad in ("long", math.nan, -1.0):
+        with pytest.raises(UserError, match="heard_s is"):
+            session.interrupt(bad)
+    with pytest.raises(UserError, match="system is 7"):
+        omni.listen(system=7)
+
+
+def test_a_session_takes_the_options_of_respond(omni):
+    for most in (1, 3):
+        session = omni.listen()
+        *_, end = session.respond("say a", max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0)
+        reply = omni.respond([user({"text": "say a"})], max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0)
+        assert len(session.said) == most and end.reply.text == reply.text
+        assert end.reply.codes.tolist() == reply.codes.tolist() and len(reply.codes) == (0 if most == 1 else 2)

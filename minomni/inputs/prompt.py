@@ -41,6 +41,7 @@ class Inputs:
     video_patches: Tensor | None = None  # [N, patch_dim]
     video_grids: list[Grid] = field(default_factory=list)
     video_seconds: list[Tensor] = field(default_factory=list)  # each [t] float32, when a grid step begins
+    peaks: list[float] = field(default_factory=list)  # of each sound, its loudest sample: 1 is full scale
 
 
 def messages_of(messages: list[dict]) -> list[dict]:
@@ -235,6 +236,7 @@ class Processor:
     def _listen(self, wave, inputs) -> int:
         """Note a wave's mel and return how many tokens it makes."""
         inputs.mels.append(log_mel(wave))
+        inputs.peaks.append(float(wave.abs().max()))
         return audio_tokens(inputs.mels[-1].shape[-1])
 
     def _interleave(self, seconds, cells, sound_tokens) -> list[int]:
@@ -261,7 +263,8 @@ def join(rows: list[Inputs], pad: int) -> Inputs:
         image_grids=[grid for row in rows for grid in row.image_grids],
         video_patches=_packed([row.video_patches for row in rows]),
         video_grids=[grid for row in rows for grid in row.video_grids],
-        video_seconds=[seconds for row in rows for seconds in row.video_seconds])
+        video_seconds=[seconds for row in rows for seconds in row.video_seconds],
+        peaks=[peak for row in rows for peak in row.peaks])
 
 
 def _packed(patches: list[Tensor | None]) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minomni.arguments import shown, whole_number
 from minomni.config import LISTENING_RATE, MEL_RATE, DiTConfig
 from minomni.errors import UserError
 from minomni.inputs.media import load_audio, name_of
@@ -44,8 +45,12 @@ def make_voice(wav, name: str, omni, bos_token: int | None = None) -> Voice:
     the default is the first free one, which training on speech of this voice can then fill with a manner of speaking.
     Raises UserError for silence, too little speech, and a model whose speaker vectors come from an unpublished network.
     """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"the name of a voice is {shown(name)}; expected a text")
     if omni.config.token2wav is None:
-        raise UserError("this model has no voice: its folder holds the Thinker alone; load the whole model")
+        raise UserError("this model has no Token2Wav, so it cannot speak in any voice; load one that has")
+    if bos_token is not None:
+        bos_token = whole_number(bos_token, "bos_token", 0, omni.config.thinker.text.vocab_size - 1)
     dit, given = omni.config.token2wav.dit, name_of(wav, "audio")
     if dit.enc_emb_dim != 2 * dit.mel_dim:
         raise UserError(f"voice {name!r}: this model's speaker vectors of {dit.enc_emb_dim} numbers come from a "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minomni.arguments import shown, whole_number
 from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import BigVGAN, Stage, normalise
@@ -22,6 +23,9 @@ from minomni.token2wav.flow_dit import DiT, Past, both_branches, guided
 from minomni.token2wav.solver import looks, solve, time_grid
 from minomni.token2wav.speaker import Voice
 from minomni.token2wav.token2wav import Token2Wav, check_codes, check_voice
+
+
+MOST_BLOCKS = 1_000_000  # of a schedule's numbers: days of speech
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,16 @@ class Schedule:
     lead: int | None = None
 
     def __post_init__(self):
-        if not self.chunks or any(blocks < 1 or ahead < 0 for blocks, ahead in self.chunks) or (self.back or 0) < 0:
-            raise UserError(f"a schedule of chunks {self.chunks} with {self.back} blocks back; expected pairs of at "
-                            f"least one block and no fewer than none ahead, and no fewer than none back")
+        pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
+        if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            raise UserError(f"a schedule of chunks {shown(self.chunks)}; expected pairs of blocks, such as ((1, 0), "
+                            f"(2, 1)): how many a chunk adds, and how many it looks ahead")
+        for blocks, ahead in pairs:
+            whole_number(blocks, "a schedule of chunks: the blocks of one", 1, MOST_BLOCKS)
+            whole_number(ahead, "a schedule of chunks: the blocks that one looks ahead", 0, MOST_BLOCKS)
+        for name, value in (("back", self.back), ("lead", self.lead)):
+            if value is not None:
+                whole_number(value, f"a schedule of chunks: {name}", 0, MOST_BLOCKS)
 
     def lacking(self, dit: DiTConfig) -> int:
         """Frames that the first block has less than the others. Raises UserError for a lead that fits into no block."""
