@@ -1,6 +1,6 @@
 """Sound: files, bytes and arrays to a mono wave at 16 kHz."""
 
-from math import ceil
+from math import ceil, isfinite
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
 LONGEST_SECONDS = QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
 LOUDEST = 8.0  # full scale is 1; lossy codecs overshoot it a little, samples that were never scaled by thousands
 MOST_CHANNELS = 64
-MOST_NUMBERS = 2**30  # samples over all channels: 20 minutes of eight channels at 96 kHz
+MOST_NUMBERS = 2**29  # samples over all channels: 21 minutes of eight at 48 kHz, or of two at 192 kHz
 FASTEST = 1_000_000  # Hz
 FARTHEST = 3 * 3_600  # s: what lies before audio_start is decoded, too
 SCALED = {("i", 1), ("i", 2), ("i", 4), ("u", 1), ("u", 2)}  # kinds and bytes of integers that sound comes in
 UNKNOWN_FLAC = 2**32  # samples, a day at 48 kHz: nobody's recording, but a header that was never finished
+BROADCAST = ("aac", "ac3", "mp3", "mpegts")  # ffmpeg's names of formats that can be joined and left at any time
 BLOCK = 65_536  # samples of each channel that are read at once
 GAP = 0.1  # s: where times and sample counts differ by more, silence is filled in or sound is dropped (as ffmpeg does)
 
@@ -142,7 +143,7 @@ def _decode(stream, name: str):
         if not container.streams.audio:
             return
         kind, count = None, 0
-        for frame in container.decode(audio=0):
+        for frame in _frames(container):
             count += frame.samples
             if kind != (frame.format.name, frame.layout.name, frame.sample_rate):  # changes midway in some streams
                 kind = (frame.format.name, frame.layout.name, frame.sample_rate)
@@ -155,27 +156,57 @@ def _decode(stream, name: str):
                             f"copy it again")
 
 
+def _frames(container):
+    """Yield the decoded frames of the first sound track.
+
+    Recordings of a broadcast begin and end within a frame: there the first and the last may be broken, and no others.
+    """
+    import av
+
+    is_broadcast = container.format.name in BROADCAST
+    begun, broken = False, None
+    for packet in container.demux(audio=0):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            if not is_broadcast or (begun and broken):
+                raise
+            broken = error
+            continue
+        if frames and begun and broken:  # broken in the middle
+            raise broken
+        if frames:
+            begun, broken = True, None
+        yield from frames
+    if broken and not begun:
+        raise broken
+
+
 class _Timeline:
     """Joins blocks of samples of any rate, at their own times if there is an origin, to one wave at 16 kHz."""
 
     def __init__(self, name: str, origin: float | None = None):
         self.name, self.origin = name, origin
-        self.waves: list[np.ndarray] = []  # float32 at 16 kHz
-        self.length = 0  # samples in self.waves
+        # One buffer at 16 kHz that doubles: a list of small pieces, kept between large blocks, fragments the memory.
+        self.buffer = np.zeros(LISTENING_RATE, np.float32)
+        self.length = 0  # samples of it that are filled
         self.rate = None  # Hz of the part that is being read
         self.resampler = None  # of this part
         self.begin = 0.0  # s, where this part begins, counted from the origin
         self.read = 0  # samples of this part, at its own rate
         self.made = 0  # samples of this part, at 16 kHz
-        self.drop = 0  # samples of this part, at 16 kHz, that lie before the end of self.waves
+        self.drop = 0  # samples of this part, at 16 kHz, that lie before the end of what is filled
 
     def add(self, samples: np.ndarray, rate: int, time: float | None = None) -> None:
         """Take the next samples [n, channels]; time in seconds on the clock of the origin."""
-        if not np.isfinite(samples).all():
+        if not len(samples):
+            return
+        low, high = float(samples.min()), float(samples.max())
+        if not (isfinite(low) and isfinite(high)):
             raise UserError(f"{self.name}: holds NaN or infinite samples; repair the recording")
-        if len(samples) and max(samples.max(), -samples.min()) > LOUDEST:
-            raise UserError(f"{self.name}: samples of up to {abs(samples).max():.0f}; expected floats from -1 to 1, "
-                            f"divide them by their full scale")
+        if max(high, -low) > LOUDEST:
+            raise UserError(f"{self.name}: samples from {low:g} to {high:g}; expected floats from -1 to 1, divide them "
+                            f"by their full scale")
         expected = self.begin + self.read / self.rate if self.rate else None
         at = expected or 0.0
         if self.origin is not None and time is not None:
@@ -185,7 +216,10 @@ class _Timeline:
             self._end_part()
             self._begin_part(rate, at)
         self.read += len(samples)
-        mono = samples.mean(1)
+        mono = samples[:, 0].copy()
+        for channel in range(1, samples.shape[1]):  # five times as fast as mean(1)
+            mono += samples[:, channel]
+        mono /= samples.shape[1]
         self._append(mono if self.resampler is None else self.resampler.resample_chunk(mono))
 
     def wave(self) -> Tensor:
@@ -195,7 +229,7 @@ class _Timeline:
         if self.length <= SHORTEST:
             raise UserError(f"{self.name}: {self.length * 1000 / LISTENING_RATE:.0f} ms of sound; more than 20 ms are "
                             f"needed")
-        return torch.from_numpy(np.concatenate(self.waves))
+        return torch.from_numpy(self.buffer[: self.length].copy())
 
     def _begin_part(self, rate: int, at: float) -> None:
         _checked_rate(rate, self.name)
@@ -210,8 +244,8 @@ class _Timeline:
         _require_short(at, self.name)
         missing = round(at * LISTENING_RATE) - self.length
         if missing > 0:
-            self.waves.append(np.zeros(missing, np.float32))
-            self.length += missing
+            self._append(np.zeros(missing, np.float32))
+            self.made = 0
         self.drop = max(0, -missing)
 
     def _end_part(self) -> None:
@@ -225,9 +259,12 @@ class _Timeline:
         self.made += len(wave)
         kept = wave[self.drop :]
         self.drop -= len(wave) - len(kept)
-        self.waves.append(kept)
-        self.length += len(kept)
-        _require_short(self.length / LISTENING_RATE, self.name)
+        length = self.length + len(kept)
+        _require_short(length / LISTENING_RATE, self.name)
+        if length > len(self.buffer):
+            self.buffer = np.pad(self.buffer, (0, max(length, 2 * len(self.buffer)) - len(self.buffer)))
+        self.buffer[self.length : length] = kept
+        self.length = length
 
 
 def _array_and_rate(pair: tuple, name: str) -> tuple:
