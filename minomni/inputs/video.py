@@ -24,7 +24,7 @@ MOST_PIXELS = 36_000_000  # of one frame; 8K television has 33 million, and a de
 LONGEST = 1_000_000  # seconds of a film; a header or a rate that claims more is broken
 STEADY = 0.0015  # s that a frame of a film of constant rate may be off its place; matroska rounds to 1 ms
 FELL_BACK = 1.0  # s that the time has to fall for a new piece to begin; avi files put frames a few places wrong
-LIKELY = 1.5  # of the tokens that fit: packets tell the number of frames roughly
+LIKELY = 1.1  # of the tokens that fit: packets tell the number of frames roughly
 CELLS_OF_LISTED = 2  # qwen-omni-utils 0.0.9 first brings frames of a list to multiples of twice the merge cell
 
 
