@@ -283,7 +283,7 @@ def test_sizes_that_items_ask_for(processor):
              image(300, 300) | {"resized_height": 60, "resized_width": 100}, video(4, size=(84, 84)),
              video(4, size=(84, 84)) | {"max_pixels": 3_136}]
     inputs = processor([user(*items)])
-    assert inputs.image_grids == [(1, 8, 8), (1, 2, 2), (1, 4, 8)] and inputs.video_grids == [(2, 6, 6), (2, 4, 4)]
+    assert inputs.image_grids == [(1, 6, 6), (1, 2, 2), (1, 4, 8)] and inputs.video_grids == [(2, 6, 6), (2, 4, 4)]
 
 
 def test_films_with_and_without_sound(processor):

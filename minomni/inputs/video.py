@@ -230,7 +230,8 @@ def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[in
 def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -> Clip:
     """Two passes: the first learns every frame's time without keeping pixels, the second keeps the chosen frames."""
     require_whole(stream, name)
-    _refuse(options, ("sample_fps",), name, "a file; sample_fps is for lists of frames")
+    if options.sample_fps is not None:
+        raise UserError(f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead")
     with complaints(name, "not a readable video"):
         if most_tokens is not None:
             _require_likely_room(stream, name, media, cell, options, most_tokens)
