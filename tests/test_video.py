@@ -1,4 +1,4 @@
-"""Films as they are: turned, mirrored, of uneven times, of changing sizes, transparent, too large, or lists of frames."""
+"""Films as they are: turned, mirrored, of uneven times, of changing sizes, transparent, too large, or in lists."""
 
 import base64
 import io
