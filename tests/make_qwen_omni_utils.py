@@ -67,7 +67,8 @@ def frames_case(vision, random: Random) -> list:
     """[options, frames of the film, its rate] -> numbers of the frames that are looked at."""
     options = some(random, {
         "fps": [0.25, 1, 2, 3.3, 8, 60], "nframes": [1, 2, 3, 5, 6, 7.0, 20, 400], "min_frames": [1, 3, 4, 9, 40],
-        "max_frames": [1, 2, 5, 8, 33, 900], "video_start": [0.0, 0.4, 1, 2.57, 5, 70], "video_end": [0.3, 1, 3.5, 8, 99]})
+        "max_frames": [1, 2, 5, 8, 33, 900], "video_start": [0.0, 0.4, 1, 2.57, 5, 70],
+        "video_end": [0.3, 1, 3.5, 8, 99]})
     if "fps" in options and "nframes" in options and random.random() < 0.9:  # an error: a few such cases are enough
         del options["fps"]
     total, rate = random.choice([2, 3, 9, 24, 61, 300, 2_000]), random.choice([4, 12, 25, 30, 30000 / 1001, 60])

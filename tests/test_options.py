@@ -10,7 +10,7 @@ from PIL import Image
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
 from minomni.inputs.item import parse_item
-from minomni.inputs.media import Clip, load_video, sample_indices
+from minomni.inputs.media import SHORTEST, Clip, load_audio, load_video, sample_indices
 from minomni.inputs.options import MediaOptions, options_of
 from minomni.inputs.patches import frame_size, image_size
 from minomni.inputs.video import frame_range
@@ -113,3 +113,11 @@ def test_keys_of_an_item_become_options(item, options):
 def test_wishes_that_cannot_be_fulfilled(source, wishes, says):
     with pytest.raises(UserError, match=says):
         load_video(source, TINY.media, False, options=options_of("video", wishes))
+
+
+def test_sounds_of_the_table():
+    def run(wishes, samples):
+        return len(load_audio(np.full(samples, 0.1, np.float32), options_of("audio", wishes)))
+
+    cases = [case if case[-1] > SHORTEST else [*case[:-1], "error"] for case in TABLE["sounds"]]
+    assert len(cases) == 30 and not wrong(cases, run)

@@ -1,11 +1,15 @@
 """Messages become the release's ChatML, its placeholders and its turns of sound and picture."""
 
+import base64
+import io
 from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from PIL import Image
 
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
@@ -106,6 +110,11 @@ def test_template_equals_the_official_one():
     ({"type": "image", "path": "x"}, "IMAGE"),
     ({"type": "audio", "audio_url": "x"}, "AUDIO"), ({"type": "audio", "url": "x"}, "AUDIO"), ({"audio": "x"}, "AUDIO"),
     ({"type": "video", "video": "x"}, "VIDEO"), ({"video_url": "x"}, "VIDEO"),
+    ({"type": "image_url", "image_url": {"url": "x", "detail": "high"}}, "IMAGE"),
+    ({"type": "input_image", "image_url": "x", "detail": "auto", "file_id": None}, "IMAGE"),
+    ({"type": "video_url", "video_url": {"url": "x"}}, "VIDEO"), ({"type": "image", "base64": "eHg="}, "IMAGE"),
+    ({"type": "input_audio", "input_audio": {"data": "eHg=", "format": "mp3"}}, "AUDIO"),
+    ({"type": "audio", "audio": "x", "image": None, "text": None, "video": None}, "AUDIO"),
 ])
 def test_every_spelling_of_an_item(item, kind):
     assert f"<|{kind}|>" in render(user(item))
@@ -117,10 +126,60 @@ def test_every_spelling_of_an_item(item, kind):
     (user({"type": "smell", "smell": "rose"}), r"has the keys \['smell', 'type'\]; expected one of image, audio"),
     (user({"type": "image"}), r"has the keys \['type'\]"),
     (user("plain words"), "a content item is a str"),
+    (17, "the messages are 17; expected a list of dictionaries"), ("hi", "the messages are 'hi'"),
+    ({"role": "user", "content": "hi"}, "the messages are a dict"), ([[{"role": "user"}]], "a message is a list"),
+    ([{"role": "user", "content": 7.5}], "the content of a message is 7.5; expected a text or a list"),
+    ([{"role": "user", "content": np.zeros(4)}], "the content of a message is a ndarray"),
+    ([{"role": 3, "content": "a"}], "unknown role 3"), ([{"role": ["user"], "content": "a"}], "unknown role a list"),
+    ([{"role": "x" * 4_000}], "unknown role 'xxx"), ([{"role": "tool", "content": "a"}], "role 'tool' is not known"),
+    ([{"role": "user", "content": "a", "tool_calls": [1]}], "a message has the unknown key 'tool_calls'"),
+    (user({1: "a", "b": 2, None: 3}), r"has the keys \['b', 1, None\]"),
+    (user({"type": ["text"], "text": "a"}), "of type a list"),
+    (user({"type": "text", "text": None}), r"a text item has the keys \['type'\]; expected one of text, and not None"),
+    (user({"text": 4}), "a text item holds 4; expected a text"),
+    (user({"type": "text", "text": "a", "image": "b.png"}), "holds text and image; give two items"),
+    (user({"image": "b.png", "text": "a"}), "holds image and text; give two items"),
+    (user({"type": "image", "image": "b.png", "url": "c.png"}), "has both image and url"),
+    (user({"type": "image", "image": "b.png", "colour": "red"}), "unknown key 'colour'"),
+    (user({"type": "input_image", "image_url": None, "file_id": "f"}), "expected one of image, image_url"),
+    (user({"type": "image_url", "image_url": {"uri": "x"}}), "image_url has the unknown key 'uri'"),
+    (user({"type": "video_url", "video_url": {}}), r"video_url has the keys \[\]; expected url"),
+    (user({"type": "input_audio", "input_audio": {"data": "no base64!"}}), "input_audio is no base64"),
 ])
 def test_wrong_messages(messages, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as error:
         render(messages)
+    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+
+
+def test_other_names_of_roles_and_texts():
+    given = [{"role": "developer", "content": [{"type": "input_text", "text": "Be brief."}], "name": "me", "id": 4},
+             {"role": "user", "content": None, "tool_calls": []},
+             {"role": "assistant", "content": [{"type": "output_text", "text": "c", "annotations": []}]}]
+    assert render(given, add_generation_prompt=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n")
+
+
+def test_bytes_in_base64_are_the_file(processor):
+    """OpenAI's and transformers' spellings of a picture and a sound, against the same ones given directly."""
+    stream, sound = io.BytesIO(), io.BytesIO()
+    Image.fromarray(image()["image"]).save(stream, "PNG")
+    soundfile.write(sound, audio(9_000)["audio"], 16_000, format="WAV", subtype="FLOAT")
+    picture, recording = (base64.b64encode(x.getvalue()).decode() for x in (stream, sound))
+    expected = processor([user(image(), audio(9_000))])
+    found = processor([user({"type": "image", "base64": picture},
+                            {"type": "input_audio", "input_audio": {"data": recording, "format": "wav"}})])
+    assert torch.equal(found.input_ids, expected.input_ids)
+    assert torch.equal(found.image_patches, expected.image_patches)
+    assert torch.allclose(found.mels[0], expected.mels[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("item", [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}},
+                                  {"type": "video", "url": "https://127.0.0.1:9/a.mp4"},
+                                  {"audio_url": "https://127.0.0.1:9/a.wav"}])
+def test_web_addresses_are_not_fetched(processor, item):
+    with pytest.raises(UserError, match="web addresses are not fetched"):
+        processor([user(item)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- ids
@@ -217,10 +276,72 @@ def test_without_a_question_for_training(processor):
     assert processor.tokenizer.decode(ids) == f"{SYSTEM}<|im_start|>user\nred<|im_end|>\n"
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
-def test_too_long_prompts_name_the_longest_item(processor, tmp_path):
-    import soundfile
+# ------------------------------------------------------------------------------------------------------------- options
+def test_sizes_that_items_ask_for(processor):
+    """TINY takes pictures from 3,136 to 12,544 pixels, frames up to 7,056; an item may ask for more or less."""
+    items = [image(300, 300), image(300, 300) | {"max_pixels": 28 * 28, "min_pixels": 1},
+             image(300, 300) | {"resized_height": 60, "resized_width": 100}, video(4, size=(84, 84)),
+             video(4, size=(84, 84)) | {"max_pixels": 3_136}]
+    inputs = processor([user(*items)])
+    assert inputs.image_grids == [(1, 6, 6), (1, 2, 2), (1, 4, 8)] and inputs.video_grids == [(2, 6, 6), (2, 4, 4)]
 
+
+def test_films_with_and_without_sound(processor):
+    loud, mute = video(4, 32_000), video(4)
+    inputs = processor([user(loud, mute | {"use_audio_in_video": False}, loud)], use_audio_in_video=True)
+    names = [name for name, _ in runs(inputs.input_ids[0].tolist()) if name in ("VIDEO", "AUDIO")]
+    assert names == ["VIDEO", "AUDIO", "VIDEO", "VIDEO", "AUDIO"] and len(inputs.mels) == 2
+    one = processor([user(mute, loud | {"use_audio_in_video": True}, loud)])
+    names = [name for name, _ in runs(one.input_ids[0].tolist()) if name in ("VIDEO", "AUDIO")]
+    assert names == ["VIDEO", "VIDEO", "AUDIO", "VIDEO"] and len(one.mels) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize("written, read", [("red \ud83d", "red \ufffd"), ("\udcff red", "\ufffd red"),
+                                           ("\ud83d\ude00 red", "\U0001f600 red"), ("\ude00\ud83d", "\ufffd\ufffd")])
+def test_half_surrogate_pairs(processor, written, read):
+    assert processor.encode(written) == processor.encode(read)
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(processor, monkeypatch):
+    release = Processor(QWEN7B, Tokenizer([], special_tokens(QWEN7B.thinker.tokens)))
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    for read, words in ((processor, "red circle " * 20_000), (release, "a\u0301\u0323" + "\u0323" * 60_000)):
+        with pytest.raises(UserError, match="the prompt has more tokens than the context holds.*shorten it"):
+            read([user(text(words))])
+
+
+def test_pictures_and_films_that_cannot_fit_are_not_resized(processor):
+    huge = np.broadcast_to(np.zeros(1, np.uint8), (90_000, 64, 96, 3))
+    for item in ({"type": "video", "video": huge}, {"type": "video", "video": [huge[0]] * 5_000},
+                 image() | {"min_pixels": 5 * 10**11, "max_pixels": 10**12},
+                 video(4) | {"resized_height": 10**6, "resized_width": 10**6, "min_pixels": 1}):
+        if "resized_height" in item:
+            assert processor([user(item)]).video_grids == [(2, 8, 8)]  # within the limits of pictures
+            continue
+        with pytest.raises(UserError, match="context"):
+            processor([user(item)])
+    with pytest.raises(UserError, match="frames of 20000x20000 pixels"):
+        processor([user({"video": np.broadcast_to(np.zeros(1, np.uint8), (4, 20_000, 20_000, 3))})])
+
+
+@pytest.mark.parametrize("clip", [
+    Clip(None, None, None), Clip(torch.zeros(2, 56, 56, 3), torch.arange(2.0), None),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), torch.arange(3.0), None),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), torch.tensor([1.0, 0.5]), None),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), [0, 1], None),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), torch.arange(2.0), "sound"),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), torch.arange(2.0), torch.zeros(2, 9_000)),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), torch.arange(2.0), torch.full((9_000,), float("nan"))),
+    Clip(torch.zeros(2, 56, 56, 3, dtype=torch.uint8), torch.tensor([0.0, 1e12]), None),
+])
+def test_clips_with_wrong_fields(processor, clip):
+    with pytest.raises(UserError) as error:
+        processor([user({"video": clip})], use_audio_in_video=True)
+    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+
+
+def test_too_long_prompts_name_the_longest_item(processor, tmp_path):
     path = tmp_path / "lecture.wav"
     soundfile.write(path, 0.1 * np.random.RandomState(0).randn(90 * 16_000), 16_000)
     says = r"has 22\d\d tokens and the context holds 2048; the longest item is .*lecture.wav with 2252 tokens, shorten"

@@ -76,7 +76,7 @@ def _source(kind: str, key: str, value):
     """The value of a source key, without the dictionary that OpenAI's clients put around it."""
     if kind == "text":
         if not isinstance(value, str):
-            raise UserError(f"a text item holds a {type(value).__name__}; expected a text")
+            raise UserError(f"a text item holds {quoted(value)}; expected a text")
         return value
     inner = "data" if key == "input_audio" else "url"
     if isinstance(value, dict) and (key.endswith("_url") or key == "input_audio" or inner in value):

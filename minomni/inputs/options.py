@@ -1,7 +1,6 @@
 """What a content item may ask for besides its source: the keys of qwen-omni-utils, under their own names."""
 
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Real
 
 import numpy as np
@@ -69,8 +68,8 @@ def options_of(kind: str, wishes: dict) -> MediaOptions:
 def _require_number(key: str, value) -> None:
     """Raise UserError for what is no finite number, or not above zero where it has to be."""
     is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
-    if not is_number or not abs(value) <= LARGEST or not isfinite(value):
-        raise UserError(f"{key} is {quoted(value)}; expected a number")
+    if not is_number or not abs(value) <= LARGEST:  # neither is NaN
+        raise UserError(f"{key} is {quoted(value)}; expected a number of at most {LARGEST:.0e}")
     if value <= 0 and key not in MAY_BE_NEGATIVE:
         raise UserError(f"{key} is {quoted(value)}; expected a number above zero")
 

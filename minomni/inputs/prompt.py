@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
+import numpy as np
 import regex
 import torch
 from torch import Tensor
@@ -136,11 +137,6 @@ class Processor:
                 raise UserError(f"{name} is {tokenizer.special_tokens.get(name)} in the tokenizer and {i} in the "
                                 f"configuration; use files of one model")
         self.config, self.tokenizer = config, tokenizer
-        self.longest_token = max(map(len, tokenizer.bytes_of.values()))  # bytes
-        longest_special = max(map(len, tokenizer.special_tokens), default=0)
-        self.longest_token = max(self.longest_token, longest_special)
-        # What is longer cannot fit, and normalising such a run takes the square of its length.
-        self.too_many_marks = regex.compile(rf"\p{{M}}{{{self.context + 1}}}")
 
     @property
     def context(self) -> int:
@@ -187,13 +183,28 @@ class Processor:
         that cannot fit the context: those are not tokenized first.
         """
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        if len(text.encode()) > self.context * self.longest_token or self.too_many_marks.search(text):
-            raise UserError(f"a text has {len(text)} characters and the context holds {self.context} tokens; shorten it")
+        if len(text) > self.context and self._cannot_fit(text):
+            raise UserError(f"the prompt has more tokens than the context holds, which are {self.context}; the longest "
+                            f"item is a text with {len(text)} characters, shorten it")
         ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
         typed = [name for name, i in special.items() if name not in CHATML and i in ids]
         if typed:
             raise UserError(f"a text holds {typed[0]}, which only media may put there; give the item instead")
         return ids
+
+    def _cannot_fit(self, text: str) -> bool:
+        """Whether a text surely makes more tokens than the context holds, told without tokenizing it.
+
+        A byte takes at least the share 1 / n of a token, n the length of the longest token that it occurs in. A run of
+        combining marks is refused earlier: normalizing it takes the square of its length.
+        """
+        longest = np.ones(256)
+        for token in [*self.tokenizer.bytes_of.values(), *map(str.encode, self.tokenizer.special_tokens)]:
+            for byte in set(token):
+                longest[byte] = max(longest[byte], len(token))
+        counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
+        marks = regex.search(rf"\p{{M}}{{{self.context + 1}}}", text)
+        return bool((counts / longest).sum() > self.context or marks)
 
     def _fill(self, item, use_audio_in_video, inputs, images, videos) -> list[int]:
         """Load one item, note its features in `inputs`, and return the ids that stand for it."""
@@ -230,8 +241,9 @@ class Processor:
         """Raise UserError where n frames of a size (height, width) are more tokens than fit, before they are made."""
         tokens = video_tokens(n, size, self.config.thinker.vision)
         if tokens > self.context:
-            raise UserError(f"{name}: {size[1]}x{size[0]} pixels{f' in {n} frames' if n > 1 else ''} are {tokens} tokens "
-                            f"and the context holds {self.context}; shorten it, or set max_pixels")
+            frames = f" in {n} frames" if n > 1 else ""
+            raise UserError(f"{name}: {size[1]}x{size[0]} pixels{frames} are {tokens} tokens and the context holds "
+                            f"{self.context}; shorten it, or set max_pixels")
 
     def _listen(self, wave, inputs) -> int:
         """Note a wave's mel and return how many tokens it makes."""

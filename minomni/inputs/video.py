@@ -2,6 +2,7 @@
 wanted."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite
 from numbers import Real
@@ -23,6 +24,7 @@ MOST_PIXELS = 36_000_000  # of one frame; 8K television has 33 million, and a de
 LONGEST = 1_000_000  # seconds of a film; a header or a rate that claims more is broken
 STEADY = 0.0015  # s that a frame of a film of constant rate may be off its place; matroska rounds to 1 ms
 FELL_BACK = 1.0  # s that the time has to fall for a new piece to begin; avi files put frames a few places wrong
+LIKELY = 1.1  # of the tokens that fit: packets tell the number of frames roughly
 CELLS_OF_LISTED = 2  # qwen-omni-utils 0.0.9 first brings frames of a list to multiples of twice the merge cell
 
 
@@ -60,7 +62,7 @@ def load_video(source, media: MediaConfig, with_audio: bool, cell: int = 28, opt
         raise UserError(f"{name}: lasts {float(clip.seconds[-1] - clip.seconds[0]):.3g} s by its times; expected less "
                         f"than {LONGEST} s, its times or its rate are wrong")
     if with_audio and clip.wave is None:
-        raise UserError(f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or set it for "
+        raise UserError(f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or set it in "
                         f"each video item")
     return clip
 
@@ -119,8 +121,8 @@ def frame_range(times: list[float], rate: float, options: MediaOptions, name: st
         first = sum(time < start for time in shown)
         last = sum(time <= end for time in shown) - 1
     if first >= last:
-        raise UserError(f"{name}: less than two frames lie from video_start {start:g} s to video_end {end:g} s; it lasts "
-                        f"{length:.2f} s")
+        raise UserError(f"{name}: less than two frames lie from video_start {start:g} s to video_end {end:g} s; it "
+                        f"lasts {length:.2f} s")
     return first, last
 
 
@@ -133,7 +135,7 @@ def _checked(clip: Clip, name: str, options: MediaOptions) -> Clip:
     is_clip = is_clip and isinstance(seconds, Tensor) and seconds.shape == frames.shape[:1] and bool(
         torch.isfinite(seconds).all() and (seconds.diff() >= 0).all())
     if not is_clip:
-        raise UserError(f"{name}: expected a Clip of frames uint8 [n, height, width, 3], n > 0, and seconds [n], rising")
+        raise UserError(f"{name}: expected a Clip of frames uint8 [n, height, width, 3], n > 0, and rising seconds [n]")
     if wave is not None and not (isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()):
         raise UserError(f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None")
     _refuse(options, ("fps", "sample_fps", *SAMPLING), name, "a Clip")
@@ -219,8 +221,8 @@ def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[in
     size = frame_size(n, *shape, cell, media, name, options)
     tokens = ceil(n / 2) * size[0] * size[1] // cell**2
     if most_tokens is not None and tokens > most_tokens:
-        raise UserError(f"{name}: {n} frames of {size[1]}x{size[0]} pixels are {tokens} tokens and the context holds "
-                        f"{most_tokens}; shorten it, or set fps, nframes or max_pixels")
+        raise UserError(f"{name}: {n} frames of {size[1]}x{size[0]} pixels are {tokens} tokens, more than the context "
+                        f"holds; shorten it, or set fps, nframes or max_pixels")
     return size
 
 
@@ -228,14 +230,16 @@ def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[in
 def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -> Clip:
     """Two passes: the first learns every frame's time without keeping pixels, the second keeps the chosen frames."""
     require_whole(stream, name)
-    _refuse(options, ("sample_fps",), name, "a file; sample_fps is for lists of frames")
+    if options.sample_fps is not None:
+        raise UserError(f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead")
     with complaints(name, "not a readable video"):
+        if most_tokens is not None:
+            _require_likely_room(stream, name, media, cell, options, most_tokens)
         times, rate = _times(stream, name, media.fps)
         origin = times[0]
         first, last = frame_range(times, rate, options, name)
         chosen = sample_indices(last - first + 1, rate, media, options, first, name)
         size, frames = None, []
-        stream.seek(0)
         for i, (frame, _) in enumerate(_frames(stream, name)):
             if i == chosen[len(frames)]:
                 image = upright(frame)
@@ -250,22 +254,40 @@ def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -
     return Clip(torch.from_numpy(np.stack(frames)), seconds, wave, sized=True)
 
 
-def _frames(stream, name) -> Iterator[tuple]:
-    """Every frame of the first video stream in the order they are shown, with the rate that the header claims (or None).
-
-    Raises UserError where there is no video, and for frames that are too large.
-    """
+@contextmanager
+def _opened(stream, name):
+    """The container in a stream. Raises UserError where it holds no video, and for frames that are too large."""
     import av
 
     limit = {"max_pixels": str(MOST_PIXELS)}  # before a decoder takes memory for them
+    stream.seek(0)
     with av.open(stream, options=limit) as container:
         if not container.streams.video:
             raise UserError(f"{name}: holds no video")
-        video = container.streams.video[0]
-        codec = video.codec_context
+        codec = container.streams.video[0].codec_context
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
-        yield from ((frame, video.average_rate) for frame in container.decode(video=0))
+        yield container
+
+
+def _require_likely_room(stream, name, media, cell, options, most_tokens) -> None:
+    """Raise UserError for a film that is far too long by its packets: decoding it only to refuse it takes minutes."""
+    with _opened(stream, name) as container:
+        codec = container.streams.video[0].codec_context
+        times = sorted(float(packet.pts * packet.time_base) for packet in container.demux(video=0)
+                       if packet.pts is not None)
+    if len(times) < 2 or not times[-1] > times[0] or options.given(SAMPLING):
+        return
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    n = len(sample_indices(len(times), rate, media, options))
+    _require_room(n, (codec.height, codec.width), name, media, cell, options, most_tokens * LIKELY)
+
+
+def _frames(stream, name) -> Iterator[tuple]:
+    """Every frame of the first video stream in the order they are shown, each with the header's rate, or None."""
+    with _opened(stream, name) as container:
+        rate = container.streams.video[0].average_rate
+        yield from ((frame, rate) for frame in container.decode(video=0))
 
 
 def _times(stream, name, usual_rate) -> tuple[list[float], float]:
