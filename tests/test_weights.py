@@ -125,7 +125,8 @@ def test_tensors_are_the_files_themselves(folder):
         whole = file.read_bytes()
         header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
         header.pop("__metadata__")
-        assert len({ours[name].data_ptr() - part["data_offsets"][0] for name, part in header.items()}) == 1
+        starts = {ours[name].data_ptr() - part["data_offsets"][0] for name, part in header.items() if name in ours}
+        assert len(starts) == 1
     before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
     with torch.no_grad():
         for parameter in model.parameters():
