@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import pickle
+import select
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -145,6 +148,23 @@ def test_bad_requests_are_one_line(run, tmp_path):
         (("--samples", "--json"), "--samples asks its own questions"),
         (("--text", "say a", "--out", tmp_path), f"{tmp_path}: is a folder"),
         (("--text", "say a", "--out", tmp_path / "silent.mp4" / "a.wav"), "cannot be written"),
+        (("--text", "say a", "--out", tmp_path / "none" / "a.wav"), f"there is no folder {tmp_path / 'none'}"),
+        (("--text", "say a", "--out", tmp_path / "reply.txt"), "speech is written as .wav, .flac, .ogg, .mp3"),
+        (("--text", "say a", "--out", tmp_path / "reply"), "speech is written as .wav, .flac, .ogg, .mp3"),
+        (("--text", "say a", "--out", ""), "is a folder"),
+        (("--text", "say a", "--out", tmp_path / ("n" * 300 + ".wav")), "cannot be written"),
+        (("--text", "say a", "--out", tmp_path / "reply.mp3", "--stream"), "--stream writes a wav"),
+        (("--text", "say a", "--voice", "Nobody", "--no-speech"), "unknown voice 'Nobody'"),
+        (("--text", "say a", "--voice", ""), "unknown voice ''"),
+        (("--text", "say a", "--no-speech", "--voice-from", tmp_path / "a.wav"), "leave out one of them"),
+        (("--samples", "--out", "a.wav"), "leave out --out"),
+        (("--text", "say a", "--max-new-tokens", "0"), "argument --max-new-tokens: '0' is not a whole number from 1"),
+        (("--text", "say a", "--temperature", "nan"), "'nan' is not 0, or a number from 0.001 to 100"),
+        (("--text", "say a", "--talker-temperature", "-1"), "argument --talker-temperature: '-1' is not"),
+        (("--text", "say a", "--top-p", "1.5"), "argument --top-p: '1.5' is not a number above 0 and up to 1"),
+        (("--text", "say a", "--talker-top-k", "2.5"), "argument --talker-top-k: '2.5' is not a whole number"),
+        (("--text", "say a", "--repetition-penalty", "9" * 6000), "argument --repetition-penalty"),
+        (("--text", "say a", "--top-k", "5"), "give a temperature above 0 too"),
     ):
         code, out, err, reply = run(*arguments)
         assert code == 2 and out == "" and err.count("\n") == 1 and says in err and not reply.exists(), (arguments, err)
@@ -241,7 +261,7 @@ def test_stream_writes_and_tells_as_it_goes(run):
     code, out, _, path = run("--text", "say a", "--stream", "--json")
     reply = json.loads(out)
     assert set(reply) == {"text", "audio", "seconds", "sample_rate", "total_s", "first_sound_s", "last_text_s"}
-    assert 0 < reply["last_text_s"] < reply["first_sound_s"] <= reply["total_s"]  # four words are over at once
+    assert 0 <= reply["last_text_s"] <= reply["first_sound_s"] <= reply["total_s"]  # four words are over at once
     written, rate = soundfile.read(path)
     assert len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
 
@@ -271,3 +291,156 @@ def test_a_reader_that_leaves_is_no_fault():
     with subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.wait(120) == 0 and process.stderr.read() == b""
+
+
+# --------------------------------------------------------------------------------------------- how an answer is chosen
+def test_options_of_the_answer_reach_the_model(run, tiny_folder, monkeypatch):
+    import minomni
+    from minomni.omni import Omni
+
+    asked, stream = [], Omni.stream
+    monkeypatch.setattr(Omni, "stream", lambda self, *given, **named: asked.append(named) or stream(self, *given, **named))
+    options = ("--max-new-tokens", 2, "--temperature", 0.5, "--top-p", 0.9, "--top-k", 7, "--repetition-penalty", 1.1)
+    of_talker = ("--talker-max-new-tokens", 3, "--talker-temperature", 0.2, "--talker-top-p", 0.6, "--talker-top-k", 8,
+                 "--talker-repetition-penalty", 1.2)
+    code, out, _, path = run("--text", "say a", "--system", "Be brief.", "--json", *options, *of_talker)
+    right = dict(max_new_tokens=2, temperature=0.5, top_p=0.9, top_k=7, repetition_penalty=1.1, talker_max_new_tokens=3,
+                 talker_temperature=0.2, talker_top_p=0.6, talker_top_k=8, talker_repetition_penalty=1.2)
+    assert code == 0 and right.items() <= asked[0].items()
+    reply = minomni.load(str(tiny_folder)).respond([{"role": "system", "content": "Be brief."},
+                                                    {"role": "user", "content": "say a"}], **right)
+    assert json.loads(out)["text"] == reply.text and json.loads(out)["seconds"] == pytest.approx(reply.seconds, abs=1e-3)
+
+
+@pytest.mark.parametrize("name, kind, subtype", [
+    ("a.wav", "WAV", "PCM_16"), ("a.FLAC", "FLAC", "PCM_16"), ("a.ogg", "OGG", "VORBIS"), ("a.b.mp3", "MP3", None)])
+def test_the_name_says_which_kind_of_file_is_written(run, tmp_path, name, kind, subtype):
+    code, out, _, _ = run("--text", "say a", "--json", "--out", tmp_path / name)
+    info = soundfile.info(tmp_path / name)
+    assert code == 0 and info.format == kind and info.samplerate == 16_000 and subtype in (None, info.subtype)
+    assert info.duration == pytest.approx(json.loads(out)["seconds"], abs=0.1)  # mp3 pads
+
+
+def test_long_speech_is_encoded_in_pieces(tmp_path):
+    """Five minutes of Vorbis: some versions of libsndfile crash where they get so much at once."""
+    import torch
+
+    from minomni.reply import Reply, Trace
+
+    reply = Reply("", torch.from_numpy(tone(300)), 16_000, torch.zeros(0), 0.0, Trace())
+    reply.save(tmp_path / "long.ogg")
+    samples, rate = soundfile.read(tmp_path / "long.ogg")
+    assert len(samples) / rate == pytest.approx(300, abs=0.2) and np.abs(samples).max() == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_target_is_checked_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("loaded"))
+    for out in (tmp_path, tmp_path / "no" / "a.wav", tmp_path / "a.doc"):
+        assert run("--text", "say a", "--out", out)[0] == 2
+
+
+def test_bytes_that_are_no_text_are_printed_all_the_same(tiny_folder, tmp_path):
+    """In an argument they arrive as halves of surrogate pairs, which no encoding has."""
+    line = [os.fsencode(sys.executable), b"-m", b"minomni", b"chat", b"--model", os.fsencode(tiny_folder),
+            b"--text", b"say a", b"--out", os.fsencode(tmp_path) + b"/\xff.wav"]
+    shown = subprocess.run(line, capture_output=True, cwd=ROOT)
+    assert shown.returncode in (0, 2) and b"Traceback" not in shown.stderr, shown.stderr  # not every disk has such names
+    assert b"udcff.wav" in shown.stdout + shown.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ a conversation
+class Terminal:
+    """`chat` in a process of its own, on a terminal."""
+
+    def __init__(self, *arguments):
+        import pty
+
+        self.ours, theirs = pty.openpty()
+        line = [sys.executable, "-m", "minomni", "chat", *map(str, arguments)]
+        self.process = subprocess.Popen(line, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}, start_new_session=True)
+        os.close(theirs)
+        self.shown = ""
+
+    def until(self, text: str) -> str:
+        """What was shown since the last call, up to a text."""
+        while text not in self.shown:
+            assert select.select([self.ours], [], [], 120)[0], f"nothing more came after {self.shown!r}"
+            self.shown += os.read(self.ours, 65536).decode(errors="replace")
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.ours, keys)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code, and the rest of what was shown."""
+        code = self.process.wait(120)
+        try:
+            while select.select([self.ours], [], [], 0)[0]:
+                self.shown += os.read(self.ours, 65536).decode(errors="replace")
+        except OSError:  # Linux says so where the other side is closed
+            pass
+        os.close(self.ours)
+        return code, self.shown
+
+
+needs_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+
+
+@needs_a_terminal
+def test_a_conversation_on_a_terminal_remembers_and_numbers_its_answers(tmp_path):
+    import minomni
+
+    shipped, brief = ROOT / "data_samples" / "tiny", dict(max_new_tokens=12, talker_max_new_tokens=9)
+    asked = "say the red circle is above the blue square", "say four \u00e9"
+    terminal = Terminal("--model", shipped, "--out", tmp_path / "said.flac", "--seed", 3, "--max-new-tokens", 12,
+                        "--talker-max-new-tokens", 9)
+    assert "/quit" in terminal.until("> ")
+    answers = []
+    for question, path in zip(asked, ("said-1.flac", "said-2.flac")):
+        terminal.type(f"{question}\n".encode())
+        answers.append(terminal.until(f"{tmp_path / path}: "))
+        terminal.until("> ")
+    terminal.type(b"\n")  # an empty line asks nothing
+    terminal.until("> ")
+    terminal.type(b"word " * 700 + b"\n")  # at most 4,096 bytes fit a line
+    assert "do not fit the context" in terminal.until("> ")
+    terminal.type(b"say \xff\n")  # no UTF-8
+    assert "Traceback" not in terminal.until("> ")
+    terminal.type(b"/new\n")
+    terminal.until("> ")
+    terminal.type(b"/quit\n")
+    code, rest = terminal.end()
+    assert code == 0 and "Traceback" not in rest
+
+    omni, messages = minomni.load(str(shipped)), []
+    for question, shown in zip(asked, answers):
+        messages.append({"role": "user", "content": question})
+        reply = omni.respond(messages, seed=3, **brief)
+        messages.append({"role": "assistant", "content": reply.text})
+        assert " ".join(reply.text.split()) in " ".join(shown.split())
+    written, rate = soundfile.read(tmp_path / "said-2.flac")
+    assert rate == 16_000 and len(written) == len(reply.wave)
+
+
+@needs_a_terminal
+@pytest.mark.parametrize("keys", [b"\x04", b"\x03"], ids=["end of file", "Ctrl-C"])
+def test_a_conversation_ends_cleanly(tiny_folder, tmp_path, keys):
+    terminal = Terminal("--model", tiny_folder, "--out", tmp_path / "said.wav", "--no-speech", "--stream")
+    terminal.until("> ")
+    terminal.type(b"say a\n")
+    terminal.until("> ")
+    if keys == b"\x03":
+        os.kill(terminal.process.pid, signal.SIGINT)  # what a terminal does for it
+    else:
+        terminal.type(keys)
+    code, rest = terminal.end()
+    assert code == 0 and "Traceback" not in rest and not list(tmp_path.iterdir())
+
+
+@needs_a_terminal
+def test_a_terminal_too_hears_of_a_bad_target_first(tiny_folder, tmp_path):
+    terminal = Terminal("--model", tiny_folder, "--out", tmp_path / "none" / "a.wav")
+    code, shown = terminal.end()
+    assert code == 2 and "there is no folder" in shown

@@ -46,7 +46,7 @@ CONVERSATIONS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------ several conversations
+# -------------------------------------------------------------------------------------------- several conversations
 @pytest.mark.parametrize("options", [{}, dict(temperature=1.1, talker_temperature=1.2, talker_top_k=0)], ids=str)
 def test_a_batch_gets_the_replies_that_each_gets_alone(omni, options):
     voices, seeds = ["Anna", "Karl", "Adam", "Anna"], [3, 3, 11, 0]
@@ -105,7 +105,7 @@ def test_a_stream_is_one_conversation(omni):
         omni.stream(CONVERSATIONS)
 
 
-# ---------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------------------------ options
 def test_options_limit_and_choose(omni):
     question = CONVERSATIONS[0]
     for most in (1, 2, 5):
@@ -120,7 +120,7 @@ def test_options_limit_and_choose(omni):
     assert isinstance(end, End) and end.reply.codes.tolist() == cold[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- silence
+# ------------------------------------------------------------------------------------------------------------ silence
 QUIET = 0.0005 * torch.sin(torch.arange(24_000) / 7)
 
 
@@ -149,7 +149,7 @@ def test_silence_with_something_else_is_a_question(omni):
     assert omni.respond(answered, speech=False).text
 
 
-# -------------------------------------------------------------------------------------------------------- wrong arguments
+# ---------------------------------------------------------------------------------------------------- wrong arguments
 @pytest.mark.parametrize("arguments, says", [
     (dict(messages="hello"), "messages is 'hello'; expected a list of dictionaries"),
     (dict(messages=7), "messages is 7"), (dict(messages={"role": "user"}), "messages is a dict"),
@@ -200,7 +200,7 @@ def test_schedules_of_the_wrong_kind_get_one_line(chunks, more):
         Schedule(chunks, **more)
 
 
-# ------------------------------------------------------------------------------------------------------- broken voices
+# --------------------------------------------------------------------------------------------------- broken voices
 @pytest.mark.parametrize("change, says", [
     (dict(bos_token=151_872), "bos_token of voice 'Zoe' is 151872"), (dict(bos_token=-1), "bos_token of voice"),
     (dict(bos_token="five"), "bos_token of voice 'Zoe' is 'five'"), (dict(cond=torch.zeros(1, 7)), "cond has shape"),
@@ -222,7 +222,7 @@ def test_make_voice_checks_its_name_and_token(omni):
             minomni.make_voice((speech.numpy(), 16_000), arguments[0], omni, *arguments[1:])
 
 
-# ------------------------------------------------------------------------------------------------------- broken weights
+# --------------------------------------------------------------------------------------------------- broken weights
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 @pytest.mark.parametrize("part", ["thinker.lm_head", "thinker.model.norm", "talker.codec_head"])
 def test_weights_without_sense_get_one_line(random_weights, part, value):
@@ -243,7 +243,7 @@ def test_a_vocoder_without_sense_gets_one_line(random_weights):
             ask(CONVERSATIONS[0])
 
 
-# ---------------------------------------------------------------------------------------------------- a Thinker alone
+# ------------------------------------------------------------------------------------------------ a Thinker alone
 def test_a_model_without_a_talker_answers_in_text(random_weights):
     mute = copy.deepcopy(random_weights)
     mute.talker = mute.token2wav = None

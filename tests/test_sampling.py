@@ -24,7 +24,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-# -------------------------------------------------------------------------------------------------- as transformers does
+# ---------------------------------------------------------------------------------------------- as transformers does
 def theirs(logits, ids, settings, suppress):
     """Scores after transformers' own processors, in the order in which its generate() applies them."""
     process = pytest.importorskip("transformers.generation.logits_process", reason="transformers is not installed")
@@ -59,7 +59,7 @@ def test_scores_and_draws_equal_those_of_transformers(number, kind):
         assert torch.equal(drawn, torch.multinomial(scores.softmax(-1), 1, generator=generators(seed)[0])[:, 0])
 
 
-# ------------------------------------------------------------------------------------------------------------ row by row
+# -------------------------------------------------------------------------------------------------------- row by row
 def test_a_row_with_its_own_generator_draws_as_it_does_alone():
     logits = torch.randn(5, 60)
     config = dataclasses.replace(TINY.talker_sampling, temperature=1.5, top_k=0, top_p=1.0)
@@ -72,7 +72,7 @@ def test_a_row_with_its_own_generator_draws_as_it_does_alone():
                                          for row, own in zip(logits, alone)]
 
 
-# ------------------------------------------------------------------------------------------------- weights without sense
+# --------------------------------------------------------------------------------------------- weights without sense
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("bad, says", [(math.nan, "NaN or infinite"), (math.inf, "NaN or infinite"),
                                        (-math.inf, "NaN or infinite")])
@@ -86,7 +86,7 @@ def test_logits_that_are_not_finite_get_one_line(temperature, bad, says):
         sample(torch.full((2, 40), 0.25), None, config)
 
 
-# --------------------------------------------------------------------------------------------------------------- options
+# ----------------------------------------------------------------------------------------------------------- options
 def test_options_change_what_they_name_and_nothing_else():
     asked = dict(max_new_tokens=7, thinker_temperature=0.4, talker_top_k=11, talker_top_p=None)
     thinker, talker = sampling_of(QWEN7B, asked)
