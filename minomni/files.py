@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from minomni.errors import UserError, one_line
+from minomni.errors import UserError, shorten
 
 SHOWN = 200  # characters of a path in a message
 MOST_LINKS = 40  # that lead from one to the next, as in Linux
@@ -141,7 +141,7 @@ def writing(path: str | Path) -> Iterator[None]:
         cause = cause_of(error)
         if cause is None:
             raise
-        raise WriteError(f"{one_line(path, SHOWN)}: cannot be written ({cause})") from None
+        raise WriteError(f"{shorten(path, SHOWN)}: cannot be written ({cause})") from None
 
 
 def cause_of(error: Exception) -> str | None:
@@ -153,7 +153,7 @@ def cause_of(error: Exception) -> str | None:
         return "its name cannot be a file's"
     cause = error if isinstance(error, OSError) else error.__context__
     if isinstance(cause, FileExistsError):  # while the folders above were made
-        return f"{one_line(cause.filename, SHOWN)} is no folder"
+        return f"{shorten(cause.filename, SHOWN)} is no folder"
     return cause.strerror or str(cause) if isinstance(cause, OSError) else None
 
 
@@ -163,7 +163,7 @@ def open_regular(path: str | Path, what: str) -> BinaryIO:
     Raises UserError where there is none: for a folder, for a device or a pipe, which might never end or never begin,
     and for files of /proc and /sys.
     """
-    shown = one_line(path, SHOWN)
+    shown = shorten(path, SHOWN)
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def resolved(path: Path) -> Path:
     A link of /proc to an open file (/dev/stdout leads to one) is left as it is: only opening it gives that file.
     Raises WriteError for a folder, a disk, and a file that may not be written to.
     """
-    shown, links = one_line(path, SHOWN), 0
+    shown, links = shorten(path, SHOWN), 0
     while path.is_symlink() and not path.parent.resolve().is_relative_to("/proc"):
         links += 1
         if links > MOST_LINKS:

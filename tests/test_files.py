@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from minomni.errors import LONGEST, UserError, one_line
+from minomni.errors import LONGEST_MESSAGE, UserError, shorten
 from minomni.files import WriteError, growing_wav, write_atomically
 
 TONE = (0.4 * np.sin(np.arange(4000) / 5)).astype(np.float32)
@@ -107,7 +107,7 @@ def test_an_open_file_of_proc_is_written_through(write, tmp_path):
     ("nul\0", "its name cannot be a file's"), ("half \ud83d", "its name cannot be a file's"),
     ("line\nfeed/" + "y" * 300, r"line\nfeed"),
 ])
-def test_what_cannot_be_written_is_one_line(write, name, says, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_shorten(write, name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -117,7 +117,7 @@ def test_what_cannot_be_written_is_one_line(write, name, says, tmp_path, monkeyp
     text = str(error.value)
     if not (write is by_growing_wav and "line" in name):  # it makes no folders, and says so
         assert says in text
-    assert text.isprintable() and len(text) <= LONGEST
+    assert text.isprintable() and len(text) <= LONGEST_MESSAGE
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "folder").iterdir())
 
 
@@ -184,8 +184,8 @@ def test_errors_of_the_writer_stay_what_they_are(tmp_path):
 
 
 def test_a_message_is_one_line_of_bounded_length():
-    assert one_line("a\nb\tc\x1b[31m\ud83dü") == "a\\nb\\tc\\x1b[31m\\ud83dü"
+    assert shorten("a\nb\tc\x1b[31m\ud83dü") == "a\\nb\\tc\\x1b[31m\\ud83dü"
     assert str(UserError("short")) == "short"
     long = str(UserError("begin " + "\n" * 100_000 + " end"))
-    assert len(long) <= LONGEST and long.startswith("begin ") and long.isprintable()
+    assert len(long) <= LONGEST_MESSAGE and long.startswith("begin ") and long.isprintable()
     assert str(UserError("x" * 9000 + " end")).endswith(" end")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .. import load, weights
 from ..config_json import read_json, write_json
-from ..errors import UserError, one_line
+from ..errors import UserError, shorten
 from ..files import writing
 from ..inputs.media import load_audio
 from ..inputs.mel import HOP, voice_mel
@@ -143,7 +143,7 @@ def tune(size: str, data: Path, out: Path, stage: str | None = None, seed: int =
 
 def run_of(out: Path) -> Path:
     """The folder of the run, beside the one of the tuned model. Raises UserError where no model can go there."""
-    shown = one_line(out, 200) or "an empty name"
+    shown = shorten(out, 200) or "an empty name"
     with writing(out):
         if out.name in ("", ".."):
             raise UserError(f"--out {shown}: expected the name of a folder for the tuned model, as runs/tuned")

@@ -18,7 +18,7 @@ Relative paths are relative to the file. Keys that only describe a row (NOTES) a
 import re
 from pathlib import Path
 
-from ..errors import UserError, one_line
+from ..errors import UserError, shorten
 
 OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video")
 LISTS = {"images": "image", "audios": "audio", "videos": "video", "image": "image", "audio": "audio", "video": "video"}
@@ -43,7 +43,7 @@ def standard(row, folder: Path) -> dict:
     row = without_nulls(row)
     allowed = {*OWN_KEYS, *LISTS, *TURNS}
     if unknown := sorted(row.keys() - allowed - NOTES):
-        raise UserError(f"unknown key {one_line(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, and those of other "
+        raise UserError(f"unknown key {shorten(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, and those of other "
                         f"layouts (own_formats.py lists them)")
     for key in ("speech", "voice"):
         if key in row:
@@ -54,7 +54,7 @@ def standard(row, folder: Path) -> dict:
     messages = [spelled_alike(message, i) for i, message in enumerate(written, 1)]
     for message in messages:
         if message["role"] not in ("system", "user", "assistant"):
-            raise UserError(f"unknown role {one_line(message['role'], 60)!r}; roles are system, user and assistant")
+            raise UserError(f"unknown role {shorten(message['role'], 60)!r}; roles are system, user and assistant")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("expected at least one question, and as the last message the assistant's answer")
     if written[-1].get("weight") == 0:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, one_line
+from ..errors import UserError, shorten
 from ..files import open_regular, write_atomically
 from ..inputs.media import load_audio
 from ..inputs.prompt import Inputs, Processor
@@ -61,7 +61,7 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({one_line(error, 100)})") from None
+        raise UserError(f"not JSON ({shorten(error, 100)})") from None
     row = standard(row, folder)
     *question, last = row["messages"]
     if question[0]["role"] != "system":  # as respond() does it
@@ -90,7 +90,7 @@ class Lines:
 
     def __init__(self, path: Path, system_prompt: str, folder: Path | None = None, shown: Path | None = None):
         self.path, self.system_prompt = path, system_prompt
-        self.folder, self.shown = folder or path.parent, one_line(shown or path, 200)
+        self.folder, self.shown = folder or path.parent, shorten(shown or path, 200)
         self.starts, self.spoken = array("q"), array("q")  # bytes; spoken holds the numbers of lines with speech
         self.voices: dict[str, Tensor] = {}
         self.heard_in: dict[str, str] = {}  # where the first recording of such a voice is
@@ -131,7 +131,7 @@ def is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except (OSError, ValueError) as error:
-        raise UserError(f"{one_line(path, 200)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{shorten(path, 200)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def checked(path: Path, omni, run: Path | None = None, unit: str = "line", data: Path | None = None,
@@ -162,7 +162,7 @@ def checked(path: Path, omni, run: Path | None = None, unit: str = "line", data:
             except UserError as error:
                 bad.append(f"{unit} {number}: {error}")
             except Exception as error:  # whatever a line brings about, its number is told
-                bad.append(f"{unit} {number}: cannot be read ({type(error).__name__}: {one_line(error, 200)})")
+                bad.append(f"{unit} {number}: cannot be read ({type(error).__name__}: {shorten(error, 200)})")
             place += len(text)
     bad += [] if bad else bad_voices(lines, omni)
     if bad:
@@ -177,11 +177,11 @@ def complaint(shown: str, bad: list[str], run: Path | None, unit: str) -> str:
     if run:
         write_atomically(run / BAD_LINES, lambda file: file.writelines(line.encode() + b"\n" for line in bad))
     room = 300 // min(len(bad), SHOWN)  # characters for each
-    few, more = [one_line(line, room) for line in bad[:SHOWN]], len(bad) - SHOWN
+    few, more = [shorten(line, room) for line in bad[:SHOWN]], len(bad) - SHOWN
     units = unit if len(bad) == 1 else f"{unit}s".replace("ys", "ies")
     count = f"{len(bad)}{' or more' if len(bad) >= MOST_BAD else ''} bad {units}"
-    where = f"; and {more} more{f' in {one_line(run / BAD_LINES, 60)}' if run else ''}" if more > 0 else ""
-    return f"{one_line(shown, 80)}: {count}, nothing was trained; {'; '.join(few)}{where}"
+    where = f"; and {more} more{f' in {shorten(run / BAD_LINES, 60)}' if run else ''}" if more > 0 else ""
+    return f"{shorten(shown, 80)}: {count}, nothing was trained; {'; '.join(few)}{where}"
 
 
 def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "") -> None:
@@ -194,7 +194,7 @@ def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "
         return
     wave, voice = load_audio(line.speech), line.voice or next(iter(omni.voices), "")
     if float(wave.abs().max()) < SILENT:
-        raise UserError(f"{one_line(line.speech, 200)}: is silent; give a recording of the answer")
+        raise UserError(f"{shorten(line.speech, 200)}: is silent; give a recording of the answer")
     codes = len(wave) * omni.config.token2wav.codes_per_second // 16_000
     if length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:
         raise UserError(f"{line.speech}: is too long for the Talker's context with {codes} codes; cut it up")
@@ -214,7 +214,7 @@ def bad_voices(lines: Lines, omni) -> list[str]:
         try:
             make_voice(wave, name, omni)
         except UserError as error:
-            bad.append(f"{lines.heard_in[name]}, of voice {one_line(name, 40)!r}: {error}")
+            bad.append(f"{lines.heard_in[name]}, of voice {shorten(name, 40)!r}: {error}")
     return bad
 
 
@@ -229,7 +229,7 @@ def whole_text(path: Path) -> str:
     with open_regular(path, "the data") as file:
         content = file.read(LARGEST_WHOLE + 1)
     if len(content) > LARGEST_WHOLE:
-        raise UserError(f"{one_line(path, 200)}: is larger than {LARGEST_WHOLE >> 20} MB and not one JSON object a line; "
+        raise UserError(f"{shorten(path, 200)}: is larger than {LARGEST_WHOLE >> 20} MB and not one JSON object a line; "
                         f"write it as JSONL in UTF-8, which is read line by line")
     return decoded(content, path)
 
@@ -241,7 +241,7 @@ def decoded(content: bytes, path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         row = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{one_line(path, 200)}: is not {encoding.upper().removesuffix('-SIG')} (byte {error.start}, in row "
+        raise UserError(f"{shorten(path, 200)}: is not {encoding.upper().removesuffix('-SIG')} (byte {error.start}, in row "
                         f"{row}); save it as UTF-8") from None
 
 
@@ -269,16 +269,16 @@ def elements(text: str, path: Path) -> Iterator[dict | str]:
         try:
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{one_line(path, 200)}: entry {number} of the array is not JSON "
-                            f"({one_line(error, 100)})") from None
+            raise UserError(f"{shorten(path, 200)}: entry {number} of the array is not JSON "
+                            f"({shorten(error, 100)})") from None
         yield text[at:end].replace("\n", " ").replace("\r", " ")  # line feeds only stand between the parts of a row
         at = space.match(text, end).end()
         if text[at : at + 1] == ",":
             at = space.match(text, at + 1).end()
         elif text[at : at + 1] != "]":
-            raise UserError(f"{one_line(path, 200)}: the array does not go on after entry {number}; expected , or ]")
+            raise UserError(f"{shorten(path, 200)}: the array does not go on after entry {number}; expected , or ]")
     if text[at + 1 :].strip():
-        raise UserError(f"{one_line(path, 200)}: something follows the array; expected one array, or one object a line")
+        raise UserError(f"{shorten(path, 200)}: something follows the array; expected one array, or one object a line")
 
 
 def prompt(line: Line, processor: Processor) -> Inputs:
@@ -319,7 +319,7 @@ def ljspeech(folder: Path) -> Iterator[dict]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise UserError(f"{path}: row {number} cannot be read ({one_line(error, 100)})") from None
+            raise UserError(f"{path}: row {number} cannot be read ({shorten(error, 100)})") from None
         if row is None:
             return
         if len(row) not in (2, 3):

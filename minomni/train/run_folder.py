@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import OmniConfig
 from ..config_json import read_config, write_config
-from ..errors import UserError, one_line
+from ..errors import UserError, shorten
 from ..files import WriteError, open_regular, write_atomically, writing
 
 
@@ -60,7 +60,7 @@ def clear_home(folder: Path) -> None:
     with writing(folder):
         strangers = [entry.name for entry in folder.iterdir() if not any(entry.match(known) for known in RUN_FILES)]
         if strangers:
-            raise UserError(f"{one_line(folder, 200)}: holds {one_line(min(strangers), 80)!r}, which --fresh would delete "
+            raise UserError(f"{shorten(folder, 200)}: holds {shorten(min(strangers), 80)!r}, which --fresh would delete "
                             f"although no run wrote it; move it, or work elsewhere")
         shutil.rmtree(folder.resolve())
 
@@ -135,8 +135,8 @@ def read_checked(path: Path):
     except UserError:
         raise
     except Exception as error:  # what a broken or hostile file raises is up to its author
-        reason = one_line((str(error).splitlines() or [""])[0], 120)
-        raise UserError(f"{one_line(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
+        reason = shorten((str(error).splitlines() or [""])[0], 120)
+        raise UserError(f"{shorten(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
                         f"{reason}); delete it, and what it held is made again") from None
 
 
@@ -213,5 +213,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{one_line(path, 200)}: cut short or no safetensors file ({one_line(error, 120)}); delete it, "
+        raise UserError(f"{shorten(path, 200)}: cut short or no safetensors file ({shorten(error, 120)}); delete it, "
                         f"and run its stage again") from None
