@@ -1,17 +1,18 @@
 """The one error a person is meant to read."""
 
-LONGEST_MESSAGE = 500  # characters
-
 
 class UserError(ValueError):
     """One clear line: what was given, what was expected, what to do. The command line prints it and exits with 2.
 
-    A message may quote names, values and other programs' errors. Whatever they hold, it stays one line that a terminal
-    can print, of at most LONGEST_MESSAGE characters.
+    Whatever names, values and other programs' errors a message quotes, it stays one line that a terminal can print, of
+    at most LONGEST_MESSAGE characters.
     """
 
     def __init__(self, message: str):
         super().__init__(shorten(message, LONGEST_MESSAGE))
+
+
+LONGEST_MESSAGE = 500  # characters
 
 
 def shorten(text: object, limit: int = 200) -> str:
@@ -19,19 +20,12 @@ def shorten(text: object, limit: int = 200) -> str:
 
     For names and values that a message quotes. Line feeds and other characters that no terminal shows come as escapes.
     """
-    text = _without_middle(str(text), limit)  # cut before escaping: a text of a gigabyte takes no time
-    if text.isprintable():
-        return text
-    return _without_middle("".join(map(_printable, text)), limit)
-
-
-def _without_middle(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    tail = limit // 3
-    return f"{text[: limit - tail - 3]}...{text[-tail:]}"
-
-
-def _printable(character: str) -> str:
-    """A character as it is, or its escape where a terminal could not show it: a line feed becomes \\n."""
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+    text = str(text)
+    if len(text) > limit:  # cut before escaping: a text of a gigabyte takes no time
+        tail = limit // 2
+        text = f"{text[: limit - tail - 3]}...{text[-tail:]}"
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    if len(escaped) > limit:
+        tail = limit // 2
+        escaped = f"{escaped[: limit - tail - 3]}...{escaped[-tail:]}"
+    return escaped

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 MEMORY = 2 * 2**30  # bytes that one case may take
 CPU_SECONDS, WALL_SECONDS = 20, 300  # of one case; the second only ends what waits for ever
+NO_END, DIED = "no end", "the process died"
 HEADER = 400  # bytes at the begin of a file in which half of all changes fall
 ODD_NUMBERS = (0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 10**6, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF,
                2**62, 2**63 - 1, 2**64 - 1)
@@ -412,14 +413,14 @@ def run_case(readers: Readers, seed: int, number: int) -> Outcome:
         shutil.copyfile(readers.inputs / file, path)
 
 
-def worker(connection, inputs: str, seed: int) -> None:
+def worker(connection, inputs: Path, seed: int, kind: type) -> None:
     """Child process: take case numbers, send outcomes."""
     os.environ["MALLOC_ARENA_MAX"] = "2"
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
-        readers = Readers(Path(inputs), Path(work))
+        readers = kind(inputs, Path(work))
         for file, reader in dict(ROUND).items():  # imports and caches are no case's memory; and whole files are right
             if not getattr(readers, reader)(readers.work / file):
                 raise AssertionError(f"{file} as it was made is read wrong")
@@ -465,12 +466,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Child:
-    """A worker process and the case it works on."""
+    """A worker process and the case it works on. kind: the class of its readers."""
 
-    def __init__(self, inputs: Path, seed: int):
+    def __init__(self, inputs: Path, seed: int, kind: type):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(theirs, str(inputs), seed), daemon=True)
+        self.process = context.Process(target=worker, args=(theirs, inputs, seed, kind), daemon=True)
         self.process.start()
         theirs.close()
         if not self.connection.poll(WALL_SECONDS) or self.connection.recv() != "ready":
@@ -526,34 +527,38 @@ class Result:
 
 def fuzz(cases: int, seed: int, seconds: float = math.inf, workers: int = 1, first: int = 0) -> Result:
     """Run cases first, first + 1, ... in child processes, until all are run or the time is over."""
-    result, numbers, began = Result(), iter(range(first, first + cases)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder) / "inputs"
-        make_inputs(inputs)
-        children = []
-        try:
-            children = [Child(inputs, seed) for _ in range(workers)]
-            while children:
-                for child in [child for child in children if child.number is None]:
-                    number = next(numbers, None) if time.monotonic() - began < seconds else None
-                    if number is None:
-                        child.stop()
-                        children.remove(child)
-                    else:
-                        child.give(number)
-                ready = wait([child.connection for child in children], timeout=1) if children else []
-                for i, child in enumerate(children):
-                    outcome = received(child, child.connection in ready, seed, inputs)
-                    if outcome is None:
-                        continue
-                    result.add(outcome)
-                    child.number = None
-                    if outcome.what in ("no end",) or outcome.what.startswith("the process died"):
-                        child.stop()
-                        children[i] = Child(inputs, seed)
-        finally:
-            for child in children:
-                child.stop()
+        make_inputs(Path(folder) / "inputs")
+        return run_cases(range(first, first + cases), seed, Path(folder) / "inputs", Readers, seconds, workers)
+
+
+def run_cases(cases: range, seed: int, inputs: Path, kind: type, seconds: float = math.inf, workers: int = 1) -> Result:
+    """Give cases to children that are idle, and take what comes of them. A child that fails is replaced."""
+    result, numbers, began = Result(), iter(cases), time.monotonic()
+    children = []
+    try:
+        children += [Child(inputs, seed, kind) for _ in range(workers)]
+        while children:
+            for child in [child for child in children if child.number is None]:
+                number = next(numbers, None) if time.monotonic() - began < seconds else None
+                if number is None:
+                    child.stop()
+                    children.remove(child)
+                else:
+                    child.give(number)
+            ready = wait([child.connection for child in children], timeout=1) if children else []
+            for i, child in enumerate(children):
+                outcome = received(child, child.connection in ready, seed, inputs)
+                if outcome is None:
+                    continue
+                result.add(outcome)
+                if outcome.what == NO_END or outcome.what.startswith(DIED):
+                    child.stop()
+                    children[i] = Child(inputs, seed, kind)
+                child.number = None
+    finally:
+        for child in children:
+            child.stop()
     return result
 
 
@@ -565,9 +570,9 @@ def received(child: Child, ready: bool, seed: int, inputs: Path) -> Outcome | No
         except (EOFError, OSError):
             child.process.join()
             file, _, _ = case_of(seed, child.number, inputs)
-            return Outcome(child.number, file, "fault", f"the process died ({child.process.exitcode})")
+            return Outcome(child.number, file, "fault", f"{DIED} ({child.process.exitcode})")
     if child.number is not None and child.endless():
-        return Outcome(child.number, case_of(seed, child.number, inputs)[0], "fault", "no end")
+        return Outcome(child.number, case_of(seed, child.number, inputs)[0], "fault", NO_END)
     return None
 
 

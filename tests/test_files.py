@@ -107,7 +107,7 @@ def test_an_open_file_of_proc_is_written_through(write, tmp_path):
     ("nul\0", "its name cannot be a file's"), ("half \ud83d", "its name cannot be a file's"),
     ("line\nfeed/" + "y" * 300, r"line\nfeed"),
 ])
-def test_what_cannot_be_written_is_one_line(write, name, says, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_shorten(write, name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")

@@ -9,6 +9,7 @@ pytest.importorskip("resource", reason="this system has no memory limits")
 
 import fuzz  # noqa: E402
 
+WHOLE = '{"a": [1, {"b": "text"}], "c": -0.5}'
 CASES, SEED = int(os.environ.get("MINOMNI_FUZZ_CASES", 1000)), 1
 
 
@@ -28,6 +29,7 @@ class Planted:
         work.mkdir(exist_ok=True)
         for file, _, _ in fuzz.FILES:
             (work / file).parent.mkdir(parents=True, exist_ok=True)
+            (work / file).write_text(WHOLE)
 
     def sound(self, path):
         raise KeyError("x")
@@ -53,7 +55,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     for file, _, _ in fuzz.FILES:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text('{"a": [1, {"b": "text"}], "c": -0.5}')
+        (folder / file).write_text(WHOLE)
     return folder
 
 
@@ -66,17 +68,38 @@ def test_planted_faults_are_found(inputs, tmp_path):
     assert kinds["config"] == {("fault", "a message of 3 c")} and kinds["film"] == {("right", "")}
 
 
-def crash(self, path):
-    os.abort()
+class Hostile(Planted):
+    """Readers that end their process, never end, and take 3 GB, once they are given damaged files."""
+
+    def film(self, path):
+        if path.read_text(errors="replace") != WHOLE:
+            os.abort()
+        return True
+
+    def data(self, path):
+        while path.read_text(errors="replace") != WHOLE:
+            pass
+        return True
+
+    def voices(self, path):
+        return path.read_text(errors="replace") == WHOLE or len(bytearray(3 * 2**30)) > 0
+
+    sound = picture = config = lambda self, path: True
 
 
-def hang(self, path):
-    while True:
-        pass
-
-
-def eat(self, path):
-    return len(bytearray(3 * 2**30)) > 0
+def test_crashes_hangs_and_hunger_are_found_and_the_rest_goes_on(inputs, monkeypatch):
+    monkeypatch.setattr(fuzz, "CPU_SECONDS", 1)
+    seen = {}
+    for number in range(200):
+        file, reader, content = fuzz.case_of(5, number, inputs)
+        if reader in ("film", "data", "voices", "tokenizer") and content != WHOLE.encode():
+            seen.setdefault(reader, number)
+    for reader, number in seen.items():
+        result = fuzz.run_cases(range(number, number + 1), 5, inputs, Hostile)
+        what = [fault.what for fault in result.faults]
+        expected = {"film": "the process died (-6)", "data": "no end", "voices": "MemoryError", "tokenizer": None}[reader]
+        assert len(what) == (expected is not None) and all(expected in text for text in what), (reader, what)
+    assert len(seen) == 4
 
 
 def test_a_case_is_the_same_every_time(inputs):
@@ -91,7 +114,7 @@ def test_values_of_json_are_replaced_and_stay_json(inputs):
 
     random, seen = Random(0), set()
     for _ in range(300):
-        changed = fuzz.other_value(b'{"a": [1, {"b": "text"}], "c": -0.5}', "x.json", random)
+        changed = fuzz.other_value(WHOLE.encode(), "x.json", random)
         seen.add(changed[:200])
         if changed.count(b"[") < 10 and changed.count(b"{") < 10 and b"[[[" not in changed and b"{{{" not in changed:
             json.loads(changed)
