@@ -30,6 +30,17 @@ def load(name: str, device: str = "cpu", dtype=None):
     return weights.load(folder, device_of(device), dtype if Path(name).is_dir() else dtype or torch.float32)
 
 
+def save(omni, folder) -> None:
+    """Write a model as a folder that load() and transformers read: weights, sizes, voices, tokenizer, processor.
+
+    An existing model folder is replaced; other files of the folder that the model was loaded from are kept. Raises
+    UserError, and changes nothing, where folder is a file or holds something else than a model.
+    """
+    from . import weights
+
+    weights.save(omni, folder)
+
+
 def device_of(name: str):
     """The torch.device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
     import torch

@@ -1,7 +1,7 @@
 """OmniConfig to and from the JSON files of a model folder, in the release's layout.
 
 config.json holds the sizes; what it says must be said completely, and nothing unknown may be said. Three things of ours
-are not in a release and take QWEN7B's values there: codec_config in config.json, the generation settings in
+are not in a release and take QWEN7B's values there: the codec in codec/config.json, the generation settings in
 generation_config.json, the media limits in preprocessor_config.json.
 """
 
@@ -17,6 +17,7 @@ from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, CodecConf
 from minomni.errors import UserError
 from minomni.files import write_atomically
 
+CODEC_FOLDER = "codec"  # the codec's subfolder: programs that do not know it read all tensors of the folder above
 # Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
     "endoftext": "pad_token_id", "im_start": "bos_token_id", "im_end": "eos_token_id", "audio": "audio_token_index",
@@ -64,14 +65,18 @@ def read_config(folder: Path) -> OmniConfig:
         raise
     except ValueError as error:  # sizes that contradict each other
         raise UserError(f"{file}: {error}") from None
+    given.pop("codec_config", None)  # of older folders, checked by parse_codec
     compare(given, spell_as_release(plain(to_json(config)), file), file)
     return config
 
 
 def write_config(config: OmniConfig, folder: Path) -> None:
-    """Write config.json, generation_config.json and preprocessor_config.json; read_config gives `config` again."""
+    """Write config.json, generation_config.json, preprocessor_config.json and, for a model with a codec,
+    codec/config.json; read_config gives `config` again."""
     folder, media = Path(folder), config.media
     write_json(folder / "config.json", to_json(config))
+    if config.codec is not None:
+        write_json(folder / CODEC_FOLDER / "config.json", asdict(config.codec))
     settings = {"thinker": config.thinker_sampling, "talker": config.talker_sampling, "flow": config.flow}
     write_json(folder / "generation_config.json", {key: asdict(value) for key, value in settings.items()})
     pixels = {"min_pixels": media.image_min_pixels, "max_pixels": media.image_max_pixels}  # as the release says it
@@ -174,7 +179,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
         talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)),
         token2wav=Token2WavConfig(dit=token2wav.section("dit_config").build(DiTConfig, DIT_SPELLINGS),
                                   bigvgan=token2wav.section("bigvgan_config").build(BigVGANConfig)),
-        codec=root.section("codec_config").build(CodecConfig) if "codec_config" in data else None,
+        codec=parse_codec(root, folder),
         media=parse_media(folder),
         thinker_sampling=setting(generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling),
         talker_sampling=setting(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
@@ -187,13 +192,23 @@ def decoder(section: Section) -> DecoderConfig:
 
 def setting(section: Section, key: str, cls: type, default: Any) -> Any:
     """One of our own groups of settings, complete and without unknown keys, or the default where there is none."""
-    if key not in section.data:
-        return default
-    group = section.section(key)
+    return complete(section.section(key), cls) if key in section.data else default
+
+
+def complete(group: Section, cls: type) -> Any:
+    """All of a group of our own as a config dataclass. Raises UserError for a missing and for an unknown key."""
     unknown = sorted(set(group.data) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         raise UserError(f"{group.name}: unknown key {unknown[0]!r}")
     return group.build(cls)
+
+
+def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
+    """The codec's sizes: a file of the codec's own folder, or in older folders a part of config.json."""
+    file = folder / CODEC_FOLDER / "config.json"
+    if file.exists():
+        return complete(Section(read_json(file), str(file)), CodecConfig)
+    return setting(root, "codec_config", CodecConfig, None)
 
 
 def parse_media(folder: Path) -> MediaConfig:
@@ -249,7 +264,7 @@ def to_json(config: OmniConfig) -> dict:
                                **asdict(token2wav.bigvgan)},
         },
     }
-    return data | ({} if config.codec is None else {"codec_config": asdict(config.codec)})
+    return data
 
 
 def decoder_json(config: DecoderConfig) -> dict:

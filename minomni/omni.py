@@ -1,6 +1,7 @@
 """The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages in, a reply out."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Omni(nn.Module):
         self.codec = None if config.codec is None else Codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
+        self.loaded_from: Path | None = None  # the folder; saving keeps what else it holds
 
     @property
     def table_rows(self) -> int:

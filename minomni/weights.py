@@ -4,33 +4,24 @@ Our modules carry the checkpoint's names, so loading is a bijection: every store
 is filled once, every shape is equal, or one error lists the differences. Nothing is read before that is settled.
 """
 
-import os
-import shutil
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minomni.config import OmniConfig
-from minomni.config_json import read_config, read_json, write_config, write_json
+from minomni.config_json import CODEC_FOLDER, read_config, read_json
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
+from minomni.saving import DIT_ANGLES, INDEX, VOICES, WHOLE, save  # noqa: F401, weights.save is its name elsewhere
 from minomni.token2wav.speaker import Voice
 
-INDEX, WHOLE, VOICES = "model.safetensors.index.json", "model.safetensors", "spk_dict.pt"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
-# Stored by some releases of transformers, computed by us.
-COMPUTED = {"token2wav.code2wav_dit_model.rotary_embed.inv_freq"}
-# All that a model folder may hold when save() is asked to replace it.
-KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.*", INDEX,
-               "*.safetensors", VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "vocab.json", "merges.txt", "added_tokens.json", "trained.json")
+COMPUTED = {DIT_ANGLES}  # stored for transformers 4.x, computed by us
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the release stores and runs it
-SHARD_BYTES = 5_000_000_000
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Omni:
@@ -52,6 +43,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     omni.voices = load_voices(folder / VOICES, config, device)
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         omni.tokenizer = Tokenizer.load(folder)
+    omni.loaded_from = folder.absolute()
     return omni.eval()
 
 
@@ -80,19 +72,23 @@ def inside(file: Path, folder: Path) -> bool:
 def headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     """{file: {tensor: shape}}, without reading the tensors. Raises UserError for a broken shard or a wrong index."""
     files, index = shard_files(folder)
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as shard:
-                found[file] = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: missing, cut short or not a safetensors file ({error}); copy it again") from None
+    found = {file: header(file) for file in files}
     places = [(name, file.name) for file, names in found.items() for name in names]
     if index is not None and sorted(places) != sorted(index.items()):
         name, file = sorted(set(places) ^ set(index.items()))[0]
         raise UserError(f"{folder / INDEX}: index and files disagree, first about {name!r} in {file!r}; "
                         f"copy the folder again")
-    return found
+    codec = folder / CODEC_FOLDER / WHOLE
+    return found | ({codec: header(codec)} if codec.exists() else {})
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of one file. Raises UserError for a broken one."""
+    try:
+        with safe_open(file, "pt") as shard:
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: missing, cut short or not a safetensors file ({error}); copy it again") from None
 
 
 def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni) -> None:
@@ -147,53 +143,3 @@ def voice_from(file: Path, name: str, entry: dict, config: OmniConfig) -> Voice:
                         f"{list(ref_mel.shape)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
                         f"[1, frames, {dit.mel_dim}]")
     return Voice(str(name), bos, cond, ref_mel)
-
-
-def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the model, its voices and its tokenizer as a checkpoint folder that load() and transformers read.
-
-    Written beside the target and renamed at the end, so a folder is never half there; an existing one is replaced, but
-    only if it holds nothing but a model. Raises UserError.
-    """
-    folder = Path(folder).absolute()
-    strangers = [entry.name for entry in folder.glob("*") if not any(entry.match(known) for known in KNOWN_FILES)]
-    if strangers:
-        raise UserError(f"{folder}: holds {strangers[0]!r}, which saving would delete; choose another folder")
-    fresh, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
-    fresh.mkdir(parents=True)
-    try:
-        write_config(omni.config, fresh)
-        write_tensors(omni.state_dict(), fresh, shard_bytes)
-        if omni.voices:
-            torch.save({name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
-                        for name, voice in omni.voices.items()}, fresh / VOICES)
-        if omni.tokenizer is not None:
-            omni.tokenizer.save(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():  # the second rename failed
-            old.rename(folder)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors in order into files of at most shard_bytes (a larger one gets its own), with an index if many."""
-    shards, room = [{}], shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    count = len(shards)
-    files = [WHOLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for file, shard in zip(files, shards):
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        save_file(plain, folder / file, {"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
-        write_json(folder / INDEX, index)
