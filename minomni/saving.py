@@ -170,8 +170,9 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
 
 
 def write_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file, on the disk when this returns."""
+    """One safetensors file beside its config.json, on the disk when this returns."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    shutil.copymode(file.with_name("config.json"), file)  # safetensors makes files that only their owner may read
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from make_data_samples import with_three_pairs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,8 +23,7 @@ from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import Omni
 from minomni.processor_files import CHAT_TEMPLATE
 from minomni.token2wav.speaker import Voice
-
-SHIPPED = Path(__file__).parents[1] / "data_samples" / "tiny"
+from minomni.token2wav.stream import VocoderStream
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,12 @@ def test_codec_of_an_older_folder_is_read(omni, folder):
     assert same_tensors(old, omni) and old.config == omni.config
     minomni.save(old, folder)
     assert (folder / "codec" / "model.safetensors").exists() and same_tensors(weights.load(folder), omni)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such rights on Windows")
+def test_whoever_may_read_one_file_may_read_all(folder):
+    assert {file.stat().st_mode for file in folder.rglob("*") if file.is_file()} == {
+        (folder / "config.json").stat().st_mode}
 
 
 def old_layout(folder: Path) -> None:
@@ -149,6 +155,47 @@ def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
     assert same_tensors(again, model)
     assert torch.equal(again.thinker.lm_head.weight, 2 * omni.thinker.lm_head.weight)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+# ---------------------------------------------------------------------------------------------- three pairs in a block
+def two_pairs() -> Omni:
+    """A model of tiny's size but for its vocoder's blocks, with numbers in all its tensors."""
+    bigvgan = dataclasses.replace(TINY.token2wav.bigvgan, resblock_dilation_sizes=((1, 2), (1, 2)))
+    model = Omni(dataclasses.replace(TINY, token2wav=dataclasses.replace(TINY.token2wav, bigvgan=bigvgan))).eval()
+    oracle.fill(model.token2wav.state_dict())
+    return model
+
+
+def test_a_third_pair_of_zeros_changes_no_bit():
+    old = two_pairs()
+    vocoder = old.token2wav.code2wav_bigvgan_model
+    wider = with_three_pairs(old, dilations=(1, 2, 7)).token2wav.code2wav_bigvgan_model
+    generator = torch.Generator().manual_seed(3)
+    mel = torch.randn(1, 80, 90, generator=generator) - 4
+    with torch.no_grad():
+        whole = vocoder(mel)
+        assert whole.std() > 0.01 and torch.equal(wider(mel), whole)
+        assert wider.reach == vocoder.reach  # streamed, it waits for no more of the mel, and cuts it alike
+        streams = VocoderStream(vocoder), VocoderStream(wider)
+        for begin in range(0, 90, 15):
+            pieces = [stream.feed(mel[:, :, begin : begin + 15], begin == 75) for stream in streams]
+            assert torch.equal(*pieces)
+        wider.train()
+        assert torch.equal(wider(mel), whole)  # all pairs are run in training
+
+
+def test_a_pair_that_is_not_zero_is_run():
+    new = with_three_pairs(two_pairs(), dilations=(1, 2, 3)).token2wav.code2wav_bigvgan_model
+    mel, reach = torch.full((1, 80, 30), -4.0), new.reach
+    before = new(mel)
+    with torch.no_grad():
+        new.resblocks[-1].convs2[2].bias[0] = 0.5
+    assert new.reach > reach and not torch.equal(new(mel), before)
+
+
+def test_a_size_trained_anew_begins_with_numbers_in_all_pairs():
+    vocoder = Omni(TINY).token2wav.code2wav_bigvgan_model
+    assert all(len(block.convs2) == 3 and all(conv.weight.any() for conv in block.convs2) for block in vocoder.resblocks)
 
 
 # -------------------------------------------------------------------------------------------------- files of other people
