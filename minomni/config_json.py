@@ -212,12 +212,22 @@ def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
 
 
 def parse_media(folder: Path) -> MediaConfig:
-    """Our own limits, or the release's with the picture limits that its preprocessor_config.json states."""
-    file = folder / "preprocessor_config.json"
-    data = read_json(file, optional=True)
-    release = dataclasses.replace(QWEN7B.media, image_min_pixels=data.get("min_pixels", QWEN7B.media.image_min_pixels),
-                                  image_max_pixels=data.get("max_pixels", QWEN7B.media.image_max_pixels))
-    return setting(Section(data, str(file)), "media", MediaConfig, release)
+    """Our own limits, or the release's with the picture limits that the folder states for transformers."""
+    section = picture_settings(folder)
+    size = section.data.get("size") or {}  # as transformers spells the limits when it saves a processor
+    smallest = section.data.get("min_pixels") or size.get("shortest_edge") or QWEN7B.media.image_min_pixels
+    largest = section.data.get("max_pixels") or size.get("longest_edge") or QWEN7B.media.image_max_pixels
+    release = dataclasses.replace(QWEN7B.media, image_min_pixels=smallest, image_max_pixels=largest)
+    return setting(section, "media", MediaConfig, release)
+
+
+def picture_settings(folder: Path) -> Section:
+    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps the same keys."""
+    file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not file.exists() and newer.exists():
+        whole = Section(read_json(newer), str(newer))
+        return whole.section("image_processor") if "image_processor" in whole.data else whole
+    return Section(read_json(file, optional=True), str(file))
 
 
 def compare(given: dict, written: dict, where: str) -> None:

@@ -1,8 +1,9 @@
 """What transformers' users get of a folder saved here: run by test_export.py in a process of its own, for any version.
 
-    python tests/ask_transformers.py FOLDER CASES ANSWERS    # CASES and ANSWERS are files of torch.save
+    python tests/ask_transformers.py FOLDER CASES ANSWERS [COPY]    # CASES and ANSWERS are files of torch.save
 
-It opens the folder with from_pretrained and AutoProcessor and answers every case greedily.
+It opens the folder with from_pretrained and AutoProcessor, answers every case greedily, and saves what it has opened as
+another folder, COPY, with save_pretrained.
 """
 
 import sys
@@ -69,7 +70,7 @@ def answer(model, processor, case: dict, version: tuple[int, ...]) -> dict:
                      "wave": wave}
 
 
-def main(folder: str, cases: str, answers: str) -> None:
+def main(folder: str, cases: str, answers: str, copy: str | None = None) -> None:
     torch.set_num_threads(1)
     library = register_vision_operators()
     import transformers
@@ -86,6 +87,10 @@ def main(folder: str, cases: str, answers: str) -> None:
         "said": processor.tokenizer.decode(given["ids"], skip_special_tokens=True),
         "answers": [answer(model, processor, case, version) for case in given["cases"]],
     }, answers)
+    if copy is not None:
+        model.save_pretrained(copy)
+        processor.save_pretrained(copy)
+        torch.save(model.speaker_map, f"{copy}/spk_dict.pt")  # which save_pretrained forgets
     del library
 
 

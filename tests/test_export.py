@@ -99,20 +99,34 @@ def as_they_take_it(omni, question: dict) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def theirs(omni, packages, tmp_path_factory) -> dict:
-    """What this version of transformers makes of the folder."""
-    room = tmp_path_factory.mktemp("asked")
-    special = special_tokens(omni.config.thinker.tokens)
-    ids = [special["<|im_start|>"], *omni.tokenizer.encode("the blue square"), special["<|im_end|>"]]
-    torch.save({"texts": TEXTS, "special": list(special), "ids": ids,
-                "cases": [as_they_take_it(omni, question) for question in questions()]}, room / "cases.pt")
+def ask(packages: list[Path], folder: Path, room: Path, *more: Path) -> dict:
+    """Run ask_transformers.py on a folder and the cases in a room -> its answers."""
     paths = [*packages, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), ROOT]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, str(ASK), str(omni.loaded_from), str(room / "cases.pt"),
-                           str(room / "answers.pt")], env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, ASK, folder, room / "cases.pt", room / "answers.pt", *more]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(room / "answers.pt", weights_only=False)
+
+
+def cases(omni, count: int | None = None) -> dict:
+    special = special_tokens(omni.config.thinker.tokens)
+    ids = [special["<|im_start|>"], *omni.tokenizer.encode("the blue square"), special["<|im_end|>"]]
+    return {"texts": TEXTS, "special": list(special), "ids": ids,
+            "cases": [as_they_take_it(omni, question) for question in questions()[:count]]}
+
+
+@pytest.fixture(scope="module")
+def room(packages, tmp_path_factory) -> Path:
+    """Where one version of transformers leaves its answers and its copy of the model."""
+    return tmp_path_factory.mktemp("asked")
+
+
+@pytest.fixture(scope="module")
+def theirs(omni, packages, room) -> dict:
+    """What this version of transformers makes of the folder."""
+    torch.save(cases(omni), room / "cases.pt")
+    return ask(packages, omni.loaded_from, room, room / "copy")
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +173,22 @@ def test_answers_are_the_same(theirs, ours):
         assert their["tokens"] == our["tokens"] and their["codes"] == our["codes"]
         assert len(our["codes"]) > 20 and our["wave"].abs().max() > 0.01
         torch.testing.assert_close(their["wave"], our["wave"], rtol=0, atol=1e-5)
+
+
+def test_a_folder_of_theirs_comes_through_here_unchanged(theirs, packages, omni, room):
+    """What transformers has saved is loaded and saved here, opens there with its processor, and says the same again."""
+    model = weights.load(room / "copy")
+    expected = omni.state_dict()
+    got = model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items() if not name.startswith("codec."))
+    assert model.config.media == omni.config.media and model.config.codec is None
+    assert model.tokenizer.encode(TEXTS[1]) == omni.tokenizer.encode(TEXTS[1])
+    minomni.save(model, room / "through")
+    foreign = {file.name for file in (room / "copy").iterdir()} - {file.name for file in (room / "through").iterdir()}
+    assert not foreign
+    torch.save(cases(omni, 1), room / "cases.pt")
+    again = ask(packages, room / "through", room)
+    assert again["problems"] == [] and again["texts"] == theirs["texts"] and again["special"] == theirs["special"]
+    before, after = theirs["answers"][0], again["answers"][0]
+    assert before["prompt"] == after["prompt"] and before["codes"] == after["codes"]
+    assert torch.equal(before["pixel_values"], after["pixel_values"]) and torch.equal(before["wave"], after["wave"])
