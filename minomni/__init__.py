@@ -37,6 +37,17 @@ def load(name, device="cpu", dtype=None):
     return weights.load(folder, device, torch.float32 if named_by_size and dtype is None else dtype)
 
 
+def save(omni, folder) -> None:
+    """Write a model as a folder that load() and transformers read: weights, sizes, voices, tokenizer, processor.
+
+    An existing model folder is replaced; other files of the folder that the model was loaded from are kept. Raises
+    UserError, and changes nothing, where folder is a file or holds something else than a model.
+    """
+    from . import weights
+
+    weights.save(omni, folder)
+
+
 def device_of(name):
     """The torch.device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
     import torch

@@ -521,7 +521,7 @@ TINY = OmniConfig(
                       enc_se_channels=16),
         bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=64, upsample_rates=(10, 4, 4),
                               upsample_kernel_sizes=(20, 8, 8), resblock_kernel_sizes=(3, 5),
-                              resblock_dilation_sizes=((1, 3), (1, 3)))),
+                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)))),
     codec=CodecConfig(mel_dim=80, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
                       levels=(8, 5, 5, 5), downsample=4, block_frames=200, ctc_vocab=32),
     media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_544, frame_min_pixels=3136, frame_max_pixels=7_056,

@@ -1,7 +1,7 @@
 """OmniConfig to and from the JSON files of a model folder, in the release's layout.
 
 config.json holds the sizes; what it says must be said completely, and nothing unknown may be said. Three things of ours
-are not in a release and take QWEN7B's values there: codec_config in config.json, the generation settings in
+are not in a release and take QWEN7B's values there: the codec in codec/config.json, the generation settings in
 generation_config.json, the media limits in preprocessor_config.json. A Thinker alone is a model too: its config.json is
 what the release says under thinker_config, or has enable_audio_output turned off.
 """
@@ -19,6 +19,7 @@ from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
 from minomni.model_files import quote, read_object, where
 
+CODEC_FOLDER = "codec"  # the codec's subfolder: programs that do not know it read all tensors of the folder above
 # Our names of the token ids, and their keys in thinker_config; talker_config has three more, and repeats some.
 TOKEN_KEYS = {
     "endoftext": "pad_token_id", "im_start": "bos_token_id", "im_end": "eos_token_id", "audio": "audio_token_index",
@@ -92,6 +93,7 @@ def read_config(folder: Path) -> OmniConfig:
         raise UserError(f"{where(file)}: is nested too deeply for settings; copy it again") from None
     except ValueError as error:  # sizes that contradict each other
         raise UserError(f"{where(file)}: {shorten(error, 260)}") from None
+    given.pop("codec_config", None)  # of older folders, checked by parse_codec
     compare(given, spell_as_release(plain(to_json(config)), file), where(file))
     return config
 
@@ -134,9 +136,12 @@ def without_speech(config: OmniConfig) -> OmniConfig:
 
 
 def write_config(config: OmniConfig, folder: Path) -> None:
-    """Write config.json, generation_config.json and preprocessor_config.json; read_config gives `config` again."""
+    """Write config.json, generation_config.json, preprocessor_config.json and, for a model with a codec,
+    codec/config.json; read_config gives `config` again."""
     folder, media = Path(folder), config.media
     write_json(folder / "config.json", to_json(config))
+    if config.codec is not None:
+        write_json(folder / CODEC_FOLDER / "config.json", asdict(config.codec))
     settings = {"thinker": config.thinker_sampling, "talker": config.talker_sampling, "flow": config.flow}
     write_json(folder / "generation_config.json", {key: asdict(value) for key, value in settings.items()})
     pixels = {"min_pixels": media.image_min_pixels, "max_pixels": media.image_max_pixels}  # as the release says it
@@ -265,7 +270,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
             tokens=thinker.build(TokenIds, TOKEN_KEYS, **speech)),
         talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)) if speaks else None,
         token2wav=parse_token2wav(token2wav) if speaks else None,
-        codec=root.section("codec_config").build(CodecConfig) if "codec_config" in data else None,
+        codec=parse_codec(root, folder) if speaks else None,
         media=parse_media(folder),
         thinker_sampling=setting(generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling),
         talker_sampling=setting(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
@@ -283,28 +288,50 @@ def decoder(section: Section) -> DecoderConfig:
 
 def setting(section: Section, key: str, cls: type, default: Any) -> Any:
     """One of our own groups of settings, complete and without unknown keys, or the default where there is none."""
-    if key not in section.data:
-        return default
-    group = section.section(key)
+    return complete(section.section(key), cls) if key in section.data else default
+
+
+def complete(group: Section, cls: type) -> Any:
+    """All of a group of our own as a config dataclass. Raises UserError for a missing and for an unknown key."""
     unknown = sorted(set(group.data) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         raise UserError(f"{group.name}: unknown key {quote(unknown[0])}")
     return group.build(cls)
 
 
+def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
+    """The codec's sizes: a file of the codec's own folder, or in older folders a part of config.json."""
+    file = folder / CODEC_FOLDER / "config.json"
+    if file.exists():
+        return complete(Section(read_json(file), where(file)), CodecConfig)
+    return setting(root, "codec_config", CodecConfig, None)
+
+
 def parse_media(folder: Path) -> MediaConfig:
-    """Our own limits, or the release's with the picture limits that its preprocessor_config.json states."""
-    file = folder / "preprocessor_config.json"
-    section = Section(read_json(file, optional=True), where(file))
+    """Our own limits, or the release's with the picture limits that the folder states for transformers."""
+    section = picture_settings(folder)
+    size = section.data.get("size")  # as transformers spells the limits when it saves a processor
+    spellings = (("image_min_pixels", "min_pixels", "shortest_edge"), ("image_max_pixels", "max_pixels", "longest_edge"))
     limits = {}
-    for name, key in (("image_min_pixels", "min_pixels"), ("image_max_pixels", "max_pixels")):
+    for name, key, edge in spellings:
         if section.data.get(key) is not None:
             limits[name] = section.typed(key, int)
+        elif isinstance(size, dict) and size.get(edge) is not None:
+            limits[name] = section.section("size").typed(edge, int)
     try:
         release = dataclasses.replace(QWEN7B.media, **limits)
     except ValueError as error:
         raise UserError(f"{section.name}, min_pixels and max_pixels: {error}") from None
     return setting(section, "media", MediaConfig, release)
+
+
+def picture_settings(folder: Path) -> Section:
+    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps the same keys."""
+    file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not file.exists() and newer.exists():
+        whole = Section(read_json(newer), where(newer))
+        return whole.section("image_processor") if "image_processor" in whole.data else whole
+    return Section(read_json(file, optional=True), where(file))
 
 
 def compare(given: dict, written: dict, where: str) -> None:
@@ -340,7 +367,7 @@ def to_json(config: OmniConfig) -> dict:
     }
     if config.talker is not None:
         data |= speech_json(config, time)
-    return data | ({} if config.codec is None else {"codec_config": asdict(config.codec)})
+    return data
 
 
 def speech_json(config: OmniConfig, time: dict) -> dict:

@@ -12,7 +12,6 @@ with transformers. Windows does not replace mapped files, so there everything is
 
 import os
 import re
-import shutil
 import warnings
 import zipfile
 from collections import Counter
@@ -22,32 +21,25 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minomni import device_of, dtype_of
 from minomni.config import OmniConfig
-from minomni.config_json import RELEASE, read_config, read_json, without_speech, write_config, write_json
+from minomni.config_json import CODEC_FOLDER, RELEASE, read_config, read_json, without_speech
 from minomni.errors import UserError, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file, quote, reason, where
 from minomni.omni import TEXT_HEAD, Omni
+from minomni.saving import DIT_ANGLES, INDEX, VOICES, WHOLE, save  # noqa: F401, weights.save is its name elsewhere
 from minomni.token2wav.speaker import Voice
 from minomni.token2wav.token2wav import shortest_reference
 
-INDEX, WHOLE, VOICES = "model.safetensors.index.json", "model.safetensors", "spk_dict.pt"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
-# Stored by some releases of transformers, computed by us.
-COMPUTED = {"token2wav.code2wav_dit_model.rotary_embed.inv_freq"}
-# All that a model folder may hold when save() is asked to replace it.
-KNOWN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.*", INDEX,
-               "*.safetensors", VOICES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "vocab.json", "merges.txt", "added_tokens.json", "trained.json")
+COMPUTED = {DIT_ANGLES}  # stored for transformers 4.x, computed by us
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is always fp32, as the release stores and runs it
 SPEECH = ("talker.", "token2wav.", "codec.")  # what a model that answers in text alone does without
 PARTS = ("thinker.", *SPEECH)
-SHARD_BYTES = 5_000_000_000
 # How safetensors spells the precisions that are read.
 PRECISIONS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Ends of the names that quantized checkpoints have beside, or in place of, a plain weight.
@@ -214,7 +206,8 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
                         f"files of one model")
     if not any(name.startswith(PARTS) for name, _ in places):
         found = {file: {f"thinker.{name}": tensor for name, tensor in names.items()} for file, names in found.items()}
-    return found
+    codec = folder / CODEC_FOLDER / WHOLE
+    return found | ({codec: header(codec)} if codec.exists() else {})
 
 
 def header(file: Path) -> dict[str, Stored]:
@@ -363,53 +356,3 @@ def voice_from(file: Path, name: str, entry: dict, config: OmniConfig, device: s
     if not (cond.isfinite().all() and ref_mel.isfinite().all()):
         raise UserError(f"{who} holds numbers that are not finite; get it from its source again")
     return Voice(str(name), bos, cond.to(device), ref_mel.to(device))
-
-
-def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the model, its voices and its tokenizer as a checkpoint folder that load() and transformers read.
-
-    Written beside the target and renamed at the end, so a folder is never half there; an existing one is replaced, but
-    only if it holds nothing but a model. Raises UserError.
-    """
-    folder = Path(folder).absolute()
-    strangers = [entry.name for entry in folder.glob("*") if not any(entry.match(known) for known in KNOWN_FILES)]
-    if strangers:
-        raise UserError(f"{folder}: holds {strangers[0]!r}, which saving would delete; choose another folder")
-    fresh, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
-    fresh.mkdir(parents=True)
-    try:
-        write_config(omni.config, fresh)
-        write_tensors(omni.stored_tensors(), fresh, shard_bytes)
-        if omni.voices:
-            torch.save({name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
-                        for name, voice in omni.voices.items()}, fresh / VOICES)
-        if omni.tokenizer is not None:
-            omni.tokenizer.save(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():  # the second rename failed
-            old.rename(folder)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors in order into files of at most shard_bytes (a larger one gets its own), with an index if many."""
-    shards, room = [{}], shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    count = len(shards)
-    files = [WHOLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for file, shard in zip(files, shards):
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        save_file(plain, folder / file, {"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
-        write_json(folder / INDEX, index)

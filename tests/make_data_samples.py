@@ -2,8 +2,10 @@
 
 python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
 python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
+python -m tests.make_data_samples convert  the tiny model that is there, with three pairs in each block of its vocoder
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -13,11 +15,14 @@ from random import Random
 import av
 import numpy as np
 import soundfile
+import torch
 
 import minomni
 from minomni import weights
+from minomni.config_json import read_json, write_json
+from minomni.omni import Omni
 from minomni.train import speech, synthesis, world
-from minomni.train.stages import TRAINED
+from minomni.train.stages import TRAINED, fingerprint
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
@@ -132,8 +137,34 @@ def model() -> None:
     shutil.copy(minomni.folder_of("tiny") / TRAINED, FOLDER / "tiny")
 
 
+def with_three_pairs(omni: Omni, dilations: tuple[int, int, int] = (1, 3, 5)) -> Omni:
+    """The same model, in the same precision, with three pairs of convolutions in each block of its vocoder.
+
+    transformers can only build three. The pairs that come new are zeros and so add exactly nothing.
+    """
+    token2wav = omni.config.token2wav
+    kinds = len(token2wav.bigvgan.resblock_kernel_sizes)
+    bigvgan = dataclasses.replace(token2wav.bigvgan, resblock_dilation_sizes=(dilations,) * kinds)
+    wider = Omni(dataclasses.replace(omni.config, token2wav=dataclasses.replace(token2wav, bigvgan=bigvgan)))
+    old = omni.state_dict()
+    new = {name: old[name] if name in old else torch.zeros_like(like) for name, like in wider.state_dict().items()}
+    added = {name.rsplit(".", 3)[0] for name in new.keys() - old.keys()}
+    assert old.keys() <= new.keys() and all("code2wav_bigvgan_model.resblocks" in name for name in added)
+    wider.load_state_dict(new, assign=True)
+    wider.voices, wider.tokenizer, wider.loaded_from = omni.voices, omni.tokenizer, omni.loaded_from
+    return wider.eval()
+
+
+def convert() -> None:
+    """Give the tiny model that is there its third pairs of zeros; what it was trained with stays."""
+    trained = read_json(FOLDER / "tiny" / TRAINED)
+    omni = with_three_pairs(weights.load(FOLDER / "tiny"))
+    weights.save(omni.half(), FOLDER / "tiny")
+    write_json(FOLDER / "tiny" / TRAINED, trained | {"config": fingerprint(omni.config)})
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["model"]:
-        sys.exit(model())
+    if sys.argv[1:] in (["model"], ["convert"]):
+        sys.exit({"model": model, "convert": convert}[sys.argv[1]]())
     (FOLDER / "questions.json").write_text(json.dumps(questions(), indent=1) + "\n")
     recordings()

@@ -1,6 +1,6 @@
 """The official code on a small random checkpoint, as the thing to agree with.
 
-    python -m tests.oracle        # writes tests/golden/*.npz again; needs transformers 5.23.0
+    python -m tests.oracle        # writes tests/golden/*.npz again; needs transformers 5.24.0
 
 Weights are drawn tensor by tensor from numpy's frozen RandomState, seeded by the tensor's name, so both codes fill
 themselves with the same numbers, and what the official one answered (tests/golden) is proof on machines without it.
@@ -22,7 +22,7 @@ from minomni.inputs.prompt import Inputs
 from minomni.token2wav.speaker import Voice
 
 GOLDEN = Path(__file__).parent / "golden"
-VERSION = "5.23.0"
+VERSION = "5.24.0"
 TOKENS = TokenIds(endoftext=410, im_start=408, im_end=409, audio=401, audio_bos=402, audio_eos=403, vision_bos=404,
                   vision_eos=405, vision_pad=416, image=406, video=407, tts_text_start=412, tts_text_end=413,
                   tts_text_pad=411)
@@ -219,7 +219,7 @@ def hf_model(repaired: bool = True, fill=fill):
 
 
 def repair_talker_mask(model):
-    """generate() of 5.23.0 drops a mask of ones, and without one its talker skips TMRoPE and the codec's bos and pad
+    """generate() of 5.24.0 drops a mask of ones, and without one its talker skips TMRoPE and the codec's bos and pad
     embeddings; so every unpadded call speaks from the wrong inputs. Hand the mask back to the talker."""
     prepare = model.talker.prepare_inputs_for_generation
 
@@ -227,7 +227,7 @@ def repair_talker_mask(model):
         prepared = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if prepared.get("attention_mask") is None:
             now = prepared["input_ids"] if prepared.get("inputs_embeds") is None else prepared["inputs_embeds"]
-            cache = prepared.get("past_key_values")
+            cache = prepared.get("cache")  # past_key_values before 5.24.0
             past = 0 if cache is None else cache.get_seq_length()
             prepared["attention_mask"] = torch.ones(now.shape[0], past + now.shape[1], dtype=torch.long, device=now.device)
         return prepared

@@ -309,6 +309,20 @@ def test_settings_beside_config_json(tmp_path):
         read_config(tmp_path)
 
 
+def test_picture_limits_and_media_of_a_processor_saved_by_transformers(tmp_path):
+    """Version 4 spells limits as a size; version 5 puts everything into another file, our own settings too."""
+    written(tmp_path, RELEASE)
+    size = {"shortest_edge": 6272, "longest_edge": 125_440}
+    written(tmp_path, {"image_processor": {"size": size, "patch_size": 14}}, "processor_config.json")
+    media = read_config(tmp_path).media
+    assert (media.image_min_pixels, media.image_max_pixels) == (6272, 125_440)
+    own = dataclasses.asdict(dataclasses.replace(QWEN7B.media, max_frames=12))
+    written(tmp_path, {"image_processor": {"size": size, "media": own}}, "processor_config.json")
+    assert read_config(tmp_path).media.max_frames == 12
+    written(tmp_path, {"size": {"longest_edge": 62_720}}, "preprocessor_config.json")
+    assert read_config(tmp_path).media == dataclasses.replace(QWEN7B.media, image_max_pixels=62_720)
+
+
 def test_no_model_file_knows_a_size():
     """Names and strings (documentation aside) of the model's code, word by word: none is the name of a size."""
     package = Path(minomni.__file__).parent

@@ -99,15 +99,6 @@ def test_saved_folder_comes_back(omni, saved):
     assert all(p.requires_grad and not p.is_meta for p in again.parameters())
 
 
-def test_codec_is_part_of_a_model_trained_here(tmp_path):
-    dit = TINY.token2wav.dit
-    model = Omni(TINY)
-    model.voices = {"ada": Voice("ada", 500, torch.ones(1, dit.enc_emb_dim), torch.zeros(1, 50, dit.mel_dim))}
-    weights.save(model, tmp_path / "model")
-    assert same_tensors(weights.load(tmp_path / "model"), model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
 def test_requested_precision_spares_the_voice(saved):
     model = weights.load(saved, dtype=torch.bfloat16)
     kinds = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
@@ -170,26 +161,6 @@ def test_tensors_that_lie_askew_are_copied(saved, tmp_path):
     model = weights.load(folder)
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in model.state_dict().values())
     assert same_tensors(model, weights.load(saved))
-
-
-def test_saving_replaces_a_model_and_nothing_else(folder, omni):
-    weights.save(omni, folder)
-    assert {file.name for file in folder.glob("*.safetensors")} == {weights.WHOLE}  # no old shards left
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="thesis.txt.*which saving would delete"):
-        weights.save(omni, folder)
-    assert (folder / "thesis.txt").exists() and same_tensors(weights.load(folder), omni)
-
-
-def test_failed_save_leaves_the_old_model(folder, omni, monkeypatch):
-    def full_disk(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(weights, "save_file", full_disk)
-    with pytest.raises(OSError):
-        weights.save(omni, folder)
-    assert same_tensors(weights.load(folder), omni)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 # ------------------------------------------------------------------------------------------------------- official code

@@ -145,8 +145,12 @@ class Tokenizer:
         return cls(merges, special_tokens)
 
     def save(self, folder: Path) -> None:
-        """Write vocab.json, merges.txt and added_tokens.json as the release has them."""
-        vocab = {_spell(token): i for i, token in self.bytes_of.items()}
+        """Write vocab.json, merges.txt and added_tokens.json.
+
+        The special tokens are in the vocabulary too: transformers would number those that are not there by itself,
+        from the vocabulary's end on.
+        """
+        vocab = {_spell(token): i for i, token in self.bytes_of.items()} | self.special_tokens
         lines = "".join(f"{_spell(a)} {_spell(b)}\n" for a, b in self.merges)
         files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "#version: 0.2\n" + lines,
                  "added_tokens.json": json.dumps(self.special_tokens, indent=2)}

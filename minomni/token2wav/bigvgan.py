@@ -162,15 +162,24 @@ class AMPBlock(nn.Module):
         self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
         self.activations = nn.ModuleList(Activation(channels) for _ in range(2 * len(dilations)))
 
-    @property
-    def reach(self) -> int:
-        """Frames on either side that an output depends on."""
-        return sum(map(reach, (*self.convs1, *self.convs2))) + Activation.reach * len(self.activations)
+    def pairs(self) -> list[int]:
+        """The numbers of the pairs that are run: all in training, else those whose second convolution is not zero.
 
-    def forward(self, x: Tensor) -> Tensor:
-        for i, (conv1, conv2) in enumerate(zip(self.convs1, self.convs2)):
-            y = convolve(conv1, self.activations[2 * i](x))
-            x = x + convolve(conv2, self.activations[2 * i + 1](y))
+        A model converted from two pairs to three has a pair of zeros. It adds exactly nothing and costs a third.
+        """
+        numbers = range(len(self.convs2))
+        if self.training:
+            return list(numbers)
+        return [i for i in numbers if self.convs2[i].weight.any() or self.convs2[i].bias.any()]
+
+    def reach(self, pairs: list[int]) -> int:
+        """Frames on either side that an output depends on."""
+        return sum(reach(self.convs1[i]) + reach(self.convs2[i]) + 2 * Activation.reach for i in pairs)
+
+    def forward(self, x: Tensor, pairs: list[int] | None = None) -> Tensor:
+        for i in self.pairs() if pairs is None else pairs:
+            y = convolve(self.convs1[i], self.activations[2 * i](x))
+            x = x + convolve(self.convs2[i], self.activations[2 * i + 1](y))
         return x
 
 
@@ -213,8 +222,9 @@ class BigVGAN(nn.Module):
             beyond = up.kernel_size[0] - 1 - up.padding[0]  # samples that an input adds to after its own first one
             stages.append(Stage(lambda x, up=up: up(x.transpose(1, 2)).transpose(1, 2).contiguous(), beyond // rate,
                                 rate))  # [B, rate * T, C/2]
-            stages.append(Stage(lambda x, blocks=blocks: sum(block(x) for block in blocks) / self.kinds,
-                                max(block.reach for block in blocks)))
+            blocks = [(block, block.pairs()) for block in blocks]
+            stages.append(Stage(lambda x, blocks=blocks: sum(block(x, pairs) for block, pairs in blocks) / self.kinds,
+                                max(block.reach(pairs) for block, pairs in blocks)))
         speak = lambda x: convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
         return [*stages, Stage(speak, Activation.reach + reach(self.conv_post))]
 
