@@ -307,7 +307,7 @@ def test_texts_that_cannot_fit_are_not_tokenized(processor, monkeypatch):
     release = Processor(QWEN7B, Tokenizer([], special_tokens(QWEN7B.thinker.tokens)))
     monkeypatch.setattr(Tokenizer, "encode", None)
     for read, words in ((processor, "red circle " * 20_000), (release, "a\u0301\u0323" + "\u0323" * 60_000)):
-        with pytest.raises(UserError, match="the prompt has more tokens than the context holds.*shorten it"):
+        with pytest.raises(UserError, match="the prompt has too many tokens and the context holds.*shorten it"):
             read([user(text(words))])
 
 

@@ -184,8 +184,8 @@ class Processor:
         """
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if len(text) > self.context and self._cannot_fit(text):
-            raise UserError(f"the prompt has more tokens than the context holds, which are {self.context}; the longest "
-                            f"item is a text with {len(text)} characters, shorten it")
+            raise UserError(f"the prompt has too many tokens and the context holds {self.context}; the longest item is "
+                            f"a text with {len(text)} characters, shorten it")
         ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
         typed = [name for name, i in special.items() if name not in CHATML and i in ids]
         if typed:
