@@ -309,8 +309,8 @@ def _of_array(source, rate, start: float, end: float | None, name: str) -> Tenso
 
 def _checked_rate(rate, name: str) -> float:
     """A sampling rate in Hz that can be believed."""
-    if isinstance(rate, (np.ndarray, np.generic, Tensor)) and not isinstance(rate, np.bool_) and np.size(rate) == 1:
-        rate = rate.item()
+    if isinstance(rate, (np.ndarray, np.generic, Tensor)) and rate.ndim == 0:
+        rate = array_of(rate, name).item()
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 1 <= rate <= FASTEST:
         raise UserError(f"{name}: {shorten(rate, 60)} samples per second; expected the sampling rate in Hz, 1 to "
                         f"{FASTEST}")
