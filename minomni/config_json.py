@@ -69,6 +69,7 @@ USUAL = {
     "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False, "tie_word_embeddings": False,
     "top_k": 50, "top_p": 1.0, "torchscript": False, "typical_p": 1.0, "use_bfloat16": False,
 }
+MOST_SETTINGS = 10_000_000  # bytes; the index of 100,000 tensors has eight million
 BASE = "qwen2_5_omni"  # the model_type of a whole model
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
 SPEECH_SECTIONS = ("talker_config", "token2wav_config", "codec_config")
@@ -156,7 +157,7 @@ def read_json(file: Path, optional: bool = False) -> dict:
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    return read_object(file, "a model folder holds config.json and *.safetensors")
+    return read_object(file, "a model folder holds config.json and *.safetensors", MOST_SETTINGS)
 
 
 def plain(data: dict) -> dict:

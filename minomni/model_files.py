@@ -66,12 +66,12 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or quote(str(error))[1:-1]
 
 
-def read_object(path: Path, advice: str = "copy it again") -> dict:
+def read_object(path: Path, advice: str = "copy it again", largest: int = MOST_JSON) -> dict:
     """The JSON object in a file. Raises UserError for anything else."""
-    check_file(path, MOST_JSON, advice)
+    check_file(path, largest, advice)
     try:
         with open(path, "rb") as file:
-            data = json.loads(file.read(MOST_JSON).decode("utf-8-sig"))
+            data = json.loads(file.read(largest).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
     except RecursionError:

@@ -198,6 +198,7 @@ WHOLE = {"model": {"vocab": {"!": 0}, "merges": []}, "added_tokens": [{"content"
     ("tokenizer.json", WHOLE | {"added_tokens": [{"content": str(i), "id": i} for i in range(200)]},
      "special token ids 0, 1, 2 and 197 more are taken"),
     ("vocab.json", ["!"], "holds a list, not an object"),
+    ("vocab.json", {str(i): i for i in range(600_000)}, "has 600,000 tokens, expected at most 500,000"),
     ("vocab.json", {"!": None}, "the id of '!' is None"),
     ("added_tokens.json", {"<|im_end|>": [482]}, r"the id of '<\|im_end\|>' is \[482\]"),
     ("added_tokens.json", {"<|im_end|>": -4}, "is -4, expected a whole number from 0"),
@@ -225,8 +226,8 @@ def test_files_that_are_none(small, tmp_path):
     (tmp_path / "merges.txt").write_bytes(merges + b"\xff")
     with pytest.raises(UserError, match="merges.txt: cannot be read"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "merges.txt").write_text("a b\n" * 1_200_000)
-    with pytest.raises(UserError, match="merges are a list of .* entries, expected a list of at most 1,000,000"):
+    (tmp_path / "merges.txt").write_text("a b\n" * 600_000)
+    with pytest.raises(UserError, match="merges are a list of .* entries, expected a list of at most 500,000"):
         Tokenizer.load(tmp_path)
     (tmp_path / "merges.txt").write_bytes(bytes(40_000_000))
     with pytest.raises(UserError, match="merges.txt: has 40,000,000 bytes"):

@@ -18,7 +18,7 @@ WORDS = regex.compile(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p
                       r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 MARKS = regex.compile(r"\p{M}{101,}")  # no script stacks so many on a letter, and sorting them takes their square
-MOST_TOKENS, MOST_ADDED = 1_000_000, 10_000  # the release has 151,643 and 22
+MOST_TOKENS, MOST_ADDED = 500_000, 10_000  # the release has 151,643 and 22
 
 
 def _byte_letters() -> dict[int, str]:
@@ -168,10 +168,10 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(f"{where(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})") from None
-        wrong = sorted(set(vocab.items()) ^ set(tokenizer.id_of.items())) if vocab else []
+        wrong = set(vocab.items()) ^ set(tokenizer.id_of.items()) if vocab else set()
         if wrong:
             raise UserError(f"{where(folder)}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, "
-                            f"first {quote(_spell(wrong[0][0]))}; use files of one model")
+                            f"first {quote(_spell(min(wrong)[0]))}; use files of one model")
         return tokenizer
 
 
@@ -226,6 +226,8 @@ def _pairs(merges: list, file: Path) -> list:
 
 def _table(vocab: dict, file: Path) -> dict[str, int]:
     """A vocabulary whose ids are ids. Raises UserError naming the first that is none."""
+    if len(vocab) > MOST_TOKENS:
+        raise UserError(f"{where(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}")
     for token, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
             raise UserError(f"{where(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number from 0")
