@@ -13,7 +13,7 @@ from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs, Processor, join
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.listen import Session
-from minomni.reply import End, Reply, SoundPiece, Spoken, TextPiece, Trace
+from minomni.reply import End, Replies, Reply, SoundPiece, Spoken, TextPiece, Trace
 from minomni.stream import check_flow, check_schedule, check_wave, converse, seeded, think_and_talk
 from minomni.talker.codec import Codec
 from minomni.talker.talker import Talker
@@ -145,7 +145,7 @@ class Omni(nn.Module):
 
     def respond(self, messages: list[dict] | list[list[dict]], voice: str | list[str] | None = None,
                 speech: bool = True, use_audio_in_video: bool = False, seed: int | list[int] = 0,
-                **options) -> Reply | list[Reply]:
+                **options) -> Reply | Replies:
         """Answer a conversation of message dictionaries, the ones Qwen's and transformers' users write.
 
         A list of conversations gives a list of replies, each as the conversation alone would get it; voice and seed may
@@ -163,7 +163,7 @@ class Omni(nn.Module):
         return end.reply
 
     def respond_to_all(self, conversations: list[list[dict]], voice, speech: bool, use_audio_in_video: bool, seed,
-                       options: dict) -> list[Reply]:
+                       options: dict) -> Replies:
         """respond() for several conversations, as one batch. A reply's total_s is the time of the whole batch.
 
         Padding to the longest prompt takes room that a shorter one has when it is alone. Where an answer might need
@@ -190,8 +190,8 @@ class Omni(nn.Module):
         total_s, silence = trace.note("end"), [torch.zeros(0)] * count
         texts = [self.tokenizer.decode(row, skip_special=True) for row in tokens]
         no_codes = [torch.zeros(0, dtype=torch.long)] * count
-        return [Reply(text, wave.cpu(), self.sample_rate, ids.cpu(), total_s, trace)
-                for text, wave, ids in zip(texts, waves or silence, codes or no_codes)]
+        return Replies(Reply(text, wave.cpu(), self.sample_rate, ids.cpu(), total_s, trace)
+                       for text, wave, ids in zip(texts, waves or silence, codes or no_codes))
 
     def have_room(self, lengths: list[int], sampling: tuple[SamplingConfig, SamplingConfig], speech: bool) -> bool:
         """Whether prompts of these lengths, padded to the longest, leave each answer all tokens that it may have."""

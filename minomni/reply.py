@@ -90,6 +90,18 @@ class Reply:
         return f"<p>{escape(self.text)}</p>{player}"
 
 
+class Replies(list):
+    """The replies to several conversations, in their order. In a notebook they show one below the other."""
+
+    @property
+    def text(self) -> list[str]:
+        """The texts of all."""
+        return [reply.text for reply in self]
+
+    def _repr_html_(self) -> str:
+        return "".join(reply._repr_html_() for reply in self)
+
+
 def sound_file(path: str | Path) -> tuple[str, str]:
     """Format and subtype of the sound file that a name stands for; a device or a pipe gets a wav.
 

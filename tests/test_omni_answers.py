@@ -62,8 +62,9 @@ def test_a_batch_gets_the_replies_that_each_gets_alone(omni, options):
 def test_one_question_with_several_seeds_gets_several_answers(omni):
     replies = omni.respond([CONVERSATIONS[0]] * 3, seed=[1, 2, 1], speech=False, temperature=2.0)
     assert replies[0].text == replies[2].text != replies[1].text and not any(len(reply.wave) for reply in replies)
-    assert [reply.text for reply in omni.respond(tuple(map(tuple, CONVERSATIONS[:1])), speech=False)] == \
-        [omni.respond(CONVERSATIONS[0], speech=False).text]
+    one = omni.respond(tuple(map(tuple, CONVERSATIONS[:1])), speech=False)
+    assert one.text == [omni.respond(CONVERSATIONS[0], speech=False).text] == [one[0].text]
+    assert one[0].text in one._repr_html_()
 
 
 def test_a_long_neighbour_takes_no_room_from_a_short_one(random_weights):
