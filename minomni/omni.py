@@ -10,7 +10,7 @@ from minomni.answer_options import sampling_of
 from minomni.arguments import flag, seed_of, shown, whole_number
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
 from minomni.errors import UserError
-from minomni.inputs.prompt import Inputs, Processor, join
+from minomni.inputs.prompt import Inputs, Processor, join, messages_of
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.listen import Session
 from minomni.reply import End, Replies, Reply, SoundPiece, Spoken, TextPiece, Trace
@@ -213,7 +213,7 @@ class Omni(nn.Module):
         check_messages(messages)
         speaker = self.speaker(voice, speech)
         flag(use_audio_in_video, "use_audio_in_video")
-        if messages[0].get("role") != "system":
+        if messages_of(messages)[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.media.system_prompt}, *messages]
         inputs = Processor(self.config, self.tokenizer)([messages], use_audio_in_video)
         self.refuse_silence(inputs)
