@@ -77,12 +77,12 @@ class Omni(nn.Module):
 
         Raises UserError.
         """
-        chosen = None if voice is None else self.voice(voice)
-        if not flag(speech, "speech"):
-            return None
-        if self.talker is None or self.token2wav is None:
+        if flag(speech, "speech") and (self.talker is None or self.token2wav is None):
             raise UserError("this model has no voice: its folder holds the Thinker alone; give speech=False, or "
                             "--no-speech, for an answer in text")
+        chosen = None if voice is None else self.voice(voice)
+        if not speech:
+            return None
         return chosen or self.voice(next(iter(self.voices), ""))
 
     def generate(self, inputs: Inputs, voice: str | list[str] | None, seed: int | list[int] = 0, **options) -> Spoken:
