@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-PRECISION_NAMES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16",
+PRECISION_NAMES = {"bfloat16": "bfloat16", "bf16": "bfloat16",
+                   "float16": "float16", "fp16": "float16", "half": "float16",
                    "float32": "float32", "fp32": "float32", "float": "float32", "float64": "float64", "fp64": "float64",
                    "double": "float64"}
 

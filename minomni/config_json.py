@@ -190,7 +190,7 @@ def spell_as_release(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict
 
 
 def spell_tying(thinker: dict, file: Path) -> dict:
-    """tie_word_embeddings said in both places where one may say it: in transformers 4 text_config counts, in 5 the other.
+    """Say tie_word_embeddings in both places: transformers 4 reads it in text_config, 5 in thinker_config.
 
     Which of them is right is known from the tensors: where the text head is stored, it is not tied.
     """

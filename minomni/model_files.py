@@ -35,8 +35,8 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
         if path.is_symlink():
-            raise UserError(f"{where(path)}: is a link to {shorten(os.readlink(path), 80)}, which is not there; {advice}") \
-                from None
+            goal = shorten(os.readlink(path), 80)
+            raise UserError(f"{where(path)}: is a link to {goal}, which is not there; {advice}") from None
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{where(path)}: is no ordinary file; {advice}")
@@ -50,7 +50,8 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
     except OSError as error:
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
     if pointer:
-        raise UserError(f"{where(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in its folder")
+        raise UserError(f"{where(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in its "
+                        f"folder")
 
 
 def is_pointer(path: Path) -> bool:

@@ -183,7 +183,8 @@ def unlisted_files(folder: Path) -> list[str]:
         expected = [f"{start}{i + 1:05}{rest}" for i in range(int(total))]
         lost = sorted(set(expected) - set(names))
         if lost:
-            raise UserError(f"{where(folder)}: {len(lost)} of {total} files are missing: {count(lost)}; copy them again")
+            raise UserError(f"{where(folder)}: {len(lost)} of {total} files are missing: {count(lost)}; copy them "
+                            f"again")
         names = expected
     return names
 
@@ -227,7 +228,8 @@ def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
     quantized = [name for name in stored if name.endswith(QUANTIZED)]
     if quantized:
         raise UserError(f"{where(folder)}: its weights are quantized ({len(quantized)} tensors such as "
-                        f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release {RELEASE}")
+                        f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release "
+                        f"{RELEASE}")
     wrong = [name for name, tensor in stored.items() if tensor.precision not in PRECISIONS]
     if wrong:
         raise UserError(f"{where(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
@@ -245,7 +247,7 @@ def commonest(stored: dict[str, Stored]) -> torch.dtype:
 
 
 def used(name: str, omni: Omni) -> bool:
-    """Whether a stored tensor is one of the model's: what others store in vain and speech that is turned off are not."""
+    """Whether the model needs a stored tensor: it computes some itself, and speech may be turned off."""
     return name not in COMPUTED and not (omni.talker is None and name.startswith(SPEECH))
 
 
@@ -349,8 +351,8 @@ def voice_from(file: Path, name: str, entry: dict, config: OmniConfig, device: s
     shortest, longest = shortest_reference(dit), LONGEST_REFERENCE
     fits = cond.shape == (1, dit.enc_emb_dim) and ref_mel.ndim == 3 and ref_mel.shape[::2] == (1, dit.mel_dim)
     if not 0 <= bos < rows or not fits or not shortest <= ref_mel.shape[1] <= longest:
-        raise UserError(f"{who} has bos_token {quote(bos, 20)}, cond {shorten(str(list(cond.shape)), 40)}, ref_mel "
-                        f"{shorten(str(list(ref_mel.shape)), 40)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
+        raise UserError(f"{who} has bos_token {quote(bos, 20)}, cond {shorten(list(cond.shape), 40)}, ref_mel "
+                        f"{shorten(list(ref_mel.shape), 40)}; expected an id below {rows}, [1, {dit.enc_emb_dim}] and "
                         f"[1, {shortest} to {longest} frames, {dit.mel_dim}]")
     cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
     if not (cond.isfinite().all() and ref_mel.isfinite().all()):
