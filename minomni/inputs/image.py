@@ -49,6 +49,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = _upright(image)
             if image.mode.startswith(("I", "F")):
                 image = Image.fromarray(_eight_bits(*_deep_levels(image), name))
+            if image.mode == "La":  # premultiplied gray, which PIL turns into nothing else
+                image = image.convert("LA")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGB", image.size, "white")
@@ -94,7 +96,7 @@ def _eight_bits(levels: np.ndarray, white: int, name: str) -> np.ndarray:
     """uint8, uint16 or floats from 0 to 1 -> uint8 of the same shape."""
     if levels.dtype == np.uint8:
         return levels
-    if levels.dtype == np.uint16:
+    if levels.dtype.kind == "u" and levels.dtype.itemsize == 2:  # of both byte orders
         return (levels // 257 if not white else levels.astype(np.uint32) * 255 // white).astype(np.uint8)
     if levels.dtype.kind != "f":
         raise UserError(f"{name}: levels of type {levels.dtype}, which does not tell their scale; expected uint8, "

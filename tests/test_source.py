@@ -1,0 +1,227 @@
+"""Where media come from: every way to name or hold a file; what is no file is one short line."""
+
+import base64
+import io
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from minomni.errors import UserError, shorten
+from minomni.inputs.audio import load_audio
+from minomni.inputs.image import load_image
+from minomni.inputs.source import name_of, require_whole
+
+WAVE = (0.2 * np.sin(np.arange(4_000) / 9)).astype(np.float32)
+NAMES = ["plain.wav", "with blank.wav", "a#1?x=2&y.wav", "100%.wav", "50%20off.wav", "größe 音.wav", "[a] (b);c,d.wav"]
+
+
+def wav() -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, WAVE, 16_000, format="WAV", subtype="FLOAT")
+    return stream.getvalue()
+
+
+def same(source) -> bool:
+    return np.array_equal(load_audio(source), WAVE)
+
+
+def refused(source, *says, load=load_audio):
+    with pytest.raises(UserError) as error:
+        load(source)
+    message = str(error.value)
+    assert all(part in message for part in says), message
+    assert message.isprintable() and len(message) <= 500
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_and_uris(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(wav())
+    localhost = path.as_uri().replace("file://", "file://localhost")
+    for source in (path, str(path), path.as_uri(), localhost, path.as_uri().replace("file:///", "file:/"),
+                   path.as_uri().replace("file:", "FILE:")):
+        assert same(source), source
+    if "%" not in name:
+        assert same(f"file://{path}")  # as people write it by hand
+
+
+def test_uris_by_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("30%20off.wav").write_bytes(wav())
+    assert same("file://30%20off.wav") and same(f"file://{tmp_path}/30%20off.wav")
+
+
+@pytest.mark.parametrize("kind", ["audio/wav", "audio", "application/octet-stream", "", "audio/wav;charset=utf-8;x=1"])
+def test_data_uris(kind):
+    text = base64.b64encode(wav()).decode()
+    safe = base64.urlsafe_b64encode(wav()).decode().rstrip("=")
+    for content in (text, safe, quote(text, safe=""), "\n".join(text[i : i + 76] for i in range(0, len(text), 76))):
+        assert same(f"data:{kind};base64,{content}")
+    assert same(f"DATA:{kind};BASE64,{text}")
+    assert same(f"data:{kind},{quote(wav())}")
+
+
+def test_broken_data_uris():
+    refused("data:audio/wav;base64", "the audio given: a data: URI without a comma")
+    refused("data:audio/wav;base64,a*b", "base64 is broken")
+    refused("data:audio/wav;base64,abcde", "base64 is broken")
+    refused("data:audio/wav,", "not readable as sound")
+    refused("data:audio/wav;base64," + "A" * 9_000, "the audio given: not readable as sound")
+
+
+def test_open_files(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav())
+    held = io.BytesIO()
+    held.write(wav())  # and stands at its end, as after writing
+    with open(path, "rb") as file, open(path, "rb", buffering=0) as raw:
+        for stream in (held, file, raw):
+            for _ in range(2):
+                assert same(stream) and not stream.closed
+    for source in (bytearray(wav()), memoryview(wav())):
+        assert same(source)
+    with open(path, "rb") as file:
+        assert name_of(file, "audio") == str(path)
+
+
+def test_pictures_from_everywhere(tmp_path):
+    path = tmp_path / "ä #.png"
+    Image.new("RGB", (5, 3), "red").save(path)
+    content = path.read_bytes()
+    held = io.BytesIO(content)
+    held.read()
+    for source in (path, path.as_uri(), content, held, held, {"bytes": content, "path": None}, {"bytes": None, "path": str(path)},
+                   f"data:image;base64,{base64.b64encode(content).decode()}"):
+        assert load_image(source).getpixel((4, 2)) == (255, 0, 0)
+    assert not held.closed
+
+
+def test_dictionaries_of_datasets(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav())
+    for source in ({"bytes": wav(), "path": "gone.wav"}, {"bytes": wav(), "path": None}, {"bytes": None, "path": str(path)},
+                   {"path": path}, {"array": None, "bytes": wav()}):
+        assert same(source)
+    refused({"bytes": None, "path": None}, "both empty")
+    refused({"bytes": None, "path": "gone.wav"}, "gone.wav: no such file")
+    refused({"a": 1}, "a dict cannot be read")
+
+
+def test_open_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav())
+    closed = open(path, "rb")
+    closed.close()
+    refused(closed, "a.wav: an open file that cannot be read")
+    with open(path, encoding="latin-1") as text:
+        refused(text, "opened as text")
+    refused(io.StringIO("x"), "opened as text")
+
+    class Broken(io.RawIOBase):
+        def seek(self, *_):
+            raise RuntimeError("first\nsecond")
+
+    refused(Broken(), "(first)")
+    reader, writer = os.pipe()
+    with open(reader, "rb") as pipe, open(writer, "wb"):
+        refused(pipe, "an open pipe")
+
+
+@pytest.mark.parametrize("source", ["http://example.com/a.wav", "https://example.com/a.wav", "HTTPS://example.com/a",
+                                    "ftp://example.com/a.wav", "s3://bucket/a.wav", "rtsp://camera/1"])
+def test_nothing_is_fetched(source, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
+    refused(source, source, "web addresses are not fetched, download it")
+    refused(source, source, "web addresses are not fetched", load=load_image)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_file(tmp_path):
+    """In another process, which a reader that waits would keep from ending."""
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "link.wav").symlink_to("pipe.wav")
+    (tmp_path / "gone.wav").symlink_to("nowhere")
+    names = [str(tmp_path / name) for name in ("pipe.wav", "folder.wav", "empty.wav", "link.wav", "gone.wav")]
+    names += ["/dev/zero", "/dev/null", "/proc/kmsg", "/proc/self/mem", "/proc/self/status", "/dev/stdin", "/"]
+    script = ("import sys\nfrom minomni.errors import UserError\nfrom minomni.inputs.media import load_audio, load_image\n"
+              "for name in sys.argv[1:]:\n    for load in (load_audio, load_image):\n"
+              "        try: load(name)\n        except UserError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=240,
+                          stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2 * len(names)
+    for kind in ("pipe", "folder", "device"):
+        assert f"not a file, but a {kind}" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["x" * 5_000, "y/" * 3_000 + "z.wav", "a\0b.wav", "a\nb\r\n\tc.wav", "\x1b[31mred.wav", "\ud83d.wav",
+                                  "\udcff.wav", "e" + "\u0301" * 9_000, "\u202egnp.wav"])
+def test_names_in_messages(path):
+    for load in (load_audio, load_image):
+        refused(path, load=load)
+        refused(Path(path), load=load)
+        refused({"path": path}, load=load)
+    str(shorten(path)).encode()
+
+
+def test_names_keep_their_ends():
+    assert name_of("/data/" + "d" * 900 + "/speech_17.wav", "audio").endswith("speech_17.wav")
+    assert name_of("a.wav", "audio") == "a.wav" and name_of(Path("b/a.wav"), "audio") == str(Path("b/a.wav"))
+    assert name_of(b"", "audio") == name_of(np.zeros(3), "audio") == name_of(torch.zeros(3), "audio") == "the audio given"
+
+
+@pytest.mark.parametrize("limit", [20, 57, 500])
+def test_shortened(limit):
+    assert shorten("short", limit) == "short"
+    for text in ("a" * 5_000, "\n" * 5_000, "ab\n" * 400, "é" * limit, "\U0001f600" * 700, list(range(10_000))):
+        line = shorten(text, limit)
+        assert len(line) <= limit and line.isprintable()
+    assert shorten("begin" + "x" * 900 + "end", limit).startswith("begin") and shorten("x" * 900 + "end", limit).endswith("end")
+
+
+def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
+    return struct.pack(">I4s", 8 + len(content) if size is None else size, kind) + content
+
+
+FTYP, MOOV, MDAT = box(b"ftyp", b"isom" * 4), box(b"moov", b"m" * 50), box(b"mdat", b"d" * 90)
+
+
+@pytest.mark.parametrize("content, whole", [
+    (FTYP + MOOV + MDAT, True), (FTYP + MDAT + MOOV, True), (MOOV + MDAT, True), (box(b"wide") + MDAT + MOOV, True),
+    (FTYP + MOOV + MDAT[:-1], False), (FTYP + MDAT + MOOV[:-1], False), (FTYP + MOOV, False), (FTYP + MDAT, False),
+    (FTYP + MOOV + box(b"mdat", b"d" * 90, 0), True),
+    (FTYP + MOOV + MDAT + b"trailing bytes, no box", True), (FTYP + MDAT + MOOV + b"\xff" * 70, True),
+    (FTYP + MDAT + MOOV + b"TAG" + b"a" * 125, True), (FTYP + MDAT + MOOV + bytes(99), True),
+    (FTYP + MOOV + box(b"moof", b"f" * 40) + MDAT + box(b"moof", b"f" * 40)[:-9], False),
+    (FTYP + MOOV + box(b"moof", b"f" * 40) + MDAT + box(b"moof", b"f" * 40) + MDAT[:20], False),
+    (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 116) + b"d" * 100, 1), True),
+    (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 117) + b"d" * 100, 1), False),
+])
+def test_boxes(content, whole):
+    if whole:
+        require_whole(io.BytesIO(content), "a.mp4")
+    else:
+        with pytest.raises(UserError, match="a.mp4: cut short"):
+            require_whole(io.BytesIO(content), "a.mp4")
+
+
+@pytest.mark.parametrize("size, whole", [(b"\xa0", True), (b"\xa1", False), (b"\x40\x20", True), (b"\x40\x21", False), (b"\xff", True),
+                                         (b"\x01" + b"\xff" * 7, True), (b"\x10\x00\x00\x20", True), (b"", True)])
+def test_segments(size, whole):
+    content = b"\x1a\x45\xdf\xa3\x83abc\x18\x53\x80\x67" + size + (b"s" * 32 if size else b"")
+    if whole:
+        require_whole(io.BytesIO(content), "a.mkv")
+    else:
+        with pytest.raises(UserError, match="a.mkv: cut short"):
+            require_whole(io.BytesIO(content), "a.mkv")
