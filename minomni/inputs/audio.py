@@ -50,7 +50,8 @@ def load_audio(source, options: MediaOptions = MediaOptions()) -> Tensor:
         for samples, rate, _ in _cut(_decode_parts(stream, name), start, end):
             timeline.add(samples, rate)
     if timeline.rate is None:
-        raise UserError(f"{name}: holds no sound" + (f" after {start:g} s (audio_start)" if start else ""))
+        after = f" after {start:g} s (audio_start)" if start else ""
+        raise UserError(f"{name}: holds no sound{after}; more than 20 ms are needed")
     return timeline.wave()
 
 
