@@ -107,7 +107,7 @@ def make_bad(kind: str, folder):
     if kind == "truncated_webm":
         whole = clip(folder / "whole.mkv", sound=False).read_bytes()
         path.write_bytes(whole[:200])
-        return "--video", path, "not a readable video"
+        return "--video", path, "cut short"
     if kind == "no_bytes":
         path.write_bytes(b"")
         return "--video", path, "not a readable video"

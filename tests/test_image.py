@@ -38,8 +38,9 @@ def tiff(bits: int, sample_format: int, photometric: int, levels: np.ndarray, or
             (277, 1), (278, levels.shape[0]), (279, len(content)), (339, sample_format)]
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
     for tag, value in tags:
-        head += struct.pack(f"{order}HHI", tag, 4 if tag in (273, 279) else 3, 1)
-        head += struct.pack(f"{order}I" if tag in (273, 279) else f"{order}HH", *([value] if tag in (273, 279) else [value, 0]))
+        is_long = tag in (273, 279)
+        head += struct.pack(f"{order}HHI", tag, 4 if is_long else 3, 1)
+        head += struct.pack(f"{order}I", value) if is_long else struct.pack(f"{order}HH", value, 0)
     return (head + bytes(4)).ljust(150, b"\0") + content
 
 
@@ -130,7 +131,8 @@ def test_colors_in_arrays(array):
     assert np.array_equal(np.asarray(load_image(fixed)), COLORS)
 
 
-@pytest.mark.parametrize("array", [RAMP, RAMP[..., None], RAMP[None], np.stack([RAMP] * 3), np.dstack([RAMP] * 3 + [RAMP * 0 + 1])])
+@pytest.mark.parametrize("array", [RAMP, RAMP[..., None], RAMP[None], np.stack([RAMP] * 3),
+                                   np.dstack([RAMP] * 3 + [RAMP * 0 + 1])])
 def test_gray_arrays(array):
     for kind in ("f4", "f8", "f2"):
         assert is_ramp(load_image(array.astype(kind)))
@@ -156,10 +158,11 @@ def test_sizes_are_bounded_before_pixels_are_made():
     refused(np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (30_000, 30_000, 3)), "30000x30000 pixels", str(MOST_PIXELS))
     refused(torch.zeros(1, 1, 3).expand(10**6, 10**6, 3), "pixels; at most")
     for side in (11_000, 13_000, 60_000, 2**31 - 1):
-        refused(png(1, 0, np.zeros((1, 1, 1), np.uint8)).replace(struct.pack(">II", 1, 1), struct.pack(">II", side, side)), "pi")
+        small = png(1, 0, np.zeros((1, 1, 1), np.uint8))
+        refused(small.replace(struct.pack(">II", 1, 1), struct.pack(">II", side, side)), "pi")
 
 
-# ---------------------------------------------------------------------------------------------------- states of PIL images
+# ------------------------------------------------------------------------------------------------ states of PIL images
 def test_pil_images_that_are_broken(tmp_path):
     whole = bytes_of(Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8)))
     path = tmp_path / "half.png"
@@ -212,17 +215,20 @@ HALVES[:, 16:, 1] = 255  # green added on the right
 
 @pytest.mark.parametrize("orientation, turned", [
     (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
-    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)), (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)),
+    (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
     (8, lambda a: np.rot90(a)), (0, lambda a: a), (9, lambda a: a), (65_535, lambda a: a)])
 def test_every_orientation(orientation, turned):
-    for more, count in ((b"", 1), (struct.pack(">HHII", 0x9999, 5, 9, 2**31), 2), (struct.pack(">HHII", 0x0110, 2, 2**31, 90), 7)):
+    far, endless = struct.pack(">HHII", 0x9999, 5, 9, 2**31), struct.pack(">HHII", 0x0110, 2, 2**31, 90)
+    for more, count in ((b"", 1), (far, 2), (endless, 7)):  # the others are broken beside a sound orientation
         for kind in ("PNG", "WEBP"):
             content = bytes_of(Image.fromarray(HALVES), kind, exif=exif(orientation, more, count),
                                **({"lossless": True} if kind == "WEBP" else {}))
             assert np.array_equal(np.asarray(load_image(content)), turned(HALVES)), (kind, count)
 
 
-@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0XX\0*\0\0\0\x08", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"garbage",
+@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0XX\0*\0\0\0\x08", b"garbage",
+                                    b"Exif\0\0MM\0*\xff\xff\xff\xff",
                                     b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(30),
                                     exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\0\x05"),
                                     exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\xff\xff")])

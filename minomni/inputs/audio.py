@@ -18,7 +18,7 @@ LOUDEST = 8.0  # full scale is 1; lossy codecs overshoot it a little, samples th
 MOST_CHANNELS = 64
 MOST_NUMBERS = 2**29  # samples over all channels: 21 minutes of eight at 48 kHz, or of two at 192 kHz
 FASTEST = 1_000_000  # Hz
-FARTHEST = 3 * 3_600  # s: what lies before audio_start is decoded, too
+FARTHEST = 3_600  # s: what lies before audio_start is decoded, too, at 4 ms for each second of stereo mp3
 SCALED = {("i", 1), ("i", 2), ("i", 4), ("u", 1), ("u", 2)}  # kinds and bytes of integers that sound comes in
 UNKNOWN_FLAC = 2**32  # samples, a day at 48 kHz: nobody's recording, but a header that was never finished
 BROADCAST = ("aac", "ac3", "mp3", "mpegts")  # ffmpeg's names of formats that can be joined and left at any time
@@ -50,7 +50,8 @@ def load_audio(source, options: MediaOptions = MediaOptions()) -> Tensor:
         for samples, rate, _ in _cut(_decode_parts(stream, name), start, end):
             timeline.add(samples, rate)
     if timeline.rate is None:
-        raise UserError(f"{name}: holds no sound" + (f" after {start:g} s (audio_start)" if start else ""))
+        after = f" after {start:g} s (audio_start)" if start else ""
+        raise UserError(f"{name}: holds no sound{after}; more than 20 ms are needed")
     return timeline.wave()
 
 

@@ -104,8 +104,10 @@ def _eight_bits(levels: np.ndarray, white: int, name: str) -> np.ndarray:
     low, high = float(levels.min()), float(levels.max())
     if not (low >= 0 and high <= 1):
         raise UserError(f"{name}: floats from {low:g} to {high:g}; expected 0 to 1, scale them or give uint8")
-    scaled = np.multiply(levels, 255, dtype=np.float32)
-    return np.rint(scaled, out=scaled).astype(np.uint8)
+    scaled = np.empty(levels.shape, np.uint8)
+    for i in range(0, len(levels), 256):  # rows at once: floats of a large picture take a gigabyte
+        scaled[i : i + 256] = np.rint(levels[i : i + 256] * np.float32(255))
+    return scaled
 
 
 def _to_pil(source, name: str) -> Image.Image:
@@ -115,6 +117,6 @@ def _to_pil(source, name: str) -> Image.Image:
         source = source.permute(1, 2, 0) if isinstance(source, Tensor) else source.transpose(1, 2, 0)
     if len(shape) not in (2, 3) or (len(shape) == 3 and source.shape[2] not in (1, 3, 4)):
         raise UserError(f"{name}: array of shape {shorten(shape, 60)}; expected [h, w], [h, w, 3] or [3, h, w]")
-    _require_size(source.shape[1], source.shape[0], name)  # before anything is computed: broadcast arrays claim any size
+    _require_size(source.shape[1], source.shape[0], name)  # before anything is computed: broadcast arrays claim any
     levels = _eight_bits(array_of(source, name), 0, name)
     return Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if levels.shape[2:] == (1,) else levels))

@@ -137,7 +137,8 @@ def array_of(source, name: str) -> np.ndarray:
             source = source.resolve_conj().resolve_neg().numpy()
         array = np.asarray(source)
     except Exception as error:  # meta, sparse and quantized tensors, ragged lists: many kinds
-        raise UserError(f"{name}: a {type(source).__name__} whose values cannot be read ({first_line(error)})") from None
+        kind = shorten(type(source).__name__)
+        raise UserError(f"{name}: a {kind} whose values cannot be read ({first_line(error)})") from None
     if array.dtype.kind not in "iufb":
         raise UserError(f"{name}: values of type {shorten(array.dtype, 60)}; expected numbers, float or integer")
     return array
@@ -221,7 +222,7 @@ def _end_of_matroska(stream) -> int:
 
 
 def _matroska_size(stream) -> tuple[int, bool]:
-    """A size of 1 to 8 bytes, and whether it is the one that stands for "unknown". Its leading zero bits tell how many."""
+    """A size of 1 to 8 bytes (its leading zero bits tell how many), and whether it is the one for "unknown"."""
     first = stream.read(1)
     if not first or not first[0]:
         return 0, True
