@@ -405,7 +405,7 @@ def run_case(readers: Readers, seed: int, number: int) -> Outcome:
         except AssertionError as wrong:
             return Outcome(number, file, "fault", str(wrong))
     except BaseException as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "minomni" in f.filename and "fuzz" not in f.filename]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(ROOT / "minomni")]
         at = f"{Path(frames[-1].filename).name}, {frames[-1].name}()" if frames else "a library"
         what = f"{type(error).__name__} in {at}: {(str(error).splitlines() or [''])[0][:120]}"
         return Outcome(number, file, "fault", what, traceback.format_exc()[-3000:])
