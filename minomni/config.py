@@ -52,16 +52,17 @@ def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...]
         if field.type is int:
             require_int(field.name, value, low, high)
         elif field.type is not float and not is_dataclass(value):
-            require_list(field.name, value, low, MOST_LAYERS if low == 0 else LONGEST_LIST)
+            is_table = field.type == tuple[tuple[int, ...], ...]
+            require_list(field.name, value, low, MOST_LAYERS if low == 0 else LONGEST_LIST, is_table)
 
 
-def require_list(name: str, value, low: int, longest: int) -> None:
-    """Check a list of whole numbers, or of such lists."""
-    require(isinstance(value, tuple), f"{name} is {value!r:.60}, expected a list")
+def require_list(name: str, value, low: int, longest: int, of_lists: bool = False) -> None:
+    """Check a list of whole numbers, or of lists of them."""
+    require(isinstance(value, tuple), f"{name} is {value!r:.60}, expected a list{' of lists' * of_lists}")
     require(len(value) <= longest, f"{name} has {len(value)} entries, expected at most {longest}")
     for entry in value:
-        if isinstance(entry, tuple):
-            require_list(name, entry, low, longest)
+        if of_lists:
+            require_list(f"an entry of {name}", entry, low, longest)
         else:
             require_int(f"an entry of {name}", entry, low, LARGEST)
 
@@ -275,8 +276,6 @@ class BigVGANConfig:
         blocks = self.resblock_dilation_sizes
         require(len(self.resblock_kernel_sizes) == len(blocks) > 0, f"resblock_kernel_sizes "
                 f"{self.resblock_kernel_sizes} and resblock_dilation_sizes {blocks} must be of equal length")
-        require(all(isinstance(block, tuple) for block in blocks), f"resblock_dilation_sizes {blocks} must be a list "
-                f"of lists")
 
 
 @dataclass(frozen=True)

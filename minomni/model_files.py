@@ -34,7 +34,7 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
-        if path.is_symlink():
+        if os.path.islink(path):  # False for a name that is too long, where path.is_symlink() raises
             goal = shorten(os.readlink(path), 80)
             raise UserError(f"{where(path)}: is a link to {goal}, which is not there; {advice}") from None
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None

@@ -308,7 +308,7 @@ def test_bench_measures_every_row_and_leaves_the_model_as_it_was(brief, monkeypa
     result.draw(tmp_path / "waterfall.png")
     assert (tmp_path / "waterfall.png").stat().st_size > 1000
     with pytest.raises(UserError, match="cannot be written"):
-        result.draw(tmp_path / "waterfall.png" / "below_a_file.png")
+        result.draw(tmp_path / "waterfall.png" / "below.png")
 
 
 def test_bench_of_a_size_that_nobody_trained(monkeypatch):

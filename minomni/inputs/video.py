@@ -265,6 +265,8 @@ def _opened(stream, name):
         if not container.streams.video:
             raise UserError(f"{name}: holds no video")
         codec = container.streams.video[0].codec_context
+        if codec is None:
+            raise UserError(f"{name}: its pictures are in a format that is not known here; save them as mp4 with h264")
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
         yield container
