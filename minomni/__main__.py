@@ -181,7 +181,10 @@ def run_chat(arguments) -> None:
         refuse_with_samples(arguments)
     elif not arguments.content and not (sys.stdin and sys.stdin.isatty()):
         raise UserError("nothing was asked; give --text, --audio, --image or --video, or run it on a terminal")
-    check_out(out, arguments.stream)
+    if not (arguments.no_speech or arguments.samples):
+        check_out(out, arguments.stream)
+    if not arguments.samples and not arguments.content and arguments.use_audio_in_video:
+        raise UserError("--use-audio-in-video goes with --video; a conversation on a terminal has no films")
     if arguments.voice_from and arguments.no_speech:
         raise UserError("--voice-from makes a voice, and --no-speech wants none; leave out one of them")
     omni, voice = load(arguments.model, arguments.device), arguments.voice
@@ -277,8 +280,9 @@ def hold_conversation(omni, arguments, voice: str | None, out: Path, options: di
 
 def numbered(path: Path, number: int) -> Path:
     """reply.wav -> reply-1.wav; a device or a pipe stays as it is."""
-    device = path.exists() and not path.is_file()
-    return path if device else path.with_name(f"{path.stem}-{number}{path.suffix}")
+    from .reply import is_device
+
+    return path if is_device(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def tell(omni, pieces, arguments, path: Path | None) -> None:

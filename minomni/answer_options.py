@@ -86,8 +86,9 @@ def unknown(name: str) -> UserError:
     """What to say of an option that does not exist."""
     if name in ELSEWHERE:
         return UserError(f"unknown option {name!r}; here it is {ELSEWHERE[name]}")
-    near = get_close_matches(name, OPTIONS, n=1)
-    meant = f", did you mean {near[0]}?" if near else ";"
+    prefix = next((prefix for prefix in ("thinker_", "talker_") if name.startswith(prefix)), "")
+    near = get_close_matches(name.removeprefix(prefix), OPTIONS, n=1)
+    meant = f", did you mean {prefix}{near[0]}?" if near else ";"
     return UserError(f"unknown option {shown(name)}{meant} the options are {', '.join(OPTIONS)}, for the Thinker, and "
                      f"the same with talker_ in front for the Talker")
 

@@ -323,7 +323,12 @@ def parse_media(folder: Path) -> MediaConfig:
         release = dataclasses.replace(QWEN7B.media, **limits)
     except ValueError as error:
         raise UserError(f"{section.name}, min_pixels and max_pixels: {error}") from None
-    return setting(section, "media", MediaConfig, release)
+    media = setting(section, "media", MediaConfig, release)
+    for name, key, _ in spellings:
+        if section.data.get(key) is not None and getattr(media, name) != limits[name]:
+            raise UserError(f"{section.name}: {key} is {limits[name]} and media.{name} is {getattr(media, name)}; change "
+                            f"both, or remove media")
+    return media
 
 
 def picture_settings(folder: Path) -> Section:

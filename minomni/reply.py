@@ -68,7 +68,8 @@ class Reply:
     def save(self, path: str | Path) -> None:
         """Write the speech into a file, whole or not at all; the name says which kind: wav, flac, ogg or mp3.
 
-        Raises UserError for another name, for a reply without speech, and where the file cannot be written.
+        A reply whose answer is empty is a file of no samples. Raises UserError for another name, for a model that
+        answers in text alone, and where the file cannot be written.
         """
         import soundfile
 
@@ -107,13 +108,23 @@ def sound_file(path: str | Path) -> tuple[str, str]:
 
     Raises UserError for a name that is none.
     """
+    if not isinstance(path, (str, Path)):
+        raise UserError(f"the file to write is a {type(path).__name__}; expected a path")
     path = Path(path)
     if path.suffix.lower() in SOUND_FILES:
         return SOUND_FILES[path.suffix.lower()]
-    of_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))  # /dev/stdout may lead to a regular file
-    if path.exists() and not path.is_dir() and (of_the_system or not path.is_file()):
+    if is_device(path):
         return SOUND_FILES[".wav"]
     raise UserError(f"{path}: speech is written as {', '.join(SOUND_FILES)}; give a name that ends so")
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path names a device, a pipe, or a file of /dev or /proc, such as /dev/stdout that leads to a file."""
+    try:
+        of_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))
+        return path.exists() and not path.is_dir() and (of_the_system or not path.is_file())
+    except (OSError, ValueError):  # a name that is too long, or holds NUL
+        return False
 
 
 @dataclass

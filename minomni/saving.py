@@ -11,7 +11,8 @@ from torch import Tensor
 
 from minomni.config import DiTConfig, OmniConfig
 from minomni.config_json import CODEC_FOLDER, read_json, write_config, write_json
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
+from minomni.files import beside
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
 from minomni.processor_files import generation_ids, processor_settings, write_chat_template, write_tokenizer_config
@@ -23,9 +24,11 @@ DIT_ANGLES = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
 # Files about the tokenizer and the prompt. They are written, or kept from the loaded folder, all together.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                    "added_tokens.json", "chat_template.json", "chat_template.jinja")
-# All that a saved model may consist of. Anything else in a folder belongs to somebody else.
-MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", INDEX, "*.safetensors", VOICES,
-               CODEC_FOLDER, "trained.json", *TOKENIZER_FILES)
+HISTORY = "trained.json"  # how a model came to be; train/ writes it
+# What a saved model consists of, beside the shards that its index names. Anything else belongs to somebody else.
+MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", INDEX, WHOLE,
+               "model-?????-of-?????.safetensors", VOICES, HISTORY, *TOKENIZER_FILES)
+CODEC_FILES = {"config.json", WHOLE}
 # Never copied into another folder: other copies of the weights.
 OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.incomplete")
 
@@ -41,12 +44,19 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
     is followed. Raises UserError, with the target as it was, where that is a file, a device or a folder that holds
     anything but a model, and where writing fails.
     """
-    target, folder = Path(folder), Path(os.path.realpath(folder))
+    if not isinstance(omni, Omni):
+        raise UserError(f"save() was given a {type(omni).__name__} as the model; expected what load() gives")
+    if not isinstance(folder, (str, Path)) or not str(folder):
+        raise UserError(f"save() was given {shorten(repr(folder), 60)} as the folder; expected a path")
+    target = Path(folder)
     try:
+        folder = Path(os.path.realpath(target))
         check_target(target, folder, omni.loaded_from)
-    except OSError as error:
+        fresh, old = beside(folder, "part"), beside(folder, "old")
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
+        if isinstance(error, UserError):
+            raise
         raise unwritable(target, error) from None
-    fresh, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
     try:
         fresh.mkdir(parents=True)
         write_model(omni, fresh, shard_bytes)
@@ -82,6 +92,8 @@ def check_target(target: Path, folder: Path, loaded_from: Path | None) -> None:
         raise UserError(f"{target}: is {kind}; a model is saved as a folder, choose another name")
     if loaded_from is not None and same_folder(folder, loaded_from):
         return  # all that it holds is kept
+    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise UserError(f"{target}: holds something that is no model; choose another folder")
     known = {file.name for file in copied_files(loaded_from)}
     for entry in sorted(folder.iterdir()):
         if entry.name not in known and not is_model_file(entry):
@@ -89,7 +101,19 @@ def check_target(target: Path, folder: Path, loaded_from: Path | None) -> None:
 
 
 def is_model_file(entry: Path) -> bool:
-    return any(entry.match(pattern) for pattern in MODEL_FILES)
+    """Whether a file of a model folder, or its codec folder, belongs to the model."""
+    if entry.name == CODEC_FOLDER:
+        return entry.is_dir() and {file.name for file in entry.iterdir()} <= CODEC_FILES
+    return any(entry.match(pattern) for pattern in MODEL_FILES) or entry.name in indexed_shards(entry.parent)
+
+
+def indexed_shards(folder: Path) -> set[str]:
+    """The names of the shards that the folder's own index lists."""
+    try:
+        index = read_json(folder / INDEX, optional=True).get("weight_map", {})
+    except UserError:  # a broken index names nothing
+        return set()
+    return {name for name in index.values() if isinstance(name, str)} if isinstance(index, dict) else set()
 
 
 def same_folder(a: Path, b: Path) -> bool:
@@ -193,8 +217,14 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
     files of the loaded one. Where both have a file, the replaced folder's stays."""
     if folder.is_dir():
         for entry in folder.iterdir():
-            if not is_model_file(entry):
+            if entry.name == CODEC_FOLDER and entry.is_dir() and (fresh / CODEC_FOLDER).is_dir():
+                for file in entry.iterdir():
+                    if file.name not in CODEC_FILES:
+                        link(file, fresh / CODEC_FOLDER / file.name)
+            elif not is_model_file(entry):
                 link(entry, fresh / entry.name)
+    if source is not None and same_folder(source, folder) and (folder / HISTORY).is_file():
+        link(folder / HISTORY, fresh / HISTORY)
     for file in copied_files(source):
         if not (fresh / file.name).exists():
             shutil.copy2(file, fresh / file.name)

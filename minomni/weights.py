@@ -29,7 +29,7 @@ from minomni.config import OmniConfig
 from minomni.config_json import CODEC_FOLDER, RELEASE, read_config, read_json, without_speech
 from minomni.errors import UserError, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.model_files import check_file, quote, reason, where
+from minomni.model_files import check_file, quote, where
 from minomni.omni import TEXT_HEAD, Omni
 from minomni.saving import DIT_ANGLES, INDEX, VOICES, WHOLE, save  # noqa: F401, weights.save is its name elsewhere
 from minomni.token2wav.speaker import Voice
@@ -174,7 +174,8 @@ def unlisted_files(folder: Path) -> list[str]:
     for pattern, what in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
             raise UserError(f"{where(folder)}: holds {what}")
-    names = sorted(file.name for file in folder.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    names = sorted(file.name for file in folder.glob("*.safetensors")
+                   if file.name != "adapter_model.safetensors" and not file.name.startswith("."))
     if not names:
         raise UserError(f"{where(folder)}: holds neither {WHOLE} nor {INDEX}; give the folder of a model")
     numbered = [match for match in map(NUMBERED.fullmatch, names) if match]
@@ -183,7 +184,7 @@ def unlisted_files(folder: Path) -> list[str]:
         expected = [f"{start}{i + 1:05}{rest}" for i in range(int(total))]
         lost = sorted(set(expected) - set(names))
         if lost:
-            raise UserError(f"{where(folder)}: {len(lost)} of {total} files are missing: {count(lost)}; copy them "
+            raise UserError(f"{where(folder)}: {len(lost)} of {len(expected)} files are missing: {count(lost)}; copy them "
                             f"again")
         names = expected
     return names

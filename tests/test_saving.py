@@ -296,6 +296,39 @@ def test_a_folder_with_anything_else_is_refused(folder, omni, name):
     assert contents(folder) == before and (folder / name).exists()
 
 
+def test_weights_of_others_are_not_the_model_s(omni, folder, tmp_path):
+    """A lone adapter, a codec folder with notes, and an adapter beside a model."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "my_lora.safetensors").write_bytes(b"weights")
+    refuse(omni, tmp_path / "lora", "holds something that is no model")
+    (folder / "codec" / "notes.txt").write_text("mine")
+    refuse(omni, folder, "'codec'")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    loaded = weights.load(folder)
+    minomni.save(loaded, folder)
+    assert (folder / "codec" / "notes.txt").read_text() == "mine"
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert same_tensors(weights.load(folder), loaded)
+
+
+def test_the_history_of_a_model_stays_with_it(omni, folder):
+    (folder / "trained.json").write_text('{"size": "tiny"}')
+    minomni.save(weights.load(folder), folder)
+    assert (folder / "trained.json").exists()
+    minomni.save(omni, folder)  # another model
+    assert not (folder / "trained.json").exists()
+
+
+@pytest.mark.parametrize("target", ["a\0b", "n" * 300, "", None, 5])
+def test_names_that_cannot_be_are_one_line(omni, target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        minomni.save(omni, target)
+    with pytest.raises(UserError, match="as the model"):
+        minomni.save(omni.thinker, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_refused(omni, tmp_path):
     (tmp_path / "poem.txt").write_text("mine")
     refuse(omni, tmp_path / "poem.txt", "is a file")

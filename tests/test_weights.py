@@ -19,11 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import minomni
 from minomni import make_voice, weights
-from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import TEXT_HEAD, Omni
-from minomni.token2wav.speaker import Voice
 
 
 @pytest.fixture(scope="module")
