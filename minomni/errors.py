@@ -20,7 +20,10 @@ def shorten(text: object, limit: int = 200) -> str:
 
     For names and values that a message quotes. Line feeds and other characters that no terminal shows come as escapes.
     """
-    text = str(text)
+    try:
+        text = str(text)
+    except ValueError:  # Python spells no whole number of more than 4,300 digits
+        text = "a very large number"
     if len(text) > limit:  # cut before escaping: a text of a gigabyte takes no time
         tail = limit // 2
         text = f"{text[: limit - tail - 3]}...{text[-tail:]}"

@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -117,6 +118,15 @@ def test_tuples_that_are_none():
         refused(pair, "(array, sampling rate in Hz)")
 
 
+def test_lists_that_are_no_array():
+    ragged = [[0.2, 0.1, 0.3], [0.4]]
+    for source in ((ragged, 22_050), (22_050, ragged), {"array": ragged, "sampling_rate": 22_050}):
+        refused(source, "the audio given: a list whose values cannot be read")
+    refused((tone(0.1), ragged), "(array, sampling rate in Hz)")
+    refused((tone(0.1), 9**5_000), "a very large number samples per second")
+    refused({"array": tone(0.1), "sampling_rate": -(10**4_999)}, "a very large number samples per second")
+
+
 def test_tensors_of_every_kind():
     wave = torch.from_numpy(tone(0.3))
     assert torch.allclose(load_audio(wave.bfloat16()), wave, atol=2e-3)
@@ -167,7 +177,15 @@ def test_start_and_end_of_arrays():
     assert len(load_audio((tone(0.8, 8_000), 8_000), MediaOptions(audio_start=0.25))) == 8_800
 
 
+@pytest.mark.parametrize("number", [np.float32, np.float16, Fraction])
+def test_start_and_end_of_other_types(number):
+    wave = load_audio(tone(0.8), MediaOptions(audio_start=number(0.25), audio_end=number(0.5)))
+    assert np.array_equal(wave, tone(0.8)[4_000:8_000])
+
+
 @pytest.mark.parametrize("start, end, says", [
+    pytest.param(7**8_000, None, "audio_start is a very large number", id="large"),
+    (np.float32(-2.5), None, "audio_start is -2.5"),
     (-0.1, None, "audio_start is -0.1"), (None, -1, "audio_end is -1"), (0.3, 0.3, "not behind audio_start"),
     (0.5, 0.2, "not behind audio_start"), (7.0, None, "after 7 s"), (7.0, 9.0, "after 7 s"), 
     ("1", None, "expected seconds"),

@@ -130,6 +130,9 @@ def test_every_spelling_of_an_item(item, kind):
     ({"role": "user", "content": "hi"}, "the messages are a dict"), ([[{"role": "user"}]], "a message is a list"),
     ([{"role": "user", "content": 7.5}], "the content of a message is 7.5; expected a text or a list"),
     ([{"role": "user", "content": np.zeros(4)}], "the content of a message is a ndarray"),
+    ([{"role": "user", "content": "a", 17**4_000: 1}], "unknown key a very large number"),
+    ([{"role": 6**7_000, "content": "a"}], "unknown role a very large number"),
+    (user({"text": "a", 10**5_500: 1}), "unknown key a very large number"),
     ([{"role": 3, "content": "a"}], "unknown role 3"), ([{"role": ["user"], "content": "a"}], "unknown role a list"),
     ([{"role": "x" * 4_000}], "unknown role 'xxx"), ([{"role": "tool", "content": "a"}], "role 'tool' is not known"),
     ([{"role": "user", "content": "a", "tool_calls": [1]}], "a message has the unknown key 'tool_calls'"),
@@ -299,8 +302,22 @@ def test_films_with_and_without_sound(processor):
 # ------------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("written, read", [("red \ud83d", "red \ufffd"), ("\udcff red", "\ufffd red"),
                                            ("\ud83d\ude00 red", "\U0001f600 red"), ("\ude00\ud83d", "\ufffd\ufffd")])
-def test_half_surrogate_pairs(processor, written, read):
+def test_unpaired_surrogates(processor, written, read):
     assert processor.encode(written) == processor.encode(read)
+
+
+def test_clips_of_known_size(processor):
+    clip = Clip(torch.zeros(2, 56, 84, 3, dtype=torch.uint8), torch.arange(2.0), None, sized=True)
+    assert processor([user({"video": clip})]).video_grids == [(1, 4, 6)]
+    for item in ({"video": clip, "max_pixels": 9_408}, {"video": replace(clip, frames=clip.frames[:, :, :50])}):
+        with pytest.raises(UserError, match="sized=True"):
+            processor([user(item)])
+
+
+def test_combining_marks_are_refused_at_any_length(processor):
+    for n in (300, 3_000):
+        with pytest.raises(UserError, match="combining marks|too many tokens"):
+            processor.encode("e" + "\u0301" * n)
 
 
 def test_texts_that_cannot_fit_are_not_tokenized(processor, monkeypatch):

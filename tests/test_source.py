@@ -232,3 +232,91 @@ def test_segments(size, whole):
     else:
         with pytest.raises(UserError, match="a.mkv: cut short"):
             require_whole(io.BytesIO(content), "a.mkv")
+
+
+# ------------------------------------------------------------------------------------------------------ broken headers
+def counted(content: bytes) -> tuple[io.BytesIO, list]:
+    """A stream, and the sizes of all reads from it."""
+    reads = []
+
+    class Stream(io.BytesIO):
+        def read(self, size=-1):
+            reads.append(size)
+            return super().read(size)
+
+    return Stream(content), reads
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"RIFF\x24\x80\0\0WAVE" + bytes(2_000_000), "holds zeros where its sound should begin; copy it again"),
+    (b"RIFF\x24\x80\0\0AVI " + bytes(700_000), "holds zeros where its pictures should begin"),
+    (wav()[:36] + bytes(1_500_000), "holds zeros where its sound"),  # the format arrived, the samples did not
+    (b"FORM\0\x30\0\0AIFF" + bytes(900_000), "holds zeros where its sound"),
+    (b"RIFF\x24\x80\0\0WAVE" + b"junk\0\0\0\0" * 300_000, "more than 10000 chunks"),
+    (FTYP + struct.pack(">I4s", 8, b"free") * 200_000, "boxes hold next to nothing"),
+    (FTYP + struct.pack(">I4s", 3, b"abcd") * 200_000, "boxes hold next to nothing"),
+])
+def test_headers_followed_by_nothing(content, says):
+    stream, reads = counted(content)
+    with pytest.raises(UserError, match=says):
+        require_whole(stream, "a.wav")
+    assert len(reads) < 11_000
+    refused(content, says)
+
+
+def test_zeros_behind_the_samples():
+    assert same(wav() + bytes(70_001))
+    begin = wav().index(b"data")
+    assert same(wav()[:begin] + b"junk" + struct.pack("<I", 3_000) + bytes(3_000) + wav()[begin:])
+
+
+def test_films_of_many_fragments():
+    fragments = (box(b"moof", b"f" * 90) + box(b"mdat", b"d")) * 9_000
+    require_whole(io.BytesIO(FTYP + MOOV + fragments), "a.mp4")
+    with pytest.raises(UserError, match="cut short"):
+        require_whole(io.BytesIO(FTYP + MOOV + fragments + MDAT[:-7]), "a.mp4")
+
+
+@pytest.mark.parametrize("content", [b"\x1a\x45\xdf\xa3" + rest for rest in (
+    b"", b"\x02", b"\x01\xff\xff", b"\x00", b"\x81a\x18\x53\x80\x67\x01\x02")] + [
+    b".snd", b".snd\0\0\0", b".snd\0\0\0\x1c\0\0\0", b"RIFF", b"RIFF\0\0\0\0WAVEfmt ", b"FORM\0", b"RF64\xff\xff",
+    b"\0\0\0\x18ftyp", b"\0\0\0\1mdat\xff\xff\xff\xff\xff\xff\xff\xff", b"\0\0\0\1moov\xff\xff\xff\xff"])
+def test_headers_cut_short(content, tmp_path):
+    refused(content, "the audio given")
+    (tmp_path / "a.bin").write_bytes(content)
+    refused(tmp_path / "a.bin", "a.bin: ")  # files refuse places before their beginning, BytesIO does not
+
+
+def test_streams_that_break_while_their_header_is_read():
+    for error in (OSError("unplugged"), EOFError("unplugged"), struct.error("unplugged"), ValueError("unplugged")):
+        class Broken(io.BytesIO):
+            def seek(self, offset, whence=0):
+                if whence == io.SEEK_END:
+                    raise error
+                return super().seek(offset, whence)
+
+        refused(Broken(wav()), "(unplugged)")
+
+
+def test_views_that_skip_bytes():
+    spread = np.repeat(np.frombuffer(wav(), np.uint8), 3).tobytes()
+    assert same(memoryview(spread)[::3])
+    view = memoryview(wav())
+    view.release()
+    refused(view, "a memoryview that was released")
+
+
+def test_names_that_raise():
+    class Nameless(io.BytesIO):
+        @property
+        def name(self):
+            raise KeyError("no name")
+
+    assert name_of(Nameless(), "audio") == "the audio given"
+    refused(Nameless(wav()), "the audio given: an open file that cannot be read")
+
+
+def test_numbers_that_python_does_not_spell():
+    for value in (7**9_000, -(10**4_400), [11**6_000]):
+        assert shorten(value) == "a very large number"
+    assert str(UserError(3**11_000)) == "a very large number"

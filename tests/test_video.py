@@ -4,6 +4,7 @@ import base64
 import io
 import struct
 import subprocess
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -14,7 +15,7 @@ from PIL import Image
 
 from minomni.config import TINY
 from minomni.errors import UserError
-from minomni.inputs.media import load_video, sample_indices
+from minomni.inputs.media import Clip, load_video, sample_indices
 from minomni.inputs.options import MediaOptions
 from minomni.inputs.video import frame_range, true_rate, upright
 
@@ -226,3 +227,43 @@ def test_lists_that_are_no_film(frames, says):
 def test_sample_fps_is_not_for_files():
     with pytest.raises(UserError, match="sample_fps is for lists of frames"):
         load_video(film([0, 500]), MEDIA, False, options=MediaOptions(sample_fps=2))
+
+
+@pytest.mark.parametrize("fps", [
+    pytest.param(9**5_000, id="digits"), pytest.param(10**310, id="large"), True, False, np.bool_(True), 0, -3,
+    float("inf"), float("nan"), Fraction(-1, 3)])
+def test_rates_that_are_none(fps):
+    frames = np.stack([scene()] * 2)
+    for source in ((frames, fps), ([scene()] * 2, fps)):
+        with pytest.raises(UserError, match="frames per second; expected a number above zero") as error:
+            load_video(source, MEDIA, with_audio=False)
+        assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+
+
+def test_rates_of_other_types():
+    frames = np.stack([scene()] * 3)
+    for fps in (Fraction(1, 4), np.float32(0.25)):
+        assert load_video((frames, fps), MEDIA, False).seconds.tolist() == [0, 4, 8]
+        assert load_video(frames, MEDIA, False, options=MediaOptions(fps=fps)).seconds.tolist() == [0, 4, 8]
+
+
+# ------------------------------------------------------------------------------------------------- clips of known size
+def sized(height: int, width: int) -> Clip:
+    return Clip(torch.zeros(2, height, width, 3, dtype=torch.uint8), torch.arange(2.0), None, sized=True)
+
+
+@pytest.mark.parametrize("options", [
+    MediaOptions(min_pixels=9_000), MediaOptions(max_pixels=4_000), MediaOptions(resized_height=84, resized_width=28),
+    MediaOptions(total_pixels=70_000)])
+def test_clips_of_known_size_take_no_size(options):
+    with pytest.raises(UserError, match="_(pixels|height) is for frames that are to be resized.*leave it out"):
+        load_video(sized(84, 56), MEDIA, False, options=options)
+    frames = replace(sized(84, 56), sized=False)
+    assert load_video(frames, MEDIA, False, options=options) is frames  # they get their size later
+
+
+@pytest.mark.parametrize("height, width", [(85, 56), (56, 30), (14, 28), (0, 28)])
+def test_clips_of_known_size_fill_their_cells(height, width):
+    with pytest.raises(UserError, match=f"sized=True of {width}x{height} pixels; expected multiples of 28"):
+        load_video(sized(height, width), MEDIA, False)
+    assert load_video(sized(112, 28), MEDIA, False).sized

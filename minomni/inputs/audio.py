@@ -1,6 +1,7 @@
 """Sound: files, bytes and arrays to a mono wave at 16 kHz."""
 
 from math import ceil, isfinite
+from numbers import Real
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..config import LISTENING_RATE, QWEN7B
 from ..errors import UserError, shorten
-from .options import MediaOptions
+from .options import MediaOptions, quoted
 from .source import array_of, complaints, is_ogg, name_of, open_source, parts_of_stream, require_whole
 
 SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
@@ -78,16 +79,20 @@ def audio_track(stream, name: str, origin: float | None = None, end: float | Non
 
 def _seconds_wanted(options: MediaOptions, name: str) -> tuple[float, float | None]:
     """Checked audio_start (0 if not given) and audio_end (None if not given)."""
-    start, end = options.audio_start, options.audio_end
-    for key, value in (("audio_start", start), ("audio_end", end)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= FARTHEST:
-            raise UserError(f"{name}: {key} is {shorten(repr(value), 60)}; expected seconds from 0 to {FARTHEST}")
+    start, end = (_seconds(getattr(options, key), key, name) for key in ("audio_start", "audio_end"))
     start = start or 0.0
     if end is not None and end <= start:
         raise UserError(f"{name}: audio_end ({end:g} s) is not behind audio_start ({start:g} s)")
     return start, end
+
+
+def _seconds(value, key: str, name: str) -> float | None:
+    """A number of Python or numpy as float; None stays. Raises UserError for others and for those out of range."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= FARTHEST:
+        raise UserError(f"{name}: {key} is {quoted(value)}; expected seconds from 0 to {FARTHEST}")
+    return float(value)
 
 
 def _cut(blocks, start: float, end: float | None):
@@ -272,10 +277,19 @@ def _array_and_rate(pair: tuple, name: str) -> tuple:
     """(array, Hz) as most write it, or (Hz, array) as scipy and gradio do -> array, Hz."""
     if len(pair) == 2:
         for array, rate in (pair, pair[::-1]):
-            if isinstance(array, (np.ndarray, Tensor, list)) and np.ndim(array) and not np.ndim(rate):
+            is_array = isinstance(array, list) or (isinstance(array, (np.ndarray, Tensor)) and array.ndim > 0)
+            if is_array and _is_single(rate):
                 return array, rate
     kinds = ", ".join(type(item).__name__ for item in pair[:5])
     raise UserError(f"{name}: a tuple of ({shorten(kinds)}); expected (array, sampling rate in Hz)")
+
+
+def _is_single(value) -> bool:
+    """Whether a value is none of an array's; lists of lists of unequal lengths are no array, but not single either."""
+    try:
+        return np.ndim(value) == 0
+    except ValueError:
+        return False
 
 
 def _of_array(source, rate, start: float, end: float | None, name: str) -> Tensor:

@@ -47,10 +47,10 @@ def parse_item(item: dict) -> Item:
                         f"{', '.join(SOURCE_KEYS[kind])}, and not None")
     if len(places) > 1:
         raise UserError(f"a content item has both {places[0]} and {places[1]}; give one of them")
-    wishes = {key: value for key, value in item.items() if key not in WITHOUT_MEANING and key != places[0]}
-    if other := sorted(key for key in wishes if key in KIND_OF_TYPE):
+    given = {key: value for key, value in item.items() if key not in WITHOUT_MEANING and key != places[0]}
+    if other := sorted(key for key in given if key in KIND_OF_TYPE):
         raise UserError(f"a content item holds {places[0]} and {other[0]}; give two items, or None for the other key")
-    return Item(kind, _source(kind, places[0], item[places[0]]), options_of(kind, wishes))
+    return Item(kind, _source(kind, places[0], item[places[0]]), options_of(kind, given))
 
 
 def kind_and_source(item: dict) -> tuple[str, object]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
 import numpy as np
-import regex
 import torch
 from torch import Tensor
 
@@ -179,7 +178,7 @@ class Processor:
     def encode(self, text: str) -> list[int]:
         """Ids of text, in which nobody may type what stands for media: positions and features would go astray.
 
-        Half surrogate pairs, which are no characters, become U+FFFD. Raises UserError for media's tokens, and for texts
+        Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for media's tokens, and for texts
         that cannot fit the context: those are not tokenized first.
         """
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -195,16 +194,14 @@ class Processor:
     def _cannot_fit(self, text: str) -> bool:
         """Whether a text surely makes more tokens than the context holds, told without tokenizing it.
 
-        A byte takes at least the share 1 / n of a token, n the length of the longest token that it occurs in. A run of
-        combining marks is refused earlier: normalizing it takes the square of its length.
+        A byte takes at least the share 1 / n of a token, n the length of the longest token that it occurs in.
         """
         longest = np.ones(256)
         for token in [*self.tokenizer.bytes_of.values(), *map(str.encode, self.tokenizer.special_tokens)]:
             for byte in set(token):
                 longest[byte] = max(longest[byte], len(token))
         counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
-        marks = regex.search(rf"\p{{M}}{{{self.context + 1}}}", text)
-        return bool((counts / longest).sum() > self.context or marks)
+        return bool((counts / longest).sum() > self.context)
 
     def _fill(self, item, use_audio_in_video, inputs, images, videos) -> list[int]:
         """Load one item, note its features in `inputs`, and return the ids that stand for it."""

@@ -37,7 +37,9 @@ def open_source(source, name: str):
         source = os.fspath(source) if isinstance(os.fspath(source), str) else os.fsdecode(source)
     if isinstance(source, str) and re.match("data:", source, re.IGNORECASE):
         source = _data_of_uri(source, name)
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, memoryview):
+        source = _bytes_of_view(source, name)
+    if isinstance(source, (bytes, bytearray)):
         yield io.BytesIO(source)
     elif isinstance(source, str):
         with _open_file(source, name) as stream:
@@ -47,6 +49,14 @@ def open_source(source, name: str):
         yield source
     else:
         raise UserError(f"{name}: a {shorten(type(source).__name__)} cannot be read; give a path, bytes or an array")
+
+
+def _bytes_of_view(view: memoryview, name: str) -> bytes:
+    """The bytes in a view, which may skip some of its buffer's."""
+    try:
+        return view.tobytes()
+    except ValueError:
+        raise UserError(f"{name}: a memoryview that was released; give the bytes themselves") from None
 
 
 def _open_file(spelling: str, name: str):
@@ -101,6 +111,7 @@ def _data_of_uri(uri: str, name: str) -> bytes:
 def _rewind(stream, name: str) -> None:
     """Put a caller's stream to its beginning, or say why it cannot be read."""
     try:
+        getattr(stream, "name", None)  # decoders look at it
         if hasattr(stream, "fileno"):
             _require_regular(stream, name)
         stream.seek(0)
@@ -148,34 +159,42 @@ def require_whole(stream, name: str) -> None:
     """Raise UserError where a file ends before what its own header announces: decoders would play what is left.
 
     Known for mp4 and mov, wav, avi, aiff, au, mkv and webm. Others (mp3, aac, ogg, ts) announce no length. A length of
-    0 or beyond 2 GB in wav and its like stands for "unknown": recorders and pipes write the header first.
+    0 or beyond 2 GB in wav and its like stands for "unknown": recorders and pipes write the header first. Raises
+    UserError, too, for headers that are followed by zeros or by countless empty parts: decoders read those for minutes.
     """
-    end = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    head = stream.read(12)
-    if head[4:8] in MP4_BEGINS:
-        needed = _end_of_mp4(stream, end)
-    elif head[:4] in (b"RIFF", b"RF64", b"FORM"):
-        needed = _end_of_chunks(stream, end, ">" if head[:4] == b"FORM" else "<")
-    elif head[:4] == b".snd":
-        needed = _end_of_au(head)
-    elif head[:4] == b"\x1a\x45\xdf\xa3":
-        needed = _end_of_matroska(stream)
-    else:
-        needed = 0
-    stream.seek(0)
+    with complaints(name, "its header cannot be read"):
+        end = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        needed = _announced(stream, end, name)
+        stream.seek(0)
     if needed > end:
         raise UserError(f"{name}: cut short, {end} of at least {needed} bytes are there; copy it again")
 
 
+def _announced(stream, end: int, name: str) -> int:
+    """How many bytes the header of a file of `end` bytes announces at least; 0 where that is not known."""
+    head = stream.read(12)
+    if head[4:8] in MP4_BEGINS:
+        return _end_of_mp4(stream, end, name)
+    if head[:4] in (b"RIFF", b"RF64", b"FORM"):
+        return _end_of_chunks(stream, end, ">" if head[:4] == b"FORM" else "<", name)
+    if head[:4] == b".snd":
+        return _end_of_au(head)
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return _end_of_matroska(stream)
+    return 0
+
+
+MOST_CHUNKS = 10_000  # before the sound of a wav or the pictures of an avi; boxes of an mp4 that hold next to nothing
+SMALL_BOX = 32  # bytes: in films of many fragments, boxes are larger on average
 MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 MP4_CONTENT = (b"moov", b"mdat", b"moof")
 UNKNOWN = 2_000_000_000  # bytes: lengths from here on are what writers put who do not know it yet
 
 
-def _end_of_mp4(stream, end: int) -> int:
+def _end_of_mp4(stream, end: int, name: str) -> int:
     """How far the boxes of an mp4 reach. Bytes behind the last one (a camera's, a tag) are no box and do not count."""
-    place, seen = 0, set()
+    place, seen, count = 0, set(), 0
     while place + 16 <= end:
         stream.seek(place)
         size, kind, long_size = struct.unpack(">I4sQ", stream.read(16))
@@ -186,15 +205,28 @@ def _end_of_mp4(stream, end: int) -> int:
             return end
         seen.add(kind)
         place += size
+        count += 1
+        if count > MOST_CHUNKS and place < SMALL_BOX * count:
+            raise UserError(f"{name}: its first {count} boxes hold next to nothing; copy it again")
     return place if {b"moov", b"mdat"} <= seen else max(place, end + 8)  # at least the header of the other one
 
 
-def _end_of_chunks(stream, end: int, order: str) -> int:
-    """How far the samples of a wav, avi or aiff reach: its chunk data, LIST movi or SSND."""
-    place, long_size = 12, UNKNOWN
+def _end_of_chunks(stream, end: int, order: str, name: str) -> int:
+    """How far the samples of a wav, avi or aiff reach: its chunk data, LIST movi or SSND.
+
+    Raises UserError where zeros come before it, as in a file of which only the beginning was copied.
+    """
+    place, long_size, count = 12, UNKNOWN, 0
+    stream.seek(8)
+    content = "pictures" if stream.read(4) == b"AVI " else "sound"
     while place + 12 <= end:
         stream.seek(place)
         kind, size, inner = struct.unpack(f"{order}4sI4s", stream.read(12))
+        if kind == bytes(4):
+            raise UserError(f"{name}: holds zeros where its {content} should begin; copy it again")
+        count += 1
+        if count > MOST_CHUNKS:
+            raise UserError(f"{name}: more than {MOST_CHUNKS} chunks come before its {content}; convert it again")
         if kind == b"ds64" and place + 24 <= end:  # of RF64, whose chunk sizes are then 0xffffffff
             stream.seek(place + 16)
             long_size = struct.unpack("<Q", stream.read(8))[0]
@@ -207,6 +239,8 @@ def _end_of_chunks(stream, end: int, order: str) -> int:
 
 
 def _end_of_au(head: bytes) -> int:
+    if len(head) < 12:
+        return 12
     header, size = struct.unpack(">II", head[4:12])
     return 0 if size >= UNKNOWN else header + size
 
@@ -227,7 +261,10 @@ def _matroska_size(stream) -> tuple[int, bool]:
     if not first or not first[0]:
         return 0, True
     more = 8 - first[0].bit_length()
-    value = int.from_bytes(first + stream.read(more), "big") - (1 << (7 * more + 7))
+    rest = stream.read(more)
+    if len(rest) < more:
+        return 0, True
+    value = int.from_bytes(first + rest, "big") - (1 << (7 * more + 7))
     return value, value == (1 << (7 * more + 7)) - 1
 
 
@@ -329,7 +366,8 @@ def complaints(name: str, what: str):
         yield
     except UserError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+    except (av.error.FFmpegError, OSError, EOFError, ValueError, RuntimeError, ArithmeticError, MemoryError,
+            struct.error) as error:
         raise UserError(f"{name}: {what} ({first_line(error)})") from None
 
 
@@ -339,8 +377,10 @@ def name_of(source, kind: str) -> str:
         source = source.get("path")
     if isinstance(source, os.PathLike):
         source = str(source)
-    if hasattr(source, "read"):  # an open file
-        source = getattr(source, "name", None)
+    try:
+        source = getattr(source, "name", None) if hasattr(source, "read") else source  # an open file
+    except Exception:  # a property of the caller's own class may raise anything
+        source = None
     if not isinstance(source, str):
         return f"the {kind} given"
     if re.match("data:", source, re.IGNORECASE):

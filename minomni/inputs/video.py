@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import MediaConfig
-from ..errors import UserError
+from ..errors import UserError, shorten
 from .audio import audio_track
 from .image import load_image
-from .options import SAMPLING, MediaOptions
+from .options import SAMPLING, SIZES, MediaOptions
 from .patches import frame_size, smart_resize
 from .source import complaints, name_of, open_source, require_whole
 
@@ -35,7 +35,8 @@ class Clip:
     frames: Tensor  # uint8 [n, height, width, 3]
     seconds: Tensor  # float32 [n], when each frame is shown, counted from the first one
     wave: Tensor | None  # float32 [samples] at 16 kHz, the sound track where it was asked for
-    sized: bool = False  # the frames have the size of their patches; otherwise they are brought to frame_size
+    # The frames have the size of their patches, multiples of the merge cell; otherwise they are brought to frame_size.
+    sized: bool = False
 
 
 def load_video(source, media: MediaConfig, with_audio: bool, cell: int = 28, options: MediaOptions = MediaOptions(),
@@ -52,7 +53,7 @@ def load_video(source, media: MediaConfig, with_audio: bool, cell: int = 28, opt
     """
     name = name_of(source, "video")
     if isinstance(source, Clip):
-        clip = _checked(source, name, options)
+        clip = _checked(source, name, cell, options)
     elif isinstance(source, (np.ndarray, Tensor, list, tuple)):
         clip = _given_frames(source, name, media, cell, options, most_tokens)
     else:
@@ -127,7 +128,7 @@ def frame_range(times: list[float], rate: float, options: MediaOptions, name: st
 
 
 # ----------------------------------------------------------------------------------------------------- frames as given
-def _checked(clip: Clip, name: str, options: MediaOptions) -> Clip:
+def _checked(clip: Clip, name: str, cell: int, options: MediaOptions) -> Clip:
     """A clip as it is. Raises UserError for fields that are not what they should be, and for options about files."""
     frames, seconds, wave = clip.frames, clip.seconds, clip.wave
     is_clip = isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4
@@ -139,6 +140,15 @@ def _checked(clip: Clip, name: str, options: MediaOptions) -> Clip:
     if wave is not None and not (isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()):
         raise UserError(f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None")
     _refuse(options, ("fps", "sample_fps", *SAMPLING), name, "a Clip")
+    if not clip.sized:
+        return clip
+    if given := options.given((*SIZES, "total_pixels")):
+        raise UserError(f"{name}: {given[0]} is for frames that are to be resized, and this is a Clip with sized=True; "
+                        f"leave it out")
+    height, width = frames.shape[1:3]
+    if not (height > 0 and width > 0 and height % cell == 0 and width % cell == 0):
+        raise UserError(f"{name}: a Clip with sized=True of {width}x{height} pixels; expected multiples of {cell}, "
+                        f"resize it or give sized=False")
     return clip
 
 
@@ -150,18 +160,28 @@ def _refuse(options: MediaOptions, keys: tuple[str, ...], name: str, what: str) 
 def _given_frames(source, name, media, cell, options, most_tokens) -> Clip:
     """Frames without a file -> Clip, all of them; an odd number of listed frames gets the last one twice."""
     rate = options.sample_fps or options.fps or media.fps
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Real):
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (Real, np.bool_)):
         source, rate = source
         _refuse(options, ("fps", "sample_fps"), name, "(frames, fps)")
     _refuse(options, SAMPLING, name, "a number of frames")
-    if not (isfinite(rate) and rate > 0):
-        raise UserError(f"{name}: {rate} frames per second; expected more than none")
+    rate = _checked_fps(rate, name)
     listed = isinstance(source, (list, tuple))
     if listed:
         frames = _listed_frames(source, name, media, cell, options, most_tokens)
     else:
         frames = _frame_array(source, name, media, cell, options, most_tokens)
     return Clip(frames, torch.arange(len(frames), dtype=torch.float32) / rate, None, sized=listed)
+
+
+def _checked_fps(rate, name: str) -> float:
+    """Frames per second as float. Raises UserError for those that are none: zero, infinite, True."""
+    try:
+        given = 0.0 if isinstance(rate, (bool, np.bool_)) else float(rate)
+    except OverflowError:  # a whole number beyond all floats
+        given = inf
+    if not (isfinite(given) and given > 0):
+        raise UserError(f"{name}: {shorten(rate, 60)} frames per second; expected a number above zero")
+    return given
 
 
 def _frame_array(source, name, media, cell, options, most_tokens) -> Tensor:
