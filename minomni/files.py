@@ -138,23 +138,32 @@ def writing(path: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        cause = cause_of(error)
+        cause = cause_of(error, path)
         if cause is None:
             raise
         raise WriteError(f"{shorten(path, SHOWN)}: cannot be written ({cause})") from None
 
 
-def cause_of(error: Exception) -> str | None:
-    """Why a file cannot be written; None where the error is about something else.
+def cause_of(error: Exception, path: str | Path) -> str | None:
+    """Why a file cannot be opened or written; None where the error is about something else.
 
-    torch.save hides a full disk behind an error of its own, and a name that cannot be is a ValueError.
+    torch.save hides a full disk behind an error of its own. A path that cannot be one is found by looking at it: the
+    ValueError that it raises may also come from the content.
     """
-    if isinstance(error, UnicodeError) or "embedded null" in str(error):
+    if not can_be_path(path):
         return "its name cannot be a file's"
     cause = error if isinstance(error, OSError) else error.__context__
     if isinstance(cause, FileExistsError):  # while the folders above were made
         return f"{shorten(cause.filename, SHOWN)} is no folder"
     return cause.strerror or str(cause) if isinstance(cause, OSError) else None
+
+
+def can_be_path(path: str | Path) -> bool:
+    """Whether the system can encode a path: no null character, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeError:
+        return False
 
 
 def open_regular(path: str | Path, what: str) -> BinaryIO:
@@ -171,7 +180,7 @@ def open_regular(path: str | Path, what: str) -> BinaryIO:
     except IsADirectoryError:
         raise UserError(f"{shown}: is a folder, where {what} should be") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown}: cannot be opened ({cause_of(error) or error})") from None
+        raise UserError(f"{shown}: cannot be opened ({cause_of(error, path) or error})") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or Path(path).resolve().parts[1:2] in (("proc",), ("sys",)):
         file.close()
         raise UserError(f"{shown}: is a device, a pipe or the system's own; copy {what} to a file")

@@ -317,7 +317,7 @@ def load_voices(file: Path, config: OmniConfig, device: str | torch.device = "cp
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on strange pickles; ours follows
             data = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a broken or hostile pickle raises is up to its author
+    except Exception as error:  # what a broken or hostile pickle raises can be any exception
         raise UserError(f"{where(file)}: is cut short or wants to run code ({type(error).__name__}); "
                         f"get it from its source again") from None
     if not isinstance(data, dict):

@@ -1,17 +1,21 @@
-"""Damages files in random but repeatable ways and reads them: a right answer or one clear line, and nothing else.
+"""Damages files in random but repeatable ways and reads them: a well-formed answer or one clear line, and nothing else.
 
     python tests/fuzz.py --cases 20000 --seed 1               all readers, in child processes
     python tests/fuzz.py --seed 1 --case 1234 --keep DIR      one case again, in this process, with its traceback
 
 A case is known by its seed and number: they choose the reader, the file and what is done to it (bits flipped, the end
 cut off, pieces moved, copied or taken from another file, numbers overwritten, values of JSON replaced). Every reader
-runs in a child process with a limit of memory and of processor time. What is not right is a fault: an exception other
-than UserError, a message of several lines or more than 500 characters, a wrong answer, a crash, too much memory, no end.
+runs in a child process with a limit of memory and of processor time. A fault is: an exception other than UserError, a
+message of several lines or more than 500 characters, a wrong answer, a crash, too much memory, no end.
+
+A wrong answer is one that is not well-formed (of the wrong type or shape, empty, NaN). Where the right answer is known,
+it is also any other than that: content that the damage left as it was gives the answer of the whole file, and a file of
+TELL_THEIR_LENGTH whose end is cut off gives that answer too, or is refused.
 """
 
 import argparse
 import faulthandler
-import io
+import hashlib
 import json
 import math
 import multiprocessing
@@ -35,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 MEMORY = 2 * 2**30  # bytes that one case may take
 CPU_SECONDS, WALL_SECONDS = 20, 300  # of one case; the second only ends what waits for ever
 NO_END, DIED = "no end", "the process died"
+TELL_THEIR_LENGTH = (".wav", ".flac", ".png", ".jpg", ".webp", ".mp4", ".mkv", ".webm")  # so that a cut can be noticed
 HEADER = 400  # bytes at the begin of a file in which half of all changes fall
 ODD_NUMBERS = (0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 10**6, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF,
                2**62, 2**63 - 1, 2**64 - 1)
@@ -174,7 +179,10 @@ def data_files(folder: Path) -> None:
 
 
 class Readers:
-    """Reads damaged files in a working copy of the inputs. A method returns what is to be true of a right answer."""
+    """Reads damaged files in a working copy of the inputs.
+
+    A method returns the answer in a form that == compares (tensors as digests), or False where it is not well-formed.
+    """
 
     def __init__(self, inputs: Path, work: Path):
         import minomni
@@ -183,21 +191,24 @@ class Readers:
         shutil.copytree(inputs, work, dirs_exist_ok=True)
         self.omni = minomni.load(str(work / "model" / "whole"))
 
-    def sound(self, path: Path) -> bool:
+    def sound(self, path: Path):
         import torch
 
         from minomni.inputs.media import load_audio
 
         wave = load_audio(path)
-        return wave.dim() == 1 and len(wave) > 0 and wave.dtype == torch.float32 and bool(torch.isfinite(wave).all())
+        well_formed = wave.dim() == 1 and len(wave) > 0 and wave.dtype == torch.float32
+        return well_formed and bool(torch.isfinite(wave).all()) and digest(wave)
 
-    def picture(self, path: Path) -> bool:
+    def picture(self, path: Path):
         from minomni.inputs.media import load_image
 
         picture = load_image(path)
-        return picture.mode == "RGB" and min(picture.size) > 0 and len(picture.tobytes()) == 3 * picture.width * picture.height
+        pixels = picture.tobytes()
+        well_formed = picture.mode == "RGB" and min(picture.size) > 0 and len(pixels) == 3 * picture.width * picture.height
+        return well_formed and (picture.size, hashlib.sha256(pixels).hexdigest())
 
-    def film(self, path: Path) -> bool:
+    def film(self, path: Path):
         from minomni.config import TINY
         from minomni.inputs.media import load_video
 
@@ -207,43 +218,64 @@ class Readers:
         except ValueError as error:  # a sound track that is broken, or gone
             check_message(error)
         same = clip is None or clip.frames.shape == silent.frames.shape
-        return same and len(silent.frames) == len(silent.seconds) > 0
+        well_formed = same and len(silent.frames) == len(silent.seconds) > 0
+        heard = clip and digest(clip.frames, clip.seconds, clip.wave)
+        return well_formed and (digest(silent.frames, silent.seconds), heard)
 
-    def config(self, path: Path) -> bool:
+    def config(self, path: Path):
         from minomni.config import OmniConfig
         from minomni.config_json import read_config
 
-        return isinstance(read_config(path.parent), OmniConfig)
+        config = read_config(path.parent)
+        return isinstance(config, OmniConfig) and config
 
-    def tokenizer(self, path: Path) -> bool:
+    def tokenizer(self, path: Path):
         from minomni.inputs.tokenizer import Tokenizer
 
         tokenizer, text = Tokenizer.load(path.parent), "say the red circle, été 3"
-        return tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.encode(text)
+        return tokenizer.decode(ids) == text and ids
 
-    def voices(self, path: Path) -> bool:
+    def voices(self, path: Path):
         from minomni.weights import load_voices
 
-        return all(voice.cond.shape == (1, 160) for voice in load_voices(path, self.omni.config).values())
+        voices = load_voices(path, self.omni.config)
+        well_formed = len(voices) > 0 and all(voice.cond.shape == (1, 160) for voice in voices.values())
+        return well_formed and {name: (voice.bos_token, digest(voice.cond, voice.ref_mel))
+                                for name, voice in voices.items()}
 
-    def model(self, path: Path) -> bool:
+    def model(self, path: Path):
         import minomni
 
-        return minomni.load(str(path.parent)).config.thinker == self.omni.config.thinker
+        omni = minomni.load(str(path.parent))
+        return omni.config.thinker == self.omni.config.thinker and digest(*omni.parameters())
 
-    def resume(self, path: Path) -> bool:
+    def resume(self, path: Path):
         from minomni.train import run_folder
 
         network, optimizers = small_stage()
         step, means = run_folder.restore(path.parent, "rows", dict(network.named_parameters()), optimizers)
-        return type(step) is int and isinstance(means, dict)
+        return type(step) is int and isinstance(means, dict) and (step, means, digest(*network.parameters()))
 
-    def data(self, path: Path) -> bool:
+    def data(self, path: Path):
         from minomni.train import own_lines
 
         given = path.parent if path.name == "metadata.csv" else path
         lines = own_lines.read(given, self.work / "run", self.omni)
-        return all(lines[i].answer.strip() for i in range(len(lines)))
+        lessons = [lines[i] for i in range(len(lines))]
+        return all(lesson.answer.strip() for lesson in lessons) and lessons
+
+
+def digest(*tensors) -> str:
+    """What tensors hold, their types and shapes, in few characters."""
+    import torch
+
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        hashed.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
+
 
 
 # How often each file is damaged in a round, and by which reader it is read. A model takes longest.
@@ -371,7 +403,7 @@ class Outcome:
 
     number: int
     file: str
-    kind: str  # right, refused or fault
+    kind: str  # right (nothing known to be wrong), refused or fault
     what: str = ""  # of a fault: what happened, and where
     trace: str = ""
 
@@ -388,17 +420,38 @@ def check_message(error: ValueError) -> str:
     return message
 
 
-def run_case(readers: Readers, seed: int, number: int) -> Outcome:
-    """Damage a file, read it, and put the whole file back."""
+def whole_answers(readers: Readers) -> dict:
+    """What the readers make of the files as they were made, by file."""
+    answers = {}
+    for file, reader in dict(ROUND).items():
+        answers[file] = getattr(readers, reader)(readers.work / file)
+        if not answers[file]:
+            raise AssertionError(f"{file} as it was made is read wrong")
+    return answers
+
+
+def wrongness(answer, content: bytes, file: str, readers: Readers, answers: dict) -> str:
+    """What is wrong with the answer to a damaged file; "" where nothing is known to be."""
+    if not answer:
+        return "a wrong answer"
+    whole = (readers.inputs / file).read_bytes()
+    if content == whole and answer != answers[file]:
+        return "another answer to the same content"
+    if whole.startswith(content) and file.endswith(TELL_THEIR_LENGTH) and answer != answers[file]:
+        return "an answer to what is left of a cut file"
+    return ""
+
+
+def run_case(readers: Readers, seed: int, number: int, answers: dict) -> Outcome:
+    """Damage a file, read it, and put the whole file back. answers: those of whole_answers()."""
     from minomni.errors import UserError
 
     file, reader, content = case_of(seed, number, readers.inputs)
     path = readers.work / file
     path.write_bytes(content)
     try:
-        if not getattr(readers, reader)(path):
-            return Outcome(number, file, "fault", "a wrong answer")
-        return Outcome(number, file, "right")
+        wrong = wrongness(getattr(readers, reader)(path), content, file, readers, answers)
+        return Outcome(number, file, "fault", wrong) if wrong else Outcome(number, file, "right")
     except UserError as error:
         try:
             return Outcome(number, file, "refused", check_message(error))
@@ -421,9 +474,7 @@ def worker(connection, inputs: Path, seed: int, kind: type) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         readers = kind(inputs, Path(work))
-        for file, reader in dict(ROUND).items():  # imports and caches are no case's memory; and whole files are right
-            if not getattr(readers, reader)(readers.work / file):
-                raise AssertionError(f"{file} as it was made is read wrong")
+        answers = whole_answers(readers)  # after this, imports and caches are no case's memory
         taken = memory("VmSize")
         if taken:
             resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY + 2**29, resource.RLIM_INFINITY))
@@ -432,7 +483,7 @@ def worker(connection, inputs: Path, seed: int, kind: type) -> None:
         while (number := connection.recv()) is not None:
             reset_peak()
             before = memory("VmRSS")
-            outcome = run_case(readers, seed, number)
+            outcome = run_case(readers, seed, number, answers)
             grown = memory("VmHWM") - before
             if grown > MEMORY:
                 outcome = Outcome(number, outcome.file, "fault", f"{grown / 2**30:.1f} GB of memory")
@@ -586,7 +637,8 @@ def again(seed: int, number: int, keep: Path | None) -> Outcome:
         if keep:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / f"{seed}-{number}-{Path(file).name}").write_bytes(content)
-        return run_case(Readers(inputs, Path(folder) / "work"), seed, number)
+        readers = Readers(inputs, Path(folder) / "work")
+        return run_case(readers, seed, number, whole_answers(readers))
 
 
 def main() -> int:

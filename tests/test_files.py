@@ -39,7 +39,7 @@ def device(path: Path, major: int, minor: int) -> Path:
     return path
 
 
-def strangers(folder: Path, *known: str) -> list[str]:
+def foreign(folder: Path, *known: str) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
@@ -47,7 +47,7 @@ def strangers(folder: Path, *known: str) -> list[str]:
 def test_a_device_is_written_through(write, tmp_path):
     path = device(tmp_path / "null", 1, 3)
     write(path)
-    assert path.is_char_device() and not strangers(tmp_path, "null")
+    assert path.is_char_device() and not foreign(tmp_path, "null")
 
 
 @WAYS
@@ -55,7 +55,7 @@ def test_a_full_device_is_one_line_and_stays(write, tmp_path):
     path = device(tmp_path / "full", 1, 7)
     with pytest.raises(WriteError, match=r"full: cannot be written \(No space left on device\)"):
         write(path)
-    assert path.is_char_device() and not strangers(tmp_path, "full")
+    assert path.is_char_device() and not foreign(tmp_path, "full")
 
 
 @WAYS
@@ -66,7 +66,7 @@ def test_a_pipe_gets_the_bytes_and_stays(write, tmp_path):
     reader.start()
     write(path)
     reader.join(20)
-    assert path.is_fifo() and not strangers(tmp_path, "pipe")
+    assert path.is_fifo() and not foreign(tmp_path, "pipe")
     if write is by_write_atomically:
         assert got == [b"new"]
         return
@@ -84,7 +84,7 @@ def test_links_are_followed_and_stay(write, tmp_path):
     write(tmp_path / "dangling")
     assert all((tmp_path / name).is_symlink() for name in ("one", "two", "dangling"))
     assert (tmp_path / "a" / "old").read_bytes() not in (b"old", b"") and not (tmp_path / "a" / "old").is_symlink()
-    assert (tmp_path / "a" / "none").is_file() and not strangers(tmp_path / "a", "old", "none")
+    assert (tmp_path / "a" / "none").is_file() and not foreign(tmp_path / "a", "old", "none")
 
 
 @WAYS
@@ -151,10 +151,10 @@ def test_a_broken_stream_leaves_what_was_there(error, tmp_path):
             wav.write(TONE)
             wav.flush()
             raise error("broken")
-    assert path.read_bytes() == b"an old answer" and not strangers(tmp_path, "answer.wav")
+    assert path.read_bytes() == b"an old answer" and not foreign(tmp_path, "answer.wav")
     with pytest.raises((error, WriteError)):  # an error of the system while it writes becomes one line
         write_atomically(path, lambda file: (file.write(b"half"), (_ for _ in ()).throw(error("broken"))))
-    assert path.read_bytes() == b"an old answer" and not strangers(tmp_path, "answer.wav")
+    assert path.read_bytes() == b"an old answer" and not foreign(tmp_path, "answer.wav")
 
 
 def test_a_growing_wav_can_be_played_while_it_grows(tmp_path):
@@ -167,7 +167,7 @@ def test_a_growing_wav_can_be_played_while_it_grows(tmp_path):
             assert soundfile.info(path).frames == pieces * len(TONE)
     whole = io.BytesIO()
     soundfile.write(whole, np.tile(TONE, 3), 8000, "PCM_16", format="WAV")
-    assert path.read_bytes() == whole.getvalue() and not strangers(tmp_path, "answer.wav")
+    assert path.read_bytes() == whole.getvalue() and not foreign(tmp_path, "answer.wav")
 
 
 def test_a_long_name_is_written(tmp_path):
@@ -180,6 +180,11 @@ def test_a_long_name_is_written(tmp_path):
 def test_errors_of_the_writer_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="no disk"):
         write_atomically(tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("no disk")))
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):  # of the content, not of the name
+        write_atomically(tmp_path / "y", lambda file: file.write("a \udcc3".encode()))
+    with pytest.raises(ValueError, match="embedded null") as error:
+        write_atomically(tmp_path / "z", lambda file: os.stat("a\0b"))
+    assert not isinstance(error.value, UserError)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of every kind are read: a right answer or one clear line. How, and how to run more: fuzz.py."""
+"""Damaged files of every kind are read: a well-formed answer or one clear line. How, and how to run more: fuzz.py."""
 
 import os
 from random import Random
@@ -9,11 +9,12 @@ pytest.importorskip("resource", reason="this system has no memory limits")
 
 import fuzz  # noqa: E402
 
+ANSWERS = {file: True for file, _, _ in fuzz.FILES}  # of the readers here to whole files
 WHOLE = '{"a": [1, {"b": "text"}], "c": -0.5}'
 CASES, SEED = int(os.environ.get("MINOMNI_FUZZ_CASES", 1000)), 1
 
 
-def test_damaged_files_are_read_right_or_refused_in_one_line():
+def test_damaged_files_give_well_formed_answers_or_one_line():
     result = fuzz.fuzz(CASES, SEED)
     assert not result.faults, result.report(SEED)
     counted = sum(result.counts.values(), fuzz.Counter())
@@ -62,10 +63,36 @@ def inputs(tmp_path_factory):
 def test_planted_faults_are_found(inputs, tmp_path):
     readers, kinds = Planted(inputs, tmp_path / "work"), {}
     for number in range(200):
-        outcome = fuzz.run_case(readers, 3, number)
+        outcome = fuzz.run_case(readers, 3, number, ANSWERS)
         kinds.setdefault(dict(fuzz.ROUND)[outcome.file], set()).add((outcome.kind, outcome.what[:16]))
     assert kinds["sound"] == {("fault", "KeyError in a li")} and kinds["picture"] == {("fault", "a wrong answer")}
     assert kinds["config"] == {("fault", "a message of 3 c")} and kinds["film"] == {("right", "")}
+
+
+class Plays(Planted):
+    """Readers that give what is in a file, and take whatever is there for whole."""
+
+    def sound(self, path):
+        return path.read_bytes() or b"nothing"
+
+    film = picture = config = tokenizer = voices = model = resume = data = sound
+
+
+def test_wrong_answers_are_found_where_the_right_one_is_known(inputs, tmp_path):
+    readers = Plays(inputs, tmp_path / "work")
+    answers, whole, seen = fuzz.whole_answers(readers), WHOLE.encode(), {}
+    wrong = {file: b"wrong" for file in answers}
+    for number in range(400):
+        file, _, content = fuzz.case_of(9, number, inputs)
+        cut = content != whole and whole.startswith(content)
+        told = file.endswith((".wav", ".flac", ".png", ".jpg", ".webp", ".mp4", ".mkv", ".webm"))
+        outcome = fuzz.run_case(readers, 9, number, answers)
+        assert outcome.what == ("an answer to what is left of a cut file" if cut and told else ""), (file, content)
+        seen[cut, told] = seen.get((cut, told), 0) + 1
+        if content == whole:
+            assert fuzz.run_case(readers, 9, number, wrong).what == "another answer to the same content"
+            seen["same"] = True
+    assert len(seen) == 5 and min(seen.values()) > 0
 
 
 class Hostile(Planted):
@@ -87,7 +114,7 @@ class Hostile(Planted):
     sound = picture = config = lambda self, path: True
 
 
-def test_crashes_hangs_and_hunger_are_found_and_the_rest_goes_on(inputs, monkeypatch):
+def test_crashes_hangs_and_memory_are_found_and_the_rest_goes_on(inputs, monkeypatch):
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 1)
     seen = {}
     for number in range(200):

@@ -105,6 +105,19 @@ BAD = [
     ({"query": "a", "response": "b", "history": [["a"]]}, "'history' is no list of pairs"),
     ({"query": "a"}, "message 2 has no content"),
     ({"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "weight": 0}]}, "has weight 0"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": False}]}, "has loss false"),
+    ({"messages": [{"role": "user", "content": "a", "audios": ["x.wav"]}, *line()["messages"][1:]]},
+     "message 1 has the unknown key 'audios'"),
+    ({"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "thought": "hm"}]},
+     "message 2 has the unknown key 'thought'"),
+    ({"messages": [{"role": "user", "from": "gpt", "content": "a"}, *line()["messages"][1:]]}, "both 'role' and 'from'"),
+    ({"messages": [{"role": "user", "content": "a", "value": "b"}, *line()["messages"][1:]]}, "both 'content' and 'value'"),
+    (line(output="b"), "'output' is no key of a row with 'messages'"),
+    ({"conversations": line()["messages"], "history": [["a", "b"]]}, "'history' is no key of a row with 'conversations'"),
+    ({"query": "a", "response": "b", "input": "c"}, "'input' is no key of a row with 'query'"),
+    ({"instruction": "a", "output": "b", "response": "c"}, "'response' is no key of a row with 'instruction'"),
+    (line([{"type": ["audio"]}], audios=["words.wav"]), "a content item"),
+    (line([{"type": "text", "text": "<audio> or <audio>"}], audios=["x.wav"]), "more <audio> tags than the 1"),
     ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *line()["messages"]]}, "'tool_calls'"),
 ]
 
@@ -233,6 +246,21 @@ LAYOUTS = {  # a row, and its question; the answer is always "a square"
         {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]},
                       {"role": "assistant", "content": [{"type": "text", "text": "a square"}]}], "images": ["a.png"]},
         asked({"type": "image", "image": "@a.png"}, TEXT("what"))),
+    "tags in a list of items": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image> or <audio>?"}, {"type": "image"},
+                                                   {"text": "what"}]},
+                      {"role": "assistant", "content": "a square"}], "images": ["a.png", "b.png"]},
+        asked({"type": "image", "image": "@a.png"}, TEXT(" or <audio>?"), {"type": "image", "image": "@b.png"},
+              {"text": "what"})),
+    "frames as dictionaries": (
+        {"messages": [{"role": "user", "content": [{"type": "video",
+                                                    "video": [{"path": "f.png", "bytes": None}, "g.png"]}]},
+                      {"role": "assistant", "content": "a square"}]},
+        asked({"type": "video", "video": [{"path": "@f.png"}, "@g.png"]})),
+    "empty keys of another layout": (
+        {"messages": [{"role": "user", "content": "what", "images": [], "id": 3, "loss": True},
+                      {"role": "assistant", "content": "a square", "loss": True}], "history": [], "input": ""},
+        asked("what")),
     "options of an item stay": (
         {"messages": [{"role": "user", "content": [{"type": "video", "video": ["a.png", "/b.png"], "fps": 2.0}]},
                       {"role": "assistant", "content": "a square"}]},

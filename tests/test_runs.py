@@ -335,7 +335,7 @@ def test_a_home_that_cannot_be_is_told_before_work_begins(home, says, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
-def test_fresh_deletes_no_strangers(tmp_path):
+def test_fresh_deletes_no_foreign_files(tmp_path):
     """In a folder that has a stages/ of its own, as with --home . in another project."""
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "chapter.txt").write_text("mine")
@@ -348,6 +348,20 @@ def test_fresh_deletes_no_strangers(tmp_path):
     (tmp_path / "stages" / "samples").mkdir()
     stages.begin(tmp_path, resume=False, fresh=True)
     assert not list((tmp_path / "stages").iterdir())
+
+
+def test_fresh_empties_a_linked_folder_and_keeps_the_link(tmp_path):
+    disk, home = tmp_path / "disk", tmp_path / "home"
+    (disk / "samples" / "eyes").mkdir(parents=True)
+    (disk / "samples" / "eyes" / "7.txt").write_text("x")
+    (disk / "eyes.resume.pt").write_text("x")
+    (tmp_path / "elsewhere.safetensors").write_text("mine")
+    (disk / "ears.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    home.mkdir()
+    (home / "stages").symlink_to(disk)
+    stages.begin(home, resume=False, fresh=True)
+    assert (home / "stages").is_symlink() and disk.is_dir() and not list(disk.iterdir())
+    assert (tmp_path / "elsewhere.safetensors").read_text() == "mine"
 
 
 def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):

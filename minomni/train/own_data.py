@@ -1,6 +1,6 @@
 """Tuning a trained model on people's own data: `chat` learns the answers, `talker` their recordings.
 
-The same loop, losses and hand-over as in the school; only where the lessons come from differs (own_lines.py).
+The same loop, losses and hand-over as in stages.py; only where the lessons come from differs (own_lines.py).
 """
 
 import hashlib

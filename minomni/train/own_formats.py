@@ -4,31 +4,41 @@
 |---|---|
 | ours | messages; speech (a recording of the last answer), voice (who speaks it), use_audio_in_video |
 | OpenAI fine-tuning | messages: role, content (a text or parts: text, image_url, input_audio), name, weight |
-| ms-swift | messages whose texts hold <image>, <audio>, <video>, and lists images, audios, videos |
+| ms-swift | messages (role, content, loss) whose texts hold <image>, <audio>, <video>; lists images, audios, videos |
 | ms-swift, older | query, response, history (pairs of a question and an answer), system, and the same lists |
 | ShareGPT, LLaVA | conversations: from (human, gpt, system), value; system; the same lists, or one image, audio or video |
 | alpaca | instruction, input, output, history, system |
 
 The last message is the assistant's, and it alone is learnt; answers before it are what was said so far. A key whose
-value is null is no key, since datasets write null for what a row lacks. The n-th tag of a kind stands for the n-th
-entry of its list; media that no tag stands for come before the first question. Without a list a tag is plain text.
-Relative paths are relative to the file. Keys that only describe a row (NOTES) are skipped, others are errors.
+value is null is no key, since datasets write null for what a row lacks. A key of another layout than the row's is an
+error, unless it is empty. The n-th tag of a kind stands for the n-th entry of its list; media that no tag stands for
+come before the first question. Without a list a tag is plain text. Relative paths are relative to the file. Keys that
+only describe a row (NOTES) or a message (prompt.py, WITHOUT_MEANING) are skipped, others are errors.
 """
 
 import re
 from pathlib import Path
 
 from ..errors import UserError, shorten
+from ..inputs.prompt import WITHOUT_MEANING
 
 OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video")
 LISTS = {"images": "image", "audios": "audio", "videos": "video", "image": "image", "audio": "audio", "video": "video"}
-TURNS = ("conversations", "query", "response", "instruction", "input", "output", "history", "system")
+LAYOUTS = {  # by the key that tells a row's layout: the keys that hold its messages
+    "messages": ("messages", "system"),
+    "conversations": ("conversations", "system"),
+    "query": ("query", "response", "history", "system"),
+    "instruction": ("instruction", "input", "output", "history", "system"),
+}
+TURNS = frozenset(key for keys in LAYOUTS.values() for key in keys)
 NOTES = frozenset(("id", "idx", "index", "source", "dataset", "model", "category", "language", "lang", "meta",
                    "metadata", "split", "conversation_id", "hash", "tags", "score", "parallel_tool_calls"))
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "system": "system", "developer": "system"}
+MESSAGE_KEYS = WITHOUT_MEANING | {"role", "content", "from", "value"}
 TAG = re.compile("<(image|audio|video)>")
 SURROGATE = re.compile("[\ud800-\udfff]")
+NO_WEIGHT = ("weight", "loss")  # of a message: 0 or false where it is not to be learnt (OpenAI; ms-swift)
 SOURCES = ("image", "audio", "video", "image_url", "audio_url", "video_url", "path", "url")  # keys that may hold a path
 
 
@@ -57,8 +67,10 @@ def standard(row, folder: Path) -> dict:
             raise UserError(f"unknown role {shorten(message['role'], 60)!r}; roles are system, user and assistant")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("expected at least one question, and as the last message the assistant's answer")
-    if written[-1].get("weight") == 0:
-        raise UserError("the last answer has weight 0, and no other is learnt; leave the line out")
+    for key in NO_WEIGHT:
+        if written[-1].get(key) == 0:  # false is 0 too
+            raise UserError(f"the last answer has {key} {'0' if key == 'weight' else 'false'}, and no other is learnt; "
+                            f"leave the line out")
     media = {kind: [] for kind in LISTS.values()}
     for key in LISTS:
         if key in row:
@@ -74,10 +86,14 @@ def standard(row, folder: Path) -> dict:
 
 
 def turns(row: dict) -> list:
-    """The messages of a row, in whatever spelling. Raises UserError where there are none, or in two layouts."""
-    ways = [key for key in ("messages", "conversations", "query", "instruction") if key in row]
+    """The messages of a row, in whatever spelling. Raises UserError where there are none, or keys of two layouts."""
+    ways = [key for key in LAYOUTS if key in row]
     if len(ways) != 1:
         raise UserError(f"expected one of messages, conversations, query and instruction; found {' and '.join(ways) or 'none'}")
+    for key in sorted(row.keys() & TURNS - {*LAYOUTS[ways[0]]}):
+        if row[key] not in ("", []):
+            raise UserError(f"{key!r} is no key of a row with {ways[0]!r}, and would not be learnt; put it into "
+                            f"{ways[0]!r}, or leave it out")
     if ways[0] in ("messages", "conversations"):
         if not isinstance(row[ways[0]], list):
             raise UserError(f"{ways[0]!r} is {kind_of(row[ways[0]])}; expected a list of messages")
@@ -101,10 +117,17 @@ def spelled_alike(message, number: int) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"message {number} is {kind_of(message)}; expected a dictionary with role and content")
     message = without_nulls(message)
-    role, content = (message.get(new, message.get(old)) for new, old in (("role", "from"), ("content", "value")))
+    for new, old in (("role", "from"), ("content", "value")):
+        if new in message and old in message:
+            raise UserError(f"message {number} has both {new!r} and {old!r}; give one of them")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     for key in ("tool_calls", "function_call", "audio", "refusal"):
         if message.get(key):
             raise UserError(f"message {number} has {key!r}, which cannot be learnt here")
+    for key, value in message.items():
+        if key not in MESSAGE_KEYS and value not in ("", [], {}):
+            raise UserError(f"message {number} has the unknown key {shorten(key, 60)!r}; expected role and content; "
+                            f"lists of media stand beside the messages")
     if isinstance(content, list):
         content = [checked_item(item, number) for item in content]
     elif content is None:
@@ -140,18 +163,32 @@ def put_media(messages: list[dict], media: dict[str, list]) -> None:
         content = message["content"]
         if isinstance(content, str):
             pieces = split_at_tags(content, media.keys())
-            if len(pieces) > 1 or not isinstance(pieces[0], str):
-                message["content"] = [{"type": "text", "text": piece} if isinstance(piece, str) else taken(piece[0])
+            if pieces != [content]:
+                message["content"] = [text_item(piece) if isinstance(piece, str) else taken(piece[0])
                                       for piece in pieces]
-        else:
-            message["content"] = [taken(item["type"]) if is_place(item, media.keys()) else item for item in content]
+            continue
+        message["content"] = []
+        for item in content:
+            if is_place(item, media.keys()):
+                message["content"].append(taken(item["type"]))
+            elif item.get("type", "text") == "text" and "text" in item:
+                pieces = split_at_tags(item["text"], media.keys())
+                message["content"] += [{**item, "text": piece} if isinstance(piece, str) else taken(piece[0])
+                                       for piece in pieces]
+            else:
+                message["content"].append(item)
     rest = [{"type": kind, kind: source} for kind, entries in left.items() for source in entries]
     first = next((message for message in messages if message["role"] == "user"), None)
     if rest and first is None:
         raise UserError(f"no question, to which the {rest[0]['type']} could belong")
     if rest:
         content = first["content"]
-        first["content"] = rest + ([{"type": "text", "text": content}] if isinstance(content, str) else content)
+        first["content"] = rest + ([text_item(content)] if isinstance(content, str) else content)
+
+
+def text_item(text: str) -> dict:
+    """A text as a content item."""
+    return {"type": "text", "text": text}
 
 
 def split_at_tags(text: str, kinds) -> list[str | tuple[str]]:
@@ -167,7 +204,7 @@ def split_at_tags(text: str, kinds) -> list[str | tuple[str]]:
 
 def is_place(item, kinds) -> bool:
     """Whether an item says what it is and not where it comes from, as the vision datasets of Hugging Face write it."""
-    return isinstance(item, dict) and item.keys() == {"type"} and item["type"] in kinds
+    return isinstance(item, dict) and item.keys() == {"type"} and item["type"] in list(kinds)
 
 
 def source_of(entry, kind: str):
@@ -186,14 +223,18 @@ def whole_paths(item, folder: Path):
         return item
     whole = dict(item)
     for key in SOURCES:
-        value = whole.get(key)
-        if isinstance(value, str):
-            whole[key] = whole_path(value, folder)
-        elif isinstance(value, list):  # a film as a list of frames
-            whole[key] = [whole_path(frame, folder) if isinstance(frame, str) else frame for frame in value]
-        elif isinstance(value, dict):
-            whole[key] = whole_paths(without_nulls(value), folder)
+        if key in whole:
+            whole[key] = whole_source(whole[key], folder)
     return whole
+
+
+def whole_source(source, folder: Path):
+    """A path, a dictionary of one, or a list of both (a film as frames) with paths made whole; others stay."""
+    if isinstance(source, str):
+        return whole_path(source, folder)
+    if isinstance(source, list):
+        return [whole_source(frame, folder) for frame in source]
+    return whole_paths(without_nulls(source), folder) if isinstance(source, dict) else source
 
 
 def whole_path(source: str, folder: Path) -> str:

@@ -54,15 +54,22 @@ def make_home(folder: Path) -> None:
 
 
 def clear_home(folder: Path) -> None:
-    """Remove the folder of an earlier run. Raises UserError where it holds anything that a run does not write."""
+    """Empty the folder of an earlier run; the folder itself, or a link to it, stays.
+
+    Raises UserError where it holds anything that a run does not write.
+    """
     if not folder.exists():
         return
     with writing(folder):
-        strangers = [entry.name for entry in folder.iterdir() if not any(entry.match(known) for known in RUN_FILES)]
-        if strangers:
-            raise UserError(f"{shorten(folder, 200)}: holds {shorten(min(strangers), 80)!r}, which --fresh would delete "
+        foreign = [entry.name for entry in folder.iterdir() if not any(entry.match(known) for known in RUN_FILES)]
+        if foreign:
+            raise UserError(f"{shorten(folder, 200)}: holds {shorten(min(foreign), 80)!r}, which --fresh would delete "
                             f"although no run wrote it; move it, or work elsewhere")
-        shutil.rmtree(folder.resolve())
+        for entry in list(folder.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def claim(folder: Path, config: OmniConfig) -> None:
@@ -134,7 +141,7 @@ def read_checked(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what a broken or hostile file raises is up to its author
+    except Exception as error:  # what a broken or hostile file raises can be any exception
         reason = shorten((str(error).splitlines() or [""])[0], 120)
         raise UserError(f"{shorten(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
                         f"{reason}); delete it, and what it held is made again") from None
