@@ -22,7 +22,9 @@ VENV = ROOT / ".venv"
 DONE = VENV / ".ok"  # a digest for each set of requirements that is fully installed
 NEEDS = [ROOT / "requirements.txt"]
 TEST_NEEDS = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
-PYTEST = ["-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "120", "tests", "notebooks"]
+# Two processes, each with whole files: a notebook's cells are run in order, in one kernel.
+PYTEST = ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--nbval-lax", "--nbval-current-env",
+          "--nbval-cell-timeout", "600", "tests", "notebooks"]
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 from . import ROOT, device_of, load
@@ -14,6 +14,8 @@ from .arguments import shown
 from .errors import UserError
 
 QUESTIONS = ROOT / "data_samples" / "questions.json"
+STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+ARTICLES = {"image": "an", "audio": "some", "video": "a", "text": "some"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +81,7 @@ def parser() -> Parser:
     for kind in ("image", "audio", "video", "text"):
         chat.add_argument(f"--{kind}", dest="content", action=Item, kind=kind,
                           metavar="TEXT" if kind == "text" else "FILE",
-                          help=f"add {'some' if kind == 'text' else 'a'} {kind} to the question; may be repeated")
+                          help=f"add {ARTICLES[kind]} {kind} to the question; may be repeated")
     chat.add_argument("--samples", action="store_true", help="answer all questions of data_samples/ instead")
     chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
     chat.add_argument("--voice", help="who answers (default: the model's first voice)")
@@ -195,12 +197,14 @@ def run_chat(arguments) -> None:
         omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
     options = {prefix + name: getattr(arguments, prefix + name) for prefix in ("", "talker_") for name in OPTIONS
                if name != "do_sample"}
-    if arguments.samples:
-        answer_samples(omni, arguments, voice, options)
-    elif arguments.content:
-        answer_once(omni, arguments, voice, out, options)
-    else:
-        hold_conversation(omni, arguments, voice, out, options)
+    text_apart = redirect_stdout(sys.stderr) if str(out) in STANDARD_OUTPUT else nullcontext()
+    with text_apart:  # where the speech goes to standard output, the text does not
+        if arguments.samples:
+            answer_samples(omni, arguments, voice, options)
+        elif arguments.content:
+            answer_once(omni, arguments, voice, out, options)
+        else:
+            hold_conversation(omni, arguments, voice, out, options)
 
 
 def refuse_with_samples(arguments) -> None:
@@ -371,6 +375,7 @@ def run_ablate(arguments) -> None:
 
 def run_bench(arguments) -> None:
     from . import bench
+    from .files import writing
 
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
@@ -381,6 +386,9 @@ def run_bench(arguments) -> None:
         print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}) if arguments.json
               else bench.table(rows))
         return
+    if arguments.picture:
+        with writing(arguments.picture):  # before minutes of measuring
+            arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     result = bench.measure(omni)
     if arguments.picture:
         result.draw(arguments.picture)

@@ -83,7 +83,10 @@ class Omni(nn.Module):
         chosen = None if voice is None else self.voice(voice)
         if not speech:
             return None
-        return chosen or self.voice(next(iter(self.voices), ""))
+        if not self.voices and chosen is None:
+            raise UserError("this model has no voices, as its folder holds no spk_dict.pt; give speech=False, or "
+                            "--no-speech, for an answer in text")
+        return chosen or self.voice(next(iter(self.voices)))
 
     def generate(self, inputs: Inputs, voice: str | list[str] | None, seed: int | list[int] = 0, **options) -> Spoken:
         """Answer a batch of prompts in text and, unless voice is None, in speech; one seed gives one answer.
@@ -157,6 +160,7 @@ class Omni(nn.Module):
         same with talker_ in front for the Talker; see answer_options.py.
         Raises UserError for what cannot be read, does not fit the context, names no voice, or is nothing but silence.
         """
+        sampling_of(self.config, options)  # names what is no option
         if is_batch(messages):
             return self.respond_to_all(messages, voice, speech, use_audio_in_video, seed, options)
         *_, end = self.stream(messages, voice, speech, use_audio_in_video, seed, schedule=None, **options)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minomni.config import DiTConfig, OmniConfig
-from minomni.config_json import CODEC_FOLDER, read_json, write_config, write_json
+from minomni.config_json import BASE, CODEC_FOLDER, read_json, write_config, write_json
 from minomni.errors import UserError, shorten
 from minomni.files import beside
 from minomni.inputs.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def check_target(target: Path, folder: Path, loaded_from: Path | None) -> None:
         raise UserError(f"{target}: is {kind}; a model is saved as a folder, choose another name")
     if loaded_from is not None and same_folder(folder, loaded_from):
         return  # all that it holds is kept
-    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+    if any(folder.iterdir()) and not holds_model(folder):
         raise UserError(f"{target}: holds something that is no model; choose another folder")
     known = {file.name for file in copied_files(loaded_from)}
     for entry in sorted(folder.iterdir()):
@@ -114,6 +114,15 @@ def indexed_shards(folder: Path) -> set[str]:
     except UserError:  # a broken index names nothing
         return set()
     return {name for name in index.values() if isinstance(name, str)} if isinstance(index, dict) else set()
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a model of this kind."""
+    try:
+        kind = read_json(folder / "config.json").get("model_type")
+    except UserError:
+        return False
+    return isinstance(kind, str) and kind.startswith(BASE)
 
 
 def same_folder(a: Path, b: Path) -> bool:

@@ -76,6 +76,10 @@ def test_scales_that_are_not_the_types():
     refused((tone(0.3) * 128).astype(np.float64), "from -1 to 1")
     refused(file_of(tone(0.3) * 2_000, 16_000, "WAV", "FLOAT"), "from -1 to 1")
     refused((tone(0.3) * 32_768).astype(np.int32), "int32", "give int16")
+    for top in (33_000, 700_000, 2**23):
+        samples = np.linspace(-top, top - 1, 5_000).astype(np.int32)
+        refused(samples, "int32", "24-bit", "floats from -1 to 1")
+    assert load_audio(np.linspace(-(2**23) - 9, 0, 5_000).astype(np.int32)).min() < -0.003
     assert load_audio(tone(0.3) * 8).abs().max() > 1.9  # overshooting is not unscaled
     assert not load_audio(np.zeros(9_000, np.int32)).any()
 
@@ -308,6 +312,25 @@ def test_sound_longer_than_the_context(kind):
         file.write(np.zeros(int(8_000 * (LONGEST_SECONDS + 1)), np.int16))
     refused(stream.getvalue(), "more than 1311 s of sound", "context")
     assert len(load_audio(stream.getvalue(), MediaOptions(audio_start=1_300, audio_end=1_301))) == 16_000
+
+
+def long_wav(path, claimed: int, held: int, rate: int = 24_000):
+    """A stereo wav of 16 bits whose header claims some bytes of sound, and which holds others, all zeros."""
+    content = wav_that_claims(min(claimed + 36, 2**32 - 1), claimed, 0)[:44]
+    with open(path, "wb") as file:
+        file.write(content[:22] + struct.pack("<HIIH", 2, rate, 4 * rate, 4) + content[34:])
+        file.truncate(44 + held)
+    return path
+
+
+def test_long_wavs_are_refused_by_their_header(tmp_path, monkeypatch):
+    path = long_wav(tmp_path / "long.wav", 2_147_400_000, 2_147_400_100)
+    assert len(load_audio(path, MediaOptions(audio_start=2, audio_end=2.5))) == 8_000
+    lying = long_wav(tmp_path / "lying.wav", 2_147_400_000, 192_000)
+    assert len(load_audio(lying)) == 32_000
+    monkeypatch.setattr("minomni.inputs.audio._decode_parts", None)
+    refused(path, "long.wav: more than 1311 s of sound")
+    refused(path, "more than 1311 s", options=MediaOptions(audio_start=100, audio_end=1_500))
 
 
 def test_decoders_say_nothing_themselves(tmp_path):

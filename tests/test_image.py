@@ -141,6 +141,15 @@ def test_gray_arrays(array):
     assert abs(gray(load_image(torch.from_numpy(array).bfloat16())) - RAMP * 255).max() <= 2
 
 
+@pytest.mark.parametrize("top", [1, 255, 1_023, 4_095])
+def test_sixteen_bits_that_were_not_scaled(top):
+    levels = (RAMP * top).round().astype(np.uint16)
+    for array in (levels, levels.astype(">u2"), np.stack([levels] * 3), torch.from_numpy(levels)):
+        refused(array, f"uint16 levels that reach {top} at most", "floats from 0 to 1")
+    assert not gray(load_image(levels * 0)).any() and gray(load_image(np.full((4, 6), 4_096, np.uint16))).max() == 15
+    assert gray(load_image(png(16, 0, levels[..., None].astype(">u2")))).max() == top // 257  # files tell their scale
+
+
 def test_arrays_that_are_no_pictures():
     for kind in ("int64", "int32", "int16", "uint32", "bool"):
         refused((RAMP * 255).astype(kind), kind, "expected uint8")

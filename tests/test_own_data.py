@@ -118,6 +118,16 @@ BAD = [
     ({"instruction": "a", "output": "b", "response": "c"}, "'response' is no key of a row with 'instruction'"),
     (line([{"type": ["audio"]}], audios=["words.wav"]), "a content item"),
     (line([{"type": "text", "text": "<audio> or <audio>"}], audios=["x.wav"]), "more <audio> tags than the 1"),
+    (line("<video> what", videos=[]), "<video> stands for no file, since the list 'videos' is empty"),
+    (line([{"type": "text", "text": "hear <audio>"}], audio=""), "<audio> stands for no file, since the list 'audios'"),
+    ({"query": "<image> or not", "response": "b"}, "<image> stands for no file, since the list 'images'"),
+    ({"conversations": line("a <audio>")["messages"], "image": []}, "<audio> stands for no file"),
+    (line(answer="a circle<|im_end|>"), "an answer holds <|im_end|>"),
+    (line(answer=[{"text": "b <|endof"}, {"text": "text|>"}]), "an answer holds <|endoftext|>"),
+    ({"query": "a", "response": "b", "history": [["c", "<|im_start|>d"]]}, "an answer holds <|im_start|>"),
+    (line(objects={"ref": ["a dog"], "bbox": []}), "unknown key 'objects'"),
+    (line(rejected_response="no"), "unknown key 'rejected_response'"),
+    (line(speach=""), "unknown key 'speach'"),
     ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *line()["messages"]]}, "'tool_calls'"),
 ]
 
@@ -267,10 +277,20 @@ LAYOUTS = {  # a row, and its question; the answer is always "a square"
         asked({"type": "video", "video": ["@a.png", "/b.png"], "fps": 2.0})),
     "text about tags": ({"messages": [{"role": "user", "content": "what is <video>"},
                                       {"role": "assistant", "content": "a square"}]}, asked("what is <video>")),
+    "empty keys of what is not learnt": (
+        {**line("what", "a square"), "tools": " ", "functions": [], "rejected_response": "", "label": None,
+         "objects": {"ref": [], "bbox": None}, "tool_choice": {}, "rejected_messages": "[]"}, asked("what")),
+    "an instruction about tags": ({"instruction": "what is <audio>", "output": "a square"}, asked("what is <audio>")),
     "addresses stay": (
         {"query": "what", "response": "a square", "images": ["data:image/png;base64,AAAA", "file:///b.png"]},
         asked({"type": "image", "image": "data:image/png;base64,AAAA"}, {"type": "image", "image": "file:///b.png"},
               TEXT("what"))),
+    "addresses in other spellings": (
+        {"query": "what", "response": "a square", "audios": ["file:/c.wav", "File:///d.wav", "Data:audio/wav;base64,AA",
+                                                             "HTTPS://e.org/f.wav", "data/g.wav", "at 1://h.wav"]},
+        asked(*({"type": "audio", "audio": source} for source in (
+            "file:/c.wav", "File:///d.wav", "Data:audio/wav;base64,AA", "HTTPS://e.org/f.wav", "@data/g.wav",
+            "@at 1:/h.wav")), TEXT("what"))),
 }
 
 
@@ -331,6 +351,13 @@ def test_broken_arrays(text, says, tmp_path, omni):
     with pytest.raises(UserError) as error:
         own_lines.read(tmp_path / "my.json", tmp_path / "run", omni)
     assert says in str(error.value) and "my.json" in str(error.value)
+
+
+@pytest.mark.parametrize("begin", ["file:", "FILE://", "fIle://localhost"])
+def test_uris_of_pictures_are_opened(begin, tmp_path, omni):
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
+    lines = own_lines.checked(write(tmp_path, [line("<image> what", images=[f"{begin}{tmp_path}/b.png"])]), omni)
+    assert len(own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer)).image_grids) == 1
 
 
 @pytest.mark.parametrize("name, says", [

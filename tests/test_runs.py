@@ -444,13 +444,14 @@ def test_bf16_where_the_processor_multiplies_in_it(instructions, onednn, enabled
 def test_devices_by_name(monkeypatch):
     assert device_of("cpu").type == "cpu"
     there = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, best in (("cuda", "mps"), ("mps", "cpu")):
         monkeypatch.setattr(there[name], "is_available", lambda: True)
         monkeypatch.setattr(there["mps"], "is_available", lambda: True)
         assert device_of("auto").type == name
         monkeypatch.setattr(there[name], "is_available", lambda: False)
         assert device_of("auto").type == ("mps" if name == "cuda" else "cpu")
-    with pytest.raises(UserError, match="device cuda: this machine, with this PyTorch, has cpu; or use auto"):
+    with pytest.raises(UserError, match="device 'cuda': this machine, with this PyTorch, has cpu; or use auto"):
         device_of("cuda")
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from minomni.errors import UserError, shorten
 from minomni.inputs.audio import load_audio
 from minomni.inputs.image import load_image
+from minomni.inputs.item import parse_item
 from minomni.inputs.source import name_of, require_whole
 
 WAVE = (0.2 * np.sin(np.arange(4_000) / 9)).astype(np.float32)
@@ -69,6 +70,18 @@ def test_data_uris(kind):
         assert same(f"data:{kind};base64,{content}")
     assert same(f"DATA:{kind};BASE64,{text}")
     assert same(f"data:{kind},{quote(wav())}")
+
+
+@pytest.mark.parametrize("kind, key", [("image", "base64"), ("audio", "base64"), ("input_audio", "input_audio")])
+def test_base64_of_both_alphabets(kind, key):
+    content = bytes(range(256)) + b"\xfb\xff\xfe?"
+    usual, safe = base64.b64encode(content).decode(), base64.urlsafe_b64encode(content).decode()
+    assert "+" in usual and "/" in usual and "-" in safe and "_" in safe
+    for text in (usual, safe, safe.rstrip("="), f"{safe[:40]}\n{safe[40:]}"):
+        assert parse_item({"type": kind, key: text}).source == content
+    for text in ("a*b", "abcde", "größe"):
+        with pytest.raises(UserError, match=f"{key} is no base64"):
+            parse_item({"type": kind, key: text})
 
 
 def test_broken_data_uris():

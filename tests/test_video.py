@@ -224,6 +224,37 @@ def test_lists_that_are_no_film(frames, says):
     assert len(str(error.value)) <= 500
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "tiff", "tga", "ico"])
+def test_single_pictures_are_no_film(tmp_path, kind):
+    path = tmp_path / f"scene.{kind}"
+    Image.fromarray(scene()).save(path)
+    with pytest.raises(UserError, match=f"scene.{kind}: is a picture; give it as image"):
+        load_video(path, MEDIA, with_audio=False)
+
+
+def test_pictures_behind_each_other_are_a_film():
+    """PNG files, which ffmpeg reads by its format of single pictures."""
+    stream = io.BytesIO()
+    for frame in (scene(), scene()[::-1], scene(), scene()[:, ::-1]):
+        Image.fromarray(frame).save(stream, "PNG")
+    assert len(load_video(stream.getvalue(), MEDIA, with_audio=False).frames) >= 2
+
+
+@pytest.mark.parametrize("ending", ["txt", "nfo", "asc"])
+def test_texts_are_no_film(tmp_path, ending):
+    path = tmp_path / f"notes.{ending}"
+    path.write_text("Bread, milk and 12 eggs.\n" * 70)
+    with pytest.raises(UserError, match=f"notes.{ending}: holds no video"):
+        load_video(path, MEDIA, with_audio=False)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_moving_pictures_are_films(kind):
+    stream, later = io.BytesIO(), Image.fromarray(scene()[::-1])
+    Image.fromarray(scene()).save(stream, kind, save_all=True, append_images=[later], duration=400)
+    assert len(load_video(stream.getvalue(), MEDIA, with_audio=False).frames) == 2
+
+
 def test_sample_fps_is_not_for_files():
     with pytest.raises(UserError, match="sample_fps is for lists of frames"):
         load_video(film([0, 500]), MEDIA, False, options=MediaOptions(sample_fps=2))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import LISTENING_RATE, QWEN7B
 from ..errors import UserError, shorten
 from .options import MediaOptions, quoted
-from .source import array_of, complaints, is_ogg, name_of, open_source, parts_of_stream, require_whole
+from .source import array_of, complaints, is_ogg, name_of, open_source, parts_of_stream, pcm_samples, require_whole
 
 SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
 # The context of the largest model holds this many seconds of sound and nothing else: 32,768 tokens, 25 a second.
@@ -23,6 +23,7 @@ FARTHEST = 3_600  # s: what lies before audio_start is decoded, too, at 4 ms for
 SCALED = {("i", 1), ("i", 2), ("i", 4), ("u", 1), ("u", 2)}  # kinds and bytes of integers that sound comes in
 UNKNOWN_FLAC = 2**32  # samples, a day at 48 kHz: nobody's recording, but a header that was never finished
 BROADCAST = ("aac", "ac3", "mp3", "mpegts")  # ffmpeg's names of formats that can be joined and left at any time
+DEEPEST_PACKED = 1 << 23  # int32 samples up to here are 24-bit values, or fewer bits, that were not scaled
 BLOCK = 65_536  # samples of each channel that are read at once
 GAP = 0.1  # s: where times and sample counts differ by more, silence is filled in or sound is dropped (as ffmpeg does)
 
@@ -47,6 +48,7 @@ def load_audio(source, options: MediaOptions = MediaOptions()) -> Tensor:
         return _of_array(source, LISTENING_RATE, start, end, name)
     with open_source(source, name) as stream:
         require_whole(stream, name)
+        _require_short_pcm(stream, start, end, name)
         timeline = _Timeline(name)
         for samples, rate, _ in _cut(_decode_parts(stream, name), start, end):
             timeline.add(samples, rate)
@@ -316,9 +318,10 @@ def _of_array(source, rate, start: float, end: float | None, name: str) -> Tenso
         block = array_of(samples[i : i + BLOCK], name)
         kind, peak = block.dtype, max(peak, int(block.max()), -int(block.min())) if block.dtype.kind == "i" else 0
         timeline.add(_unit(block, name), rate)
-    if kind == np.int32 and 0 < peak <= 1 << 15:
+    if kind == np.int32 and 0 < peak <= DEEPEST_PACKED:
+        give = "give int16" if peak <= 1 << 15 else f"divide them by {DEEPEST_PACKED} and give floats from -1 to 1"
         raise UserError(f"{name}: samples of type int32 that reach {peak} at most; expected its full range, up to "
-                        f"{2**31 - 1}; if they are 16-bit values, give int16")
+                        f"{2**31 - 1}; if they are {16 if peak <= 1 << 15 else 24}-bit values, {give}")
     return timeline.wave()
 
 
@@ -336,6 +339,19 @@ def _require_short(seconds: float, name: str) -> None:
     if seconds > LONGEST_SECONDS:
         raise UserError(f"{name}: more than {LONGEST_SECONDS:.0f} s of sound; the largest model's context holds no "
                         f"more, cut it into shorter ones")
+
+
+def _require_short_pcm(stream, start: float, end: float | None, name: str) -> None:
+    """Raise UserError for a wav that is too long by its header: decoding it only to refuse it takes minutes."""
+    with complaints(name, "its header cannot be read"):
+        found = pcm_samples(stream)
+    if found is None:
+        return
+    samples, rate = found
+    kept = samples - int(start * rate)
+    if end is not None:
+        kept = min(kept, int((end - start) * rate))
+    _require_short(kept / rate, name)
 
 
 def _require_few(numbers: int, name: str) -> None:

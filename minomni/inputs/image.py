@@ -14,6 +14,7 @@ ORIENTATION = 0x0112  # EXIF: how to turn the stored picture to view it
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
+TWELVE_BITS = 4_095  # uint16 levels up to here are those of a camera of 8 to 12 bits that were not scaled
 BITS_PER_SAMPLE, PHOTOMETRIC, MIN_IS_WHITE = 258, 262, 0  # TIFF
 
 
@@ -118,5 +119,9 @@ def _to_pil(source, name: str) -> Image.Image:
     if len(shape) not in (2, 3) or (len(shape) == 3 and source.shape[2] not in (1, 3, 4)):
         raise UserError(f"{name}: array of shape {shorten(shape, 60)}; expected [h, w], [h, w, 3] or [3, h, w]")
     _require_size(source.shape[1], source.shape[0], name)  # before anything is computed: broadcast arrays claim any
-    levels = _eight_bits(array_of(source, name), 0, name)
+    levels = array_of(source, name)
+    if levels.dtype.kind == "u" and levels.dtype.itemsize == 2 and 0 < levels.max() <= TWELVE_BITS:
+        raise UserError(f"{name}: uint16 levels that reach {levels.max()} at most; expected the full range, to 65535; "
+                        f"divide them by their white (255, 1023, 4095) and give floats from 0 to 1")
+    levels = _eight_bits(levels, 0, name)
     return Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if levels.shape[2:] == (1,) else levels))

@@ -3,13 +3,12 @@
 Spellings of Qwen's and transformers' users, and of OpenAI's chat and Responses interfaces, are all read.
 """
 
-import base64
-import binascii
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
 from .options import MediaOptions, options_of, quoted, with_article
+from .source import decode_base64
 
 KINDS = ("image", "audio", "video", "text")
 KIND_OF_TYPE = {kind: kind for kind in KINDS} | {f"{kind}_url": kind for kind in ("image", "audio", "video")} | {
@@ -95,8 +94,8 @@ def _source(kind: str, key: str, value):
 
 def _decoded(text: str, key: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
+        return decode_base64(text)
+    except ValueError:
         raise UserError(f"{key} is no base64; expected the bytes of a file in base64") from None
 
 

@@ -1,7 +1,6 @@
 """Where media come from: paths, bytes and open files to a seekable stream, and decoders' complaints to one line."""
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -101,11 +100,19 @@ def _data_of_uri(uri: str, name: str) -> bytes:
         raise UserError(f"{name}: a data: URI without a comma; expected data:TYPE;base64,CONTENT")
     if not header.lower().rstrip().endswith(";base64"):
         return unquote_to_bytes(content)
-    content = re.sub(r"\s", "", unquote(content)).rstrip("=").replace("-", "+").replace("_", "/")
     try:
-        return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
-    except (binascii.Error, ValueError):
+        return decode_base64(unquote(content))
+    except ValueError:
         raise UserError(f"{name}: a data: URI whose base64 is broken; encode the file again") from None
+
+
+def decode_base64(text: str) -> bytes:
+    """Base64 of either alphabet, the usual one or that for URLs, with or without padding -> the bytes.
+
+    Raises ValueError for what is none.
+    """
+    text = re.sub(r"\s", "", text).rstrip("=").replace("-", "+").replace("_", "/")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _rewind(stream, name: str) -> None:
@@ -236,6 +243,45 @@ def _end_of_chunks(stream, end: int, order: str, name: str) -> int:
             return 0 if size >= UNKNOWN else place + 8 + size
         place += 8 + size + size % 2
     return 0
+
+
+PCM_FORMATS = (1, 3)  # format tags of wav: whole numbers, floats
+EXTENSIBLE = 0xFFFE  # a format tag: the real one follows
+
+
+def pcm_samples(stream) -> tuple[int, int] | None:
+    """Samples per channel of a wav that is not compressed, and their rate in Hz, by its header.
+
+    None for other files, and where the file holds fewer bytes than its header claims.
+    """
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(12)
+    if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+        return None
+    place, long_size, rate, frame = 12, 0, 0, 0
+    for _ in range(MOST_CHUNKS):
+        stream.seek(place)
+        header = stream.read(8)
+        if len(header) < 8:
+            return None
+        kind, size = struct.unpack("<4sI", header)
+        if kind == b"data":
+            size = long_size if size == 0xFFFFFFFF and long_size else size
+            is_there = place + 8 + size <= end
+            return (size // frame, rate) if is_there and rate and frame else None
+        content = stream.read(min(size, 40))
+        if kind == b"ds64" and len(content) >= 16:
+            long_size = struct.unpack("<Q", content[8:16])[0]
+        if kind == b"fmt " and len(content) >= 16:
+            tag, channels, rate, _, align, bits = struct.unpack("<HHIIHH", content[:16])
+            if tag == EXTENSIBLE and len(content) >= 26:
+                tag = struct.unpack("<H", content[24:26])[0]
+            if tag not in PCM_FORMATS:
+                return None
+            frame = max(align, channels * ((bits + 7) // 8))  # bytes of one sample of all channels
+        place += 8 + size + size % 2
+    return None
 
 
 def _end_of_au(head: bytes) -> int:

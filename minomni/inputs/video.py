@@ -4,6 +4,7 @@ wanted."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil, floor, inf, isfinite
 from numbers import Real
 
@@ -24,6 +25,9 @@ MOST_PIXELS = 36_000_000  # of one frame; 8K television has 33 million, and a de
 LONGEST = 1_000_000  # seconds of a film; a header or a rate that claims more is broken
 STEADY = 0.0015  # s that a frame of a film of constant rate may be off its place; matroska rounds to 1 ms
 FELL_BACK = 1.0  # s that the time has to fall for a new piece to begin; avi files put frames a few places wrong
+# ffmpeg's names of formats that it shows as films, though they are none. Its formats of single pictures end in _pipe.
+PICTURES = ("image2", "ico", "alias_pix", "brender_pix")
+TEXTS = ("tty", "bin", "xbin", "adf", "idf")
 LIKELY = 1.1  # of the tokens that fit: packets tell the number of frames roughly
 CELLS_OF_LISTED = 2  # qwen-omni-utils 0.0.9 first brings frames of a list to multiples of twice the merge cell
 
@@ -253,6 +257,7 @@ def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -
     if options.sample_fps is not None:
         raise UserError(f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead")
     with complaints(name, "not a readable video"):
+        _refuse_picture(stream, name)
         if most_tokens is not None:
             _require_likely_room(stream, name, media, cell, options, most_tokens)
         times, rate = _times(stream, name, media.fps)
@@ -282,7 +287,7 @@ def _opened(stream, name):
     limit = {"max_pixels": str(MOST_PIXELS)}  # before a decoder takes memory for them
     stream.seek(0)
     with av.open(stream, options=limit) as container:
-        if not container.streams.video:
+        if not container.streams.video or container.format.name in TEXTS:
             raise UserError(f"{name}: holds no video")
         codec = container.streams.video[0].codec_context
         if codec is None:
@@ -290,6 +295,17 @@ def _opened(stream, name):
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
         yield container
+
+
+def _refuse_picture(stream, name) -> None:
+    """Raise UserError for a single picture. Pictures behind each other are a film, as some cameras write it."""
+    with _opened(stream, name) as container:
+        kind = container.format.name
+        if not (kind.endswith("_pipe") or kind in PICTURES):
+            return
+        packets = (packet for packet in container.demux(video=0) if packet.size)
+        if len(list(islice(packets, 2))) < 2:
+            raise UserError(f"{name}: is a picture; give it as image")
 
 
 def _require_likely_room(stream, name, media, cell, options, most_tokens) -> None:

@@ -9,11 +9,14 @@
 | ShareGPT, LLaVA | conversations: from (human, gpt, system), value; system; the same lists, or one image, audio or video |
 | alpaca | instruction, input, output, history, system |
 
-The last message is the assistant's, and it alone is learnt; answers before it are what was said so far. A key whose
-value is null is no key, since datasets write null for what a row lacks. A key of another layout than the row's is an
-error, unless it is empty. The n-th tag of a kind stands for the n-th entry of its list; media that no tag stands for
-come before the first question. Without a list a tag is plain text. Relative paths are relative to the file. Keys that
-only describe a row (NOTES) or a message (prompt.py, WITHOUT_MEANING) are skipped, others are errors.
+The last message is the assistant's. Only this last answer of a conversation is learnt; answers before it are what was
+said so far. To learn each of them, write one row for each. A key whose value is null is no key, since datasets write
+null for what a row lacks. A key of another layout than the row's is an error, unless it is empty. The n-th tag of a
+kind stands for the n-th entry of its list; media that no tag stands for come before the first question. A tag whose
+list is empty is an error. A tag without any list is plain text in rows with messages or instruction (a text may be
+about HTML); in rows with conversations or query it always stands for a medium, and is an error. Relative paths are
+relative to the file. Keys that only describe a row (NOTES) or a message (prompt.py, WITHOUT_MEANING) are skipped, and
+so are those of what is not learnt here (NOT_LEARNT) where they are empty; others are errors.
 """
 
 import re
@@ -33,10 +36,14 @@ LAYOUTS = {  # by the key that tells a row's layout: the keys that hold its mess
 TURNS = frozenset(key for keys in LAYOUTS.values() for key in keys)
 NOTES = frozenset(("id", "idx", "index", "source", "dataset", "model", "category", "language", "lang", "meta",
                    "metadata", "split", "conversation_id", "hash", "tags", "score", "parallel_tool_calls"))
+NOT_LEARNT = frozenset(("tools", "functions", "function_call", "tool_choice", "response_format", "objects", "label",
+                        "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"))
+TAGS_ARE_MEDIA = ("conversations", "query")  # layouts in which a tag is never plain text
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "system": "system", "developer": "system"}
 MESSAGE_KEYS = WITHOUT_MEANING | {"role", "content", "from", "value"}
 TAG = re.compile("<(image|audio|video)>")
+URI = re.compile("data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # what source.py takes for no plain path
 SURROGATE = re.compile("[\ud800-\udfff]")
 NO_WEIGHT = ("weight", "loss")  # of a message: 0 or false where it is not to be learnt (OpenAI; ms-swift)
 SOURCES = ("image", "audio", "video", "image_url", "audio_url", "video_url", "path", "url")  # keys that may hold a path
@@ -50,7 +57,7 @@ def standard(row, folder: Path) -> dict:
     """
     if not isinstance(row, dict):
         raise UserError(f"{kind_of(row)}; expected an object with messages")
-    row = without_nulls(row)
+    row = {key: value for key, value in without_nulls(row).items() if key not in NOT_LEARNT or not is_empty(value)}
     allowed = {*OWN_KEYS, *LISTS, *TURNS}
     if unknown := sorted(row.keys() - allowed - NOTES):
         raise UserError(f"unknown key {shorten(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, and those of other "
@@ -71,11 +78,7 @@ def standard(row, folder: Path) -> dict:
         if written[-1].get(key) == 0:  # false is 0 too
             raise UserError(f"the last answer has {key} {'0' if key == 'weight' else 'false'}, and no other is learnt; "
                             f"leave the line out")
-    media = {kind: [] for kind in LISTS.values()}
-    for key in LISTS:
-        if key in row:
-            media[LISTS[key]] += row[key] if isinstance(row[key], list) else [row[key]]
-    put_media(messages, {kind: [source_of(entry, kind) for entry in entries] for kind, entries in media.items() if entries})
+    put_media(messages, media_of(row))
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [whole_paths(item, folder) for item in message["content"]]
@@ -150,11 +153,29 @@ def checked_item(item, number: int) -> dict:
     return item
 
 
+def media_of(row: dict) -> dict[str, list]:
+    """The entries of a row's lists by kind (image, audio, video). Tags of kinds that are missing are plain text."""
+    media = {}
+    if any(key in row for key in TAGS_ARE_MEDIA):
+        media = {kind: [] for kind in LISTS.values()}
+    for key, kind in LISTS.items():
+        if key not in row:
+            continue
+        entries = row[key] if isinstance(row[key], list) else [row[key]]
+        if row[key] == "":
+            entries = []
+        media.setdefault(kind, []).extend(source_of(entry, kind) for entry in entries)
+    return media
+
+
 def put_media(messages: list[dict], media: dict[str, list]) -> None:
     """Put the entries of a row's lists where tags, or items without a source, stand for them. Raises UserError."""
     left = {kind: list(entries) for kind, entries in media.items()}
 
     def taken(kind: str) -> dict:
+        if not media[kind]:
+            raise UserError(f"<{kind}> stands for no file, since the list '{kind}s' is empty or missing; list the file "
+                            f"there, or leave the tag out")
         if not left[kind]:
             raise UserError(f"more <{kind}> tags than the {len(media[kind])} that '{kind}s' lists")
         return {"type": kind, kind: left[kind].pop(0)}
@@ -238,13 +259,20 @@ def whole_source(source, folder: Path):
 
 
 def whole_path(source: str, folder: Path) -> str:
-    """A path relative to the folder made whole; addresses and data: URIs stay as they are."""
-    return source if "://" in source or source.startswith("data:") else str(folder / source)
+    """A path relative to the folder made whole; web addresses, file: and data: URIs stay as they are."""
+    return source if URI.match(source) else str(folder / source)
 
 
 def without_nulls(row: dict) -> dict:
     """The keys that have a value."""
     return {key: value for key, value in row.items() if value is not None}
+
+
+def is_empty(value) -> bool:
+    """Whether a value holds nothing: "", [], {}, these as JSON in a text, or an object of nothing else."""
+    if isinstance(value, dict):
+        return all(inner is None or is_empty(inner) for inner in value.values())
+    return value == [] or isinstance(value, str) and value.strip() in ("", "[]", "{}")
 
 
 def text_of(value, what: str) -> str:

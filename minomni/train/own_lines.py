@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..errors import UserError, shorten
 from ..files import open_regular, write_atomically
 from ..inputs.media import load_audio
-from ..inputs.prompt import Inputs, Processor
+from ..inputs.prompt import CHATML, Inputs, Processor
 from ..token2wav.speaker import make_voice
 from .own_formats import standard
 from .world import NUMBERS
@@ -63,6 +63,9 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({shorten(error, 100)})") from None
     row = standard(row, folder)
+    for message in row["messages"]:
+        if message["role"] == "assistant":
+            require_no_marks(message)
     *question, last = row["messages"]
     if question[0]["role"] != "system":  # as respond() does it
         question = [{"role": "system", "content": system_prompt}, *question]
@@ -79,6 +82,16 @@ def answer_of(message: dict) -> str:
     if not text.strip():
         raise UserError("the answer is empty")
     return text
+
+
+def require_no_marks(message: dict) -> None:
+    """Raise UserError where an answer holds a special token of ChatML: the end of a turn is added in training."""
+    content = message["content"]
+    if not isinstance(content, str):
+        content = "".join(item.get("text", "") for item in content)
+    found = [mark for mark in CHATML if mark in content]
+    if found:
+        raise UserError(f"an answer holds {found[0]}, which only the template may put there; leave it out of the text")
 
 
 class Lines:
