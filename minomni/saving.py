@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,8 +52,11 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
     try:
         folder = Path(os.path.realpath(target))
         check_target(target, folder, omni.loaded_from)
+        if omni.talker is None and folder.is_dir() and holds_speech(folder):
+            raise UserError(f"{target}: holds a model that speaks, and the one to save answers in text alone; choose "
+                            f"another folder")
         fresh, old = beside(folder, "part"), beside(folder, "old")
-    except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL in it
         if isinstance(error, UserError):
             raise
         raise unwritable(target, error) from None
@@ -104,16 +107,16 @@ def is_model_file(entry: Path) -> bool:
     """Whether a file of a model folder, or its codec folder, belongs to the model."""
     if entry.name == CODEC_FOLDER:
         return entry.is_dir() and {file.name for file in entry.iterdir()} <= CODEC_FILES
-    return any(entry.match(pattern) for pattern in MODEL_FILES) or entry.name in indexed_shards(entry.parent)
+    return any(entry.match(pattern) for pattern in MODEL_FILES) or entry.name in indexed_tensors(entry.parent).values()
 
 
-def indexed_shards(folder: Path) -> set[str]:
-    """The names of the shards that the folder's own index lists."""
+def indexed_tensors(folder: Path) -> dict[str, str]:
+    """What the folder's own index says: {tensor: shard}. Nothing where there is none, or a broken one."""
     try:
         index = read_json(folder / INDEX, optional=True).get("weight_map", {})
-    except UserError:  # a broken index names nothing
-        return set()
-    return {name for name in index.values() if isinstance(name, str)} if isinstance(index, dict) else set()
+    except UserError:
+        return {}
+    return index if isinstance(index, dict) else {}
 
 
 def holds_model(folder: Path) -> bool:
@@ -123,6 +126,15 @@ def holds_model(folder: Path) -> bool:
     except UserError:
         return False
     return isinstance(kind, str) and kind.startswith(BASE)
+
+
+def holds_speech(folder: Path) -> bool:
+    """Whether a model folder holds tensors of a Talker."""
+    names = indexed_tensors(folder)
+    if (folder / WHOLE).is_file():
+        with safe_open(folder / WHOLE, "pt") as file:
+            names = [*names, *file.keys()]
+    return any(name.startswith("talker.") for name in names)
 
 
 def same_folder(a: Path, b: Path) -> bool:

@@ -311,6 +311,19 @@ def test_weights_of_others_are_not_the_model_s(omni, folder, tmp_path):
     assert same_tensors(weights.load(folder), loaded)
 
 
+@pytest.mark.parametrize("shard_bytes", [saving.SHARD_BYTES, 3_000_000])
+def test_a_model_without_speech_does_not_replace_one_that_speaks(omni, folder, tmp_path, shard_bytes):
+    saving.save(omni, folder, shard_bytes)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"enable_audio_output": False}))
+    silent = weights.load(folder)
+    refuse(silent, folder, "holds a model that speaks")
+    minomni.save(silent, tmp_path / "text")
+    again = weights.load(tmp_path / "text")
+    minomni.save(again, tmp_path / "text")
+    assert again.talker is None and same_tensors(again, silent)
+
+
 def test_the_history_of_a_model_stays_with_it(omni, folder):
     (folder / "trained.json").write_text('{"size": "tiny"}')
     minomni.save(weights.load(folder), folder)
