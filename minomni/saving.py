@@ -25,7 +25,7 @@ DIT_ANGLES = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                    "added_tokens.json", "chat_template.json", "chat_template.jinja")
 HISTORY = "trained.json"  # how a model came to be; train/ writes it
-# What a saved model consists of, beside the shards that its index names. Anything else belongs to somebody else.
+# What a saved model consists of, beside the shards that its index names. Anything else is foreign.
 MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", INDEX, WHOLE,
                "model-?????-of-?????.safetensors", VOICES, HISTORY, *TOKENIZER_FILES)
 CODEC_FILES = {"config.json", WHOLE}

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 MEMORY = 2 * 2**30  # bytes that one case may take
-CPU_SECONDS, WALL_SECONDS = 20, 300  # of one case; the second only ends what waits for ever
+CPU_SECONDS, WALL_SECONDS = 20, 300  # of one case; the second ends a process that only waits
 NO_END, DIED = "no end", "the process died"
 TELL_THEIR_LENGTH = (".wav", ".flac", ".png", ".jpg", ".webp", ".mp4", ".mkv", ".webm")  # so that a cut can be noticed
 HEADER = 400  # bytes at the begin of a file in which half of all changes fall
@@ -409,7 +409,7 @@ class Outcome:
 
 
 def check_message(error: ValueError) -> str:
-    """The message of a UserError. Raises for one that nobody would want to read, and for any other error itself."""
+    """The message of a UserError. Raises for one of several lines or too many characters, and any other error itself."""
     from minomni.errors import UserError
 
     if not isinstance(error, UserError):

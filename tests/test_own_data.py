@@ -148,7 +148,7 @@ def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
     assert not (tmp_path / "tuned").exists() and not list((tmp_path / "tuned.run" / "stages").iterdir())
 
 
-def test_a_fault_that_nobody_thought_of_names_its_line(tmp_path, omni, monkeypatch):
+def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
     """Whatever a line raises: its number is told, and the lines behind it are looked at."""
     def broken(messages, *_):
         raise ZeroDivisionError("of a part that is not ours\nand more")

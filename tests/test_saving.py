@@ -207,7 +207,7 @@ def official(omni, tmp_path) -> Path:
     (blobs / "README.md").write_text("a model")
     (blobs / "LICENSE").write_text("yours")
     (blobs / "plan.png").write_bytes(b"\x89PNG")
-    (blobs / "merged.bin").write_bytes(b"weights of somebody")
+    (blobs / "merged.bin").write_bytes(b"foreign weights")
     (blobs / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TheirsFast", "image_token": "x"}))
     (blobs / "chat_template.json").write_text(json.dumps({"chat_template": "theirs"}))
     (blobs / "chat_template.jinja").unlink()

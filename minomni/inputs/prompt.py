@@ -176,7 +176,7 @@ class Processor:
         return inputs
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text, in which nobody may type what stands for media: positions and features would go astray.
+        """Ids of text, in which placeholders of media are refused: positions and features would go astray.
 
         Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for media's tokens, and for texts
         that cannot fit the context: those are not tokenized first.

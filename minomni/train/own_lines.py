@@ -152,7 +152,7 @@ def checked(path: Path, omni, run: Path | None = None, unit: str = "line", data:
     """Go through a whole file of one row a line -> its lessons.
 
     run: where a list of the bad lines goes. unit: what a line is called in messages. data: the file or folder that
-    somebody gave, of which `path` was made; folder: what media are relative to. Raises one UserError that names the
+    was given, of which `path` was made; folder: what media are relative to. Raises one UserError that names the
     first bad lines and their causes.
     """
     lines = Lines(path, omni.config.media.system_prompt, folder, data)
