@@ -15,12 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-PRECISION_NAMES = {"bfloat16": "bfloat16", "bf16": "bfloat16",
-                   "float16": "float16", "fp16": "float16", "half": "float16",
-                   "float32": "float32", "fp32": "float32", "float": "float32", "float64": "float64", "fp64": "float64",
-                   "double": "float64"}
-
-
 def load(name, device="cpu", dtype=None):
     """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
 
@@ -32,6 +26,7 @@ def load(name, device="cpu", dtype=None):
     import torch
 
     from . import weights
+    from .devices import dtype_of
 
     folder, dtype = folder_of(name), dtype_of(dtype)
     named_by_size = folder != Path(name)
@@ -44,43 +39,9 @@ def save(omni, folder) -> None:
     An existing model folder is replaced; other files of the folder that the model was loaded from are kept. Raises
     UserError, and changes nothing, where folder is a file or holds something else than a model.
     """
-    from . import weights
+    from . import saving
 
-    weights.save(omni, folder)
-
-
-def device_of(name):
-    """The torch.device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is there."""
-    import torch
-
-    from .errors import UserError
-
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cuda"] * (cards > 0) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if isinstance(name, str) and name == "auto":
-        return torch.device(there[0])
-    try:
-        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
-    except RuntimeError:  # not the name of a device
-        device = None
-    if device is None or device.type not in there or not 0 <= (device.index or 0) < max(cards, 1):
-        raise UserError(f"device {name!r:.60}: this machine, with this PyTorch, has {' and '.join(there)}; or use auto")
-    return device
-
-
-def dtype_of(name):
-    """The torch.dtype of a name, None for None or "auto". Raises UserError for one that a model cannot have."""
-    import torch
-
-    from .errors import UserError
-
-    if name is None or isinstance(name, str) and name == "auto":
-        return None
-    key = str(name).removeprefix("torch.").lower() if isinstance(name, (str, torch.dtype)) else ""
-    if key not in PRECISION_NAMES:
-        raise UserError(f"dtype {name!r:.60}: expected bfloat16, float16, float32 or float64, as a torch.dtype or a "
-                        f"text, or auto for what the folder stores")
-    return getattr(torch, PRECISION_NAMES[key])
+    saving.save(omni, folder)
 
 
 def __getattr__(name: str):
@@ -97,10 +58,11 @@ def folder_of(name) -> Path:
     import os
 
     from . import config
+    from .arguments import shown
     from .errors import UserError
 
     if not isinstance(name, (str, Path)) or not str(name):
-        raise UserError(f"a model is the name of a size or a folder, not {name!r:.60}; the sizes are "
+        raise UserError(f"a model is the name of a size or a folder, not {shown(name)}; the sizes are "
                         f"{', '.join(config.SIZES)}")
     if os.path.isdir(name) and (name not in config.SIZES or os.path.exists(os.path.join(name, "config.json"))):
         return Path(name)
@@ -109,4 +71,6 @@ def folder_of(name) -> Path:
     for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
         if folder.is_dir():
             return folder
-    raise UserError(f"no model of size {name!r} here; python -m minomni train {name} makes one")
+    if config.SIZES[str(name)].codec is None:  # a size of the release, which is not trained here
+        raise UserError(f"no model of size {str(name)!r} comes along; give the folder of a checkpoint")
+    raise UserError(f"no model of size {str(name)!r} here; python -m minomni train {name} makes one")

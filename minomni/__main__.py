@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
-from . import ROOT, device_of, load
+from . import ROOT, load
 from .answer_options import OPTIONS
 from .arguments import shown
 from .errors import UserError
@@ -53,7 +53,12 @@ def parser() -> Parser:
     """The whole command line."""
     top = Parser(prog="python -m minomni", description="A small Qwen2.5-Omni: train it, talk with it, score it.")
     commands = top.add_subparsers(dest="command", required=True)
+    for add in (add_train, add_chat, add_report, add_ablate, add_bench):
+        add(commands)
+    return top
 
+
+def add_train(commands) -> None:
     train = commands.add_parser("train", help="train a size from scratch, stage by stage",
                                 description="Trains every stage that is not finished, two at a time, and writes "
                                             "runs/SIZE/model. tiny takes about half an hour on two cores, and 8 GB "
@@ -74,6 +79,8 @@ def parser() -> Parser:
     train.add_argument("--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)")
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
 
+
+def add_chat(commands) -> None:
     chat = commands.add_parser("chat", help="ask a question, or hold a conversation, in text and speech",
                                description="Media and text are asked in the order given. Without any, on a terminal, "
                                            "it is a conversation of several turns. "
@@ -102,7 +109,10 @@ def parser() -> Parser:
     chat.add_argument("--json", action="store_true",
                       help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream also "
                            "first_sound_s, last_text_s")
+    chat.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
 
+
+def add_report(commands) -> None:
     report = commands.add_parser("report", help="score a model on held-out items with an outside judge",
                                  description="Prints a report card: what share is right, with 95 %% intervals.")
     report.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
@@ -110,7 +120,10 @@ def parser() -> Parser:
     report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout "
                         "of free-spoken-digit-dataset, and test on the speaker left out")
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
+    report.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
 
+
+def add_ablate(commands) -> None:
     ablate = commands.add_parser("ablate", help="what a stage is good for", description="Prints a table.")
     ablate.add_argument("what", choices=["beta", "dpo", "stage3", "tmrope", "tuning"],
                         help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input "
@@ -121,17 +134,17 @@ def parser() -> Parser:
     ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")
     ablate.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
 
+
+def add_bench(commands) -> None:
     bench = commands.add_parser("bench", help="measure speed", description="Prints a table of ratios and times.")
     bench.add_argument("what", choices=["stream", "first"], help="stream: speaking while thinking against speaking "
                        "afterwards; first: how soon the first sound comes")
     bench.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
-    bench.add_argument("--chance", action="store_true", help="the size that --model names with weights of chance: as "
+    bench.add_argument("--chance", action="store_true", help="the size that --model names with random weights: as "
                        "fast as trained ones")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.add_argument("--picture", type=Path, help="draw predicted and measured latency into this png (stream)")
-    for command in (chat, report, bench):
-        command.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
-    return top
+    bench.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
 
 
 class Item(argparse.Action):
@@ -146,6 +159,7 @@ class Item(argparse.Action):
 
 
 def run_train(arguments) -> None:
+    from .devices import device_of
     from .train import stages
 
     if arguments.stages:
@@ -219,9 +233,10 @@ def refuse_with_samples(arguments) -> None:
 
 def check_out(path: Path, stream: bool) -> None:
     """Refuse, before any work is done, a file that cannot be written."""
+    from .files import writing
     from .reply import SOUND_FILES, sound_file
 
-    try:
+    with writing(path):
         if path.is_dir():
             raise UserError(f"{path}: is a folder; --out takes the name of a sound file")
         kind, _ = sound_file(path)
@@ -229,11 +244,6 @@ def check_out(path: Path, stream: bool) -> None:
             raise UserError(f"{path}: cannot be written, there is no folder {path.parent}; make it first")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"{path}: cannot be written (no permission)")
-    except (OSError, ValueError) as error:  # ValueError: a name that cannot be
-        if isinstance(error, UserError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{shown(str(path))}: cannot be written ({reason})") from None
     if stream and kind != SOUND_FILES[".wav"][0]:
         raise UserError(f"{path}: --stream writes a wav while it grows; give --out a name that ends in .wav")
 
@@ -297,7 +307,7 @@ def tell(omni, pieces, arguments, path: Path | None) -> None:
         *_, end = pieces
         reply = end.reply
         if path:
-            save(reply, path)
+            reply.save(path)
     if arguments.json:
         answer = {"text": reply.text, "audio": path and str(path), "seconds": round(reply.seconds, 3),
                   "sample_rate": reply.sample_rate, "total_s": round(reply.total_s, 3)}
@@ -329,14 +339,6 @@ def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
                 print(f"{piece.at_s:6.2f} s  {what}", flush=True)
 
 
-def save(reply, path: Path) -> None:
-    """Write the speech of a reply. Raises UserError where the disk will not have it."""
-    try:
-        reply.save(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
 def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
     """Answer every question of data_samples/questions.json and say where each wav is."""
     folder = ROOT / "runs" / "answers"
@@ -349,7 +351,7 @@ def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
         reply = omni.respond(messages, voice=entry["voice"] if voice is None else voice, seed=arguments.seed,
                              use_audio_in_video=entry.get("use_audio_in_video", False), **options)
         path = folder / f"{entry['name']}.wav"
-        save(reply, path)
+        reply.save(path)
         print(f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
               f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)")
 
@@ -375,6 +377,7 @@ def run_ablate(arguments) -> None:
 
 def run_bench(arguments) -> None:
     from . import bench
+    from .devices import device_of
     from .files import writing
 
     if arguments.picture and arguments.what != "stream":

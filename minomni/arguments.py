@@ -10,14 +10,16 @@ SEEDS = 0, 2**63 - 1
 
 
 def shown(value) -> str:
-    """A value as a message quotes it: short, on one line, and never an error of its own."""
-    if value is None or isinstance(value, (bool, float)):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(value) if abs(value) < 10**LONGEST else "a very large number"
-    if isinstance(value, str):
-        return repr(value if len(value) <= LONGEST else f"{value[:LONGEST]}...")
-    return f"a {type(value).__name__}"
+    """A value as a message quotes it: at most LONGEST characters, and of collections and objects only the type."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()  # one of numpy's numbers
+    if not isinstance(value, (str, int, float, type(None))):
+        return f"a {type(value).__name__}"
+    try:
+        spelling = repr(value[:LONGEST] if isinstance(value, str) else value)
+    except ValueError:  # Python spells no whole number of more than 4,300 digits
+        return "a very large number"
+    return spelling if len(spelling) <= LONGEST else f"{spelling[:LONGEST]}..."
 
 
 def whole_number(value, name: str, lowest: int, highest: int) -> int:

@@ -236,7 +236,7 @@ def distance(omni, schedule: Schedule) -> tuple[int, float]:
 
     The mean over frames and bands of the absolute difference, in nats, for one spoken sentence and one noise.
     """
-    voice, dit, size = omni.voice(next(iter(omni.voices))), omni.token2wav.code2wav_dit_model, omni.config.token2wav.dit
+    voice, dit = omni.voice(next(iter(omni.voices))), omni.token2wav.code2wav_dit_model
     codes = omni.respond(QUESTION).codes[None]
     mels = []
     for cut in (schedule, Schedule(((10_000, 0),))):

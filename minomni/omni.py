@@ -10,6 +10,7 @@ from minomni.answer_options import sampling_of
 from minomni.arguments import flag, seed_of, shown, whole_number
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
 from minomni.errors import UserError
+from minomni.inputs.audio import SILENCE
 from minomni.inputs.prompt import Inputs, Processor, join, messages_of
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.listen import Session
@@ -21,7 +22,7 @@ from minomni.thinker.thinker import Thinker
 from minomni.token2wav.speaker import Voice
 from minomni.token2wav.stream import Schedule
 from minomni.token2wav.token2wav import Token2Wav, check_voice
-from minomni.turn import ONLY_SILENCE, SILENCE
+from minomni.turn import ONLY_SILENCE
 
 TEXT_HEAD = "thinker.lm_head.weight"
 
@@ -214,10 +215,12 @@ class Omni(nn.Module):
         """Who speaks, None without speech, and what the Thinker is to read. Raises UserError."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; load() a folder that holds one")
-        check_messages(messages)
+        messages = messages_of(messages)
+        if not messages:
+            raise UserError("no messages were given; give at least one with role 'user'")
         speaker = self.speaker(voice, speech)
         flag(use_audio_in_video, "use_audio_in_video")
-        if messages_of(messages)[0]["role"] != "system":
+        if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.media.system_prompt}, *messages]
         inputs = Processor(self.config, self.tokenizer)([messages], use_audio_in_video)
         self.refuse_silence(inputs)
@@ -245,18 +248,6 @@ def is_batch(messages) -> bool:
         raise UserError("some of the messages are lists and some are not; give one list of message dictionaries, or a "
                         "list of such lists")
     return True
-
-
-def check_messages(messages) -> None:
-    """Raise UserError for what is no list of dictionaries."""
-    if not isinstance(messages, (list, tuple)):
-        raise UserError(f"messages is {shown(messages)}; expected a list of dictionaries, such as "
-                        f"[{{'role': 'user', 'content': 'hello'}}]")
-    if not messages:
-        raise UserError("no messages were given; give at least one with role 'user'")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise UserError(f"message {number} is {shown(message)}; expected a dictionary with role and content")
 
 
 def each(value, rows: int, name: str) -> list:

@@ -19,17 +19,17 @@ from torch import Tensor
 from minomni.arguments import number, shown
 from minomni.config import LISTENING_RATE
 from minomni.errors import UserError
-from minomni.inputs.media import SHORTEST, load_image
+from minomni.inputs.audio import LOUDEST, SHORTEST, SILENCE
+from minomni.inputs.image import load_image
 from minomni.inputs.mel import HOP, audio_tokens, log_power, loudness
 from minomni.inputs.patches import video_patches
 from minomni.inputs.prompt import video_times
+from minomni.inputs.source import array_of
 from minomni.thinker.tmrope import line, moving
 
 SAMPLES_PER_TOKEN = 4 * HOP  # 40 ms
 SIDE = 3  # mel frames that are computed before and after a stretch, lest its borders be heard
-SILENCE = 1e-3  # of full scale: whoever speaks is louder
 ONLY_SILENCE = "only silence was heard; speak louder, show something, or ask in text too"
-LOUDEST = 8.0  # of full scale; floats beyond it are 16-bit samples that were not divided by 32768
 LONGEST_TURN = 86_400  # s
 
 
@@ -194,7 +194,7 @@ def checked(chunk, rate: int, most: int) -> Tensor:
     """A chunk of sound -> float32 [samples], at most so many. Raises UserError."""
     if isinstance(rate, bool) or not isinstance(rate, Real) or rate != LISTENING_RATE:
         raise UserError(f"a chunk at {shown(rate)} Hz; expected {LISTENING_RATE} Hz, resample it first")
-    samples = as_array(chunk)
+    samples = array_of(chunk, "a chunk of sound")
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise UserError(f"a chunk of shape {list(samples.shape)} and type {samples.dtype}; expected floats [samples]")
     if len(samples) > most:
@@ -206,14 +206,3 @@ def checked(chunk, rate: int, most: int) -> Tensor:
         raise UserError(f"a chunk with samples as high as {abs(samples).max():g}; expected floats from -1 to 1: divide "
                         f"those of 16 bits by 32768")
     return torch.from_numpy(samples.astype(np.float32))
-
-
-def as_array(chunk) -> np.ndarray:
-    """Any array or tensor of numbers as numpy has it. Raises UserError."""
-    try:
-        if isinstance(chunk, Tensor):
-            chunk = chunk.detach().float() if chunk.is_floating_point() else chunk.detach()
-            return chunk.cpu().numpy()
-        return np.asarray(chunk)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # ragged lists, tensors without data
-        raise UserError(f"a chunk that is {shown(chunk)} without plain numbers; expected floats [samples]") from None

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minomni import device_of, dtype_of
 from minomni.config import OmniConfig
 from minomni.config_json import CODEC_FOLDER, RELEASE, read_config, read_json, without_speech
+from minomni.devices import device_of, dtype_of
 from minomni.errors import UserError, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file, quote, where
@@ -184,8 +184,8 @@ def unlisted_files(folder: Path) -> list[str]:
         expected = [f"{start}{i + 1:05}{rest}" for i in range(int(total))]
         lost = sorted(set(expected) - set(names))
         if lost:
-            raise UserError(f"{where(folder)}: {len(lost)} of {len(expected)} files are missing: {count(lost)}; copy them "
-                            f"again")
+            raise UserError(f"{where(folder)}: {len(lost)} of {len(expected)} files are missing: {count(lost)}; copy "
+                            f"them again")
         names = expected
     return names
 

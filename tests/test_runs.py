@@ -20,15 +20,15 @@ import torch
 from elsewhere import ELSEWHERE, Elsewhere, Factories, Functions, Generator
 from torch import nn
 
-from minomni import config_json, device_of, load
+from minomni import config_json, load
 from minomni.config import SMALL, TINY
+from minomni.devices import device_of, has_bf16
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.omni import Omni
 from minomni.train import loop, run_folder, samples, speech, stages, synthesis
 from minomni.train.judge import edits
 from minomni.train.loop import Recipe, Stage
-from minomni.train.precision import has_bf16
 from minomni.train.talker_stages import DPOStage
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,10 @@ from PIL import Image
 
 from minomni.errors import UserError, shorten
 from minomni.inputs.audio import load_audio
+from minomni.inputs.containers import require_whole
 from minomni.inputs.image import load_image
 from minomni.inputs.item import parse_item
-from minomni.inputs.source import name_of, require_whole
+from minomni.inputs.source import name_of
 
 WAVE = (0.2 * np.sin(np.arange(4_000) / 9)).astype(np.float32)
 NAMES = ["plain.wav", "with blank.wav", "a#1?x=2&y.wav", "100%.wav", "50%20off.wav", "größe 音.wav",

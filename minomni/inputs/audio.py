@@ -7,14 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..config import LISTENING_RATE, QWEN7B
 from ..errors import UserError, shorten
-from .options import MediaOptions, quoted
-from .source import array_of, complaints, is_ogg, name_of, open_source, parts_of_stream, pcm_samples, require_whole
+from .containers import is_ogg, parts_of_stream, pcm_samples, require_whole
+from .options import MediaOptions
+from .source import array_of, complaints, name_of, open_source
 
 SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
 # The context of the largest model holds this many seconds of sound and nothing else: 32,768 tokens, 25 a second.
 LONGEST_SECONDS = QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
+SILENCE = 1e-3  # of full scale: speech is louder
 LOUDEST = 8.0  # full scale is 1; lossy codecs overshoot it a little, samples that were never scaled by thousands
 MOST_CHANNELS = 64
 MOST_NUMBERS = 2**29  # samples over all channels: 21 minutes of eight at 48 kHz, or of two at 192 kHz
@@ -93,7 +96,7 @@ def _seconds(value, key: str, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= FARTHEST:
-        raise UserError(f"{name}: {key} is {quoted(value)}; expected seconds from 0 to {FARTHEST}")
+        raise UserError(f"{name}: {key} is {shown(value)}; expected seconds from 0 to {FARTHEST}")
     return float(value)
 
 

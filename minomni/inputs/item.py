@@ -6,8 +6,9 @@ Spellings of Qwen's and transformers' users, and of OpenAI's chat and Responses 
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..arguments import shown
 from ..errors import UserError
-from .options import MediaOptions, options_of, quoted, with_article
+from .options import MediaOptions, options_of, with_article
 from .source import decode_base64
 
 KINDS = ("image", "audio", "video", "text")
@@ -65,7 +66,7 @@ def _kind(item: dict) -> str:
     else:
         kind = next((kind for kind in KINDS for key in SOURCE_KEYS[kind] if key in KIND_OF_TYPE and key in item), None)
     if kind is None:
-        of_type = f" of type {quoted(item['type'])}" if "type" in item else ""
+        of_type = f" of type {shown(item['type'])}" if "type" in item else ""
         raise UserError(f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, video, "
                         f"text")
     return kind
@@ -75,13 +76,13 @@ def _source(kind: str, key: str, value):
     """The value of a source key, without the dictionary that OpenAI's clients put around it."""
     if kind == "text":
         if not isinstance(value, str):
-            raise UserError(f"a text item holds {quoted(value)}; expected a text")
+            raise UserError(f"a text item holds {shown(value)}; expected a text")
         return value
     inner = "data" if key == "input_audio" else "url"
     if isinstance(value, dict) and (key.endswith("_url") or key == "input_audio" or inner in value):
         held = {name: x for name, x in value.items() if x is not None}
         if unknown := [name for name in held if name != inner and name not in WITHOUT_MEANING]:
-            raise UserError(f"{key} has the unknown key {quoted(unknown[0])}; expected {inner}")
+            raise UserError(f"{key} has the unknown key {shown(unknown[0])}; expected {inner}")
         if inner not in held:
             raise UserError(f"{key} has the keys {listed(held)}; expected {inner}")
         value = held[inner]
@@ -101,5 +102,5 @@ def _decoded(text: str, key: str) -> bytes:
 
 def listed(keys) -> str:
     """The first keys, in order of their spelling, which may be of any type."""
-    spellings = sorted(map(quoted, keys))
+    spellings = sorted(map(shown, keys))
     return f"[{', '.join(spellings[:8])}{', ...' if len(spellings) > 8 else ''}]"

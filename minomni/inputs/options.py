@@ -5,6 +5,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from ..arguments import shown
 from ..errors import UserError
 
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -52,10 +53,10 @@ def options_of(kind: str, given: dict) -> MediaOptions:
     for key, value in given.items():
         if key not in KEYS_OF[kind]:
             known = f"it may have {', '.join(KEYS_OF[kind])}" if KEYS_OF[kind] else "it has no options"
-            raise UserError(f"{with_article(kind)} item has the unknown key {quoted(key)}; {known}")
+            raise UserError(f"{with_article(kind)} item has the unknown key {shown(key)}; {known}")
         if key == "use_audio_in_video":
             if not isinstance(value, (bool, np.bool_)):
-                raise UserError(f"{key} is {quoted(value)}; expected true or false")
+                raise UserError(f"{key} is {shown(value)}; expected true or false")
             numbers[key] = bool(value)
         else:
             numbers[key] = _number(key, value)
@@ -73,26 +74,13 @@ def _number(key: str, value) -> int | float:
     """A number of any type as Python's own. Raises UserError for what is not finite, or too low for its key."""
     is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
     if not is_number or not abs(value) <= LARGEST:  # neither is NaN
-        raise UserError(f"{key} is {quoted(value)}; expected a number of at most {LARGEST:.0e}")
+        raise UserError(f"{key} is {shown(value)}; expected a number of at most {LARGEST:.0e}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if key in MAY_BE_ZERO and number < 0:
-        raise UserError(f"{key} is {quoted(value)}; expected a number that is not below zero")
+        raise UserError(f"{key} is {shown(value)}; expected a number that is not below zero")
     if number <= 0 and key not in (*MAY_BE_NEGATIVE, *MAY_BE_ZERO):
-        raise UserError(f"{key} is {quoted(value)}; expected a number above zero")
+        raise UserError(f"{key} is {shown(value)}; expected a number above zero")
     return number
-
-
-def quoted(value) -> str:
-    """A value as a message shows it: at most 60 characters, and of collections and objects only the type."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if not isinstance(value, (str, int, float, type(None))):
-        return f"a {type(value).__name__}"
-    try:
-        spelling = repr(value[:60] if isinstance(value, str) else value)
-    except ValueError:  # Python spells no whole number of more than 4,300 digits
-        return "a very large number"
-    return spelling if len(spelling) <= 60 else f"{spelling[:60]}..."
 
 
 def with_article(kind: str) -> str:

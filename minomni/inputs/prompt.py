@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..config import OmniConfig
 from ..errors import UserError
 from .item import Item, kind_and_source, parse_item
 from .media import load_audio, load_image, load_video, name_of
 from .mel import audio_tokens, log_mel
-from .options import quoted
 from .patches import Grid, frame_size, image_patches, image_size, video_patches, video_tokens
-from .tokenizer import Tokenizer, special_tokens
+from .tokenizer import Tokenizer, special_tokens, valid_unicode
 
 __all__ = ["DEFAULT_SYSTEM", "Inputs", "Processor", "join", "kind_and_source", "messages_of", "parts_of", "render"]
 
@@ -50,27 +50,28 @@ def messages_of(messages: list[dict]) -> list[dict]:
     Contents are a text or a list of items, not looked at here. Raises UserError for everything else.
     """
     if not isinstance(messages, (list, tuple)):
-        raise UserError(f"the messages are {quoted(messages)}; expected a list of dictionaries with role and content")
-    return [_message(message) for message in messages]
+        raise UserError(f"messages is {shown(messages)}; expected a list of dictionaries, such as "
+                        f"[{{'role': 'user', 'content': 'hello'}}]")
+    return [_message(message, number) for number, message in enumerate(messages, 1)]
 
 
-def _message(message: dict) -> dict:
+def _message(message: dict, number: int) -> dict:
     if not isinstance(message, dict):
-        raise UserError(f"a message is {quoted(message)}; expected a dictionary with role and content")
+        raise UserError(f"message {number} is {shown(message)}; expected a dictionary with role and content")
     message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role")
     if role in ("tool", "function"):
         raise UserError(f"the role {role!r} is not known to this model; put what the tool answered into a user message")
     role = SAME_ROLE.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise UserError(f"unknown role {quoted(role)}; roles are {', '.join(ROLES)}")
+        raise UserError(f"unknown role {shown(role)}; roles are {', '.join(ROLES)}")
     for key, value in message.items():
         is_empty = isinstance(value, (list, dict)) and not value
         if key not in ("role", "content") and key not in WITHOUT_MEANING and not is_empty:
-            raise UserError(f"a message has the unknown key {quoted(key)}; expected role and content")
+            raise UserError(f"a message has the unknown key {shown(key)}; expected role and content")
     content = message.get("content", "")
     if not isinstance(content, (str, list, tuple)):
-        raise UserError(f"the content of a message is {quoted(content)}; expected a text or a list of items")
+        raise UserError(f"the content of a message is {shown(content)}; expected a text or a list of items")
     return {"role": role, "content": content}
 
 
@@ -151,7 +152,7 @@ class Processor:
         or keys, and prompts longer than the context.
         """
         if not isinstance(conversations, (list, tuple)) or not conversations:
-            raise UserError(f"the conversations are {quoted(conversations)}; expected a list of at least one, each a "
+            raise UserError(f"the conversations are {shown(conversations)}; expected a list of at least one, each a "
                             f"list of messages")
         rows = [self._row(messages, use_audio_in_video, add_generation_prompt) for messages in conversations]
         return join(rows, pad=self.config.thinker.tokens.endoftext)
@@ -181,7 +182,7 @@ class Processor:
         Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for media's tokens, and for texts
         that cannot fit the context: those are not tokenized first.
         """
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = valid_unicode(text)
         if len(text) > self.context and self._cannot_fit(text):
             raise UserError(f"the prompt has too many tokens and the context holds {self.context}; the longest item is "
                             f"a text with {len(text)} characters, shorten it")

@@ -66,10 +66,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Text -> ids. Special tokens spelled in the text become their ids; the rest is normalised (NFC) and merged.
 
-        Half a letter (a lone surrogate, as cut texts and file names have them) becomes U+FFFD. Raises UserError for a
+        Unpaired surrogates become U+FFFD. Raises UserError for a
         letter with more than a hundred combining marks.
         """
-        text = _whole_letters(text)
+        text = valid_unicode(text)
         marks = MARKS.search(text)
         if marks:
             raise UserError(f"the text has {len(marks[0]):,} combining marks on one letter, expected at most 100")
@@ -242,8 +242,8 @@ def _names(added: dict, file: Path) -> dict[str, int]:
     return _table(added, file)
 
 
-def _whole_letters(text: str) -> str:
-    """The text with surrogate pairs joined, and U+FFFD for what is only half of one."""
+def valid_unicode(text: str) -> str:
+    """The text with surrogate pairs joined, and U+FFFD for unpaired surrogates, which cut texts and file names have."""
     try:
         text.encode()
     except UnicodeEncodeError:

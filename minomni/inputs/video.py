@@ -16,10 +16,11 @@ from torch import Tensor
 from ..config import MediaConfig
 from ..errors import UserError, shorten
 from .audio import audio_track
+from .containers import require_whole
 from .image import load_image
 from .options import SAMPLING, SIZES, MediaOptions
 from .patches import frame_size, smart_resize
-from .source import complaints, name_of, open_source, require_whole
+from .source import complaints, name_of, open_source
 
 MOST_PIXELS = 36_000_000  # of one frame; 8K television has 33 million, and a decoder holds up to 16 frames
 LONGEST = 1_000_000  # seconds of a film; a header or a rate that claims more is broken

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..devices import has_bf16
 from ..errors import UserError
 from . import run_folder, samples
 from .muon import Muon
-from .precision import has_bf16
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
 OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer

@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from .precision import has_bf16
+from ..devices import has_bf16
 
 RMS = 0.2  # of a step of AdamW, which Muon's steps are made as long as (arXiv 2502.16982, sec. 2.2)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ..errors import UserError, shorten
 from ..inputs.prompt import WITHOUT_MEANING
+from ..inputs.source import is_uri
 
 OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video")
 LISTS = {"images": "image", "audios": "audio", "videos": "video", "image": "image", "audio": "audio", "video": "video"}
@@ -43,7 +44,6 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
          "model": "assistant", "system": "system", "developer": "system"}
 MESSAGE_KEYS = WITHOUT_MEANING | {"role", "content", "from", "value"}
 TAG = re.compile("<(image|audio|video)>")
-URI = re.compile("data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # what source.py takes for no plain path
 SURROGATE = re.compile("[\ud800-\udfff]")
 NO_WEIGHT = ("weight", "loss")  # of a message: 0 or false where it is not to be learnt (OpenAI; ms-swift)
 SOURCES = ("image", "audio", "video", "image_url", "audio_url", "video_url", "path", "url")  # keys that may hold a path
@@ -260,7 +260,7 @@ def whole_source(source, folder: Path):
 
 def whole_path(source: str, folder: Path) -> str:
     """A path relative to the folder made whole; web addresses, file: and data: URIs stay as they are."""
-    return source if URI.match(source) else str(folder / source)
+    return source if is_uri(source) else str(folder / source)
 
 
 def without_nulls(row: dict) -> dict:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, shorten
 from ..files import open_regular, write_atomically
-from ..inputs.media import load_audio
+from ..inputs.audio import SILENCE, load_audio
 from ..inputs.prompt import CHATML, Inputs, Processor
 from ..token2wav.speaker import make_voice
 from .own_formats import standard
@@ -39,7 +39,6 @@ BAD_LINES = "bad_lines.txt"  # in the run's folder
 LONGEST_LINE = 64 * 2**20  # bytes of a line: one with pictures as data: URIs may be long
 LARGEST_WHOLE = 256 * 2**20  # bytes of a file that cannot be read line by line
 VOICE_SECONDS = 20  # of the first recordings of an unknown voice, from which it is made
-SILENT = 1e-3  # of full scale: a recording that stays below it says nothing
 DIGIT_NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")  # {digit}_{speaker}_{index}.wav
 WHICH_DIGIT = "which digit do you hear"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -206,7 +205,7 @@ def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "
     if line.speech is None:
         return
     wave, voice = load_audio(line.speech), line.voice or next(iter(omni.voices), "")
-    if float(wave.abs().max()) < SILENT:
+    if float(wave.abs().max()) < SILENCE:
         raise UserError(f"{shorten(line.speech, 200)}: is silent; give a recording of the answer")
     codes = len(wave) * omni.config.token2wav.codes_per_second // 16_000
     if length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:

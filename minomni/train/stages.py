@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from .. import ROOT, device_of, weights
+from .. import ROOT, weights
 from .. import config as sizes
 from ..config_json import read_json, write_json
+from ..devices import device_of
 from ..errors import UserError
 from ..omni import Omni
 from .loop import Recipe, Stage, train
