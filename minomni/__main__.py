@@ -8,10 +8,10 @@ import time
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
-from . import ROOT, load
-from .answer_options import OPTIONS
-from .arguments import shown
-from .errors import UserError
+from minomni import ROOT, load
+from minomni.answer_options import OPTIONS
+from minomni.arguments import shown
+from minomni.errors import UserError
 
 QUESTIONS = ROOT / "data_samples" / "questions.json"
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -27,10 +27,14 @@ class Parser(argparse.ArgumentParser):
 
 def whole(lowest: int, below: int):
     """A type for options: whole numbers from lowest up to, not including, below."""
+
     def convert(text: str) -> int:
         if not text.isdecimal() or not lowest <= int(text) < below:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {below - 1}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {lowest} to {below - 1}"
+            )
         return int(text)
+
     return convert
 
 
@@ -43,6 +47,7 @@ def answer_option(name: str):
             return option.check(option.read(text), name)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not {option.expected}") from None
+
     return convert
 
 
@@ -51,7 +56,10 @@ SEED, COUNT, DEVICES = whole(0, 2**63), whole(1, 100_000), ("auto", "cpu", "cuda
 
 def parser() -> Parser:
     """The whole command line."""
-    top = Parser(prog="python -m minomni", description="A small Qwen2.5-Omni: train it, talk with it, score it.")
+    top = Parser(
+        prog="python -m minomni",
+        description="A small Qwen2.5-Omni: train it, talk with it, score it.",
+    )
     commands = top.add_subparsers(dest="command", required=True)
     for add in (add_train, add_chat, add_report, add_ablate, add_bench):
         add(commands)
@@ -59,92 +67,200 @@ def parser() -> Parser:
 
 
 def add_train(commands) -> None:
-    train = commands.add_parser("train", help="train a size from scratch, stage by stage",
-                                description="Trains every stage that is not finished, two at a time, and writes "
-                                            "runs/SIZE/model. tiny takes about half an hour on two cores, and 8 GB "
-                                            "of memory.")
+    train = commands.add_parser(
+        "train",
+        help="train a size from scratch, stage by stage",
+        description="Trains every stage that is not finished, two at a time, and writes "
+        "runs/SIZE/model. tiny takes about half an hour on two cores, and 8 GB "
+        "of memory.",
+    )
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
-    train.add_argument("--stages", action="store_true", help="list the stages: what learns, for how long, from what")
-    train.add_argument("--resume", action="store_true", help="go on with an unfinished run, exactly where it stopped")
-    train.add_argument("--fresh", action="store_true",
-                       help="throw an earlier run away and start over; with --stage that stage's work alone")
-    train.add_argument("--device", default="auto", choices=DEVICES,
-                       help="where to compute (default auto: cuda, else mps, else cpu)")
+    train.add_argument(
+        "--stages",
+        action="store_true",
+        help="list the stages: what learns, for how long, from what",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an unfinished run, exactly where it stopped",
+    )
+    train.add_argument(
+        "--fresh",
+        action="store_true",
+        help="throw an earlier run away and start over; with --stage that stage's work alone",
+    )
+    train.add_argument(
+        "--device",
+        default="auto",
+        choices=DEVICES,
+        help="where to compute (default auto: cuda, else mps, else cpu)",
+    )
     train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
     train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
-    train.add_argument("--data", type=Path, help="tune the trained model on your own: a JSONL file of messages and "
-                                                 "replies, or a folder of recordings; --stage chat or talker")
-    train.add_argument("--epochs", type=COUNT, help="how often --data is gone through (default 3, more if it is small)")
-    train.add_argument("--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)")
+    train.add_argument(
+        "--data",
+        type=Path,
+        help="tune the trained model on your own: a JSONL file of messages and "
+        "replies, or a folder of recordings; --stage chat or talker",
+    )
+    train.add_argument(
+        "--epochs",
+        type=COUNT,
+        help="how often --data is gone through (default 3, more if it is small)",
+    )
+    train.add_argument(
+        "--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)"
+    )
     train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def add_chat(commands) -> None:
-    chat = commands.add_parser("chat", help="ask a question, or hold a conversation, in text and speech",
-                               description="Media and text are asked in the order given. Without any, on a terminal, "
-                                           "it is a conversation of several turns. "
-                                           "Example: --image scene.png --audio question.wav --out reply.wav")
+    chat = commands.add_parser(
+        "chat",
+        help="ask a question, or hold a conversation, in text and speech",
+        description="Media and text are asked in the order given. Without any, on a terminal, "
+        "it is a conversation of several turns. "
+        "Example: --image scene.png --audio question.wav --out reply.wav",
+    )
     for kind in ("image", "audio", "video", "text"):
-        chat.add_argument(f"--{kind}", dest="content", action=Item, kind=kind,
-                          metavar="TEXT" if kind == "text" else "FILE",
-                          help=f"add {ARTICLES[kind]} {kind} to the question; may be repeated")
-    chat.add_argument("--samples", action="store_true", help="answer all questions of data_samples/ instead")
-    chat.add_argument("--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too")
+        chat.add_argument(
+            f"--{kind}",
+            dest="content",
+            action=Item,
+            kind=kind,
+            metavar="TEXT" if kind == "text" else "FILE",
+            help=f"add {ARTICLES[kind]} {kind} to the question; may be repeated",
+        )
+    chat.add_argument(
+        "--samples", action="store_true", help="answer all questions of data_samples/ instead"
+    )
+    chat.add_argument(
+        "--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too"
+    )
     chat.add_argument("--voice", help="who answers (default: the model's first voice)")
-    chat.add_argument("--voice-from", type=Path, metavar="WAV", help="answer in the voice of a few seconds of speech")
-    chat.add_argument("--system", metavar="TEXT", help="the system message (default: the model's own)")
-    chat.add_argument("--out", type=Path, metavar="FILE", help="where the speech goes: a name that ends in .wav, "
-                      ".flac, .ogg or .mp3 (default reply.wav); the turns of a conversation are numbered")
+    chat.add_argument(
+        "--voice-from",
+        type=Path,
+        metavar="WAV",
+        help="answer in the voice of a few seconds of speech",
+    )
+    chat.add_argument(
+        "--system", metavar="TEXT", help="the system message (default: the model's own)"
+    )
+    chat.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the speech goes: a name that ends in .wav, "
+        ".flac, .ogg or .mp3 (default reply.wav); the turns of a conversation are numbered",
+    )
     chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
     chat.add_argument("--seed", type=SEED, default=0, help="of all that is random (default 0)")
     for prefix, part in (("", "Thinker"), ("talker_", "Talker")):
         for name, option in OPTIONS.items():
             if name != "do_sample":  # the temperature says it
-                chat.add_argument(f"--{(prefix + name).replace('_', '-')}", type=answer_option(name), metavar="N",
-                                  help=f"{option.help} ({part}; default: the model's)")
-    chat.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
-    chat.add_argument("--stream", action="store_true",
-                      help="speak while thinking: print text and write the wav as they come")
-    chat.add_argument("--json", action="store_true",
-                      help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream also "
-                           "first_sound_s, last_text_s")
-    chat.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
+                chat.add_argument(
+                    f"--{(prefix + name).replace('_', '-')}",
+                    type=answer_option(name),
+                    metavar="N",
+                    help=f"{option.help} ({part}; default: the model's)",
+                )
+    chat.add_argument(
+        "--model",
+        default="tiny",
+        help="a size trained here, or a checkpoint's folder (default tiny)",
+    )
+    chat.add_argument(
+        "--stream",
+        action="store_true",
+        help="speak while thinking: print text and write the wav as they come",
+    )
+    chat.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream also "
+        "first_sound_s, last_text_s",
+    )
+    chat.add_argument(
+        "--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)"
+    )
 
 
 def add_report(commands) -> None:
-    report = commands.add_parser("report", help="score a model on held-out items with an outside judge",
-                                 description="Prints a report card: what share is right, with 95 %% intervals.")
-    report.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
+    report = commands.add_parser(
+        "report",
+        help="score a model on held-out items with an outside judge",
+        description="Prints a report card: what share is right, with 95 %% intervals.",
+    )
+    report.add_argument(
+        "--model",
+        default="tiny",
+        help="a size trained here, or a checkpoint's folder (default tiny)",
+    )
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
-    report.add_argument("--digits", type=Path, metavar="FOLDER", help="also tune on real spoken digits in the layout "
-                        "of free-spoken-digit-dataset, and test on the speaker left out")
+    report.add_argument(
+        "--digits",
+        type=Path,
+        metavar="FOLDER",
+        help="also tune on real spoken digits in the layout "
+        "of free-spoken-digit-dataset, and test on the speaker left out",
+    )
     report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
-    report.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
+    report.add_argument(
+        "--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)"
+    )
 
 
 def add_ablate(commands) -> None:
-    ablate = commands.add_parser("ablate", help="what a stage is good for", description="Prints a table.")
-    ablate.add_argument("what", choices=["beta", "dpo", "stage3", "tmrope", "tuning"],
-                        help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input "
-                             "before and after it; tmrope: the Thinker raised once more without absolute time; tuning: "
-                             "the voice breaks when the Thinker is tuned alone, and is repaired")
-    ablate.add_argument("--home", type=Path, default=ROOT / "runs" / "tiny", help="of a finished training "
-                        "(default runs/tiny)")
+    ablate = commands.add_parser(
+        "ablate", help="what a stage is good for", description="Prints a table."
+    )
+    ablate.add_argument(
+        "what",
+        choices=["beta", "dpo", "stage3", "tmrope", "tuning"],
+        help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input "
+        "before and after it; tmrope: the Thinker raised once more without absolute time; tuning: "
+        "the voice breaks when the Thinker is tuned alone, and is repaired",
+    )
+    ablate.add_argument(
+        "--home",
+        type=Path,
+        default=ROOT / "runs" / "tiny",
+        help="of a finished training (default runs/tiny)",
+    )
     ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")
     ablate.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
 
 
 def add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="measure speed", description="Prints a table of ratios and times.")
-    bench.add_argument("what", choices=["stream", "first"], help="stream: speaking while thinking against speaking "
-                       "afterwards; first: how soon the first sound comes")
-    bench.add_argument("--model", default="tiny", help="a size trained here, or a checkpoint's folder (default tiny)")
-    bench.add_argument("--chance", action="store_true", help="the size that --model names with random weights: as "
-                       "fast as trained ones")
+    bench = commands.add_parser(
+        "bench", help="measure speed", description="Prints a table of ratios and times."
+    )
+    bench.add_argument(
+        "what",
+        choices=["stream", "first"],
+        help="stream: speaking while thinking against speaking "
+        "afterwards; first: how soon the first sound comes",
+    )
+    bench.add_argument(
+        "--model",
+        default="tiny",
+        help="a size trained here, or a checkpoint's folder (default tiny)",
+    )
+    bench.add_argument(
+        "--chance",
+        action="store_true",
+        help="the size that --model names with random weights: as fast as trained ones",
+    )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
-    bench.add_argument("--picture", type=Path, help="draw predicted and measured latency into this png (stream)")
-    bench.add_argument("--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)")
+    bench.add_argument(
+        "--picture", type=Path, help="draw predicted and measured latency into this png (stream)"
+    )
+    bench.add_argument(
+        "--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)"
+    )
 
 
 class Item(argparse.Action):
@@ -159,8 +275,8 @@ class Item(argparse.Action):
 
 
 def run_train(arguments) -> None:
-    from .devices import device_of
-    from .train import stages
+    from minomni.devices import device_of
+    from minomni.train import stages
 
     if arguments.stages:
         print(stages.timetable(arguments.size))
@@ -168,19 +284,37 @@ def run_train(arguments) -> None:
     device = device_of(arguments.device).type
     home = arguments.home or ROOT / "runs" / arguments.size
     if arguments.data:
-        from .train import own_data
+        from minomni.train import own_data
 
-        folder = own_data.tune(arguments.size, arguments.data, arguments.out or home / "tuned", arguments.stage,
-                               arguments.seed, arguments.epochs, arguments.resume, arguments.fresh, device)
+        folder = own_data.tune(
+            arguments.size,
+            arguments.data,
+            arguments.out or home / "tuned",
+            arguments.stage,
+            arguments.seed,
+            arguments.epochs,
+            arguments.resume,
+            arguments.fresh,
+            device,
+        )
         print(f"tuned: {folder}; python -m minomni chat --model {folder}")
         return
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
-    stages.recipe_of(arguments.stage or next(iter(stages.STAGES)), arguments.size)  # before anything is written
+    stages.recipe_of(
+        arguments.stage or next(iter(stages.STAGES)), arguments.size
+    )  # before anything is written
     stages.begin(home, arguments.resume, arguments.fresh, arguments.stage)
     if arguments.stage:
-        stages.run_stage(arguments.stage, arguments.size, home, arguments.seed, arguments.resume, device,
-                         arguments.slot)
+        stages.run_stage(
+            arguments.stage,
+            arguments.size,
+            home,
+            arguments.seed,
+            arguments.resume,
+            device,
+            arguments.slot,
+        )
         return
     began = time.perf_counter()
     try:
@@ -196,21 +330,31 @@ def run_chat(arguments) -> None:
     if arguments.samples:
         refuse_with_samples(arguments)
     elif not arguments.content and not (sys.stdin and sys.stdin.isatty()):
-        raise UserError("nothing was asked; give --text, --audio, --image or --video, or run it on a terminal")
+        raise UserError(
+            "nothing was asked; give --text, --audio, --image or --video, or run it on a terminal"
+        )
     if not (arguments.no_speech or arguments.samples):
         check_out(out, arguments.stream)
     if not arguments.samples and not arguments.content and arguments.use_audio_in_video:
-        raise UserError("--use-audio-in-video goes with --video; a conversation on a terminal has no films")
+        raise UserError(
+            "--use-audio-in-video goes with --video; a conversation on a terminal has no films"
+        )
     if arguments.voice_from and arguments.no_speech:
-        raise UserError("--voice-from makes a voice, and --no-speech wants none; leave out one of them")
+        raise UserError(
+            "--voice-from makes a voice, and --no-speech wants none; leave out one of them"
+        )
     omni, voice = load(arguments.model, arguments.device), arguments.voice
     if arguments.voice_from:
-        from . import make_voice
+        from minomni import make_voice
 
         voice = arguments.voice_from.stem if voice is None else voice
         omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
-    options = {prefix + name: getattr(arguments, prefix + name) for prefix in ("", "talker_") for name in OPTIONS
-               if name != "do_sample"}
+    options = {
+        prefix + name: getattr(arguments, prefix + name)
+        for prefix in ("", "talker_")
+        for name in OPTIONS
+        if name != "do_sample"
+    }
     text_apart = redirect_stdout(sys.stderr) if str(out) in STANDARD_OUTPUT else nullcontext()
     with text_apart:  # where the speech goes to standard output, the text does not
         if arguments.samples:
@@ -223,29 +367,40 @@ def run_chat(arguments) -> None:
 
 def refuse_with_samples(arguments) -> None:
     """--samples asks its own questions and has its own places for the answers."""
-    given = {"another question": arguments.content, "--json": arguments.json, "--stream": arguments.stream,
-             "--out": arguments.out, "--no-speech": arguments.no_speech,
-             "--use-audio-in-video": arguments.use_audio_in_video}
+    given = {
+        "another question": arguments.content,
+        "--json": arguments.json,
+        "--stream": arguments.stream,
+        "--out": arguments.out,
+        "--no-speech": arguments.no_speech,
+        "--use-audio-in-video": arguments.use_audio_in_video,
+    }
     for name, value in given.items():
         if value:
-            raise UserError(f"--samples asks its own questions and writes to runs/answers; leave out {name}")
+            raise UserError(
+                f"--samples asks its own questions and writes to runs/answers; leave out {name}"
+            )
 
 
 def check_out(path: Path, stream: bool) -> None:
     """Refuse, before any work is done, a file that cannot be written."""
-    from .files import writing
-    from .reply import SOUND_FILES, sound_file
+    from minomni.files import writing
+    from minomni.reply import SOUND_FILES, sound_file
 
     with writing(path):
         if path.is_dir():
             raise UserError(f"{path}: is a folder; --out takes the name of a sound file")
         kind, _ = sound_file(path)
         if not path.parent.is_dir():
-            raise UserError(f"{path}: cannot be written, there is no folder {path.parent}; make it first")
+            raise UserError(
+                f"{path}: cannot be written, there is no folder {path.parent}; make it first"
+            )
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"{path}: cannot be written (no permission)")
     if stream and kind != SOUND_FILES[".wav"][0]:
-        raise UserError(f"{path}: --stream writes a wav while it grows; give --out a name that ends in .wav")
+        raise UserError(
+            f"{path}: --stream writes a wav while it grows; give --out a name that ends in .wav"
+        )
 
 
 def answer_once(omni, arguments, voice: str | None, out: Path, options: dict) -> None:
@@ -253,17 +408,27 @@ def answer_once(omni, arguments, voice: str | None, out: Path, options: dict) ->
     messages = [{"role": "user", "content": arguments.content}]
     if arguments.system is not None:
         messages.insert(0, {"role": "system", "content": arguments.system})
-    asked = dict(messages=messages, voice=voice, seed=arguments.seed, speech=not arguments.no_speech,
-                 use_audio_in_video=arguments.use_audio_in_video, **options)
-    tell(omni, omni.stream(**asked, schedule="eager" if arguments.stream else None), arguments,
-         None if arguments.no_speech else out)
+    asked = dict(
+        messages=messages,
+        voice=voice,
+        seed=arguments.seed,
+        speech=not arguments.no_speech,
+        use_audio_in_video=arguments.use_audio_in_video,
+        **options,
+    )
+    tell(
+        omni,
+        omni.stream(**asked, schedule="eager" if arguments.stream else None),
+        arguments,
+        None if arguments.no_speech else out,
+    )
 
 
 def hold_conversation(omni, arguments, voice: str | None, out: Path, options: dict) -> None:
     """Answer the lines that are typed, each with all that was said before in mind.
 
-    The speech of turn n goes beside `out`, with -n behind its name. A question that cannot be answered is one line,
-    and the conversation goes on.
+    The speech of turn n goes beside `out`, with -n behind its name. A question that cannot be
+    answered is one line, and the conversation goes on.
     """
     with suppress(ImportError):
         import readline  # noqa: F401  input() then knows the arrow keys
@@ -285,8 +450,14 @@ def hold_conversation(omni, arguments, voice: str | None, out: Path, options: di
         elif question:
             path = None if arguments.no_speech else numbered(out, turns + 1)
             try:
-                tell(omni, session.respond(question, arguments.seed, "eager" if arguments.stream else None, **options),
-                     arguments, path)
+                tell(
+                    omni,
+                    session.respond(
+                        question, arguments.seed, "eager" if arguments.stream else None, **options
+                    ),
+                    arguments,
+                    path,
+                )
                 turns += 1
             except UserError as error:
                 print(f"minomni: {error}", file=sys.stderr)
@@ -294,7 +465,7 @@ def hold_conversation(omni, arguments, voice: str | None, out: Path, options: di
 
 def numbered(path: Path, number: int) -> Path:
     """reply.wav -> reply-1.wav; a device or a pipe stays as it is."""
-    from .reply import is_device
+    from minomni.reply import is_device
 
     return path if is_device(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
@@ -309,22 +480,35 @@ def tell(omni, pieces, arguments, path: Path | None) -> None:
         if path:
             reply.save(path)
     if arguments.json:
-        answer = {"text": reply.text, "audio": path and str(path), "seconds": round(reply.seconds, 3),
-                  "sample_rate": reply.sample_rate, "total_s": round(reply.total_s, 3)}
+        answer = {
+            "text": reply.text,
+            "audio": path and str(path),
+            "seconds": round(reply.seconds, 3),
+            "sample_rate": reply.sample_rate,
+            "total_s": round(reply.total_s, 3),
+        }
         if arguments.stream:
-            times = {"first_sound_s": reply.trace.first("sound"), "last_text_s": reply.trace.last("text")}
+            times = {
+                "first_sound_s": reply.trace.first("sound"),
+                "last_text_s": reply.trace.last("text"),
+            }
             answer |= {name: time and round(time, 3) for name, time in times.items()}
         print(json.dumps(answer), flush=True)
     else:
         print(reply.text)
         if path:
-            print(f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s", flush=True)
+            print(
+                f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s",
+                flush=True,
+            )
 
 
 def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
-    """Print an answer's pieces as they come, each with its time, and write its sound into a wav that grows -> Reply."""
-    from .files import growing_wav
-    from .reply import End, SoundPiece
+    """Print an answer's pieces as they come, each with its time, and write its sound into a wav
+    that grows -> Reply.
+    """
+    from minomni.files import growing_wav
+    from minomni.reply import End, SoundPiece
 
     with growing_wav(path, sample_rate) if path else nullcontext() as wav:
         for piece in pieces:
@@ -335,7 +519,11 @@ def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
                 wav.flush()
             if not quiet:
                 sound = isinstance(piece, SoundPiece)
-                what = f"~ {len(piece.wave) / sample_rate:.2f} s of sound" if sound else piece.text.strip()
+                what = (
+                    f"~ {len(piece.wave) / sample_rate:.2f} s of sound"
+                    if sound
+                    else piece.text.strip()
+                )
                 print(f"{piece.at_s:6.2f} s  {what}", flush=True)
 
 
@@ -343,23 +531,33 @@ def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
     """Answer every question of data_samples/questions.json and say where each wav is."""
     folder = ROOT / "runs" / "answers"
     for entry in json.loads(QUESTIONS.read_text(encoding="utf-8")):
-        content = [{kind: value if kind == "text" else str(QUESTIONS.parent / value)} for part in entry["content"]
-                   for kind, value in part.items()]
+        content = [
+            {kind: value if kind == "text" else str(QUESTIONS.parent / value)}
+            for part in entry["content"]
+            for kind, value in part.items()
+        ]
         messages = [{"role": "user", "content": content}]
         if arguments.system is not None:
             messages.insert(0, {"role": "system", "content": arguments.system})
-        reply = omni.respond(messages, voice=entry["voice"] if voice is None else voice, seed=arguments.seed,
-                             use_audio_in_video=entry.get("use_audio_in_video", False), **options)
+        reply = omni.respond(
+            messages,
+            voice=entry["voice"] if voice is None else voice,
+            seed=arguments.seed,
+            use_audio_in_video=entry.get("use_audio_in_video", False),
+            **options,
+        )
         path = folder / f"{entry['name']}.wav"
         reply.save(path)
-        print(f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
-              f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)")
+        print(
+            f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
+            f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)"
+        )
 
 
 def run_report(arguments) -> None:
     import torch
 
-    from .train import report
+    from minomni.train import report
 
     torch.set_num_threads(1)  # short replies one by one: a second thread waits more than it works
     card = report.measure(arguments.model, arguments.items, arguments.digits, arguments.device)
@@ -369,25 +567,32 @@ def run_report(arguments) -> None:
 def run_ablate(arguments) -> None:
     import torch
 
-    from .train.ablations import ablate
+    from minomni.train.ablations import ablate
 
     torch.set_num_threads(1)
     print(ablate(arguments.what, arguments.home, arguments.items, arguments.seed))
 
 
 def run_bench(arguments) -> None:
-    from . import bench
-    from .devices import device_of
-    from .files import writing
+    from minomni import bench
+    from minomni.devices import device_of
+    from minomni.files import writing
 
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
-    omni = bench.by_chance(arguments.model, device) if arguments.chance else load(arguments.model, device)
+    omni = (
+        bench.by_chance(arguments.model, device)
+        if arguments.chance
+        else load(arguments.model, device)
+    )
     if arguments.what == "first":
         rows = bench.first_sound(omni)
-        print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}) if arguments.json
-              else bench.table(rows))
+        print(
+            json.dumps({name: round(value, 4) for name, (value, _) in rows.items()})
+            if arguments.json
+            else bench.table(rows)
+        )
         return
     if arguments.picture:
         with writing(arguments.picture):  # before minutes of measuring
@@ -400,15 +605,26 @@ def run_bench(arguments) -> None:
 
 def main() -> int:
     """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes, and an answer letters, that cannot be printed
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a path may hold bytes, and an answer letters, that cannot be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser().parse_args()
-        run = {"train": run_train, "chat": run_chat, "report": run_report, "ablate": run_ablate, "bench": run_bench}
+        run = {
+            "train": run_train,
+            "chat": run_chat,
+            "report": run_report,
+            "ablate": run_ablate,
+            "bench": run_bench,
+        }
         run[arguments.command](arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on, as after `| head`; and nobody is to be told so at exit
+    except (
+        BrokenPipeError
+    ):  # nobody reads on, as after `| head`; and nobody is to be told so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)

@@ -1,9 +1,11 @@
-"""How soon and how fast: speaking while thinking against speaking afterwards, stage by stage, measured in one run.
+"""How soon and how fast: speaking while thinking against speaking afterwards, stage by stage,
+measured in one run.
 
-measure() asks a model all that, first_sound() any size how soon it speaks, with weights of chance where it has no others.
+measure() asks a model all that, first_sound() any size how soon it speaks, with weights of chance
+where it has no others.
 
-A ten-second answer is asked for by forbidding the codes that end speech. Ratios come from runs that take turns, so that
-what else the machine does falls on both alike.
+A ten-second answer is asked for by forbidding the codes that end speech. Ratios come from runs that
+take turns, so that what else the machine does falls on both alike.
 """
 
 import dataclasses
@@ -26,18 +28,32 @@ from minomni.reply import Reply, SoundPiece, waiting
 from minomni.stream import seeded, think_and_talk
 from minomni.token2wav.solver import swift
 from minomni.token2wav.speaker import Voice
-from minomni.token2wav.stream import SERVING, MelStream, Schedule, SpeechStream, codes_until_sound, eager
+from minomni.token2wav.stream import (
+    SERVING,
+    MelStream,
+    Schedule,
+    SpeechStream,
+    codes_until_sound,
+    eager,
+)
 
 ANSWER_S, ROUNDS, SESSION_S = 10, 3, 600
 WORDS_PER_S = 3  # text tokens to a second of speech, at most: chance would go on writing for ever
 QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
-STAGES = {"prefill": "the prompt is read", "text": "first word", "code": "first code", "mel": "first mel",
-          "sound": "first sound"}
-SCHEDULES = {"serving: 3 blocks, 2 back computed again, 1 ahead": SERVING,
-             "3 blocks, the past remembered, 0 ahead": Schedule(((3, 0),)),
-             "3 blocks, the past remembered, 1 ahead": Schedule(((3, 1),)),
-             "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
-             "6 blocks, the past remembered, 1 ahead": Schedule(((6, 1),))}
+STAGES = {
+    "prefill": "the prompt is read",
+    "text": "first word",
+    "code": "first code",
+    "mel": "first mel",
+    "sound": "first sound",
+}
+SCHEDULES = {
+    "serving: 3 blocks, 2 back computed again, 1 ahead": SERVING,
+    "3 blocks, the past remembered, 0 ahead": Schedule(((3, 0),)),
+    "3 blocks, the past remembered, 1 ahead": Schedule(((3, 1),)),
+    "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
+    "6 blocks, the past remembered, 1 ahead": Schedule(((6, 1),)),
+}
 
 
 @dataclass
@@ -46,32 +62,52 @@ class Streaming:
 
     rows: dict[str, tuple[float, str]]  # by name: value and what it is
     stages: dict[str, tuple[float, float]]  # seconds since the question, predicted and measured
-    schedules: dict[str, tuple[int, float]]  # codes that the first sound waits for, mean distance of the mel
+    schedules: dict[
+        str, tuple[int, float]
+    ]  # codes that the first sound waits for, mean distance of the mel
 
     def ratios(self) -> dict[str, float]:
         return {name: round(value, 4) for name, (value, _) in self.rows.items()}
 
     def markdown(self) -> str:
         lines = [table(self.rows), "", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
-        lines += [f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
-                  for name, (predicted, measured) in self.stages.items()]
-        lines += ["", "| schedule | codes before the first sound | mel distance to the whole utterance |",
-                  "|---|---|---|"]
-        return "\n".join(lines + [f"| {name} | {codes} | {far:.3f} |" for name, (codes, far) in self.schedules.items()])
+        lines += [
+            f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
+            for name, (predicted, measured) in self.stages.items()
+        ]
+        lines += [
+            "",
+            "| schedule | codes before the first sound | mel distance to the whole utterance |",
+            "|---|---|---|",
+        ]
+        return "\n".join(
+            lines
+            + [f"| {name} | {codes} | {far:.3f} |" for name, (codes, far) in self.schedules.items()]
+        )
 
     def draw(self, path: Path) -> None:
         """A waterfall of the stages into a png. Raises UserError where it cannot be written."""
         import matplotlib
 
         matplotlib.use("agg")
-        from . import viz
+        from minomni import viz
 
         ax, bottom = viz.axes(width=7, height=2.6), len(self.stages)
-        for column, name, color in ((0, "predicted", viz.PALE), (1, "measured", viz.COLORS["audio"])):
+        for column, name, color in (
+            (0, "predicted", viz.PALE),
+            (1, "measured", viz.COLORS["audio"]),
+        ):
             ends = [1e3 * times[column] for times in self.stages.values()]
             begins = [0.0, *ends[:-1]]
             rows = [bottom - i - 0.4 * column for i in range(len(ends))]
-            ax.barh(rows, [end - begin for begin, end in zip(begins, ends)], 0.38, begins, color=color, label=name)
+            ax.barh(
+                rows,
+                [end - begin for begin, end in zip(begins, ends)],
+                0.38,
+                begins,
+                color=color,
+                label=name,
+            )
         ax.set(yticks=[bottom - i - 0.2 for i in range(bottom)], xlabel="ms since the question")
         ax.set_yticklabels([STAGES[name] for name in self.stages])
         ax.legend(frameon=False, fontsize=8)
@@ -86,13 +122,21 @@ def table(rows: dict[str, tuple[float, str]]) -> str:
 
 @contextmanager
 def endless(omni) -> Iterator[None]:
-    """Within it an answer's speech does not end of itself, but after ANSWER_S seconds; its text within them."""
+    """Within it an answer's speech does not end of itself, but after ANSWER_S seconds; its text
+    within them.
+    """
     config, talker = omni.config, omni.talker.config
     codes = ANSWER_S * config.token2wav.codes_per_second
     omni.config = dataclasses.replace(
-        config, talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=codes),
-        thinker_sampling=dataclasses.replace(config.thinker_sampling, max_new_tokens=ANSWER_S * WORDS_PER_S))
-    omni.talker.config = dataclasses.replace(talker, codec_eos=talker.codec_bos)  # which is never spoken
+        config,
+        talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=codes),
+        thinker_sampling=dataclasses.replace(
+            config.thinker_sampling, max_new_tokens=ANSWER_S * WORDS_PER_S
+        ),
+    )
+    omni.talker.config = dataclasses.replace(
+        talker, codec_eos=talker.codec_bos
+    )  # which is never spoken
     try:
         yield
     finally:
@@ -112,7 +156,9 @@ def streamed(omni, flow: FlowConfig | None = None) -> tuple[list[SoundPiece], Re
 
 
 def measure(omni) -> Streaming:
-    """All rows for a model. Takes about two minutes for tiny on two cores. Raises UserError for one without voices."""
+    """All rows for a model. Takes about two minutes for tiny on two cores. Raises UserError for one
+    without voices.
+    """
     rows = {}
     omni.respond(QUESTION)  # warm up
     with endless(omni):
@@ -130,49 +176,94 @@ def measure(omni) -> Streaming:
     words, rate = len(text), omni.config.token2wav.codes_per_second
     needed = words * (text[-1] - text[0]) / (words - 1) - words / rate
     rows["first_sound_ms"] = 1e3 * first, "from the question to the first sound"
-    rows["first_sound_ratio"] = first / offline_s, f"the same : a whole reply of {ANSWER_S} s made afterwards"
-    rows["streamed_cost_ratio"] = stream_cpu / offline_cpu, "CPU time of a streamed reply : of one made afterwards"
-    rows["streamed_cost_ratio_same_solver"] = alike_cpu / offline_cpu, ("the same, had it taken the reply's solver and "
-                                                                         "not Euler's")
-    rows["realtime_factor"] = stream_s / reply.seconds, "seconds of work for a second of streamed speech"
-    rows["player_waits_ms"] = 1e3 * waiting(sounds), "how long a player must hold the first sound to play without gap"
-    rows["buffer_by_rule_ms"] = 1e3 * max(needed, 0), (f"what a slow Thinker would ask for: N / r - N / R, N = {words} "
-                                                       f"tokens at r a second, R = {rate} codes a second")
+    rows["first_sound_ratio"] = (
+        first / offline_s,
+        f"the same : a whole reply of {ANSWER_S} s made afterwards",
+    )
+    rows["streamed_cost_ratio"] = (
+        stream_cpu / offline_cpu,
+        "CPU time of a streamed reply : of one made afterwards",
+    )
+    rows["streamed_cost_ratio_same_solver"] = (
+        alike_cpu / offline_cpu,
+        ("the same, had it taken the reply's solver and not Euler's"),
+    )
+    rows["realtime_factor"] = (
+        stream_s / reply.seconds,
+        "seconds of work for a second of streamed speech",
+    )
+    rows["player_waits_ms"] = (
+        1e3 * waiting(sounds),
+        "how long a player must hold the first sound to play without gap",
+    )
+    rows["buffer_by_rule_ms"] = (
+        1e3 * max(needed, 0),
+        (
+            f"what a slow Thinker would ask for: N / r - N / R, N = {words} "
+            f"tokens at r a second, R = {rate} codes a second"
+        ),
+    )
     late = sum(at > reply.trace.first("sound") for at in text)
     rows["words_after_first_sound"] = late, "text tokens that come after it"
-    rows["prediction_ratio"] = predicted["sound"] / first, "predicted : measured time to the first sound"
-    rows["session_growth_mb"] = session_growth(omni), f"memory that {SESSION_S} s of listening add to the first context"
-    stages = {name: (predicted[name], min(run[2][1].trace.first(name) for run in live)) for name in STAGES}
+    rows["prediction_ratio"] = (
+        predicted["sound"] / first,
+        "predicted : measured time to the first sound",
+    )
+    rows["session_growth_mb"] = (
+        session_growth(omni),
+        f"memory that {SESSION_S} s of listening add to the first context",
+    )
+    stages = {
+        name: (predicted[name], min(run[2][1].trace.first(name) for run in live)) for name in STAGES
+    }
     schedules = {"eager, the default of stream()": eager(omni.token2wav), **SCHEDULES}
-    return Streaming(rows, stages, {name: distance(omni, schedule) for name, schedule in schedules.items()})
+    return Streaming(
+        rows, stages, {name: distance(omni, schedule) for name, schedule in schedules.items()}
+    )
 
 
 def first_sound(omni) -> dict[str, tuple[float, str]]:
-    """How soon a streamed answer is heard, on whatever device the model is, and whether it can be kept up.
+    """How soon a streamed answer is heard, on whatever device the model is, and whether it can be
+    kept up.
 
     Raises UserError for a model that says nothing.
     """
     with endless(omni):
         if not streamed(omni)[0]:  # which also warms up
             raise UserError("the model answers without speech; there is no first sound to wait for")
-        sounds, reply = min((streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].trace.first("sound"))
+        sounds, reply = min(
+            (streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].trace.first("sound")
+        )
     text, code, sound = (reply.trace.times[kind] for kind in ("text", "code", "sound"))
     needed = codes_until_sound(eager(omni.token2wav), omni.token2wav)
     alone = [later - earlier for earlier, later in zip(code, code[1:]) if earlier > text[-1]]
     return {
         "first_text_ms": (1e3 * text[0], "from the question to the first word"),
         "codes_before_sound": (needed, "that the first sound waits for"),
-        "thinker_and_talker_ms": (1e3 * (code[needed - 1] - code[0]) / (needed - 1), "one step of both"),
+        "thinker_and_talker_ms": (
+            1e3 * (code[needed - 1] - code[0]) / (needed - 1),
+            "one step of both",
+        ),
         "talker_ms": (1e3 * median(alone or [float("nan")]), "one step of the Talker alone"),
-        "mel_and_sound_ms": (1e3 * (sound[0] - code[needed - 1]), "from the last of those codes to the first sound"),
+        "mel_and_sound_ms": (
+            1e3 * (sound[0] - code[needed - 1]),
+            "from the last of those codes to the first sound",
+        ),
         "first_sound_ms": (1e3 * sound[0], "from the question to the first sound"),
-        "realtime_factor": (reply.total_s / reply.seconds, "seconds of work for a second of streamed speech"),
-        "player_waits_ms": (1e3 * waiting(sounds), "how long a player must hold the first sound to play without gap"),
+        "realtime_factor": (
+            reply.total_s / reply.seconds,
+            "seconds of work for a second of streamed speech",
+        ),
+        "player_waits_ms": (
+            1e3 * waiting(sounds),
+            "how long a player must hold the first sound to play without gap",
+        ),
     }
 
 
 def by_chance(size: str, device: str) -> Omni:
-    """A model of a size with weights of chance, as fast as a trained one: it answers nonsense in a voice of noise.
+    """A model of a size with weights of chance, as fast as a trained one: it answers nonsense in a
+    voice of noise.
 
     On a GPU Thinker and Talker are bf16. Raises UserError for an unknown size.
     """
@@ -187,12 +278,17 @@ def by_chance(size: str, device: str) -> Omni:
         noise = torch.randn(1, dit.enc_emb_dim), torch.randn(1, 300, dit.mel_dim) - 5
     if device == "cuda":
         omni.thinker.bfloat16(), omni.talker.bfloat16()
-    omni.tokenizer, omni.voices = world_tokenizer(tokens), {"chance": Voice("chance", tokens.tts_text_pad + 5, *noise)}
+    omni.tokenizer, omni.voices = (
+        world_tokenizer(tokens),
+        {"chance": Voice("chance", tokens.tts_text_pad + 5, *noise)},
+    )
     return omni
 
 
 def predict(omni, flow: FlowConfig) -> dict[str, float]:
-    """Seconds from the question to each stage, added up from what one step of each part takes, measured alone."""
+    """Seconds from the question to each stage, added up from what one step of each part takes,
+    measured alone.
+    """
     config, voice = omni.config, omni.voice(next(iter(omni.voices)))
     cost: dict[str, list[float]] = {"text": [], "code": []}
     _, inputs = omni.prepare(QUESTION, None, True, False)
@@ -210,9 +306,17 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
         then = now
     schedule = eager(omni.token2wav)
     codes = torch.zeros(1, codes_until_sound(schedule, omni.token2wav), dtype=torch.long)
-    painting, _ = best(lambda: next(MelStream(omni.token2wav.code2wav_dit_model, voice, flow, schedule,
-                                              seeded(0)).feed(codes)))
-    speech = lambda: SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
+    painting, _ = best(
+        lambda: next(
+            MelStream(omni.token2wav.code2wav_dit_model, voice, flow, schedule, seeded(0)).feed(
+                codes
+            )
+        )
+    )
+
+    def speech():
+        return SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
+
     setting_up, _ = best(speech)
     sounding, _ = best(lambda: next(wave for wave in speech().feed(codes) if len(wave)))
     early = codes.shape[1]  # later steps have more to look back at
@@ -220,7 +324,12 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
     until = {"prefill": prefill + seconds}
     until["text"] = until["prefill"] + setting_up + cost["text"][0]
     until["code"] = until["text"] + cost["text"][1] + cost["code"][0]
-    until["mel"] = until["code"] + (schedule.first_codes(config.token2wav.dit) - 1) * step + painting - setting_up
+    until["mel"] = (
+        until["code"]
+        + (schedule.first_codes(config.token2wav.dit) - 1) * step
+        + painting
+        - setting_up
+    )
     until["sound"] = until["code"] + (codes.shape[1] - 1) * step + sounding - setting_up
     return until
 
@@ -232,9 +341,11 @@ def best(work: Callable[[], object], times: int = 7) -> tuple[float, object]:
 
 
 def distance(omni, schedule: Schedule) -> tuple[int, float]:
-    """Codes that must be there before the first sound, and how far a schedule's mel is from the whole utterance's.
+    """Codes that must be there before the first sound, and how far a schedule's mel is from the
+    whole utterance's.
 
-    The mean over frames and bands of the absolute difference, in nats, for one spoken sentence and one noise.
+    The mean over frames and bands of the absolute difference, in nats, for one spoken sentence and
+    one noise.
     """
     voice, dit = omni.voice(next(iter(omni.voices))), omni.token2wav.code2wav_dit_model
     codes = omni.respond(QUESTION).codes[None]
@@ -246,10 +357,11 @@ def distance(omni, schedule: Schedule) -> tuple[int, float]:
 
 
 def session_growth(omni) -> float:
-    """Megabytes that SESSION_S seconds of listening add to the process after its first full context.
+    """Megabytes that SESSION_S seconds of listening add to the process after its first full
+    context.
 
-    A context is heard full, which ends in a UserError that says so, and another session begins. NaN where the system
-    does not say how large a process is.
+    A context is heard full, which ends in a UserError that says so, and another session begins. NaN
+    where the system does not say how large a process is.
     """
     try:
         import resource
@@ -266,4 +378,6 @@ def session_growth(omni) -> float:
                 heard += 1
         except UserError:
             first = first or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - (first or 0)) / unit if first else 0.0
+    return (
+        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - (first or 0)) / unit if first else 0.0
+    )

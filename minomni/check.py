@@ -1,4 +1,6 @@
-"""What a notebook proves itself with: live source, equality that raises, and graders for its exercises."""
+"""What a notebook proves itself with: live source, equality that raises, and graders for its
+exercises.
+"""
 
 import copy
 import inspect
@@ -13,11 +15,14 @@ STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
 
 
 def show(*objects) -> None:
-    """Print the source of functions, classes or modules as it is on disk now, so that no page can go stale.
+    """Print the source of functions, classes or modules as it is on disk now, so that no page can
+    go stale.
 
     In a notebook it comes with colours, through a Markdown block that GitHub shows too.
     """
-    source = "\n\n\n".join(dedent(inspect.getsource(inspect.unwrap(thing))).rstrip() for thing in objects)
+    source = "\n\n\n".join(
+        dedent(inspect.getsource(inspect.unwrap(thing))).rstrip() for thing in objects
+    )
     if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
         print(source)
         return
@@ -29,8 +34,9 @@ def show(*objects) -> None:
 def same(name: str, mine, theirs, tolerance: float = 1e-6) -> None:
     """Print one line if two results agree, raise AssertionError with the first difference if not.
 
-    mine, theirs: tensors, arrays, numbers or nested lists of one shape; whole numbers must agree exactly. The line
-    states the tolerance that was met and not the difference, so that it is equal on every machine.
+    mine, theirs: tensors, arrays, numbers or nested lists of one shape; whole numbers must agree
+    exactly. The line states the tolerance that was met and not the difference, so that it is equal
+    on every machine.
     """
     if mine is theirs:
         raise AssertionError(f"{name}: compared with itself, which proves nothing")
@@ -49,7 +55,9 @@ def difference(mine: Tensor, theirs: Tensor, tolerance: float) -> str:
     if mine.numel() == 0:
         return ""
     gaps = (mine.double() - theirs.double()).abs()
-    gaps = torch.where(mine == theirs, 0.0, gaps).nan_to_num(nan=float("inf"))  # equal infinities are equal
+    gaps = torch.where(mine == theirs, 0.0, gaps).nan_to_num(
+        nan=float("inf")
+    )  # equal infinities are equal
     if gaps.max() <= (0 if is_whole(theirs) else tolerance):
         return ""
     worst = tuple(int(i) for i in torch.unravel_index(gaps.argmax(), gaps.shape))
@@ -62,19 +70,26 @@ def is_whole(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
 
-def grade(function: Callable, *cases: tuple[tuple, object], minutes: int, difficulty: int,
-          tolerance: float = 1e-4) -> None:
+def grade(
+    function: Callable,
+    *cases: tuple[tuple, object],
+    minutes: int,
+    difficulty: int,
+    tolerance: float = 1e-4,
+) -> None:
     """Print how an exercise stands: not attempted, ✗ with the first counter-example, or ✓.
 
-    cases: pairs of (arguments, expected answer). An answer of None or `...` is what an untouched stub gives. minutes
-    and difficulty (1 to 3) say what the exercise asks of its reader.
+    cases: pairs of (arguments, expected answer). An answer of None or `...` is what an untouched
+    stub gives. minutes and difficulty (1 to 3) say what the exercise asks of its reader.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]})"
     for arguments, expected in cases:
         call = f"{function.__name__}({', '.join(map(_brief, arguments))})"
         try:
             answer = function(*copy.deepcopy(arguments))
-        except Exception as error:  # a reader's unfinished code may raise anything; it is a counter-example too
+        except (
+            Exception
+        ) as error:  # a reader's unfinished code may raise anything; it is a counter-example too
             print(f"{head}: ✗ {call} raised {type(error).__name__}: {error}")
             return
         if answer is None or answer is ...:
@@ -98,7 +113,9 @@ def _wrong(answer, expected, tolerance: float) -> str:
 
 
 def _has_text(x) -> bool:
-    return isinstance(x, (list, tuple)) and any(isinstance(item, str) or _has_text(item) for item in x)
+    return isinstance(x, (list, tuple)) and any(
+        isinstance(item, str) or _has_text(item) for item in x
+    )
 
 
 def _tensor(x) -> Tensor:

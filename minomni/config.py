@@ -1,4 +1,5 @@
-"""Every size of the model as data: one tree of frozen dataclasses, three literal rows, no defaults, no branches.
+"""Every size of the model as data: one tree of frozen dataclasses, three literal rows, no defaults,
+no branches.
 
 Axis legend, the same letters in every file of the package:
 
@@ -6,8 +7,9 @@ Axis legend, the same letters in every file of the package:
     H  attention heads         F  mel frames (10 ms each)     T  time steps of whatever the line is about
     N  patches, clips or tokens packed one after another      C  channels or codes
 
-Field names are the keys of the release's config.json, so reading one is a copy and not a translation.
-Time base, shared by all sizes: a mel frame is 10 ms, an audio token and a TMRoPE id 40 ms, a listening block 2 s.
+Field names are the keys of the release's config.json, so reading one is a copy and not a
+translation. Time base, shared by all sizes: a mel frame is 10 ms, an audio token and a TMRoPE id 40
+ms, a listening block 2 s.
 """
 
 import math
@@ -23,7 +25,9 @@ LONGEST_LIST = 32  # kernel sizes, rates, channels: one entry per convolution
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds: sizes that contradict each other never build a model."""
+    """Raise ValueError(message) unless the condition holds: sizes that contradict each other never
+    build a model.
+    """
     if not condition:
         raise ValueError(message)
 
@@ -31,19 +35,26 @@ def require(condition: bool, message: str) -> None:
 def require_int(name: str, value, low: int, high: int) -> None:
     """Raise ValueError unless the value is a whole number from low to high."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and low <= value <= high, f"{name} is {value!r:.60}, expected a whole number from {low} to {high}")
+    require(
+        whole and low <= value <= high,
+        f"{name} is {value!r:.60}, expected a whole number from {low} to {high}",
+    )
 
 
 def require_number(name: str, value, low: float, high: float) -> None:
     """Raise ValueError unless the value is a finite number from low to high."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(number and low <= value <= high, f"{name} is {value!r:.60}, expected a number from {low:g} to {high:g}")
+    require(
+        number and low <= value <= high,
+        f"{name} is {value!r:.60}, expected a number from {low:g} to {high:g}",
+    )
 
 
 def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...] = ()) -> None:
     """Check every whole number of a config dataclass, lists included.
 
-    Sizes are at least 1. `indexes` names the fields that count from 0, `layers` those that are a number of layers.
+    Sizes are at least 1. `indexes` names the fields that count from 0, `layers` those that are a
+    number of layers.
     """
     for field in fields(config):
         value = getattr(config, field.name)
@@ -53,12 +64,17 @@ def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...]
             require_int(field.name, value, low, high)
         elif field.type is not float and not is_dataclass(value):
             is_table = field.type == tuple[tuple[int, ...], ...]
-            require_list(field.name, value, low, MOST_LAYERS if low == 0 else LONGEST_LIST, is_table)
+            require_list(
+                field.name, value, low, MOST_LAYERS if low == 0 else LONGEST_LIST, is_table
+            )
 
 
 def require_list(name: str, value, low: int, longest: int, of_lists: bool = False) -> None:
     """Check a list of whole numbers, or of lists of them."""
-    require(isinstance(value, tuple), f"{name} is {value!r:.60}, expected a list{' of lists' * of_lists}")
+    require(
+        isinstance(value, tuple),
+        f"{name} is {value!r:.60}, expected a list{' of lists' * of_lists}",
+    )
     require(len(value) <= longest, f"{name} has {len(value)} entries, expected at most {longest}")
     for entry in value:
         if of_lists:
@@ -106,8 +122,11 @@ class AudioEncoderConfig:
 
     def __post_init__(self):
         require_sizes(self, layers=("encoder_layers",))
-        require(self.d_model % (2 * self.encoder_attention_heads) == 0, f"audio d_model {self.d_model} must split into "
-                f"{self.encoder_attention_heads} heads of even size")
+        require(
+            self.d_model % (2 * self.encoder_attention_heads) == 0,
+            f"audio d_model {self.d_model} must split into "
+            f"{self.encoder_attention_heads} heads of even size",
+        )
 
 
 @dataclass(frozen=True)
@@ -126,10 +145,16 @@ class VisionEncoderConfig:
 
     def __post_init__(self):
         require_sizes(self, indexes=("fullatt_block_indexes",), layers=("depth",))
-        require(self.hidden_size % (4 * self.num_heads) == 0, f"vision hidden_size {self.hidden_size} must split into "
-                f"{self.num_heads} heads of a size divisible by 4 (2-D rotary)")
-        require(self.window_size % self.cell_size == 0, f"window_size {self.window_size} must be a multiple of the "
-                f"merge cell of {self.cell_size} pixels")
+        require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"vision hidden_size {self.hidden_size} must split into "
+            f"{self.num_heads} heads of a size divisible by 4 (2-D rotary)",
+        )
+        require(
+            self.window_size % self.cell_size == 0,
+            f"window_size {self.window_size} must be a multiple of the "
+            f"merge cell of {self.cell_size} pixels",
+        )
 
     @property
     def cell_size(self) -> int:
@@ -156,18 +181,27 @@ class DecoderConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]  # how many of the head_dim/2 angles follow time, height, width
+    mrope_section: tuple[
+        int, int, int
+    ]  # how many of the head_dim/2 angles follow time, height, width
 
     def __post_init__(self):
         require_sizes(self, indexes=("mrope_section",), layers=("num_hidden_layers",))
         require_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
         require_number("rope_theta", self.rope_theta, 1, 1e12)
-        require(len(self.mrope_section) == 3, f"mrope_section {self.mrope_section} must have three entries: time, "
-                f"height, width")
-        require(2 * sum(self.mrope_section) == self.head_dim, f"mrope_section {self.mrope_section} must add up to half "
-                f"of head_dim {self.head_dim}")
-        require(self.num_attention_heads % self.num_key_value_heads == 0, f"{self.num_attention_heads} query heads "
-                f"must share {self.num_key_value_heads} key/value heads evenly")
+        require(
+            len(self.mrope_section) == 3,
+            f"mrope_section {self.mrope_section} must have three entries: time, height, width",
+        )
+        require(
+            2 * sum(self.mrope_section) == self.head_dim,
+            f"mrope_section {self.mrope_section} must add up to half of head_dim {self.head_dim}",
+        )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"{self.num_attention_heads} query heads "
+            f"must share {self.num_key_value_heads} key/value heads evenly",
+        )
 
 
 @dataclass(frozen=True)
@@ -185,12 +219,19 @@ class ThinkerConfig:
             require_int(name, getattr(self, name), 1, 10_000)
         width, rows = self.text.hidden_size, self.text.vocab_size
         for name, token in vars(self.tokens).items():
-            require(token < rows or name in TTS_TOKENS, f"the token id {name} is {token}, expected one below "
-                    f"vocab_size {rows}")
-        require(self.audio.output_dim == width, f"audio output_dim {self.audio.output_dim} must equal the Thinker's "
-                f"{width}")
-        require(self.vision.out_hidden_size == width, f"vision out_hidden_size {self.vision.out_hidden_size} must "
-                f"equal the Thinker's {width}")
+            require(
+                token < rows or name in TTS_TOKENS,
+                f"the token id {name} is {token}, expected one below vocab_size {rows}",
+            )
+        require(
+            self.audio.output_dim == width,
+            f"audio output_dim {self.audio.output_dim} must equal the Thinker's {width}",
+        )
+        require(
+            self.vision.out_hidden_size == width,
+            f"vision out_hidden_size {self.vision.out_hidden_size} must "
+            f"equal the Thinker's {width}",
+        )
 
 
 @dataclass(frozen=True)
@@ -206,8 +247,11 @@ class TalkerConfig:
         ids = ("codec_pad", "codec_bos", "codec_eos", "codec_mask")
         require_sizes(self, indexes=ids)
         for name in ids:
-            require(getattr(self, name) < self.decoder.vocab_size, f"the code {name} is {getattr(self, name)}, "
-                    f"expected one below vocab_size {self.decoder.vocab_size}")
+            require(
+                getattr(self, name) < self.decoder.vocab_size,
+                f"the code {name} is {getattr(self, name)}, "
+                f"expected one below vocab_size {self.decoder.vocab_size}",
+            )
 
 
 @dataclass(frozen=True)
@@ -236,21 +280,41 @@ class DiTConfig:
     enc_se_channels: int
 
     def __post_init__(self):
-        require_sizes(self, indexes=("look_ahead_layers", "look_backward_layers"), layers=("num_hidden_layers",))
+        require_sizes(
+            self,
+            indexes=("look_ahead_layers", "look_backward_layers"),
+            layers=("num_hidden_layers",),
+        )
         require_number("dropout", self.dropout, 0, 0.99)
         require_number("rope_theta", self.rope_theta, 1, 1e12)
-        require(self.repeats <= MEL_RATE, f"repeats is {self.repeats}; a code is at most a second of {MEL_RATE} frames")
+        require(
+            self.repeats <= MEL_RATE,
+            f"repeats is {self.repeats}; a code is at most a second of {MEL_RATE} frames",
+        )
         lists = (self.enc_channels, self.enc_kernel_sizes, self.enc_dilations)
-        require(len(set(map(len, lists))) == 1 and len(self.enc_channels) > 2, "enc_channels, enc_kernel_sizes and "
-                "enc_dilations must be of equal length, three or more")
-        require(len(set(self.enc_channels[:-1])) == 1, f"all of enc_channels {self.enc_channels} but the last must be "
-                f"equal")
-        require(self.enc_channels[0] % self.enc_res2net_scale == 0, f"enc_channels {self.enc_channels} must split into "
-                f"enc_res2net_scale {self.enc_res2net_scale} groups")
-        require(self.block_size % self.repeats == 0, f"block_size {self.block_size} must hold whole codes of "
-                f"{self.repeats} frames")
-        require(self.enc_channels[-1] == sum(self.enc_channels[1:-1]), f"the last of enc_channels {self.enc_channels} "
-                f"must be the sum of the ones between first and last")
+        require(
+            len(set(map(len, lists))) == 1 and len(self.enc_channels) > 2,
+            "enc_channels, enc_kernel_sizes and "
+            "enc_dilations must be of equal length, three or more",
+        )
+        require(
+            len(set(self.enc_channels[:-1])) == 1,
+            f"all of enc_channels {self.enc_channels} but the last must be equal",
+        )
+        require(
+            self.enc_channels[0] % self.enc_res2net_scale == 0,
+            f"enc_channels {self.enc_channels} must split into "
+            f"enc_res2net_scale {self.enc_res2net_scale} groups",
+        )
+        require(
+            self.block_size % self.repeats == 0,
+            f"block_size {self.block_size} must hold whole codes of {self.repeats} frames",
+        )
+        require(
+            self.enc_channels[-1] == sum(self.enc_channels[1:-1]),
+            f"the last of enc_channels {self.enc_channels} "
+            f"must be the sum of the ones between first and last",
+        )
 
 
 @dataclass(frozen=True)
@@ -265,17 +329,30 @@ class BigVGANConfig:
     def __post_init__(self):
         require_sizes(self)
         rates, kernels = self.upsample_rates, self.upsample_kernel_sizes
-        require(len(rates) == len(kernels), f"upsample_rates {rates} and upsample_kernel_sizes {kernels} must be of "
-                f"equal length")
-        require(all(rate <= kernel for rate, kernel in zip(rates, kernels)), f"none of upsample_kernel_sizes {kernels} "
-                f"may be smaller than its rate of {rates}")
-        require(MEL_RATE * math.prod(rates) <= 768_000, f"upsample_rates {rates} make {MEL_RATE * math.prod(rates)} "
-                f"samples a second, expected at most 768000")
-        require(self.upsample_initial_channel >= 2 ** len(rates), f"upsample_initial_channel "
-                f"{self.upsample_initial_channel} must be halved {len(rates)} times")
+        require(
+            len(rates) == len(kernels),
+            f"upsample_rates {rates} and upsample_kernel_sizes {kernels} must be of equal length",
+        )
+        require(
+            all(rate <= kernel for rate, kernel in zip(rates, kernels)),
+            f"none of upsample_kernel_sizes {kernels} may be smaller than its rate of {rates}",
+        )
+        require(
+            MEL_RATE * math.prod(rates) <= 768_000,
+            f"upsample_rates {rates} make {MEL_RATE * math.prod(rates)} "
+            f"samples a second, expected at most 768000",
+        )
+        require(
+            self.upsample_initial_channel >= 2 ** len(rates),
+            f"upsample_initial_channel "
+            f"{self.upsample_initial_channel} must be halved {len(rates)} times",
+        )
         blocks = self.resblock_dilation_sizes
-        require(len(self.resblock_kernel_sizes) == len(blocks) > 0, f"resblock_kernel_sizes "
-                f"{self.resblock_kernel_sizes} and resblock_dilation_sizes {blocks} must be of equal length")
+        require(
+            len(self.resblock_kernel_sizes) == len(blocks) > 0,
+            f"resblock_kernel_sizes "
+            f"{self.resblock_kernel_sizes} and resblock_dilation_sizes {blocks} must be of equal length",
+        )
 
 
 @dataclass(frozen=True)
@@ -284,8 +361,10 @@ class Token2WavConfig:
     bigvgan: BigVGANConfig
 
     def __post_init__(self):
-        require(self.dit.mel_dim == self.bigvgan.mel_dim, f"the DiT makes {self.dit.mel_dim} mel bands, BigVGAN reads "
-                f"{self.bigvgan.mel_dim}")
+        require(
+            self.dit.mel_dim == self.bigvgan.mel_dim,
+            f"the DiT makes {self.dit.mel_dim} mel bands, BigVGAN reads {self.bigvgan.mel_dim}",
+        )
 
     @property
     def sample_rate(self) -> int:
@@ -313,9 +392,15 @@ class CodecConfig:
 
     def __post_init__(self):
         require_sizes(self, layers=("num_hidden_layers",))
-        require(self.hidden_size % self.num_attention_heads == 0, f"the codec's hidden_size {self.hidden_size} must "
-                f"split into {self.num_attention_heads} heads")
-        require(self.downsample & (self.downsample - 1) == 0, f"downsample {self.downsample} must be a power of two")
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"the codec's hidden_size {self.hidden_size} must "
+            f"split into {self.num_attention_heads} heads",
+        )
+        require(
+            self.downsample & (self.downsample - 1) == 0,
+            f"downsample {self.downsample} must be a power of two",
+        )
 
     @property
     def num_codes(self) -> int:
@@ -352,14 +437,18 @@ class FlowConfig:
 
     def __post_init__(self):
         require_int("points", self.points, 2, 1000)
-        require(self.solver in ("rk4", "euler"), f"solver is {self.solver!r:.60}, expected rk4 or euler")
+        require(
+            self.solver in ("rk4", "euler"), f"solver is {self.solver!r:.60}, expected rk4 or euler"
+        )
         require_number("guidance", self.guidance, -100, 100)
         require_number("sway", self.sway, -1, 1)
 
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Limits of what goes in. Pixels count whole pictures or frames, clip_max_pixels all frames of a clip together."""
+    """Limits of what goes in. Pixels count whole pictures or frames, clip_max_pixels all frames of
+    a clip together.
+    """
 
     image_min_pixels: int
     image_max_pixels: int
@@ -372,12 +461,18 @@ class MediaConfig:
     system_prompt: str  # put first where a conversation has none and speech is asked for
 
     def __post_init__(self):
-        for low, high in (("image_min_pixels", "image_max_pixels"), ("frame_min_pixels", "frame_max_pixels"),
-                          ("frame_min_pixels", "clip_max_pixels"), ("min_frames", "max_frames")):
+        for low, high in (
+            ("image_min_pixels", "image_max_pixels"),
+            ("frame_min_pixels", "frame_max_pixels"),
+            ("frame_min_pixels", "clip_max_pixels"),
+            ("min_frames", "max_frames"),
+        ):
             for name in (low, high):
                 require_int(name, getattr(self, name), 1, 1_000_000_000)
-            require(getattr(self, low) <= getattr(self, high), f"{low} {getattr(self, low)} is more than {high} "
-                    f"{getattr(self, high)}")
+            require(
+                getattr(self, low) <= getattr(self, high),
+                f"{low} {getattr(self, low)} is more than {high} {getattr(self, high)}",
+            )
         require_number("fps", self.fps, 0.001, 1000)
 
 
@@ -395,140 +490,463 @@ class OmniConfig:
     def __post_init__(self):
         bands, colors = self.thinker.audio.num_mel_bins, self.thinker.vision.in_channels
         half = self.thinker.audio.n_window
-        require(half % 2 == 0, f"n_window is {half}, expected an even number: tokens would straddle the blocks")
-        require(bands == 128, f"num_mel_bins is {bands}, expected 128: that is how sound is prepared")
-        require(colors == 3, f"in_channels is {colors}, expected 3: that is how pictures are prepared")
+        require(
+            half % 2 == 0,
+            f"n_window is {half}, expected an even number: tokens would straddle the blocks",
+        )
+        require(
+            bands == 128, f"num_mel_bins is {bands}, expected 128: that is how sound is prepared"
+        )
+        require(
+            colors == 3, f"in_channels is {colors}, expected 3: that is how pictures are prepared"
+        )
         if self.talker is None or self.token2wav is None:
-            require(self.talker is self.token2wav is self.codec is None, "speech needs a Talker and Token2Wav: one of "
-                    "them, or a codec, alone makes no sound")
+            require(
+                self.talker is self.token2wav is self.codec is None,
+                "speech needs a Talker and Token2Wav: one of "
+                "them, or a codec, alone makes no sound",
+            )
             return
         for name in TTS_TOKENS:
             token, rows = getattr(self.thinker.tokens, name), self.thinker.text.vocab_size
-            require(token < rows, f"the token id {name} is {token}, expected one below vocab_size {rows}")
-        require(self.talker.embedding_size == self.thinker.text.hidden_size, f"the Talker reads width "
-                f"{self.talker.embedding_size}, the Thinker writes {self.thinker.text.hidden_size}")
-        require(self.codec is None or self.codec.downsample == self.token2wav.dit.repeats, "codec and DiT disagree on "
-                "the mel frames of one code")
-        require(self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds, "the codec has more codes "
-                "than the DiT's table")
+            require(
+                token < rows,
+                f"the token id {name} is {token}, expected one below vocab_size {rows}",
+            )
+        require(
+            self.talker.embedding_size == self.thinker.text.hidden_size,
+            f"the Talker reads width "
+            f"{self.talker.embedding_size}, the Thinker writes {self.thinker.text.hidden_size}",
+        )
+        require(
+            self.codec is None or self.codec.downsample == self.token2wav.dit.repeats,
+            "codec and DiT disagree on the mel frames of one code",
+        )
+        require(
+            self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds,
+            "the codec has more codes than the DiT's table",
+        )
 
 
 QWEN7B = OmniConfig(
     thinker=ThinkerConfig(
-        audio=AudioEncoderConfig(num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20,
-                                 encoder_ffn_dim=5120, n_window=100, max_source_positions=1500, output_dim=3584),
-        vision=VisionEncoderConfig(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_channels=3,
-                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
-                                   fullatt_block_indexes=(7, 15, 23, 31), out_hidden_size=3584),
-        text=DecoderConfig(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                           num_key_value_heads=4, head_dim=128, vocab_size=152064, max_position_embeddings=32768,
-                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24)),
-        tokens=TokenIds(endoftext=151643, im_start=151644, im_end=151645, audio=151646, audio_bos=151647,
-                        audio_eos=151648, vision_bos=151652, vision_eos=151653, vision_pad=151654, image=151655,
-                        video=151656, tts_text_start=151860, tts_text_end=151861, tts_text_pad=151859),
-        position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
+        audio=AudioEncoderConfig(
+            num_mel_bins=128,
+            d_model=1280,
+            encoder_layers=32,
+            encoder_attention_heads=20,
+            encoder_ffn_dim=5120,
+            n_window=100,
+            max_source_positions=1500,
+            output_dim=3584,
+        ),
+        vision=VisionEncoderConfig(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            in_channels=3,
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=112,
+            fullatt_block_indexes=(7, 15, 23, 31),
+            out_hidden_size=3584,
+        ),
+        text=DecoderConfig(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            head_dim=128,
+            vocab_size=152064,
+            max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(16, 24, 24),
+        ),
+        tokens=TokenIds(
+            endoftext=151643,
+            im_start=151644,
+            im_end=151645,
+            audio=151646,
+            audio_bos=151647,
+            audio_eos=151648,
+            vision_bos=151652,
+            vision_eos=151653,
+            vision_pad=151654,
+            image=151655,
+            video=151656,
+            tts_text_start=151860,
+            tts_text_end=151861,
+            tts_text_pad=151859,
+        ),
+        position_id_per_seconds=25,
+        seconds_per_chunk=2,
+        tie_word_embeddings=False,
+    ),
     talker=TalkerConfig(
         embedding_size=3584,
-        decoder=DecoderConfig(hidden_size=896, intermediate_size=18944, num_hidden_layers=24, num_attention_heads=12,
-                              num_key_value_heads=4, head_dim=128, vocab_size=8448, max_position_embeddings=32768,
-                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(16, 24, 24)),
-        codec_pad=8292, codec_bos=8293, codec_eos=8294, codec_mask=8296),
+        decoder=DecoderConfig(
+            hidden_size=896,
+            intermediate_size=18944,
+            num_hidden_layers=24,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            head_dim=128,
+            vocab_size=8448,
+            max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(16, 24, 24),
+        ),
+        codec_pad=8292,
+        codec_bos=8293,
+        codec_eos=8294,
+        codec_mask=8296,
+    ),
     token2wav=Token2WavConfig(
-        dit=DiTConfig(hidden_size=1024, num_hidden_layers=22, num_attention_heads=16, head_dim=64, ff_mult=2,
-                      emb_dim=512, num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24,
-                      look_ahead_layers=(10,), look_backward_layers=(0, 20), rope_theta=1e4, enc_emb_dim=192,
-                      enc_dim=128, enc_channels=(256, 256, 256, 256, 768), enc_kernel_sizes=(5, 3, 3, 3, 1),
-                      enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=64, enc_res2net_scale=2,
-                      enc_se_channels=64),
-        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=1536, upsample_rates=(5, 3, 2, 2, 2, 2),
-                              upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
-                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
+        dit=DiTConfig(
+            hidden_size=1024,
+            num_hidden_layers=22,
+            num_attention_heads=16,
+            head_dim=64,
+            ff_mult=2,
+            emb_dim=512,
+            num_embeds=8193,
+            repeats=2,
+            mel_dim=80,
+            dropout=0.1,
+            block_size=24,
+            look_ahead_layers=(10,),
+            look_backward_layers=(0, 20),
+            rope_theta=1e4,
+            enc_emb_dim=192,
+            enc_dim=128,
+            enc_channels=(256, 256, 256, 256, 768),
+            enc_kernel_sizes=(5, 3, 3, 3, 1),
+            enc_dilations=(1, 2, 3, 4, 1),
+            enc_attention_channels=64,
+            enc_res2net_scale=2,
+            enc_se_channels=64,
+        ),
+        bigvgan=BigVGANConfig(
+            mel_dim=80,
+            upsample_initial_channel=1536,
+            upsample_rates=(5, 3, 2, 2, 2, 2),
+            upsample_kernel_sizes=(11, 7, 4, 4, 4, 4),
+            resblock_kernel_sizes=(3, 7, 11),
+            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)),
+        ),
+    ),
     codec=None,
-    media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_845_056, frame_min_pixels=100_352,
-                      frame_max_pixels=602_112, clip_max_pixels=90_316_800, fps=2.0, min_frames=4, max_frames=768,
-                      system_prompt="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable "
-                                    "of perceiving auditory and visual inputs, as well as generating text and speech."),
-    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=1024),
-    talker_sampling=SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05, max_new_tokens=4096),
-    flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0))
+    media=MediaConfig(
+        image_min_pixels=3136,
+        image_max_pixels=12_845_056,
+        frame_min_pixels=100_352,
+        frame_max_pixels=602_112,
+        clip_max_pixels=90_316_800,
+        fps=2.0,
+        min_frames=4,
+        max_frames=768,
+        system_prompt="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable "
+        "of perceiving auditory and visual inputs, as well as generating text and speech.",
+    ),
+    thinker_sampling=SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=1024
+    ),
+    talker_sampling=SamplingConfig(
+        temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05, max_new_tokens=4096
+    ),
+    flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0),
+)
 
 SMALL = OmniConfig(
     thinker=ThinkerConfig(
-        audio=AudioEncoderConfig(num_mel_bins=128, d_model=256, encoder_layers=6, encoder_attention_heads=4,
-                                 encoder_ffn_dim=1024, n_window=100, max_source_positions=1500, output_dim=512),
-        vision=VisionEncoderConfig(depth=8, hidden_size=256, intermediate_size=688, num_heads=4, in_channels=3,
-                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
-                                   fullatt_block_indexes=(3, 7), out_hidden_size=512),
-        text=DecoderConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-                           num_key_value_heads=4, head_dim=64, vocab_size=4096, max_position_embeddings=8192,
-                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(8, 12, 12)),
-        tokens=TokenIds(endoftext=4000, im_start=4001, im_end=4002, audio=4003, audio_bos=4004, audio_eos=4005,
-                        vision_bos=4006, vision_eos=4007, vision_pad=4008, image=4009, video=4010, tts_text_start=4061,
-                        tts_text_end=4062, tts_text_pad=4060),
-        position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
+        audio=AudioEncoderConfig(
+            num_mel_bins=128,
+            d_model=256,
+            encoder_layers=6,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=1024,
+            n_window=100,
+            max_source_positions=1500,
+            output_dim=512,
+        ),
+        vision=VisionEncoderConfig(
+            depth=8,
+            hidden_size=256,
+            intermediate_size=688,
+            num_heads=4,
+            in_channels=3,
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=112,
+            fullatt_block_indexes=(3, 7),
+            out_hidden_size=512,
+        ),
+        text=DecoderConfig(
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            vocab_size=4096,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(8, 12, 12),
+        ),
+        tokens=TokenIds(
+            endoftext=4000,
+            im_start=4001,
+            im_end=4002,
+            audio=4003,
+            audio_bos=4004,
+            audio_eos=4005,
+            vision_bos=4006,
+            vision_eos=4007,
+            vision_pad=4008,
+            image=4009,
+            video=4010,
+            tts_text_start=4061,
+            tts_text_end=4062,
+            tts_text_pad=4060,
+        ),
+        position_id_per_seconds=25,
+        seconds_per_chunk=2,
+        tie_word_embeddings=False,
+    ),
     talker=TalkerConfig(
         embedding_size=512,
-        decoder=DecoderConfig(hidden_size=384, intermediate_size=1152, num_hidden_layers=6, num_attention_heads=6,
-                              num_key_value_heads=2, head_dim=64, vocab_size=8448, max_position_embeddings=8192,
-                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(8, 12, 12)),
-        codec_pad=8292, codec_bos=8293, codec_eos=8294, codec_mask=8296),
+        decoder=DecoderConfig(
+            hidden_size=384,
+            intermediate_size=1152,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=64,
+            vocab_size=8448,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(8, 12, 12),
+        ),
+        codec_pad=8292,
+        codec_bos=8293,
+        codec_eos=8294,
+        codec_mask=8296,
+    ),
     token2wav=Token2WavConfig(
-        dit=DiTConfig(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, head_dim=64, ff_mult=2, emb_dim=256,
-                      num_embeds=8193, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(4,),
-                      look_backward_layers=(0, 7), rope_theta=1e4, enc_emb_dim=160, enc_dim=128,
-                      enc_channels=(128, 128, 128, 128, 384), enc_kernel_sizes=(5, 3, 3, 3, 1),
-                      enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=64, enc_res2net_scale=2,
-                      enc_se_channels=64),
-        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=256, upsample_rates=(5, 4, 2, 2, 2),
-                              upsample_kernel_sizes=(11, 8, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
-                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
-    codec=CodecConfig(mel_dim=80, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024,
-                      levels=(8, 8, 8, 4, 4), downsample=2, block_frames=200, ctc_vocab=32),
-    media=MediaConfig(image_min_pixels=3136, image_max_pixels=200_704, frame_min_pixels=3136, frame_max_pixels=50_176,
-                      clip_max_pixels=3_211_264, fps=2.0, min_frames=4, max_frames=256,
-                      system_prompt="You are a helpful assistant."),
-    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256),
-    talker_sampling=SamplingConfig(temperature=0.7, top_k=40, top_p=0.8, repetition_penalty=1.0, max_new_tokens=2048),
-    flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0))
+        dit=DiTConfig(
+            hidden_size=384,
+            num_hidden_layers=8,
+            num_attention_heads=6,
+            head_dim=64,
+            ff_mult=2,
+            emb_dim=256,
+            num_embeds=8193,
+            repeats=2,
+            mel_dim=80,
+            dropout=0.1,
+            block_size=24,
+            look_ahead_layers=(4,),
+            look_backward_layers=(0, 7),
+            rope_theta=1e4,
+            enc_emb_dim=160,
+            enc_dim=128,
+            enc_channels=(128, 128, 128, 128, 384),
+            enc_kernel_sizes=(5, 3, 3, 3, 1),
+            enc_dilations=(1, 2, 3, 4, 1),
+            enc_attention_channels=64,
+            enc_res2net_scale=2,
+            enc_se_channels=64,
+        ),
+        bigvgan=BigVGANConfig(
+            mel_dim=80,
+            upsample_initial_channel=256,
+            upsample_rates=(5, 4, 2, 2, 2),
+            upsample_kernel_sizes=(11, 8, 4, 4, 4),
+            resblock_kernel_sizes=(3, 7, 11),
+            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)),
+        ),
+    ),
+    codec=CodecConfig(
+        mel_dim=80,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        levels=(8, 8, 8, 4, 4),
+        downsample=2,
+        block_frames=200,
+        ctc_vocab=32,
+    ),
+    media=MediaConfig(
+        image_min_pixels=3136,
+        image_max_pixels=200_704,
+        frame_min_pixels=3136,
+        frame_max_pixels=50_176,
+        clip_max_pixels=3_211_264,
+        fps=2.0,
+        min_frames=4,
+        max_frames=256,
+        system_prompt="You are a helpful assistant.",
+    ),
+    thinker_sampling=SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256
+    ),
+    talker_sampling=SamplingConfig(
+        temperature=0.7, top_k=40, top_p=0.8, repetition_penalty=1.0, max_new_tokens=2048
+    ),
+    flow=FlowConfig(points=10, solver="rk4", guidance=0.5, sway=-1.0),
+)
 
 TINY = OmniConfig(
     thinker=ThinkerConfig(
-        audio=AudioEncoderConfig(num_mel_bins=128, d_model=96, encoder_layers=3, encoder_attention_heads=3,
-                                 encoder_ffn_dim=256, n_window=100, max_source_positions=1500, output_dim=128),
-        vision=VisionEncoderConfig(depth=4, hidden_size=96, intermediate_size=192, num_heads=3, in_channels=3,
-                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=56,
-                                   fullatt_block_indexes=(1, 3), out_hidden_size=128),
-        text=DecoderConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                           num_key_value_heads=2, head_dim=32, vocab_size=512, max_position_embeddings=2048,
-                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(4, 6, 6)),
-        tokens=TokenIds(endoftext=480, im_start=481, im_end=482, audio=483, audio_bos=484, audio_eos=485,
-                        vision_bos=486, vision_eos=487, vision_pad=488, image=489, video=490,
-                        tts_text_start=496, tts_text_end=497, tts_text_pad=495),
-        position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
+        audio=AudioEncoderConfig(
+            num_mel_bins=128,
+            d_model=96,
+            encoder_layers=3,
+            encoder_attention_heads=3,
+            encoder_ffn_dim=256,
+            n_window=100,
+            max_source_positions=1500,
+            output_dim=128,
+        ),
+        vision=VisionEncoderConfig(
+            depth=4,
+            hidden_size=96,
+            intermediate_size=192,
+            num_heads=3,
+            in_channels=3,
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=56,
+            fullatt_block_indexes=(1, 3),
+            out_hidden_size=128,
+        ),
+        text=DecoderConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=512,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(4, 6, 6),
+        ),
+        tokens=TokenIds(
+            endoftext=480,
+            im_start=481,
+            im_end=482,
+            audio=483,
+            audio_bos=484,
+            audio_eos=485,
+            vision_bos=486,
+            vision_eos=487,
+            vision_pad=488,
+            image=489,
+            video=490,
+            tts_text_start=496,
+            tts_text_end=497,
+            tts_text_pad=495,
+        ),
+        position_id_per_seconds=25,
+        seconds_per_chunk=2,
+        tie_word_embeddings=False,
+    ),
     talker=TalkerConfig(
         embedding_size=128,
-        decoder=DecoderConfig(hidden_size=160, intermediate_size=480, num_hidden_layers=4, num_attention_heads=5,
-                              num_key_value_heads=5, head_dim=32, vocab_size=1024, max_position_embeddings=2048,
-                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(4, 6, 6)),
-        codec_pad=1012, codec_bos=1013, codec_eos=1014, codec_mask=1016),
+        decoder=DecoderConfig(
+            hidden_size=160,
+            intermediate_size=480,
+            num_hidden_layers=4,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            head_dim=32,
+            vocab_size=1024,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(4, 6, 6),
+        ),
+        codec_pad=1012,
+        codec_bos=1013,
+        codec_eos=1014,
+        codec_mask=1016,
+    ),
     token2wav=Token2WavConfig(
-        dit=DiTConfig(hidden_size=160, num_hidden_layers=6, num_attention_heads=5, head_dim=32, ff_mult=2, emb_dim=64,
-                      num_embeds=1001, repeats=4, mel_dim=80, dropout=0.0, block_size=24, look_ahead_layers=(3,),
-                      look_backward_layers=(0, 5), rope_theta=1e4, enc_emb_dim=160, enc_dim=32,
-                      enc_channels=(32, 32, 32, 32, 96), enc_kernel_sizes=(5, 3, 3, 3, 1),
-                      enc_dilations=(1, 2, 3, 4, 1), enc_attention_channels=16, enc_res2net_scale=2,
-                      enc_se_channels=16),
-        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=64, upsample_rates=(10, 4, 4),
-                              upsample_kernel_sizes=(20, 8, 8), resblock_kernel_sizes=(3, 5),
-                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)))),
-    codec=CodecConfig(mel_dim=80, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
-                      levels=(8, 5, 5, 5), downsample=4, block_frames=200, ctc_vocab=32),
-    media=MediaConfig(image_min_pixels=3136, image_max_pixels=12_544, frame_min_pixels=3136, frame_max_pixels=7_056,
-                      clip_max_pixels=451_584, fps=2.0, min_frames=4, max_frames=64,
-                      system_prompt="You are a helpful assistant."),
-    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256),
-    talker_sampling=SamplingConfig(temperature=0.5, top_k=20, top_p=0.8, repetition_penalty=1.0, max_new_tokens=256),
-    flow=FlowConfig(points=7, solver="rk4", guidance=0.5, sway=-1.0))
+        dit=DiTConfig(
+            hidden_size=160,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            head_dim=32,
+            ff_mult=2,
+            emb_dim=64,
+            num_embeds=1001,
+            repeats=4,
+            mel_dim=80,
+            dropout=0.0,
+            block_size=24,
+            look_ahead_layers=(3,),
+            look_backward_layers=(0, 5),
+            rope_theta=1e4,
+            enc_emb_dim=160,
+            enc_dim=32,
+            enc_channels=(32, 32, 32, 32, 96),
+            enc_kernel_sizes=(5, 3, 3, 3, 1),
+            enc_dilations=(1, 2, 3, 4, 1),
+            enc_attention_channels=16,
+            enc_res2net_scale=2,
+            enc_se_channels=16,
+        ),
+        bigvgan=BigVGANConfig(
+            mel_dim=80,
+            upsample_initial_channel=64,
+            upsample_rates=(10, 4, 4),
+            upsample_kernel_sizes=(20, 8, 8),
+            resblock_kernel_sizes=(3, 5),
+            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)),
+        ),
+    ),
+    codec=CodecConfig(
+        mel_dim=80,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=384,
+        levels=(8, 5, 5, 5),
+        downsample=4,
+        block_frames=200,
+        ctc_vocab=32,
+    ),
+    media=MediaConfig(
+        image_min_pixels=3136,
+        image_max_pixels=12_544,
+        frame_min_pixels=3136,
+        frame_max_pixels=7_056,
+        clip_max_pixels=451_584,
+        fps=2.0,
+        min_frames=4,
+        max_frames=64,
+        system_prompt="You are a helpful assistant.",
+    ),
+    thinker_sampling=SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256
+    ),
+    talker_sampling=SamplingConfig(
+        temperature=0.5, top_k=20, top_p=0.8, repetition_penalty=1.0, max_new_tokens=256
+    ),
+    flow=FlowConfig(points=7, solver="rk4", guidance=0.5, sway=-1.0),
+)
 
 SIZES = {"tiny": TINY, "small": SMALL, "qwen7b": QWEN7B}
 

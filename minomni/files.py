@@ -1,7 +1,8 @@
 """Writing files so that a crash leaves the old one or the new one, never half of either.
 
-Only regular files are ever replaced. A device, a pipe or a terminal is opened and written to. A link stays, and what
-it points to is written. Errors of the operating system become one line of UserError.
+Only regular files are ever replaced. A device, a pipe or a terminal is opened and written to. A
+link stays, and what it points to is written. Errors of the operating system become one line of
+UserError.
 """
 
 import io
@@ -22,15 +23,18 @@ UNKNOWN_SIZE = 0xFFFF_FFFF  # in the header of a wav whose end is not known yet
 
 
 class WriteError(UserError):
-    """A file cannot be written: no such folder, no permission, a full disk, a name that is too long."""
+    """A file cannot be written: no such folder, no permission, a full disk, a name that is too
+    long.
+    """
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a temporary file beside `path`, then rename it into place. Makes the folders above it.
+    """Let write(file) fill a temporary file beside `path`, then rename it into place. Makes the
+    folders above it.
 
-    The data is on the disk before the name is: without that a power failure can leave the new name with nothing in
-    it, and a network disk can say that it is full only after the old file is gone. What is no regular file is written
-    to instead, once all is there. Raises WriteError.
+    The data is on the disk before the name is: without that a power failure can leave the new name
+    with nothing in it, and a network disk can say that it is full only after the old file is gone.
+    What is no regular file is written to instead, once all is there. Raises WriteError.
     """
     with writing(path):
         target = resolved(Path(path))
@@ -58,9 +62,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 def growing_wav(path: str | Path, sample_rate: int) -> Iterator["GrowingWav"]:
     """A 16-bit mono wav file to write to, piece by piece. Its folder has to be there.
 
-    The file grows at its place, so that it can be played meanwhile. Where the pieces break off, what was there before
-    is put back: an old file waits beside, as NAME.*.old, until the new one is complete. Into a device or a pipe the
-    samples are written as they come. Raises WriteError.
+    The file grows at its place, so that it can be played meanwhile. Where the pieces break off,
+    what was there before is put back: an old file waits beside, as NAME.*.old, until the new one is
+    complete. Into a device or a pipe the samples are written as they come. Raises WriteError.
     """
     with writing(path):
         target = resolved(Path(path))
@@ -93,12 +97,18 @@ def growing_wav(path: str | Path, sample_rate: int) -> Iterator["GrowingWav"]:
 class GrowingWav:
     """A 16-bit mono wav file that is written piece by piece.
 
-    has_length: flush() writes into the header how many samples there are, so that the file can be read from then on.
-    Without it the header says that the length is unknown, as it has to where one cannot go back.
+    has_length: flush() writes into the header how many samples there are, so that the file can be
+    read from then on. Without it the header says that the length is unknown, as it has to where one
+    cannot go back.
     """
 
     def __init__(self, path: str | Path, file: BinaryIO, sample_rate: int, has_length: bool):
-        self.path, self.file, self.sample_rate, self.has_length = path, file, sample_rate, has_length
+        self.path, self.file, self.sample_rate, self.has_length = (
+            path,
+            file,
+            sample_rate,
+            has_length,
+        )
         self.bytes = 0
         with writing(path):
             file.write(self.header())
@@ -107,8 +117,17 @@ class GrowingWav:
         """The 44 bytes before the samples."""
         length = min(self.bytes, UNKNOWN_SIZE - 36) if self.has_length else UNKNOWN_SIZE
         whole = length + 36 if self.has_length else UNKNOWN_SIZE
-        sound = struct.pack("<IHHIIHH", 16, 1, 1, self.sample_rate, 2 * self.sample_rate, 2, 16)  # PCM, mono, 16 bits
-        return b"RIFF" + struct.pack("<I", whole) + b"WAVEfmt " + sound + b"data" + struct.pack("<I", length)
+        sound = struct.pack(
+            "<IHHIIHH", 16, 1, 1, self.sample_rate, 2 * self.sample_rate, 2, 16
+        )  # PCM, mono, 16 bits
+        return (
+            b"RIFF"
+            + struct.pack("<I", whole)
+            + b"WAVEfmt "
+            + sound
+            + b"data"
+            + struct.pack("<I", length)
+        )
 
     def write(self, samples) -> None:
         """Append samples, a float array [n] in [-1, 1]. Raises WriteError."""
@@ -147,8 +166,8 @@ def writing(path: str | Path) -> Iterator[None]:
 def cause_of(error: Exception, path: str | Path) -> str | None:
     """Why a file cannot be opened or written; None where the error is about something else.
 
-    torch.save hides a full disk behind an error of its own. A path that cannot be one is found by looking at it: the
-    ValueError that it raises may also come from the content.
+    torch.save hides a full disk behind an error of its own. A path that cannot be one is found by
+    looking at it: the ValueError that it raises may also come from the content.
     """
     if not can_be_path(path):
         return "its name cannot be a file's"
@@ -169,19 +188,26 @@ def can_be_path(path: str | Path) -> bool:
 def open_regular(path: str | Path, what: str) -> BinaryIO:
     """A regular file, opened to be read. what: what it is to a person.
 
-    Raises UserError where there is none: for a folder, for a device or a pipe, which might never end or never begin,
-    and for files of /proc and /sys.
+    Raises UserError where there is none: for a folder, for a device or a pipe, which might never
+    end or never begin, and for files of /proc and /sys.
     """
     shown = shorten(path, SHOWN)
     try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        file = open(
+            path,
+            "rb",
+            opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
+        )
     except FileNotFoundError:
         raise UserError(f"{shown}: no such file or folder, where {what} should be") from None
     except IsADirectoryError:
         raise UserError(f"{shown}: is a folder, where {what} should be") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{shown}: cannot be opened ({cause_of(error, path) or error})") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or Path(path).resolve().parts[1:2] in (("proc",), ("sys",)):
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or Path(path).resolve().parts[1:2] in (
+        ("proc",),
+        ("sys",),
+    ):
         file.close()
         raise UserError(f"{shown}: is a device, a pipe or the system's own; copy {what} to a file")
     return file
@@ -190,8 +216,8 @@ def open_regular(path: str | Path, what: str) -> BinaryIO:
 def resolved(path: Path) -> Path:
     """The place that a path stands for: links are followed, so that they stay.
 
-    A link of /proc to an open file (/dev/stdout leads to one) is left as it is: only opening it gives that file.
-    Raises WriteError for a folder, a disk, and a file that may not be written to.
+    A link of /proc to an open file (/dev/stdout leads to one) is left as it is: only opening it
+    gives that file. Raises WriteError for a folder, a disk, and a file that may not be written to.
     """
     shown, links = shorten(path, SHOWN), 0
     while path.is_symlink() and not path.parent.resolve().is_relative_to("/proc"):
@@ -209,10 +235,14 @@ def resolved(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path is there and no regular file of its own: a device, a pipe, a terminal, an open file of /proc."""
+    """Whether a path is there and no regular file of its own: a device, a pipe, a terminal, an open
+    file of /proc.
+    """
     return path.exists() and (not path.is_file() or path.parent.resolve().is_relative_to("/proc"))
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A new name in the same folder; of a long name only the beginning, since a name has at most 255 bytes."""
+    """A new name in the same folder; of a long name only the beginning, since a name has at most
+    255 bytes.
+    """
     return path.with_name(f"{path.name[:50]}.{secrets.token_hex(4)}.{suffix}")

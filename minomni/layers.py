@@ -1,4 +1,6 @@
-"""What every tower shares: norm, rotary turns, attention, the key/value cache, the gated MLP and the initialisation."""
+"""What every tower shares: norm, rotary turns, attention, the key/value cache, the gated MLP and
+the initialisation.
+"""
 
 from contextlib import nullcontext
 
@@ -8,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CACHE_STEP = 256  # a full cache grows by at least this many tokens
-# How a GPU attends. cuDNN's way is left out: it plans every new shape anew, for milliseconds, and shapes are new at
-# every token and in every batch.
+# How a GPU attends. cuDNN's way is left out: it plans every new shape anew, for milliseconds, and
+# shapes are new at every token and in every batch.
 WAYS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square, times a learned weight. [..., D] -> [..., D].
 
-    Normalised in fp32 and cast back before the weight is applied, as the release does (it matters in bf16).
+    Normalised in fp32 and cast back before the weight is applied, as the release does (it matters
+    in bf16).
     """
 
     def __init__(self, size: int, eps: float):
@@ -47,32 +50,46 @@ def frequencies(size: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), a and b being the halves of the last axis: a quarter turn of each pair x[j], x[j + half]."""
+    """(a, b) -> (-b, a), a and b being the halves of the last axis: a quarter turn of each pair
+    x[j], x[j + half].
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair of the last axis by its angle. x and what cos and sin broadcast to: [..., head_dim]."""
+    """Turn every pair of the last axis by its angle. x and what cos and sin broadcast to: [...,
+    head_dim].
+    """
     return x * cos + rotate_half(x) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """Attention, the fast way.
 
-    q [B, H, L, d]; k, v [B, H_kv, S, d], where H is a multiple of H_kv; mask bool, True = may be seen, broadcastable to
-    [B, H, L, S]; causal: query i sees keys 0 .. i (needs L = S and no mask). -> [B, H, L, d]
+    q [B, H, L, d]; k, v [B, H_kv, S, d], where H is a multiple of H_kv; mask bool, True = may be
+    seen, broadcastable to [B, H, L, S]; causal: query i sees keys 0 .. i (needs L = S and no mask).
+    -> [B, H, L, d]
     """
-    if q.is_cpu and torch.is_autocast_enabled("cpu"):  # a CPU takes its gradient 2.6 times as fast in fp32 as in bf16
+    if q.is_cpu and torch.is_autocast_enabled(
+        "cpu"
+    ):  # a CPU takes its gradient 2.6 times as fast in fp32 as in bf16
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, causal)
     with sdpa_kernel(WAYS) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
-def attend_slowly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
-                  causal: bool = False) -> tuple[Tensor, Tensor]:
-    """The same as attend(), spelled out. -> (output [B, H, L, d], weights [B, H, L, S] to draw pictures of)."""
+def attend_slowly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same as attend(), spelled out. -> (output [B, H, L, d], weights [B, H, L, S] to draw
+    pictures of).
+    """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [B, H, S, d]
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, H, L, S]
     if causal:
@@ -84,7 +101,9 @@ def attend_slowly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 
 class KVCache:
-    """Keys and values of the tokens a decoder has seen, [B, H_kv, length, d] per layer, in buffers that grow."""
+    """Keys and values of the tokens a decoder has seen, [B, H_kv, length, d] per layer, in buffers
+    that grow.
+    """
 
     def __init__(self, layers: int):
         self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
@@ -102,7 +121,9 @@ class KVCache:
             self.buffers[layer] = (k, v)
         elif end > self.buffers[layer][0].shape[2]:
             room = end - start + max(CACHE_STEP, end // 2)
-            self.buffers[layer] = tuple(F.pad(x[:, :, :start], (0, 0, 0, room)) for x in self.buffers[layer])
+            self.buffers[layer] = tuple(
+                F.pad(x[:, :, :start], (0, 0, 0, room)) for x in self.buffers[layer]
+            )
         keys, values = self.buffers[layer]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.lengths[layer] = end
@@ -114,11 +135,13 @@ class KVCache:
 
 
 def initialise(module: nn.Module, depth: int, embedding_std: float = 0.02) -> None:
-    """Start a module for training from scratch, in place; torch.manual_seed before building repeats it.
+    """Start a module for training from scratch, in place; torch.manual_seed before building repeats
+    it.
 
-    Linears and convolutions keep the variance of what goes through them (std 0.017 at width 3584, the usual 0.02);
-    whatever writes into the residual stream is scaled by 1/sqrt(2 depth), so that the stream's variance does not grow
-    with the number of layers (spec: GPT-2 paper sec. 2.3). Biases start at zero; norms keep their ones.
+    Linears and convolutions keep the variance of what goes through them (std 0.017 at width 3584,
+    the usual 0.02); whatever writes into the residual stream is scaled by 1/sqrt(2 depth), so that
+    the stream's variance does not grow with the number of layers (spec: GPT-2 paper sec. 2.3).
+    Biases start at zero; norms keep their ones.
     """
     writers = ("o_proj", "out_proj", "down_proj", "fc2", "attn.proj")
     for name, part in module.named_modules():

@@ -1,4 +1,6 @@
-"""The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages in, a reply out."""
+"""The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages
+in, a reply out.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,12 +54,20 @@ class Omni(nn.Module):
         return 0 if self.config.token2wav is None else self.config.token2wav.sample_rate
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """What a folder holds of the model: all tensors, but for a text head that is the embedding table."""
+        """What a folder holds of the model: all tensors, but for a text head that is the embedding
+        table.
+        """
         tied = self.config.thinker.tie_word_embeddings
-        return {name: tensor for name, tensor in self.state_dict().items() if not tied or name != TEXT_HEAD}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not tied or name != TEXT_HEAD
+        }
 
     def voice(self, name: str) -> Voice:
-        """A voice by name. Raises UserError naming the voices there are, and for one that does not fit the model."""
+        """A voice by name. Raises UserError naming the voices there are, and for one that does not
+        fit the model.
+        """
         if not isinstance(name, str):
             raise UserError(f"voice is {shown(name)}; expected the name of a voice")
         if name not in self.voices:
@@ -65,79 +75,124 @@ class Omni(nn.Module):
             raise UserError(f"unknown voice {shown(name)}; this model has {there}")
         voice, rows = self.voices[name], self.config.thinker.text.vocab_size
         if not isinstance(voice, Voice):
-            raise UserError(f"voices[{name!r}] is {shown(voice)}; expected a Voice, such as make_voice() makes")
+            raise UserError(
+                f"voices[{name!r}] is {shown(voice)}; expected a Voice, such as make_voice() makes"
+            )
         whole_number(voice.bos_token, f"bos_token of voice {name!r}", 0, rows - 1)
         if self.token2wav is not None:
             check_voice(voice, self.config.token2wav.dit)
         if not (voice.cond.isfinite().all() and voice.ref_mel.isfinite().all()):
-            raise UserError(f"voice {name!r} holds NaN or infinite numbers; make it again from its recording")
+            raise UserError(
+                f"voice {name!r} holds NaN or infinite numbers; make it again from its recording"
+            )
         return voice
 
     def speaker(self, voice: str | None, speech: bool) -> Voice | None:
-        """Who speaks, by default the first voice; None without speech. A name that is given is checked in any case.
+        """Who speaks, by default the first voice; None without speech. A name that is given is
+        checked in any case.
 
         Raises UserError.
         """
         if flag(speech, "speech") and (self.talker is None or self.token2wav is None):
-            raise UserError("this model has no voice: its folder holds the Thinker alone; give speech=False, or "
-                            "--no-speech, for an answer in text")
+            raise UserError(
+                "this model has no voice: its folder holds the Thinker alone; give speech=False, or "
+                "--no-speech, for an answer in text"
+            )
         chosen = None if voice is None else self.voice(voice)
         if not speech:
             return None
         if not self.voices and chosen is None:
-            raise UserError("this model has no voices, as its folder holds no spk_dict.pt; give speech=False, or "
-                            "--no-speech, for an answer in text")
+            raise UserError(
+                "this model has no voices, as its folder holds no spk_dict.pt; give speech=False, or "
+                "--no-speech, for an answer in text"
+            )
         return chosen or self.voice(next(iter(self.voices)))
 
-    def generate(self, inputs: Inputs, voice: str | list[str] | None, seed: int | list[int] = 0, **options) -> Spoken:
-        """Answer a batch of prompts in text and, unless voice is None, in speech; one seed gives one answer.
+    def generate(
+        self, inputs: Inputs, voice: str | list[str] | None, seed: int | list[int] = 0, **options
+    ) -> Spoken:
+        """Answer a batch of prompts in text and, unless voice is None, in speech; one seed gives
+        one answer.
 
-        voice and seed: one for all rows, or a list of one for each. options: as in respond(). A row draws what it draws
-        alone, so it gives the same answer in any batch. A row whose reply is only a stop id has no codes and a wave of
-        no samples. Raises UserError.
+        voice and seed: one for all rows, or a list of one for each. options: as in respond(). A row
+        draws what it draws alone, so it gives the same answer in any batch. A row whose reply is
+        only a stop id has no codes and a wave of no samples. Raises UserError.
         """
         if not isinstance(inputs, Inputs):
-            raise UserError(f"generate() was given {shown(inputs)}; expected what a Processor makes; respond() takes "
-                            f"messages")
+            raise UserError(
+                f"generate() was given {shown(inputs)}; expected what a Processor makes; respond() takes "
+                f"messages"
+            )
         rows = len(inputs.input_ids)
-        speakers = [None if name is None else self.speaker(name, speech=True) for name in each(voice, rows, "voice")]
+        speakers = [
+            None if name is None else self.speaker(name, speech=True)
+            for name in each(voice, rows, "voice")
+        ]
         if None in speakers and any(speakers):
-            raise UserError("some rows have a voice and some have none; give all of them a voice, or none")
+            raise UserError(
+                "some rows have a voice and some have none; give all of them a voice, or none"
+            )
         seeds = [seed_of(one) for one in each(seed, rows, "seed")]
         return self.answer(inputs, speakers, seeds, sampling_of(self.config, options))
 
     @torch.no_grad()
-    def answer(self, inputs: Inputs, speakers: list[Voice | None], seeds: list[int],
-               sampling: tuple[SamplingConfig, SamplingConfig]) -> Spoken:
+    def answer(
+        self,
+        inputs: Inputs,
+        speakers: list[Voice | None],
+        seeds: list[int],
+        sampling: tuple[SamplingConfig, SamplingConfig],
+    ) -> Spoken:
         """generate(), all arguments checked; speakers and seeds are those of each row."""
         config, reading = self.config, self.thinker.read(inputs, self.thinker.model.new_cache())
         bos_tokens = None if None in speakers else [speaker.bos_token for speaker in speakers]
         steps = {"text": [], "code": []}
         for kind, ids in think_and_talk(self, reading, bos_tokens, seeds, sampling):
             steps[kind].append(ids)
-        tokens = [row.tolist() for row in until_stop(steps["text"], len(speakers), [config.thinker.tokens.im_end],
-                                                     keep=True)]
+        tokens = [
+            row.tolist()
+            for row in until_stop(
+                steps["text"], len(speakers), [config.thinker.tokens.im_end], keep=True
+            )
+        ]
         if bos_tokens is None:
             return Spoken(tokens, [], [])
-        codes = until_stop(steps["code"], len(tokens), [config.talker.codec_pad, config.talker.codec_eos])
-        waves = [check_wave(self.token2wav(row[None], speaker, config.flow, seeded(seed))) if len(row)
-                 else torch.zeros(0) for row, speaker, seed in zip(codes, speakers, seeds)]
+        codes = until_stop(
+            steps["code"], len(tokens), [config.talker.codec_pad, config.talker.codec_eos]
+        )
+        waves = [
+            check_wave(self.token2wav(row[None], speaker, config.flow, seeded(seed)))
+            if len(row)
+            else torch.zeros(0)
+            for row, speaker, seed in zip(codes, speakers, seeds)
+        ]
         return Spoken(tokens, codes, waves)
 
-    def stream(self, messages: list[dict], voice: str | None = None, speech: bool = True,
-               use_audio_in_video: bool = False, seed: int = 0, schedule: Schedule | str | None = "eager",
-               flow: FlowConfig | None = None, **options) -> Iterator[TextPiece | SoundPiece | End]:
-        """Answer a conversation as respond() does, in pieces and while it is still being thought: text and sound in
-        order of readiness, at last End with the reply.
+    def stream(
+        self,
+        messages: list[dict],
+        voice: str | None = None,
+        speech: bool = True,
+        use_audio_in_video: bool = False,
+        seed: int = 0,
+        schedule: Schedule | str | None = "eager",
+        flow: FlowConfig | None = None,
+        **options,
+    ) -> Iterator[TextPiece | SoundPiece | End]:
+        """Answer a conversation as respond() does, in pieces and while it is still being thought:
+        text and sound in order of readiness, at last End with the reply.
 
-        schedule: how the sound is cut, "eager" to begin as soon as can be; None makes it at the end, in one go. flow:
-        how the DiT's equation is solved, by default as the model's configuration says, but by Euler's steps where the
-        sound is cut. options: as in respond(). Text and codes are respond()'s. Closing the iterator, or letting go of
-        it, ends all work and frees the memory. Raises UserError before the first piece.
+        schedule: how the sound is cut, "eager" to begin as soon as can be; None makes it at the
+        end, in one go. flow: how the DiT's equation is solved, by default as the model's
+        configuration says, but by Euler's steps where the sound is cut. options: as in respond().
+        Text and codes are respond()'s. Closing the iterator, or letting go of it, ends all work and
+        frees the memory. Raises UserError before the first piece.
         """
         trace = Trace()
         if is_batch(messages):
-            raise UserError("stream() answers one conversation, a list of messages; respond() takes several")
+            raise UserError(
+                "stream() answers one conversation, a list of messages; respond() takes several"
+            )
         sampling, seed = sampling_of(self.config, options), seed_of(seed)
         check_schedule(schedule)
         check_flow(flow)
@@ -147,37 +202,57 @@ class Omni(nn.Module):
             reading = self.thinker.read(inputs, self.thinker.model.new_cache(), trace.note)
         return converse(self, reading, speaker, schedule, flow, seed, trace, [], sampling)
 
-    def respond(self, messages: list[dict] | list[list[dict]], voice: str | list[str] | None = None,
-                speech: bool = True, use_audio_in_video: bool = False, seed: int | list[int] = 0,
-                **options) -> Reply | Replies:
-        """Answer a conversation of message dictionaries, the ones Qwen's and transformers' users write.
+    def respond(
+        self,
+        messages: list[dict] | list[list[dict]],
+        voice: str | list[str] | None = None,
+        speech: bool = True,
+        use_audio_in_video: bool = False,
+        seed: int | list[int] = 0,
+        **options,
+    ) -> Reply | Replies:
+        """Answer a conversation of message dictionaries, the ones Qwen's and transformers' users
+        write.
 
-        A list of conversations gives a list of replies, each as the conversation alone would get it; voice and seed may
-        then be lists of one for each.
+        A list of conversations gives a list of replies, each as the conversation alone would get
+        it; voice and seed may then be lists of one for each.
 
-        voice: a name in self.voices, the first one by default; speech=False answers in text alone. A conversation
-        without a system message gets the one that this size was trained with. Same seed, same answer.
-        options: max_new_tokens, temperature, top_p, top_k, repetition_penalty and do_sample for the Thinker, and the
-        same with talker_ in front for the Talker; see answer_options.py.
-        Raises UserError for what cannot be read, does not fit the context, names no voice, or is nothing but silence.
+        voice: a name in self.voices, the first one by default; speech=False answers in text alone.
+        A conversation without a system message gets the one that this size was trained with. Same
+        seed, same answer. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty
+        and do_sample for the Thinker, and the same with talker_ in front for the Talker; see
+        answer_options.py. Raises UserError for what cannot be read, does not fit the context, names
+        no voice, or is nothing but silence.
         """
         sampling_of(self.config, options)  # names what is no option
         if is_batch(messages):
             return self.respond_to_all(messages, voice, speech, use_audio_in_video, seed, options)
-        *_, end = self.stream(messages, voice, speech, use_audio_in_video, seed, schedule=None, **options)
+        *_, end = self.stream(
+            messages, voice, speech, use_audio_in_video, seed, schedule=None, **options
+        )
         return end.reply
 
-    def respond_to_all(self, conversations: list[list[dict]], voice, speech: bool, use_audio_in_video: bool, seed,
-                       options: dict) -> Replies:
-        """respond() for several conversations, as one batch. A reply's total_s is the time of the whole batch.
+    def respond_to_all(
+        self,
+        conversations: list[list[dict]],
+        voice,
+        speech: bool,
+        use_audio_in_video: bool,
+        seed,
+        options: dict,
+    ) -> Replies:
+        """respond() for several conversations, as one batch. A reply's total_s is the time of the
+        whole batch.
 
-        Padding to the longest prompt takes room that a shorter one has when it is alone. Where an answer might need
-        that room, the conversations are answered one by one.
+        Padding to the longest prompt takes room that a shorter one has when it is alone. Where an
+        answer might need that room, the conversations are answered one by one.
         """
         trace, count, sampling = Trace(), len(conversations), sampling_of(self.config, options)
         seeds = [seed_of(one) for one in each(seed, count, "seed")]
         speakers, rows = [], []
-        for number, (messages, name) in enumerate(zip(conversations, each(voice, count, "voice")), 1):
+        for number, (messages, name) in enumerate(
+            zip(conversations, each(voice, count, "voice")), 1
+        ):
             try:
                 speaker, row = self.prepare(messages, name, speech, use_audio_in_video)
             except UserError as error:
@@ -185,33 +260,59 @@ class Omni(nn.Module):
             speakers.append(speaker)
             rows.append(row)
         trace.note("input")
-        if not self.have_room([row.input_ids.shape[1] for row in rows], sampling, speakers[0] is not None):
-            spoken = [self.answer(*one, sampling) for one in zip(rows, [[s] for s in speakers], [[s] for s in seeds])]
-            tokens, codes, waves = ([one for row in spoken for one in getattr(row, name)]
-                                    for name in ("tokens", "codes", "waves"))
+        if not self.have_room(
+            [row.input_ids.shape[1] for row in rows], sampling, speakers[0] is not None
+        ):
+            spoken = [
+                self.answer(*one, sampling)
+                for one in zip(rows, [[s] for s in speakers], [[s] for s in seeds])
+            ]
+            tokens, codes, waves = (
+                [one for row in spoken for one in getattr(row, name)]
+                for name in ("tokens", "codes", "waves")
+            )
         else:
-            batch = self.answer(join(rows, self.config.thinker.tokens.endoftext), speakers, seeds, sampling)
+            batch = self.answer(
+                join(rows, self.config.thinker.tokens.endoftext), speakers, seeds, sampling
+            )
             tokens, codes, waves = batch.tokens, batch.codes, batch.waves
         total_s, silence = trace.note("end"), [torch.zeros(0)] * count
         texts = [self.tokenizer.decode(row, skip_special=True) for row in tokens]
         no_codes = [torch.zeros(0, dtype=torch.long)] * count
-        return Replies(Reply(text, wave.cpu(), self.sample_rate, ids.cpu(), total_s, trace)
-                       for text, wave, ids in zip(texts, waves or silence, codes or no_codes))
+        return Replies(
+            Reply(text, wave.cpu(), self.sample_rate, ids.cpu(), total_s, trace)
+            for text, wave, ids in zip(texts, waves or silence, codes or no_codes)
+        )
 
-    def have_room(self, lengths: list[int], sampling: tuple[SamplingConfig, SamplingConfig], speech: bool) -> bool:
-        """Whether prompts of these lengths, padded to the longest, leave each answer all tokens that it may have."""
+    def have_room(
+        self, lengths: list[int], sampling: tuple[SamplingConfig, SamplingConfig], speech: bool
+    ) -> bool:
+        """Whether prompts of these lengths, padded to the longest, leave each answer all tokens
+        that it may have.
+        """
         thinker, talker = sampling
-        room = max(lengths) + thinker.max_new_tokens <= self.config.thinker.text.max_position_embeddings
+        room = (
+            max(lengths) + thinker.max_new_tokens
+            <= self.config.thinker.text.max_position_embeddings
+        )
         if speech:
-            room &= max(lengths) + 2 + talker.max_new_tokens <= self.config.talker.decoder.max_position_embeddings
+            room &= (
+                max(lengths) + 2 + talker.max_new_tokens
+                <= self.config.talker.decoder.max_position_embeddings
+            )
         return room or len(set(lengths)) == 1
 
-    def listen(self, voice: str | None = None, speech: bool = True, system: str | None = None) -> Session:
-        """Begin a conversation that is read while it is being said and shown; see listen.py. Raises UserError."""
+    def listen(
+        self, voice: str | None = None, speech: bool = True, system: str | None = None
+    ) -> Session:
+        """Begin a conversation that is read while it is being said and shown; see listen.py. Raises
+        UserError.
+        """
         return Session(self, voice, speech, system)
 
-    def prepare(self, messages: list[dict], voice: str | None, speech: bool,
-                use_audio_in_video: bool) -> tuple[Voice | None, Inputs]:
+    def prepare(
+        self, messages: list[dict], voice: str | None, speech: bool, use_audio_in_video: bool
+    ) -> tuple[Voice | None, Inputs]:
         """Who speaks, None without speech, and what the Thinker is to read. Raises UserError."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; load() a folder that holds one")
@@ -227,40 +328,66 @@ class Omni(nn.Module):
         return speaker, inputs
 
     def refuse_silence(self, inputs: Inputs) -> None:
-        """Raise UserError where the last message is nothing but sound, and the sound nothing but silence.
+        """Raise UserError where the last message is nothing but sound, and the sound nothing but
+        silence.
 
-        The same rule holds in Turn.finish(): a model that is trained to write down speech would make some up.
+        The same rule holds in Turn.finish(): a model that is trained to write down speech would
+        make some up.
         """
         tokens, ids = self.config.thinker.tokens, inputs.input_ids[0].tolist()
         starts = [i for i, token in enumerate(ids) if token == tokens.im_start]
-        turn = ids[starts[-2] : starts[-1]] if len(starts) > 1 else []  # the last im_start begins the answer
+        turn = (
+            ids[starts[-2] : starts[-1]] if len(starts) > 1 else []
+        )  # the last im_start begins the answer
         sounds = turn.count(tokens.audio_bos)
         words = self.tokenizer.decode(turn, skip_special=True).split()
-        if words == ["user"] and sounds and tokens.vision_bos not in turn and max(inputs.peaks[-sounds:]) < SILENCE:
+        if (
+            words == ["user"]
+            and sounds
+            and tokens.vision_bos not in turn
+            and max(inputs.peaks[-sounds:]) < SILENCE
+        ):
             raise UserError(ONLY_SILENCE)
 
 
 def is_batch(messages) -> bool:
-    """Whether these are several conversations. Raises UserError for a mixture of conversations and messages."""
-    if not isinstance(messages, (list, tuple)) or not any(isinstance(one, (list, tuple)) for one in messages):
+    """Whether these are several conversations. Raises UserError for a mixture of conversations and
+    messages.
+    """
+    if not isinstance(messages, (list, tuple)) or not any(
+        isinstance(one, (list, tuple)) for one in messages
+    ):
         return False
     if not all(isinstance(one, (list, tuple)) for one in messages):
-        raise UserError("some of the messages are lists and some are not; give one list of message dictionaries, or a "
-                        "list of such lists")
+        raise UserError(
+            "some of the messages are lists and some are not; give one list of message dictionaries, or a "
+            "list of such lists"
+        )
     return True
 
 
 def each(value, rows: int, name: str) -> list:
-    """A list with an entry for each row, or one value for all of them -> the list. Raises UserError."""
+    """A list with an entry for each row, or one value for all of them -> the list. Raises
+    UserError.
+    """
     if not isinstance(value, (list, tuple)):
         return [value] * rows
     if len(value) != rows:
-        raise UserError(f"{name} has {len(value)} entries for {rows} conversations; give one for each, or one for all")
+        raise UserError(
+            f"{name} has {len(value)} entries for {rows} conversations; give one for each, or one for all"
+        )
     return list(value)
 
 
-def until_stop(steps: list[Tensor], rows: int, stops: list[int], keep: bool = False) -> list[Tensor]:
-    """Ids of a batch step by step, each [B] -> per row those before the first stop id, or with it, [n]."""
+def until_stop(
+    steps: list[Tensor], rows: int, stops: list[int], keep: bool = False
+) -> list[Tensor]:
+    """Ids of a batch step by step, each [B] -> per row those before the first stop id, or with it,
+    [n].
+    """
     table = torch.stack(steps, dim=1) if steps else torch.zeros(rows, 0, dtype=torch.long)  # [B, n]
     ends = torch.isin(table, torch.tensor(stops, device=table.device))
-    return [row[:int(end.long().argmax()) + keep if end.any() else len(row)] for row, end in zip(table, ends)]
+    return [
+        row[: int(end.long().argmax()) + keep if end.any() else len(row)]
+        for row, end in zip(table, ends)
+    ]

@@ -7,12 +7,14 @@ import anywidget
 from IPython.display import Audio, display
 from torch import Tensor
 
-from .reply import End, SoundPiece, TextPiece
-from .viz import somebody_is_there
+from minomni.reply import End, SoundPiece, TextPiece
+from minomni.viz import somebody_is_there
 
 
 class Player(anywidget.AnyWidget):
-    """Plays each piece of sound right behind the one before, or at once if that has been played already."""
+    """Plays each piece of sound right behind the one before, or at once if that has been played
+    already.
+    """
 
     _esm = Path(__file__).with_name("player.js")
 
@@ -26,7 +28,8 @@ class Player(anywidget.AnyWidget):
 
 
 def heard(pieces: Iterable[TextPiece | SoundPiece | End]) -> Iterator[TextPiece | SoundPiece | End]:
-    """The pieces of a reply once more, each of them heard as it passes by where somebody is there to hear it.
+    """The pieces of a reply once more, each of them heard as it passes by where somebody is there
+    to hear it.
 
     At the end comes an ordinary player with the whole, which also works on a page that nobody runs.
     """

@@ -1,4 +1,6 @@
-"""Files that transformers' AutoTokenizer and AutoProcessor read, and this project does not: it has its own processor."""
+"""Files that transformers' AutoTokenizer and AutoProcessor read, and this project does not: it has
+its own processor.
+"""
 
 from pathlib import Path
 
@@ -11,9 +13,15 @@ from minomni.inputs.tokenizer import Tokenizer
 
 LISTENED_SECONDS = 300  # sounds are padded to this length, and longer ones cut
 # Names under which transformers' processor looks for special tokens.
-PROCESSOR_TOKENS = {"image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-                    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-                    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+PROCESSOR_TOKENS = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
 # inputs/prompt.py's render() in Jinja.
 CHAT_TEMPLATE = """\
 {%- set count = namespace(picture=0, audio=0, video=0) -%}
@@ -54,15 +62,23 @@ def processor_settings(config: OmniConfig) -> dict:
     return {
         "processor_class": "Qwen2_5OmniProcessor",
         "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
         "image_mean": [round(x, 8) for x in CHANNEL_MEAN.tolist()],
         "image_std": [round(x, 8) for x in CHANNEL_STD.tolist()],
         "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": config.thinker.audio.num_mel_bins, "sampling_rate": LISTENING_RATE,
-        "n_fft": LOG_FFT, "hop_length": HOP, "chunk_length": LISTENED_SECONDS,
-        "n_samples": LISTENED_SECONDS * LISTENING_RATE, "nb_max_frames": LISTENED_SECONDS * LISTENING_RATE // HOP,
-        "padding_side": "right", "padding_value": 0.0, "dither": 0.0, "return_attention_mask": True,
+        "feature_size": config.thinker.audio.num_mel_bins,
+        "sampling_rate": LISTENING_RATE,
+        "n_fft": LOG_FFT,
+        "hop_length": HOP,
+        "chunk_length": LISTENED_SECONDS,
+        "n_samples": LISTENED_SECONDS * LISTENING_RATE,
+        "nb_max_frames": LISTENED_SECONDS * LISTENING_RATE // HOP,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "dither": 0.0,
+        "return_attention_mask": True,
     }
 
 
@@ -74,19 +90,41 @@ def generation_ids(config: OmniConfig) -> dict:
 
 def write_tokenizer_config(tokenizer: Tokenizer, config: OmniConfig, folder: Path) -> None:
     """Write tokenizer_config.json, beside the vocab.json and merges.txt of Tokenizer.save()."""
-    about = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-    write_json(Path(folder) / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2_5OmniProcessor",
-        "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
-        "model_max_length": config.thinker.text.max_position_embeddings,
-        "add_prefix_space": False, "clean_up_tokenization_spaces": False, "split_special_tokens": False,
-        "errors": "replace",
-        "extra_special_tokens": {key: token for key, token in PROCESSOR_TOKENS.items()
-                                 if token in tokenizer.special_tokens},
-        "added_tokens_decoder": {str(i): {"content": token, **about}
-                                 for token, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])},
-    })
+    about = {
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
+    write_json(
+        Path(folder) / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "processor_class": "Qwen2_5OmniProcessor",
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": None,
+            "model_max_length": config.thinker.text.max_position_embeddings,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": False,
+            "errors": "replace",
+            "extra_special_tokens": {
+                key: token
+                for key, token in PROCESSOR_TOKENS.items()
+                if token in tokenizer.special_tokens
+            },
+            "added_tokens_decoder": {
+                str(i): {"content": token, **about}
+                for token, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+            },
+        },
+    )
 
 
 def write_chat_template(folder: Path) -> None:
-    write_atomically(Path(folder) / "chat_template.jinja", lambda f: f.write(CHAT_TEMPLATE.encode()))
+    write_atomically(
+        Path(folder) / "chat_template.jinja", lambda f: f.write(CHAT_TEMPLATE.encode())
+    )

@@ -1,4 +1,6 @@
-"""What comes out of a model: a reply, the pieces in which it arrives, and when each of them was there."""
+"""What comes out of a model: a reply, the pieces in which it arrives, and when each of them was
+there.
+"""
 
 import time
 from collections import defaultdict
@@ -11,16 +13,22 @@ from torch import Tensor
 from minomni.errors import UserError
 from minomni.files import write_atomically
 
-SOUND_FILES = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
-               ".mp3": ("MP3", "MPEG_LAYER_III")}  # as soundfile names them: format and subtype
-BLOCK = 65_536  # samples that are encoded at once: some versions of libsndfile crash on much longer blocks of Vorbis
+SOUND_FILES = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+}  # as soundfile names them: format and subtype
+# samples that are encoded at once: some versions of libsndfile crash on much longer blocks of
+# Vorbis
+BLOCK = 65_536
 
 
 class Trace:
     """When things were handed on, in seconds since the question.
 
-    times: for each of input, encode, prefill, text, code, mel and sound, when its first piece was there, when the
-    second, and so on. A stage that had nothing to do is missing.
+    times: for each of input, encode, prefill, text, code, mel and sound, when its first piece was
+    there, when the second, and so on. A stage that had nothing to do is missing.
     """
 
     def __init__(self):
@@ -66,10 +74,11 @@ class Reply:
         return len(self.wave) / self.sample_rate if len(self.wave) else 0.0
 
     def save(self, path: str | Path) -> None:
-        """Write the speech into a file, whole or not at all; the name says which kind: wav, flac, ogg or mp3.
+        """Write the speech into a file, whole or not at all; the name says which kind: wav, flac,
+        ogg or mp3.
 
-        A reply whose answer is empty is a file of no samples. Raises UserError for another name, for a model that
-        answers in text alone, and where the file cannot be written.
+        A reply whose answer is empty is a file of no samples. Raises UserError for another name,
+        for a model that answers in text alone, and where the file cannot be written.
         """
         import soundfile
 
@@ -87,12 +96,18 @@ class Reply:
 
         from IPython.display import Audio
 
-        player = Audio(self.wave.cpu().numpy(), rate=self.sample_rate)._repr_html_() if len(self.wave) else ""
+        player = (
+            Audio(self.wave.cpu().numpy(), rate=self.sample_rate)._repr_html_()
+            if len(self.wave)
+            else ""
+        )
         return f"<p>{escape(self.text)}</p>{player}"
 
 
 class Replies(list):
-    """The replies to several conversations, in their order. In a notebook they show one below the other."""
+    """The replies to several conversations, in their order. In a notebook they show one below the
+    other.
+    """
 
     @property
     def text(self) -> list[str]:
@@ -115,11 +130,15 @@ def sound_file(path: str | Path) -> tuple[str, str]:
         return SOUND_FILES[path.suffix.lower()]
     if is_device(path):
         return SOUND_FILES[".wav"]
-    raise UserError(f"{path}: speech is written as {', '.join(SOUND_FILES)}; give a name that ends so")
+    raise UserError(
+        f"{path}: speech is written as {', '.join(SOUND_FILES)}; give a name that ends so"
+    )
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path names a device, a pipe, or a file of /dev or /proc, such as /dev/stdout that leads to a file."""
+    """Whether a path names a device, a pipe, or a file of /dev or /proc, such as /dev/stdout that
+    leads to a file.
+    """
     try:
         of_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))
         return path.exists() and not path.is_dir() and (of_the_system or not path.is_file())
@@ -152,7 +171,8 @@ class End:
 
 
 def waiting(pieces: list[SoundPiece]) -> float:
-    """Seconds that a player has to wait before it starts, counted from the first piece, lest it run dry later.
+    """Seconds that a player has to wait before it starts, counted from the first piece, lest it run
+    dry later.
 
     0 means that it may start at once. Piece k is needed when all before it has been played.
     """

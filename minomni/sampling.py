@@ -1,4 +1,6 @@
-"""From logits to the next id: repetition penalty, suppression, temperature, top-k, top-p, in the release's order."""
+"""From logits to the next id: repetition penalty, suppression, temperature, top-k, top-p, in the
+release's order.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +14,9 @@ NEVER = float("-inf")
 
 
 def penalise(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Make ids that a row has had less likely: positive logits are divided by the penalty, negative ones multiplied."""
+    """Make ids that a row has had less likely: positive logits are divided by the penalty, negative
+    ones multiplied.
+    """
     return torch.where(history, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -25,38 +29,57 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the fewest most likely ids whose probabilities reach p, at least one.
 
-    Sorted and summed from the least likely on, as transformers does it: rounding and ties then fall alike.
+    Sorted and summed from the least likely on, as transformers does it: rounding and ties then fall
+    alike.
     """
     ascending, order = logits.sort(dim=-1)
     drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
     drop[:, -1] = False
-    return logits.masked_fill(drop.scatter(1, order, drop), NEVER)  # back from sorted order to id order
+    return logits.masked_fill(
+        drop.scatter(1, order, drop), NEVER
+    )  # back from sorted order to id order
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise UserError where a row of logits [B, V] is not finite or of one value throughout: the weights are broken."""
-    spreads = (logits.amax(-1) - logits.amin(-1)).tolist()  # [B], NaN where a row holds one; aminmax() is much slower
+    """Raise UserError where a row of logits [B, V] is not finite or of one value throughout: the
+    weights are broken.
+    """
+    spreads = (
+        logits.amax(-1) - logits.amin(-1)
+    ).tolist()  # [B], NaN where a row holds one; aminmax() is much slower
     if not all(0 < spread < float("inf") for spread in spreads):
         what = "only one number" if 0 in spreads else "NaN or infinite numbers"
-        raise UserError(f"the model's weights give {what} instead of scores for the next token; its files are damaged, "
-                        f"or its half precision overflows: copy them again, or load with dtype=torch.float32")
+        raise UserError(
+            f"the model's weights give {what} instead of scores for the next token; its files are damaged, "
+            f"or its half precision overflows: copy them again, or load with dtype=torch.float32"
+        )
 
 
-def draw(probabilities: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """One id of each row by its probabilities [B, V] -> [B]; with a list, row i draws from generator i."""
+def draw(
+    probabilities: Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> Tensor:
+    """One id of each row by its probabilities [B, V] -> [B]; with a list, row i draws from
+    generator i.
+    """
     if not isinstance(generator, list):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     rows = zip(probabilities.split(1), generator, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=own)[:, 0] for row, own in rows])
 
 
-def sample(logits: Tensor, history: Tensor | None, sampling: SamplingConfig, suppress: Sequence[int] | Tensor = (),
-           generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    history: Tensor | None,
+    sampling: SamplingConfig,
+    suppress: Sequence[int] | Tensor = (),
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
     """Choose the next id of every row. logits [B, V] -> ids [B] long.
 
-    history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty); suppress: ids never chosen;
-    temperature 0 takes the largest logit. The generator lives on the logits' device; with one for each row, a row draws
-    the same whatever else is in its batch. Raises UserError for logits that are not finite.
+    history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty);
+    suppress: ids never chosen; temperature 0 takes the largest logit. The generator lives on the
+    logits' device; with one for each row, a row draws the same whatever else is in its batch.
+    Raises UserError for logits that are not finite.
     """
     logits = logits.float()
     check_finite(logits)

@@ -15,46 +15,87 @@ from minomni.errors import UserError, shorten
 from minomni.files import beside
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
-from minomni.processor_files import generation_ids, processor_settings, write_chat_template, write_tokenizer_config
+from minomni.processor_files import (
+    generation_ids,
+    processor_settings,
+    write_chat_template,
+    write_tokenizer_config,
+)
 
 INDEX, WHOLE, VOICES = "model.safetensors.index.json", "model.safetensors", "spk_dict.pt"
 SHARD_BYTES = 5_000_000_000
-# transformers 4.x stores these numbers although they follow from the sizes, and calls them missing where they are not.
+# transformers 4.x stores these numbers although they follow from the sizes, and calls them missing
+# where they are not.
 DIT_ANGLES = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
-# Files about the tokenizer and the prompt. They are written, or kept from the loaded folder, all together.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-                   "added_tokens.json", "chat_template.json", "chat_template.jinja")
+# Files about the tokenizer and the prompt. They are written, or kept from the loaded folder, all
+# together.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 HISTORY = "trained.json"  # how a model came to be; train/ writes it
 # What a saved model consists of, beside the shards that its index names. Anything else is foreign.
-MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", INDEX, WHOLE,
-               "model-?????-of-?????.safetensors", VOICES, HISTORY, *TOKENIZER_FILES)
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    INDEX,
+    WHOLE,
+    "model-?????-of-?????.safetensors",
+    VOICES,
+    HISTORY,
+    *TOKENIZER_FILES,
+)
 CODEC_FILES = {"config.json", WHOLE}
 # Never copied into another folder: other copies of the weights.
-OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.incomplete")
+OTHER_WEIGHTS = (
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+    "*.incomplete",
+)
 
 
 def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model, its voices and its tokenizer as a checkpoint folder that load() and transformers read.
+    """Write a model, its voices and its tokenizer as a checkpoint folder that load() and
+    transformers read.
 
-    Tensors keep their precision; files of Thinker, Talker and Token2Wav hold at most shard_bytes each. The codec goes
-    into the subfolder codec/, as other programs do not know it. What else the folder held that the model was loaded
-    from (README, license, tokenizer.json, pictures) is kept.
+    Tensors keep their precision; files of Thinker, Talker and Token2Wav hold at most shard_bytes
+    each. The codec goes into the subfolder codec/, as other programs do not know it. What else the
+    folder held that the model was loaded from (README, license, tokenizer.json, pictures) is kept.
 
-    The folder is written beside the target and renamed at the end. An existing model folder is replaced, a link to one
-    is followed. Raises UserError, with the target as it was, where that is a file, a device or a folder that holds
-    anything but a model, and where writing fails.
+    The folder is written beside the target and renamed at the end. An existing model folder is
+    replaced, a link to one is followed. Raises UserError, with the target as it was, where that is
+    a file, a device or a folder that holds anything but a model, and where writing fails.
     """
     if not isinstance(omni, Omni):
-        raise UserError(f"save() was given a {type(omni).__name__} as the model; expected what load() gives")
+        raise UserError(
+            f"save() was given a {type(omni).__name__} as the model; expected what load() gives"
+        )
     if not isinstance(folder, (str, Path)) or not str(folder):
-        raise UserError(f"save() was given {shorten(repr(folder), 60)} as the folder; expected a path")
+        raise UserError(
+            f"save() was given {shorten(repr(folder), 60)} as the folder; expected a path"
+        )
     target = Path(folder)
     try:
         folder = Path(os.path.realpath(target))
         check_target(target, folder, omni.loaded_from)
         if omni.talker is None and folder.is_dir() and holds_speech(folder):
-            raise UserError(f"{target}: holds a model that speaks, and the one to save answers in text alone; choose "
-                            f"another folder")
+            raise UserError(
+                f"{target}: holds a model that speaks, and the one to save answers in text alone; choose "
+                f"another folder"
+            )
         fresh, old = beside(folder, "part"), beside(folder, "old")
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL in it
         if isinstance(error, UserError):
@@ -67,7 +108,11 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # torch.save raises RuntimeError for a full disk
         raise unwritable(target, error) from error
     finally:
         if old.exists() and not folder.exists():  # the second rename failed
@@ -82,13 +127,19 @@ def unwritable(target: Path, error: Exception) -> UserError:
 
 
 def check_target(target: Path, folder: Path, loaded_from: Path | None) -> None:
-    """Raise UserError unless a model may be written as `folder`, to which the given path `target` leads."""
+    """Raise UserError unless a model may be written as `folder`, to which the given path `target`
+    leads.
+    """
     if not folder.exists():
         if target.is_symlink():
-            raise UserError(f"{target}: is a link to {folder}, which does not exist; remove the link or make the folder")
+            raise UserError(
+                f"{target}: is a link to {folder}, which does not exist; remove the link or make the folder"
+            )
         parent = next(parent for parent in folder.parents if parent.exists())
         if not parent.is_dir():
-            raise UserError(f"{target}: {parent} is a file, so no folder can be made in it; choose another folder")
+            raise UserError(
+                f"{target}: {parent} is a file, so no folder can be made in it; choose another folder"
+            )
         return
     if not folder.is_dir():
         kind = "a file" if folder.is_file() else "a device or a pipe"
@@ -100,18 +151,25 @@ def check_target(target: Path, folder: Path, loaded_from: Path | None) -> None:
     known = {file.name for file in copied_files(loaded_from)}
     for entry in sorted(folder.iterdir()):
         if entry.name not in known and not is_model_file(entry):
-            raise UserError(f"{target}: holds {entry.name!r}, which saving would delete; choose another folder")
+            raise UserError(
+                f"{target}: holds {entry.name!r}, which saving would delete; choose another folder"
+            )
 
 
 def is_model_file(entry: Path) -> bool:
     """Whether a file of a model folder, or its codec folder, belongs to the model."""
     if entry.name == CODEC_FOLDER:
         return entry.is_dir() and {file.name for file in entry.iterdir()} <= CODEC_FILES
-    return any(entry.match(pattern) for pattern in MODEL_FILES) or entry.name in indexed_tensors(entry.parent).values()
+    return (
+        any(entry.match(pattern) for pattern in MODEL_FILES)
+        or entry.name in indexed_tensors(entry.parent).values()
+    )
 
 
 def indexed_tensors(folder: Path) -> dict[str, str]:
-    """What the folder's own index says: {tensor: shard}. Nothing where there is none, or a broken one."""
+    """What the folder's own index says: {tensor: shard}. Nothing where there is none, or a broken
+    one.
+    """
     try:
         index = read_json(folder / INDEX, optional=True).get("weight_map", {})
     except UserError:
@@ -158,22 +216,40 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
     if config.codec is not None:
         write_file(codec, folder / CODEC_FOLDER / WHOLE)
     if omni.voices:
-        torch.save({name: {"bos_token": voice.bos_token, "cond": voice.cond.cpu(), "ref_mel": voice.ref_mel.cpu()}
-                    for name, voice in omni.voices.items()}, folder / VOICES)
+        torch.save(
+            {
+                name: {
+                    "bos_token": voice.bos_token,
+                    "cond": voice.cond.cpu(),
+                    "ref_mel": voice.ref_mel.cpu(),
+                }
+                for name, voice in omni.voices.items()
+            },
+            folder / VOICES,
+        )
     if omni.tokenizer is not None:
         write_tokenizer(omni.tokenizer, config, folder, source)
 
 
 def add_settings(file: Path, defaults: dict, source: Path | None) -> None:
-    """Add to a JSON file what else belongs there: keys of the same file in the loaded folder, or else the defaults."""
+    """Add to a JSON file what else belongs there: keys of the same file in the loaded folder, or
+    else the defaults.
+    """
     theirs = {} if source is None else read_json(source / file.name, optional=True)
     write_json(file, defaults | theirs | read_json(file))
 
 
-def write_tokenizer(tokenizer: Tokenizer, config: OmniConfig, folder: Path, source: Path | None) -> None:
-    """Keep the loaded folder's tokenizer files, if transformers can do with them and they are this tokenizer's, or else
-    write our own."""
-    if source is not None and (source / "tokenizer_config.json").is_file() and is_tokenizer_of(source, tokenizer):
+def write_tokenizer(
+    tokenizer: Tokenizer, config: OmniConfig, folder: Path, source: Path | None
+) -> None:
+    """Keep the loaded folder's tokenizer files, if transformers can do with them and they are this
+    tokenizer's, or else write our own.
+    """
+    if (
+        source is not None
+        and (source / "tokenizer_config.json").is_file()
+        and is_tokenizer_of(source, tokenizer)
+    ):
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy2(source / name, folder / name)
@@ -197,7 +273,9 @@ def dit_angles(dit: DiTConfig) -> Tensor:
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors in order into files of at most shard_bytes (a larger one gets its own), with an index if many."""
+    """Write tensors in order into files of at most shard_bytes (a larger one gets its own), with an
+    index if many.
+    """
     shards, room = [{}], shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
@@ -206,36 +284,58 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
         shards[-1][name] = tensor
         room -= tensor.nbytes
     count = len(shards)
-    files = [WHOLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    files = (
+        [WHOLE]
+        if count == 1
+        else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    )
     for file, shard in zip(files, shards):
         write_file(shard, folder / file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
+        }
         write_json(folder / INDEX, index)
 
 
 def write_file(tensors: dict[str, Tensor], file: Path) -> None:
     """One safetensors file beside its config.json, on the disk when this returns."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
-    shutil.copymode(file.with_name("config.json"), file)  # safetensors makes files that only their owner may read
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        file,
+        {"format": "pt"},
+    )
+    shutil.copymode(
+        file.with_name("config.json"), file
+    )  # safetensors makes files that only their owner may read
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
 
 
-# -------------------------------------------------------------------------------------------------------- foreign files
+# --------------------------------------------------------------------------------------------------------
+# foreign files
 def copied_files(source: Path | None) -> list[Path]:
-    """The files of a loaded folder that go along into another folder: those at its top that are not weights or ours."""
+    """The files of a loaded folder that go along into another folder: those at its top that are not
+    weights or ours.
+    """
     if source is None or not source.is_dir():
         return []
-    return [file for file in sorted(source.iterdir())
-            if file.is_file() and not file.name.startswith(".") and not is_model_file(file)
-            and not any(file.match(pattern) for pattern in OTHER_WEIGHTS)]
+    return [
+        file
+        for file in sorted(source.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and not is_model_file(file)
+        and not any(file.match(pattern) for pattern in OTHER_WEIGHTS)
+    ]
 
 
 def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
-    """Put into the fresh folder what is not ours: all that the folder holds which it replaces, with its subfolders, and
-    files of the loaded one. Where both have a file, the replaced folder's stays."""
+    """Put into the fresh folder what is not ours: all that the folder holds which it replaces, with
+    its subfolders, and files of the loaded one. Where both have a file, the replaced folder's
+    stays.
+    """
     if folder.is_dir():
         for entry in folder.iterdir():
             if entry.name == CODEC_FOLDER and entry.is_dir() and (fresh / CODEC_FOLDER).is_dir():
@@ -252,8 +352,9 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
 
 
 def link(entry: str | Path, to: str | Path) -> None:
-    """A file, or all of a folder, under a second name where the first is about to go; a copy where a disk has no such
-    links. Symbolic links stay what they are."""
+    """A file, or all of a folder, under a second name where the first is about to go; a copy where
+    a disk has no such links. Symbolic links stay what they are.
+    """
     if Path(entry).is_dir() and not Path(entry).is_symlink():
         shutil.copytree(entry, to, symlinks=True, copy_function=link)
         return

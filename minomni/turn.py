@@ -1,11 +1,13 @@
-"""What a user says and shows in one turn, cut into parts of two seconds that are encoded and read as they fill up.
+"""What a user says and shows in one turn, cut into parts of two seconds that are encoded and read
+as they fill up.
 
     sound alone    <|audio_bos|> A0 A1 ... <|audio_eos|>
     frames alone   <|vision_bos|> V0 V1 ... <|vision_eos|>
     both           <|vision_bos|> <|audio_bos|> V0 A0 V1 A1 ... <|audio_eos|> <|vision_eos|>
 
-One thing is not known until a turn ends: the loudest point of its sound, by which the release scales all of it. So the
-loudest so far is used, and where a louder one changes what was read, it is read again from there.
+One thing is not known until a turn ends: the loudest point of its sound, by which the release
+scales all of it. So the loudest so far is used, and where a louder one changes what was read, it is
+read again from there.
 """
 
 import weakref
@@ -47,17 +49,30 @@ class Turn:
     """One turn of a Session, which it makes read what comes in."""
 
     def __init__(self, session):
-        self.session = weakref.proxy(session)  # which holds this turn: a circle would keep both until Python tidies up
+        self.session = weakref.proxy(
+            session
+        )  # which holds this turn: a circle would keep both until Python tidies up
         self.config = session.omni.config
         self.length, self.position = session.length, session.position  # before it
-        self.kinds: tuple[str, ...] = ()  # what this turn is made of, settled when its first part is read
+        self.kinds: tuple[
+            str, ...
+        ] = ()  # what this turn is made of, settled when its first part is read
         self.parts: list[Part] = []
-        self.wave, self.powers, self.peak = torch.zeros(0), [], torch.tensor(-torch.inf)  # powers: [128, F] a block
+        self.wave, self.powers, self.peak = (
+            torch.zeros(0),
+            [],
+            torch.tensor(-torch.inf),
+        )  # powers: [128, F] a block
         self.block = 2 * self.config.thinker.audio.n_window  # mel frames
-        self.odd = self.size = self.began_at = self.last_at = None  # a frame without its pair, sizes and times
-        self.views: list[list[tuple[Tensor, float, tuple]]] = []  # per part: features, seconds, grid of each pair
+        self.odd = self.size = self.began_at = self.last_at = (
+            None  # a frame without its pair, sizes and times
+        )
+        self.views: list[
+            list[tuple[Tensor, float, tuple]]
+        ] = []  # per part: features, seconds, grid of each pair
 
-    # ------------------------------------------------------------------------------------------------ what comes in
+    # ------------------------------------------------------------------------------------------------
+    # what comes in
     def hear(self, chunk, rate: int) -> None:
         """Session.hear()."""
         self.expect("sound")
@@ -73,14 +88,20 @@ class Turn:
         self.expect("frames")
         at_seconds = number(at_seconds, "at_seconds", -1e12, 1e12)
         if self.last_at is not None and not at_seconds > self.last_at:
-            raise UserError(f"a frame at {at_seconds} s after one at {self.last_at} s; give frames in order of time")
+            raise UserError(
+                f"a frame at {at_seconds} s after one at {self.last_at} s; give frames in order of time"
+            )
         if self.began_at is not None and at_seconds - self.began_at > LONGEST_TURN:
-            raise UserError(f"a frame at {at_seconds:g} s, more than a day after the first one at {self.began_at:g} s; "
-                            f"at_seconds counts seconds")
+            raise UserError(
+                f"a frame at {at_seconds:g} s, more than a day after the first one at {self.began_at:g} s; "
+                f"at_seconds counts seconds"
+            )
         image = load_image(frame)
         if self.size not in (None, image.size):
-            raise UserError(f"a frame of {image.width}x{image.height} pixels after {self.size[0]}x{self.size[1]}; "
-                            f"frames of one turn have one size")
+            raise UserError(
+                f"a frame of {image.width}x{image.height} pixels after {self.size[0]}x{self.size[1]}; "
+                f"frames of one turn have one size"
+            )
         self.began_at = at_seconds if self.began_at is None else self.began_at
         self.size, self.last_at, pixels = image.size, at_seconds, torch.from_numpy(np.array(image))
         if self.odd is None:
@@ -91,16 +112,24 @@ class Turn:
 
     def expect(self, kind: str) -> None:
         if self.kinds and kind not in self.kinds:
-            raise UserError(f"this turn began without {kind}, and what a turn is made of is settled in its first two "
-                            f"seconds; respond() first")
+            raise UserError(
+                f"this turn began without {kind}, and what a turn is made of is settled in its first two "
+                f"seconds; respond() first"
+            )
 
     def finish(self, something_said: bool) -> None:
-        """Read what is left and close the turn. Raises UserError where there was nothing, or nothing but silence."""
+        """Read what is left and close the turn. Raises UserError where there was nothing, or
+        nothing but silence.
+        """
         frames, samples = bool(self.views or self.odd), len(self.wave)
         if not (samples or frames or something_said):
-            raise UserError("nothing was heard or seen yet; hear() and see() come before respond(), or give it text")
+            raise UserError(
+                "nothing was heard or seen yet; hear() and see() come before respond(), or give it text"
+            )
         if 0 < samples <= SHORTEST:
-            raise UserError(f"{samples * 1000 / LISTENING_RATE:.0f} ms of sound were heard; more than 20 ms are needed")
+            raise UserError(
+                f"{samples * 1000 / LISTENING_RATE:.0f} ms of sound were heard; more than 20 ms are needed"
+            )
         if samples and not frames and not something_said and self.wave.abs().max() < SILENCE:
             raise UserError(ONLY_SILENCE)
         if self.odd is not None:
@@ -114,16 +143,24 @@ class Turn:
             self.read(last=True)
             self.close()
 
-    # ------------------------------------------------------------------------------------- encoding it, part by part
+    # ------------------------------------------------------------------------------------- encoding
+    # it, part by part
     def measure(self, start: int, end: int, last: bool = False) -> None:
-        """Mel frames start to end, not yet scaled; if they are the loudest so far, see who has to be read again."""
+        """Mel frames start to end, not yet scaled; if they are the loudest so far, see who has to
+        be read again.
+        """
         first = max(start - SIDE, 0)
-        power = log_power(self.wave[first * HOP : None if last else (end + SIDE) * HOP])[:, start - first :]
+        power = log_power(self.wave[first * HOP : None if last else (end + SIDE) * HOP])[
+            :, start - first :
+        ]
         peak = torch.maximum(self.peak, (power if last else power[:, : end - start]).max())
         if peak > self.peak:
             self.peak = peak
-            again = [i for i, part in enumerate(self.parts) if part.kind == "sound"
-                     and self.powers[part.index].min() < peak - 8.0]
+            again = [
+                i
+                for i, part in enumerate(self.parts)
+                if part.kind == "sound" and self.powers[part.index].min() < peak - 8.0
+            ]
             if again:
                 self.session.keep(self.parts[again[0]].length, self.parts[again[0]].position)
                 del self.parts[again[0] :]
@@ -132,39 +169,65 @@ class Turn:
     def look(self, second: Tensor) -> None:
         """A pair of frames is complete: encode it, and put it into its part."""
         (first, at), self.odd, thinker = self.odd, None, self.config.thinker
-        patches, grid = video_patches(torch.stack([first, second]), thinker.vision, self.config.media, "the frame")
+        patches, grid = video_patches(
+            torch.stack([first, second]), thinker.vision, self.config.media, "the frame"
+        )
         with torch.no_grad():
             view = self.session.omni.thinker.visual(patches, [grid]), at, grid
         time = float(video_times(torch.tensor(at), thinker.position_id_per_seconds))
-        if not self.views or time >= len(self.views) * thinker.seconds_per_chunk * thinker.position_id_per_seconds:
+        if (
+            not self.views
+            or time >= len(self.views) * thinker.seconds_per_chunk * thinker.position_id_per_seconds
+        ):
             self.views.append([])
         self.views[-1].append(view)
 
-    # -------------------------------------------------------------------------------------- and reading it in order
+    # -------------------------------------------------------------------------------------- and
+    # reading it in order
     def read(self, last: bool = False) -> None:
         """Read all parts whose turn it is: sound and frames alternate, frames first."""
-        complete = {"sound": len(self.powers), "frames": len(self.views) - (not last)}  # the last views may still grow
+        complete = {
+            "sound": len(self.powers),
+            "frames": len(self.views) - (not last),
+        }  # the last views may still grow
         if not self.kinds and (last or max(complete.values()) > 0):
             self.open()
         while self.kinds:
-            seen, heard = (sum(part.kind == kind for part in self.parts) for kind in ("frames", "sound"))
-            order = (("frames", seen), ("sound", heard)) if seen <= heard else (("sound", heard), ("frames", seen))
+            seen, heard = (
+                sum(part.kind == kind for part in self.parts) for kind in ("frames", "sound")
+            )
+            order = (
+                (("frames", seen), ("sound", heard))
+                if seen <= heard
+                else (("sound", heard), ("frames", seen))
+            )
             here = [(kind, index) for kind, index in order if kind in self.kinds]
-            ready = [(kind, index) for kind, index in (here if last else here[:1]) if index < complete[kind]]
+            ready = [
+                (kind, index)
+                for kind, index in (here if last else here[:1])
+                if index < complete[kind]
+            ]
             if not ready:
                 return
             self.take(*ready[0])
 
     def open(self) -> None:
         """Settle what the turn is made of and read the opening markers, which share one position."""
-        tokens, sound, frames = self.config.thinker.tokens, bool(len(self.wave)), bool(self.views or self.odd)
+        tokens, sound, frames = (
+            self.config.thinker.tokens,
+            bool(len(self.wave)),
+            bool(self.views or self.odd),
+        )
         self.kinds = ("frames",) * frames + ("sound",) * sound
         self.mark([tokens.vision_bos] * frames + [tokens.audio_bos] * sound)
         self.base = self.session.position
 
     def close(self) -> None:
         tokens = self.config.thinker.tokens
-        self.mark([tokens.audio_eos] * ("sound" in self.kinds) + [tokens.vision_eos] * ("frames" in self.kinds))
+        self.mark(
+            [tokens.audio_eos] * ("sound" in self.kinds)
+            + [tokens.vision_eos] * ("frames" in self.kinds)
+        )
 
     def mark(self, ids: list[int]) -> None:
         place = torch.full((3, len(ids)), self.session.position)
@@ -176,8 +239,10 @@ class Turn:
         session, config = self.session, self.config.thinker
         part = Part(kind, index, session.length, session.position)
         if kind == "sound":
-            token, features = config.tokens.audio, session.omni.thinker.audio_tower(
-                [loudness(self.powers[index], self.peak)])  # [n, D]
+            token, features = (
+                config.tokens.audio,
+                session.omni.thinker.audio_tower([loudness(self.powers[index], self.peak)]),
+            )  # [n, D]
             places = line(self.base + index * audio_tokens(self.block), len(features))
         else:
             views, times, grids = zip(*self.views[index])
@@ -185,7 +250,9 @@ class Turn:
             places = moving(self.base, (len(views), *grids[0][1:]), torch.tensor(times), config)
         then = int(places.max()) + 1
         if self.kinds == ("frames",):
-            then = max(then, session.position)  # a silent clip is one segment, and its largest id counts
+            then = max(
+                then, session.position
+            )  # a silent clip is one segment, and its largest id counts
         session.take(torch.full((len(features),), token), features, places, then)
         self.parts.append(part)
 
@@ -193,16 +260,24 @@ class Turn:
 def checked(chunk, rate: int, most: int) -> Tensor:
     """A chunk of sound -> float32 [samples], at most so many. Raises UserError."""
     if isinstance(rate, bool) or not isinstance(rate, Real) or rate != LISTENING_RATE:
-        raise UserError(f"a chunk at {shown(rate)} Hz; expected {LISTENING_RATE} Hz, resample it first")
+        raise UserError(
+            f"a chunk at {shown(rate)} Hz; expected {LISTENING_RATE} Hz, resample it first"
+        )
     samples = array_of(chunk, "a chunk of sound")
     if samples.ndim != 1 or samples.dtype.kind != "f":
-        raise UserError(f"a chunk of shape {list(samples.shape)} and type {samples.dtype}; expected floats [samples]")
+        raise UserError(
+            f"a chunk of shape {list(samples.shape)} and type {samples.dtype}; expected floats [samples]"
+        )
     if len(samples) > most:
-        raise UserError(f"a chunk of {len(samples) / LISTENING_RATE:.0f} s of sound; the whole context holds "
-                        f"{most / LISTENING_RATE:.0f} s. Give shorter chunks, and begin a new session when it is full")
+        raise UserError(
+            f"a chunk of {len(samples) / LISTENING_RATE:.0f} s of sound; the whole context holds "
+            f"{most / LISTENING_RATE:.0f} s. Give shorter chunks, and begin a new session when it is full"
+        )
     if not np.isfinite(samples).all():
         raise UserError("a chunk holds NaN or infinite samples; check the microphone")
     if len(samples) and abs(samples).max() > LOUDEST:
-        raise UserError(f"a chunk with samples as high as {abs(samples).max():g}; expected floats from -1 to 1: divide "
-                        f"those of 16 bits by 32768")
+        raise UserError(
+            f"a chunk with samples as high as {abs(samples).max():g}; expected floats from -1 to 1: divide "
+            f"those of 16 bits by 32768"
+        )
     return torch.from_numpy(samples.astype(np.float32))

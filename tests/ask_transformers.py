@@ -1,9 +1,10 @@
-"""What transformers' users get of a folder saved here: run by test_export.py in a process of its own, for any version.
+"""What transformers' users get of a folder saved here: run by test_export.py in a process of its
+own, for any version.
 
     python tests/ask_transformers.py FOLDER CASES ANSWERS [COPY]    # CASES and ANSWERS are files of torch.save
 
-It opens the folder with from_pretrained and AutoProcessor, answers every case greedily, and saves what it has opened as
-another folder, COPY, with save_pretrained.
+It opens the folder with from_pretrained and AutoProcessor, answers every case greedily, and saves
+what it has opened as another folder, COPY, with save_pretrained.
 """
 
 import sys
@@ -13,8 +14,9 @@ import torch
 
 
 def register_vision_operators():
-    """PyPI's torchvision is built for CUDA, and beside a PyTorch for CPUs its operators are missing; declare the two
-    without which it cannot be imported. Nothing here calls them."""
+    """PyPI's torchvision is built for CUDA, and beside a PyTorch for CPUs its operators are
+    missing; declare the two without which it cannot be imported. Nothing here calls them.
+    """
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -31,18 +33,27 @@ def open_folder(folder: str, version: tuple[int, ...]):
     from transformers import AutoProcessor, Qwen2_5OmniForConditionalGeneration, modeling_utils
 
     parent = modeling_utils.PreTrainedModel.from_pretrained.__func__
-    # The class' own from_pretrained fails on output_loading_info in both versions, and adds only the voices.
-    _, report = parent(Qwen2_5OmniForConditionalGeneration, folder, dtype="auto", output_loading_info=True)
+    # The class' own from_pretrained fails on output_loading_info in both versions, and adds only
+    # the voices.
+    _, report = parent(
+        Qwen2_5OmniForConditionalGeneration, folder, dtype="auto", output_loading_info=True
+    )
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     if version >= (5,):
         oracle.repair_talker_mask(model)
-    problems = [str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
+    problems = [
+        str(name)
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in report[key]
+    ]
     return model, AutoProcessor.from_pretrained(folder), problems
 
 
 def prepare(processor, case: dict, version: tuple[int, ...]) -> dict:
     """The model's inputs as this version's users make them."""
-    text = processor.apply_chat_template(case["messages"], add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(
+        case["messages"], add_generation_prompt=True, tokenize=False
+    )
     media = {name: case[name] for name in ("images", "videos", "audio") if case[name]}
     videos = {"size": case["frame_size"]}
     if case["use_audio_in_video"] and version >= (5,):
@@ -55,19 +66,37 @@ def prepare(processor, case: dict, version: tuple[int, ...]) -> dict:
 def answer(model, processor, case: dict, version: tuple[int, ...]) -> dict:
     given = dict(prepare(processor, case, version))
     record = {"prompt": given["input_ids"][0].tolist()}
-    record |= {name: given[name] for name in ("pixel_values", "pixel_values_videos") if name in given}
+    record |= {
+        name: given[name] for name in ("pixel_values", "pixel_values_videos") if name in given
+    }
     if "input_features" in given:
-        record["mels"] = [mel[:, mask.bool()] for mel, mask in zip(given["input_features"],
-                                                                   given["feature_attention_mask"])]
-    if version >= (5,):  # there a name without thinker_ goes to the Talker as well, which refuses it
-        given = {f"thinker_{name}" if name.startswith("pixel_values") else name: x for name, x in given.items()}
+        record["mels"] = [
+            mel[:, mask.bool()]
+            for mel, mask in zip(given["input_features"], given["feature_attention_mask"])
+        ]
+    if version >= (
+        5,
+    ):  # there a name without thinker_ goes to the Talker as well, which refuses it
+        given = {
+            f"thinker_{name}" if name.startswith("pixel_values") else name: x
+            for name, x in given.items()
+        }
     ears = oracle.Ears()
     ears.on(model.token2wav, "codes", lambda args, named, out: args[0] if args else named["code"])
     torch.manual_seed(0)
-    ids, wave = model.generate(**given, use_audio_in_video=case["use_audio_in_video"], speaker=case["speaker"],
-                               thinker_do_sample=False, talker_do_sample=False, **case["options"])
-    return record | {"tokens": ids[0, len(record["prompt"]):].tolist(), "codes": ears.off()["codes"][0][0].tolist(),
-                     "wave": wave}
+    ids, wave = model.generate(
+        **given,
+        use_audio_in_video=case["use_audio_in_video"],
+        speaker=case["speaker"],
+        thinker_do_sample=False,
+        talker_do_sample=False,
+        **case["options"],
+    )
+    return record | {
+        "tokens": ids[0, len(record["prompt"]) :].tolist(),
+        "codes": ears.off()["codes"][0][0].tolist(),
+        "wave": wave,
+    }
 
 
 def main(folder: str, cases: str, answers: str, copy: str | None = None) -> None:
@@ -79,14 +108,24 @@ def main(folder: str, cases: str, answers: str, copy: str | None = None) -> None
     version = tuple(map(int, transformers.__version__.split(".")))
     model, processor, problems = open_folder(folder, version)
     given = torch.load(cases, weights_only=False)
-    encode = lambda text: processor.tokenizer(text)["input_ids"]
-    torch.save({
-        "version": transformers.__version__, "problems": problems,
-        "texts": {text: encode(text) for text in given["texts"]},
-        "special": {token: processor.tokenizer.convert_tokens_to_ids(token) for token in given["special"]},
-        "said": processor.tokenizer.decode(given["ids"], skip_special_tokens=True),
-        "answers": [answer(model, processor, case, version) for case in given["cases"]],
-    }, answers)
+
+    def encode(text):
+        return processor.tokenizer(text)["input_ids"]
+
+    torch.save(
+        {
+            "version": transformers.__version__,
+            "problems": problems,
+            "texts": {text: encode(text) for text in given["texts"]},
+            "special": {
+                token: processor.tokenizer.convert_tokens_to_ids(token)
+                for token in given["special"]
+            },
+            "said": processor.tokenizer.decode(given["ids"], skip_special_tokens=True),
+            "answers": [answer(model, processor, case, version) for case in given["cases"]],
+        },
+        answers,
+    )
     if copy is not None:
         model.save_pretrained(copy)
         processor.save_pretrained(copy)

@@ -12,11 +12,17 @@ HEADS = {
     "README_zh.md": "| 章 | 问题 | 动手实现 | 阅读 | 运行 |\n|---|---|---|---|---|\n",
 }
 CHINESE = {
-    "00": ("从你提问到听见第一个字，中间发生了什么？", "不用缓存，手工走完从图片和语音提问到语音回答的全程"),
+    "00": (
+        "从你提问到听见第一个字，中间发生了什么？",
+        "不用缓存，手工走完从图片和语音提问到语音回答的全程",
+    ),
     "01": ("模型怎样读懂气压？", "分帧、加窗、傅里叶变换、梅尔滤波与取对数"),
     "02": ("怎样以两秒为一块，听一段没有尽头的声音？", "卷积、位置向量、分块注意力与池化"),
     "03": ("图片怎样变成一串数字？", "选尺寸、缩放、切块与视频抽帧"),
-    "04": ("怎样看一张大图，又不必让每一点都与所有点相比？", "带显式掩码的视觉编码器、复数形式的旋转位置编码与合并"),
+    "04": (
+        "怎样看一张大图，又不必让每一点都与所有点相比？",
+        "带显式掩码的视觉编码器、复数形式的旋转位置编码与合并",
+    ),
     "05": ("四种感官怎样排成一行？", "字节级 BPE 分词器、ChatML 模板、音画交错"),
     "06": ("一个 token 在何时、何处？", "文本、声音、图片和有声视频的 TMRoPE 三维位置"),
     "07": ("解码器要怎样，才能又听又看？", "不用缓存的完整解码器，以及下一个词的选取"),
@@ -32,9 +38,13 @@ CHINESE = {
 
 
 def chapters() -> list[dict[str, str]]:
-    """What the header of each notebook says of it: name, number, question, build, minutes and seconds."""
-    return [{"name": path.name, **said(nbformat.read(path, as_version=4).cells[0].source)}
-            for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    """What the header of each notebook says of it: name, number, question, build, minutes and
+    seconds.
+    """
+    return [
+        {"name": path.name, **said(nbformat.read(path, as_version=4).cells[0].source)}
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    ]
 
 
 def said(header: str) -> dict[str, str]:
@@ -42,8 +52,13 @@ def said(header: str) -> dict[str, str]:
     number, question = re.match(r"# (\d\d) · (.*)", header).groups()
     build = re.search(r"\*\*You will build\*\* \| (.*) \|", header)[1]
     minutes, seconds = re.search(r"about (\d+) minutes reading; .* run in (\d+) s", header).groups()
-    return {"number": number, "question": question, "minutes": minutes, "seconds": seconds,
-            "build": re.split(r"[,;]? in about \d|[,;]? and prove", build)[0]}
+    return {
+        "number": number,
+        "question": question,
+        "minutes": minutes,
+        "seconds": seconds,
+        "build": re.split(r"[,;]? in about \d|[,;]? and prove", build)[0],
+    }
 
 
 def table(readme: str) -> str:
@@ -53,8 +68,10 @@ def table(readme: str) -> str:
         chinese = CHINESE[x["number"]]
         question, build = chinese if readme == "README_zh.md" else (x["question"], x["build"])
         minutes, seconds = ("分钟", "秒") if readme == "README_zh.md" else ("min", "s")
-        lines += (f"| [{x['number']}](notebooks/{x['name']}) | {question} | {build} "
-                  f"| {x['minutes']} {minutes} | {x['seconds']} {seconds} |\n")
+        lines += (
+            f"| [{x['number']}](notebooks/{x['name']}) | {question} | {build} "
+            f"| {x['minutes']} {minutes} | {x['seconds']} {seconds} |\n"
+        )
     return lines
 
 

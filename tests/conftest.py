@@ -32,7 +32,9 @@ def repeatable(monkeypatch):
 
 @pytest.fixture
 def untrained_tries(monkeypatch):
-    """Tries of an untrained Talker for DPO: short, as it does not end by itself, each with a better and a worse one."""
+    """Tries of an untrained Talker for DPO: short, as it does not end by itself, each with a better
+    and a worse one.
+    """
     from minomni.config import SamplingConfig
     from minomni.train import talker_stages
 
@@ -44,7 +46,9 @@ def untrained_tries(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A tiny model of random weights in a folder: it answers nonsense, briefly, but through the real machinery."""
+    """A tiny model of random weights in a folder: it answers nonsense, briefly, but through the
+    real machinery.
+    """
     from minomni import weights
     from minomni.config import TINY
     from minomni.omni import Omni
@@ -70,7 +74,9 @@ def tiny_folder(tmp_path_factory):
 
 
 class SolvedCell(IPyNbCell):
-    """An exercise with its solution, run in the kernel of its notebook behind the untouched one; the rest follows."""
+    """An exercise with its solution, run in the kernel of its notebook behind the untouched one;
+    the rest follows.
+    """
 
     def runtest(self):
         super().runtest()
@@ -86,6 +92,13 @@ def pytest_collection_modifyitems(items):
         stepping.append(item)
         if isinstance(item, IPyNbCell) and stubs(item.cell.source):
             cell = new_code_cell(solved(item.cell.source, item.path.name[:2]))
-            stepping.append(SolvedCell.from_parent(item.parent, name=f"{item.name}, solved", cell_num=item.cell_num,
-                                                   cell=cell, options=item.options | {"check": False}))
+            stepping.append(
+                SolvedCell.from_parent(
+                    item.parent,
+                    name=f"{item.name}, solved",
+                    cell_num=item.cell_num,
+                    cell=cell,
+                    options=item.options | {"check": False},
+                )
+            )
     items[:] = stepping

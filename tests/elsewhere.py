@@ -1,6 +1,8 @@
-"""A device that is not there: tensors that say they are elsewhere while a CPU holds them, and refuse to be mixed.
+"""A device that is not there: tensors that say they are elsewhere while a CPU holds them, and
+refuse to be mixed.
 
-It stands in for a GPU where none is: what forgets to move a tensor to the model's device fails here as it would there.
+It stands in for a GPU where none is: what forgets to move a tensor to the model's device fails here
+as it would there.
 """
 
 import torch
@@ -11,7 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 ELSEWHERE = torch.device("meta")  # the one device that autograd knows and no machine has to have
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
-TAKES_INDICES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+TAKES_INDICES = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+}
 
 
 class Elsewhere(torch.Tensor):
@@ -43,7 +50,9 @@ class Factories(TorchDispatchMode):
 
 
 class Functions(TorchFunctionMode):
-    """What is lost on its way down to __torch_dispatch__: literals are made here and moved, spectra are made here."""
+    """What is lost on its way down to __torch_dispatch__: literals are made here and moved, spectra
+    are made here.
+    """
 
     def __torch_function__(self, function, _types, arguments=(), named=None):
         named = named or {}
@@ -51,7 +60,9 @@ class Functions(TorchFunctionMode):
             return function(*arguments, **{**named, "device": None}).to(ELSEWHERE)
         if function is torch.stft and isinstance(arguments[0], Elsewhere):
             check(function, arguments, named)
-            here = tree_map(lambda x: x.cpu() if isinstance(x, Elsewhere) else x, (arguments, named))
+            here = tree_map(
+                lambda x: x.cpu() if isinstance(x, Elsewhere) else x, (arguments, named)
+            )
             return function(*here[0], **here[1]).to(ELSEWHERE)
         return function(*arguments, **named)
 
@@ -85,7 +96,11 @@ def run(operator, arguments, named):
     made = operator(*tree_map(held, arguments), **tree_map(held, named))
     if operator._schema.name.endswith("_"):  # in place
         return arguments[0]
-    return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, made) if away else made
+    return (
+        tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, made)
+        if away
+        else made
+    )
 
 
 def held(value):

@@ -1,16 +1,19 @@
-"""Damages files in random but repeatable ways and reads them: a well-formed answer or one clear line, and nothing else.
+"""Damages files in random but repeatable ways and reads them: a well-formed answer or one clear
+line, and nothing else.
 
     python tests/fuzz.py --cases 20000 --seed 1               all readers, in child processes
     python tests/fuzz.py --seed 1 --case 1234 --keep DIR      one case again, in this process, with its traceback
 
-A case is known by its seed and number: they choose the reader, the file and what is done to it (bits flipped, the end
-cut off, pieces moved, copied or taken from another file, numbers overwritten, values of JSON replaced). Every reader
-runs in a child process with a limit of memory and of processor time. A fault is: an exception other than UserError, a
-message of several lines or more than 500 characters, a wrong answer, a crash, too much memory, no end.
+A case is known by its seed and number: they choose the reader, the file and what is done to it
+(bits flipped, the end cut off, pieces moved, copied or taken from another file, numbers
+overwritten, values of JSON replaced). Every reader runs in a child process with a limit of memory
+and of processor time. A fault is: an exception other than UserError, a message of several lines or
+more than 500 characters, a wrong answer, a crash, too much memory, no end.
 
-A wrong answer is one that is not well-formed (of the wrong type or shape, empty, NaN). Where the right answer is known,
-it is also any other than that: content that the damage left as it was gives the answer of the whole file, and a file of
-TELL_THEIR_LENGTH whose end is cut off gives that answer too, or is refused.
+A wrong answer is one that is not well-formed (of the wrong type or shape, empty, NaN). Where the
+right answer is known, it is also any other than that: content that the damage left as it was gives
+the answer of the whole file, and a file of TELL_THEIR_LENGTH whose end is cut off gives that answer
+too, or is refused.
 """
 
 import argparse
@@ -39,21 +42,86 @@ sys.path.insert(0, str(ROOT))
 MEMORY = 2 * 2**30  # bytes that one case may take
 CPU_SECONDS, WALL_SECONDS = 20, 300  # of one case; the second ends a process that only waits
 NO_END, DIED = "no end", "the process died"
-TELL_THEIR_LENGTH = (".wav", ".flac", ".png", ".jpg", ".webp", ".mp4", ".mkv", ".webm")  # so that a cut can be noticed
+TELL_THEIR_LENGTH = (
+    ".wav",
+    ".flac",
+    ".png",
+    ".jpg",
+    ".webp",
+    ".mp4",
+    ".mkv",
+    ".webm",
+)  # so that a cut can be noticed
 HEADER = 400  # bytes at the begin of a file in which half of all changes fall
-ODD_NUMBERS = (0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 10**6, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF,
-               2**62, 2**63 - 1, 2**64 - 1)
-ODD_VALUES = (None, True, False, 0, -1, 1, 3, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**6, 10**9, 2**63, 10**400,
-              "", "0", "x", "<|AUDIO|>", "\ud83d", "a\nb", "\0", "é" * 300, [], {}, [[]], [None], [0, -1], {"a": 1},
-              {"type": "image"}, {"url": "x"})
+ODD_NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0xFFFF,
+    10**6,
+    0x7FFF_FFFF,
+    0x8000_0000,
+    0xFFFF_FFFF,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+)
+ODD_VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**6,
+    10**9,
+    2**63,
+    10**400,
+    "",
+    "0",
+    "x",
+    "<|AUDIO|>",
+    "\ud83d",
+    "a\nb",
+    "\0",
+    "é" * 300,
+    [],
+    {},
+    [[]],
+    [None],
+    [0, -1],
+    {"a": 1},
+    {"type": "image"},
+    {"url": "x"},
+)
 
 
-# ------------------------------------------------------------------------------------------------ files to damage
+# ------------------------------------------------------------------------------------------------
+# files to damage
 
 
 def make_inputs(folder: Path) -> None:
     """Small files of every kind, each in a folder named by its kind; and a model in three ways."""
-    makers = {"sound": sounds, "picture": pictures, "film": films, "model": models, "resume": resume_files, "data": data_files}
+    makers = {
+        "sound": sounds,
+        "picture": pictures,
+        "film": films,
+        "model": models,
+        "resume": resume_files,
+        "data": data_files,
+    }
     for name, make in makers.items():
         (folder / name).mkdir(parents=True)
         make(folder / name)
@@ -64,8 +132,14 @@ def sounds(folder: Path) -> None:
     import soundfile
 
     tone = 0.3 * np.sin(np.arange(6000) / 7)
-    for name, rate, kind in (("a.wav", 16_000, "PCM_16"), ("b.wav", 44_100, "FLOAT"), ("c.flac", 22_050, "PCM_16"),
-                             ("d.ogg", 16_000, "VORBIS"), ("e.mp3", 16_000, "MPEG_LAYER_III"), ("f.ogg", 48_000, "OPUS")):
+    for name, rate, kind in (
+        ("a.wav", 16_000, "PCM_16"),
+        ("b.wav", 44_100, "FLOAT"),
+        ("c.flac", 22_050, "PCM_16"),
+        ("d.ogg", 16_000, "VORBIS"),
+        ("e.mp3", 16_000, "MPEG_LAYER_III"),
+        ("f.ogg", 48_000, "OPUS"),
+    ):
         samples = np.stack([tone, -tone], axis=1) if name == "b.wav" else tone
         soundfile.write(folder / name, samples, rate, subtype=kind)
 
@@ -90,8 +164,12 @@ def films(folder: Path) -> None:
     import av
     import numpy as np
 
-    for name, codec, sound in (("a.mp4", "mpeg4", "aac"), ("b.mp4", "libx264", "aac"), ("c.mkv", "libx264", "libmp3lame"),
-                               ("d.webm", "libvpx", "libopus")):
+    for name, codec, sound in (
+        ("a.mp4", "mpeg4", "aac"),
+        ("b.mp4", "libx264", "aac"),
+        ("c.mkv", "libx264", "libmp3lame"),
+        ("d.webm", "libvpx", "libopus"),
+    ):
         with av.open(str(folder / name), "w", options={"fflags": "+bitexact"}) as container:
             video = container.add_stream(codec, rate=8)
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
@@ -105,7 +183,9 @@ def films(folder: Path) -> None:
             tone = (0.3 * np.sin(np.arange(96_000) / 20)).astype(np.float32)
             frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
             frame.sample_rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
-            resampler = av.AudioResampler(format=audio.format, layout="mono", rate=48_000, frame_size=audio.frame_size or 960)
+            resampler = av.AudioResampler(
+                format=audio.format, layout="mono", rate=48_000, frame_size=audio.frame_size or 960
+            )
             for piece in [*resampler.resample(frame), *resampler.resample(None)]:
                 container.mux(audio.encode(piece))
             container.mux(video.encode())
@@ -113,17 +193,32 @@ def films(folder: Path) -> None:
 
 
 def models(folder: Path) -> None:
-    """The model that comes with the project, the same in shards with an index, and its tokenizer as a tokenizer.json."""
+    """The model that comes with the project, the same in shards with an index, and its tokenizer as
+    a tokenizer.json.
+    """
     import minomni
     from minomni import weights
 
     shutil.copytree(ROOT / "data_samples" / "tiny", folder / "whole")
     weights.save(minomni.load(str(folder / "whole")), folder / "shards", shard_bytes=10_000_000)
-    vocab, merges, added = (folder / "whole" / name for name in ("vocab.json", "merges.txt", "added_tokens.json"))
+    vocab, merges, added = (
+        folder / "whole" / name for name in ("vocab.json", "merges.txt", "added_tokens.json")
+    )
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({
-        "model": {"type": "BPE", "vocab": json.loads(vocab.read_text()), "merges": merges.read_text().splitlines()[1:]},
-        "added_tokens": [{"content": name, "id": i} for name, i in json.loads(added.read_text()).items()]}))
+    (folder / "tokenizer" / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "model": {
+                    "type": "BPE",
+                    "vocab": json.loads(vocab.read_text()),
+                    "merges": merges.read_text().splitlines()[1:],
+                },
+                "added_tokens": [
+                    {"content": name, "id": i} for name, i in json.loads(added.read_text()).items()
+                ],
+            }
+        )
+    )
 
 
 def resume_files(folder: Path) -> None:
@@ -135,7 +230,9 @@ def resume_files(folder: Path) -> None:
         network(next(network.parameters()).new_ones(4, 5)).square().sum().backward()
         for optimizer in optimizers:
             optimizer.step()
-    run_folder.keep(folder, "rows", 2, {"square": 0.5}, dict(network.named_parameters()), optimizers)
+    run_folder.keep(
+        folder, "rows", 2, {"square": 0.5}, dict(network.named_parameters()), optimizers
+    )
 
 
 def small_stage():
@@ -146,11 +243,15 @@ def small_stage():
 
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2))
-    return network, make_optimizers(dict(network.named_parameters()), Recipe(steps=4, batch=2, lr=1e-3))
+    return network, make_optimizers(
+        dict(network.named_parameters()), Recipe(steps=4, batch=2, lr=1e-3)
+    )
 
 
 def data_files(folder: Path) -> None:
-    """Own data in all layouts: one row a line, as an array, and a folder of recordings with metadata.csv."""
+    """Own data in all layouts: one row a line, as an array, and a folder of recordings with
+    metadata.csv.
+    """
     import numpy as np
     import soundfile
     from PIL import Image
@@ -159,29 +260,57 @@ def data_files(folder: Path) -> None:
     (folder / "LJ" / "wavs").mkdir(parents=True)
     for path in (folder / "a.wav", folder / "LJ" / "wavs" / "one.wav"):
         soundfile.write(path, 0.1 * np.random.RandomState(0).randn(32_000), 16_000)
-    media = [{"type": "image", "image": "a.png"}, {"type": "audio", "audio": "a.wav"}, {"type": "text", "text": "what"}]
+    media = [
+        {"type": "image", "image": "a.png"},
+        {"type": "audio", "audio": "a.wav"},
+        {"type": "text", "text": "what"},
+    ]
     rows = [
         {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": media}, {"role": "assistant", "content": "a", "weight": 1}]},
-        {"messages": [{"role": "user", "content": "<image>what"}, {"role": "assistant", "content": "b"}], "images": ["a.png"]},
-        {"conversations": [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": "c"}], "audios": ["a.wav"]},
+        {
+            "messages": [
+                {"role": "user", "content": media},
+                {"role": "assistant", "content": "a", "weight": 1},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "<image>what"},
+                {"role": "assistant", "content": "b"},
+            ],
+            "images": ["a.png"],
+        },
+        {
+            "conversations": [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": "c"}],
+            "audios": ["a.wav"],
+        },
         {"query": "again", "response": "d", "history": [["x", "y"]], "system": "be kind"},
         {"instruction": "add", "input": "1 2", "output": "3"},
-        {"messages": [{"role": "user", "content": "say e"}, {"role": "assistant", "content": "e"}], "speech": "a.wav",
-         "voice": "Ann"},
+        {
+            "messages": [
+                {"role": "user", "content": "say e"},
+                {"role": "assistant", "content": "e"},
+            ],
+            "speech": "a.wav",
+            "voice": "Ann",
+        },
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rows.json").write_text(json.dumps(rows, indent=1))
-    (folder / "LJ" / "metadata.csv").write_text("one|say 1|say one\none|a é|a e\n", encoding="utf-8")
+    (folder / "LJ" / "metadata.csv").write_text(
+        "one|say 1|say one\none|a é|a e\n", encoding="utf-8"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ readers
+# ------------------------------------------------------------------------------------------------
+# readers
 
 
 class Readers:
     """Reads damaged files in a working copy of the inputs.
 
-    A method returns the answer in a form that == compares (tensors as digests), or False where it is not well-formed.
+    A method returns the answer in a form that == compares (tensors as digests), or False where it
+    is not well-formed.
     """
 
     def __init__(self, inputs: Path, work: Path):
@@ -205,7 +334,11 @@ class Readers:
 
         picture = load_image(path)
         pixels = picture.tobytes()
-        well_formed = picture.mode == "RGB" and min(picture.size) > 0 and len(pixels) == 3 * picture.width * picture.height
+        well_formed = (
+            picture.mode == "RGB"
+            and min(picture.size) > 0
+            and len(pixels) == 3 * picture.width * picture.height
+        )
         return well_formed and (picture.size, hashlib.sha256(pixels).hexdigest())
 
     def film(self, path: Path):
@@ -240,9 +373,13 @@ class Readers:
         from minomni.weights import load_voices
 
         voices = load_voices(path, self.omni.config)
-        well_formed = len(voices) > 0 and all(voice.cond.shape == (1, 160) for voice in voices.values())
-        return well_formed and {name: (voice.bos_token, digest(voice.cond, voice.ref_mel))
-                                for name, voice in voices.items()}
+        well_formed = len(voices) > 0 and all(
+            voice.cond.shape == (1, 160) for voice in voices.values()
+        )
+        return well_formed and {
+            name: (voice.bos_token, digest(voice.cond, voice.ref_mel))
+            for name, voice in voices.items()
+        }
 
     def model(self, path: Path):
         import minomni
@@ -254,8 +391,14 @@ class Readers:
         from minomni.train import run_folder
 
         network, optimizers = small_stage()
-        step, means = run_folder.restore(path.parent, "rows", dict(network.named_parameters()), optimizers)
-        return type(step) is int and isinstance(means, dict) and (step, means, digest(*network.parameters()))
+        step, means = run_folder.restore(
+            path.parent, "rows", dict(network.named_parameters()), optimizers
+        )
+        return (
+            type(step) is int
+            and isinstance(means, dict)
+            and (step, means, digest(*network.parameters()))
+        )
 
     def data(self, path: Path):
         from minomni.train import own_lines
@@ -277,24 +420,37 @@ def digest(*tensors) -> str:
     return hashed.hexdigest()
 
 
-
 # How often each file is damaged in a round, and by which reader it is read. A model takes longest.
 FILES = [
-    *((f"sound/{name}", "sound", 4) for name in ("a.wav", "b.wav", "c.flac", "d.ogg", "e.mp3", "f.ogg")),
-    *((f"picture/{name}", "picture", 3) for name in ("a.png", "b.png", "c.jpg", "d.jpg", "e.webp", "f.webp")),
+    *(
+        (f"sound/{name}", "sound", 4)
+        for name in ("a.wav", "b.wav", "c.flac", "d.ogg", "e.mp3", "f.ogg")
+    ),
+    *(
+        (f"picture/{name}", "picture", 3)
+        for name in ("a.png", "b.png", "c.jpg", "d.jpg", "e.webp", "f.webp")
+    ),
     *((f"film/{name}", "film", 4) for name in ("a.mp4", "b.mp4", "c.mkv", "d.webm")),
-    ("model/whole/config.json", "config", 6), ("model/whole/generation_config.json", "config", 3),
-    ("model/whole/preprocessor_config.json", "config", 3), ("model/whole/vocab.json", "tokenizer", 1),
-    ("model/whole/merges.txt", "tokenizer", 1), ("model/whole/added_tokens.json", "tokenizer", 2),
-    ("model/tokenizer/tokenizer.json", "tokenizer", 2), ("model/whole/spk_dict.pt", "voices", 4),
-    ("model/whole/model.safetensors", "model", 1), ("model/shards/model.safetensors.index.json", "model", 1),
-    ("resume/rows.resume.pt", "resume", 5), ("data/rows.jsonl", "data", 5), ("data/rows.json", "data", 3),
+    ("model/whole/config.json", "config", 6),
+    ("model/whole/generation_config.json", "config", 3),
+    ("model/whole/preprocessor_config.json", "config", 3),
+    ("model/whole/vocab.json", "tokenizer", 1),
+    ("model/whole/merges.txt", "tokenizer", 1),
+    ("model/whole/added_tokens.json", "tokenizer", 2),
+    ("model/tokenizer/tokenizer.json", "tokenizer", 2),
+    ("model/whole/spk_dict.pt", "voices", 4),
+    ("model/whole/model.safetensors", "model", 1),
+    ("model/shards/model.safetensors.index.json", "model", 1),
+    ("resume/rows.resume.pt", "resume", 5),
+    ("data/rows.jsonl", "data", 5),
+    ("data/rows.json", "data", 3),
     ("data/LJ/metadata.csv", "data", 2),
 ]
 ROUND = [(file, reader) for file, reader, times in FILES for _ in range(times)]
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------------
+# damage
 
 
 def damaged(content: bytes, other: bytes, name: str, random: Random) -> bytes:
@@ -304,13 +460,17 @@ def damaged(content: bytes, other: bytes, name: str, random: Random) -> bytes:
         if is_json and random.random() < 0.6:
             content = other_value(content, name, random)
         else:
-            content = random.choice((flip, flip, cut, overwrite, overwrite, move, splice, drop))(content, other, random)
+            content = random.choice((flip, flip, cut, overwrite, overwrite, move, splice, drop))(
+                content, other, random
+            )
     return content
 
 
 def place(content: bytes, random: Random) -> int:
     """Somewhere in a file; every other time among its first bytes, where sizes stand."""
-    return random.randrange(max(1, min(len(content), HEADER) if random.random() < 0.5 else len(content)))
+    return random.randrange(
+        max(1, min(len(content), HEADER) if random.random() < 0.5 else len(content))
+    )
 
 
 def flip(content, other, random):
@@ -327,7 +487,11 @@ def cut(content, other, random):
 def overwrite(content, other, random):
     size, at = random.choice((1, 2, 4, 8)), place(content, random)
     number = random.choice((*ODD_NUMBERS, random.getrandbits(64))) % 2 ** (8 * size)
-    return content[:at] + number.to_bytes(size, random.choice(("little", "big"))) + content[at + size :]
+    return (
+        content[:at]
+        + number.to_bytes(size, random.choice(("little", "big")))
+        + content[at + size :]
+    )
 
 
 def move(content, other, random):
@@ -346,7 +510,9 @@ def drop(content, other, random):
 
 
 def other_value(content: bytes, name: str, random: Random) -> bytes:
-    """JSON, or one line of it, in which one value is replaced, removed or wrapped; as it was where it is broken."""
+    """JSON, or one line of it, in which one value is replaced, removed or wrapped; as it was where
+    it is broken.
+    """
     lines = content.splitlines(keepends=True) if name.endswith(".jsonl") else [content]
     chosen = random.randrange(len(lines)) if lines else 0
     try:
@@ -369,14 +535,22 @@ def other_value(content: bytes, name: str, random: Random) -> bytes:
         holder[key] *= random.choice((-1, 2, 0.5, 1000, 10**12))
     else:
         holder[key] = value
-    text = json.dumps(whole).replace('"@brackets@"', random.choice("[{") * random.choice((3, 100_000)))
+    text = json.dumps(whole).replace(
+        '"@brackets@"', random.choice("[{") * random.choice((3, 100_000))
+    )
     lines[chosen] = text.encode() + (b"\n" if name.endswith(".jsonl") else b"")
     return b"".join(lines)
 
 
 def nodes(value):
     """Every place of a JSON value as (dictionary or list, key)."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        list(value)
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else ()
+    ):
         yield value, key
         yield from nodes(value[key])
 
@@ -388,13 +562,16 @@ def case_of(seed: int, number: int, inputs: Path) -> tuple[str, str, bytes]:
     same = [path for path, kind in dict(ROUND).items() if kind == reader and path != file] or [file]
     others = same if random.random() < 0.7 else [path for path, _, _ in FILES]
     content, other = (inputs / file).read_bytes(), (inputs / random.choice(others)).read_bytes()
-    if reader == "model":  # changed weights are no fault, and all of a model's bytes but few are weights
+    if (
+        reader == "model"
+    ):  # changed weights are no fault, and all of a model's bytes but few are weights
         head = min(len(content), 200_000)
         return file, reader, damaged(content[:head], other[:head], file, random) + content[head:]
     return file, reader, damaged(content, other, file, random)
 
 
-# ------------------------------------------------------------------------------------------------ running
+# ------------------------------------------------------------------------------------------------
+# running
 
 
 @dataclass
@@ -409,14 +586,18 @@ class Outcome:
 
 
 def check_message(error: ValueError) -> str:
-    """The message of a UserError. Raises for one of several lines or too many characters, and any other error itself."""
+    """The message of a UserError. Raises for one of several lines or too many characters, and any
+    other error itself.
+    """
     from minomni.errors import UserError
 
     if not isinstance(error, UserError):
         raise error
     message = str(error)
     if not message.isprintable() or len(message) > 500 or not message:
-        raise AssertionError(f"a message of {len(message)} characters and {message.count(chr(10)) + 1} lines: {message[:200]!r}")
+        raise AssertionError(
+            f"a message of {len(message)} characters and {message.count(chr(10)) + 1} lines: {message[:200]!r}"
+        )
     return message
 
 
@@ -458,7 +639,11 @@ def run_case(readers: Readers, seed: int, number: int, answers: dict) -> Outcome
         except AssertionError as wrong:
             return Outcome(number, file, "fault", str(wrong))
     except BaseException as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(ROOT / "minomni")]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if Path(f.filename).is_relative_to(ROOT / "minomni")
+        ]
         at = f"{Path(frames[-1].filename).name}, {frames[-1].name}()" if frames else "a library"
         what = f"{type(error).__name__} in {at}: {(str(error).splitlines() or [''])[0][:120]}"
         return Outcome(number, file, "fault", what, traceback.format_exc()[-3000:])
@@ -486,7 +671,9 @@ def worker(connection, inputs: Path, seed: int, kind: type) -> None:
             outcome = run_case(readers, seed, number, answers)
             grown = memory("VmHWM") - before
             if grown > MEMORY:
-                outcome = Outcome(number, outcome.file, "fault", f"{grown / 2**30:.1f} GB of memory")
+                outcome = Outcome(
+                    number, outcome.file, "fault", f"{grown / 2**30:.1f} GB of memory"
+                )
             connection.send(outcome)
 
 
@@ -522,7 +709,9 @@ class Child:
     def __init__(self, inputs: Path, seed: int, kind: type):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(theirs, inputs, seed, kind), daemon=True)
+        self.process = context.Process(
+            target=worker, args=(theirs, inputs, seed, kind), daemon=True
+        )
         self.process.start()
         theirs.close()
         if not self.connection.poll(WALL_SECONDS) or self.connection.recv() != "ready":
@@ -535,7 +724,10 @@ class Child:
 
     def endless(self) -> bool:
         """Whether the case takes more time than any should."""
-        return (cpu_seconds(self.process.pid) - self.cpu > CPU_SECONDS or time.monotonic() - self.since > WALL_SECONDS)
+        return (
+            cpu_seconds(self.process.pid) - self.cpu > CPU_SECONDS
+            or time.monotonic() - self.since > WALL_SECONDS
+        )
 
     def stop(self) -> None:
         """End an idle child by asking, a busy one by force."""
@@ -565,26 +757,40 @@ class Result:
         """A table of the files, and every kind of fault with the first cases that show it."""
         lines = ["| file | right | refused | faults |", "|---|---|---|---|"]
         for file, counts in sorted(self.counts.items()):
-            lines.append(f"| {file} | {counts['right']} | {counts['refused']} | {counts['fault']} |")
+            lines.append(
+                f"| {file} | {counts['right']} | {counts['refused']} | {counts['fault']} |"
+            )
         total = sum(self.counts.values(), Counter())
-        lines.append(f"| all {total.total()} | {total['right']} | {total['refused']} | {total['fault']} |")
+        lines.append(
+            f"| all {total.total()} | {total['right']} | {total['refused']} | {total['fault']} |"
+        )
         groups = defaultdict(list)
         for fault in self.faults:
             groups[(fault.file, fault.what)].append(fault.number)
         for (file, what), numbers in sorted(groups.items(), key=lambda group: -len(group[1])):
-            lines.append(f"{len(numbers)} x {file}: {what} (--seed {seed} --case {' '.join(map(str, numbers[:4]))})")
+            lines.append(
+                f"{len(numbers)} x {file}: {what} (--seed {seed} --case {' '.join(map(str, numbers[:4]))})"
+            )
         return "\n".join(lines)
 
 
-def fuzz(cases: int, seed: int, seconds: float = math.inf, workers: int = 1, first: int = 0) -> Result:
+def fuzz(
+    cases: int, seed: int, seconds: float = math.inf, workers: int = 1, first: int = 0
+) -> Result:
     """Run cases first, first + 1, ... in child processes, until all are run or the time is over."""
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder) / "inputs")
-        return run_cases(range(first, first + cases), seed, Path(folder) / "inputs", Readers, seconds, workers)
+        return run_cases(
+            range(first, first + cases), seed, Path(folder) / "inputs", Readers, seconds, workers
+        )
 
 
-def run_cases(cases: range, seed: int, inputs: Path, kind: type, seconds: float = math.inf, workers: int = 1) -> Result:
-    """Give cases to children that are idle, and take what comes of them. A child that fails is replaced."""
+def run_cases(
+    cases: range, seed: int, inputs: Path, kind: type, seconds: float = math.inf, workers: int = 1
+) -> Result:
+    """Give cases to children that are idle, and take what comes of them. A child that fails is
+    replaced.
+    """
     result, numbers, began = Result(), iter(cases), time.monotonic()
     children = []
     try:
@@ -642,7 +848,9 @@ def again(seed: int, number: int, keep: Path | None) -> Outcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000, help="how many (default 1000)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default 0)")
     parser.add_argument("--seed", type=int, default=1, help="of all damage (default 1)")
@@ -656,7 +864,9 @@ def main() -> int:
         print(f"{outcome.file}: {outcome.kind}, {outcome.what}\n{outcome.trace}")
         return outcome.kind == "fault"
     began = time.monotonic()
-    result = fuzz(arguments.cases, arguments.seed, arguments.seconds, arguments.workers, arguments.first)
+    result = fuzz(
+        arguments.cases, arguments.seed, arguments.seconds, arguments.workers, arguments.first
+    )
     print(result.report(arguments.seed))
     print(f"{time.monotonic() - began:.0f} s")
     return bool(result.faults)

@@ -1,4 +1,5 @@
-"""Makes data_samples/: questions with pictures, sounds and clips, and a few recordings for want of a synthesiser.
+"""Makes data_samples/: questions with pictures, sounds and clips, and a few recordings for want of
+a synthesiser.
 
 python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
 python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
@@ -38,14 +39,18 @@ def say(text: str, voice: str, name: str) -> str:
 
 
 def film(example: world.Example, name: str) -> str:
-    """Write an example's clip with its sound track as an mp4 file, at FPS whatever its pace, and return its name."""
+    """Write an example's clip with its sound track as an mp4 file, at FPS whatever its pace, and
+    return its name.
+    """
     frames, seconds = example.clip
     whole = seconds[-1] + (seconds[-1] - seconds[-2])
     frames = frames[np.searchsorted(seconds, np.arange(0, whole, 1 / FPS), side="right") - 1]
     with av.open(str(FOLDER / name), "w") as container:
         video = container.add_stream("libx264", rate=FPS, options={"crf": "12"})
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        sound = None if example.sound is None else container.add_stream("aac", rate=RATE, layout="mono")
+        sound = (
+            None if example.sound is None else container.add_stream("aac", rate=RATE, layout="mono")
+        )
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))
@@ -60,8 +65,12 @@ def film(example: world.Example, name: str) -> str:
 def questions() -> list[dict]:
     """One question for each way of asking; seeds that training never draws."""
     random = Random("data samples")
-    scene = next(e for e in iter(lambda: world.scene(random), None) if e.question.startswith("where is"))
-    color = next(e for e in iter(lambda: world.scene(random), None) if e.question.startswith("what color"))
+    scene = next(
+        e for e in iter(lambda: world.scene(random), None) if e.question.startswith("where is")
+    )
+    color = next(
+        e for e in iter(lambda: world.scene(random), None) if e.question.startswith("what color")
+    )
     digit = world.handwriting(random, world.digits(held=True))
     move, sound = world.moving(random), world.sounding(random)
     statement = world.statement(random, held=True)
@@ -73,7 +82,10 @@ def questions() -> list[dict]:
             asks=f"a picture, and a voice asking: {scene.question}",
             answer=scene.answer,
             voice="Anna",
-            content=[{"image": "scene.png"}, {"audio": say(scene.question, "Nora", "question.wav")}],
+            content=[
+                {"image": "scene.png"},
+                {"audio": say(scene.question, "Nora", "question.wav")},
+            ],
         ),
         dict(
             name="typed_about_a_scene",
@@ -115,7 +127,9 @@ def questions() -> list[dict]:
 
 
 def recordings(count: int = 32) -> None:
-    """Write a few recordings to stand in for the synthesiser: statements by the model's voices, then spoken wishes."""
+    """Write a few recordings to stand in for the synthesiser: statements by the model's voices,
+    then spoken wishes.
+    """
     random, rows = Random("recordings"), []
     texts = random.sample(speech.all_statements(held=False), count) + random.sample(
         speech.all_statements(held=True), count // 4
@@ -138,18 +152,25 @@ def model() -> None:
 
 
 def with_three_pairs(omni: Omni, dilations: tuple[int, int, int] = (1, 3, 5)) -> Omni:
-    """The same model, in the same precision, with three pairs of convolutions in each block of its vocoder.
+    """The same model, in the same precision, with three pairs of convolutions in each block of its
+    vocoder.
 
     transformers can only build three. The pairs that come new are zeros and so add exactly nothing.
     """
     token2wav = omni.config.token2wav
     kinds = len(token2wav.bigvgan.resblock_kernel_sizes)
     bigvgan = dataclasses.replace(token2wav.bigvgan, resblock_dilation_sizes=(dilations,) * kinds)
-    wider = Omni(dataclasses.replace(omni.config, token2wav=dataclasses.replace(token2wav, bigvgan=bigvgan)))
+    wider = Omni(
+        dataclasses.replace(omni.config, token2wav=dataclasses.replace(token2wav, bigvgan=bigvgan))
+    )
     old = omni.state_dict()
-    new = {name: old[name] if name in old else torch.zeros_like(like) for name, like in wider.state_dict().items()}
+    new = {
+        name: old[name] if name in old else torch.zeros_like(like)
+        for name, like in wider.state_dict().items()
+    }
     added = {name.rsplit(".", 3)[0] for name in new.keys() - old.keys()}
-    assert old.keys() <= new.keys() and all("code2wav_bigvgan_model.resblocks" in name for name in added)
+    assert old.keys() <= new.keys()
+    assert all("code2wav_bigvgan_model.resblocks" in name for name in added)
     wider.load_state_dict(new, assign=True)
     wider.voices, wider.tokenizer, wider.loaded_from = omni.voices, omni.tokenizer, omni.loaded_from
     return wider.eval()

@@ -1,4 +1,5 @@
-"""The config.json that a version of transformers saves, for the sizes of oracle.py, as a file of tests/golden.
+"""The config.json that a version of transformers saves, for the sizes of oracle.py, as a file of
+tests/golden.
 
     pip install --no-deps --target DIR transformers==4.57.1 "huggingface-hub<1" "tokenizers<0.23"
     PYTHONPATH=DIR python tests/make_golden_configs.py       # writes saved_by_4.57.1.json, thinker_saved_by_4.57.1.json
@@ -20,7 +21,9 @@ from minomni.config_json import plain, to_json  # noqa: E402
 
 
 def keep(config, name: str) -> None:
-    """Save a configuration with its library's own save_pretrained, and keep the file under a golden name."""
+    """Save a configuration with its library's own save_pretrained, and keep the file under a golden
+    name.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         text = (Path(folder) / "config.json").read_text()

@@ -2,9 +2,10 @@
 
     python -m tests.oracle        # writes tests/golden/*.npz again; needs transformers 5.24.0
 
-Weights are drawn tensor by tensor from numpy's frozen RandomState, seeded by the tensor's name, so both codes fill
-themselves with the same numbers, and what the official one answered (tests/golden) is proof on machines without it.
-Every tensor is drawn: library initialisation has zero biases and unit norms, behind which swapped tensors hide.
+Weights are drawn tensor by tensor from numpy's frozen RandomState, seeded by the tensor's name, so
+both codes fill themselves with the same numbers, and what the official one answered (tests/golden)
+is proof on machines without it. Every tensor is drawn: library initialisation has zero biases and
+unit norms, behind which swapped tensors hide.
 """
 
 import dataclasses
@@ -15,73 +16,189 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minomni.config import (QWEN7B, AudioEncoderConfig, BigVGANConfig, DecoderConfig, DiTConfig, OmniConfig,
-                            SamplingConfig, TalkerConfig, ThinkerConfig, Token2WavConfig, TokenIds, VisionEncoderConfig)
+from minomni.config import (
+    QWEN7B,
+    AudioEncoderConfig,
+    BigVGANConfig,
+    DecoderConfig,
+    DiTConfig,
+    OmniConfig,
+    SamplingConfig,
+    TalkerConfig,
+    ThinkerConfig,
+    Token2WavConfig,
+    TokenIds,
+    VisionEncoderConfig,
+)
 from minomni.config_json import plain, to_json
 from minomni.inputs.prompt import Inputs
 from minomni.token2wav.speaker import Voice
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSION = "5.24.0"
-TOKENS = TokenIds(endoftext=410, im_start=408, im_end=409, audio=401, audio_bos=402, audio_eos=403, vision_bos=404,
-                  vision_eos=405, vision_pad=416, image=406, video=407, tts_text_start=412, tts_text_end=413,
-                  tts_text_pad=411)
+TOKENS = TokenIds(
+    endoftext=410,
+    im_start=408,
+    im_end=409,
+    audio=401,
+    audio_bos=402,
+    audio_eos=403,
+    vision_bos=404,
+    vision_eos=405,
+    vision_pad=416,
+    image=406,
+    video=407,
+    tts_text_start=412,
+    tts_text_end=413,
+    tts_text_pad=411,
+)
 
-# Small, and as crooked as the release: heads x head_dim is not the width, heads share keys, windows are ragged.
-# num_embeds: a random Talker says any id, and transformers lets it; here all of them are in the DiT's table.
+# Small, and as crooked as the release: heads x head_dim is not the width, heads share keys, windows
+# are ragged. num_embeds: a random Talker says any id, and transformers lets it; here all of them
+# are in the DiT's table.
 CONFIG = OmniConfig(
     thinker=ThinkerConfig(
-        audio=AudioEncoderConfig(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=2,
-                                 encoder_ffn_dim=64, n_window=100, max_source_positions=1500, output_dim=64),
-        vision=VisionEncoderConfig(depth=4, hidden_size=32, intermediate_size=44, num_heads=2, in_channels=3,
-                                   patch_size=14, temporal_patch_size=2, spatial_merge_size=2, window_size=112,
-                                   fullatt_block_indexes=(1, 3), out_hidden_size=64),
-        text=DecoderConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                           num_key_value_heads=2, head_dim=16, vocab_size=512, max_position_embeddings=4096,
-                           rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(2, 3, 3)),
-        tokens=TOKENS, position_id_per_seconds=25, seconds_per_chunk=2, tie_word_embeddings=False),
+        audio=AudioEncoderConfig(
+            num_mel_bins=128,
+            d_model=32,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            n_window=100,
+            max_source_positions=1500,
+            output_dim=64,
+        ),
+        vision=VisionEncoderConfig(
+            depth=4,
+            hidden_size=32,
+            intermediate_size=44,
+            num_heads=2,
+            in_channels=3,
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=112,
+            fullatt_block_indexes=(1, 3),
+            out_hidden_size=64,
+        ),
+        text=DecoderConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=512,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(2, 3, 3),
+        ),
+        tokens=TOKENS,
+        position_id_per_seconds=25,
+        seconds_per_chunk=2,
+        tie_word_embeddings=False,
+    ),
     talker=TalkerConfig(
         embedding_size=64,
-        decoder=DecoderConfig(hidden_size=40, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                              num_key_value_heads=2, head_dim=16, vocab_size=8448, max_position_embeddings=4096,
-                              rms_norm_eps=1e-6, rope_theta=1e6, mrope_section=(2, 3, 3)),
-        codec_pad=8292, codec_bos=8293, codec_eos=8294, codec_mask=8296),
+        decoder=DecoderConfig(
+            hidden_size=40,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=8448,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(2, 3, 3),
+        ),
+        codec_pad=8292,
+        codec_bos=8293,
+        codec_eos=8294,
+        codec_mask=8296,
+    ),
     token2wav=Token2WavConfig(
-        dit=DiTConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=16, ff_mult=2, emb_dim=32,
-                      num_embeds=8447, repeats=2, mel_dim=80, dropout=0.1, block_size=24, look_ahead_layers=(1,),
-                      look_backward_layers=(0, 2), rope_theta=1e4, enc_emb_dim=12, enc_dim=8,
-                      enc_channels=(16, 16, 16, 16, 48), enc_kernel_sizes=(5, 3, 3, 3, 1),
-                      enc_dilations=(1, 2, 3, 4, 1),
-                      enc_attention_channels=8, enc_res2net_scale=4, enc_se_channels=8),
-        bigvgan=BigVGANConfig(mel_dim=80, upsample_initial_channel=128, upsample_rates=(5, 3, 2, 2, 2, 2),
-                              upsample_kernel_sizes=(11, 7, 4, 4, 4, 4), resblock_kernel_sizes=(3, 7, 11),
-                              resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)))),
-    codec=None, media=QWEN7B.media,
-    thinker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=8),
-    talker_sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.05, max_new_tokens=30),
-    flow=QWEN7B.flow)
+        dit=DiTConfig(
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            head_dim=16,
+            ff_mult=2,
+            emb_dim=32,
+            num_embeds=8447,
+            repeats=2,
+            mel_dim=80,
+            dropout=0.1,
+            block_size=24,
+            look_ahead_layers=(1,),
+            look_backward_layers=(0, 2),
+            rope_theta=1e4,
+            enc_emb_dim=12,
+            enc_dim=8,
+            enc_channels=(16, 16, 16, 16, 48),
+            enc_kernel_sizes=(5, 3, 3, 3, 1),
+            enc_dilations=(1, 2, 3, 4, 1),
+            enc_attention_channels=8,
+            enc_res2net_scale=4,
+            enc_se_channels=8,
+        ),
+        bigvgan=BigVGANConfig(
+            mel_dim=80,
+            upsample_initial_channel=128,
+            upsample_rates=(5, 3, 2, 2, 2, 2),
+            upsample_kernel_sizes=(11, 7, 4, 4, 4, 4),
+            resblock_kernel_sizes=(3, 7, 11),
+            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5), (1, 3, 5)),
+        ),
+    ),
+    codec=None,
+    media=QWEN7B.media,
+    thinker_sampling=SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=8
+    ),
+    talker_sampling=SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.05, max_new_tokens=30
+    ),
+    flow=QWEN7B.flow,
+)
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------------------------
+# numbers
 def numbers(name: str, *shape: int) -> np.ndarray:
     """Normal numbers that depend on the name alone, on every machine."""
-    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    return (
+        np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    )
 
 
 def scale(name: str, shape: torch.Size) -> float:
-    """Wide heads, so that the largest logit stands clear of float noise; a quiet vocoder: nothing is clipped."""
+    """Wide heads, so that the largest logit stands clear of float noise; a quiet vocoder: nothing
+    is clipped.
+    """
     if "embed_tokens" in name or "codec_embed" in name or "audio_bos_eos" in name:
         return 1.0
     fan_in = shape[0] * shape[2] / 2 if ".ups." in name else math.prod(shape[1:])
     std = 1.3 / math.sqrt(fan_in)
-    for part, factor in (("lm_head", 3.0), ("codec_head", 3.0), ("attn_norm.linear", 0.5), ("norm_out.linear", 0.5),
-                         ("bigvgan", 0.6), ("conv_post", 0.5)):
+    for part, factor in (
+        ("lm_head", 3.0),
+        ("codec_head", 3.0),
+        ("attn_norm.linear", 0.5),
+        ("norm_out.linear", 0.5),
+        ("bigvgan", 0.6),
+        ("conv_post", 0.5),
+    ):
         std *= factor if part in name else 1.0
     return std
 
 
 @torch.no_grad()
-def fill(tensors: dict[str, torch.Tensor], numbers_of=lambda name, like: torch.from_numpy(numbers(name, *like.shape))):
+def fill(
+    tensors: dict[str, torch.Tensor],
+    numbers_of=lambda name, like: torch.from_numpy(numbers(name, *like.shape)),
+):
     """Overwrite tensors, keyed by their names in a checkpoint, with their numbers."""
     for name, tensor in tensors.items():
         draw = numbers_of(name, tensor)
@@ -95,18 +212,27 @@ def fill(tensors: dict[str, torch.Tensor], numbers_of=lambda name, like: torch.f
 
 def voices() -> dict[str, Voice]:
     dit = CONFIG.token2wav.dit
-    return {name: Voice(name, bos, torch.from_numpy(numbers(f"{name} cond", 1, dit.enc_emb_dim)),
-                        torch.from_numpy(numbers(f"{name} mel", 1, 60, dit.mel_dim) - 4))
-            for name, bos in (("Chelsie", 414), ("Ethan", 415))}
+    return {
+        name: Voice(
+            name,
+            bos,
+            torch.from_numpy(numbers(f"{name} cond", 1, dit.enc_emb_dim)),
+            torch.from_numpy(numbers(f"{name} mel", 1, 60, dit.mel_dim) - 4),
+        )
+        for name, bos in (("Chelsie", 414), ("Ethan", 415))
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------------------------------------
+# prompts
 def words(seed: int, count: int) -> list[int]:
     return np.random.RandomState(seed).randint(10, 390, count).tolist()
 
 
 def interleaved(grid: tuple[int, int, int], sounds: int) -> list[int]:
-    """Tokens of a video (one grid step a second) with its sound: two seconds of one, two seconds of the other."""
+    """Tokens of a video (one grid step a second) with its sound: two seconds of one, two seconds of
+    the other.
+    """
     cells = grid[1] * grid[2] // 4
     ids = []
     for chunk in range(max((grid[0] + 1) // 2, -(-sounds // 50))):
@@ -142,12 +268,34 @@ class Prompt:
 
 PROMPTS = {
     "text": [Prompt(("text", 9))],
-    "mixed": [Prompt(("text", 3), ("image", (1, 6, 8)), ("text", 2), ("audio", 337), ("video", (3, 6, 6)), ("text", 4),
-                     ("image", (1, 10, 20)), ("video", (5, 4, 6)), ("audio", 90), ("text", 5))],
-    "audio_in_video": [Prompt(("text", 3), ("image", (1, 6, 8)), ("audio", 130), ("av", (5, 4, 6), 502), ("text", 5))],
-    "batch": [Prompt(("text", 2), ("image", (1, 6, 8)), ("text", 3)), Prompt(("text", 2), ("audio", 401), ("text", 3))],
+    "mixed": [
+        Prompt(
+            ("text", 3),
+            ("image", (1, 6, 8)),
+            ("text", 2),
+            ("audio", 337),
+            ("video", (3, 6, 6)),
+            ("text", 4),
+            ("image", (1, 10, 20)),
+            ("video", (5, 4, 6)),
+            ("audio", 90),
+            ("text", 5),
+        )
+    ],
+    "audio_in_video": [
+        Prompt(
+            ("text", 3), ("image", (1, 6, 8)), ("audio", 130), ("av", (5, 4, 6), 502), ("text", 5)
+        )
+    ],
+    "batch": [
+        Prompt(("text", 2), ("image", (1, 6, 8)), ("text", 3)),
+        Prompt(("text", 2), ("audio", 401), ("text", 3)),
+    ],
 }
-EARLY_STOPS = {"text_stop": "text", "batch_stop": "batch"}  # the same prompts with stop ids that soon come up
+EARLY_STOPS = {
+    "text_stop": "text",
+    "batch_stop": "batch",
+}  # the same prompts with stop ids that soon come up
 
 
 def inputs(case: str) -> Inputs:
@@ -155,53 +303,89 @@ def inputs(case: str) -> Inputs:
     rows = PROMPTS[EARLY_STOPS.get(case, case)]
     longest = max(len(row.ids) for row in rows)
     pad = [longest - len(row.ids) for row in rows]
-    images, videos = ([grid for row in rows for grid in getattr(row, kind)] for kind in ("images", "videos"))
+    images, videos = (
+        [grid for row in rows for grid in getattr(row, kind)] for kind in ("images", "videos")
+    )
     frames = [count for row in rows for count in row.mels]
-    patches = lambda name, grids: torch.from_numpy(numbers(name, sum(map(math.prod, grids)), 1176)) if grids else None
-    return Inputs(torch.tensor([[TOKENS.endoftext] * n + row.ids for n, row in zip(pad, rows)]),
-                  torch.tensor([[0] * n + [1] * len(row.ids) for n, row in zip(pad, rows)]),
-                  [torch.from_numpy(numbers(f"mel {count}", 128, count)) for count in frames],
-                  patches("images", images), images, patches("videos", videos), videos,
-                  [torch.arange(grid[0], dtype=torch.float32) for grid in videos])
+
+    def patches(name, grids):
+        return torch.from_numpy(numbers(name, sum(map(math.prod, grids)), 1176)) if grids else None
+
+    return Inputs(
+        torch.tensor([[TOKENS.endoftext] * n + row.ids for n, row in zip(pad, rows)]),
+        torch.tensor([[0] * n + [1] * len(row.ids) for n, row in zip(pad, rows)]),
+        [torch.from_numpy(numbers(f"mel {count}", 128, count)) for count in frames],
+        patches("images", images),
+        images,
+        patches("videos", videos),
+        videos,
+        [torch.arange(grid[0], dtype=torch.float32) for grid in videos],
+    )
 
 
 def stopping(case: str, free: dict[str, np.ndarray]) -> OmniConfig:
-    """CONFIG, or for an early stop with stop ids out of what the same prompts made the model say when it was free:
-    the Thinker stops in row 0 only, and a single row's Talker after ten codes."""
+    """CONFIG, or for an early stop with stop ids out of what the same prompts made the model say
+    when it was free: the Thinker stops in row 0 only, and a single row's Talker after ten codes.
+    """
     if case not in EARLY_STOPS:
         return CONFIG
     first, *others = free["tokens"].tolist()
-    stop = next(token for i, token in enumerate(first) if i > 2 and token not in first[:i] + sum(others, []))
+    stop = next(
+        token for i, token in enumerate(first) if i > 2 and token not in first[:i] + sum(others, [])
+    )
     thinker = dataclasses.replace(CONFIG.thinker, tokens=dataclasses.replace(TOKENS, im_end=stop))
-    talker = CONFIG.talker if others else dataclasses.replace(CONFIG.talker, codec_eos=int(free["codes_0"][10]))
+    talker = (
+        CONFIG.talker
+        if others
+        else dataclasses.replace(CONFIG.talker, codec_eos=int(free["codes_0"][10]))
+    )
     return dataclasses.replace(CONFIG, thinker=thinker, talker=talker)
 
 
-# ------------------------------------------------------------------------------------------------------- official code
+# -------------------------------------------------------------------------------------------------------
+# official code
 def hf_inputs(case: str) -> dict:
-    """The same tensors as the official generate() takes them. Pixels need a prefix lest the talker refuse them."""
+    """The same tensors as the official generate() takes them. Pixels need a prefix lest the talker
+    refuse them.
+    """
     ours, video = inputs(case), EARLY_STOPS.get(case, case) == "audio_in_video"
-    theirs = {"input_ids": ours.input_ids, "attention_mask": ours.attention_mask, "use_audio_in_video": video}
+    theirs = {
+        "input_ids": ours.input_ids,
+        "attention_mask": ours.attention_mask,
+        "use_audio_in_video": video,
+    }
     if ours.mels:
         frames = torch.tensor([mel.shape[1] for mel in ours.mels])
-        padded = [torch.nn.functional.pad(mel, (0, int(frames.max()) - mel.shape[1])) for mel in ours.mels]
+        padded = [
+            torch.nn.functional.pad(mel, (0, int(frames.max()) - mel.shape[1])) for mel in ours.mels
+        ]
         theirs["input_features"] = torch.stack(padded)
-        theirs["feature_attention_mask"] = (torch.arange(int(frames.max())) < frames[:, None]).long()
+        theirs["feature_attention_mask"] = (
+            torch.arange(int(frames.max())) < frames[:, None]
+        ).long()
     if ours.image_grids:
-        theirs |= {"thinker_pixel_values": ours.image_patches, "image_grid_thw": torch.tensor(ours.image_grids)}
+        theirs |= {
+            "thinker_pixel_values": ours.image_patches,
+            "image_grid_thw": torch.tensor(ours.image_grids),
+        }
     if ours.video_grids:
-        theirs |= {"thinker_pixel_values_videos": ours.video_patches, "video_grid_thw": torch.tensor(ours.video_grids),
-                   "video_second_per_grid": torch.ones(len(ours.video_grids))}
+        theirs |= {
+            "thinker_pixel_values_videos": ours.video_patches,
+            "video_grid_thw": torch.tensor(ours.video_grids),
+            "video_second_per_grid": torch.ones(len(ours.video_grids)),
+        }
     return theirs
 
 
 def hf_name(name: str) -> str:
     """A tensor's name in a checkpoint, from its name in the official model's memory."""
-    for memory, stored in (("thinker.model.audio_tower.", "thinker.audio_tower."),
-                           ("thinker.model.visual.", "thinker.visual."),
-                           ("thinker.model.language_model.", "thinker.model.")):
+    for memory, stored in (
+        ("thinker.model.audio_tower.", "thinker.audio_tower."),
+        ("thinker.model.visual.", "thinker.visual."),
+        ("thinker.model.language_model.", "thinker.model."),
+    ):
         if name.startswith(memory):
-            return stored + name[len(memory):]
+            return stored + name[len(memory) :]
     return name
 
 
@@ -213,23 +397,33 @@ def hf_model(repaired: bool = True, fill=fill):
     logging.set_verbosity_error()
     model = Qwen2_5OmniForConditionalGeneration(Qwen2_5OmniConfig(**plain(to_json(CONFIG)))).eval()
     fill({hf_name(name): p for name, p in model.named_parameters()})
-    model.speaker_map = {voice.name: {"bos_token": voice.bos_token, "cond": voice.cond, "ref_mel": voice.ref_mel}
-                         for voice in voices().values()}
+    model.speaker_map = {
+        voice.name: {"bos_token": voice.bos_token, "cond": voice.cond, "ref_mel": voice.ref_mel}
+        for voice in voices().values()
+    }
     return repair_talker_mask(model) if repaired else model
 
 
 def repair_talker_mask(model):
-    """generate() of 5.24.0 drops a mask of ones, and without one its talker skips TMRoPE and the codec's bos and pad
-    embeddings; so every unpadded call speaks from the wrong inputs. Hand the mask back to the talker."""
+    """generate() of 5.24.0 drops a mask of ones, and without one its talker skips TMRoPE and the
+    codec's bos and pad embeddings; so every unpadded call speaks from the wrong inputs. Hand the
+    mask back to the talker.
+    """
     prepare = model.talker.prepare_inputs_for_generation
 
     def with_mask(input_ids, inputs_embeds=None, **kwargs):
         prepared = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if prepared.get("attention_mask") is None:
-            now = prepared["input_ids"] if prepared.get("inputs_embeds") is None else prepared["inputs_embeds"]
+            now = (
+                prepared["input_ids"]
+                if prepared.get("inputs_embeds") is None
+                else prepared["inputs_embeds"]
+            )
             cache = prepared.get("cache")  # past_key_values before 5.24.0
             past = 0 if cache is None else cache.get_seq_length()
-            prepared["attention_mask"] = torch.ones(now.shape[0], past + now.shape[1], dtype=torch.long, device=now.device)
+            prepared["attention_mask"] = torch.ones(
+                now.shape[0], past + now.shape[1], dtype=torch.long, device=now.device
+            )
         return prepared
 
     model.talker.prepare_inputs_for_generation = with_mask
@@ -256,7 +450,9 @@ class Ears:
         return self.heard
 
 
-def ask_official(model, case: str, free: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+def ask_official(
+    model, case: str, free: dict[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """Run the official code on a case and keep what a comparison wants to see."""
     config, ears = stopping(case, free), Ears()
     thinker, talker, token2wav = model.thinker, model.talker, model.token2wav
@@ -264,27 +460,46 @@ def ask_official(model, case: str, free: dict[str, np.ndarray] | None = None) ->
     ears.on(thinker.model.visual, "vision", lambda a, k, out: out.pooler_output)
     ears.on(thinker.model.language_model, "positions", lambda a, k, out: k["position_ids"][-3:])
     ears.on(thinker, "logits", lambda a, k, out: out.logits)
-    ears.on(talker.model, "talker_positions", lambda a, k, out: torch.zeros(3, 1, 0) if k.get("position_ids") is None
-            else k["position_ids"][-3:])
+    ears.on(
+        talker.model,
+        "talker_positions",
+        lambda a, k, out: (
+            torch.zeros(3, 1, 0) if k.get("position_ids") is None else k["position_ids"][-3:]
+        ),
+    )
     ears.on(talker.model, "talker_inputs", lambda a, k, out: k["inputs_embeds"])
     ears.on(talker, "talker_logits", lambda a, k, out: out.logits[:, -1])
     ears.on(token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
     ears.on(token2wav, "codes", lambda a, k, out: a[0])
     torch.manual_seed(0)
-    given = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in hf_inputs(case).items()}
+    given = {
+        name: x.to(model.device) if isinstance(x, torch.Tensor) else x
+        for name, x in hf_inputs(case).items()
+    }
     ids, waves = model.generate(
-        **given, speaker="Chelsie", thinker_do_sample=False, talker_do_sample=False,
+        **given,
+        speaker="Chelsie",
+        thinker_do_sample=False,
+        talker_do_sample=False,
         thinker_max_new_tokens=config.thinker_sampling.max_new_tokens,
         thinker_eos_token_id=config.thinker.tokens.im_end,
         talker_max_new_tokens=config.talker_sampling.max_new_tokens,
-        talker_eos_token_id=[config.talker.codec_pad, config.talker.codec_eos])
+        talker_eos_token_id=[config.talker.codec_pad, config.talker.codec_eos],
+    )
     heard = ears.off()
-    return digest(inputs(case).attention_mask, heard, ids[:, inputs(case).input_ids.shape[1]:],
-                  [row[0] for row in heard["codes"]], waves if isinstance(waves, list) else [waves])
+    return digest(
+        inputs(case).attention_mask,
+        heard,
+        ids[:, inputs(case).input_ids.shape[1] :],
+        [row[0] for row in heard["codes"]],
+        waves if isinstance(waves, list) else [waves],
+    )
 
 
 def digest(mask, heard, tokens, codes, waves) -> dict[str, np.ndarray]:
-    """What two codes are compared by: everything, but of logits and wide tensors only every few columns and rows."""
+    """What two codes are compared by: everything, but of logits and wide tensors only every few
+    columns and rows.
+    """
     real, record = mask.bool(), {"tokens": tokens}
     for name in ("audio", "vision"):
         if name in heard:
@@ -292,7 +507,9 @@ def digest(mask, heard, tokens, codes, waves) -> dict[str, np.ndarray]:
     record["positions"] = heard["positions"][0][:, real]
     record["logits"] = heard["logits"][0][real][::5, ::4]
     record["step_logits"] = torch.stack([step[:, -1] for step in heard["logits"]], 1)[:, :, ::4]
-    record["talker_inputs"] = heard["talker_inputs"][0][:, -24:]  # the prompt's end, voice and first line
+    record["talker_inputs"] = heard["talker_inputs"][0][
+        :, -24:
+    ]  # the prompt's end, voice and first line
     record["talker_step_inputs"] = torch.cat(heard["talker_inputs"][1:], 1)
     record["talker_positions"] = torch.cat([x[:, :, -2:] for x in heard["talker_positions"]], 2)
     record["talker_logits"] = torch.stack(heard["talker_logits"], 1)[:, :, ::64]

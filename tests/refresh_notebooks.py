@@ -1,9 +1,10 @@
-"""Execute the notebooks and write their outputs back: python tests/refresh_notebooks.py [part of a name ...].
+"""Execute the notebooks and write their outputs back: python tests/refresh_notebooks.py [part of a
+name ...].
 
-The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what depends on the
-machine or the day is taken out, pictures are made small, and the header gets the seconds that were measured. Then the
-table of chapters in the READMEs is written anew from the headers; `python tests/refresh_notebooks.py README` does that
-alone.
+The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what
+depends on the machine or the day is taken out, pictures are made small, and the header gets the
+seconds that were measured. Then the table of chapters in the READMEs is written anew from the
+headers; `python tests/refresh_notebooks.py README` does that alone.
 """
 
 import base64
@@ -15,11 +16,10 @@ import time
 from math import ceil
 from pathlib import Path
 
+import chapters
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
-
-import chapters
 
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
@@ -28,22 +28,30 @@ PHOTOGRAPH = 8192  # more colours than this and it is a photograph, in whose sky
 
 
 def refresh(path: Path) -> float:
-    """Run one notebook, clean it, write it back -> seconds. Raises nbclient's CellExecutionError if a cell fails."""
+    """Run one notebook, clean it, write it back -> seconds. Raises nbclient's CellExecutionError if
+    a cell fails.
+    """
     notebook = nbformat.read(path, as_version=4)
     begun = time.monotonic()
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     seconds = time.monotonic() - begun
     clean(notebook)
     header = notebook.cells[0]
-    header.source = BUDGET.sub(f"run in {5 * ceil(seconds / 5)} s", header.source)  # coarse, so that it seldom changes
+    header.source = BUDGET.sub(
+        f"run in {5 * ceil(seconds / 5)} s", header.source
+    )  # coarse, so that it seldom changes
     nbformat.write(notebook, path)
     return seconds
 
 
 def clean(notebook) -> None:
     """Keep of a run notebook what would be the same on another machine. In place."""
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                         "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(codes, start=1):
         cell.metadata, cell.execution_count, cell.outputs = {}, count, merged(cell.outputs)
@@ -55,15 +63,23 @@ def clean(notebook) -> None:
             if "data" in output:
                 output.metadata = {}
                 figure = output.data.pop("image/png", None)
-                output.data = {kind: data.replace(f"{ROOT}{os.sep}", "") for kind, data in output.data.items()}
+                output.data = {
+                    kind: data.replace(f"{ROOT}{os.sep}", "") for kind, data in output.data.items()
+                }
                 output.data |= small(figure) if figure else {}
 
 
 def merged(outputs) -> list:
-    """Pieces of one stream that follow one another as one output: how they were cut depends on timing."""
+    """Pieces of one stream that follow one another as one output: how they were cut depends on
+    timing.
+    """
     kept = []
     for output in outputs:
-        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
+        if (
+            kept
+            and output.output_type == kept[-1].output_type == "stream"
+            and output.name == kept[-1].name
+        ):
             kept[-1].text += output.text
         else:
             kept.append(output)
@@ -71,13 +87,17 @@ def merged(outputs) -> list:
 
 
 def small(png: str) -> dict[str, str]:
-    """A PNG in base64 -> the same picture as a PNG with a palette, or a photograph as a JPEG, under its MIME type."""
+    """A PNG in base64 -> the same picture as a PNG with a palette, or a photograph as a JPEG, under
+    its MIME type.
+    """
     picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
     photograph = picture.getcolors(PHOTOGRAPH) is None
     if photograph:
         picture.save(file, "JPEG", quality=75, optimize=True)
     else:
-        picture.quantize(COLORS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        picture.quantize(COLORS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+            file, "PNG", optimize=True
+        )
     return {"image/jpeg" if photograph else "image/png": base64.b64encode(file.getvalue()).decode()}
 
 

@@ -25,7 +25,9 @@ def home(tiny_folder, monkeypatch, tmp_path):
     """The folder of a run that never learnt anything."""
     monkeypatch.setattr(synthesis, "available", lambda: False)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")  # who has never learnt writes until it is cut off
+    monkeypatch.setattr(
+        ThinkerStage, "sample", lambda self: ""
+    )  # who has never learnt writes until it is cut off
     monkeypatch.setattr(SpeechStage, "sample", lambda self: "")
     monkeypatch.setattr(SpeechStage, "sound", lambda self: None)
     monkeypatch.setattr(DPOStage, "prompts", 8)
@@ -33,16 +35,32 @@ def home(tiny_folder, monkeypatch, tmp_path):
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
-    for name in ("codec", "language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat", "talker", "dpo"):
-        learnt = {n: p.detach() for n, p in load(str(home / "model")).named_parameters()
-                  if n.startswith(STAGES[name].learns)}
+    for name in (
+        "codec",
+        "language",
+        "ears",
+        "eyes",
+        "thinker1",
+        "thinker2",
+        "thinker3",
+        "chat",
+        "talker",
+        "dpo",
+    ):
+        learnt = {
+            n: p.detach()
+            for n, p in load(str(home / "model")).named_parameters()
+            if n.startswith(STAGES[name].learns)
+        }
         save_file(learnt, home / "stages" / f"{name}.safetensors")
     return home
 
 
 def test_dpo_table(home):
     text = ablations.ablate("dpo", home, items=2, seed=0)
-    assert text.count("\n| before DPO |") == text.count("\n| after DPO |") == 2  # word errors, and habits
+    assert (
+        text.count("\n| before DPO |") == text.count("\n| after DPO |") == 2
+    )  # word errors, and habits
     assert "relative fall 0.0%" in text  # the two stages hold the same weights
 
 
@@ -56,32 +74,43 @@ def test_beta_table(home, monkeypatch):
 
 def short() -> dict:
     """Recipes of one small step."""
-    return {name: replace(recipe, steps=1, batch=2) for name, recipe in stages.RECIPES["tiny"].items()}
+    return {
+        name: replace(recipe, steps=1, batch=2) for name, recipe in stages.RECIPES["tiny"].items()
+    }
 
 
 def test_tuning_breaks_and_mends(home, monkeypatch):
     monkeypatch.setattr(ablations, "TUNING", {"chat": {"steps": 1}, "talker": {"steps": 1}})
     before = {n: p.clone() for n, p in load(str(home / "model")).named_parameters()}
     text = ablations.ablate("tuning", home, items=2, seed=0)
-    assert text.count("\n| ") == 3 and "after tuning the Thinker" in text
+    assert text.count("\n| ") == 3
+    assert "after tuning the Thinker" in text
     assert (home.parent / "ablate-tuning" / "chat.safetensors").exists()
-    assert all(torch.equal(p, before[n]) for n, p in load(str(home / "model")).named_parameters())  # nothing is lost
+    assert all(
+        torch.equal(p, before[n]) for n, p in load(str(home / "model")).named_parameters()
+    )  # nothing is lost
 
 
 def test_stage3_table(home):
     text = ablations.ablate("stage3", home, items=4, seed=0)
     rows = [line.split(" | ") for line in text.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["| word error, 30 s of speech", "| word error, one sentence",
-                                        "| right, clips of about 45 s", "| right, clips of about 3 s"]
+    assert [row[0] for row in rows] == [
+        "| word error, 30 s of speech",
+        "| word error, one sentence",
+        "| right, clips of about 45 s",
+        "| right, clips of about 3 s",
+    ]
     assert all(row[1] == row[2] for row in rows)  # the two stages hold the same weights
 
 
 def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
     monkeypatch.setitem(stages.RECIPES, "tiny", short())
     text = ablations.ablate("tmrope", home, items=2, seed=0)
-    assert text.count("\n| ") == 2 and "| plain M-RoPE |" in text
+    assert text.count("\n| ") == 2
+    assert "| plain M-RoPE |" in text
     row = report.mrope_row(home / report.MROPE)
-    assert row.n == 2 and row.value is not None
+    assert row.n == 2
+    assert row.value is not None
     assert report.mrope_row(home / "nothing").value is None
 
 
@@ -103,9 +132,14 @@ def test_plain_mrope_counts_steps_where_tmrope_counts_time(tmp_path, monkeypatch
     inputs, _ = teacher.lesson(talks, random)
     timed, plain = (f(inputs, TINY.thinker) for f in (position_ids, ablations.plain_mrope))
     video = inputs.input_ids == TINY.thinker.tokens.video
-    assert torch.equal(timed[1:], plain[1:]) and torch.equal(timed[0][~video], plain[0][~video])
+    assert torch.equal(timed[1:], plain[1:])
+    assert torch.equal(timed[0][~video], plain[0][~video])
     steps, rows, columns = inputs.video_grids[0]
     begin = int(timed[0][video][0])
-    assert plain[0][video].tolist() == [begin + i for i in range(steps) for _ in range(rows * columns // 4)]
+    assert plain[0][video].tolist() == [
+        begin + i for i in range(steps) for _ in range(rows * columns // 4)
+    ]
     seconds = inputs.video_seconds[0].tolist()
-    assert timed[0][video][:: rows * columns // 4].tolist() == [begin + int(25 * s) for s in seconds]
+    assert timed[0][video][:: rows * columns // 4].tolist() == [
+        begin + int(25 * s) for s in seconds
+    ]

@@ -18,7 +18,9 @@ from minomni.inputs.media import MediaOptions, load_audio
 
 
 def tone(seconds: float, rate: int = 16_000, hz: float = 700) -> np.ndarray:
-    return (0.25 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+    return (0.25 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 def pitches(wave: torch.Tensor, step: int = 3_200) -> set[int]:
@@ -33,7 +35,9 @@ def file_of(samples: np.ndarray, rate: int, kind: str, subtype: str | None = Non
     return stream.getvalue()
 
 
-def container(path, codec: str, pieces: list[tuple[float, np.ndarray]], rate: int, kind: str | None = None):
+def container(
+    path, codec: str, pieces: list[tuple[float, np.ndarray]], rate: int, kind: str | None = None
+):
     """A file whose one sound track holds each piece at its own time in seconds."""
     with av.open(path, "w", format=kind) as out:
         stream = out.add_stream(codec, rate=rate, layout="mono")
@@ -51,13 +55,26 @@ def refused(source, *says, options=MediaOptions()):
         load_audio(source, options)
     message = str(error.value)
     assert all(part in message for part in says), message
-    assert "\n" not in message and len(message) <= 500
+    assert "\n" not in message
+    assert len(message) <= 500
 
 
-# -------------------------------------------------------------------------------------------------------------- arrays
-@pytest.mark.parametrize("kind, scale, middle", [
-    ("int8", 127, 0), ("uint8", 127, 128), ("int16", 32_767, 0), (">i2", 32_767, 0), ("uint16", 32_767, 32_768),
-    ("int32", 2**31 - 256, 0), ("float16", 1, 0), ("float64", 1, 0), (">f4", 1, 0)])
+# --------------------------------------------------------------------------------------------------------------
+# arrays
+@pytest.mark.parametrize(
+    ("kind", "scale", "middle"),
+    [
+        ("int8", 127, 0),
+        ("uint8", 127, 128),
+        ("int16", 32_767, 0),
+        (">i2", 32_767, 0),
+        ("uint16", 32_767, 32_768),
+        ("int32", 2**31 - 256, 0),
+        ("float16", 1, 0),
+        ("float64", 1, 0),
+        (">f4", 1, 0),
+    ],
+)
 def test_types_that_tell_their_scale(kind, scale, middle):
     samples = (tone(0.3).astype(np.float64) * scale + middle).astype(kind)
     tolerance = 0.02 if np.dtype(kind).itemsize == 1 else 2e-4
@@ -84,12 +101,22 @@ def test_scales_that_are_not_the_types():
     assert not load_audio(np.zeros(9_000, np.int32)).any()
 
 
-@pytest.mark.parametrize("layout", [lambda w: w[None], lambda w: w[:, None], lambda w: np.stack([w] * 3),
-                                    lambda w: np.stack([w] * 3, 1), lambda w: np.stack([w] * 8)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda w: w[None],
+        lambda w: w[:, None],
+        lambda w: np.stack([w] * 3),
+        lambda w: np.stack([w] * 3, 1),
+        lambda w: np.stack([w] * 8),
+    ],
+)
 def test_channels_are_the_fewer(layout):
     for rate, samples in ((16_000, tone(0.4)), (22_050, tone(0.4, 22_050))):
         wave = load_audio((layout(samples), rate))
-        assert len(wave) == 6_400 and pitches(wave) == {700} and wave.abs().max() == pytest.approx(0.25, abs=0.01)
+        assert len(wave) == 6_400
+        assert pitches(wave) == {700}
+        assert wave.abs().max() == pytest.approx(0.25, abs=0.01)
         assert torch.equal(load_audio((torch.from_numpy(layout(samples)), rate)), wave)
 
 
@@ -104,21 +131,35 @@ def test_rate_first_or_last():
     samples = (tone(0.5, 24_000) * 32_767).astype(np.int16)
     wave = load_audio((samples, 24_000))
     assert len(wave) == 8_000
-    for pair in ((24_000, samples), (np.int32(24_000), samples), (samples, 24_000.0), (samples, torch.tensor(24_000)),
-                 {"array": samples, "sampling_rate": 24_000, "path": None}):
+    for pair in (
+        (24_000, samples),
+        (np.int32(24_000), samples),
+        (samples, 24_000.0),
+        (samples, torch.tensor(24_000)),
+        {"array": samples, "sampling_rate": 24_000, "path": None},
+    ):
         assert torch.equal(load_audio(pair), wave)
     listed = {"array": tone(0.1).tolist(), "sampling_rate": 16_000}
     assert torch.equal(load_audio(listed), torch.from_numpy(tone(0.1)))
 
 
-@pytest.mark.parametrize("rate", [None, 0, -8_000, True, float("nan"), float("inf"), 1e30, 0.1, "16000", [16_000]])
+@pytest.mark.parametrize(
+    "rate", [None, 0, -8_000, True, float("nan"), float("inf"), 1e30, 0.1, "16000", [16_000]]
+)
 def test_rates_that_are_none(rate):
     refused((tone(0.1), rate), "the audio given")
     refused({"array": tone(0.1), "sampling_rate": rate}, "sampling rate in Hz")
 
 
 def test_tuples_that_are_none():
-    for pair in ((tone(0.1),), (tone(0.1), 16_000, 1), (tone(0.1), tone(0.1)), ("a.wav", 16_000), (1, 2), ()):
+    for pair in (
+        (tone(0.1),),
+        (tone(0.1), 16_000, 1),
+        (tone(0.1), tone(0.1)),
+        ("a.wav", 16_000),
+        (1, 2),
+        (),
+    ):
         refused(pair, "(array, sampling rate in Hz)")
 
 
@@ -128,7 +169,10 @@ def test_lists_that_are_no_array():
         refused(source, "the audio given: a list whose values cannot be read")
     refused((tone(0.1), ragged), "(array, sampling rate in Hz)")
     refused((tone(0.1), 9**5_000), "a very large number samples per second")
-    refused({"array": tone(0.1), "sampling_rate": -(10**4_999)}, "a very large number samples per second")
+    refused(
+        {"array": tone(0.1), "sampling_rate": -(10**4_999)},
+        "a very large number samples per second",
+    )
 
 
 def test_tensors_of_every_kind():
@@ -136,7 +180,11 @@ def test_tensors_of_every_kind():
     assert torch.allclose(load_audio(wave.bfloat16()), wave, atol=2e-3)
     assert torch.equal(load_audio(wave.clone().requires_grad_()), wave)
     assert torch.equal(load_audio(wave[None].expand(4, -1)), wave)
-    for empty in (wave.to("meta"), wave.to_sparse(), torch.quantize_per_tensor(wave, 0.1, 0, torch.qint8)):
+    for empty in (
+        wave.to("meta"),
+        wave.to_sparse(),
+        torch.quantize_per_tensor(wave, 0.1, 0, torch.qint8),
+    ):
         refused(empty, "cannot be read")
     refused(wave + 1j, "expected numbers")
 
@@ -160,24 +208,34 @@ def test_arrays_that_claim_any_length():
     refused((np.zeros(2_000, np.float32), 1), "more than 1311 s")
 
 
-# ------------------------------------------------------------------------------------------------------- start and end
+# -------------------------------------------------------------------------------------------------------
+# start and end
 @pytest.mark.parametrize("rate", [16_000, 11_025, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("start, end", [(None, None), (0.0, 0.3), (0.25, None), (0.1234, 0.777), (0.5, 9.0),
-                                        (0.3, 1.1)])
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(None, None), (0.0, 0.3), (0.25, None), (0.1234, 0.777), (0.5, 9.0), (0.3, 1.1)],
+)
 def test_start_and_end_as_librosa_counts_them(rate, start, end):
     librosa = pytest.importorskip("librosa")
     content = file_of(np.random.RandomState(1).uniform(-0.5, 0.5, (rate + 77, 2)), rate, "WAV")
-    expected, _ = librosa.load(io.BytesIO(content), sr=16_000, offset=start or 0.0,
-                               duration=None if end is None else end - (start or 0.0))
+    expected, _ = librosa.load(
+        io.BytesIO(content),
+        sr=16_000,
+        offset=start or 0.0,
+        duration=None if end is None else end - (start or 0.0),
+    )
     wave = load_audio(content, MediaOptions(audio_start=start, audio_end=end))
-    assert len(wave) == len(expected) and np.allclose(wave, expected, atol=1e-5)
+    assert len(wave) == len(expected)
+    assert np.allclose(wave, expected, atol=1e-5)
 
 
 def test_start_and_end_of_arrays():
     samples = tone(0.8)
     for start, end in ((0.1, 0.3), (0.1234, None), (0, 0.5)):
         wave = load_audio(samples, MediaOptions(audio_start=start, audio_end=end))
-        assert np.array_equal(wave, samples[int(16_000 * start) : None if end is None else int(16_000 * end)])
+        assert np.array_equal(
+            wave, samples[int(16_000 * start) : None if end is None else int(16_000 * end)]
+        )
     assert len(load_audio((tone(0.8, 8_000), 8_000), MediaOptions(audio_start=0.25))) == 8_800
 
 
@@ -187,27 +245,46 @@ def test_start_and_end_of_other_types(number):
     assert np.array_equal(wave, tone(0.8)[4_000:8_000])
 
 
-@pytest.mark.parametrize("start, end, says", [
-    pytest.param(7**8_000, None, "audio_start is a very large number", id="large"),
-    (np.float32(-2.5), None, "audio_start is -2.5"),
-    (-0.1, None, "audio_start is -0.1"), (None, -1, "audio_end is -1"), (0.3, 0.3, "not behind audio_start"),
-    (0.5, 0.2, "not behind audio_start"), (7.0, None, "after 7 s"), (7.0, 9.0, "after 7 s"), 
-    ("1", None, "expected seconds"),
-    (float("nan"), None, "expected seconds"), (0.2, float("inf"), "expected seconds"), (True, None, "expected seconds"),
-    (0.79, 0.8, "more than 20 ms")])
+@pytest.mark.parametrize(
+    ("start", "end", "says"),
+    [
+        pytest.param(7**8_000, None, "audio_start is a very large number", id="large"),
+        (np.float32(-2.5), None, "audio_start is -2.5"),
+        (-0.1, None, "audio_start is -0.1"),
+        (None, -1, "audio_end is -1"),
+        (0.3, 0.3, "not behind audio_start"),
+        (0.5, 0.2, "not behind audio_start"),
+        (7.0, None, "after 7 s"),
+        (7.0, 9.0, "after 7 s"),
+        ("1", None, "expected seconds"),
+        (float("nan"), None, "expected seconds"),
+        (0.2, float("inf"), "expected seconds"),
+        (True, None, "expected seconds"),
+        (0.79, 0.8, "more than 20 ms"),
+    ],
+)
 def test_start_and_end_out_of_range(start, end, says):
     options = MediaOptions(audio_start=start, audio_end=end)
     refused(tone(0.8), says, options=options)
     refused(file_of(tone(0.8), 16_000, "FLAC"), says, options=options)
 
 
-# --------------------------------------------------------------------------------------- streams that change or rebegin
-@pytest.mark.parametrize("kind, subtype", [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16")])
-@pytest.mark.parametrize("rates", [(48_000, 48_000), (24_000, 48_000), (48_000, 8_000), (8_000, 16_000)])
+# --------------------------------------------------------------------------------------- streams
+# that change or rebegin
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16")]
+)
+@pytest.mark.parametrize(
+    "rates", [(48_000, 48_000), (24_000, 48_000), (48_000, 8_000), (8_000, 16_000)]
+)
 def test_files_behind_each_other(kind, subtype, rates):
-    parts = [file_of(np.stack([tone(s, r)] * c, 1), r, kind, subtype) for s, r, c in zip((0.8, 1.2), rates, (1, 2))]
+    parts = [
+        file_of(np.stack([tone(s, r)] * c, 1), r, kind, subtype)
+        for s, r, c in zip((0.8, 1.2), rates, (1, 2))
+    ]
     wave = load_audio(b"".join(parts))
-    assert len(wave) == 32_000 and pitches(wave) == {700}
+    assert len(wave) == 32_000
+    assert pitches(wave) == {700}
     assert torch.allclose(wave[13_200:], load_audio(parts[1])[400:], atol=1e-3)
     piece = load_audio(b"".join(parts), MediaOptions(audio_start=0.5, audio_end=1.5))
     assert len(piece) == pytest.approx(16_000, abs=3)
@@ -217,7 +294,8 @@ def test_files_behind_each_other(kind, subtype, rates):
 def test_mp3_whose_rate_changes(rates):
     parts = [file_of(np.stack([tone(1, r)] * c, 1), r, "MP3") for r, c in zip(rates, (2, 1))]
     wave = load_audio(b"".join(parts))
-    assert len(wave) == pytest.approx(32_000, abs=3_500) and pitches(wave) == {700}
+    assert len(wave) == pytest.approx(32_000, abs=3_500)
+    assert pitches(wave) == {700}
 
 
 def test_aac_whose_rate_changes(tmp_path):
@@ -226,22 +304,32 @@ def test_aac_whose_rate_changes(tmp_path):
         path = container(tmp_path / f"{rate}.aac", "aac", [(0, tone(1, rate))], rate, "adts")
         parts.append(path.read_bytes())
     wave = load_audio(b"".join(parts))  # each part has its encoder's own padding
-    assert len(wave) == pytest.approx(32_000, abs=3_500) and pitches(wave) <= {695, 700, 705}
+    assert len(wave) == pytest.approx(32_000, abs=3_500)
+    assert pitches(wave) <= {695, 700, 705}
 
 
 def test_too_many_beginnings():
     refused(file_of(tone(0.05), 16_000, "OGG") * 1_001, "begins anew 1001 times")
 
 
-@pytest.mark.parametrize("kind, codec", [("adts", "aac"), ("mpegts", "aac"), ("mp3", "libmp3lame"), ("ac3", "ac3")])
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("adts", "aac"), ("mpegts", "aac"), ("mp3", "libmp3lame"), ("ac3", "ac3")]
+)
 def test_broadcasts_joined_and_left_within_a_frame(tmp_path, kind, codec):
-    content = container(tmp_path / "whole", codec, [(0, tone(2, 48_000))], 48_000, kind).read_bytes()
-    for piece in (content[: len(content) // 2 + 37], content[len(content) // 5 + 3 : -len(content) // 7]):
+    content = container(
+        tmp_path / "whole", codec, [(0, tone(2, 48_000))], 48_000, kind
+    ).read_bytes()
+    for piece in (
+        content[: len(content) // 2 + 37],
+        content[len(content) // 5 + 3 : -len(content) // 7],
+    ):
         wave = load_audio(piece)
-        assert len(wave) == pytest.approx(len(piece) / len(content) * 32_000, abs=2_500) and 700 in pitches(wave)
+        assert len(wave) == pytest.approx(len(piece) / len(content) * 32_000, abs=2_500)
+        assert 700 in pitches(wave)
 
 
-# ----------------------------------------------------------------------------------------------- headers that are wrong
+# -----------------------------------------------------------------------------------------------
+# headers that are wrong
 def flac_that_claims(samples: int) -> bytes:
     content = bytearray(file_of(tone(1), 16_000, "FLAC"))
     content[21] = content[21] & 0xF0 | samples >> 32
@@ -266,8 +354,19 @@ def wav_that_claims(riff: int, data: int, seconds: float = 1) -> bytes:
     return bytes(content)
 
 
-@pytest.mark.parametrize("riff, data", [(0, 0), (36, 0), (2**32 - 1, 2**32 - 1), (2**31 - 1, 2**31 - 37),
-                                        (0, 2**32 - 1), (2**32 - 1, 2**31 - 4_096), (32_036, 32_000), (7, 32_000)])
+@pytest.mark.parametrize(
+    ("riff", "data"),
+    [
+        (0, 0),
+        (36, 0),
+        (2**32 - 1, 2**32 - 1),
+        (2**31 - 1, 2**31 - 37),
+        (0, 2**32 - 1),
+        (2**32 - 1, 2**31 - 4_096),
+        (32_036, 32_000),
+        (7, 32_000),
+    ],
+)
 def test_wav_of_unknown_length(riff, data):
     assert np.allclose(load_audio(wav_that_claims(riff, data)), tone(1), atol=1e-4)
 
@@ -282,15 +381,30 @@ def test_files_cut_short(kind):
         assert len(load_audio(whole + b"\xff" * 99)) == 16_000
 
 
-@pytest.mark.parametrize("name, codec", [("a.mkv", "flac"), ("a.webm", "libopus"), ("a.mp4", "aac"), ("a.mov", "aac"),
-                                         ("a.avi", "mp3")])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mkv", "flac"),
+        ("a.webm", "libopus"),
+        ("a.mp4", "aac"),
+        ("a.mov", "aac"),
+        ("a.avi", "mp3"),
+    ],
+)
 def test_containers_cut_short(tmp_path, name, codec):
     content = container(tmp_path / name, codec, [(0, tone(1, 48_000))], 48_000).read_bytes()
     for kept in (0.4, 0.8):
         refused(content[: int(len(content) * kept)], "cut short")
     wave = load_audio(content)
-    for trailer in (b"TAG" + b"x" * 125, b"APETAGEX" + b"\0" * 60, b"\0" * 40, b"\xff" * 1_000, b"--boundary--\r\n",
-                    b"\x7f\xff\xff\xffcamr1234" * 9, struct.pack(">I4s", 24, b"free") + b"\0" * 16 + b"rest"):
+    for trailer in (
+        b"TAG" + b"x" * 125,
+        b"APETAGEX" + b"\0" * 60,
+        b"\0" * 40,
+        b"\xff" * 1_000,
+        b"--boundary--\r\n",
+        b"\x7f\xff\xff\xffcamr1234" * 9,
+        struct.pack(">I4s", 24, b"free") + b"\0" * 16 + b"rest",
+    ):
         if name.endswith(("mp4", "mov")):
             assert torch.equal(load_audio(content + trailer), wave), trailer[:8]
 
@@ -311,11 +425,16 @@ def test_sound_longer_than_the_context(kind):
     with soundfile.SoundFile(stream, "w", 8_000, 1, format=kind, subtype="PCM_16") as file:
         file.write(np.zeros(int(8_000 * (LONGEST_SECONDS + 1)), np.int16))
     refused(stream.getvalue(), "more than 1311 s of sound", "context")
-    assert len(load_audio(stream.getvalue(), MediaOptions(audio_start=1_300, audio_end=1_301))) == 16_000
+    assert (
+        len(load_audio(stream.getvalue(), MediaOptions(audio_start=1_300, audio_end=1_301)))
+        == 16_000
+    )
 
 
 def long_wav(path, claimed: int, held: int, rate: int = 24_000):
-    """A stereo wav of 16 bits whose header claims some bytes of sound, and which holds others, all zeros."""
+    """A stereo wav of 16 bits whose header claims some bytes of sound, and which holds others, all
+    zeros.
+    """
     content = wav_that_claims(min(claimed + 36, 2**32 - 1), claimed, 0)[:44]
     with open(path, "wb") as file:
         file.write(content[:22] + struct.pack("<HIIH", 2, rate, 4 * rate, 4) + content[34:])
@@ -339,13 +458,18 @@ def test_decoders_say_nothing_themselves(tmp_path):
     broken[3_000:3_400] = b"\xff\xfb\x90" * 133 + b"\0"
     broken[9_000:9_900] = b"\0" * 900
     (tmp_path / "broken.mp3").write_bytes(broken[:-100])
-    script = ("import sys\nfrom minomni.errors import UserError\nfrom minomni.inputs.media import load_audio\n"
-              "try: load_audio(sys.argv[1])\nexcept UserError: pass")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "broken.mp3")], capture_output=True, text=True)
+    script = (
+        "import sys\nfrom minomni.errors import UserError\nfrom minomni.inputs.media import load_audio\n"
+        "try: load_audio(sys.argv[1])\nexcept UserError: pass"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "broken.mp3")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# ------------------------------------------------------------------------------------------------ tracks placed in time
+# ------------------------------------------------------------------------------------------------
+# tracks placed in time
 def silence(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * 48_000), np.float32)
 
@@ -371,14 +495,17 @@ HOLE = [(0.0, silence(0.5)), (1.3, beep(1, 0.25))]
 HOLES = [(0.25, silence(0.5)), (1.5, silence(0.5)), (3.0, beep(1, 0.6))]
 
 
-@pytest.mark.parametrize("pieces, at", [(LATE, 1.1), (HOLE, 1.55), (HOLES, 3.6)])
-@pytest.mark.parametrize("name, codec", [("a.mkv", "flac"), ("a.webm", "libopus"), ("a.mp4", "aac"),
-                                         ("a.mkv", "pcm_s16le")])
+@pytest.mark.parametrize(("pieces", "at"), [(LATE, 1.1), (HOLE, 1.55), (HOLES, 3.6)])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mkv", "flac"), ("a.webm", "libopus"), ("a.mp4", "aac"), ("a.mkv", "pcm_s16le")],
+)
 def test_samples_go_to_their_times(tmp_path, name, codec, pieces, at):
     path = container(tmp_path / name, codec, pieces, 48_000)
     wave = track(path, 0.0)
     ends = pieces[-1][0] + len(pieces[-1][1]) / 48_000
-    assert wave.dtype == torch.float32 and len(wave) == pytest.approx(ends * 16_000, abs=1_500)
+    assert wave.dtype == torch.float32
+    assert len(wave) == pytest.approx(ends * 16_000, abs=1_500)
     assert onset(wave) == pytest.approx(at, abs=0.02)
     assert onset(track(path, 0.35)) == pytest.approx(at - 0.35, abs=0.02)  # what lies before is cut
     assert onset(track(path, -0.5)) == pytest.approx(at + 0.5, abs=0.02)
@@ -395,9 +522,12 @@ def test_without_an_origin_samples_follow_each_other(tmp_path):
 def test_times_that_tremble_are_no_holes(tmp_path):
     """Frames whose times are rounded to 20 ms: the samples follow each other without a click."""
     samples = tone(2, 48_000)
-    pieces = [(round(i / 48_000 * 50) / 50, samples[i : i + 4_000]) for i in range(0, 96_000, 4_000)]
+    pieces = [
+        (round(i / 48_000 * 50) / 50, samples[i : i + 4_000]) for i in range(0, 96_000, 4_000)
+    ]
     wave = track(container(tmp_path / "a.mkv", "pcm_s16le", pieces, 48_000), 0.0)
-    assert len(wave) == 32_000 and torch.allclose(wave[100:-100], torch.from_numpy(tone(2))[100:-100], atol=1e-3)
+    assert len(wave) == 32_000
+    assert torch.allclose(wave[100:-100], torch.from_numpy(tone(2))[100:-100], atol=1e-3)
 
 
 def test_no_track_and_no_sound_after_the_origin(tmp_path):
@@ -405,9 +535,14 @@ def test_no_track_and_no_sound_after_the_origin(tmp_path):
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        out.mux(
+            stream.encode(
+                av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            )
+        )
         out.mux(stream.encode(None))
-    assert track(path, 0.0) is None and track(path, None) is None
+    assert track(path, 0.0) is None
+    assert track(path, None) is None
     path = container(tmp_path / "short.mkv", "flac", [(0, tone(1, 48_000))], 48_000)
     with pytest.raises(UserError, match="short.mkv: 0 ms of sound"):
         track(path, 1.5)
@@ -417,10 +552,25 @@ def test_no_track_and_no_sound_after_the_origin(tmp_path):
 
 @pytest.mark.parametrize("pieces", [LATE, HOLE, HOLES])
 def test_tracks_as_ffmpeg_places_them(tmp_path, pieces):
-    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg, the reference, is not installed")
+    ffmpeg = pytest.importorskip(
+        "imageio_ffmpeg", reason="imageio-ffmpeg, the reference, is not installed"
+    )
     path = container(tmp_path / "a.mkv", "flac", pieces, 48_000)
-    command = [ffmpeg.get_ffmpeg_exe(), "-v", "error", "-copyts", "-i", str(path), "-af",
-               "aresample=async=1:first_pts=0", "-ar", "16000", "-f", "f32le", "-"]
+    command = [
+        ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-copyts",
+        "-i",
+        str(path),
+        "-af",
+        "aresample=async=1:first_pts=0",
+        "-ar",
+        "16000",
+        "-f",
+        "f32le",
+        "-",
+    ]
     expected = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, "<f4")
     wave = track(path, 0.0).numpy()
     assert abs(len(wave) - len(expected)) <= 32
@@ -429,13 +579,35 @@ def test_tracks_as_ffmpeg_places_them(tmp_path, pieces):
 
 
 def test_files_are_as_ffmpeg_decodes_them(tmp_path):
-    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg, the reference, is not installed")
+    ffmpeg = pytest.importorskip(
+        "imageio_ffmpeg", reason="imageio-ffmpeg, the reference, is not installed"
+    )
     noise = np.random.RandomState(2).uniform(-0.5, 0.5, 24_000).astype(np.float32)
-    for name, codec in (("a.wav", "adpcm_ima_wav"), ("a.wav", "pcm_mulaw"), ("a.caf", "alac"), ("a.mka", "ac3"),
-                        ("a.w64", "pcm_s24le"), ("a.aiff", "pcm_s32be"), ("a.mkv", "pcm_f64le")):
+    for name, codec in (
+        ("a.wav", "adpcm_ima_wav"),
+        ("a.wav", "pcm_mulaw"),
+        ("a.caf", "alac"),
+        ("a.mka", "ac3"),
+        ("a.w64", "pcm_s24le"),
+        ("a.aiff", "pcm_s32be"),
+        ("a.mkv", "pcm_f64le"),
+    ):
         path = container(tmp_path / name, codec, [(0, noise)], 48_000)
-        command = [ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-ar", "48000", "-f", "f32le", "-"]
-        expected = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, "<f4")
+        command = [
+            ffmpeg.get_ffmpeg_exe(),
+            "-v",
+            "error",
+            "-i",
+            str(path),
+            "-ar",
+            "48000",
+            "-f",
+            "f32le",
+            "-",
+        ]
+        expected = np.frombuffer(
+            subprocess.run(command, capture_output=True, check=True).stdout, "<f4"
+        )
         wave = load_audio(path).numpy()
         expected = load_audio((expected, 48_000)).numpy()
         assert len(wave) == len(expected) and np.allclose(wave, expected, atol=1e-4), (name, codec)

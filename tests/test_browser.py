@@ -1,4 +1,6 @@
-"""What only a browser sees: notebooks in JupyterLab run without an error, and their figures follow the sliders."""
+"""What only a browser sees: notebooks in JupyterLab run without an error, and their figures follow
+the sliders.
+"""
 
 import json
 import os
@@ -14,10 +16,22 @@ from urllib.request import urlopen
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FIRST = ("06_tmrope", "10_flow_dit", "12_streaming")  # what is touched most; others stand in for missing ones
+FIRST = (
+    "06_tmrope",
+    "10_flow_dit",
+    "12_streaming",
+)  # what is touched most; others stand in for missing ones
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required")
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+)
 IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 ORDER = "command => window.jupyterapp.commands.execute(command)"
 COUNTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model)
@@ -31,17 +45,25 @@ LISTEN = """window.played = []; const start = AudioBufferSourceNode.prototype.st
 
 def chosen() -> list[str]:
     """Three notebooks with something to drag."""
-    moving = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
-              if "explore(" in path.read_text(encoding="utf-8")]
+    moving = [
+        path.stem
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+        if "explore(" in path.read_text(encoding="utf-8")
+    ]
     return sorted(moving, key=lambda name: name not in FIRST)[: len(FIRST)]
 
 
 def find_browser() -> str:
-    """The path of a Chromium; on a machine of continuous integration it is installed if there is none."""
+    """The path of a Chromium; on a machine of continuous integration it is installed if there is
+    none.
+    """
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None and os.environ.get("CI") and shutil.which("apt-get") and os.geteuid() == 0:
         subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], capture_output=True)
+        subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"],
+            capture_output=True,
+        )
         found = shutil.which("chromium")
     return found or pytest.skip(f"no Chromium here: none of {', '.join(BROWSERS)} is on the PATH")
 
@@ -51,7 +73,11 @@ def checkout(tmp_path_factory):
     """A copy of what a reader works with, since JupyterLab saves what it runs."""
     copy = tmp_path_factory.mktemp("checkout")
     for folder in ("minomni", "notebooks", "data_samples"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*checkpoints"))
+        shutil.copytree(
+            ROOT / folder,
+            copy / folder,
+            ignore=shutil.ignore_patterns("__pycache__", "*checkpoints"),
+        )
     return copy
 
 
@@ -65,16 +91,38 @@ def lab(checkout, tmp_path_factory):
         (settings / "labconfig").mkdir()
         news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
         (settings / "labconfig" / "page_config.json").write_text(json.dumps(news))
-        places = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR",
-                  "JUPYTERLAB_SETTINGS_DIR", "IPYTHONDIR")
+        places = (
+            "JUPYTER_CONFIG_DIR",
+            "JUPYTER_DATA_DIR",
+            "JUPYTER_RUNTIME_DIR",
+            "JUPYTERLAB_WORKSPACES_DIR",
+            "JUPYTERLAB_SETTINGS_DIR",
+            "IPYTHONDIR",
+        )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
-                   "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--allow-root",
+            "--IdentityProvider.token=",
+            "--LabApp.expose_app_in_browser=True",
+        ]
         log = (settings / "log").open("w")
-        started.append(subprocess.Popen(command, cwd=checkout / folder, stdout=log, stderr=log, env=os.environ | {
-            "OMP_NUM_THREADS": "1", **dict.fromkeys(places, str(settings))}))
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=checkout / folder,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1", **dict.fromkeys(places, str(settings))},
+            )
+        )
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):  # at least 150 s: a busy machine is slow to start it
             try:
@@ -102,16 +150,21 @@ def browser():
 
 @pytest.fixture(scope="module")
 def addresses(lab):
-    """Where each notebook is opened: in a server of the root, the last one in a server of notebooks/."""
+    """Where each notebook is opened: in a server of the root, the last one in a server of
+    notebooks/.
+    """
     *most, last = chosen()
     root = lab(".")
     return {name: f"{root}/lab/tree/notebooks/{name}.ipynb?reset" for name in most} | {
-        last: f"{lab('notebooks')}/lab/tree/{last}.ipynb?reset"}
+        last: f"{lab('notebooks')}/lab/tree/{last}.ipynb?reset"
+    }
 
 
 @pytest.mark.parametrize("name", chosen())
 def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses, tmp_path):
-    """No cell fails, nothing complains in the page, and the figure under the slider becomes another one."""
+    """No cell fails, nothing complains in the page, and the figure under the slider becomes another
+    one.
+    """
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     page.set_default_timeout(150_000)
     errors = []
@@ -121,7 +174,9 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
     page.goto(addresses[name])
     page.wait_for_function(IDLE)
     page.evaluate(ORDER, "notebook:clear-all-cell-outputs")
-    page.evaluate(ORDER, "notebook:run-all-cells")  # comes back when the last cell is done, or one has failed
+    page.evaluate(
+        ORDER, "notebook:run-all-cells"
+    )  # comes back when the last cell is done, or one has failed
     counts = page.evaluate(COUNTS)
     assert counts == list(range(1, len(counts) + 1))
     handle = page.locator(".widget-slider .noUi-handle").first
@@ -132,8 +187,10 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
     page.screenshot(path=tmp_path / f"{name}_before.png")
     handle.focus()
     handle.press("ArrowRight")
-    page.wait_for_function("([image, old]) => image.isConnected === false || image.src !== old",
-                           arg=[figure.element_handle(), before])
+    page.wait_for_function(
+        "([image, old]) => image.isConnected === false || image.src !== old",
+        arg=[figure.element_handle(), before],
+    )
     figure.wait_for()
     assert figure.get_attribute("src") != before
     page.screenshot(path=tmp_path / f"{name}_after.png")
@@ -153,6 +210,8 @@ def check_what_is_played(page) -> None:
     page.get_by_text("heard while they were made").wait_for()
     begins, seconds, loudness = zip(*page.evaluate("window.played"))
     waits = [later - begin - length for begin, length, later in zip(begins, seconds, begins[1:])]
-    assert len(waits) > 0 and min(waits) > -1e-3 and max(loudness) > 0.05
+    assert len(waits) > 0
+    assert min(waits) > -1e-3
+    assert max(loudness) > 0.05
     assert f"{sum(seconds):.1f} s, heard" in line.inner_text()
     assert f"gaps: {sum(wait > 1e-3 for wait in waits)}" in line.inner_text()

@@ -1,4 +1,6 @@
-"""The command line: good questions are answered; bad input is one clear line, exit code 2 and nothing half-written."""
+"""The command line: good questions are answered; bad input is one clear line, exit code 2 and
+nothing half-written.
+"""
 
 import io
 import json
@@ -17,14 +19,15 @@ import pytest
 import soundfile
 from PIL import Image
 
-from minomni import __main__ as command
 from minomni import ROOT
+from minomni import __main__ as command
 from minomni.config import SIZES
 
 
 @pytest.fixture
 def run(tiny_folder, tmp_path, monkeypatch, capsys):
     """Run `python -m minomni chat ...` in this process -> exit code, stdout, stderr."""
+
     def call(*arguments, model=tiny_folder):
         out = tmp_path / "reply.wav"
         line = ["minomni", "chat", "--model", str(model), "--out", str(out), *map(str, arguments)]
@@ -32,11 +35,14 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
         code = command.main()
         captured = capsys.readouterr()
         return code, captured.out, captured.err, out
+
     return call
 
 
 def tone(seconds: float, rate: int = 16_000) -> np.ndarray:
-    return (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+    return (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 def clip(path, sound: bool, **options):
@@ -65,14 +71,18 @@ def test_json_is_one_object(run, tmp_path):
     soundfile.write(sound, tone(0.5), 16_000)
     code, out, _, path = run("--image", image, "--audio", sound, "--text", "what is this", "--json")
     reply = json.loads(out)
-    assert code == 0 and set(reply) == {"text", "audio", "seconds", "sample_rate", "total_s"}
+    assert code == 0
+    assert set(reply) == {"text", "audio", "seconds", "sample_rate", "total_s"}
     written, rate = soundfile.read(path)
-    assert rate == reply["sample_rate"] == 16_000 and len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
+    assert rate == reply["sample_rate"] == 16_000
+    assert len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
 
 
 def test_no_speech_writes_no_file(run):
     code, out, _, path = run("--text", "say a", "--no-speech", "--json")
-    assert code == 0 and json.loads(out)["audio"] is None and not path.exists()
+    assert code == 0
+    assert json.loads(out)["audio"] is None
+    assert not path.exists()
 
 
 def test_same_seed_same_speech(run):
@@ -83,11 +93,14 @@ def test_same_seed_same_speech(run):
 def test_video_with_its_sound(run, tmp_path):
     video = clip(tmp_path / "clip.mp4", sound=True)
     code, out, _, _ = run("--video", video, "--use-audio-in-video", "--text", "what", "--json")
-    assert code == 0 and json.loads(out)
+    assert code == 0
+    assert json.loads(out)
 
 
 def make_bad(kind: str, folder):
-    """A file that is wrong in one way, the option it is given to, and what the message must say of it."""
+    """A file that is wrong in one way, the option it is given to, and what the message must say of
+    it.
+    """
     path = folder / f"bad_{kind}"
     if kind == "missing":
         return "--image", path.with_suffix(".png"), "no such file"
@@ -123,13 +136,31 @@ def make_bad(kind: str, folder):
     return "--image", path, "aspect ratio"
 
 
-@pytest.mark.parametrize("kind", ["missing", "no_audio", "no_image", "no_bytes", "truncated", "truncated_late",
-                                  "truncated_webm", "empty", "short", "nan", "stretched"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing",
+        "no_audio",
+        "no_image",
+        "no_bytes",
+        "truncated",
+        "truncated_late",
+        "truncated_webm",
+        "empty",
+        "short",
+        "nan",
+        "stretched",
+    ],
+)
 def test_bad_files_are_named(run, tmp_path, kind):
     option, path, says = make_bad(kind, tmp_path)
     code, out, err, reply = run(option, path, "--text", "what is this")
-    assert code == 2 and out == "" and err.count("\n") == 1
-    assert str(path) in err and says in err and not list(tmp_path.glob("reply*"))
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert str(path) in err
+    assert says in err
+    assert not list(tmp_path.glob("reply*"))
 
 
 def test_twenty_milliseconds_are_the_border(run, tmp_path):
@@ -140,7 +171,10 @@ def test_twenty_milliseconds_are_the_border(run, tmp_path):
 
 def test_bad_requests_are_one_line(run, tmp_path):
     for arguments, says in (
-        (("--video", clip(tmp_path / "silent.mp4", sound=False), "--use-audio-in-video"), "no sound track"),
+        (
+            ("--video", clip(tmp_path / "silent.mp4", sound=False), "--use-audio-in-video"),
+            "no sound track",
+        ),
         (("--text", "say a", "--voice", "Nobody"), "unknown voice 'Nobody'"),
         (("--text", "word " * 5000), "context holds 2048"),
         ((), "nothing was asked"),
@@ -149,31 +183,62 @@ def test_bad_requests_are_one_line(run, tmp_path):
         (("--samples", "--json"), "--samples asks its own questions"),
         (("--text", "say a", "--out", tmp_path), f"{tmp_path}: is a folder"),
         (("--text", "say a", "--out", tmp_path / "silent.mp4" / "a.wav"), "cannot be written"),
-        (("--text", "say a", "--out", tmp_path / "none" / "a.wav"), f"there is no folder {tmp_path / 'none'}"),
-        (("--text", "say a", "--out", tmp_path / "reply.txt"), "speech is written as .wav, .flac, .ogg, .mp3"),
-        (("--text", "say a", "--out", tmp_path / "reply"), "speech is written as .wav, .flac, .ogg, .mp3"),
+        (
+            ("--text", "say a", "--out", tmp_path / "none" / "a.wav"),
+            f"there is no folder {tmp_path / 'none'}",
+        ),
+        (
+            ("--text", "say a", "--out", tmp_path / "reply.txt"),
+            "speech is written as .wav, .flac, .ogg, .mp3",
+        ),
+        (
+            ("--text", "say a", "--out", tmp_path / "reply"),
+            "speech is written as .wav, .flac, .ogg, .mp3",
+        ),
         (("--text", "say a", "--out", ""), "is a folder"),
         (("--text", "say a", "--out", tmp_path / ("n" * 300 + ".wav")), "cannot be written"),
         (("--text", "say a", "--out", tmp_path / "reply.mp3", "--stream"), "--stream writes a wav"),
         (("--text", "say a", "--voice", "Nobody", "--no-speech"), "unknown voice 'Nobody'"),
         (("--text", "say a", "--voice", ""), "unknown voice ''"),
-        (("--text", "say a", "--no-speech", "--voice-from", tmp_path / "a.wav"), "leave out one of them"),
+        (
+            ("--text", "say a", "--no-speech", "--voice-from", tmp_path / "a.wav"),
+            "leave out one of them",
+        ),
         (("--samples", "--out", "a.wav"), "leave out --out"),
-        (("--text", "say a", "--max-new-tokens", "0"), "argument --max-new-tokens: '0' is not a whole number from 1"),
-        (("--text", "say a", "--temperature", "nan"), "'nan' is not 0, or a number from 0.001 to 100"),
-        (("--text", "say a", "--talker-temperature", "-1"), "argument --talker-temperature: '-1' is not"),
-        (("--text", "say a", "--top-p", "1.5"), "argument --top-p: '1.5' is not a number above 0 and up to 1"),
-        (("--text", "say a", "--talker-top-k", "2.5"), "argument --talker-top-k: '2.5' is not a whole number"),
+        (
+            ("--text", "say a", "--max-new-tokens", "0"),
+            "argument --max-new-tokens: '0' is not a whole number from 1",
+        ),
+        (
+            ("--text", "say a", "--temperature", "nan"),
+            "'nan' is not 0, or a number from 0.001 to 100",
+        ),
+        (
+            ("--text", "say a", "--talker-temperature", "-1"),
+            "argument --talker-temperature: '-1' is not",
+        ),
+        (
+            ("--text", "say a", "--top-p", "1.5"),
+            "argument --top-p: '1.5' is not a number above 0 and up to 1",
+        ),
+        (
+            ("--text", "say a", "--talker-top-k", "2.5"),
+            "argument --talker-top-k: '2.5' is not a whole number",
+        ),
         (("--text", "say a", "--repetition-penalty", "9" * 6000), "argument --repetition-penalty"),
         (("--text", "say a", "--top-k", "5"), "give a temperature above 0 too"),
     ):
         code, out, err, reply = run(*arguments)
-        assert code == 2 and out == "" and err.count("\n") == 1 and says in err and not reply.exists(), (arguments, err)
+        assert (
+            code == 2 and out == "" and err.count("\n") == 1 and says in err and not reply.exists()
+        ), (arguments, err)
 
 
 def test_unknown_size_and_folder(run):
     code, _, err, _ = run("--text", "a", model="huge")
-    assert code == 2 and "'huge' is neither a folder nor a size" in err and all(name in err for name in SIZES)
+    assert code == 2
+    assert "'huge' is neither a folder nor a size" in err
+    assert all(name in err for name in SIZES)
 
 
 def spoil(kind: str, folder) -> str:
@@ -187,39 +252,68 @@ def spoil(kind: str, folder) -> str:
         return f"{shard}: cut short"
     if kind == "stray index":
         index = folder / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": {"thinker.lm_head.weight": "../secret.safetensors"}}))
+        index.write_text(
+            json.dumps({"weight_map": {"thinker.lm_head.weight": "../secret.safetensors"}})
+        )
         return f"{index}: names the file '../secret.safetensors', which is outside"
+
     class Code:
         def __reduce__(self):
             return open, (str(folder.parent / "owned"), "w")
+
     (folder / "spk_dict.pt").write_bytes(pickle.dumps(Code()))
     return f"{folder / 'spk_dict.pt'}: is cut short or wants to run code"
 
 
-@pytest.mark.parametrize("kind", ["no config", "short shard", "stray index", "code among the voices"])
+@pytest.mark.parametrize(
+    "kind", ["no config", "short shard", "stray index", "code among the voices"]
+)
 def test_broken_models_are_named(run, tiny_folder, tmp_path, kind):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     says = spoil(kind, folder)
     code, out, err, reply = run("--text", "say a", model=folder)
-    assert code == 2 and out == "" and err.count("\n") == 1 and says in err and not reply.exists()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
+    assert not reply.exists()
     assert not (tmp_path / "owned").exists()
 
 
 def test_training_refuses_before_it_writes(monkeypatch, capsys, tmp_path):
-    for line, says in ((["huge"], "'huge' has no training recipe"), (["qwen7b"], "'qwen7b' has no training recipe"),
-                       (["tiny", "--stage", "naps"], "unknown stage 'naps'")):
-        monkeypatch.setattr(sys, "argv", ["minomni", "train", *line, "--home", str(tmp_path / "run")])
+    for line, says in (
+        (["huge"], "'huge' has no training recipe"),
+        (["qwen7b"], "'qwen7b' has no training recipe"),
+        (["tiny", "--stage", "naps"], "unknown stage 'naps'"),
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["minomni", "train", *line, "--home", str(tmp_path / "run")]
+        )
         assert command.main() == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
+        assert err.count("\n") == 1
+        assert says in err
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_process_of_its_own_says_the_same(tmp_path):
-    line = [sys.executable, "-m", "minomni", "chat", "--model", str(tmp_path / "nowhere"), "--text", "a"]
+    line = [
+        sys.executable,
+        "-m",
+        "minomni",
+        "chat",
+        "--model",
+        str(tmp_path / "nowhere"),
+        "--text",
+        "a",
+    ]
     shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert shown.returncode == 2 and shown.stdout == ""
-    assert shown.stderr.startswith("minomni: ") and "nowhere" in shown.stderr and shown.stderr.count("\n") == 1
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("minomni: ")
+    assert "nowhere" in shown.stderr
+    assert shown.stderr.count("\n") == 1
 
 
 def test_unknown_role(tiny_folder):
@@ -235,17 +329,25 @@ def test_bytes_and_arrays_are_media_too(tiny_folder):
 
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "blue").save(buffer, "PNG")
-    content = [{"type": "image", "image": buffer.getvalue()}, {"type": "audio", "audio": tone(0.5)},
-               {"type": "image", "image": np.zeros((60, 60, 3), np.uint8)}, {"type": "text", "text": "what"}]
-    reply = minomni.load(str(tiny_folder)).respond([{"role": "user", "content": content}], speech=False)
-    assert isinstance(reply.text, str) and len(reply.wave) == 0
+    content = [
+        {"type": "image", "image": buffer.getvalue()},
+        {"type": "audio", "audio": tone(0.5)},
+        {"type": "image", "image": np.zeros((60, 60, 3), np.uint8)},
+        {"type": "text", "text": "what"},
+    ]
+    reply = minomni.load(str(tiny_folder)).respond(
+        [{"role": "user", "content": content}], speech=False
+    )
+    assert isinstance(reply.text, str)
+    assert len(reply.wave) == 0
 
 
 @pytest.mark.parametrize("command_name", ["train", "chat", "report", "ablate", "bench"])
 def test_help_is_worth_reading(command_name):
     line = [sys.executable, "-m", "minomni", command_name, "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert shown.returncode == 0 and len(shown.stdout.splitlines()) > 8
+    assert shown.returncode == 0
+    assert len(shown.stdout.splitlines()) > 8
 
 
 def test_importing_is_quick_and_needs_little():
@@ -258,18 +360,32 @@ def test_importing_is_quick_and_needs_little():
 def test_stream_writes_and_tells_as_it_goes(run):
     code, out, _, path = run("--text", "say a", "--stream")
     lines = out.splitlines()
-    assert code == 0 and lines[-1].startswith(f"{path}: ") and any(" s  ~ " in line for line in lines)
+    assert code == 0
+    assert lines[-1].startswith(f"{path}: ")
+    assert any(" s  ~ " in line for line in lines)
     code, out, _, path = run("--text", "say a", "--stream", "--json")
     reply = json.loads(out)
-    assert set(reply) == {"text", "audio", "seconds", "sample_rate", "total_s", "first_sound_s", "last_text_s"}
-    assert 0 <= reply["last_text_s"] <= reply["first_sound_s"] <= reply["total_s"]  # four words are over at once
+    assert set(reply) == {
+        "text",
+        "audio",
+        "seconds",
+        "sample_rate",
+        "total_s",
+        "first_sound_s",
+        "last_text_s",
+    }
+    assert (
+        0 <= reply["last_text_s"] <= reply["first_sound_s"] <= reply["total_s"]
+    )  # four words are over at once
     written, rate = soundfile.read(path)
     assert len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
 
 
 def test_stream_without_speech(run):
     code, out, _, path = run("--text", "say a", "--stream", "--no-speech", "--json")
-    assert code == 0 and json.loads(out)["first_sound_s"] is None and not path.exists()
+    assert code == 0
+    assert json.loads(out)["first_sound_s"] is None
+    assert not path.exists()
 
 
 def test_a_stream_that_breaks_leaves_no_file(run, monkeypatch, tmp_path):
@@ -281,44 +397,103 @@ def test_a_stream_that_breaks_leaves_no_file(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Omni, "stream", broken)
     code, _, _, path = run("--text", "say a", "--stream")
-    assert code == 130 and not path.exists()
-    code, _, err, _ = run("--text", "say a", "--stream", "--out", tmp_path / "no" / "folder" / "a.wav")
-    assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+    assert code == 130
+    assert not path.exists()
+    code, _, err, _ = run(
+        "--text", "say a", "--stream", "--out", tmp_path / "no" / "folder" / "a.wav"
+    )
+    assert code == 2
+    assert "cannot be written" in err
+    assert err.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_fault():
     """As in `python -m minomni train tiny --stages | head -1`: no traceback."""
     command_line = [sys.executable, "-m", "minomni", "train", "tiny", "--stages"]
-    with subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command_line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         process.stdout.close()
-        assert process.wait(120) == 0 and process.stderr.read() == b""
+        assert process.wait(120) == 0
+        assert process.stderr.read() == b""
 
 
-# --------------------------------------------------------------------------------------------- how an answer is chosen
+# --------------------------------------------------------------------------------------------- how
+# an answer is chosen
 def test_options_of_the_answer_reach_the_model(run, tiny_folder, monkeypatch):
     import minomni
     from minomni.omni import Omni
 
     asked, stream = [], Omni.stream
-    monkeypatch.setattr(Omni, "stream", lambda self, *given, **named: asked.append(named) or stream(self, *given, **named))
-    options = ("--max-new-tokens", 2, "--temperature", 0.5, "--top-p", 0.9, "--top-k", 7, "--repetition-penalty", 1.1)
-    of_talker = ("--talker-max-new-tokens", 3, "--talker-temperature", 0.2, "--talker-top-p", 0.6, "--talker-top-k", 8,
-                 "--talker-repetition-penalty", 1.2)
-    code, out, _, path = run("--text", "say a", "--system", "Be brief.", "--json", *options, *of_talker)
-    right = dict(max_new_tokens=2, temperature=0.5, top_p=0.9, top_k=7, repetition_penalty=1.1, talker_max_new_tokens=3,
-                 talker_temperature=0.2, talker_top_p=0.6, talker_top_k=8, talker_repetition_penalty=1.2)
-    assert code == 0 and right.items() <= asked[0].items()
-    reply = minomni.load(str(tiny_folder)).respond([{"role": "system", "content": "Be brief."},
-                                                    {"role": "user", "content": "say a"}], **right)
-    assert json.loads(out)["text"] == reply.text and json.loads(out)["seconds"] == pytest.approx(reply.seconds, abs=1e-3)
+    monkeypatch.setattr(
+        Omni,
+        "stream",
+        lambda self, *given, **named: asked.append(named) or stream(self, *given, **named),
+    )
+    options = (
+        "--max-new-tokens",
+        2,
+        "--temperature",
+        0.5,
+        "--top-p",
+        0.9,
+        "--top-k",
+        7,
+        "--repetition-penalty",
+        1.1,
+    )
+    of_talker = (
+        "--talker-max-new-tokens",
+        3,
+        "--talker-temperature",
+        0.2,
+        "--talker-top-p",
+        0.6,
+        "--talker-top-k",
+        8,
+        "--talker-repetition-penalty",
+        1.2,
+    )
+    code, out, _, path = run(
+        "--text", "say a", "--system", "Be brief.", "--json", *options, *of_talker
+    )
+    right = dict(
+        max_new_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        repetition_penalty=1.1,
+        talker_max_new_tokens=3,
+        talker_temperature=0.2,
+        talker_top_p=0.6,
+        talker_top_k=8,
+        talker_repetition_penalty=1.2,
+    )
+    assert code == 0
+    assert right.items() <= asked[0].items()
+    reply = minomni.load(str(tiny_folder)).respond(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "say a"}], **right
+    )
+    assert json.loads(out)["text"] == reply.text
+    assert json.loads(out)["seconds"] == pytest.approx(reply.seconds, abs=1e-3)
 
 
-@pytest.mark.parametrize("name, kind, subtype", [
-    ("a.wav", "WAV", "PCM_16"), ("a.FLAC", "FLAC", "PCM_16"), ("a.ogg", "OGG", "VORBIS"), ("a.b.mp3", "MP3", None)])
+@pytest.mark.parametrize(
+    ("name", "kind", "subtype"),
+    [
+        ("a.wav", "WAV", "PCM_16"),
+        ("a.FLAC", "FLAC", "PCM_16"),
+        ("a.ogg", "OGG", "VORBIS"),
+        ("a.b.mp3", "MP3", None),
+    ],
+)
 def test_the_name_says_which_kind_of_file_is_written(run, tmp_path, name, kind, subtype):
     code, out, _, _ = run("--text", "say a", "--json", "--out", tmp_path / name)
     info = soundfile.info(tmp_path / name)
-    assert code == 0 and info.format == kind and info.samplerate == 16_000 and subtype in (None, info.subtype)
+    assert code == 0
+    assert info.format == kind
+    assert info.samplerate == 16_000
+    assert subtype in (None, info.subtype)
     assert info.duration == pytest.approx(json.loads(out)["seconds"], abs=0.1)  # mp3 pads
 
 
@@ -331,7 +506,8 @@ def test_long_speech_is_encoded_in_pieces(tmp_path):
     reply = Reply("", torch.from_numpy(tone(300)), 16_000, torch.zeros(0), 0.0, Trace())
     reply.save(tmp_path / "long.ogg")
     samples, rate = soundfile.read(tmp_path / "long.ogg")
-    assert len(samples) / rate == pytest.approx(300, abs=0.2) and np.abs(samples).max() == pytest.approx(0.3, abs=0.05)
+    assert len(samples) / rate == pytest.approx(300, abs=0.2)
+    assert np.abs(samples).max() == pytest.approx(0.3, abs=0.05)
 
 
 def test_a_target_is_checked_before_the_model_is_loaded(run, tmp_path, monkeypatch):
@@ -342,14 +518,27 @@ def test_a_target_is_checked_before_the_model_is_loaded(run, tmp_path, monkeypat
 
 def test_bytes_that_are_no_text_are_printed_all_the_same(tiny_folder, tmp_path):
     """In an argument they arrive as halves of surrogate pairs, which no encoding has."""
-    line = [os.fsencode(sys.executable), b"-m", b"minomni", b"chat", b"--model", os.fsencode(tiny_folder),
-            b"--text", b"say a", b"--out", os.fsencode(tmp_path) + b"/\xff.wav"]
+    line = [
+        os.fsencode(sys.executable),
+        b"-m",
+        b"minomni",
+        b"chat",
+        b"--model",
+        os.fsencode(tiny_folder),
+        b"--text",
+        b"say a",
+        b"--out",
+        os.fsencode(tmp_path) + b"/\xff.wav",
+    ]
     shown = subprocess.run(line, capture_output=True, cwd=ROOT)
-    assert shown.returncode in (0, 2) and b"Traceback" not in shown.stderr, shown.stderr  # not every disk has such names
+    assert shown.returncode in (0, 2) and b"Traceback" not in shown.stderr, (
+        shown.stderr
+    )  # not every disk has such names
     assert b"udcff.wav" in shown.stdout + shown.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ a conversation
+# ------------------------------------------------------------------------------------------------------
+# a conversation
 class Terminal:
     """`chat` in a process of its own, on a terminal."""
 
@@ -358,15 +547,24 @@ class Terminal:
 
         self.ours, theirs = pty.openpty()
         line = [sys.executable, "-m", "minomni", "chat", *map(str, arguments)]
-        self.process = subprocess.Popen(line, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}, start_new_session=True)
+        self.process = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"},
+            start_new_session=True,
+        )
         os.close(theirs)
         self.shown = ""
 
     def until(self, text: str) -> str:
         """What was shown since the last call, up to a text."""
         while text not in self.shown:
-            assert select.select([self.ours], [], [], 120)[0], f"nothing more came after {self.shown!r}"
+            assert select.select([self.ours], [], [], 120)[0], (
+                f"nothing more came after {self.shown!r}"
+            )
             self.shown += os.read(self.ours, 65536).decode(errors="replace")
         before, _, self.shown = self.shown.partition(text)
         return before
@@ -386,17 +584,32 @@ class Terminal:
         return code, self.shown
 
 
-needs_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+needs_a_terminal = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no pseudo-terminals"
+)
 
 
 @needs_a_terminal
 def test_a_conversation_on_a_terminal_remembers_and_numbers_its_answers(tmp_path):
     import minomni
 
-    shipped, brief = ROOT / "data_samples" / "tiny", dict(max_new_tokens=12, talker_max_new_tokens=9)
+    shipped, brief = (
+        ROOT / "data_samples" / "tiny",
+        dict(max_new_tokens=12, talker_max_new_tokens=9),
+    )
     asked = "say the red circle is above the blue square", "say four \u00e9"
-    terminal = Terminal("--model", shipped, "--out", tmp_path / "said.flac", "--seed", 3, "--max-new-tokens", 12,
-                        "--talker-max-new-tokens", 9)
+    terminal = Terminal(
+        "--model",
+        shipped,
+        "--out",
+        tmp_path / "said.flac",
+        "--seed",
+        3,
+        "--max-new-tokens",
+        12,
+        "--talker-max-new-tokens",
+        9,
+    )
     assert "/quit" in terminal.until("> ")
     answers = []
     for question, path in zip(asked, ("said-1.flac", "said-2.flac")):
@@ -413,7 +626,8 @@ def test_a_conversation_on_a_terminal_remembers_and_numbers_its_answers(tmp_path
     terminal.until("> ")
     terminal.type(b"/quit\n")
     code, rest = terminal.end()
-    assert code == 0 and "Traceback" not in rest
+    assert code == 0
+    assert "Traceback" not in rest
 
     omni, messages = minomni.load(str(shipped)), []
     for question, shown in zip(asked, answers):
@@ -422,18 +636,23 @@ def test_a_conversation_on_a_terminal_remembers_and_numbers_its_answers(tmp_path
         messages.append({"role": "assistant", "content": reply.text})
         assert " ".join(reply.text.split()) in " ".join(shown.split())
     written, rate = soundfile.read(tmp_path / "said-2.flac")
-    assert rate == 16_000 and len(written) == len(reply.wave)
+    assert rate == 16_000
+    assert len(written) == len(reply.wave)
 
 
 @needs_a_terminal
 @pytest.mark.parametrize("keys", [b"\x04", b"\x03"], ids=["end of file", "Ctrl-C"])
 def test_a_conversation_ends_cleanly(tiny_folder, tmp_path, keys):
-    terminal = Terminal("--model", tiny_folder, "--out", tmp_path / "said.wav", "--no-speech", "--stream")
+    terminal = Terminal(
+        "--model", tiny_folder, "--out", tmp_path / "said.wav", "--no-speech", "--stream"
+    )
     terminal.until("> ")
     terminal.type(b"say a\n")
     terminal.until("> ")
     if keys == b"\x03":
-        for _ in range(20):  # readline overlooks one that comes before it waits for keys; a person presses again
+        for _ in range(
+            20
+        ):  # readline overlooks one that comes before it waits for keys; a person presses again
             os.kill(terminal.process.pid, signal.SIGINT)  # what a terminal does for it
             with suppress(subprocess.TimeoutExpired):
                 terminal.process.wait(5)
@@ -441,11 +660,14 @@ def test_a_conversation_ends_cleanly(tiny_folder, tmp_path, keys):
     else:
         terminal.type(keys)
     code, rest = terminal.end()
-    assert code == 0 and "Traceback" not in rest and not list(tmp_path.iterdir())
+    assert code == 0
+    assert "Traceback" not in rest
+    assert not list(tmp_path.iterdir())
 
 
 @needs_a_terminal
 def test_a_terminal_too_hears_of_a_bad_target_first(tiny_folder, tmp_path):
     terminal = Terminal("--model", tiny_folder, "--out", tmp_path / "none" / "a.wav")
     code, shown = terminal.end()
-    assert code == 2 and "there is no folder" in shown
+    assert code == 2
+    assert "there is no folder" in shown

@@ -1,4 +1,6 @@
-"""Sizes: all rows build, the released one counts to the parameter, config.json is read strictly and written back."""
+"""Sizes: all rows build, the released one counts to the parameter, config.json is read strictly and
+written back.
+"""
 
 import ast
 import dataclasses
@@ -15,12 +17,22 @@ import torch
 import minomni
 from minomni import weights
 from minomni.config import QWEN7B, SIZES, FlowConfig, MediaConfig, OmniConfig, SamplingConfig
-from minomni.config_json import MEANINGLESS, USUAL, plain, read_config, to_json, without_speech, write_config
+from minomni.config_json import (
+    MEANINGLESS,
+    USUAL,
+    plain,
+    read_config,
+    to_json,
+    without_speech,
+    write_config,
+)
 from minomni.errors import UserError
 from minomni.omni import Omni
 
 GOLDEN = Path(__file__).parent / "golden"
-RELEASE = json.loads((GOLDEN / "release_config.json").read_text())  # as released: every key, every null
+RELEASE = json.loads(
+    (GOLDEN / "release_config.json").read_text()
+)  # as released: every key, every null
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665ca7c\nsize 4967543752\n"
 VERSIONS = ("4.57.1", "5.24.0")  # of transformers, whose files make_golden_configs.py has kept
 
@@ -47,16 +59,28 @@ def test_every_size_builds_without_memory(name):
     with torch.device("meta"):
         omni = Omni(SIZES[name])
     assert all(p.is_meta for p in omni.parameters())
-    assert not list(omni.thinker.buffers()) + list(omni.talker.buffers()) + list(omni.token2wav.buffers())
+    assert (
+        not list(omni.thinker.buffers())
+        + list(omni.talker.buffers())
+        + list(omni.token2wav.buffers())
+    )
 
 
 def test_release_counts_to_the_parameter():
     with torch.device("meta"):
         omni = Omni(QWEN7B)
-    counts = {"thinker.audio_tower": 639_647_232, "thinker.visual": 676_550_144, "thinker.model": 7_070_619_136,
-              "thinker.lm_head": 544_997_376, "talker": 1_351_360_256, "token2wav.code2wav_dit_model": 333_607_760,
-              "token2wav.code2wav_bigvgan_model": 115_443_504}
-    assert {name: sum(p.numel() for p in omni.get_submodule(name).parameters()) for name in counts} == counts
+    counts = {
+        "thinker.audio_tower": 639_647_232,
+        "thinker.visual": 676_550_144,
+        "thinker.model": 7_070_619_136,
+        "thinker.lm_head": 544_997_376,
+        "talker": 1_351_360_256,
+        "token2wav.code2wav_dit_model": 333_607_760,
+        "token2wav.code2wav_bigvgan_model": 115_443_504,
+    }
+    assert {
+        name: sum(p.numel() for p in omni.get_submodule(name).parameters()) for name in counts
+    } == counts
     assert sum(p.numel() for p in omni.parameters()) == 10_732_225_408 == sum(counts.values())
     assert len(omni.state_dict()) == 2_447
 
@@ -70,8 +94,9 @@ def test_released_config_is_the_released_row(tmp_path):
 def test_configs_saved_by_transformers(tmp_path, version):
     shutil.copy(GOLDEN / f"saved_by_{version}.json", tmp_path / "config.json")
     config = read_config(tmp_path)
-    assert dataclasses.replace(config, talker_sampling=None, thinker_sampling=None) == dataclasses.replace(
-        oracle.CONFIG, talker_sampling=None, thinker_sampling=None)
+    assert dataclasses.replace(
+        config, talker_sampling=None, thinker_sampling=None
+    ) == dataclasses.replace(oracle.CONFIG, talker_sampling=None, thinker_sampling=None)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -83,24 +108,55 @@ def test_thinkers_saved_by_transformers(tmp_path, version):
 
 
 def test_sizes_of_the_3b(tmp_path):
-    """As third parties state them: another vocabulary, heads of another size, an angle section of zero."""
-    text = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
-                num_attention_heads=16, num_key_value_heads=2)
+    """As third parties state them: another vocabulary, heads of another size, an angle section of
+    zero.
+    """
+    text = dict(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=11_008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+    )
     data = changed("thinker_config", "text_config", **text)
-    data["thinker_config"]["audio_config"]["output_dim"] = data["thinker_config"]["vision_config"]["out_hidden_size"] = 2048
+    data["thinker_config"]["audio_config"]["output_dim"] = data["thinker_config"]["vision_config"][
+        "out_hidden_size"
+    ] = 2048
     rope = {"mrope_section": [16, 16, 0], "rope_type": "default", "type": "default"}
-    data["talker_config"] |= dict(embedding_size=2048, hidden_size=896, intermediate_size=4864, num_attention_heads=14,
-                                  num_key_value_heads=2, head_dim=64, rope_scaling=rope)
+    data["talker_config"] |= dict(
+        embedding_size=2048,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        head_dim=64,
+        rope_scaling=rope,
+    )
     config = read_config(written(tmp_path, data))
-    assert config.thinker.text.head_dim == 128 and config.talker.decoder.mrope_section == (16, 16, 0)
+    assert config.thinker.text.head_dim == 128
+    assert config.talker.decoder.mrope_section == (
+        16,
+        16,
+        0,
+    )
     with torch.device("meta"), weights.Empty():
         omni = Omni(config)
     assert omni.talker.model.embed_tokens.weight.shape == (8448, 2048)
-    assert omni.thinker.lm_head.weight.shape == (151_936, 2048) and not config.thinker.tie_word_embeddings
+    assert omni.thinker.lm_head.weight.shape == (151_936, 2048)
+    assert not config.thinker.tie_word_embeddings
 
 
-@pytest.mark.parametrize("in_thinker, in_text, tied", [(None, None, False), (False, False, False), (None, True, True),
-                                                       (True, None, True), (False, True, True)])
+@pytest.mark.parametrize(
+    ("in_thinker", "in_text", "tied"),
+    [
+        (None, None, False),
+        (False, False, False),
+        (None, True, True),
+        (True, None, True),
+        (False, True, True),
+    ],
+)
 def test_tied_words_are_said_in_either_place(tmp_path, in_thinker, in_text, tied):
     data = changed("thinker_config", tie_word_embeddings=in_thinker)
     data["thinker_config"]["text_config"]["tie_word_embeddings"] = in_text
@@ -120,17 +176,49 @@ def test_what_we_write_is_the_release_but_for_what_says_nothing():
 
     silent = set(differences(plain(to_json(QWEN7B)), RELEASE))
     assert silent - set(USUAL) == {
-        "architectures", "torch_dtype", "transformers_version", "attention_dropout", "activation_dropout",
-        "encoder_layerdrop", "init_std", "initializer_range", "ignore_index", "max_window_layers", "sliding_window",
-        "use_cache", "user_token_id", "embed_dim", "in_chans", "spatial_patch_size", "tokens_per_second",
-        "enc_global_context", "enc_lin_neurons", "num_hidden_layers", "_attn_implementation_autoset", "_name_or_path",
-        "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "output_attentions",
-        "output_hidden_states", "return_dict"}
+        "architectures",
+        "torch_dtype",
+        "transformers_version",
+        "attention_dropout",
+        "activation_dropout",
+        "encoder_layerdrop",
+        "init_std",
+        "initializer_range",
+        "ignore_index",
+        "max_window_layers",
+        "sliding_window",
+        "use_cache",
+        "user_token_id",
+        "embed_dim",
+        "in_chans",
+        "spatial_patch_size",
+        "tokens_per_second",
+        "enc_global_context",
+        "enc_lin_neurons",
+        "num_hidden_layers",
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    }
     assert silent - {"num_hidden_layers"} <= MEANINGLESS | set(USUAL)
 
 
-@pytest.mark.parametrize("key, value", [("temperature", 0.7), ("pruned_heads", {"1": [0]}), ("is_decoder", True),
-                                        ("top_k", 7), ("tie_encoder_decoder", True)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", 0.7),
+        ("pruned_heads", {"1": [0]}),
+        ("is_decoder", True),
+        ("top_k", 7),
+        ("tie_encoder_decoder", True),
+    ],
+)
 def test_usual_keys_mean_nothing_at_their_usual_values_alone(tmp_path, key, value):
     with pytest.raises(UserError, match=f"vision_config: unknown key '{key}'"):
         read_config(written(tmp_path, changed("thinker_config", "vision_config", **{key: value})))
@@ -143,58 +231,162 @@ def test_round_trip(config, tmp_path):
 
 
 def test_spelling_of_transformers_is_read(tmp_path):
-    data = changed("token2wav_config", "dit_config", dim=None, depth=None, heads=None, hidden_size=1024,
-                   num_hidden_layers=22, num_attention_heads=16, block_size=24, look_ahead_layers=[10],
-                   look_backward_layers=[0, 20], rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
+    data = changed(
+        "token2wav_config",
+        "dit_config",
+        dim=None,
+        depth=None,
+        heads=None,
+        hidden_size=1024,
+        num_hidden_layers=22,
+        num_attention_heads=16,
+        block_size=24,
+        look_ahead_layers=[10],
+        look_backward_layers=[0, 20],
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+    )
     for section in (data["thinker_config"]["text_config"], data["talker_config"]):
-        section["rope_parameters"] = {"rope_theta": section.pop("rope_theta"), **section.pop("rope_scaling")}
+        section["rope_parameters"] = {
+            "rope_theta": section.pop("rope_theta"),
+            **section.pop("rope_scaling"),
+        }
     data["thinker_config"].pop("vision_token_id")
     assert read_config(written(tmp_path, data)) == QWEN7B
 
 
-@pytest.mark.parametrize("data, message", [
-    (changed("thinker_config", "audio_config", d_model=None), "config, audio_config: the key 'd_model' is missing"),
-    (changed("talker_config", head_dim=None), "talker_config: the key 'head_dim' is missing"),
-    (changed(token2wav_config=None), "the key 'token2wav_config' is missing"),
-    (changed("thinker_config", "text_config", num_experts=8), "text_config: unknown key 'num_experts'"),
-    (changed("thinker_config", "text_config", hidden_act="relu"), "'hidden_act' is 'relu', this code can only be 'sil"),
-    (changed("thinker_config", "text_config", hidden_size="3584"), "'hidden_size' is '3584', expected int"),
-    (changed("thinker_config", "vision_config", fullatt_block_indexes=7), "'fullatt_block_indexes' is 7, expected"),
-    (changed("talker_config", audio_token_index=5), "'audio_token_index' is 5, this code can only be 151646"),
-    (changed("token2wav_config", "dit_config", hidden_size=512), "dit_config says both 1024 and 512 for dim"),
-    (changed("thinker_config", "vision_config", rope_theta=5.0), "'rope_theta' is 5.0"),
-    (changed("talker_config", embedding_size=2048), "the Talker reads width 2048, the Thinker writes 3584"),
-    (changed(thinker_config=7), "'thinker_config' is 7, expected an object"),
-    (changed("thinker_config", "audio_config", n_window=75), "n_window is 75, expected an even number"),
-    (changed("thinker_config", "audio_config", num_mel_bins=96), "num_mel_bins is 96, expected 128"),
-    (changed("thinker_config", "vision_config", in_channels=4), "in_channels is 4, expected 3"),
-    (changed("thinker_config", "text_config", num_attention_heads=0), "num_attention_heads is 0, expected a whole num"),
-    (changed("talker_config", num_hidden_layers=-2), "talker_config: num_hidden_layers is -2, expected"),
-    (changed("talker_config", num_hidden_layers=10**7), "num_hidden_layers is 10000000, expected"),
-    (changed("talker_config", hidden_size=True), "'hidden_size' is True, expected int"),
-    (changed("talker_config", rms_norm_eps=float("nan")), "rms_norm_eps is nan, expected a number"),
-    (changed("talker_config", rope_theta=-1.0), "rope_theta is -1.0, expected a number"),
-    (changed("talker_config", vocab_size=[8448]), "'vocab_size' is [8448], expected int"),
-    (changed("talker_config", tts_codec_end_token_id=9000), "codec_eos is 9000, expected one below vocab_size 8448"),
-    (changed("thinker_config", eos_token_id=152_064), "im_end is 152064, expected one below vocab_size 152064"),
-    (changed("token2wav_config", "bigvgan_config", upsample_rates=[5, 0, 2, 2, 2, 2]), "bigvgan_config: an entry of ups"),
-    (changed("token2wav_config", "bigvgan_config", upsample_rates=[5, "3", 2, 2, 2, 2]), "an entry of upsample_rates is"),
-    (changed("token2wav_config", "bigvgan_config", upsample_rates=[5, 9, 2, 2, 2, 2]), "may be smaller than its rate"),
-    (changed("token2wav_config", "bigvgan_config", resblock_kernel_sizes=[3] * 900), "has 900 entries, expected at m"),
-    (changed("token2wav_config", "dit_config", enc_channels=[256, 128, 256, 256, 640]), "the last must be equal"),
-    (changed("thinker_config", tie_word_embeddings="yes"), "'tie_word_embeddings' is 'yes', expected true or false"),
-    (changed("thinker_config", "text_config", rope_parameters=[1]), "'rope_parameters' is [1], expected an object"),
-    (changed("thinker_config", "vision_config", rope_parameters={"rope_type": "yarn", "factor": 4}), "'rope_type': 'ya"),
-    (changed(quantization_config={"quant_method": "awq", "bits": 4}), "this model is quantized (quantization_config: 'a"),
-    (changed("thinker_config", quantization_config={"quant_method": "fp8"}), "quantized (quantization_config: 'fp8'"),
-    (changed(model_type="qwen3_omni_moe"), "model_type is 'qwen3_omni_moe', this code runs 'qwen2_5_omni'"),
-    (changed("talker_config", head_dim="\n" * 10**6), "'head_dim' is"),
-    (changed("talker_config", **{"key" * 10**6: 1}), "unknown key 'keykey"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            changed("thinker_config", "audio_config", d_model=None),
+            "config, audio_config: the key 'd_model' is missing",
+        ),
+        (changed("talker_config", head_dim=None), "talker_config: the key 'head_dim' is missing"),
+        (changed(token2wav_config=None), "the key 'token2wav_config' is missing"),
+        (
+            changed("thinker_config", "text_config", num_experts=8),
+            "text_config: unknown key 'num_experts'",
+        ),
+        (
+            changed("thinker_config", "text_config", hidden_act="relu"),
+            "'hidden_act' is 'relu', this code can only be 'sil",
+        ),
+        (
+            changed("thinker_config", "text_config", hidden_size="3584"),
+            "'hidden_size' is '3584', expected int",
+        ),
+        (
+            changed("thinker_config", "vision_config", fullatt_block_indexes=7),
+            "'fullatt_block_indexes' is 7, expected",
+        ),
+        (
+            changed("talker_config", audio_token_index=5),
+            "'audio_token_index' is 5, this code can only be 151646",
+        ),
+        (
+            changed("token2wav_config", "dit_config", hidden_size=512),
+            "dit_config says both 1024 and 512 for dim",
+        ),
+        (changed("thinker_config", "vision_config", rope_theta=5.0), "'rope_theta' is 5.0"),
+        (
+            changed("talker_config", embedding_size=2048),
+            "the Talker reads width 2048, the Thinker writes 3584",
+        ),
+        (changed(thinker_config=7), "'thinker_config' is 7, expected an object"),
+        (
+            changed("thinker_config", "audio_config", n_window=75),
+            "n_window is 75, expected an even number",
+        ),
+        (
+            changed("thinker_config", "audio_config", num_mel_bins=96),
+            "num_mel_bins is 96, expected 128",
+        ),
+        (changed("thinker_config", "vision_config", in_channels=4), "in_channels is 4, expected 3"),
+        (
+            changed("thinker_config", "text_config", num_attention_heads=0),
+            "num_attention_heads is 0, expected a whole num",
+        ),
+        (
+            changed("talker_config", num_hidden_layers=-2),
+            "talker_config: num_hidden_layers is -2, expected",
+        ),
+        (
+            changed("talker_config", num_hidden_layers=10**7),
+            "num_hidden_layers is 10000000, expected",
+        ),
+        (changed("talker_config", hidden_size=True), "'hidden_size' is True, expected int"),
+        (
+            changed("talker_config", rms_norm_eps=float("nan")),
+            "rms_norm_eps is nan, expected a number",
+        ),
+        (changed("talker_config", rope_theta=-1.0), "rope_theta is -1.0, expected a number"),
+        (changed("talker_config", vocab_size=[8448]), "'vocab_size' is [8448], expected int"),
+        (
+            changed("talker_config", tts_codec_end_token_id=9000),
+            "codec_eos is 9000, expected one below vocab_size 8448",
+        ),
+        (
+            changed("thinker_config", eos_token_id=152_064),
+            "im_end is 152064, expected one below vocab_size 152064",
+        ),
+        (
+            changed("token2wav_config", "bigvgan_config", upsample_rates=[5, 0, 2, 2, 2, 2]),
+            "bigvgan_config: an entry of ups",
+        ),
+        (
+            changed("token2wav_config", "bigvgan_config", upsample_rates=[5, "3", 2, 2, 2, 2]),
+            "an entry of upsample_rates is",
+        ),
+        (
+            changed("token2wav_config", "bigvgan_config", upsample_rates=[5, 9, 2, 2, 2, 2]),
+            "may be smaller than its rate",
+        ),
+        (
+            changed("token2wav_config", "bigvgan_config", resblock_kernel_sizes=[3] * 900),
+            "has 900 entries, expected at m",
+        ),
+        (
+            changed("token2wav_config", "dit_config", enc_channels=[256, 128, 256, 256, 640]),
+            "the last must be equal",
+        ),
+        (
+            changed("thinker_config", tie_word_embeddings="yes"),
+            "'tie_word_embeddings' is 'yes', expected true or false",
+        ),
+        (
+            changed("thinker_config", "text_config", rope_parameters=[1]),
+            "'rope_parameters' is [1], expected an object",
+        ),
+        (
+            changed(
+                "thinker_config",
+                "vision_config",
+                rope_parameters={"rope_type": "yarn", "factor": 4},
+            ),
+            "'rope_type': 'ya",
+        ),
+        (
+            changed(quantization_config={"quant_method": "awq", "bits": 4}),
+            "this model is quantized (quantization_config: 'a",
+        ),
+        (
+            changed("thinker_config", quantization_config={"quant_method": "fp8"}),
+            "quantized (quantization_config: 'fp8'",
+        ),
+        (
+            changed(model_type="qwen3_omni_moe"),
+            "model_type is 'qwen3_omni_moe', this code runs 'qwen2_5_omni'",
+        ),
+        (changed("talker_config", head_dim="\n" * 10**6), "'head_dim' is"),
+        (changed("talker_config", **{"key" * 10**6: 1}), "unknown key 'keykey"),
+    ],
+)
 def test_bad_config_names_the_key(tmp_path, data, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         read_config(written(tmp_path, data))
-    assert "config.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) <= 500
+    assert "config.json" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 500
 
 
 def test_bad_files_name_themselves(tmp_path):
@@ -246,22 +438,35 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 def test_speech_turned_off(tmp_path):
     """Sizes of parts that are turned off are not looked at, and the rest is a Thinker alone."""
-    config = read_config(written(tmp_path, changed(enable_audio_output=False, talker_config={"hidden_size": 0})))
-    assert config == without_speech(QWEN7B) and config.thinker.text == QWEN7B.thinker.text
+    config = read_config(
+        written(tmp_path, changed(enable_audio_output=False, talker_config={"hidden_size": 0}))
+    )
+    assert config == without_speech(QWEN7B)
+    assert config.thinker.text == QWEN7B.thinker.text
     write_config(config, tmp_path)
     assert read_config(tmp_path) == config
     with pytest.raises(ValueError, match="speech needs a Talker and Token2Wav"):
         dataclasses.replace(QWEN7B, talker=None)
 
 
-@pytest.mark.parametrize("key, value, bounds", [
-    ("temperature", -1, "from 0.001 to 1000"), ("temperature", float("nan"), "temperature is nan"),
-    ("temperature", 1e-30, "from 0.001"), ("temperature", float("inf"), "temperature is inf"),
-    ("top_p", 0, "top_p is 0"), ("top_p", 1.5, "top_p is 1.5"), ("top_k", -3, "top_k is -3"),
-    ("repetition_penalty", 0, "repetition_penalty is 0"), ("repetition_penalty", 1e300, "repetition_penalty is 1e+300"),
-    ("max_new_tokens", 0, "max_new_tokens is 0"), ("max_new_tokens", 10**12, "max_new_tokens is 1000000000000"),
-    ("max_new_tokens", 5.5, "'max_new_tokens' is 5.5, expected int"), ("top_p", "all", "'top_p' is 'all'"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "bounds"),
+    [
+        ("temperature", -1, "from 0.001 to 1000"),
+        ("temperature", float("nan"), "temperature is nan"),
+        ("temperature", 1e-30, "from 0.001"),
+        ("temperature", float("inf"), "temperature is inf"),
+        ("top_p", 0, "top_p is 0"),
+        ("top_p", 1.5, "top_p is 1.5"),
+        ("top_k", -3, "top_k is -3"),
+        ("repetition_penalty", 0, "repetition_penalty is 0"),
+        ("repetition_penalty", 1e300, "repetition_penalty is 1e+300"),
+        ("max_new_tokens", 0, "max_new_tokens is 0"),
+        ("max_new_tokens", 10**12, "max_new_tokens is 1000000000000"),
+        ("max_new_tokens", 5.5, "'max_new_tokens' is 5.5, expected int"),
+        ("top_p", "all", "'top_p' is 'all'"),
+    ],
+)
 def test_sampling_out_of_bounds(tmp_path, key, value, bounds):
     written(tmp_path, RELEASE)
     group = dict(dataclasses.asdict(QWEN7B.talker_sampling), **{key: value})
@@ -272,48 +477,79 @@ def test_sampling_out_of_bounds(tmp_path, key, value, bounds):
 
 
 def test_top_k_of_minus_one_keeps_all():
-    assert dataclasses.replace(QWEN7B.talker_sampling, top_k=-1) == dataclasses.replace(QWEN7B.talker_sampling, top_k=0)
+    assert dataclasses.replace(QWEN7B.talker_sampling, top_k=-1) == dataclasses.replace(
+        QWEN7B.talker_sampling, top_k=0
+    )
 
 
-@pytest.mark.parametrize("cls, default, key, value", [
-    (FlowConfig, QWEN7B.flow, "points", 10**9), (FlowConfig, QWEN7B.flow, "points", 1),
-    (FlowConfig, QWEN7B.flow, "solver", "midpoint"), (FlowConfig, QWEN7B.flow, "guidance", float("inf")),
-    (FlowConfig, QWEN7B.flow, "sway", 9.0), (MediaConfig, QWEN7B.media, "fps", 0),
-    (MediaConfig, QWEN7B.media, "image_max_pixels", 10), (MediaConfig, QWEN7B.media, "min_frames", True),
-    (SamplingConfig, QWEN7B.thinker_sampling, "top_k", 2.0),
-])
+@pytest.mark.parametrize(
+    ("cls", "default", "key", "value"),
+    [
+        (FlowConfig, QWEN7B.flow, "points", 10**9),
+        (FlowConfig, QWEN7B.flow, "points", 1),
+        (FlowConfig, QWEN7B.flow, "solver", "midpoint"),
+        (FlowConfig, QWEN7B.flow, "guidance", float("inf")),
+        (FlowConfig, QWEN7B.flow, "sway", 9.0),
+        (MediaConfig, QWEN7B.media, "fps", 0),
+        (MediaConfig, QWEN7B.media, "image_max_pixels", 10),
+        (MediaConfig, QWEN7B.media, "min_frames", True),
+        (SamplingConfig, QWEN7B.thinker_sampling, "top_k", 2.0),
+    ],
+)
 def test_settings_have_bounds_in_python_too(cls, default, key, value):
     with pytest.raises(ValueError, match=key):
         cls(**dataclasses.asdict(default) | {key: value})
 
 
 def test_settings_beside_config_json(tmp_path):
-    """Absent ones are the released row's, partial or unknown ones are errors, the release's pixel limits count."""
+    """Absent ones are the released row's, partial or unknown ones are errors, the release's pixel
+    limits count.
+    """
     written(tmp_path, RELEASE)
     written(tmp_path, {"_from_model_config": True}, "generation_config.json")
-    written(tmp_path, {"min_pixels": 3136, "max_pixels": 100_352, "patch_size": 14}, "preprocessor_config.json")
+    written(
+        tmp_path,
+        {"min_pixels": 3136, "max_pixels": 100_352, "patch_size": 14},
+        "preprocessor_config.json",
+    )
     config = read_config(tmp_path)
-    assert config.media == dataclasses.replace(QWEN7B.media, image_max_pixels=100_352) and config.flow == QWEN7B.flow
+    assert config.media == dataclasses.replace(QWEN7B.media, image_max_pixels=100_352)
+    assert config.flow == QWEN7B.flow
     written(tmp_path, {"min_pixels": "few"}, "preprocessor_config.json")
-    with pytest.raises(UserError, match="preprocessor_config.json: 'min_pixels' is 'few', expected int"):
+    with pytest.raises(
+        UserError, match="preprocessor_config.json: 'min_pixels' is 'few', expected int"
+    ):
         read_config(tmp_path)
     written(tmp_path, {"min_pixels": 3136, "max_pixels": 30}, "preprocessor_config.json")
-    with pytest.raises(UserError, match="preprocessor_config.json, min_pixels and max_pixels: image_min_pixels 3136 is mo"):
+    with pytest.raises(
+        UserError,
+        match="preprocessor_config.json, min_pixels and max_pixels: image_min_pixels 3136 is mo",
+    ):
         read_config(tmp_path)
     written(tmp_path, {"min_pixels": None}, "preprocessor_config.json")
     written(tmp_path, {"flow": {"points": 10}}, "generation_config.json")
-    with pytest.raises(UserError, match="generation_config.json, flow: the key 'solver' is missing"):
+    with pytest.raises(
+        UserError, match="generation_config.json, flow: the key 'solver' is missing"
+    ):
         read_config(tmp_path)
-    written(tmp_path, {"talker": dict(dataclasses.asdict(QWEN7B.talker_sampling), beams=4)}, "generation_config.json")
+    written(
+        tmp_path,
+        {"talker": dict(dataclasses.asdict(QWEN7B.talker_sampling), beams=4)},
+        "generation_config.json",
+    )
     with pytest.raises(UserError, match="generation_config.json, talker: unknown key 'beams'"):
         read_config(tmp_path)
 
 
 def test_picture_limits_and_media_of_a_processor_saved_by_transformers(tmp_path):
-    """Version 4 spells limits as a size; version 5 puts everything into another file, our own settings too."""
+    """Version 4 spells limits as a size; version 5 puts everything into another file, our own
+    settings too.
+    """
     written(tmp_path, RELEASE)
     size = {"shortest_edge": 6272, "longest_edge": 125_440}
-    written(tmp_path, {"image_processor": {"size": size, "patch_size": 14}}, "processor_config.json")
+    written(
+        tmp_path, {"image_processor": {"size": size, "patch_size": 14}}, "processor_config.json"
+    )
     media = read_config(tmp_path).media
     assert (media.image_min_pixels, media.image_max_pixels) == (6272, 125_440)
     own = dataclasses.asdict(dataclasses.replace(QWEN7B.media, max_frames=12))
@@ -324,12 +560,25 @@ def test_picture_limits_and_media_of_a_processor_saved_by_transformers(tmp_path)
 
 
 def test_no_model_file_knows_a_size():
-    """Names and strings (documentation aside) of the model's code, word by word: none is the name of a size."""
+    """Names and strings (documentation aside) of the model's code, word by word: none is the name
+    of a size.
+    """
     package = Path(minomni.__file__).parent
-    files = [package / f"{name}.py" for name in ("layers", "decoder", "sampling", "omni", "weights")]
-    files += [file for part in ("thinker", "talker", "token2wav") for file in (package / part).glob("*.py")]
+    files = [
+        package / f"{name}.py" for name in ("layers", "decoder", "sampling", "omni", "weights")
+    ]
+    files += [
+        file
+        for part in ("thinker", "talker", "token2wav")
+        for file in (package / part).glob("*.py")
+    ]
     assert len(files) > 12
-    found = [(file.name, word) for file in files for word in spoken_words(ast.parse(file.read_text())) if word in SIZES]
+    found = [
+        (file.name, word)
+        for file in files
+        for word in spoken_words(ast.parse(file.read_text()))
+        if word in SIZES
+    ]
     assert not found
 
 
@@ -346,4 +595,5 @@ def spoken_words(tree: ast.AST):
 
 def test_the_scan_would_see_a_branch():
     assert "tiny" in set(spoken_words(ast.parse("if config is TINY_ROW: pass")))
-    assert isinstance(QWEN7B, OmniConfig) and set(SIZES) == {"tiny", "small", "qwen7b"}
+    assert isinstance(QWEN7B, OmniConfig)
+    assert set(SIZES) == {"tiny", "small", "qwen7b"}

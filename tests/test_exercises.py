@@ -1,4 +1,6 @@
-"""Graders of the exercises: they accept the solution, refuse plausible bugs, and leave untouched stubs alone."""
+"""Graders of the exercises: they accept the solution, refuse plausible bugs, and leave untouched
+stubs alone.
+"""
 
 import ast
 import math
@@ -13,8 +15,8 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-
 from exercises import solved, stubs
+
 from minomni.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -24,12 +26,16 @@ def pairs(words: dict, weighted: bool = True) -> Counter:
     """How often neighbours occur, or in how many words."""
     counts = Counter()
     for word, often in words.items():
-        counts.update({pair: often * n if weighted else 1 for pair, n in Counter(zip(word, word[1:])).items()})
+        counts.update(
+            {pair: often * n if weighted else 1 for pair, n in Counter(zip(word, word[1:])).items()}
+        )
     return counts
 
 
 def marked(row: list[str], who: str, begin: int, end: int) -> list[int]:
-    """1 from `begin` tokens after the start of every turn of somebody to `end` tokens behind its <|im_end|>."""
+    """1 from `begin` tokens after the start of every turn of somebody to `end` tokens behind its
+    <|im_end|>.
+    """
     marks = [0] * len(row)
     for i in (i for i, token in enumerate(row) if row[i : i + 2] == ["<|im_start|>", who]):
         stop = row.index("<|im_end|>", i) if "<|im_end|>" in row[i:] else len(row) - 1
@@ -41,28 +47,49 @@ def taken(q, k, v, scale: float | None = None, repeat: bool = False) -> torch.Te
     """What each head takes home: q [H, d], k and v [S, H_kv, d] -> [H, d]."""
     group = len(q) // k.shape[1]
     k, v = (x.repeat(1, group, 1) if repeat else x.repeat_interleave(group, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q[:, None], k.transpose(0, 1), v.transpose(0, 1), scale=scale)[:, 0]
+    return F.scaled_dot_product_attention(
+        q[:, None], k.transpose(0, 1), v.transpose(0, 1), scale=scale
+    )[:, 0]
 
 
-def cut(schedule, total: int, look: bool = True, rest: bool = True, last: bool = True, always: bool = False) -> list[int]:
+def cut(
+    schedule,
+    total: int,
+    look: bool = True,
+    rest: bool = True,
+    last: bool = True,
+    always: bool = False,
+) -> list[int]:
     """Where the chunks of a schedule end; each switch leaves out, or overdoes, one thing."""
     ends, done = [], 0
     while True:
-        blocks, ahead = schedule[min(len(ends), len(schedule) - 1) if last else len(ends) % len(schedule)]
+        blocks, ahead = schedule[
+            min(len(ends), len(schedule) - 1) if last else len(ends) % len(schedule)
+        ]
         if done + blocks + ahead * look > total:
             return ends + [total] * (rest and done < total or always)
         done += blocks
         ends.append(done)
 
 
-def read_as(chances, letters, stay: bool = True, leap: bool = True, equal: bool = False, ends: int = 2) -> float:
-    """CTC's chance of a text, summed along the moments; each switch leaves out, or overdoes, one thing."""
+def read_as(
+    chances, letters, stay: bool = True, leap: bool = True, equal: bool = False, ends: int = 2
+) -> float:
+    """CTC's chance of a text, summed along the moments; each switch leaves out, or overdoes, one
+    thing.
+    """
     places = [0, *(c for letter in letters for c in (letter, 0))]
     at = [float(chances[0][c]) * (s < 2) for s, c in enumerate(places)]
     for row in chances[1:]:
-        at = [float(row[c]) * (at[s] * stay + (at[s - 1] if s else 0)
-                               + (at[s - 2] if leap and s > 1 and c and (equal or c != places[s - 2]) else 0))
-              for s, c in enumerate(places)]
+        at = [
+            float(row[c])
+            * (
+                at[s] * stay
+                + (at[s - 1] if s else 0)
+                + (at[s - 2] if leap and s > 1 and c and (equal or c != places[s - 2]) else 0)
+            )
+            for s, c in enumerate(places)
+        ]
     return sum(at[-ends:])
 
 
@@ -74,15 +101,24 @@ def spoken(chosen, cost, count: int, ahead: int) -> list:
     return times[1:]
 
 
-def leaving(x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, surest: bool = False) -> torch.Tensor:
-    """The mean speed of what may have come by x at time t; each switch weighs or measures it in a wrong way."""
+def leaving(
+    x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, surest: bool = False
+) -> torch.Tensor:
+    """The mean speed of what may have come by x at time t; each switch weighs or measures it in a
+    wrong way.
+    """
     noises = (x - t * ends) / (1 - t if rest else 1)
     shares = (-half * noises.abs() ** power).softmax(0)
     return (ends - noises)[shares.argmax()] if surest else (shares * (ends - noises)).sum()
 
 
-def noticed(before, after, total: bool = False, short: bool = True, often: bool = False, twice: float = 2) -> list[str]:
-    """What a check for hacked rewards says; each switch makes it look at something else, or at less."""
+def noticed(
+    before, after, total: bool = False, short: bool = True, often: bool = False, twice: float = 2
+) -> list[str]:
+    """What a check for hacked rewards says; each switch makes it look at something else, or at
+    less.
+    """
+
     def run(rows):
         if often:  # how often a code occurs, wherever it does
             return max(max(Counter(row).values()) for row in rows)
@@ -95,269 +131,535 @@ def noticed(before, after, total: bool = False, short: bool = True, often: bool 
 
 BUGS = {
     "00": {
-        "samples_of": [lambda n, k, r: n * k * sum(r), lambda n, k, r: n * math.prod(r),
-                       lambda n, k, r: n * k * 160, lambda n, k, r: n * k * max(r)],
-        "clip_tokens": [lambda n, h, w, s: n // 2 * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2),
-                        lambda n, h, w, s: n * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2),
-                        lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + s // 640 + (4 if s else 2),
-                        lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + 2],
-        "fed": [lambda w, n: (w + ["over"] + ["silence"] * n)[:n], lambda w, n: (w[:-1] + ["silence"] * n)[:n],
-                lambda w, n: (w[:-1] + ["over"] * n)[:n], lambda w, n: w[:-1] + ["over"] + ["silence"] * n],
-        "placed": [lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
-                   lambda x, i, f, t: torch.cat([f, x[len(f):]]),
-                   lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
-                   lambda x, i, f, t: torch.cat([x[i != t], f])],
+        "samples_of": [
+            lambda n, k, r: n * k * sum(r),
+            lambda n, k, r: n * math.prod(r),
+            lambda n, k, r: n * k * 160,
+            lambda n, k, r: n * k * max(r),
+        ],
+        "clip_tokens": [
+            lambda n, h, w, s: (
+                n // 2 * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2)
+            ),
+            lambda n, h, w, s: (
+                n * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2)
+            ),
+            lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + s // 640 + (4 if s else 2),
+            lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + 2,
+        ],
+        "fed": [
+            lambda w, n: (w + ["over"] + ["silence"] * n)[:n],
+            lambda w, n: (w[:-1] + ["silence"] * n)[:n],
+            lambda w, n: (w[:-1] + ["over"] * n)[:n],
+            lambda w, n: w[:-1] + ["over"] + ["silence"] * n,
+        ],
+        "placed": [
+            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
+            lambda x, i, f, t: torch.cat([f, x[len(f) :]]),
+            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
+            lambda x, i, f, t: torch.cat([x[i != t], f]),
+        ],
     },
     "01": {
-        "tokens_of": [lambda n: (n // 160 + 1) // 4, lambda n: -(-n // 160) // 4, lambda n: -(-n // 640),
-                      lambda n: n // 640],
-        "decibels": [lambda v: 20 * (4 * v - 4), lambda v: 10 * (v - 1) / 4, lambda v: 4 * v - 4,
-                     lambda v: 10 * 4 * v - 4],
-        "heard_at": [lambda hz, rate: hz, lambda hz, rate: hz % (rate / 2), lambda hz, rate: abs(rate - hz),
-                     lambda hz, rate: min(hz, rate - hz)],
-        "floored": [lambda x: torch.maximum(x, x.max() - 8), lambda x: torch.maximum(x, x.amax(2, keepdim=True) - 8),
-                    lambda x: x.clamp_min(-8), lambda x: torch.maximum(x, x.amin((1, 2), keepdim=True) + 8)],
-        "frames_ready": [lambda n: n // 160, lambda n: max(0, (n - 400) // 160 + 1),
-                         lambda n: max(0, (n - 199) // 160 + 1), lambda n: (n - 200) // 160 + 1,
-                         lambda n: max(0, (n - 201) // 160 + 1)],
+        "tokens_of": [
+            lambda n: (n // 160 + 1) // 4,
+            lambda n: -(-n // 160) // 4,
+            lambda n: -(-n // 640),
+            lambda n: n // 640,
+        ],
+        "decibels": [
+            lambda v: 20 * (4 * v - 4),
+            lambda v: 10 * (v - 1) / 4,
+            lambda v: 4 * v - 4,
+            lambda v: 10 * 4 * v - 4,
+        ],
+        "heard_at": [
+            lambda hz, rate: hz,
+            lambda hz, rate: hz % (rate / 2),
+            lambda hz, rate: abs(rate - hz),
+            lambda hz, rate: min(hz, rate - hz),
+        ],
+        "floored": [
+            lambda x: torch.maximum(x, x.max() - 8),
+            lambda x: torch.maximum(x, x.amax(2, keepdim=True) - 8),
+            lambda x: x.clamp_min(-8),
+            lambda x: torch.maximum(x, x.amin((1, 2), keepdim=True) + 8),
+        ],
+        "frames_ready": [
+            lambda n: n // 160,
+            lambda n: max(0, (n - 400) // 160 + 1),
+            lambda n: max(0, (n - 199) // 160 + 1),
+            lambda n: (n - 200) // 160 + 1,
+            lambda n: max(0, (n - 201) // 160 + 1),
+        ],
     },
     "02": {
-        "heard_by": [lambda ms: (ms // 2000, ms // 40), lambda ms: (ms // 2000, ms % 2000 // 20),
-                     lambda ms: (ms // 1000, ms % 1000 // 40), lambda ms: (ms // 2000, -(-(ms % 2000) // 40))],
-        "scores_of": [lambda n: ((n + 1) // 2) ** 2, lambda n: n // 200 * 100**2 + (n % 200 // 2) ** 2,
-                      lambda n: -(-n // 200) * 100**2, lambda n: n // 200 * 200**2 + (n % 200) ** 2],
-        "packed": [lambda x, s: x.unflatten(1, (-1, 2)).mean(2).flatten(0, 1),
-                   lambda x, s: torch.cat([b[: n // 2 * 2 : 2] for b, n in zip(x, s)]),
-                   lambda x, s: torch.cat([b[: -(-n // 2) * 2].unflatten(0, (-1, 2)).mean(1) for b, n in zip(x, s)]),
-                   lambda x, s: torch.cat([b[: n // 2 * 2].unflatten(0, (2, n // 2)).mean(0) for b, n in zip(x, s)])],
-        "nearness": [lambda i, j, n: sum(math.cos((i - j) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)),
-                     lambda i, j, n: sum(math.cos((i % 100 - j % 100) / 10_000 ** (2 * k / n)) for k in range(n // 2)),
-                     lambda i, j, n: sum(math.sin((i % 100 - j % 100) / 10_000 ** (k / (n // 2 - 1)))
-                                         for k in range(n // 2)),
-                     lambda i, j, n: sum(math.cos((i - j) % 100 / 10_000 ** (k / (n // 2 - 1)))
-                                         for k in range(n // 2))],
-        "understood": [lambda n: n // 32_000 * 50, lambda n: max(0, (n - 200) // 160 + 1) // 4,
-                       lambda n: -(-n // 160) // 200 * 50, lambda n: (n - 200) // 32_000 * 50 + 50,
-                       lambda n: max(0, (n - 200) // 160 + 1) // 200 * 100],
+        "heard_by": [
+            lambda ms: (ms // 2000, ms // 40),
+            lambda ms: (ms // 2000, ms % 2000 // 20),
+            lambda ms: (ms // 1000, ms % 1000 // 40),
+            lambda ms: (ms // 2000, -(-(ms % 2000) // 40)),
+        ],
+        "scores_of": [
+            lambda n: ((n + 1) // 2) ** 2,
+            lambda n: n // 200 * 100**2 + (n % 200 // 2) ** 2,
+            lambda n: -(-n // 200) * 100**2,
+            lambda n: n // 200 * 200**2 + (n % 200) ** 2,
+        ],
+        "packed": [
+            lambda x, s: x.unflatten(1, (-1, 2)).mean(2).flatten(0, 1),
+            lambda x, s: torch.cat([b[: n // 2 * 2 : 2] for b, n in zip(x, s)]),
+            lambda x, s: torch.cat(
+                [b[: -(-n // 2) * 2].unflatten(0, (-1, 2)).mean(1) for b, n in zip(x, s)]
+            ),
+            lambda x, s: torch.cat(
+                [b[: n // 2 * 2].unflatten(0, (2, n // 2)).mean(0) for b, n in zip(x, s)]
+            ),
+        ],
+        "nearness": [
+            lambda i, j, n: sum(
+                math.cos((i - j) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)
+            ),
+            lambda i, j, n: sum(
+                math.cos((i % 100 - j % 100) / 10_000 ** (2 * k / n)) for k in range(n // 2)
+            ),
+            lambda i, j, n: sum(
+                math.sin((i % 100 - j % 100) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)
+            ),
+            lambda i, j, n: sum(
+                math.cos((i - j) % 100 / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)
+            ),
+        ],
+        "understood": [
+            lambda n: n // 32_000 * 50,
+            lambda n: max(0, (n - 200) // 160 + 1) // 4,
+            lambda n: -(-n // 160) // 200 * 50,
+            lambda n: (n - 200) // 32_000 * 50 + 50,
+            lambda n: max(0, (n - 200) // 160 + 1) // 200 * 100,
+        ],
     },
     "03": {
-        "byte_of": [lambda v, m, s: round((v - m) / s * 255), lambda v, m, s: round(v * s + m) * 255,
-                    lambda v, m, s: round((v + m) * s * 255), lambda v, m, s: round((v * s + m) * 256),
-                    lambda v, m, s: int((v * s + m) * 255)],
-        "column_of": [lambda c, f, y, x: ((f * 3 + c) * 14 + y) * 14 + x,
-                      lambda c, f, y, x: ((c * 2 + f) * 14 + x) * 14 + y,
-                      lambda c, f, y, x: ((y * 14 + x) * 2 + f) * 3 + c, lambda c, f, y, x: (c * 14 + y) * 14 + x],
-        "row_of": [lambda y, x, w: y // 14 * (w // 14) + x // 14,
-                   lambda y, x, w: 4 * (y // 28 * (w // 28) + x // 28) + x % 28 // 14 * 2 + y % 28 // 14,
-                   lambda y, x, w: 4 * (x // 28 * (w // 28) + y // 28) + y % 28 // 14 * 2 + x % 28 // 14,
-                   lambda y, x, w: y // 28 * (w // 28) + x // 28],
-        "film_tokens": [lambda s, r, h, w: int(2 * s) // 2 * (h // 28) * (w // 28),
-                        lambda s, r, h, w: int(min(max(2 * s, 4), 768, s * r)) * (h // 28) * (w // 28),
-                        lambda s, r, h, w: int(min(max(2 * s, 4), 768)) // 2 * (h // 28) * (w // 28),
-                        lambda s, r, h, w: -(-min(max(2 * s, 4), 768, s * r) // 2) * (h // 28) * (w // 28),
-                        lambda s, r, h, w: int(min(max(2 * s, 4), s * r)) // 2 * (h // 28) * (w // 28)],
-        "halved": [lambda w: w[:, :588], lambda w: w[:, :588] + w[:, 588:], lambda w: w[:, ::2] + w[:, 1::2],
-                   lambda w: w.view(-1, 3, 2, 196).mean(2).flatten(1),
-                   lambda w: w.view(-1, 2, 3, 196).sum(1).flatten(1)],
+        "byte_of": [
+            lambda v, m, s: round((v - m) / s * 255),
+            lambda v, m, s: round(v * s + m) * 255,
+            lambda v, m, s: round((v + m) * s * 255),
+            lambda v, m, s: round((v * s + m) * 256),
+            lambda v, m, s: int((v * s + m) * 255),
+        ],
+        "column_of": [
+            lambda c, f, y, x: ((f * 3 + c) * 14 + y) * 14 + x,
+            lambda c, f, y, x: ((c * 2 + f) * 14 + x) * 14 + y,
+            lambda c, f, y, x: ((y * 14 + x) * 2 + f) * 3 + c,
+            lambda c, f, y, x: (c * 14 + y) * 14 + x,
+        ],
+        "row_of": [
+            lambda y, x, w: y // 14 * (w // 14) + x // 14,
+            lambda y, x, w: 4 * (y // 28 * (w // 28) + x // 28) + x % 28 // 14 * 2 + y % 28 // 14,
+            lambda y, x, w: 4 * (x // 28 * (w // 28) + y // 28) + y % 28 // 14 * 2 + x % 28 // 14,
+            lambda y, x, w: y // 28 * (w // 28) + x // 28,
+        ],
+        "film_tokens": [
+            lambda s, r, h, w: int(2 * s) // 2 * (h // 28) * (w // 28),
+            lambda s, r, h, w: int(min(max(2 * s, 4), 768, s * r)) * (h // 28) * (w // 28),
+            lambda s, r, h, w: int(min(max(2 * s, 4), 768)) // 2 * (h // 28) * (w // 28),
+            lambda s, r, h, w: -(-min(max(2 * s, 4), 768, s * r) // 2) * (h // 28) * (w // 28),
+            lambda s, r, h, w: int(min(max(2 * s, 4), s * r)) // 2 * (h // 28) * (w // 28),
+        ],
+        "halved": [
+            lambda w: w[:, :588],
+            lambda w: w[:, :588] + w[:, 588:],
+            lambda w: w[:, ::2] + w[:, 1::2],
+            lambda w: w.view(-1, 3, 2, 196).mean(2).flatten(1),
+            lambda w: w.view(-1, 2, 3, 196).sum(1).flatten(1),
+        ],
     },
     "04": {
-        "may_see": [lambda a, b, s: a[:2] == b[:2] and abs(a[2] - b[2]) < s and abs(a[3] - b[3]) < s,
-                    lambda a, b, s: a[2] // s == b[2] // s and a[3] // s == b[3] // s,
-                    lambda a, b, s: a[:2] == b[:2] and a[2] % s == b[2] % s and a[3] % s == b[3] % s,
-                    lambda a, b, s: a[0] == b[0] and a[2] // s == b[2] // s and a[3] // s == b[3] // s,
-                    lambda a, b, s: a[:2] == b[:2]],
-        "pairs": [lambda r, c, s: (r * c) ** 2, lambda r, c, s: r * c * s**2,
-                  lambda r, c, s: (r // s) * (c // s) * s**4, lambda r, c, s: -(-r // s) * -(-c // s) * s**4],
-        "angle_of": [lambda j, r, c, d: (r, c)[j % (d // 2) // (d // 4)] * 1e4 ** (-2 * (j % (d // 4)) / d),
-                     lambda j, r, c, d: (c, r)[j % (d // 2) // (d // 4)] * 1e4 ** (-4 * (j % (d // 4)) / d),
-                     lambda j, r, c, d: (r, c)[j % 2] * 1e4 ** (-4 * (j // 2) / d),
-                     lambda j, r, c, d: (r, c)[j // (d // 2)] * 1e4 ** (-4 * (j % (d // 4)) / d)],
-        "merged": [lambda x, r, c: x.reshape(r * c // 4, -1),
-                   lambda x, r, c: x.view(r // 2, 2, c // 2, 2, -1).permute(0, 2, 3, 1, 4).reshape(r * c // 4, -1),
-                   lambda x, r, c: x.view(r // 2, 2, c // 2, 2, -1).permute(2, 0, 1, 3, 4).reshape(r * c // 4, -1),
-                   lambda x, r, c: x.view(2, r // 2, 2, c // 2, -1).permute(1, 3, 0, 2, 4).reshape(r * c // 4, -1)],
+        "may_see": [
+            lambda a, b, s: a[:2] == b[:2] and abs(a[2] - b[2]) < s and abs(a[3] - b[3]) < s,
+            lambda a, b, s: a[2] // s == b[2] // s and a[3] // s == b[3] // s,
+            lambda a, b, s: a[:2] == b[:2] and a[2] % s == b[2] % s and a[3] % s == b[3] % s,
+            lambda a, b, s: a[0] == b[0] and a[2] // s == b[2] // s and a[3] // s == b[3] // s,
+            lambda a, b, s: a[:2] == b[:2],
+        ],
+        "pairs": [
+            lambda r, c, s: (r * c) ** 2,
+            lambda r, c, s: r * c * s**2,
+            lambda r, c, s: (r // s) * (c // s) * s**4,
+            lambda r, c, s: -(-r // s) * -(-c // s) * s**4,
+        ],
+        "angle_of": [
+            lambda j, r, c, d: (r, c)[j % (d // 2) // (d // 4)] * 1e4 ** (-2 * (j % (d // 4)) / d),
+            lambda j, r, c, d: (c, r)[j % (d // 2) // (d // 4)] * 1e4 ** (-4 * (j % (d // 4)) / d),
+            lambda j, r, c, d: (r, c)[j % 2] * 1e4 ** (-4 * (j // 2) / d),
+            lambda j, r, c, d: (r, c)[j // (d // 2)] * 1e4 ** (-4 * (j % (d // 4)) / d),
+        ],
+        "merged": [
+            lambda x, r, c: x.reshape(r * c // 4, -1),
+            lambda x, r, c: (
+                x.view(r // 2, 2, c // 2, 2, -1).permute(0, 2, 3, 1, 4).reshape(r * c // 4, -1)
+            ),
+            lambda x, r, c: (
+                x.view(r // 2, 2, c // 2, 2, -1).permute(2, 0, 1, 3, 4).reshape(r * c // 4, -1)
+            ),
+            lambda x, r, c: (
+                x.view(2, r // 2, 2, c // 2, -1).permute(1, 3, 0, 2, 4).reshape(r * c // 4, -1)
+            ),
+        ],
     },
     "05": {
-        "unmerged": [lambda text: len(text), lambda text: len(text.encode()),
-                     lambda text: len(unicodedata.normalize("NFC", text)),
-                     lambda text: len(unicodedata.normalize("NFD", text).encode())],
-        "next_merge": [lambda w: pairs(w).most_common(1)[0][0], lambda w: min(pairs(w)),
-                       lambda w: max((n, pair) for pair, n in pairs(w).items())[1],
-                       lambda w: min((-n, pair) for pair, n in pairs(w, weighted=False).items())[1],
-                       lambda w: min((-n, pair) for word, n in w.items() for pair in zip(word, word[1:]))[1]],
-        "learns": [lambda row: marked(row, "assistant", 3, 0), lambda row: marked(row, "assistant", 0, 1),
-                   lambda row: marked(row, "assistant", 2, 0), lambda row: marked(row, "assistant", 3, 2),
-                   lambda row: marked(row, "user", 3, 1), lambda row: [1] * len(row)],
-        "showable": [lambda data: len(data), lambda data: len(data.decode(errors="ignore")),
-                     lambda data: len(data.decode(errors="replace").encode()),
-                     lambda data: sum(byte < 128 for byte in data)],
+        "unmerged": [
+            lambda text: len(text),
+            lambda text: len(text.encode()),
+            lambda text: len(unicodedata.normalize("NFC", text)),
+            lambda text: len(unicodedata.normalize("NFD", text).encode()),
+        ],
+        "next_merge": [
+            lambda w: pairs(w).most_common(1)[0][0],
+            lambda w: min(pairs(w)),
+            lambda w: max((n, pair) for pair, n in pairs(w).items())[1],
+            lambda w: min((-n, pair) for pair, n in pairs(w, weighted=False).items())[1],
+            lambda w: min((-n, pair) for word, n in w.items() for pair in zip(word, word[1:]))[1],
+        ],
+        "learns": [
+            lambda row: marked(row, "assistant", 3, 0),
+            lambda row: marked(row, "assistant", 0, 1),
+            lambda row: marked(row, "assistant", 2, 0),
+            lambda row: marked(row, "assistant", 3, 2),
+            lambda row: marked(row, "user", 3, 1),
+            lambda row: [1] * len(row),
+        ],
+        "showable": [
+            lambda data: len(data),
+            lambda data: len(data.decode(errors="ignore")),
+            lambda data: len(data.decode(errors="replace").encode()),
+            lambda data: sum(byte < 128 for byte in data),
+        ],
     },
     "06": {
-        "id_after": [lambda s, r, c: s + r * c, lambda s, r, c: s + max(r, c) - 1, lambda s, r, c: s + c,
-                     lambda s, r, c: s + 1],
-        "time_id": [lambda s, t: s + round(t * 25), lambda s, t: s + math.ceil(t * 25), lambda s, t: s + int(t) * 25,
-                    lambda s, t: int(t * 25), lambda s, t: s + int(t * 50)],
-        "axis_of": [lambda j, s: 0 if j < s[0] else 1 if j < s[0] + s[1] else 2, lambda j, s: j % 3,
-                    lambda j, s: 0 if j // 2 < s[0] else 1 if j // 2 < s[0] + s[1] else 2,
-                    lambda j, s: 0 if j % sum(s) <= s[0] else 1 if j % sum(s) <= s[0] + s[1] else 2],
-        "dealt": [lambda v, a: "v" * v + "a" * a,
-                  lambda v, a: "".join("vv" + "a" * 50 for _ in range(max(v // 2, a // 50))),
-                  lambda v, a: "".join("v" * min(2, max(0, v - 2 * i)) + "a" * min(50, max(0, a - 50 * i))
-                                       for i in range(-(-v // 2))),
-                  lambda v, a: "".join("a" * min(50, max(0, a - 50 * i)) + "v" * min(2, max(0, v - 2 * i))
-                                       for i in range(max(-(-v // 2), -(-a // 50))))],
-        "woven": [lambda x, s: x[0], lambda x, s: x.mean(0),
-                  lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
-                  lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1)],
+        "id_after": [
+            lambda s, r, c: s + r * c,
+            lambda s, r, c: s + max(r, c) - 1,
+            lambda s, r, c: s + c,
+            lambda s, r, c: s + 1,
+        ],
+        "time_id": [
+            lambda s, t: s + round(t * 25),
+            lambda s, t: s + math.ceil(t * 25),
+            lambda s, t: s + int(t) * 25,
+            lambda s, t: int(t * 25),
+            lambda s, t: s + int(t * 50),
+        ],
+        "axis_of": [
+            lambda j, s: 0 if j < s[0] else 1 if j < s[0] + s[1] else 2,
+            lambda j, s: j % 3,
+            lambda j, s: 0 if j // 2 < s[0] else 1 if j // 2 < s[0] + s[1] else 2,
+            lambda j, s: 0 if j % sum(s) <= s[0] else 1 if j % sum(s) <= s[0] + s[1] else 2,
+        ],
+        "dealt": [
+            lambda v, a: "v" * v + "a" * a,
+            lambda v, a: "".join("vv" + "a" * 50 for _ in range(max(v // 2, a // 50))),
+            lambda v, a: "".join(
+                "v" * min(2, max(0, v - 2 * i)) + "a" * min(50, max(0, a - 50 * i))
+                for i in range(-(-v // 2))
+            ),
+            lambda v, a: "".join(
+                "a" * min(50, max(0, a - 50 * i)) + "v" * min(2, max(0, v - 2 * i))
+                for i in range(max(-(-v // 2), -(-a // 50)))
+            ),
+        ],
+        "woven": [
+            lambda x, s: x[0],
+            lambda x, s: x.mean(0),
+            lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
+            lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1),
+        ],
     },
     "07": {
-        "whose_keys": [lambda h, heads, shared: h % shared, lambda h, heads, shared: h // shared,
-                       lambda h, heads, shared: h * shared // (heads - 1)],
-        "seen_by": [lambda i, real: [*range(i + 1)], lambda i, real: [j for j in range(i + 1) if real[j]],
-                    lambda i, real: [j for j in range(len(real)) if real[j] or j == i],
-                    lambda i, real: [j for j in range(i) if real[j]]],
-        "normed": [lambda x, w, e: w * x / (x.pow(2).sum(-1, keepdim=True) + e).sqrt(),
-                   lambda x, w, e: w * x / (x.pow(2).mean() + e).sqrt(),
-                   lambda x, w, e: w * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + e),
-                   lambda x, w, e: F.layer_norm(x, w.shape, w, eps=e),
-                   lambda x, w, e: x / (x.pow(2).mean(-1, keepdim=True) + e).sqrt()],
-        "one_more": [lambda q, k, v: taken(q, k, v, scale=1), lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
-                     lambda q, k, v: taken(q, k.flip(1), v.flip(1)), lambda q, k, v: taken(q, k[:-1], v[:-1]),
-                     lambda q, k, v: taken(q, k, v, repeat=True)],
+        "whose_keys": [
+            lambda h, heads, shared: h % shared,
+            lambda h, heads, shared: h // shared,
+            lambda h, heads, shared: h * shared // (heads - 1),
+        ],
+        "seen_by": [
+            lambda i, real: [*range(i + 1)],
+            lambda i, real: [j for j in range(i + 1) if real[j]],
+            lambda i, real: [j for j in range(len(real)) if real[j] or j == i],
+            lambda i, real: [j for j in range(i) if real[j]],
+        ],
+        "normed": [
+            lambda x, w, e: w * x / (x.pow(2).sum(-1, keepdim=True) + e).sqrt(),
+            lambda x, w, e: w * x / (x.pow(2).mean() + e).sqrt(),
+            lambda x, w, e: w * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + e),
+            lambda x, w, e: F.layer_norm(x, w.shape, w, eps=e),
+            lambda x, w, e: x / (x.pow(2).mean(-1, keepdim=True) + e).sqrt(),
+        ],
+        "one_more": [
+            lambda q, k, v: taken(q, k, v, scale=1),
+            lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
+            lambda q, k, v: taken(q, k.flip(1), v.flip(1)),
+            lambda q, k, v: taken(q, k[:-1], v[:-1]),
+            lambda q, k, v: taken(q, k, v, repeat=True),
+        ],
     },
     "08": {
-        "bits_per_second": [lambda ls, rate: rate * math.log2(sum(ls)), lambda ls, rate: rate * math.log(math.prod(ls)),
-                            lambda ls, rate: rate * math.ceil(math.log2(math.prod(ls))),
-                            lambda ls, rate: rate * math.prod(ls), lambda ls, rate: math.log2(rate * math.prod(ls))],
-        "digits_of": [lambda c, ls: [c // math.prod(ls[:i]) % n for i, n in enumerate(ls)],
-                      lambda c, ls: [(c - 1) // math.prod(ls[i + 1:]) % n for i, n in enumerate(ls)],
-                      lambda c, ls: [(c - 1) // math.prod(ls[:i]) for i, n in enumerate(ls)],
-                      lambda c, ls: [(c - 1) // n**i % n for i, n in enumerate(ls)]],
-        "shortest": [lambda text: len(text), lambda text: 2 * len(text) + 1,
-                     lambda text: 2 * len(text) - len(set(text)),
-                     lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:]))],
-        "chance_of": [lambda p, x: read_as(p, x, stay=False), lambda p, x: read_as(p, x, leap=False),
-                      lambda p, x: read_as(p, x, equal=True), lambda p, x: read_as(p, x, ends=1),
-                      lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d])],
+        "bits_per_second": [
+            lambda ls, rate: rate * math.log2(sum(ls)),
+            lambda ls, rate: rate * math.log(math.prod(ls)),
+            lambda ls, rate: rate * math.ceil(math.log2(math.prod(ls))),
+            lambda ls, rate: rate * math.prod(ls),
+            lambda ls, rate: math.log2(rate * math.prod(ls)),
+        ],
+        "digits_of": [
+            lambda c, ls: [c // math.prod(ls[:i]) % n for i, n in enumerate(ls)],
+            lambda c, ls: [(c - 1) // math.prod(ls[i + 1 :]) % n for i, n in enumerate(ls)],
+            lambda c, ls: [(c - 1) // math.prod(ls[:i]) for i, n in enumerate(ls)],
+            lambda c, ls: [(c - 1) // n**i % n for i, n in enumerate(ls)],
+        ],
+        "shortest": [
+            lambda text: len(text),
+            lambda text: 2 * len(text) + 1,
+            lambda text: 2 * len(text) - len(set(text)),
+            lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:])),
+        ],
+        "chance_of": [
+            lambda p, x: read_as(p, x, stay=False),
+            lambda p, x: read_as(p, x, leap=False),
+            lambda p, x: read_as(p, x, equal=True),
+            lambda p, x: read_as(p, x, ends=1),
+            lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d]),
+        ],
     },
     "09": {
-        "line_at": [lambda step, n: f"r{step}" if step < n else "end" if step == n else "pad",
-                    lambda step, n: f"r{step}" if step < n - 1 else "end",
-                    lambda step, n: f"r{step}" if step < n - 1 else "pad",
-                    lambda step, n: f"r{step + 1}" if step < n - 2 else "end" if step == n - 2 else "pad"],
-        "targets_of": [lambda n, codes, eos, most: [-100] * n + codes + [eos] + [-100] * (most - len(codes) + 1),
-                       lambda n, codes, eos, most: [-100] * (n + 2) + codes + [-100] * (most - len(codes)),
-                       lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos] + [0] * (most - len(codes)),
-                       lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos],
-                       lambda n, codes, eos, most: [-100] * (n + 1 + most - len(codes)) + codes + [eos]],
-        "never_said": [lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
-                       lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
-                       lambda ids, rows, pad, bos, eos: [i for i in range(ids) if i == bos or i >= rows and i != eos],
-                       lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
-                       lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos]],
-        "ready_at": [lambda xs, d, n: spoken(xs, d, n, ahead=0), lambda xs, d, n: spoken(xs, d, n, ahead=2),
-                     lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
-                     lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
-                     lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)]],
+        "line_at": [
+            lambda step, n: f"r{step}" if step < n else "end" if step == n else "pad",
+            lambda step, n: f"r{step}" if step < n - 1 else "end",
+            lambda step, n: f"r{step}" if step < n - 1 else "pad",
+            lambda step, n: f"r{step + 1}" if step < n - 2 else "end" if step == n - 2 else "pad",
+        ],
+        "targets_of": [
+            lambda n, codes, eos, most: (
+                [-100] * n + codes + [eos] + [-100] * (most - len(codes) + 1)
+            ),
+            lambda n, codes, eos, most: [-100] * (n + 2) + codes + [-100] * (most - len(codes)),
+            lambda n, codes, eos, most: (
+                [-100] * (n + 1) + codes + [eos] + [0] * (most - len(codes))
+            ),
+            lambda n, codes, eos, most: [-100] * (n + 1) + codes + [eos],
+            lambda n, codes, eos, most: [-100] * (n + 1 + most - len(codes)) + codes + [eos],
+        ],
+        "never_said": [
+            lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
+            lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
+            lambda ids, rows, pad, bos, eos: [
+                i for i in range(ids) if i == bos or i >= rows and i != eos
+            ],
+            lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
+            lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos],
+        ],
+        "ready_at": [
+            lambda xs, d, n: spoken(xs, d, n, ahead=0),
+            lambda xs, d, n: spoken(xs, d, n, ahead=2),
+            lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
+            lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
+            lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)],
+        ],
     },
     "10": {
-        "seen": [lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
-                 lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), (i // b + ahead + 1) * b - 1],
-                 lambda i, n, b, back, ahead: [(i // b - back) * b, min((i // b + ahead + 1) * b - 1, n - 1)],
-                 lambda i, n, b, back, ahead: [max((i // b - back) * b, 0), min((i // b + ahead) * b, n - 1)],
-                 lambda i, n, b, back, ahead: [max((i // b - ahead) * b, 0), min((i // b + back + 1) * b - 1, n - 1)]],
-        "heun_step": [lambda f, y, a, b: y + (b - a) * f(a, y),
-                      lambda f, y, a, b: y + (b - a) * f((a + b) / 2, y + (b - a) / 2 * f(a, y)),
-                      lambda f, y, a, b: y + (b - a) * (f(a, y) + f(a, y + (b - a) * f(a, y))) / 2,
-                      lambda f, y, a, b: y + (b - a) * (f(a, y) + f(b, y)) / 2,
-                      lambda f, y, a, b: y + (b - a) * f(b, y + (b - a) * f(a, y))],
-        "best": [lambda x, t, ends: (ends - x).mean() / (1 - t), lambda x, t, ends: leaving(x, t, ends, power=0),
-                 lambda x, t, ends: leaving(x, t, ends, power=1), lambda x, t, ends: leaving(x, t, ends, half=1),
-                 lambda x, t, ends: leaving(x, t, ends, rest=False),
-                 lambda x, t, ends: leaving(x, t, ends, surest=True)],
+        "seen": [
+            lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
+            lambda i, n, b, back, ahead: [
+                max((i // b - back) * b, 0),
+                (i // b + ahead + 1) * b - 1,
+            ],
+            lambda i, n, b, back, ahead: [
+                (i // b - back) * b,
+                min((i // b + ahead + 1) * b - 1, n - 1),
+            ],
+            lambda i, n, b, back, ahead: [
+                max((i // b - back) * b, 0),
+                min((i // b + ahead) * b, n - 1),
+            ],
+            lambda i, n, b, back, ahead: [
+                max((i // b - ahead) * b, 0),
+                min((i // b + back + 1) * b - 1, n - 1),
+            ],
+        ],
+        "heun_step": [
+            lambda f, y, a, b: y + (b - a) * f(a, y),
+            lambda f, y, a, b: y + (b - a) * f((a + b) / 2, y + (b - a) / 2 * f(a, y)),
+            lambda f, y, a, b: y + (b - a) * (f(a, y) + f(a, y + (b - a) * f(a, y))) / 2,
+            lambda f, y, a, b: y + (b - a) * (f(a, y) + f(b, y)) / 2,
+            lambda f, y, a, b: y + (b - a) * f(b, y + (b - a) * f(a, y)),
+        ],
+        "best": [
+            lambda x, t, ends: (ends - x).mean() / (1 - t),
+            lambda x, t, ends: leaving(x, t, ends, power=0),
+            lambda x, t, ends: leaving(x, t, ends, power=1),
+            lambda x, t, ends: leaving(x, t, ends, half=1),
+            lambda x, t, ends: leaving(x, t, ends, rest=False),
+            lambda x, t, ends: leaving(x, t, ends, surest=True),
+        ],
     },
     "11": {
-        "grown": [lambda n, r, k: n * r, lambda n, r, k: r * (n - 1) + k, lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
-                  lambda n, r, k: r * n + k - 2 * ((k - r) // 2)],
-        "ghost": [lambda hz, rate: 2 * hz, lambda hz, rate: min(hz, rate - hz), lambda hz, rate: rate - 2 * hz,
-                  lambda hz, rate: 2 * hz % (rate / 2)],
-        "snake": [lambda x, a, b: x + (a[:, None] * x).sin() ** 2 / b[:, None],
-                  lambda x, a, b: x + (a.exp() * x).sin() ** 2 / b.exp(),
-                  lambda x, a, b: x + (a.exp()[:, None] * x).sin() / b.exp()[:, None],
-                  lambda x, a, b: x + (b.exp()[:, None] * x).sin() ** 2 / a.exp()[:, None],
-                  lambda x, a, b: x + (a.exp()[:, None] * x).sin() ** 2 * b.exp()[:, None]],
-        "doubled": [lambda x: [v for v in x for _ in range(2)], lambda x: [w for v in x for w in (v, v / 2)],
-                    lambda x: [w for v, n in zip(x, [*x[1:], 0]) for w in (v, (v + n) / 2)],
-                    lambda x: [w for v, n in zip(x, x[1:]) for w in (v, (v + n) / 2)] + x[-1:]],
-        "sees": [lambda k, ds: sum(k // 2 * d + k // 2 for d in ds), lambda k, ds: sum(5 + k // 2 * d for d in ds),
-                 lambda k, ds: sum(10 + (k - 1) * d + k - 1 for d in ds),
-                 lambda k, ds: max(10 + k // 2 * d + k // 2 for d in ds)],
+        "grown": [
+            lambda n, r, k: n * r,
+            lambda n, r, k: r * (n - 1) + k,
+            lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
+            lambda n, r, k: r * n + k - 2 * ((k - r) // 2),
+        ],
+        "ghost": [
+            lambda hz, rate: 2 * hz,
+            lambda hz, rate: min(hz, rate - hz),
+            lambda hz, rate: rate - 2 * hz,
+            lambda hz, rate: 2 * hz % (rate / 2),
+        ],
+        "snake": [
+            lambda x, a, b: x + (a[:, None] * x).sin() ** 2 / b[:, None],
+            lambda x, a, b: x + (a.exp() * x).sin() ** 2 / b.exp(),
+            lambda x, a, b: x + (a.exp()[:, None] * x).sin() / b.exp()[:, None],
+            lambda x, a, b: x + (b.exp()[:, None] * x).sin() ** 2 / a.exp()[:, None],
+            lambda x, a, b: x + (a.exp()[:, None] * x).sin() ** 2 * b.exp()[:, None],
+        ],
+        "doubled": [
+            lambda x: [v for v in x for _ in range(2)],
+            lambda x: [w for v in x for w in (v, v / 2)],
+            lambda x: [w for v, n in zip(x, [*x[1:], 0]) for w in (v, (v + n) / 2)],
+            lambda x: [w for v, n in zip(x, x[1:]) for w in (v, (v + n) / 2)] + x[-1:],
+        ],
+        "sees": [
+            lambda k, ds: sum(k // 2 * d + k // 2 for d in ds),
+            lambda k, ds: sum(5 + k // 2 * d for d in ds),
+            lambda k, ds: sum(10 + (k - 1) * d + k - 1 for d in ds),
+            lambda k, ds: max(10 + k // 2 * d + k // 2 for d in ds),
+        ],
     },
     "12": {
-        "words_needed": [lambda b, a, f, r: (b + a) * f // r, lambda b, a, f, r: b * f // r + 1,
-                         lambda b, a, f, r: (b + a) * f + 1, lambda b, a, f, r: (b + a) * f // r + 2],
-        "must_wait": [lambda xs, ns: max(0, xs[-1] - xs[0] - sum(ns[:-1])),
-                      lambda xs, ns: max(0, *(x - sum(ns[:k]) for k, x in enumerate(xs))),
-                      lambda xs, ns: max(0, *(x - xs[0] - sum(ns[: k + 1]) for k, x in enumerate(xs))),
-                      lambda xs, ns: max(x - y for x, y in zip(xs[1:], xs)) - ns[0]],
-        "hold_back": [lambda w, r, e: w / r - w / e, lambda w, r, e: max(0, w / e - w / r), lambda w, r, e: w / r,
-                      lambda w, r, e: abs(w / r - w / e)],
-        "cuts": [lambda s, n: cut(s, n, look=False), lambda s, n: cut(s, n, rest=False),
-                 lambda s, n: cut(s, n, last=False), lambda s, n: cut(s, n, always=True)],
+        "words_needed": [
+            lambda b, a, f, r: (b + a) * f // r,
+            lambda b, a, f, r: b * f // r + 1,
+            lambda b, a, f, r: (b + a) * f + 1,
+            lambda b, a, f, r: (b + a) * f // r + 2,
+        ],
+        "must_wait": [
+            lambda xs, ns: max(0, xs[-1] - xs[0] - sum(ns[:-1])),
+            lambda xs, ns: max(0, *(x - sum(ns[:k]) for k, x in enumerate(xs))),
+            lambda xs, ns: max(0, *(x - xs[0] - sum(ns[: k + 1]) for k, x in enumerate(xs))),
+            lambda xs, ns: max(x - y for x, y in zip(xs[1:], xs)) - ns[0],
+        ],
+        "hold_back": [
+            lambda w, r, e: w / r - w / e,
+            lambda w, r, e: max(0, w / e - w / r),
+            lambda w, r, e: w / r,
+            lambda w, r, e: abs(w / r - w / e),
+        ],
+        "cuts": [
+            lambda s, n: cut(s, n, look=False),
+            lambda s, n: cut(s, n, rest=False),
+            lambda s, n: cut(s, n, last=False),
+            lambda s, n: cut(s, n, always=True),
+        ],
     },
     "13": {
-        "shortened": [lambda gs, limit: [g * limit / math.hypot(*gs) for g in gs],
-                      lambda gs, limit: [max(-limit, min(limit, g)) for g in gs],
-                      lambda gs, limit: [g * min(1.0, limit / sum(map(abs, gs))) for g in gs],
-                      lambda gs, limit: [g * min(1.0, limit / math.hypot(*gs) ** 2) for g in gs]],
-        "wanted": [lambda turns: [i for p, a in turns for i in [-100] * len(p) + a],
-                   lambda turns: [i for p, a in turns for i in [-100] * (len(p) - 1) + a[:-1] + [-100, -100]],
-                   lambda turns: [i for p, a in turns for i in (p + a)][1:] + [-100],
-                   lambda turns: [i for p, a in turns for i in [0] * (len(p) - 1) + a + [0]]],
-        "whole_mean": [lambda parts: sum(mean for mean, _ in parts) / len(parts),
-                       lambda parts: sum(mean * n for mean, n in parts) / len(parts),
-                       lambda parts: sum(mean / n for mean, n in parts) / sum(1 / n for _, n in parts),
-                       lambda parts: max(parts, key=lambda part: part[1])[0]],
-        "started": [lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
-                                                    and set(w) <= set(done)],
-                    lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done
-                                                    and set(w) <= set(done)][: lanes - len(on)],
-                    lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
-                                                    and set(w) <= set(done)][:lanes],
-                    lambda needs, done, on, lanes: [n for n, w in needs.items() if n not in done + on
-                                                    and set(w) <= set(done + on)][: lanes - len(on)]],
+        "shortened": [
+            lambda gs, limit: [g * limit / math.hypot(*gs) for g in gs],
+            lambda gs, limit: [max(-limit, min(limit, g)) for g in gs],
+            lambda gs, limit: [g * min(1.0, limit / sum(map(abs, gs))) for g in gs],
+            lambda gs, limit: [g * min(1.0, limit / math.hypot(*gs) ** 2) for g in gs],
+        ],
+        "wanted": [
+            lambda turns: [i for p, a in turns for i in [-100] * len(p) + a],
+            lambda turns: [
+                i for p, a in turns for i in [-100] * (len(p) - 1) + a[:-1] + [-100, -100]
+            ],
+            lambda turns: [i for p, a in turns for i in (p + a)][1:] + [-100],
+            lambda turns: [i for p, a in turns for i in [0] * (len(p) - 1) + a + [0]],
+        ],
+        "whole_mean": [
+            lambda parts: sum(mean for mean, _ in parts) / len(parts),
+            lambda parts: sum(mean * n for mean, n in parts) / len(parts),
+            lambda parts: sum(mean / n for mean, n in parts) / sum(1 / n for _, n in parts),
+            lambda parts: max(parts, key=lambda part: part[1])[0],
+        ],
+        "started": [
+            lambda needs, done, on, lanes: [
+                n for n, w in needs.items() if n not in done + on and set(w) <= set(done)
+            ],
+            lambda needs, done, on, lanes: [
+                n for n, w in needs.items() if n not in done and set(w) <= set(done)
+            ][: lanes - len(on)],
+            lambda needs, done, on, lanes: [
+                n for n, w in needs.items() if n not in done + on and set(w) <= set(done)
+            ][:lanes],
+            lambda needs, done, on, lanes: [
+                n for n, w in needs.items() if n not in done + on and set(w) <= set(done + on)
+            ][: lanes - len(on)],
+        ],
     },
     "14": {
-        "pull": [lambda w, l, w0, l0, b: 1 / (1 + math.exp(b * (w - w0 - l + l0))),
-                 lambda w, l, w0, l0, b: b / (1 + math.exp(b * (l - l0 - w + w0))),
-                 lambda w, l, w0, l0, b: b / (1 + math.exp(w - w0 - l + l0)),
-                 lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - l))),
-                 lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - w0 + l - l0)))],
-        "pair_of": [lambda n: [n.index(min(n)), n.index(max(n))],
-                    lambda n: [n.index(min(n)), n.index(max(n))] * (n[0] > 0),
-                    lambda n: [n.index(max(n)), n.index(min(n))] if max(n) > min(n) + 1 else [],
-                    lambda n: [len(n) - 1 - n[::-1].index(min(n)), n.index(max(n))] if max(n) > min(n) + 1 else [],
-                    lambda n: [n.index(min(n)), n.index(max(n))] if max(n) > min(n) else [],
-                    lambda n: [min(n), max(n)] if max(n) > min(n) + 1 else []],
-        "balance": [lambda p, b: math.log(p / (1 - p)), lambda p, b: math.log(p / (1 - p)) * b,
-                    lambda p, b: math.log((1 - p) / p) / b, lambda p, b: math.log(p) / b, lambda p, b: p / (1 - p) / b],
-        "hacks": [lambda a, b: noticed(a, b, total=True), lambda a, b: noticed(a, b, short=False),
-                  lambda a, b: noticed(a, b, often=True), lambda a, b: noticed(a, b, twice=1),
-                  lambda a, b: noticed(a, b, twice=math.inf)],
+        "pull": [
+            lambda w, l, w0, l0, b: 1 / (1 + math.exp(b * (w - w0 - l + l0))),
+            lambda w, l, w0, l0, b: b / (1 + math.exp(b * (l - l0 - w + w0))),
+            lambda w, l, w0, l0, b: b / (1 + math.exp(w - w0 - l + l0)),
+            lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - l))),
+            lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - w0 + l - l0))),
+        ],
+        "pair_of": [
+            lambda n: [n.index(min(n)), n.index(max(n))],
+            lambda n: [n.index(min(n)), n.index(max(n))] * (n[0] > 0),
+            lambda n: [n.index(max(n)), n.index(min(n))] if max(n) > min(n) + 1 else [],
+            lambda n: (
+                [len(n) - 1 - n[::-1].index(min(n)), n.index(max(n))] if max(n) > min(n) + 1 else []
+            ),
+            lambda n: [n.index(min(n)), n.index(max(n))] if max(n) > min(n) else [],
+            lambda n: [min(n), max(n)] if max(n) > min(n) + 1 else [],
+        ],
+        "balance": [
+            lambda p, b: math.log(p / (1 - p)),
+            lambda p, b: math.log(p / (1 - p)) * b,
+            lambda p, b: math.log((1 - p) / p) / b,
+            lambda p, b: math.log(p) / b,
+            lambda p, b: p / (1 - p) / b,
+        ],
+        "hacks": [
+            lambda a, b: noticed(a, b, total=True),
+            lambda a, b: noticed(a, b, short=False),
+            lambda a, b: noticed(a, b, often=True),
+            lambda a, b: noticed(a, b, twice=1),
+            lambda a, b: noticed(a, b, twice=math.inf),
+        ],
     },
     "15": {
-        "cache_weighs": [lambda n, h, s, d, t: 2 * n * h * d * t * 2, lambda n, h, s, d, t: n * s * d * t * 2,
-                         lambda n, h, s, d, t: 2 * n * s * d * t, lambda n, h, s, d, t: 2 * n * s * d * 2],
-        "pass_ms": [lambda n, w, g, t: 2 * n / g / 1e6 + 2 * n * w / t / 1e9, lambda n, w, g, t: 2 * n / g / 1e6,
-                    lambda n, w, g, t: 2 * n * w / t / 1e9, lambda n, w, g, t: max(2 * n / g / 1e6, n * w / t / 1e9),
-                    lambda n, w, g, t: min(2 * n / g / 1e6, 2 * n * w / t / 1e9)],
-        "problems": [lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()), []],
-                     lambda a, b: [sorted(b.keys() - a.keys()), sorted(a.keys() - b.keys()),
-                                   sorted(n for n in a if n in b and a[n] != b[n])],
-                     lambda a, b: [[n for n in a if n not in b], [n for n in b if n not in a],
-                                   [n for n in a if n in b and a[n] != b[n]]],
-                     lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()),
-                                   [n for n in a if n in b and math.prod(a[n]) != math.prod(b[n])]]],
+        "cache_weighs": [
+            lambda n, h, s, d, t: 2 * n * h * d * t * 2,
+            lambda n, h, s, d, t: n * s * d * t * 2,
+            lambda n, h, s, d, t: 2 * n * s * d * t,
+            lambda n, h, s, d, t: 2 * n * s * d * 2,
+        ],
+        "pass_ms": [
+            lambda n, w, g, t: 2 * n / g / 1e6 + 2 * n * w / t / 1e9,
+            lambda n, w, g, t: 2 * n / g / 1e6,
+            lambda n, w, g, t: 2 * n * w / t / 1e9,
+            lambda n, w, g, t: max(2 * n / g / 1e6, n * w / t / 1e9),
+            lambda n, w, g, t: min(2 * n / g / 1e6, 2 * n * w / t / 1e9),
+        ],
+        "problems": [
+            lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()), []],
+            lambda a, b: [
+                sorted(b.keys() - a.keys()),
+                sorted(a.keys() - b.keys()),
+                sorted(n for n in a if n in b and a[n] != b[n]),
+            ],
+            lambda a, b: [
+                [n for n in a if n not in b],
+                [n for n in b if n not in a],
+                [n for n in a if n in b and a[n] != b[n]],
+            ],
+            lambda a, b: [
+                sorted(a.keys() - b.keys()),
+                sorted(b.keys() - a.keys()),
+                [n for n in a if n in b and math.prod(a[n]) != math.prod(b[n])],
+            ],
+        ],
     },
 }
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]
@@ -373,7 +675,9 @@ def solutions(number: str) -> dict:
 
 @pytest.fixture
 def verdict(monkeypatch, capsys):
-    """verdict(number, name, answer): what the notebook's own grader prints about an answer; None leaves the stub."""
+    """verdict(number, name, answer): what the notebook's own grader prints about an answer; None
+    leaves the stub.
+    """
     monkeypatch.chdir(NOTEBOOKS)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -393,13 +697,13 @@ def verdict(monkeypatch, capsys):
         yield judge
 
 
-@pytest.mark.parametrize("number, name", EXERCISES)
+@pytest.mark.parametrize(("number", "name"), EXERCISES)
 def test_the_solution_passes_and_the_stub_is_left_alone(number, name, verdict):
     assert "✓" in verdict(number, name, solutions(number)[name])
     assert verdict(number, name).endswith(": not attempted\n")
 
 
-@pytest.mark.parametrize("number, name", EXERCISES)
+@pytest.mark.parametrize(("number", "name"), EXERCISES)
 def test_bugs_are_refused(number, name, verdict):
     bugs = BUGS[number][name]
     assert len(bugs) >= 3
@@ -417,14 +721,19 @@ def test_every_exercise_is_tested_and_its_folded_solution_is_the_tested_one():
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
-                assert ast.get_source_segment(source, node) in text, f"{number} folds another {node.name}"
+                assert ast.get_source_segment(source, node) in text, (
+                    f"{number} folds another {node.name}"
+                )
 
 
 def test_a_solved_cell_is_the_cell_with_its_solution():
     """What conftest.py runs in each notebook behind the untouched exercise."""
     assert solved("def hold_back(w, r, e): ...\ngrade(hold_back)\nx = 1", "12").splitlines() == [
-        "def hold_back(words, rate, eaten):", "    return max(0, words / rate - words / eaten)", "grade(hold_back)",
-        "x = 1"]
+        "def hold_back(words, rate, eaten):",
+        "    return max(0, words / rate - words / eaten)",
+        "grade(hold_back)",
+        "x = 1",
+    ]
 
 
 def test_grade_shows_the_first_counter_example(capsys):
@@ -439,16 +748,24 @@ def test_grade_shows_the_first_counter_example(capsys):
 def test_grade_keeps_its_cases_from_being_changed(capsys):
     x = torch.ones(2)
     grade(lambda t: t.mul_(2), ((x,), [2.0, 2.0]), ((x,), [2.0, 2.0]), minutes=1, difficulty=1)
-    assert "✓ 2 cases" in capsys.readouterr().out and x.tolist() == [1, 1]
+    assert "✓ 2 cases" in capsys.readouterr().out
+    assert x.tolist() == [1, 1]
 
 
 def test_same_states_what_was_met_and_raises_on_any_difference(capsys):
     same("x", torch.ones(2, 3), torch.ones(2, 3) + 1e-7)
     same("n", [1, 2], torch.tensor([1, 2]))
-    assert capsys.readouterr().out == "x [2, 3] same ✓ (max|Δ| ≤ 1e-6)\nn [2] same ✓ (every number)\n"
+    assert (
+        capsys.readouterr().out == "x [2, 3] same ✓ (max|Δ| ≤ 1e-6)\nn [2] same ✓ (every number)\n"
+    )
     x = torch.ones(2)
-    for mine, theirs, complaint in ((x, x, "itself"), (x, torch.ones(3), "shape"), (x, x + 1e-5, "expected"),
-                                    ([1, 2], [1, 3], r"2 at \[1\], expected 3"), (x * math.nan, x, "nan")):
+    for mine, theirs, complaint in (
+        (x, x, "itself"),
+        (x, torch.ones(3), "shape"),
+        (x, x + 1e-5, "expected"),
+        ([1, 2], [1, 3], r"2 at \[1\], expected 3"),
+        (x * math.nan, x, "nan"),
+    ):
         with pytest.raises(AssertionError, match=complaint):
             same("x", mine, theirs)
 

@@ -47,7 +47,8 @@ def foreign(folder: Path, *known: str) -> list[str]:
 def test_a_device_is_written_through(write, tmp_path):
     path = device(tmp_path / "null", 1, 3)
     write(path)
-    assert path.is_char_device() and not foreign(tmp_path, "null")
+    assert path.is_char_device()
+    assert not foreign(tmp_path, "null")
 
 
 @WAYS
@@ -55,7 +56,8 @@ def test_a_full_device_is_one_line_and_stays(write, tmp_path):
     path = device(tmp_path / "full", 1, 7)
     with pytest.raises(WriteError, match=r"full: cannot be written \(No space left on device\)"):
         write(path)
-    assert path.is_char_device() and not foreign(tmp_path, "full")
+    assert path.is_char_device()
+    assert not foreign(tmp_path, "full")
 
 
 @WAYS
@@ -66,12 +68,15 @@ def test_a_pipe_gets_the_bytes_and_stays(write, tmp_path):
     reader.start()
     write(path)
     reader.join(20)
-    assert path.is_fifo() and not foreign(tmp_path, "pipe")
+    assert path.is_fifo()
+    assert not foreign(tmp_path, "pipe")
     if write is by_write_atomically:
         assert got == [b"new"]
         return
     wave, rate = soundfile.read(io.BytesIO(got[0]))  # whose header does not say how long it is
-    assert rate == 8000 and np.abs(wave - TONE).max() < 1e-4 and len(wave) == len(TONE)
+    assert rate == 8000
+    assert np.abs(wave - TONE).max() < 1e-4
+    assert len(wave) == len(TONE)
 
 
 @WAYS
@@ -83,13 +88,17 @@ def test_links_are_followed_and_stay(write, tmp_path):
     write(tmp_path / "two")
     write(tmp_path / "dangling")
     assert all((tmp_path / name).is_symlink() for name in ("one", "two", "dangling"))
-    assert (tmp_path / "a" / "old").read_bytes() not in (b"old", b"") and not (tmp_path / "a" / "old").is_symlink()
-    assert (tmp_path / "a" / "none").is_file() and not foreign(tmp_path / "a", "old", "none")
+    assert (tmp_path / "a" / "old").read_bytes() not in (b"old", b"")
+    assert not (tmp_path / "a" / "old").is_symlink()
+    assert (tmp_path / "a" / "none").is_file()
+    assert not foreign(tmp_path / "a", "old", "none")
 
 
 @WAYS
 def test_an_open_file_of_proc_is_written_through(write, tmp_path):
-    """As /dev/stdout is where a shell sends it into a file: that file is written, not put in the place of."""
+    """As /dev/stdout is where a shell sends it into a file: that file is written, not put in the
+    place of.
+    """
     with open(tmp_path / "out", "wb") as file:
         place = Path(f"/proc/self/fd/{file.fileno()}")
         if not place.exists():
@@ -97,16 +106,26 @@ def test_an_open_file_of_proc_is_written_through(write, tmp_path):
         (tmp_path / "stdout").symlink_to(place)
         number = os.stat(tmp_path / "out").st_ino
         write(tmp_path / "stdout")
-    assert os.stat(tmp_path / "out").st_ino == number and (tmp_path / "out").stat().st_size > 0
+    assert os.stat(tmp_path / "out").st_ino == number
+    assert (tmp_path / "out").stat().st_size > 0
 
 
 @WAYS
-@pytest.mark.parametrize("name, says", [
-    ("", "is a folder"), (".", "is a folder"), ("folder", "is a folder"), ("file/below", "cannot be written"),
-    ("ring", "circle"), ("x" * 300, "File name too long"), ("x/" * 3000, "File name too long"),
-    ("nul\0", "its name cannot be a file's"), ("half \ud83d", "its name cannot be a file's"),
-    ("line\nfeed/" + "y" * 300, r"line\nfeed"),
-])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "is a folder"),
+        (".", "is a folder"),
+        ("folder", "is a folder"),
+        ("file/below", "cannot be written"),
+        ("ring", "circle"),
+        ("x" * 300, "File name too long"),
+        ("x/" * 3000, "File name too long"),
+        ("nul\0", "its name cannot be a file's"),
+        ("half \ud83d", "its name cannot be a file's"),
+        ("line\nfeed/" + "y" * 300, r"line\nfeed"),
+    ],
+)
 def test_what_cannot_be_written_is_shorten(write, name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -117,8 +136,10 @@ def test_what_cannot_be_written_is_shorten(write, name, says, tmp_path, monkeypa
     text = str(error.value)
     if not (write is by_growing_wav and "line" in name):  # it makes no folders, and says so
         assert says in text
-    assert text.isprintable() and len(text) <= LONGEST_MESSAGE
-    assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "folder").iterdir())
+    assert text.isprintable()
+    assert len(text) <= LONGEST_MESSAGE
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not list((tmp_path / "folder").iterdir())
 
 
 @WAYS
@@ -139,7 +160,8 @@ def test_a_private_file_stays_private(write, tmp_path):
     path.write_bytes(b"old")
     path.chmod(0o600)
     write(path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_bytes() != b"old"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_bytes() != b"old"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, OSError])
@@ -151,10 +173,16 @@ def test_a_broken_stream_leaves_what_was_there(error, tmp_path):
             wav.write(TONE)
             wav.flush()
             raise error("broken")
-    assert path.read_bytes() == b"an old answer" and not foreign(tmp_path, "answer.wav")
-    with pytest.raises((error, WriteError)):  # an error of the system while it writes becomes one line
-        write_atomically(path, lambda file: (file.write(b"half"), (_ for _ in ()).throw(error("broken"))))
-    assert path.read_bytes() == b"an old answer" and not foreign(tmp_path, "answer.wav")
+    assert path.read_bytes() == b"an old answer"
+    assert not foreign(tmp_path, "answer.wav")
+    with pytest.raises(
+        (error, WriteError)
+    ):  # an error of the system while it writes becomes one line
+        write_atomically(
+            path, lambda file: (file.write(b"half"), (_ for _ in ()).throw(error("broken")))
+        )
+    assert path.read_bytes() == b"an old answer"
+    assert not foreign(tmp_path, "answer.wav")
 
 
 def test_a_growing_wav_can_be_played_while_it_grows(tmp_path):
@@ -167,7 +195,8 @@ def test_a_growing_wav_can_be_played_while_it_grows(tmp_path):
             assert soundfile.info(path).frames == pieces * len(TONE)
     whole = io.BytesIO()
     soundfile.write(whole, np.tile(TONE, 3), 8000, "PCM_16", format="WAV")
-    assert path.read_bytes() == whole.getvalue() and not foreign(tmp_path, "answer.wav")
+    assert path.read_bytes() == whole.getvalue()
+    assert not foreign(tmp_path, "answer.wav")
 
 
 def test_a_long_name_is_written(tmp_path):
@@ -179,8 +208,12 @@ def test_a_long_name_is_written(tmp_path):
 
 def test_errors_of_the_writer_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="no disk"):
-        write_atomically(tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("no disk")))
-    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):  # of the content, not of the name
+        write_atomically(
+            tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("no disk"))
+        )
+    with pytest.raises(
+        UnicodeEncodeError, match="surrogates not allowed"
+    ):  # of the content, not of the name
         write_atomically(tmp_path / "y", lambda file: file.write("a \udcc3".encode()))
     with pytest.raises(ValueError, match="embedded null") as error:
         write_atomically(tmp_path / "z", lambda file: os.stat("a\0b"))
@@ -192,5 +225,7 @@ def test_a_message_is_one_line_of_bounded_length():
     assert shorten("a\nb\tc\x1b[31m\ud83dü") == "a\\nb\\tc\\x1b[31m\\ud83dü"
     assert str(UserError("short")) == "short"
     long = str(UserError("begin " + "\n" * 100_000 + " end"))
-    assert len(long) <= LONGEST_MESSAGE and long.startswith("begin ") and long.isprintable()
+    assert len(long) <= LONGEST_MESSAGE
+    assert long.startswith("begin ")
+    assert long.isprintable()
     assert str(UserError("x" * 9000 + " end")).endswith(" end")

@@ -1,4 +1,6 @@
-"""Damaged files of every kind are read: a well-formed answer or one clear line. How, and how to run more: fuzz.py."""
+"""Damaged files of every kind are read: a well-formed answer or one clear line. How, and how to run
+more: fuzz.py.
+"""
 
 import os
 from random import Random
@@ -18,8 +20,10 @@ def test_damaged_files_give_well_formed_answers_or_one_line():
     result = fuzz.fuzz(CASES, SEED)
     assert not result.faults, result.report(SEED)
     counted = sum(result.counts.values(), fuzz.Counter())
-    assert counted.total() == CASES and set(result.counts) == {file for file, _, _ in fuzz.FILES}
-    assert counted["right"] > CASES / 10 and counted["refused"] > CASES / 10  # damage is neither harmless nor all there is
+    assert counted.total() == CASES
+    assert set(result.counts) == {file for file, _, _ in fuzz.FILES}
+    assert counted["right"] > CASES / 10
+    assert counted["refused"] > CASES / 10
 
 
 class Planted:
@@ -64,9 +68,13 @@ def test_planted_faults_are_found(inputs, tmp_path):
     readers, kinds = Planted(inputs, tmp_path / "work"), {}
     for number in range(200):
         outcome = fuzz.run_case(readers, 3, number, ANSWERS)
-        kinds.setdefault(dict(fuzz.ROUND)[outcome.file], set()).add((outcome.kind, outcome.what[:16]))
-    assert kinds["sound"] == {("fault", "KeyError in a li")} and kinds["picture"] == {("fault", "a wrong answer")}
-    assert kinds["config"] == {("fault", "a message of 3 c")} and kinds["film"] == {("right", "")}
+        kinds.setdefault(dict(fuzz.ROUND)[outcome.file], set()).add(
+            (outcome.kind, outcome.what[:16])
+        )
+    assert kinds["sound"] == {("fault", "KeyError in a li")}
+    assert kinds["picture"] == {("fault", "a wrong answer")}
+    assert kinds["config"] == {("fault", "a message of 3 c")}
+    assert kinds["film"] == {("right", "")}
 
 
 class Plays(Planted):
@@ -87,12 +95,18 @@ def test_wrong_answers_are_found_where_the_right_one_is_known(inputs, tmp_path):
         cut = content != whole and whole.startswith(content)
         told = file.endswith((".wav", ".flac", ".png", ".jpg", ".webp", ".mp4", ".mkv", ".webm"))
         outcome = fuzz.run_case(readers, 9, number, answers)
-        assert outcome.what == ("an answer to what is left of a cut file" if cut and told else ""), (file, content)
+        assert outcome.what == (
+            "an answer to what is left of a cut file" if cut and told else ""
+        ), (file, content)
         seen[cut, told] = seen.get((cut, told), 0) + 1
         if content == whole:
-            assert fuzz.run_case(readers, 9, number, wrong).what == "another answer to the same content"
+            assert (
+                fuzz.run_case(readers, 9, number, wrong).what
+                == "another answer to the same content"
+            )
             seen["same"] = True
-    assert len(seen) == 5 and min(seen.values()) > 0
+    assert len(seen) == 5
+    assert min(seen.values()) > 0
 
 
 class Hostile(Planted):
@@ -124,8 +138,16 @@ def test_crashes_hangs_and_memory_are_found_and_the_rest_goes_on(inputs, monkeyp
     for reader, number in seen.items():
         result = fuzz.run_cases(range(number, number + 1), 5, inputs, Hostile)
         what = [fault.what for fault in result.faults]
-        expected = {"film": "the process died (-6)", "data": "no end", "voices": "MemoryError", "tokenizer": None}[reader]
-        assert len(what) == (expected is not None) and all(expected in text for text in what), (reader, what)
+        expected = {
+            "film": "the process died (-6)",
+            "data": "no end",
+            "voices": "MemoryError",
+            "tokenizer": None,
+        }[reader]
+        assert len(what) == (expected is not None) and all(expected in text for text in what), (
+            reader,
+            what,
+        )
     assert len(seen) == 4
 
 
@@ -133,7 +155,8 @@ def test_a_case_is_the_same_every_time(inputs):
     cases = [fuzz.case_of(7, number, inputs) for number in range(300)]
     assert cases == [fuzz.case_of(7, number, inputs) for number in range(300)]
     whole = (inputs / "data/rows.json").read_bytes()
-    assert sum(content != whole for _, _, content in cases) > 280 and len({content for *_, content in cases}) > 200
+    assert sum(content != whole for _, _, content in cases) > 280
+    assert len({content for *_, content in cases}) > 200
 
 
 def test_values_of_json_are_replaced_and_stay_json(inputs):
@@ -143,6 +166,11 @@ def test_values_of_json_are_replaced_and_stay_json(inputs):
     for _ in range(300):
         changed = fuzz.other_value(WHOLE.encode(), "x.json", random)
         seen.add(changed[:200])
-        if changed.count(b"[") < 10 and changed.count(b"{") < 10 and b"[[[" not in changed and b"{{{" not in changed:
+        if (
+            changed.count(b"[") < 10
+            and changed.count(b"{") < 10
+            and b"[[[" not in changed
+            and b"{{{" not in changed
+        ):
             json.loads(changed)
     assert len(seen) > 60

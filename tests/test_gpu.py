@@ -19,12 +19,28 @@ from minomni.train import loop, stages, synthesis, talker_stages
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 MEMORY = 100e9  # bytes that both codes take in fp32, side by side
-SEVEN = replace(QWEN7B, thinker=replace(QWEN7B.thinker, tokens=oracle.TOKENS),
-                token2wav=replace(QWEN7B.token2wav, dit=replace(QWEN7B.token2wav.dit, num_embeds=8447)),
-                thinker_sampling=oracle.CONFIG.thinker_sampling, talker_sampling=oracle.CONFIG.talker_sampling)
-# Ten times what the two were measured to differ by on an H200. Whatever is not listed is an integer, and equal.
-DEEP = {"audio": 1e-4, "vision": 6e-4, "logits": 6e-3, "step_logits": 6e-3, "talker_inputs": 1e-3,
-        "talker_step_inputs": 1e-3, "talker_logits": 5e-3, "mel_0": 4e-5, "mel_1": 4e-5, "wave_0": 2e-5, "wave_1": 2e-5}
+SEVEN = replace(
+    QWEN7B,
+    thinker=replace(QWEN7B.thinker, tokens=oracle.TOKENS),
+    token2wav=replace(QWEN7B.token2wav, dit=replace(QWEN7B.token2wav.dit, num_embeds=8447)),
+    thinker_sampling=oracle.CONFIG.thinker_sampling,
+    talker_sampling=oracle.CONFIG.talker_sampling,
+)
+# Ten times what the two were measured to differ by on an H200. Whatever is not listed is an
+# integer, and equal.
+DEEP = {
+    "audio": 1e-4,
+    "vision": 6e-4,
+    "logits": 6e-3,
+    "step_logits": 6e-3,
+    "talker_inputs": 1e-3,
+    "talker_step_inputs": 1e-3,
+    "talker_logits": 5e-3,
+    "mel_0": 4e-5,
+    "mel_1": 4e-5,
+    "wave_0": 2e-5,
+    "wave_1": 2e-5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +58,9 @@ def there(name: str, like: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def seven():
     """The release's sizes, twice: our code and the official one, filled with the same numbers."""
-    transformers = pytest.importorskip("transformers", reason="needed to compare with the official code itself")
+    transformers = pytest.importorskip(
+        "transformers", reason="needed to compare with the official code itself"
+    )
     if transformers.__version__ != oracle.VERSION or torch.cuda.mem_get_info()[1] < MEMORY:
         pytest.skip(f"needs transformers {oracle.VERSION} and a GPU of {MEMORY / 1e9:.0f} GB")
     small, oracle.CONFIG = oracle.CONFIG, SEVEN
@@ -50,8 +68,10 @@ def seven():
         official = oracle.hf_model(fill=lambda tensors: oracle.fill(tensors, there))
         omni = Omni(SEVEN).eval()
     oracle.fill(omni.state_dict(), there)
-    omni.voices = {name: replace(voice, cond=voice.cond.cuda(), ref_mel=voice.ref_mel.cuda())
-                   for name, voice in oracle.voices().items()}
+    omni.voices = {
+        name: replace(voice, cond=voice.cond.cuda(), ref_mel=voice.ref_mel.cuda())
+        for name, voice in oracle.voices().items()
+    }
     yield omni, official
     oracle.CONFIG = small
 
@@ -59,10 +79,19 @@ def seven():
 @pytest.mark.parametrize("case", oracle.PROMPTS)
 def test_seven_billion_weights_say_what_the_official_code_says(case, seven, monkeypatch):
     omni, official = seven  # the official one draws its noise where it is
-    monkeypatch.setattr("minomni.omni.seeded", lambda seed: torch.Generator("cuda").manual_seed(seed))
+    monkeypatch.setattr(
+        "minomni.omni.seeded", lambda seed: torch.Generator("cuda").manual_seed(seed)
+    )
     mine, theirs = ask(omni, case), oracle.ask_official(official, case)
-    far = {name: float(np.abs(mine[name].astype(float) - theirs[name]).max()) for name in theirs if name in DEEP}
-    print(case, {name: f"{value:.1e} of {np.abs(theirs[name]).max():.1f}" for name, value in far.items()})
+    far = {
+        name: float(np.abs(mine[name].astype(float) - theirs[name]).max())
+        for name in theirs
+        if name in DEEP
+    }
+    print(
+        case,
+        {name: f"{value:.1e} of {np.abs(theirs[name]).max():.1f}" for name, value in far.items()},
+    )
     compare(mine, theirs, DEEP)
 
 
@@ -85,17 +114,29 @@ def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
 
 def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
     here, there = load("tiny"), load("tiny", "cuda")
-    for content in ([{"type": "text", "text": "say the red circle is above the blue square"}],
-                    [{"type": "image", "image": ROOT / "data_samples" / "scene.png"},
-                     {"type": "audio", "audio": ROOT / "data_samples" / "question.wav"}]):
+    for content in (
+        [{"type": "text", "text": "say the red circle is above the blue square"}],
+        [
+            {"type": "image", "image": ROOT / "data_samples" / "scene.png"},
+            {"type": "audio", "audio": ROOT / "data_samples" / "question.wav"},
+        ],
+    ):
         asked = [{"role": "user", "content": content}]
         first, second = here.respond(asked), there.respond(asked)
-        assert first.text == second.text and 0.5 < second.seconds / first.seconds < 2
+        assert first.text == second.text
+        assert 0.5 < second.seconds / first.seconds < 2
         *_, end = there.stream(asked)
         assert end.reply.codes.tolist() == second.codes.tolist()
     with torch.no_grad():
-        waves = [omni.token2wav(first.codes[None].to(omni.thinker.device), omni.voice("Anna"), omni.config.flow,
-                                torch.Generator().manual_seed(0)).cpu() for omni in (here, there)]
+        waves = [
+            omni.token2wav(
+                first.codes[None].to(omni.thinker.device),
+                omni.voice("Anna"),
+                omni.config.flow,
+                torch.Generator().manual_seed(0),
+            ).cpu()
+            for omni in (here, there)
+        ]
     assert (voice_mel(waves[0]) - voice_mel(waves[1])).abs().mean() < 1e-2
 
 
@@ -105,7 +146,9 @@ def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
     monkeypatch.setattr(synthesis, "available", lambda: False)
     monkeypatch.setattr(stages.STAGES["dpo"], "prompts", 4)
     worse = count(0, 2)
-    monkeypatch.setattr(talker_stages, "edits", lambda *_: next(worse))  # every try has a better and a worse one
+    monkeypatch.setattr(
+        talker_stages, "edits", lambda *_: next(worse)
+    )  # every try has a better and a worse one
     stage = make(name, cache, "cuda")
     rough = loop.gradients(stage, 0)
     assert all(p.grad is None or p.grad.isfinite().all() for p in stage.parameters().values())

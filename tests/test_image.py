@@ -23,19 +23,42 @@ def bytes_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def png(bits: int, color: int, levels: np.ndarray) -> bytes:
     """A PNG of any depth. levels [h, w, bytes per pixel], as they are stored."""
+
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], bits, color, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
-def tiff(bits: int, sample_format: int, photometric: int, levels: np.ndarray, order: str = "<") -> bytes:
+def tiff(
+    bits: int, sample_format: int, photometric: int, levels: np.ndarray, order: str = "<"
+) -> bytes:
     """An uncompressed gray TIFF of any number type and byte order."""
     content = levels.tobytes()
-    tags = [(256, levels.shape[1]), (257, levels.shape[0]), (258, bits), (259, 1), (262, photometric), (273, 150),
-            (277, 1), (278, levels.shape[0]), (279, len(content)), (339, sample_format)]
+    tags = [
+        (256, levels.shape[1]),
+        (257, levels.shape[0]),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 150),
+        (277, 1),
+        (278, levels.shape[0]),
+        (279, len(content)),
+        (339, sample_format),
+    ]
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
     for tag, value in tags:
         is_long = tag in (273, 279)
@@ -60,10 +83,12 @@ def refused(source, *says):
         load_image(source)
     message = str(error.value)
     assert all(part in message for part in says), message
-    assert message.isprintable() and len(message) <= 500
+    assert message.isprintable()
+    assert len(message) <= 500
 
 
-# ------------------------------------------------------------------------------------------------- deeper than 8 bits
+# -------------------------------------------------------------------------------------------------
+# deeper than 8 bits
 @pytest.mark.parametrize("order", "<>")
 def test_gray_tiffs_that_tell_their_scale(order):
     deep = (RAMP * 65_535).astype(f"{order}u2")
@@ -81,15 +106,29 @@ def test_twelve_bits():
     for a, b in levels.reshape(-1, 2):
         packed += bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255])
     content = tiff(12, 1, 1, np.frombuffer(bytes(packed), np.uint8).reshape(4, 15))
-    content = content.replace(struct.pack("<HHIHH", 256, 3, 1, 15, 0), struct.pack("<HHIHH", 256, 3, 1, 10, 0))
+    content = content.replace(
+        struct.pack("<HHIHH", 256, 3, 1, 15, 0), struct.pack("<HHIHH", 256, 3, 1, 10, 0)
+    )
     assert is_ramp(load_image(content), levels / 4_095)
 
 
-@pytest.mark.parametrize("kind, sample_format, top", [
-    ("<f4", 3, 255), ("<f4", 3, 65_535), ("<f4", 3, 1.5), ("<i4", 2, 255), ("<i4", 2, 65_535), ("<i4", 2, 2**31 - 1),
-    ("<u4", 1, 65_535), ("<i2", 2, 32_767)])
+@pytest.mark.parametrize(
+    ("kind", "sample_format", "top"),
+    [
+        ("<f4", 3, 255),
+        ("<f4", 3, 65_535),
+        ("<f4", 3, 1.5),
+        ("<i4", 2, 255),
+        ("<i4", 2, 65_535),
+        ("<i4", 2, 2**31 - 1),
+        ("<u4", 1, 65_535),
+        ("<i2", 2, 32_767),
+    ],
+)
 def test_tiffs_of_unknown_scale(kind, sample_format, top):
-    refused(tiff(8 * np.dtype(kind).itemsize, sample_format, 1, (RAMP * top).astype(kind)), "expected")
+    refused(
+        tiff(8 * np.dtype(kind).itemsize, sample_format, 1, (RAMP * top).astype(kind)), "expected"
+    )
 
 
 def test_floats_that_are_no_levels():
@@ -115,13 +154,23 @@ def test_deep_pgm():
         assert is_ramp(load_image(content))
 
 
-# -------------------------------------------------------------------------------------------------------------- arrays
+# --------------------------------------------------------------------------------------------------------------
+# arrays
 COLORS = np.random.RandomState(3).randint(0, 256, (6, 9, 3), np.uint8)
 
 
-@pytest.mark.parametrize("array", [
-    COLORS, COLORS.transpose(2, 0, 1), COLORS / 255, (COLORS / 255).astype(np.float32).transpose(2, 0, 1),
-    COLORS.astype(np.uint16) * 257, COLORS[::-1][::-1], np.asfortranarray(COLORS)])
+@pytest.mark.parametrize(
+    "array",
+    [
+        COLORS,
+        COLORS.transpose(2, 0, 1),
+        COLORS / 255,
+        (COLORS / 255).astype(np.float32).transpose(2, 0, 1),
+        COLORS.astype(np.uint16) * 257,
+        COLORS[::-1][::-1],
+        np.asfortranarray(COLORS),
+    ],
+)
 def test_colors_in_arrays(array):
     assert np.array_equal(np.asarray(load_image(array)), COLORS)
     if array.dtype != np.uint16:
@@ -131,8 +180,16 @@ def test_colors_in_arrays(array):
     assert np.array_equal(np.asarray(load_image(fixed)), COLORS)
 
 
-@pytest.mark.parametrize("array", [RAMP, RAMP[..., None], RAMP[None], np.stack([RAMP] * 3),
-                                   np.dstack([RAMP] * 3 + [RAMP * 0 + 1])])
+@pytest.mark.parametrize(
+    "array",
+    [
+        RAMP,
+        RAMP[..., None],
+        RAMP[None],
+        np.stack([RAMP] * 3),
+        np.dstack([RAMP] * 3 + [RAMP * 0 + 1]),
+    ],
+)
 def test_gray_arrays(array):
     for kind in ("f4", "f8", "f2"):
         assert is_ramp(load_image(array.astype(kind)))
@@ -146,8 +203,11 @@ def test_sixteen_bits_that_were_not_scaled(top):
     levels = (RAMP * top).round().astype(np.uint16)
     for array in (levels, levels.astype(">u2"), np.stack([levels] * 3), torch.from_numpy(levels)):
         refused(array, f"uint16 levels that reach {top} at most", "floats from 0 to 1")
-    assert not gray(load_image(levels * 0)).any() and gray(load_image(np.full((4, 6), 4_096, np.uint16))).max() == 15
-    assert gray(load_image(png(16, 0, levels[..., None].astype(">u2")))).max() == top // 257  # files tell their scale
+    assert not gray(load_image(levels * 0)).any()
+    assert gray(load_image(np.full((4, 6), 4_096, np.uint16))).max() == 15
+    assert (
+        gray(load_image(png(16, 0, levels[..., None].astype(">u2")))).max() == top // 257
+    )  # files tell their scale
 
 
 def test_arrays_that_are_no_pictures():
@@ -164,16 +224,23 @@ def test_arrays_that_are_no_pictures():
 
 
 def test_sizes_are_bounded_before_pixels_are_made():
-    refused(np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (30_000, 30_000, 3)), "30000x30000 pixels", str(MOST_PIXELS))
+    refused(
+        np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (30_000, 30_000, 3)),
+        "30000x30000 pixels",
+        str(MOST_PIXELS),
+    )
     refused(torch.zeros(1, 1, 3).expand(10**6, 10**6, 3), "pixels; at most")
     for side in (11_000, 13_000, 60_000, 2**31 - 1):
         small = png(1, 0, np.zeros((1, 1, 1), np.uint8))
         refused(small.replace(struct.pack(">II", 1, 1), struct.pack(">II", side, side)), "pi")
 
 
-# ------------------------------------------------------------------------------------------------ states of PIL images
+# ------------------------------------------------------------------------------------------------
+# states of PIL images
 def test_pil_images_that_are_broken(tmp_path):
-    whole = bytes_of(Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8)))
+    whole = bytes_of(
+        Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8))
+    )
     path = tmp_path / "half.png"
     path.write_bytes(whole[: len(whole) // 2])
     refused(Image.open(path), "the image given: not a readable picture")
@@ -188,10 +255,14 @@ def test_pil_images_that_are_broken(tmp_path):
     assert load_image(lazy).size == load_image(lazy).size == (64, 64)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
+)
 def test_modes_of_pil_images(mode):
     for level in (0, 255):
-        image = Image.new("RGBA" if "a" in mode or "A" in mode else "RGB", (3, 2), (level, level, level))
+        image = Image.new(
+            "RGBA" if "a" in mode or "A" in mode else "RGB", (3, 2), (level, level, level)
+        )
         image = image.convert("LA").convert(mode) if mode == "La" else image.convert(mode)
         assert abs(gray(load_image(image)) - level).max() <= 1
 
@@ -203,14 +274,17 @@ def test_modes_that_have_no_rgb():
         assert "not a readable picture" in str(error)
 
 
-@pytest.mark.parametrize("kind, options", [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+)
 def test_moving_pictures_show_the_first(kind, options):
     frames = [Image.new("RGB", (6, 4), color) for color in ("lime", "red", "blue")]
     content = bytes_of(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert load_image(content).getpixel((3, 2)) == (0, 255, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- EXIF
+# ----------------------------------------------------------------------------------------------------------------
+# EXIF
 def exif(orientation, more: bytes = b"", count: int = 1) -> bytes:
     entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, count) + entry + more + bytes(4)
@@ -222,25 +296,55 @@ HALVES[8:, :, 2] = 255  # ... blue
 HALVES[:, 16:, 1] = 255  # green added on the right
 
 
-@pytest.mark.parametrize("orientation, turned", [
-    (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
-    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)),
-    (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
-    (8, lambda a: np.rot90(a)), (0, lambda a: a), (9, lambda a: a), (65_535, lambda a: a)])
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda a: np.rot90(a)),
+        (0, lambda a: a),
+        (9, lambda a: a),
+        (65_535, lambda a: a),
+    ],
+)
 def test_every_orientation(orientation, turned):
-    far, endless = struct.pack(">HHII", 0x9999, 5, 9, 2**31), struct.pack(">HHII", 0x0110, 2, 2**31, 90)
-    for more, count in ((b"", 1), (far, 2), (endless, 7)):  # the others are broken beside a sound orientation
+    far, endless = (
+        struct.pack(">HHII", 0x9999, 5, 9, 2**31),
+        struct.pack(">HHII", 0x0110, 2, 2**31, 90),
+    )
+    for more, count in (
+        (b"", 1),
+        (far, 2),
+        (endless, 7),
+    ):  # the others are broken beside a sound orientation
         for kind in ("PNG", "WEBP"):
-            content = bytes_of(Image.fromarray(HALVES), kind, exif=exif(orientation, more, count),
-                               **({"lossless": True} if kind == "WEBP" else {}))
+            content = bytes_of(
+                Image.fromarray(HALVES),
+                kind,
+                exif=exif(orientation, more, count),
+                **({"lossless": True} if kind == "WEBP" else {}),
+            )
             assert np.array_equal(np.asarray(load_image(content)), turned(HALVES)), (kind, count)
 
 
-@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0XX\0*\0\0\0\x08", b"garbage",
-                                    b"Exif\0\0MM\0*\xff\xff\xff\xff",
-                                    b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(30),
-                                    exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\0\x05"),
-                                    exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\xff\xff")])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0MM",
+        b"Exif\0\0XX\0*\0\0\0\x08",
+        b"garbage",
+        b"Exif\0\0MM\0*\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(30),
+        exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\0\x05"),
+        exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\xff\xff"),
+    ],
+)
 def test_broken_exif_leaves_the_picture_as_it_is_stored(broken, recwarn):
     for kind in ("PNG", "JPEG", "WEBP"):
         content = bytes_of(Image.new("RGB", (12, 8), "red"), kind, exif=broken)
@@ -261,4 +365,5 @@ def test_broken_bytes_are_one_line(kind):
         try:
             assert load_image(bytes(content)).mode == "RGB"
         except UserError as error:
-            assert str(error).isprintable() and len(str(error)) <= 500
+            assert str(error).isprintable()
+            assert len(str(error)) <= 500

@@ -35,7 +35,7 @@ def test_rms_norm_casts_before_the_weight():
     assert torch.equal(norm(x), norm.weight * unit)
 
 
-@pytest.mark.parametrize("causal, masked", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
 def test_fast_and_slow_attention_agree(causal, masked):
     q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
     mask = (torch.rand(2, 1, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool) if masked else None
@@ -51,7 +51,9 @@ def test_rotary_scores_depend_on_distance_only():
     q, k = torch.randn(config.head_dim), torch.randn(config.head_dim)
     cos, sin = turns(torch.arange(50).expand(3, 1, 50), config)
     scores = rotate(q.expand_as(cos), cos, sin)[0, 0] @ rotate(k.expand_as(cos), cos, sin)[0, 0].T
-    torch.testing.assert_close(scores[3, 1], scores[40, 38], rtol=0, atol=2e-5)  # angles up to 50 rad in fp32
+    torch.testing.assert_close(
+        scores[3, 1], scores[40, 38], rtol=0, atol=2e-5
+    )  # angles up to 50 rad in fp32
     assert (scores[3, 1] - scores[3, 2]).abs() > 1e-3
 
 
@@ -68,13 +70,21 @@ def test_cache_equals_full_pass_and_grows():
     cache = model.new_cache()
     with torch.no_grad():
         whole = model(embeds, position_ids)
-        pieces = [model(embeds[:, a:b], position_ids[:, :, a:b], None, cache) for a, b in [(0, 4), (4, 5), (5, 9)]]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)  # four layers of reordered sums
+        pieces = [
+            model(embeds[:, a:b], position_ids[:, :, a:b], None, cache)
+            for a, b in [(0, 4), (4, 5), (5, 9)]
+        ]
+    torch.testing.assert_close(
+        torch.cat(pieces, 1), whole, rtol=0, atol=1e-5
+    )  # four layers of reordered sums
     assert cache.length == 9
     big = KVCache(1)
     for i in range(700):
-        keys, values = big.extend(0, torch.full((1, 1, 1, 2), float(i)), torch.full((1, 1, 1, 2), -float(i)))
-    assert torch.equal(keys[0, 0, :, 0], torch.arange(700.0)) and torch.equal(values, -keys)
+        keys, values = big.extend(
+            0, torch.full((1, 1, 1, 2), float(i)), torch.full((1, 1, 1, 2), -float(i))
+        )
+    assert torch.equal(keys[0, 0, :, 0], torch.arange(700.0))
+    assert torch.equal(values, -keys)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -87,7 +97,8 @@ def test_padding_changes_nothing_and_makes_no_nan(side):
     out = model(padded, F.pad(position_ids, pad, value=1), mask)
     torch.testing.assert_close(out[mask.bool()], alone[0], rtol=0, atol=1e-5)
     out.sum().backward()
-    assert out.isfinite().all() and padded.grad.isfinite().all()
+    assert out.isfinite().all()
+    assert padded.grad.isfinite().all()
 
 
 def test_cached_step_ignores_left_padding():
@@ -119,29 +130,49 @@ def test_listening_has_no_length_limit_and_crosses_no_border():
     torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("frames, tokens",
-                         [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (100, 25), (199, 50), (301, 75), (630, 157)])
+@pytest.mark.parametrize(
+    ("frames", "tokens"),
+    [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (100, 25), (199, 50), (301, 75), (630, 157)],
+)
 def test_audio_token_counts(frames, tokens):
-    assert token_count(frames) == len(AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)])) == tokens
+    assert (
+        token_count(frames)
+        == len(AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)]))
+        == tokens
+    )
 
 
 def test_pictures_of_a_batch_do_not_mix():
-    """Ragged windows, several pictures and frames: each frame is seen as if it were alone, in its own order."""
+    """Ragged windows, several pictures and frames: each frame is seen as if it were alone, in its
+    own order.
+    """
     eyes = VisionEncoder(TINY.thinker.vision).eval()
     grids = [(1, 4, 4), (3, 6, 10), (1, 30, 2), (1, 6, 6)]
     patches = [torch.randn(math.prod(grid), TINY.thinker.vision.patch_dim) for grid in grids]
     with torch.no_grad():
         together = eyes(torch.cat(patches), grids)
-        alone = torch.cat([eyes(frame, [(1, *grid[1:])])
-                           for grid, x in zip(grids, patches) for frame in x.chunk(grid[0])])
+        alone = torch.cat(
+            [
+                eyes(frame, [(1, *grid[1:])])
+                for grid, x in zip(grids, patches)
+                for frame in x.chunk(grid[0])
+            ]
+        )
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_windows_bound_what_a_patch_sees():
-    """With windows only, a change in one corner stays in its window; one whole-frame block carries it everywhere."""
+    """With windows only, a change in one corner stays in its window; one whole-frame block carries
+    it everywhere.
+    """
     for fullatt, touched in ((), 4), ((1,), 16):
-        config = dataclasses.replace(TINY.thinker.vision, fullatt_block_indexes=fullatt)  # windows of 2 x 2 cells
-        eyes, patches = VisionEncoder(config).eval(), torch.randn(64, config.patch_dim)  # 4 x 4 cells
+        config = dataclasses.replace(
+            TINY.thinker.vision, fullatt_block_indexes=fullatt
+        )  # windows of 2 x 2 cells
+        eyes, patches = (
+            VisionEncoder(config).eval(),
+            torch.randn(64, config.patch_dim),
+        )  # 4 x 4 cells
         changed = patches.clone()
         changed[0] += 1
         with torch.no_grad():
@@ -150,7 +181,9 @@ def test_windows_bound_what_a_patch_sees():
 
 
 def settings(**changes):
-    plain = dataclasses.replace(TINY.talker_sampling, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    plain = dataclasses.replace(
+        TINY.talker_sampling, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0
+    )
     return dataclasses.replace(plain, **changes)
 
 
@@ -163,7 +196,9 @@ def frequencies_of(logits, sampling, draws=4000, **kwargs):
 def test_sampling_follows_the_softmax():
     logits = [2.0, 1.0, 0.0, -1.0]
     spread = 4 * (0.25 / 4000) ** 0.5  # four standard deviations of a frequency
-    torch.testing.assert_close(frequencies_of(logits, settings()), torch.tensor(logits).softmax(0), rtol=0, atol=spread)
+    torch.testing.assert_close(
+        frequencies_of(logits, settings()), torch.tensor(logits).softmax(0), rtol=0, atol=spread
+    )
 
 
 def test_greedy_penalty_and_suppression():
@@ -178,10 +213,17 @@ def test_greedy_penalty_and_suppression():
 
 def test_top_k_and_top_p_keep_the_right_ids():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
-    kept = lambda **changes: frequencies_of(logits, settings(**changes)).nonzero()[:, 0].tolist()
+
+    def kept(**changes):
+        return frequencies_of(logits, settings(**changes)).nonzero()[:, 0].tolist()
+
     assert kept(top_k=2) == [0, 1]
     assert kept(top_k=99) == [0, 1, 2, 3]
     assert kept(top_p=0.81) == [0, 1, 2]  # 0.5 + 0.3 do not reach 0.81
     assert kept(top_p=0.79) == [0, 1]
     assert kept(top_p=0.01) == [0]
-    assert kept(top_k=3, top_p=0.9) == [0, 1, 2]  # top-p counts what top-k left: 0.5/0.95 + 0.3/0.95 = 0.84
+    assert kept(top_k=3, top_p=0.9) == [
+        0,
+        1,
+        2,
+    ]  # top-p counts what top-k left: 0.5/0.95 + 0.3/0.95 = 0.84

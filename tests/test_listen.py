@@ -1,4 +1,6 @@
-"""Listening as it arrives reads what hearing all at once reads, wherever the borders of the chunks fall."""
+"""Listening as it arrives reads what hearing all at once reads, wherever the borders of the chunks
+fall.
+"""
 
 import dataclasses
 import gc
@@ -33,15 +35,23 @@ def shipped():
     torch.set_num_threads(1)
     omni = minomni.load(str(ROOT / "data_samples" / "tiny"), dtype=torch.float32)
     omni.config = dataclasses.replace(
-        omni.config, flow=dataclasses.replace(omni.config.flow, solver="euler", points=3),
-        talker_sampling=dataclasses.replace(omni.config.talker_sampling, max_new_tokens=12))
+        omni.config,
+        flow=dataclasses.replace(omni.config.flow, solver="euler", points=3),
+        talker_sampling=dataclasses.replace(omni.config.talker_sampling, max_new_tokens=12),
+    )
     return omni
 
 
 def noise(seconds: float, loud_at: float | None = None) -> torch.Tensor:
-    """Quiet noise that fades in and out down to less than 80 dB below its loudest point, and a bang where asked."""
+    """Quiet noise that fades in and out down to less than 80 dB below its loudest point, and a bang
+    where asked.
+    """
     t = np.arange(int(seconds * RATE)) / RATE
-    wave = 0.05 * np.random.RandomState(0).randn(len(t)) * (0.5 - 0.5 * np.cos(2 * np.pi * t / 1.1)) ** 8
+    wave = (
+        0.05
+        * np.random.RandomState(0).randn(len(t))
+        * (0.5 - 0.5 * np.cos(2 * np.pi * t / 1.1)) ** 8
+    )
     if loud_at is not None:
         wave += 0.9 * np.sin(2 * np.pi * 440 * t) * (abs(t - loud_at) < 0.1)
     return torch.from_numpy(wave.astype(np.float32))
@@ -49,7 +59,9 @@ def noise(seconds: float, loud_at: float | None = None) -> torch.Tensor:
 
 def film(*seconds: float, size=(40, 60)) -> Clip:
     """One frame for each time."""
-    frames = torch.from_numpy(np.random.RandomState(1).randint(0, 255, (len(seconds), *size, 3), np.uint8))
+    frames = torch.from_numpy(
+        np.random.RandomState(1).randint(0, 255, (len(seconds), *size, 3), np.uint8)
+    )
     return Clip(frames, torch.tensor(seconds, dtype=torch.float32), None)
 
 
@@ -73,7 +85,9 @@ def same(session, whole) -> None:
     torch.testing.assert_close(reading.text_embeds, whole.text_embeds, **CLOSE)
     for mine, theirs in zip(reading.cache.buffers, whole.cache.buffers):
         for x, y in zip(mine, theirs):
-            torch.testing.assert_close(x[:, :, : session.length], y[:, :, : session.length], **CLOSE)
+            torch.testing.assert_close(
+                x[:, :, : session.length], y[:, :, : session.length], **CLOSE
+            )
 
 
 def pieces(wave: torch.Tensor, borders: str) -> list[torch.Tensor]:
@@ -85,7 +99,8 @@ def pieces(wave: torch.Tensor, borders: str) -> list[torch.Tensor]:
     return list(wave.split(int(borders)))
 
 
-# ------------------------------------------------------------------------------------------------- as if heard at once
+# -------------------------------------------------------------------------------------------------
+# as if heard at once
 @pytest.mark.parametrize("borders", ["160", "4801", "32000", "anywhere", "1000000"])
 @pytest.mark.parametrize("seconds", [0.03, 2.0, 4.02, 5.37])
 def test_sound_in_chunks_is_sound_at_once(omni, seconds, borders):
@@ -98,7 +113,9 @@ def test_sound_in_chunks_is_sound_at_once(omni, seconds, borders):
 
 @pytest.mark.parametrize("loud_at", [0.2, 2.5, 4.05, 5.3])
 def test_a_bang_makes_what_was_read_before_it_read_again(omni, loud_at):
-    """The loudest point scales a whole clip, so blocks that fall below 80 dB under a late one change after all."""
+    """The loudest point scales a whole clip, so blocks that fall below 80 dB under a late one
+    change after all.
+    """
     wave, session = noise(5.37, loud_at), omni.listen()
     tower = omni.thinker.audio_tower
     with mock.patch.object(tower, "forward", wraps=tower.forward) as ears:
@@ -109,8 +126,14 @@ def test_a_bang_makes_what_was_read_before_it_read_again(omni, loud_at):
     same(session, at_once(omni, user({"audio": wave})))
 
 
-TIMES = {"even": (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5), "odd": (0, 0.4, 0.8, 1.9, 2.7), "pair": (0, 0.5),
-         "one": (0,), "sparse": (0, 0.5, 7.1, 7.5, 7.9, 8.3), "late": (3, 3.5, 4, 6.5, 7.25)}
+TIMES = {
+    "even": (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5),
+    "odd": (0, 0.4, 0.8, 1.9, 2.7),
+    "pair": (0, 0.5),
+    "one": (0,),
+    "sparse": (0, 0.5, 7.1, 7.5, 7.9, 8.3),
+    "late": (3, 3.5, 4, 6.5, 7.25),
+}
 
 
 @pytest.mark.parametrize("times", TIMES)
@@ -147,18 +170,24 @@ def test_only_the_last_block_is_left_to_do(omni):
     before = session.length
     with mock.patch.object(tower, "forward", wraps=tower.forward) as ears:
         session.respond()
-    assert ears.call_count == 1 and before == empty + 1 + 3 * 50  # a marker and three blocks of two seconds
-    assert session.length - before == 37 + 1 + len(session.processor.encode("<|im_end|>\n<|im_start|>assistant\n"))
+    assert ears.call_count == 1
+    assert before == empty + 1 + 3 * 50
+    assert session.length - before == 37 + 1 + len(
+        session.processor.encode("<|im_end|>\n<|im_start|>assistant\n")
+    )
 
 
-# --------------------------------------------------------------------------------------------------- turn after turn
+# ---------------------------------------------------------------------------------------------------
+# turn after turn
 def talk(session, **options) -> str:
     *_, end = session.respond(**options)
     return end.reply.text
 
 
 def test_a_second_turn_goes_on_from_the_first():
-    """In float64, as trained weights amplify rounding: in float32 one state in 14,464 was off by 1.07e-5."""
+    """In float64, as trained weights amplify rounding: in float32 one state in 14,464 was off by
+    1.07e-5.
+    """
     shipped = minomni.load(str(ROOT / "data_samples" / "tiny"), dtype=torch.float64)
     question, session = ROOT / "data_samples" / "question.wav", shipped.listen(speech=False)
     wave = minomni.inputs.media.load_audio(question)
@@ -167,9 +196,18 @@ def test_a_second_turn_goes_on_from_the_first():
     cached, session_length = session.reading.cache, session.length
     session.hear(wave)
     session.respond("say yes")
-    assert session.reading.cache is cached and session.length > 2 * session_length - 40 and len(answer.split()) > 3
-    same(session, at_once(shipped, user({"audio": wave}), {"role": "assistant", "content": answer},
-                          user({"audio": wave}, {"text": "say yes"})))
+    assert session.reading.cache is cached
+    assert session.length > 2 * session_length - 40
+    assert len(answer.split()) > 3
+    same(
+        session,
+        at_once(
+            shipped,
+            user({"audio": wave}),
+            {"role": "assistant", "content": answer},
+            user({"audio": wave}, {"text": "say yes"}),
+        ),
+    )
 
 
 def test_a_session_answers_as_respond_does(shipped):
@@ -178,7 +216,8 @@ def test_a_session_answers_as_respond_does(shipped):
     session.hear(wave)
     *_, end = session.respond(seed=3)
     reply = shipped.respond([user({"audio": wave})], voice="Karl", seed=3)
-    assert end.reply.text == reply.text and torch.equal(end.reply.codes, reply.codes)
+    assert end.reply.text == reply.text
+    assert torch.equal(end.reply.codes, reply.codes)
 
 
 @pytest.mark.parametrize("heard_s", [0.0, 0.3, None])
@@ -195,11 +234,21 @@ def test_an_interruption_keeps_what_was_heard(shipped, heard_s, when):
     session.interrupt(heard_s)
     words = answer.split()
     rate = len(words) / sound_s if ended else 4.0
-    kept = len(words) if ended and heard_s is None else min(
-        len(words), math.ceil((sound_s if heard_s is None else heard_s) * rate))
+    kept = (
+        len(words)
+        if ended and heard_s is None
+        else min(len(words), math.ceil((sound_s if heard_s is None else heard_s) * rate))
+    )
     session.respond("say yes")
-    same(session, at_once(shipped, user({"text": "say the red circle is above the blue square"}),
-                          {"role": "assistant", "content": " ".join(words[:kept])}, user({"text": "say yes"})))
+    same(
+        session,
+        at_once(
+            shipped,
+            user({"text": "say the red circle is above the blue square"}),
+            {"role": "assistant", "content": " ".join(words[:kept])},
+            user({"text": "say yes"}),
+        ),
+    )
 
 
 def test_hearing_something_cuts_the_answer(shipped):
@@ -213,16 +262,30 @@ def test_hearing_something_cuts_the_answer(shipped):
         next(answer)
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
-@pytest.mark.parametrize("chunk, rate, says", [
-    (torch.zeros(100), 24_000, "24000 Hz; expected 16000 Hz"), (torch.zeros(2, 100), RATE, r"shape \[2, 100\]"),
-    (torch.zeros(100, dtype=torch.int16), RATE, "type int16; expected floats"),
-    (torch.full((100,), torch.nan), RATE, "NaN or infinite"), (np.array(["loud"]), RATE, "expected numbers"),
-    (torch.zeros(100), 1e30, "1e\\+30 Hz"), (torch.zeros(100), "fast", "'fast' Hz"), (torch.zeros(100), None, "None Hz"),
-    (torch.zeros(100), 10**400, r"a chunk at 10+\.\.\. Hz; expected 16000 Hz"), (torch.zeros(100), torch.ones(2), "a Tensor Hz"),
-    (np.full(100, 3000.0), RATE, "as high as 3000"), ([[0.0], [0.0, 0.1]], RATE, "whose values cannot be read"), (None, RATE, "object"),
-    (torch.zeros(100, device="meta"), RATE, "whose values cannot be read"), (np.zeros(100, complex), RATE, "complex128"),
-    (np.broadcast_to(np.float32(0), 10**12), RATE, "the whole context holds 82 s"), ({"loud": 1}, RATE, "object")])
+# -------------------------------------------------------------------------------------------------------------
+# faults
+@pytest.mark.parametrize(
+    ("chunk", "rate", "says"),
+    [
+        (torch.zeros(100), 24_000, "24000 Hz; expected 16000 Hz"),
+        (torch.zeros(2, 100), RATE, r"shape \[2, 100\]"),
+        (torch.zeros(100, dtype=torch.int16), RATE, "type int16; expected floats"),
+        (torch.full((100,), torch.nan), RATE, "NaN or infinite"),
+        (np.array(["loud"]), RATE, "expected numbers"),
+        (torch.zeros(100), 1e30, "1e\\+30 Hz"),
+        (torch.zeros(100), "fast", "'fast' Hz"),
+        (torch.zeros(100), None, "None Hz"),
+        (torch.zeros(100), 10**400, r"a chunk at 10+\.\.\. Hz; expected 16000 Hz"),
+        (torch.zeros(100), torch.ones(2), "a Tensor Hz"),
+        (np.full(100, 3000.0), RATE, "as high as 3000"),
+        ([[0.0], [0.0, 0.1]], RATE, "whose values cannot be read"),
+        (None, RATE, "object"),
+        (torch.zeros(100, device="meta"), RATE, "whose values cannot be read"),
+        (np.zeros(100, complex), RATE, "complex128"),
+        (np.broadcast_to(np.float32(0), 10**12), RATE, "the whole context holds 82 s"),
+        ({"loud": 1}, RATE, "object"),
+    ],
+)
 def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
     session, wave = omni.listen(), noise(2.5)
     session.hear(wave[:20_000])
@@ -236,11 +299,17 @@ def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
 def test_bad_frames_get_one_line(omni):
     session, frame = omni.listen(), film(0).frames[0].numpy()
     session.see(frame, 1.0)
-    for bad, at, says in ((frame, 1.0, "in order of time"), (frame, 0.5, "in order of time"),
-                          (frame, math.nan, "finite"), (frame, "soon", "at_seconds is 'soon'"), (frame, None, "None"),
-                          (frame, 1e9, "more than a day"),
-                          (frame[:20], 2.0, "60x20 pixels after 60x40"), (frame.astype(float), 2.0, "floats from 0 to"),
-                          (frame, 10**5000, "a very large number")):
+    for bad, at, says in (
+        (frame, 1.0, "in order of time"),
+        (frame, 0.5, "in order of time"),
+        (frame, math.nan, "finite"),
+        (frame, "soon", "at_seconds is 'soon'"),
+        (frame, None, "None"),
+        (frame, 1e9, "more than a day"),
+        (frame[:20], 2.0, "60x20 pixels after 60x40"),
+        (frame.astype(float), 2.0, "floats from 0 to"),
+        (frame, 10**5000, "a very large number"),
+    ):
         with pytest.raises(UserError, match=says):
             session.see(bad, at)
 
@@ -262,7 +331,10 @@ def test_nothing_and_silence_are_no_question(omni):
     empty = session.length
     with pytest.raises(UserError, match="nothing was heard or seen yet"):
         session.respond()
-    for silence, says in ((torch.zeros(5 * RATE), "only silence"), (noise(0.01), "more than 20 ms")):
+    for silence, says in (
+        (torch.zeros(5 * RATE), "only silence"),
+        (noise(0.01), "more than 20 ms"),
+    ):
         session.hear(silence)
         with pytest.raises(UserError, match=says):
             session.respond()
@@ -290,7 +362,9 @@ def test_a_full_context_is_said_and_bounds_the_memory(omni):
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_session_that_is_let_go_is_gone_at_once(shipped, answered):
-    """And not when Python next looks for circles: a minute of listening would wait in memory for that."""
+    """And not when Python next looks for circles: a minute of listening would wait in memory for
+    that.
+    """
     session = shipped.listen()
     session.hear(noise(2.5))
     if answered:
@@ -312,7 +386,13 @@ def test_unknown_voices_and_models_without_words_are_refused(omni, monkeypatch):
 
 def test_tensors_of_any_float_type_are_heard(omni):
     wave = noise(0.5)
-    for chunk in (wave.double(), wave.bfloat16(), wave.clone().requires_grad_(), wave.numpy()[::-1], wave.tolist()):
+    for chunk in (
+        wave.double(),
+        wave.bfloat16(),
+        wave.clone().requires_grad_(),
+        wave.numpy()[::-1],
+        wave.tolist(),
+    ):
         session = omni.listen()
         session.hear(chunk)
         session.respond()
@@ -322,9 +402,15 @@ def test_tensors_of_any_float_type_are_heard(omni):
 def test_arguments_of_the_wrong_type_get_one_line_and_keep_the_turn(omni):
     session = omni.listen()
     session.hear(noise(0.5))
-    for arguments, says in (({"text": 5}, "text is 5"), ({"seed": 2**70}, "seed is 1180591620717411303424"),
-                            ({"seed": 1.5}, "seed is 1.5"), ({"schedule": 5}, "schedule 5"), ({"flow": "x"}, "flow is 'x'"),
-                            ({"temperature": "hot"}, "temperature is 'hot'"), ({"length": 5}, "unknown option 'length'")):
+    for arguments, says in (
+        ({"text": 5}, "text is 5"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"schedule": 5}, "schedule 5"),
+        ({"flow": "x"}, "flow is 'x'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"length": 5}, "unknown option 'length'"),
+    ):
         with pytest.raises(UserError, match=says):
             session.respond(**arguments)
     session.respond(None, seed=None)  # None is not given
@@ -339,7 +425,13 @@ def test_arguments_of_the_wrong_type_get_one_line_and_keep_the_turn(omni):
 def test_a_session_takes_the_options_of_respond(omni):
     for most in (1, 3):
         session = omni.listen()
-        *_, end = session.respond("say a", max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0)
-        reply = omni.respond([user({"text": "say a"})], max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0)
-        assert len(session.said) == most and end.reply.text == reply.text
-        assert end.reply.codes.tolist() == reply.codes.tolist() and len(reply.codes) == (0 if most == 1 else 2)
+        *_, end = session.respond(
+            "say a", max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0
+        )
+        reply = omni.respond(
+            [user({"text": "say a"})], max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0
+        )
+        assert len(session.said) == most
+        assert end.reply.text == reply.text
+        assert end.reply.codes.tolist() == reply.codes.tolist()
+        assert len(reply.codes) == (0 if most == 1 else 2)

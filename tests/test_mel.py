@@ -27,10 +27,21 @@ def digest(mel: np.ndarray) -> np.ndarray:
 def official(samples: np.ndarray) -> np.ndarray:
     from transformers import WhisperFeatureExtractor
 
-    extractor = WhisperFeatureExtractor(feature_size=128, sampling_rate=16_000, hop_length=160, n_fft=400,
-                                        chunk_length=30, return_attention_mask=True)
-    out = extractor(samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True,
-                    return_tensors="np")
+    extractor = WhisperFeatureExtractor(
+        feature_size=128,
+        sampling_rate=16_000,
+        hop_length=160,
+        n_fft=400,
+        chunk_length=30,
+        return_attention_mask=True,
+    )
+    out = extractor(
+        samples,
+        sampling_rate=16_000,
+        padding="max_length",
+        return_attention_mask=True,
+        return_tensors="np",
+    )
     return out["input_features"][0][:, : int(out["attention_mask"].sum())]
 
 
@@ -39,7 +50,9 @@ def test_equals_the_official_extractor(samples):
     pytest.importorskip("transformers", reason="the official code is not installed")
     theirs = official(wave(samples).numpy())
     assert log_mel(wave(samples)).shape == theirs.shape
-    assert np.abs(log_mel(wave(samples)).numpy() - theirs).max() < 1e-5  # float noise of two FFTs, scale about 1
+    assert (
+        np.abs(log_mel(wave(samples)).numpy() - theirs).max() < 1e-5
+    )  # float noise of two FFTs, scale about 1
 
 
 @pytest.mark.parametrize("samples", LENGTHS)
@@ -53,7 +66,13 @@ def test_silence_is_minus_one_and_a_half():
 
 
 def test_frames_are_counted_up():
-    assert [log_mel(torch.randn(n)).shape[1] for n in (160, 161, 320, 321, 16_000)] == [1, 2, 2, 3, 100]
+    assert [log_mel(torch.randn(n)).shape[1] for n in (160, 161, 320, 321, 16_000)] == [
+        1,
+        2,
+        2,
+        3,
+        100,
+    ]
 
 
 def test_filters_equal_librosa():
@@ -63,10 +82,18 @@ def test_filters_equal_librosa():
         assert np.abs(mel_filters(n_fft, bands).numpy() - theirs).max() < 1e-7
 
 
-@pytest.mark.parametrize("frames, tokens", [(1, 0), (2, 0), (3, 1), (100, 25), (301, 75), (630, 157), (30_000, 7_500)])
+@pytest.mark.parametrize(
+    ("frames", "tokens"),
+    [(1, 0), (2, 0), (3, 1), (100, 25), (301, 75), (630, 157), (30_000, 7_500)],
+)
 def test_tokens_of_frames(frames, tokens):
     """One per 40 ms, as the encoder makes them by two halvings (release: none for the first 20 ms)."""
-    assert audio_tokens(frames) == tokens == AudioEncoder.token_count(frames) == ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    assert (
+        audio_tokens(frames)
+        == tokens
+        == AudioEncoder.token_count(frames)
+        == ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    )
 
 
 def test_the_tail_hears_silence_and_not_its_reflection():
@@ -78,7 +105,9 @@ def test_the_tail_hears_silence_and_not_its_reflection():
 
 
 def test_loudness_is_measured_over_the_whole_clip():
-    """A click at the very end is loudest in a frame that is cut off, and still sets the floor 2 below its height."""
+    """A click at the very end is loudest in a frame that is cut off, and still sets the floor 2
+    below its height.
+    """
     click = 1e-6 * wave(16_000)
     click[-5:] = 1.0
     mel, whole = log_mel(click), log_mel(torch.nn.functional.pad(click, (0, 400)))
@@ -97,7 +126,8 @@ def test_voice_mel_lines_up_with_the_wave():
     click = torch.zeros(16_000)
     click[160 * 40 + 80] = 1.0  # the centre of frame 40
     mel = voice_mel(click)
-    assert mel.shape == (100, 80) and int(mel.mean(1).argmax()) == 40
+    assert mel.shape == (100, 80)
+    assert int(mel.mean(1).argmax()) == 40
     assert torch.allclose(mel[40 - 1], mel[40 + 1], atol=1e-4)  # and it lies in the middle of it
 
 
@@ -116,4 +146,6 @@ def test_gradient_of_silence_is_finite():
 
 def write_golden() -> None:
     """python -c "from tests.test_mel import write_golden; write_golden()" """
-    np.savez_compressed(GOLDEN / "mel.npz", **{str(n): digest(official(wave(n).numpy())) for n in LENGTHS})
+    np.savez_compressed(
+        GOLDEN / "mel.npz", **{str(n): digest(official(wave(n).numpy())) for n in LENGTHS}
+    )

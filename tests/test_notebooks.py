@@ -1,4 +1,6 @@
-"""Notebooks as committed: executed, small, readable, without copies of the package. (nbval executes them anew.)"""
+"""Notebooks as committed: executed, small, readable, without copies of the package. (nbval executes
+them anew.)
+"""
 
 import ast
 import base64
@@ -15,19 +17,31 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
+from refresh_notebooks import BUDGET, clean, small
+from refresh_notebooks import ROOT as CHECKOUT
 
 from minomni import viz
 from minomni.config import TINY
-from refresh_notebooks import BUDGET, ROOT as CHECKOUT, clean, small
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SECTIONS = ("it first", "By hand", "The naive version", "Meet the package", "Prove it", "Look inside", "Break it",
-            "Three sizes", "Exercises", "Recap")
+SECTIONS = (
+    "it first",
+    "By hand",
+    "The naive version",
+    "Meet the package",
+    "Prove it",
+    "Look inside",
+    "Break it",
+    "Three sizes",
+    "Exercises",
+    "Recap",
+)
 MARK = "# NBVAL_CHECK_OUTPUT"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[A-Z]:\\\\")
 BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside this folder\n'
-TO_COME = {  # what chapters will teach that are still being written: a chapter that is there has no allowance
+# what chapters will teach that are still being written: a chapter that is there has no allowance
+TO_COME = {
     "08": ["talker/codec.py"],
     "09": ["talker/talker.py"],
     "10": ["token2wav/flow_dit.py", "token2wav/speaker.py"],
@@ -53,7 +67,9 @@ def test_there_are_notebooks():
 
 def test_executed_once_from_top_to_bottom(notebook):
     """A notebook without counts and outputs passes nbval silently: nothing of it would be compared."""
-    assert [cell.execution_count for cell in notebook.codes] == list(range(1, len(notebook.codes) + 1))
+    assert [cell.execution_count for cell in notebook.codes] == list(
+        range(1, len(notebook.codes) + 1)
+    )
     outputs = [output for cell in notebook.codes for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
@@ -62,15 +78,20 @@ def test_marked_cells_have_outputs(notebook):
     marked = [cell for cell in notebook.codes if cell.source.startswith(MARK)]
     assert len(marked) >= 3
     assert [cell.source for cell in marked if not cell.outputs] == []
-    assert not [cell.source for cell in notebook.codes if "NBVAL" in cell.source.removeprefix(MARK)], "not the first line"
+    assert not [
+        cell.source for cell in notebook.codes if "NBVAL" in cell.source.removeprefix(MARK)
+    ], "not the first line"
 
 
 def test_every_same_is_checked(notebook):
     """Each notebook proves its naive version equal, in cells whose printed line is compared."""
     proofs = [cell for cell in notebook.codes if re.search(r"^\s*same\(", cell.source, re.M)]
-    assert proofs and all(cell.source.startswith(MARK) for cell in proofs)
+    assert proofs
+    assert all(cell.source.startswith(MARK) for cell in proofs)
     for cell in proofs:
-        assert cell.outputs[0].text.count("same ✓") >= len(re.findall(r"^\s*same\(", cell.source, re.M))
+        assert cell.outputs[0].text.count("same ✓") >= len(
+            re.findall(r"^\s*same\(", cell.source, re.M)
+        )
 
 
 def test_no_trace_of_a_machine(notebook):
@@ -88,22 +109,31 @@ def test_limits(notebook):
 
 
 def test_sections_in_order(notebook):
-    headings = [line for cell in notebook.cells if cell.cell_type == "markdown"
-                for line in cell.source.splitlines() if line.startswith("## ")]
+    headings = [
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ]
     assert len(headings) == len(SECTIONS)
     assert [(h, s) for h, s in zip(headings, SECTIONS) if s not in h] == []
 
 
 def test_header_says_what_it_costs_and_where_the_code_is(notebook):
     header = notebook.cells[0].source
-    assert header.splitlines()[0].startswith("# ") and header.splitlines()[0].endswith("?")
+    assert header.splitlines()[0].startswith("# ")
+    assert header.splitlines()[0].endswith("?")
     assert int(BUDGET.search(header)[1]) <= 60
     taught = re.findall(r"`(minomni/[\w/]+\.py)`", header)
-    assert taught and all((ROOT / path).is_file() for path in taught)
+    assert taught
+    assert all((ROOT / path).is_file() for path in taught)
 
 
 def defined(source: str) -> dict[str, str]:
-    """Functions and classes of a source -> {what they are without name and docstring: name}; stubs are left out."""
+    """Functions and classes of a source -> {what they are without name and docstring: name}; stubs
+    are left out.
+    """
     found = {}
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -117,23 +147,43 @@ def defined(source: str) -> dict[str, str]:
 
 
 def test_nothing_is_copied_from_the_package(notebook):
-    """What a notebook derives must differ from what it is compared with, or the comparison proves nothing."""
+    """What a notebook derives must differ from what it is compared with, or the comparison proves
+    nothing.
+    """
     package = {}
     for path in (ROOT / "minomni").rglob("*.py"):
         package |= defined(path.read_text())
     own = {}
     for cell in notebook.codes:
         own |= defined(cell.source)
-    assert own and {own[key]: package[key] for key in own.keys() & package.keys()} == {}
+    assert own
+    assert {own[key]: package[key] for key in own.keys() & package.keys()} == {}
 
 
-WRAPPERS = {"clone", "detach", "contiguous", "float", "double", "tolist", "tensor", "as_tensor", "list", "tuple"}
+WRAPPERS = {
+    "clone",
+    "detach",
+    "contiguous",
+    "float",
+    "double",
+    "tolist",
+    "tensor",
+    "as_tensor",
+    "list",
+    "tuple",
+}
 
 
 def core(node: ast.expr) -> str:
     """An expression without what copies or converts it."""
-    while isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in WRAPPERS:
-        is_method = isinstance(node.func, ast.Attribute) and node.func.attr not in ("tensor", "as_tensor")
+    while (
+        isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) in WRAPPERS
+    ):
+        is_method = isinstance(node.func, ast.Attribute) and node.func.attr not in (
+            "tensor",
+            "as_tensor",
+        )
         inside = [node.func.value] if is_method else node.args[:1]
         if not inside:
             break
@@ -142,18 +192,30 @@ def core(node: ast.expr) -> str:
 
 
 def is_fixed(node: ast.AST, known: set[str] = frozenset()) -> bool:
-    """Whether an expression is what it is whatever the package and the earlier cells do: it reads nothing of them."""
-    return all(name.id in known or hasattr(builtins, name.id) for name in ast.walk(node) if isinstance(name, ast.Name))
+    """Whether an expression is what it is whatever the package and the earlier cells do: it reads
+    nothing of them.
+    """
+    return all(
+        name.id in known or hasattr(builtins, name.id)
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name)
+    )
 
 
 def fixed_names(tree: ast.Module) -> set[str]:
     """Names that a cell gives nothing but numbers and texts written in the cell itself."""
-    stores = [(name.id, node.iter if isinstance(node, (ast.For, ast.comprehension)) else node.value)
-              for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign, ast.For, ast.comprehension))
-              for target in getattr(node, "targets", None) or [node.target]
-              for name in ast.walk(target) if isinstance(name, ast.Name)]
+    stores = [
+        (name.id, node.iter if isinstance(node, (ast.For, ast.comprehension)) else node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.For, ast.comprehension))
+        for target in getattr(node, "targets", None) or [node.target]
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
+    ]
     known = {name for name, _ in stores}
-    while fickle := {name for name, value in stores if name in known and not is_fixed(value, known)}:
+    while fickle := {
+        name for name, value in stores if name in known and not is_fixed(value, known)
+    }:
         known -= fickle
     return known
 
@@ -167,15 +229,28 @@ def vacuous(source: str) -> list[str]:
             test, sides = node.test, [node.test]
             if isinstance(test, ast.Compare):
                 sides = [test.left, *test.comparators]
-            always = isinstance(test, ast.Tuple) or len(sides) > 1 and len({core(side) for side in sides}) == 1
+            always = (
+                isinstance(test, ast.Tuple)
+                or len(sides) > 1
+                and len({core(side) for side in sides}) == 1
+            )
             found += [ast.unparse(node)] if always or is_fixed(test, known) else []
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "same":
             says += node.args[1:]
             if any(isinstance(argument, ast.Starred) for argument in node.args):
                 continue  # several at once, in a way that says nothing of each
             mine, theirs, *tolerance = [*node.args[1:], *[key.value for key in node.keywords]]
-            loose = tolerance and isinstance(tolerance[0], ast.Constant) and tolerance[0].value > LOOSEST
-            if core(mine) == core(theirs) or is_fixed(mine, known) and is_fixed(theirs, known) or loose:
+            loose = (
+                tolerance
+                and isinstance(tolerance[0], ast.Constant)
+                and tolerance[0].value > LOOSEST
+            )
+            if (
+                core(mine) == core(theirs)
+                or is_fixed(mine, known)
+                and is_fixed(theirs, known)
+                or loose
+            ):
                 found.append(ast.unparse(node))
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
             says += node.args
@@ -186,22 +261,49 @@ def vacuous(source: str) -> list[str]:
 
 
 def test_no_check_is_vacuous(notebook):
-    assert {cell.source: checks for cell in notebook.codes if (checks := vacuous(cell.source))} == {}
+    assert {
+        cell.source: checks for cell in notebook.codes if (checks := vacuous(cell.source))
+    } == {}
 
 
-@pytest.mark.parametrize("source", [
-    "assert True", "assert 1 + 1 == 2", "assert x == x", "assert x.tolist() == x.clone().tolist()", "assert (x == y, 'no')",
-    "same('x', x, x)", "same('x', x.clone(), x)", "same('x', torch.tensor(x), x)", "same('x', [1, 2], (1, 2))",
-    "same('x', x, y, tolerance=1.0)", "same('x', x, y, 0.5)", f"{MARK}\nprint('loss fell ✓')", f"{MARK}\nlen('four')",
-    f"{MARK}\nfor i in range(3):\n    y = 2 * i\n    print(y)", f"{MARK}\nx = compute()"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "assert True",
+        "assert 1 + 1 == 2",
+        "assert x == x",
+        "assert x.tolist() == x.clone().tolist()",
+        "assert (x == y, 'no')",
+        "same('x', x, x)",
+        "same('x', x.clone(), x)",
+        "same('x', torch.tensor(x), x)",
+        "same('x', [1, 2], (1, 2))",
+        "same('x', x, y, tolerance=1.0)",
+        "same('x', x, y, 0.5)",
+        f"{MARK}\nprint('loss fell ✓')",
+        f"{MARK}\nlen('four')",
+        f"{MARK}\nfor i in range(3):\n    y = 2 * i\n    print(y)",
+        f"{MARK}\nx = compute()",
+    ],
+)
 def test_vacuous_checks_are_found(source):
     assert vacuous(source)
 
 
-@pytest.mark.parametrize("source", [
-    "assert x", "assert x == 2", "assert len(x) == len(y)", "same('x', x, [1, 2])", "same('x', x, f(x), 1e-4)",
-    f"{MARK}\nprint('shape', list(x.shape))", f"{MARK}\nfor i in range(3):\n    y = f(i)\n    print(y)",
-    f"{MARK}\ndef f(n): return 2 * n\n\n\nprint(f(2))", f"{MARK}\ngrade(f, ((1,), 2))"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "assert x",
+        "assert x == 2",
+        "assert len(x) == len(y)",
+        "same('x', x, [1, 2])",
+        "same('x', x, f(x), 1e-4)",
+        f"{MARK}\nprint('shape', list(x.shape))",
+        f"{MARK}\nfor i in range(3):\n    y = f(i)\n    print(y)",
+        f"{MARK}\ndef f(n): return 2 * n\n\n\nprint(f(2))",
+        f"{MARK}\ngrade(f, ((1,), 2))",
+    ],
+)
 def test_real_checks_are_not_called_vacuous(source):
     assert vacuous(source) == []
 
@@ -214,11 +316,22 @@ def taught() -> set[str]:
 
 def test_every_file_of_the_package_is_taught():
     """Files without a line of code have nothing to teach."""
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minomni").rglob("*.py")
-               if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1}
-    missing = [pattern for number, patterns in TO_COME.items() for pattern in patterns
-               if not any(path.name.startswith(number) for path in NOTEBOOKS)]
-    allowed = {path.relative_to(ROOT).as_posix() for pattern in missing for path in (ROOT / "minomni").glob(pattern)}
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "minomni").rglob("*.py")
+        if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1
+    }
+    missing = [
+        pattern
+        for number, patterns in TO_COME.items()
+        for pattern in patterns
+        if not any(path.name.startswith(number) for path in NOTEBOOKS)
+    ]
+    allowed = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in missing
+        for path in (ROOT / "minomni").glob(pattern)
+    }
     assert sorted(package - taught() - allowed) == []
 
 
@@ -228,41 +341,63 @@ def test_the_first_lines_are_the_same_everywhere(notebook):
 
 @pytest.mark.parametrize("folder", ["", "notebooks"])
 def test_the_first_lines_find_the_package(folder):
-    """Jupyter starts a kernel in its notebook's folder (test_browser.py opens servers in both); others do in the root."""
+    """Jupyter starts a kernel in its notebook's folder (test_browser.py opens servers in both);
+    others do in the root.
+    """
     code = f"{BEGINNING}import minomni\n\nprint(minomni.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT / folder, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / folder, capture_output=True, text=True, check=True
+    )
     assert Path(found.stdout.strip()).resolve() == ROOT / "minomni" / "__init__.py"
 
 
 def test_shown_source_is_what_is_on_disk(notebook):
-    """Otherwise the package has changed since the notebook was refreshed: python tests/refresh_notebooks.py."""
-    package = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "minomni").rglob("*.py")))
+    """Otherwise the package has changed since the notebook was refreshed: python
+    tests/refresh_notebooks.py.
+    """
+    package = "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "minomni").rglob("*.py"))
+    )
     package += package.replace("\n    ", "\n")  # methods are shown without their indentation
-    shown = [cell.outputs[0].data["text/plain"] for cell in notebook.codes if cell.source.startswith("show(")]
-    assert shown and [part for text in shown for part in text.split("\n\n\n") if part not in package] == []
+    shown = [
+        cell.outputs[0].data["text/plain"]
+        for cell in notebook.codes
+        if cell.source.startswith("show(")
+    ]
+    assert shown
+    assert [part for text in shown for part in text.split("\n\n\n") if part not in package] == []
 
 
 def test_copies_would_be_found():
-    assert defined('def f(x):\n    "Doc."\n    return x + 1').keys() == defined("def g(x): return x + 1").keys()
+    assert (
+        defined('def f(x):\n    "Doc."\n    return x + 1').keys()
+        == defined("def g(x): return x + 1").keys()
+    )
     assert defined("def f(x): ...") == {}
 
 
 def test_refreshing_takes_out_what_belongs_to_a_machine():
-    pieces = [new_output("stream", name="stdout", text=text) for text in ("read ", f"{CHECKOUT}/run.py\n")]
-    cell = new_code_cell("x", execution_count=9, outputs=pieces, metadata={"execution": {"started": "today"}})
+    pieces = [
+        new_output("stream", name="stdout", text=text) for text in ("read ", f"{CHECKOUT}/run.py\n")
+    ]
+    cell = new_code_cell(
+        "x", execution_count=9, outputs=pieces, metadata={"execution": {"started": "today"}}
+    )
     book = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
     clean(book)
     assert (cell.execution_count, cell.metadata, len(cell.outputs)) == (1, {}, 1)
-    assert cell.outputs[0].text == "read run.py\n" and "widgets" not in book.metadata
+    assert cell.outputs[0].text == "read run.py\n"
+    assert "widgets" not in book.metadata
 
 
-@pytest.mark.parametrize("colors, kind", [(100, "image/png"), (60_000, "image/jpeg")])
+@pytest.mark.parametrize(("colors", "kind"), [(100, "image/png"), (60_000, "image/jpeg")])
 def test_figures_keep_a_palette_and_photographs_become_jpegs(colors, kind):
     numbers = torch.arange(90_000) % colors
     pixels = torch.stack([numbers % 256, numbers // 256, numbers % 7], -1).view(300, 300, 3).byte()
     plt.imsave(file := BytesIO(), pixels.numpy(), format="png")
     [(found, data)] = small(base64.b64encode(file.getvalue()).decode()).items()
-    assert found == kind and Image.open(BytesIO(base64.b64decode(data))).size == (300, 300)
+    assert found == kind
+    assert Image.open(BytesIO(base64.b64decode(data))).size == (300, 300)
 
 
 @pytest.fixture
@@ -282,8 +417,14 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
         drawn.append(settings)
 
     viz.explore(draw, a=(1, 2, 3), b=(4, 5, 6))
-    assert drawn == [{"a": a, "b": 5} for a in (1, 2, 3)] and sliders == []
-    assert plt.gcf().get_suptitle() == "b = 5" and [ax.get_title() for ax in plt.gcf().axes] == ["a = 1", "a = 2", "a = 3"]
+    assert drawn == [{"a": a, "b": 5} for a in (1, 2, 3)]
+    assert sliders == []
+    assert plt.gcf().get_suptitle() == "b = 5"
+    assert [ax.get_title() for ax in plt.gcf().axes] == [
+        "a = 1",
+        "a = 2",
+        "a = 3",
+    ]
     monkeypatch.setattr(viz, "somebody_is_there", lambda: True)
     viz.explore(draw, a=(1,))
     assert sliders == [{"a": (1,)}]
@@ -292,20 +433,37 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
 def test_squares_are_lines_from_the_top(sliders):
     ax = viz.axes()
     viz.squares(ax, {"first": ["audio", "image"], "second": ["text"]})
-    assert [(bar.get_x() + bar.get_width() / 2, bar.get_y() + 0.4) for bar in ax.patches] == [(0, 0), (1, 0), (0, 1)]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"] and ax.yaxis_inverted()
+    assert [(bar.get_x() + bar.get_width() / 2, bar.get_y() + 0.4) for bar in ax.patches] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+    ]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "first",
+        "second",
+    ]
+    assert ax.yaxis_inverted()
 
 
 @pytest.mark.parametrize("length", [3, viz.ROOM_FOR_NUMBERS, viz.ROOM_FOR_NUMBERS + 1])
 def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     tokens = TINY.thinker.tokens
-    kinds = viz.modalities([7, tokens.audio_bos, tokens.audio] + [tokens.image] * (length - 3), tokens)
-    assert kinds[:3] == ["text", "marker", "audio"] and set(kinds[3:]) <= {"image"}
+    kinds = viz.modalities(
+        [7, tokens.audio_bos, tokens.audio] + [tokens.image] * (length - 3), tokens
+    )
+    assert kinds[:3] == ["text", "marker", "audio"]
+    assert set(kinds[3:]) <= {"image"}
     viz.tmrope(torch.arange(length).expand(3, -1), kinds, "title")
     plots = plt.gcf().axes
-    names = [p.get_ylabel() for p in plots] if len(plots) == 3 else [t.get_text() for t in plots[0].get_yticklabels()]
+    names = (
+        [p.get_ylabel() for p in plots]
+        if len(plots) == 3
+        else [t.get_text() for t in plots[0].get_yticklabels()]
+    )
     assert names == list(viz.AXES)
-    assert [t.get_text() for t in plots[0].get_legend().get_texts()] == [kind for kind in viz.COLORS if kind in kinds]
+    assert [t.get_text() for t in plots[0].get_legend().get_texts()] == [
+        kind for kind in viz.COLORS if kind in kinds
+    ]
 
 
 def test_lattice_and_tint_lie_on_the_picture(sliders):
@@ -315,5 +473,8 @@ def test_lattice_and_tint_lie_on_the_picture(sliders):
     viz.lattice(ax, 56, 84, 28)
     under, over = ax.get_images()
     assert over.get_extent() == [-0.5, 83.5, 55.5, -0.5] == list(under.get_extent())
-    places = [[float(line[0, axis]) for line in lines.get_segments()] for axis, lines in zip((1, 0), ax.collections)]
+    places = [
+        [float(line[0, axis]) for line in lines.get_segments()]
+        for axis, lines in zip((1, 0), ax.collections)
+    ]
     assert places == [[27.5], [27.5, 55.5]]

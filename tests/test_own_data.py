@@ -1,4 +1,6 @@
-"""People's own data: bad lines are named before anything is trained, good ones are streamed, learnt and saved."""
+"""People's own data: bad lines are named before anything is trained, good ones are streamed, learnt
+and saved.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ def omni(tiny_folder):
 @pytest.fixture
 def small(monkeypatch, tiny_folder):
     """tune() begins with the random model and takes two lines a step."""
-    monkeypatch.setattr(own_data, "load", lambda size, device: minomni.load(str(tiny_folder), device))
+    monkeypatch.setattr(
+        own_data, "load", lambda size, device: minomni.load(str(tiny_folder), device)
+    )
     monkeypatch.setitem(own_data.RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
     monkeypatch.setattr(own_data.OwnChatStage, "sample", lambda self: "")
 
@@ -51,7 +55,9 @@ def write(folder: Path, rows: list, name="my.jsonl") -> Path:
 
 @pytest.fixture
 def spoken(tmp_path, recordings) -> list[dict]:
-    """Four lines whose answers are recordings in tmp_path, two of them by a voice that the model does not know."""
+    """Four lines whose answers are recordings in tmp_path, two of them by a voice that the model
+    does not know.
+    """
     rows = []
     for i in range(4):
         soundfile.write(tmp_path / f"{i}.wav", recordings.wave(i), 16_000)
@@ -71,7 +77,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": "a"}]}, "the assistant's answer"),
     ({"messages": ["a", "b"]}, "message 1 is a text; expected a dictionary"),
     ({"messages": {"role": "user"}}, "'messages' is an object; expected a list"),
-    ({"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "a"}]}, "message 1 has no role"),
+    (
+        {"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "a"}]},
+        "message 1 has no role",
+    ),
     ({"messages": [], "conversations": []}, "found messages and conversations"),
     ({"history": []}, "found none"),
     (line(answer=" "), "the answer is empty"),
@@ -99,57 +108,127 @@ BAD = [
     (line(speech="hush.wav", voice="Me"), "hush.wav: is silent"),
     (line(voice=["Ann"]), "'voice' is a list"),
     (line(use_audio_in_video=1), "'use_audio_in_video' is 1; expected true or false"),
-    ({"messages": [{"role": "users", "content": "a"}, {"role": "assistant", "content": "a"}]}, "unknown role 'users'"),
+    (
+        {"messages": [{"role": "users", "content": "a"}, {"role": "assistant", "content": "a"}]},
+        "unknown role 'users'",
+    ),
     (line(images=["x.png"], question="<image><image> a"), "more <image> tags than the 1"),
     (line(images=[5]), "an entry of 'images' is 5"),
     ({"query": "a", "response": "b", "history": [["a"]]}, "'history' is no list of pairs"),
     ({"query": "a"}, "message 2 has no content"),
-    ({"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "weight": 0}]}, "has weight 0"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": False}]}, "has loss false"),
-    ({"messages": [{"role": "user", "content": "a", "audios": ["x.wav"]}, *line()["messages"][1:]]},
-     "message 1 has the unknown key 'audios'"),
-    ({"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "thought": "hm"}]},
-     "message 2 has the unknown key 'thought'"),
-    ({"messages": [{"role": "user", "from": "gpt", "content": "a"}, *line()["messages"][1:]]}, "both 'role' and 'from'"),
-    ({"messages": [{"role": "user", "content": "a", "value": "b"}, *line()["messages"][1:]]}, "both 'content' and 'value'"),
+    (
+        {"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "weight": 0}]},
+        "has weight 0",
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b", "loss": False},
+            ]
+        },
+        "has loss false",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "a", "audios": ["x.wav"]},
+                *line()["messages"][1:],
+            ]
+        },
+        "message 1 has the unknown key 'audios'",
+    ),
+    (
+        {
+            "messages": [
+                *line()["messages"][:1],
+                {"role": "assistant", "content": "a", "thought": "hm"},
+            ]
+        },
+        "message 2 has the unknown key 'thought'",
+    ),
+    (
+        {"messages": [{"role": "user", "from": "gpt", "content": "a"}, *line()["messages"][1:]]},
+        "both 'role' and 'from'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "value": "b"}, *line()["messages"][1:]]},
+        "both 'content' and 'value'",
+    ),
     (line(output="b"), "'output' is no key of a row with 'messages'"),
-    ({"conversations": line()["messages"], "history": [["a", "b"]]}, "'history' is no key of a row with 'conversations'"),
+    (
+        {"conversations": line()["messages"], "history": [["a", "b"]]},
+        "'history' is no key of a row with 'conversations'",
+    ),
     ({"query": "a", "response": "b", "input": "c"}, "'input' is no key of a row with 'query'"),
-    ({"instruction": "a", "output": "b", "response": "c"}, "'response' is no key of a row with 'instruction'"),
+    (
+        {"instruction": "a", "output": "b", "response": "c"},
+        "'response' is no key of a row with 'instruction'",
+    ),
     (line([{"type": ["audio"]}], audios=["words.wav"]), "a content item"),
-    (line([{"type": "text", "text": "<audio> or <audio>"}], audios=["x.wav"]), "more <audio> tags than the 1"),
-    (line("<video> what", videos=[]), "<video> stands for no file, since the list 'videos' is empty"),
-    (line([{"type": "text", "text": "hear <audio>"}], audio=""), "<audio> stands for no file, since the list 'audios'"),
-    ({"query": "<image> or not", "response": "b"}, "<image> stands for no file, since the list 'images'"),
+    (
+        line([{"type": "text", "text": "<audio> or <audio>"}], audios=["x.wav"]),
+        "more <audio> tags than the 1",
+    ),
+    (
+        line("<video> what", videos=[]),
+        "<video> stands for no file, since the list 'videos' is empty",
+    ),
+    (
+        line([{"type": "text", "text": "hear <audio>"}], audio=""),
+        "<audio> stands for no file, since the list 'audios'",
+    ),
+    (
+        {"query": "<image> or not", "response": "b"},
+        "<image> stands for no file, since the list 'images'",
+    ),
     ({"conversations": line("a <audio>")["messages"], "image": []}, "<audio> stands for no file"),
     (line(answer="a circle<|im_end|>"), "an answer holds <|im_end|>"),
     (line(answer=[{"text": "b <|endof"}, {"text": "text|>"}]), "an answer holds <|endoftext|>"),
-    ({"query": "a", "response": "b", "history": [["c", "<|im_start|>d"]]}, "an answer holds <|im_start|>"),
+    (
+        {"query": "a", "response": "b", "history": [["c", "<|im_start|>d"]]},
+        "an answer holds <|im_start|>",
+    ),
     (line(objects={"ref": ["a dog"], "bbox": []}), "unknown key 'objects'"),
     (line(rejected_response="no"), "unknown key 'rejected_response'"),
     (line(speach=""), "unknown key 'speach'"),
-    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *line()["messages"]]}, "'tool_calls'"),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "content": "a", "tool_calls": [{}]},
+                *line()["messages"],
+            ]
+        },
+        "'tool_calls'",
+    ),
 ]
 
 
 def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
     (tmp_path / "words.wav").write_text("words, not sound")
     soundfile.write(tmp_path / "hush.wav", torch.zeros(20_000).numpy(), 16_000)
-    rows = [row for bad, _ in BAD for row in (bad if isinstance(bad, str) else json.dumps(bad), line())]
+    rows = [
+        row for bad, _ in BAD for row in (bad if isinstance(bad, str) else json.dumps(bad), line())
+    ]
     with pytest.raises(UserError) as error:
         own_data.tune("tiny", write(tmp_path, rows), tmp_path / "tuned")
     message = str(error.value)
-    assert f"{len(BAD)} bad lines, nothing was trained; line 1: not JSON" in message and len(message) <= 500
-    assert "; line 3: " in message and "; line 5: " in message and f"and {len(BAD) - 3} more in" in message
+    assert f"{len(BAD)} bad lines, nothing was trained; line 1: not JSON" in message
+    assert len(message) <= 500
+    assert "; line 3: " in message
+    assert "; line 5: " in message
+    assert f"and {len(BAD) - 3} more in" in message
     causes = (tmp_path / "tuned.run" / "bad_lines.txt").read_text().splitlines()
     assert len(causes) == len(BAD)
     for i, (cause, (_, says)) in enumerate(zip(causes, BAD)):
         assert cause.startswith(f"line {2 * i + 1}: ") and says in cause, cause
-    assert not (tmp_path / "tuned").exists() and not list((tmp_path / "tuned.run" / "stages").iterdir())
+    assert not (tmp_path / "tuned").exists()
+    assert not list((tmp_path / "tuned.run" / "stages").iterdir())
 
 
 def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
     """Whatever a line raises: its number is told, and the lines behind it are looked at."""
+
     def broken(messages, *_):
         raise ZeroDivisionError("of a part that is not ours\nand more")
 
@@ -157,14 +236,19 @@ def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
     with pytest.raises(UserError) as error:
         own_lines.checked(write(tmp_path, [line(), "", line()]), omni)
     text = str(error.value)
-    assert "2 bad lines" in text and "line 1: cannot be read (ZeroDivisionError: of a part" in text and "line 3: " in text
+    assert "2 bad lines" in text
+    assert "line 1: cannot be read (ZeroDivisionError: of a part" in text
+    assert "line 3: " in text
 
 
 def test_a_message_stays_short_and_a_hopeless_file_is_given_up(tmp_path, omni):
     with pytest.raises(UserError) as error:
         own_lines.checked(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
     text = str(error.value)
-    assert text.isprintable() and len(text) <= 500 and "1000 or more bad lines" in text and "and 997 more" in text
+    assert text.isprintable()
+    assert len(text) <= 500
+    assert "1000 or more bad lines" in text
+    assert "and 997 more" in text
 
 
 def test_a_line_without_end_is_refused_quickly(tmp_path, omni):
@@ -184,10 +268,14 @@ def test_a_line_without_end_is_refused_quickly(tmp_path, omni):
 def test_speech_wants_a_voice_that_can_be_made(tmp_path, omni, recordings):
     soundfile.write(tmp_path / "short.wav", recordings.wave(0)[:4000], 16_000)
     path = write(tmp_path, [line(), line(speech="short.wav", voice="Me")])
-    with pytest.raises(UserError, match=r"line 2: .*short.wav, of voice .*a voice needs at least 1 s"):
+    with pytest.raises(
+        UserError, match=r"line 2: .*short.wav, of voice .*a voice needs at least 1 s"
+    ):
         own_lines.checked(path, omni)
     omni.voices = {}
-    with pytest.raises(UserError, match='line 1: the model has no voices; give this recording a "voice"'):
+    with pytest.raises(
+        UserError, match='line 1: the model has no voices; give this recording a "voice"'
+    ):
         own_lines.checked(write(tmp_path, [line(speech="short.wav")]), omni)
 
 
@@ -195,102 +283,306 @@ def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
     (tmp_path / "media").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "media" / "a.png")
     soundfile.write(tmp_path / "q.wav", recordings.wave(0), 16_000)
-    asked = [{"type": "image", "image": "media/a.png"}, {"type": "audio", "audio": str(tmp_path / "q.wav")}]
+    asked = [
+        {"type": "image", "image": "media/a.png"},
+        {"type": "audio", "audio": str(tmp_path / "q.wav")},
+    ]
     turns = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]
-    lines = own_lines.checked(write(tmp_path, ["", {"messages": [*turns, *line(asked)["messages"]]}]), omni)
+    lines = own_lines.checked(
+        write(tmp_path, ["", {"messages": [*turns, *line(asked)["messages"]]}]), omni
+    )
     question = lines[0].question
-    assert len(lines) == 1 and [message["role"] for message in question] == ["system", "user", "assistant", "user"]
-    assert question[-1]["content"][0] == {"type": "image", "image": str(tmp_path / "media" / "a.png")}
+    assert len(lines) == 1
+    assert [message["role"] for message in question] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert question[-1]["content"][0] == {
+        "type": "image",
+        "image": str(tmp_path / "media" / "a.png"),
+    }
     inputs = own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer))
-    assert len(inputs.mels) == 1 and len(inputs.image_grids) == 1
+    assert len(inputs.mels) == 1
+    assert len(inputs.image_grids) == 1
 
 
 def asked(*content) -> list[dict]:
     """What the model is asked in a line whose question is this content."""
-    return [{"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}]
+    return [
+        {"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}
+    ]
 
 
 TEXT = lambda text: {"type": "text", "text": text}  # noqa: E731
 LAYOUTS = {  # a row, and its question; the answer is always "a square"
     "ours, with nulls": (
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "text": None},
-                                                   {"type": "text", "text": "what", "image": None}]},
-                      {"role": "assistant", "content": [{"type": "text", "text": "a square", "image": None}]}],
-         "speech": None, "voice": None, "images": None, "tools": None},
-        asked({"type": "image", "image": "@a.png"}, TEXT("what"))),
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "a.png", "text": None},
+                        {"type": "text", "text": "what", "image": None},
+                    ],
+                },
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "a square", "image": None}],
+                },
+            ],
+            "speech": None,
+            "voice": None,
+            "images": None,
+            "tools": None,
+        },
+        asked({"type": "image", "image": "@a.png"}, TEXT("what")),
+    ),
     "openai": (
-        {"messages": [{"role": "developer", "content": "be short"},
-                      {"role": "user", "name": "Bo", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
-                                                                 {"type": "text", "text": "what"}]},
-                      {"role": "assistant", "content": "a circle", "weight": 0}, {"role": "user", "content": "again"},
-                      {"role": "assistant", "content": "a square", "weight": 1, "refusal": None, "tool_calls": None}]},
-        [{"role": "system", "content": "be short"},
-         *asked({"type": "image_url", "image_url": {"url": "@a.png"}}, TEXT("what")),
-         {"role": "assistant", "content": "a circle"}, *asked("again")]),
+        {
+            "messages": [
+                {"role": "developer", "content": "be short"},
+                {
+                    "role": "user",
+                    "name": "Bo",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "a.png"}},
+                        {"type": "text", "text": "what"},
+                    ],
+                },
+                {"role": "assistant", "content": "a circle", "weight": 0},
+                {"role": "user", "content": "again"},
+                {
+                    "role": "assistant",
+                    "content": "a square",
+                    "weight": 1,
+                    "refusal": None,
+                    "tool_calls": None,
+                },
+            ]
+        },
+        [
+            {"role": "system", "content": "be short"},
+            *asked({"type": "image_url", "image_url": {"url": "@a.png"}}, TEXT("what")),
+            {"role": "assistant", "content": "a circle"},
+            *asked("again"),
+        ],
+    ),
     "ms-swift": (
-        {"messages": [{"role": "user", "content": "<image>first, then <audio> and <video>"},
-                      {"role": "assistant", "content": "a square"}], "images": ["a.png"], "audios": ["a.wav"]},
-        asked({"type": "image", "image": "@a.png"}, TEXT("first, then "), {"type": "audio", "audio": "@a.wav"},
-              TEXT(" and <video>"))),
+        {
+            "messages": [
+                {"role": "user", "content": "<image>first, then <audio> and <video>"},
+                {"role": "assistant", "content": "a square"},
+            ],
+            "images": ["a.png"],
+            "audios": ["a.wav"],
+        },
+        asked(
+            {"type": "image", "image": "@a.png"},
+            TEXT("first, then "),
+            {"type": "audio", "audio": "@a.wav"},
+            TEXT(" and <video>"),
+        ),
+    ),
     "ms-swift, without tags": (
-        {"messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": "what"},
-                      {"role": "assistant", "content": "a square"}], "images": [{"path": "a.png", "bytes": None}]},
-        [{"role": "system", "content": "be short"}, *asked({"type": "image", "image": "@a.png"}, TEXT("what"))]),
+        {
+            "messages": [
+                {"role": "system", "content": "be short"},
+                {"role": "user", "content": "what"},
+                {"role": "assistant", "content": "a square"},
+            ],
+            "images": [{"path": "a.png", "bytes": None}],
+        },
+        [
+            {"role": "system", "content": "be short"},
+            *asked({"type": "image", "image": "@a.png"}, TEXT("what")),
+        ],
+    ),
     "ms-swift, older": (
-        {"query": "and <audio>", "response": "a square", "history": [["hi", "hello"]], "system": "be short",
-         "audios": "a.wav"},
-        [{"role": "system", "content": "be short"}, *asked("hi"), {"role": "assistant", "content": "hello"},
-         *asked(TEXT("and "), {"type": "audio", "audio": "@a.wav"})]),
+        {
+            "query": "and <audio>",
+            "response": "a square",
+            "history": [["hi", "hello"]],
+            "system": "be short",
+            "audios": "a.wav",
+        },
+        [
+            {"role": "system", "content": "be short"},
+            *asked("hi"),
+            {"role": "assistant", "content": "hello"},
+            *asked(TEXT("and "), {"type": "audio", "audio": "@a.wav"}),
+        ],
+    ),
     "sharegpt": (
-        {"id": 7, "conversations": [{"from": "system", "value": "be short"}, {"from": "human", "value": "<image>\nwhat"},
-                                    {"from": "gpt", "value": "a square"}], "images": ["a.png"]},
-        [{"role": "system", "content": "be short"}, *asked({"type": "image", "image": "@a.png"}, TEXT("\nwhat"))]),
+        {
+            "id": 7,
+            "conversations": [
+                {"from": "system", "value": "be short"},
+                {"from": "human", "value": "<image>\nwhat"},
+                {"from": "gpt", "value": "a square"},
+            ],
+            "images": ["a.png"],
+        },
+        [
+            {"role": "system", "content": "be short"},
+            *asked({"type": "image", "image": "@a.png"}, TEXT("\nwhat")),
+        ],
+    ),
     "llava": (
-        {"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "what <image>"},
-                                                        {"from": "gpt", "value": "a square"}]},
-        asked(TEXT("what "), {"type": "image", "image": "@a.png"})),
-    "alpaca": ({"instruction": "name it", "input": "it has four corners", "output": "a square"},
-               asked("name it\nit has four corners")),
-    "alpaca, no input": ({"instruction": "name it", "input": "", "output": "a square", "system": ""}, asked("name it")),
+        {
+            "id": "x",
+            "image": "a.png",
+            "conversations": [
+                {"from": "human", "value": "what <image>"},
+                {"from": "gpt", "value": "a square"},
+            ],
+        },
+        asked(TEXT("what "), {"type": "image", "image": "@a.png"}),
+    ),
+    "alpaca": (
+        {"instruction": "name it", "input": "it has four corners", "output": "a square"},
+        asked("name it\nit has four corners"),
+    ),
+    "alpaca, no input": (
+        {"instruction": "name it", "input": "", "output": "a square", "system": ""},
+        asked("name it"),
+    ),
     "places without sources": (
-        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]},
-                      {"role": "assistant", "content": [{"type": "text", "text": "a square"}]}], "images": ["a.png"]},
-        asked({"type": "image", "image": "@a.png"}, TEXT("what"))),
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "a square"}]},
+            ],
+            "images": ["a.png"],
+        },
+        asked({"type": "image", "image": "@a.png"}, TEXT("what")),
+    ),
     "tags in a list of items": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "<image> or <audio>?"}, {"type": "image"},
-                                                   {"text": "what"}]},
-                      {"role": "assistant", "content": "a square"}], "images": ["a.png", "b.png"]},
-        asked({"type": "image", "image": "@a.png"}, TEXT(" or <audio>?"), {"type": "image", "image": "@b.png"},
-              {"text": "what"})),
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "<image> or <audio>?"},
+                        {"type": "image"},
+                        {"text": "what"},
+                    ],
+                },
+                {"role": "assistant", "content": "a square"},
+            ],
+            "images": ["a.png", "b.png"],
+        },
+        asked(
+            {"type": "image", "image": "@a.png"},
+            TEXT(" or <audio>?"),
+            {"type": "image", "image": "@b.png"},
+            {"text": "what"},
+        ),
+    ),
     "frames as dictionaries": (
-        {"messages": [{"role": "user", "content": [{"type": "video",
-                                                    "video": [{"path": "f.png", "bytes": None}, "g.png"]}]},
-                      {"role": "assistant", "content": "a square"}]},
-        asked({"type": "video", "video": [{"path": "@f.png"}, "@g.png"]})),
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "video", "video": [{"path": "f.png", "bytes": None}, "g.png"]}
+                    ],
+                },
+                {"role": "assistant", "content": "a square"},
+            ]
+        },
+        asked({"type": "video", "video": [{"path": "@f.png"}, "@g.png"]}),
+    ),
     "empty keys of another layout": (
-        {"messages": [{"role": "user", "content": "what", "images": [], "id": 3, "loss": True},
-                      {"role": "assistant", "content": "a square", "loss": True}], "history": [], "input": ""},
-        asked("what")),
+        {
+            "messages": [
+                {"role": "user", "content": "what", "images": [], "id": 3, "loss": True},
+                {"role": "assistant", "content": "a square", "loss": True},
+            ],
+            "history": [],
+            "input": "",
+        },
+        asked("what"),
+    ),
     "options of an item stay": (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": ["a.png", "/b.png"], "fps": 2.0}]},
-                      {"role": "assistant", "content": "a square"}]},
-        asked({"type": "video", "video": ["@a.png", "/b.png"], "fps": 2.0})),
-    "text about tags": ({"messages": [{"role": "user", "content": "what is <video>"},
-                                      {"role": "assistant", "content": "a square"}]}, asked("what is <video>")),
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "video", "video": ["a.png", "/b.png"], "fps": 2.0}],
+                },
+                {"role": "assistant", "content": "a square"},
+            ]
+        },
+        asked({"type": "video", "video": ["@a.png", "/b.png"], "fps": 2.0}),
+    ),
+    "text about tags": (
+        {
+            "messages": [
+                {"role": "user", "content": "what is <video>"},
+                {"role": "assistant", "content": "a square"},
+            ]
+        },
+        asked("what is <video>"),
+    ),
     "empty keys of what is not learnt": (
-        {**line("what", "a square"), "tools": " ", "functions": [], "rejected_response": "", "label": None,
-         "objects": {"ref": [], "bbox": None}, "tool_choice": {}, "rejected_messages": "[]"}, asked("what")),
-    "an instruction about tags": ({"instruction": "what is <audio>", "output": "a square"}, asked("what is <audio>")),
+        {
+            **line("what", "a square"),
+            "tools": " ",
+            "functions": [],
+            "rejected_response": "",
+            "label": None,
+            "objects": {"ref": [], "bbox": None},
+            "tool_choice": {},
+            "rejected_messages": "[]",
+        },
+        asked("what"),
+    ),
+    "an instruction about tags": (
+        {"instruction": "what is <audio>", "output": "a square"},
+        asked("what is <audio>"),
+    ),
     "addresses stay": (
-        {"query": "what", "response": "a square", "images": ["data:image/png;base64,AAAA", "file:///b.png"]},
-        asked({"type": "image", "image": "data:image/png;base64,AAAA"}, {"type": "image", "image": "file:///b.png"},
-              TEXT("what"))),
+        {
+            "query": "what",
+            "response": "a square",
+            "images": ["data:image/png;base64,AAAA", "file:///b.png"],
+        },
+        asked(
+            {"type": "image", "image": "data:image/png;base64,AAAA"},
+            {"type": "image", "image": "file:///b.png"},
+            TEXT("what"),
+        ),
+    ),
     "addresses in other spellings": (
-        {"query": "what", "response": "a square", "audios": ["file:/c.wav", "File:///d.wav", "Data:audio/wav;base64,AA",
-                                                             "HTTPS://e.org/f.wav", "data/g.wav", "at 1://h.wav"]},
-        asked(*({"type": "audio", "audio": source} for source in (
-            "file:/c.wav", "File:///d.wav", "Data:audio/wav;base64,AA", "HTTPS://e.org/f.wav", "@data/g.wav",
-            "@at 1:/h.wav")), TEXT("what"))),
+        {
+            "query": "what",
+            "response": "a square",
+            "audios": [
+                "file:/c.wav",
+                "File:///d.wav",
+                "Data:audio/wav;base64,AA",
+                "HTTPS://e.org/f.wav",
+                "data/g.wav",
+                "at 1://h.wav",
+            ],
+        },
+        asked(
+            *(
+                {"type": "audio", "audio": source}
+                for source in (
+                    "file:/c.wav",
+                    "File:///d.wav",
+                    "Data:audio/wav;base64,AA",
+                    "HTTPS://e.org/f.wav",
+                    "@data/g.wav",
+                    "@at 1:/h.wav",
+                )
+            ),
+            TEXT("what"),
+        ),
+    ),
 }
 
 
@@ -301,8 +593,10 @@ def test_layouts_of_other_programs(name, tmp_path):
     wanted = json.loads(json.dumps(question).replace("@", f"{tmp_path}/"))
     if wanted[0]["role"] != "system":
         wanted = [{"role": "system", "content": "be kind"}, *wanted]
-    assert lesson.question == wanted and lesson.answer == "a square"
-    assert lesson.speech is lesson.voice is None and lesson.use_audio_in_video is False
+    assert lesson.question == wanted
+    assert lesson.answer == "a square"
+    assert lesson.speech is lesson.voice is None
+    assert lesson.use_audio_in_video is False
 
 
 def test_tools_are_no_key_of_ours(tmp_path):
@@ -310,17 +604,22 @@ def test_tools_are_no_key_of_ours(tmp_path):
         own_lines.parse(json.dumps(line(tools=[{}])), tmp_path, "")
 
 
-ROWS = [line("say é [a] {b}", "a \"circle\""), LAYOUTS["alpaca"][0], line("c", "a\nb")]
+ROWS = [line("say é [a] {b}", 'a "circle"'), LAYOUTS["alpaca"][0], line("c", "a\nb")]
 
 
-@pytest.mark.parametrize("kind", ["lines", "lines with \\r and a mark", "array", "pretty array", "utf-16 lines", "utf-16 array"])
+@pytest.mark.parametrize(
+    "kind",
+    ["lines", "lines with \\r and a mark", "array", "pretty array", "utf-16 lines", "utf-16 array"],
+)
 def test_files_of_rows(kind, tmp_path, omni):
     plain = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     content = {
         "lines": "\n".join(plain).encode(),
         "lines with \\r and a mark": "\r\n".join(plain).encode("utf-8-sig"),
         "array": json.dumps(ROWS).encode(),
-        "pretty array": ("\n " + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n").encode("utf-8-sig"),
+        "pretty array": ("\n " + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n").encode(
+            "utf-8-sig"
+        ),
         "utf-16 lines": "\n".join(plain).encode("utf-16"),
         "utf-16 array": json.dumps(ROWS, indent=1).encode("utf-16"),
     }[kind]
@@ -337,54 +636,86 @@ def test_media_of_an_array_are_looked_for_beside_it(tmp_path, omni):
     lines = own_lines.read(path, tmp_path / "run", omni)
     assert lines[0].question[-1]["content"][-1]["image"] == str(tmp_path / "a.png")
     path.write_text(json.dumps([line(), 5, line(answer="<|VIDEO|>")], indent=2))
-    with pytest.raises(UserError, match=r"my.json: 2 bad entries, .*entry 2: 5; expected.*; entry 3: a text holds"):
+    with pytest.raises(
+        UserError, match=r"my.json: 2 bad entries, .*entry 2: 5; expected.*; entry 3: a text holds"
+    ):
         own_lines.read(path, tmp_path / "run", omni)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("[", "entry 1 of the array is not JSON"), ("[{}", "does not go on after entry 1"), ("[{} {}]", "expected , or ]"),
-    ("[{}, }]", "entry 2 of the array is not JSON"), ("[{}] 5", "something follows the array"), ("[]", "holds no line"),
-    ("[" * 90_000, "entry 1 of the array is not JSON"), ("", "holds no line"), ("[5]\n[6]", "line 2: a list"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[", "entry 1 of the array is not JSON"),
+        ("[{}", "does not go on after entry 1"),
+        ("[{} {}]", "expected , or ]"),
+        ("[{}, }]", "entry 2 of the array is not JSON"),
+        ("[{}] 5", "something follows the array"),
+        ("[]", "holds no line"),
+        ("[" * 90_000, "entry 1 of the array is not JSON"),
+        ("", "holds no line"),
+        ("[5]\n[6]", "line 2: a list"),
+    ],
+)
 def test_broken_arrays(text, says, tmp_path, omni):
     (tmp_path / "my.json").write_text(text)
     with pytest.raises(UserError) as error:
         own_lines.read(tmp_path / "my.json", tmp_path / "run", omni)
-    assert says in str(error.value) and "my.json" in str(error.value)
+    assert says in str(error.value)
+    assert "my.json" in str(error.value)
 
 
 @pytest.mark.parametrize("begin", ["file:", "FILE://", "fIle://localhost"])
 def test_uris_of_pictures_are_opened(begin, tmp_path, omni):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
-    lines = own_lines.checked(write(tmp_path, [line("<image> what", images=[f"{begin}{tmp_path}/b.png"])]), omni)
-    assert len(own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer)).image_grids) == 1
+    lines = own_lines.checked(
+        write(tmp_path, [line("<image> what", images=[f"{begin}{tmp_path}/b.png"])]), omni
+    )
+    assert (
+        len(
+            own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer)).image_grids
+        )
+        == 1
+    )
 
 
-@pytest.mark.parametrize("name, says", [
-    ("none", "no such file"), ("pipe", "is a device, a pipe"), ("/dev/zero", "is a device, a pipe"),
-    ("/proc/self/mem", "the system's own"), ("x" * 300, "File name too long"), ("nul\0", "its name cannot be"),
-])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("none", "no such file"),
+        ("pipe", "is a device, a pipe"),
+        ("/dev/zero", "is a device, a pipe"),
+        ("/proc/self/mem", "the system's own"),
+        ("x" * 300, "File name too long"),
+        ("nul\0", "its name cannot be"),
+    ],
+)
 def test_what_is_no_file_of_data(name, says, tmp_path, omni):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as error:
         own_lines.read(tmp_path / name, tmp_path / "run", omni)
-    assert says in str(error.value) and str(error.value).isprintable()
+    assert says in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_an_epoch_holds_every_line_once():
     epochs = [[own_lines.in_turn(3, 50, 50 * epoch + i) for i in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != [own_lines.in_turn(4, 50, i) for i in range(50)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [own_lines.in_turn(4, 50, i) for i in range(50)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, omni):
-    """Ten times the lines, 8 MB more on disk: only where lines begin, and an epoch's order, may grow."""
+    """Ten times the lines, 8 MB more on disk: only where lines begin, and an epoch's order, may
+    grow.
+    """
     peaks = []
     for count in (200, 2000):
         path = write(tmp_path, [line("a " * 500, f"{i}", voice="v" * 3000) for i in range(count)])
         tracemalloc.start()
         lines = own_lines.checked(path, omni)
-        stage = own_data.OwnChatStage(omni, Recipe(steps=1000, batch=8, lr=1e-3), tmp_path, 0, lines)
+        stage = own_data.OwnChatStage(
+            omni, Recipe(steps=1000, batch=8, lr=1e-3), tmp_path, 0, lines
+        )
         seen = {row.answer for step in range(count // 8) for row in stage.batch(step)}
         peaks.append(tracemalloc.get_traced_memory()[1] - sys.getsizeof(seen) - 60 * len(seen))
         tracemalloc.stop()
@@ -396,7 +727,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
 def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
-        lines = own_lines.checked(write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh)
+        lines = own_lines.checked(
+            write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh
+        )
         stage = own_data.STAGES[name](fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines)
         stage.sample = lambda: ""
         return stage
@@ -413,7 +746,9 @@ def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_fo
     train(stage_of(6), tmp_path / "halves", until=3)
     assert (tmp_path / "halves" / f"{name}.resume.pt").exists()
     train(stage_of(6), tmp_path / "halves", resume=True)
-    whole, halves = ((tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("whole", "halves"))
+    whole, halves = (
+        (tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("whole", "halves")
+    )
     assert whole == halves
 
 
@@ -421,10 +756,14 @@ def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, sp
     data, out = write(tmp_path, spoken), tmp_path / "tuned"
     own_data.tune("tiny", data, out, epochs=1)
     tuned, before = minomni.load(str(out)), minomni.load(str(tiny_folder))
-    changed = {name.split(".")[0] for name, old in before.state_dict().items()
-               if not torch.equal(old, tuned.state_dict()[name])}
+    changed = {
+        name.split(".")[0]
+        for name, old in before.state_dict().items()
+        if not torch.equal(old, tuned.state_dict()[name])
+    }
     assert changed == {"thinker", "talker"}
-    assert list(tuned.voices) == ["Ann", "Bob", "Me"] and tuned.voices["Me"].bos_token == 502
+    assert list(tuned.voices) == ["Ann", "Bob", "Me"]
+    assert tuned.voices["Me"].bos_token == 502
     assert tuned.respond([{"role": "user", "content": "say a"}], voice="Me")
     assert json.loads((out / "trained.json").read_text())["stages"] == ["chat", "talker"]
     with pytest.raises(UserError, match="--resume goes on with it"):
@@ -440,8 +779,13 @@ def test_a_run_cut_off_between_its_stages_ends_the_same(tmp_path, small, spoken,
     data = write(tmp_path, spoken)
     own_data.tune("tiny", data, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patch:
-        patch.setattr(own_data, "train", lambda stage, *rest, **more: train(
-            stage, *rest, **more, until=2 if stage.name == "talker" else None))
+        patch.setattr(
+            own_data,
+            "train",
+            lambda stage, *rest, **more: train(
+                stage, *rest, **more, until=2 if stage.name == "talker" else None
+            ),
+        )
         with pytest.raises(UserError, match="talker.safetensors is missing"):
             own_data.tune("tiny", data, tmp_path / "halves", epochs=2)
     assert not (tmp_path / "halves").exists()
@@ -456,7 +800,10 @@ def test_folder_of_spoken_digits(tmp_path, small, recordings):
     for name in ("3_ann_0.wav", "0_bob_12.wav", "readme.wav"):
         soundfile.write(folder / name, recordings.wave(0), 8_000)
     rows = list(own_lines.layout(tmp_path / "digits"))
-    assert [row["messages"][-1]["content"] for row in rows] == ["the digit is zero", "the digit is three"]
+    assert [row["messages"][-1]["content"] for row in rows] == [
+        "the digit is zero",
+        "the digit is three",
+    ]
     assert own_data.tune("tiny", tmp_path / "digits", tmp_path / "tuned", epochs=1).is_dir()
     with pytest.raises(UserError, match='no line has "speech"'):
         own_data.tune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
@@ -465,7 +812,10 @@ def test_folder_of_spoken_digits(tmp_path, small, recordings):
 def test_folder_of_ljspeech(tmp_path, small, recordings):
     folder = tmp_path / "LJ"
     (folder / "wavs").mkdir(parents=True)
-    rows = [f"LJ-{i}|{recordings.utterances[i].text} 1|{recordings.utterances[i].text} one" for i in range(3)]
+    rows = [
+        f"LJ-{i}|{recordings.utterances[i].text} 1|{recordings.utterances[i].text} one"
+        for i in range(3)
+    ]
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
     for i in range(2):
         soundfile.write(folder / "wavs" / f"LJ-{i}.wav", recordings.wave(i), 22_050)
@@ -479,15 +829,23 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
         list(own_lines.layout(folder))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with a mark", "cp1252", "shift_jis"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with a mark", "cp1252", "shift_jis"]
+)
 def test_metadata_in_any_encoding(encoding, tmp_path):
     (tmp_path / "LJ" / "wavs").mkdir(parents=True)
     mark = "\ufeff" if "mark" in encoding else ""
     text = mark + "Ü-1|ein Ü \u3042|ein Ü\r\nU-2|zwei\u2028Ü|zwei\u2028Ü\r\n"
-    text = text if encoding.startswith("utf") else "U-0|ein\n" + {"cp1252": "Ü-1|Übung\n", "shift_jis": "U-1|\u3042\n"}[encoding]
+    text = (
+        text
+        if encoding.startswith("utf")
+        else "U-0|ein\n" + {"cp1252": "Ü-1|Übung\n", "shift_jis": "U-1|\u3042\n"}[encoding]
+    )
     (tmp_path / "LJ" / "metadata.csv").write_bytes(text.encode(encoding.split()[0]))
     if not encoding.startswith("utf"):
-        with pytest.raises(UserError, match=r"metadata.csv: is not UTF-8 \(byte \d+, in row 2\); save it as UTF-8"):
+        with pytest.raises(
+            UserError, match=r"metadata.csv: is not UTF-8 \(byte \d+, in row 2\); save it as UTF-8"
+        ):
             list(own_lines.layout(tmp_path / "LJ"))
         return
     rows = list(own_lines.layout(tmp_path / "LJ"))
@@ -495,20 +853,35 @@ def test_metadata_in_any_encoding(encoding, tmp_path):
     assert [row["messages"][-1]["content"] for row in rows] == ["ein Ü", "zwei\u2028Ü"]
 
 
-@pytest.mark.parametrize("content, says", [(b"a|b\0|c\xff", "is not UTF-8"), (b"\xff\xfea", "is not UTF-16"),
-                                           (b"a|" + b"b" * 200_000, "row 1 cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a|b\0|c\xff", "is not UTF-8"),
+        (b"\xff\xfea", "is not UTF-16"),
+        (b"a|" + b"b" * 200_000, "row 1 cannot be read"),
+    ],
+)
 def test_broken_metadata(content, says, tmp_path):
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(UserError) as error:
         list(own_lines.layout(tmp_path))
-    assert says in str(error.value) and "metadata.csv" in str(error.value)
+    assert says in str(error.value)
+    assert "metadata.csv" in str(error.value)
 
 
-@pytest.mark.parametrize("out, says", [
-    ("", "expected the name of a folder"), (".", "expected the name of a folder"), ("..", "expected the name of a folder"),
-    ("file", "is a file"), ("file/below", "cannot be written"), ("full", "holds something that is no model"),
-    ("x" * 300, "File name too long"), ("x" * 253, "File name too long"),
-])
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("", "expected the name of a folder"),
+        (".", "expected the name of a folder"),
+        ("..", "expected the name of a folder"),
+        ("file", "is a file"),
+        ("file/below", "cannot be written"),
+        ("full", "holds something that is no model"),
+        ("x" * 300, "File name too long"),
+        ("x" * 253, "File name too long"),
+    ],
+)
 def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
     """Told before the data are read or a model is loaded."""
     monkeypatch.chdir(tmp_path)
@@ -518,20 +891,27 @@ def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(UserError) as error:
         own_data.tune("tiny", tmp_path / "none.jsonl", Path(out))
-    assert says in str(error.value) and (tmp_path / "file").read_text() == "mine"
+    assert says in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}
 
 
-@pytest.mark.parametrize("options, says", [
-    (["--data", "none.jsonl"], "no such file or folder"),
-    (["--data", "."], "and no metadata.csv"),
-    (["--data", "none.jsonl", "--stage", "codec"], "own data has no stage 'codec'"),
-    (["huge", "--data", "none.jsonl"], "no recipe tunes 'huge'"),
-    (["--epochs", "3"], "go with --data"),
-    (["--out", "x"], "go with --data"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data", "none.jsonl"], "no such file or folder"),
+        (["--data", "."], "and no metadata.csv"),
+        (["--data", "none.jsonl", "--stage", "codec"], "own data has no stage 'codec'"),
+        (["huge", "--data", "none.jsonl"], "no recipe tunes 'huge'"),
+        (["--epochs", "3"], "go with --data"),
+        (["--out", "x"], "go with --data"),
+    ],
+)
 def test_the_command_line(options, says, tmp_path, small, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["minomni", "train", *options, "--home", str(tmp_path / "home")])
+    monkeypatch.setattr(
+        sys, "argv", ["minomni", "train", *options, "--home", str(tmp_path / "home")]
+    )
     assert command.main() == 2
-    assert says in capsys.readouterr().err and not (tmp_path / "home" / "tuned").exists()
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "home" / "tuned").exists()

@@ -9,8 +9,15 @@ from PIL import Image
 
 from minomni.config import QWEN7B, SMALL, TINY
 from minomni.errors import UserError
-from minomni.inputs.patches import (CHANNEL_MEAN, CHANNEL_STD, frame_size, image_patches, smart_resize, to_patches,
-                                     video_patches)
+from minomni.inputs.patches import (
+    CHANNEL_MEAN,
+    CHANNEL_STD,
+    frame_size,
+    image_patches,
+    smart_resize,
+    to_patches,
+    video_patches,
+)
 from tests.oracle import GOLDEN
 
 VISION, MEDIA = QWEN7B.thinker.vision, QWEN7B.media
@@ -31,8 +38,12 @@ def digest(patches: np.ndarray) -> np.ndarray:
 def official(array: np.ndarray) -> tuple[np.ndarray, list[int]]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    out = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)([array], return_tensors="np")
-    return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])[0].tolist()
+    out = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)(
+        [array], return_tensors="np"
+    )
+    return np.asarray(out["pixel_values"], np.float32), np.asarray(out["image_grid_thw"])[
+        0
+    ].tolist()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -40,8 +51,11 @@ def test_equals_the_official_processor(size):
     pytest.importorskip("transformers", reason="the official code is not installed")
     theirs, grid = official(picture(*size))
     ours, our_grid = image_patches(Image.fromarray(picture(*size)), VISION, MEDIA)
-    assert list(our_grid) == grid and ours.shape == theirs.shape
-    assert np.abs(ours.numpy() - theirs).max() < 1e-5  # both resize with PIL: only float noise is left
+    assert list(our_grid) == grid
+    assert ours.shape == theirs.shape
+    assert (
+        np.abs(ours.numpy() - theirs).max() < 1e-5
+    )  # both resize with PIL: only float noise is left
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -51,20 +65,31 @@ def test_equals_what_the_official_processor_answered(size):
     assert np.abs(digest(ours.numpy()) - golden).max() < 1e-5
 
 
-@pytest.mark.parametrize("size, expected", [
-    ((84, 112), (84, 112)), ((42, 42), (56, 56)), ((70, 98), (56, 112)),  # 2.5 cells round to 2, 3.5 to 4: to even
-    ((20, 20), (56, 56)), ((8000, 8000), (3584, 3584)),
-])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((84, 112), (84, 112)),
+        ((42, 42), (56, 56)),
+        ((70, 98), (56, 112)),  # 2.5 cells round to 2, 3.5 to 4: to even
+        ((20, 20), (56, 56)),
+        ((8000, 8000), (3584, 3584)),
+    ],
+)
 def test_smart_resize(size, expected):
     found = smart_resize(*size, 28, 3136, 12_845_056)
-    assert found == expected and found[0] * found[1] <= 12_845_056
+    assert found == expected
+    assert found[0] * found[1] <= 12_845_056
 
 
 def test_sizes_equal_the_official_ones():
-    official = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
-                                   reason="the official code is not installed")
+    official = pytest.importorskip(
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+        reason="the official code is not installed",
+    )
     random = Random(0)
-    limits = [(m.image_min_pixels, m.image_max_pixels) for m in (QWEN7B.media, SMALL.media, TINY.media)]
+    limits = [
+        (m.image_min_pixels, m.image_max_pixels) for m in (QWEN7B.media, SMALL.media, TINY.media)
+    ]
     for _ in range(5_000):
         height, width = (int(2 ** random.uniform(0, 13)) for _ in range(2))
         if max(height, width) <= 200 * min(height, width):
@@ -74,12 +99,20 @@ def test_sizes_equal_the_official_ones():
 
 
 def test_frames_of_a_clip_are_official_pictures_in_pairs():
-    """The official video processor is the image processor with two different frames in the place of two equal ones."""
+    """The official video processor is the image processor with two different frames in the place of
+    two equal ones.
+    """
     pytest.importorskip("transformers", reason="the official code is not installed")
-    frames = [picture(308, 364), picture(308, 364)[::-1].copy(), picture(308, 364)[:, ::-1].copy()]  # within all limits
+    frames = [
+        picture(308, 364),
+        picture(308, 364)[::-1].copy(),
+        picture(308, 364)[:, ::-1].copy(),
+    ]  # within all limits
     ours, grid = video_patches(torch.from_numpy(np.stack(frames)), VISION, MEDIA)
     assert grid == (2, 22, 26)
-    theirs = [torch.from_numpy(official(frame)[0]).view(-1, 3, 2, 196) for frame in (*frames, frames[-1])]
+    theirs = [
+        torch.from_numpy(official(frame)[0]).view(-1, 3, 2, 196) for frame in (*frames, frames[-1])
+    ]
     expected = [torch.stack([a[:, :, 0], b[:, :, 0]], 2) for a, b in zip(theirs[::2], theirs[1::2])]
     assert (ours.view(2, -1, 3, 2, 196) - torch.stack(expected)).abs().max() < 1e-5
 
@@ -101,7 +134,8 @@ def test_order_of_rows_and_columns():
     axes = torch.meshgrid(torch.arange(n), torch.arange(height), torch.arange(width), indexing="ij")
     where = torch.stack(axes, 1).float()
     patches, grid = to_patches(where, VISION)  # channels are frame, row, column
-    assert grid == (2, 4, 6) and patches.shape == (48, 1176)
+    assert grid == (2, 4, 6)
+    assert patches.shape == (48, 1176)
     row = 0
     for t in range(2):
         for cell_y in range(2):
@@ -119,7 +153,8 @@ def test_order_of_rows_and_columns():
 def test_a_picture_is_two_equal_frames():
     patches, grid = image_patches(Image.fromarray(picture(56, 84)), VISION, MEDIA)
     pairs = patches.view(-1, 3, 2, 196)
-    assert grid == (1, 4, 6) and torch.equal(pairs[:, :, 0], pairs[:, :, 1])
+    assert grid == (1, 4, 6)
+    assert torch.equal(pairs[:, :, 0], pairs[:, :, 1])
 
 
 def test_odd_clips_repeat_their_last_frame():
@@ -132,12 +167,17 @@ def test_odd_clips_repeat_their_last_frame():
     assert not torch.equal(first[:, :, 0], first[:, :, 1])
 
 
-@pytest.mark.parametrize("n, most", [(2, 602_112), (300, 602_112), (340, 90_316_800 * 2 / 340), (768, 235_200),
-                                     (4_000, 105_369)])
+@pytest.mark.parametrize(
+    ("n", "most"),
+    [(2, 602_112), (300, 602_112), (340, 90_316_800 * 2 / 340), (768, 235_200), (4_000, 105_369)],
+)
 def test_frames_of_long_clips_get_smaller(n, most):
-    """Pairs share 90,316,800 pixels, a frame keeps at least 105,369 of them (release: qwen-omni-utils)."""
+    """Pairs share 90,316,800 pixels, a frame keeps at least 105,369 of them (release:
+    qwen-omni-utils).
+    """
     height, width = frame_size(n, 1080, 1920, 28, MEDIA, "a clip")
-    assert height % 28 == width % 28 == 0 and 0.85 * most < height * width <= most
+    assert height % 28 == width % 28 == 0
+    assert 0.85 * most < height * width <= most
 
 
 def test_white_is_normalised():

@@ -15,7 +15,9 @@ def page(monkeypatch):
     """What a page would get: things shown, and messages to the player."""
     got = []
     monkeypatch.setattr(player, "display", lambda thing: got.append(type(thing).__name__))
-    monkeypatch.setattr(player.Player, "send", lambda self, content, buffers=(): got.append((content, *buffers)))
+    monkeypatch.setattr(
+        player.Player, "send", lambda self, content, buffers=(): got.append((content, *buffers))
+    )
     return got
 
 
@@ -23,21 +25,28 @@ def pieces(waves=WAVES):
     yield TextPiece("yes", 0.1)
     for wave in waves:
         yield SoundPiece(wave, 16_000, 0.2)
-    yield End(Reply("yes", torch.cat([torch.empty(0), *waves]), 16_000, torch.empty(0), 0.3, Trace()))
+    yield End(
+        Reply("yes", torch.cat([torch.empty(0), *waves]), 16_000, torch.empty(0), 0.3, Trace())
+    )
 
 
 def test_without_a_reader_there_is_one_player_with_the_whole(page):
     kinds = [type(piece) for piece in player.heard(pieces())]
-    assert kinds == [TextPiece, SoundPiece, SoundPiece, End] and page == ["Audio"]
-    assert [type(piece) for piece in player.heard(pieces(()))] == [TextPiece, End] and page == ["Audio"]
+    assert kinds == [TextPiece, SoundPiece, SoundPiece, End]
+    assert page == ["Audio"]
+    assert [type(piece) for piece in player.heard(pieces(()))] == [TextPiece, End]
+    assert page == ["Audio"]
 
 
 def test_each_piece_is_in_the_page_before_it_is_handed_on(page, monkeypatch):
     monkeypatch.setattr(player, "somebody_is_there", lambda: True)
     seen = [len(page) for _ in player.heard(pieces())]
-    assert seen == [1, 2, 3, 5] and page[0] == "Player" and page[-1] == "Audio"
+    assert seen == [1, 2, 3, 5]
+    assert page[0] == "Player"
+    assert page[-1] == "Audio"
     (first, one), (_, two), over = page[1:4]
-    assert first == {"rate": 16_000} and over == ({"over": True},)
+    assert first == {"rate": 16_000}
+    assert over == ({"over": True},)
     assert np.frombuffer(one + two, np.float32).tolist() == torch.cat(WAVES).tolist()
 
 

@@ -1,6 +1,8 @@
-"""The quick tests once more as on other kinds of processors: no number may depend on instruction sets, oneDNN or threads.
+"""The quick tests once more as on other kinds of processors: no number may depend on instruction
+sets, oneDNN or threads.
 
-A process reads its instruction sets once, when PyTorch starts, so each kind of processor is a pytest process of its own.
+A process reads its instruction sets once, when PyTorch starts, so each kind of processor is a
+pytest process of its own.
 """
 
 import os
@@ -11,24 +13,55 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("layers", "listen", "mel", "parity", "patches", "prompt", "talker", "tmrope", "token2wav", "token2wav_stream",
-         "voices")
-TRAINING = ("tests/test_train.py", "-k", "muon or newton or resume_is_exact or overfits_one_batch and (codec or ears or language)")
+QUICK = (
+    "layers",
+    "listen",
+    "mel",
+    "parity",
+    "patches",
+    "prompt",
+    "talker",
+    "tmrope",
+    "token2wav",
+    "token2wav_stream",
+    "voices",
+)
+TRAINING = (
+    "tests/test_train.py",
+    "-k",
+    "muon or newton or resume_is_exact or overfits_one_batch and (codec or ears or language)",
+)
 PROCESSORS = {
     "no AVX, no oneDNN, two threads": {
-        "ATEN_CPU_CAPABILITY": "default", "MINOMNI_TEST_ONEDNN": "off", "MINOMNI_TEST_BF16": "off",
-        "OMP_NUM_THREADS": "2", "MINOMNI_TEST_THREADS": "2"},
+        "ATEN_CPU_CAPABILITY": "default",
+        "MINOMNI_TEST_ONEDNN": "off",
+        "MINOMNI_TEST_BF16": "off",
+        "OMP_NUM_THREADS": "2",
+        "MINOMNI_TEST_THREADS": "2",
+    },
     "AVX2, bf16, four threads": {
-        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MINOMNI_TEST_BF16": "on",
-        "OMP_NUM_THREADS": "4", "MINOMNI_TEST_THREADS": "4"},
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MINOMNI_TEST_BF16": "on",
+        "OMP_NUM_THREADS": "4",
+        "MINOMNI_TEST_THREADS": "4",
+    },
 }
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.parametrize("tests", [[f"tests/test_{name}.py" for name in QUICK], TRAINING], ids=["model", "training"])
+@pytest.mark.parametrize(
+    "tests", [[f"tests/test_{name}.py" for name in QUICK], TRAINING], ids=["model", "training"]
+)
 def test_numbers_are_those_of_any_processor(tests, processor):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **PROCESSORS[processor]}, capture_output=True,
-                         text=True, encoding="utf-8")
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **PROCESSORS[processor]},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout

@@ -1,14 +1,16 @@
-"""The READMEs hold what they promise: the tree is the disk, commands exist, links lead somewhere, both say the same."""
+"""The READMEs hold what they promise: the tree is the disk, commands exist, links lead somewhere,
+both say the same.
+"""
 
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
+import chapters
 import pytest
 import torch
 
-import chapters
 from minomni.__main__ import parser
 from minomni.config import SIZES
 from minomni.omni import Omni
@@ -16,8 +18,13 @@ from minomni.omni import Omni
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 # sections whose first tables say the same
-SECTIONS = {"The course": "课程", "Report card": "成绩单", "Speaking while thinking": "边想边说", "Three sizes": "三种大小",
-            "What is often told about the release, and what it does": "常见说法与官方发布的实际做法"}
+SECTIONS = {
+    "The course": "课程",
+    "Report card": "成绩单",
+    "Speaking while thinking": "边想边说",
+    "Three sizes": "三种大小",
+    "What is often told about the release, and what it does": "常见说法与官方发布的实际做法",
+}
 WHOLE_FOLDERS = ("tests/golden/", "data_samples/*/")  # one line for all that is in them
 BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?: +(?P<phrase>\S.*))?")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -46,14 +53,18 @@ def read_tree(block: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def tree() -> dict[str, str]:
     blocks = [block for block in fences("", "text") if re.search(r"[├└]── minomni/", block)]
-    assert len(blocks) == 1, f"the README has {len(blocks)} trees that begin in minomni/; expected one"
+    assert len(blocks) == 1, (
+        f"the README has {len(blocks)} trees that begin in minomni/; expected one"
+    )
     return read_tree(blocks[0])
 
 
 @pytest.fixture(scope="module")
 def tracked() -> list[str]:
     try:
-        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+        listing = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout here, so nothing says which files belong to the project")
     return [name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
@@ -70,11 +81,21 @@ def whole_folder(path: str) -> str | None:
 def expected(tracked: list[str]) -> set[str]:
     """What the tree has to name: every file but those of whole folders, and every folder.
 
-    A folder's phrase speaks for its __init__.py too, except for the package's own, which holds load().
+    A folder's phrase speaks for its __init__.py too, except for the package's own, which holds
+    load().
     """
-    files = [path for path in tracked if not path.endswith("/__init__.py") or path == "minomni/__init__.py"]
+    files = [
+        path
+        for path in tracked
+        if not path.endswith("/__init__.py") or path == "minomni/__init__.py"
+    ]
     names = {whole_folder(path) or path for path in files}
-    folders = {f"{folder.as_posix()}/" for name in names for folder in Path(name).parents if folder != Path(".")}
+    folders = {
+        f"{folder.as_posix()}/"
+        for name in names
+        for folder in Path(name).parents
+        if folder != Path(".")
+    }
     return names | folders
 
 
@@ -90,14 +111,21 @@ def test_every_line_of_the_tree_has_a_phrase(tree):
 
 def commands(readme: Path) -> list[list[str]]:
     """The commands in a README's shell blocks, as lists of words."""
-    lines = "\n".join(fences("bash", "sh", "shell", "console", readme=readme)).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+    lines = (
+        "\n".join(fences("bash", "sh", "shell", "console", readme=readme))
+        .replace("\\\n", " ")
+        .splitlines()
+    )
+    return [
+        words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))
+    ]
 
 
 @pytest.mark.parametrize("readme", [README, CHINESE], ids=lambda path: path.stem)
 def test_commands_exist(readme):
     found = commands(readme)
-    assert ["python", "run.py"] in found and ["python", "run.py", "test"] in found
+    assert ["python", "run.py"] in found
+    assert ["python", "run.py", "test"] in found
     for words in found:
         if words[0] in ("python", "python3") and words[1:3] == ["-m", "minomni"]:
             parser().parse_args(words[3:])  # raises for options and commands that are not there
@@ -118,14 +146,18 @@ def test_links_lead_somewhere(readme):
 @pytest.mark.parametrize("readme", chapters.HEADS)
 def test_the_table_of_chapters_is_what_the_notebooks_say(readme):
     """Otherwise: python tests/refresh_notebooks.py README."""
-    assert chapters.TABLE.search((ROOT / readme).read_text(encoding="utf-8"))[0] == chapters.table(readme)
+    assert chapters.TABLE.search((ROOT / readme).read_text(encoding="utf-8"))[0] == chapters.table(
+        readme
+    )
 
 
 def rows(readme: Path, section: str) -> list[list[str]]:
     """The rows of the first table under a heading, its head left out."""
     text = readme.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
     table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
 
 
 def facts(row: list[str]) -> tuple[str, list[str]]:
@@ -141,7 +173,8 @@ def test_the_chinese_readme_says_the_same(section):
         english, chinese = ([row[:1] + row[3:] for row in table] for table in (english, chinese))
     if section == "Speaking while thinking":  # its last column is said in the text
         english = [row[:2] for row in english]
-    assert len(english) > 5 and list(map(facts, chinese)) == list(map(facts, english))
+    assert len(english) > 5
+    assert list(map(facts, chinese)) == list(map(facts, english))
 
 
 def test_facts_of_a_row():
@@ -151,10 +184,20 @@ def test_facts_of_a_row():
 
 def test_reading_a_tree():
     drawn = "x/\n├── a/   phrase a\n│   ├── b.py   phrase b\n│   └── c/   phrase c\n│       └── d.py   phrase d\n└── e   phrase e\n"
-    assert read_tree(drawn) == {"a/": "phrase a", "a/b.py": "phrase b", "a/c/": "phrase c", "a/c/d.py": "phrase d",
-                                "e": "phrase e"}
+    assert read_tree(drawn) == {
+        "a/": "phrase a",
+        "a/b.py": "phrase b",
+        "a/c/": "phrase c",
+        "a/c/d.py": "phrase d",
+        "e": "phrase e",
+    }
     assert expected(["tests/golden/a.npz", "tests/x.py", "data_samples/speech/0.flac"]) == {
-        "tests/", "tests/golden/", "tests/x.py", "data_samples/", "data_samples/speech/"}
+        "tests/",
+        "tests/golden/",
+        "tests/x.py",
+        "data_samples/",
+        "data_samples/speech/",
+    }
 
 
 def test_parameters_are_those_of_the_sizes():
@@ -163,6 +206,8 @@ def test_parameters_are_those_of_the_sizes():
         with torch.device("meta"):
             parameters = dict(Omni(config).named_parameters())
         for row, prefix in names.items():
-            line = re.search(rf"^\| {row} \|.*$", README.read_text(encoding="utf-8"), re.MULTILINE)[0]
+            line = re.search(rf"^\| {row} \|.*$", README.read_text(encoding="utf-8"), re.MULTILINE)[
+                0
+            ]
             count = sum(p.numel() for name, p in parameters.items() if name.startswith(prefix))
             assert line.split("|")[column + 1].strip() == f"{count:,}"

@@ -1,4 +1,6 @@
-"""Real digits: what augments them, what learns from them, and a count that leaves the tested speaker out."""
+"""Real digits: what augments them, what learns from them, and a count that leaves the tested
+speaker out.
+"""
 
 import os
 from dataclasses import replace
@@ -30,19 +32,26 @@ def folder(tmp_path) -> Path:
 def test_augmented_mels_stay_mels(folder):
     mel = real_digits.clips_by_speaker(folder)["ann"][0][0]
     made = [real_digits.augment(mel, Random(i)) for i in range(20)]
-    assert torch.equal(made[3], real_digits.augment(mel, Random(3))) and not torch.equal(made[3][:, :9], made[4][:, :9])
+    assert torch.equal(made[3], real_digits.augment(mel, Random(3)))
+    assert not torch.equal(made[3][:, :9], made[4][:, :9])
     for x in made:
-        assert x.shape[0] == 128 and 0.6 < x.shape[1] / mel.shape[1] < 2 and torch.isfinite(x).all()
+        assert x.shape[0] == 128
+        assert 0.6 < x.shape[1] / mel.shape[1] < 2
+        assert torch.isfinite(x).all()
         assert 0 < x.max() - x.min() <= real_digits.RANGE + 1e-5
 
 
 def test_resampling_by_hand():
     x = torch.tensor([[0.0, 1.0, 4.0]])
-    assert real_digits.resample(x, torch.tensor([0.0, 0.5, 1.5, 2.0])).tolist() == [[0.0, 0.5, 2.5, 4.0]]
+    assert real_digits.resample(x, torch.tensor([0.0, 0.5, 1.5, 2.0])).tolist() == [
+        [0.0, 0.5, 2.5, 4.0]
+    ]
 
 
 def test_levels_by_hand(monkeypatch):
-    mel = torch.tensor([[0.0, 4.0, 6.0], [0.0, 0.0, 2.0]])  # loudness 0, 2, 4: the last two frames are the louder half
+    mel = torch.tensor(
+        [[0.0, 4.0, 6.0], [0.0, 0.0, 2.0]]
+    )  # loudness 0, 2, 4: the last two frames are the louder half
     levels = real_digits.band_levels([mel[:, :1], mel[:, 1:]])
     torch.testing.assert_close(levels, torch.tensor([[10 / 3], [2 / 3]]))
     monkeypatch.setattr(real_digits, "LEVELLED", 0.5)
@@ -53,8 +62,12 @@ def test_levels_by_hand(monkeypatch):
 def test_a_microphone_is_levelled_out(folder):
     mel = real_digits.clips_by_speaker(folder)["ann"][0][0]
     levels, colour = torch.zeros(128, 1), torch.linspace(-0.3, 0.3, 128)[:, None]
-    apart = real_digits.levelled(mel + colour - colour.mean(), levels) - real_digits.levelled(mel, levels)
-    torch.testing.assert_close(apart, (colour - colour.mean()).expand_as(apart) * (1 - real_digits.LEVELLED))
+    apart = real_digits.levelled(mel + colour - colour.mean(), levels) - real_digits.levelled(
+        mel, levels
+    )
+    torch.testing.assert_close(
+        apart, (colour - colour.mean()).expand_as(apart) * (1 - real_digits.LEVELLED)
+    )
 
 
 def test_blur_by_hand():
@@ -75,7 +88,13 @@ def test_lessons_are_levelled(folder, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(real_digits, "LEVELLED", 1.0)
     clips = real_digits.clips_by_speaker(folder)
     stage = real_digits.DigitsStage(
-        minomni.load(str(tiny_folder)), Recipe(100, 4, 5e-3), tmp_path, 0, clips["ann"], clips["bob"])
+        minomni.load(str(tiny_folder)),
+        Recipe(100, 4, 5e-3),
+        tmp_path,
+        0,
+        clips["ann"],
+        clips["bob"],
+    )
     assert_levelled(stage.batch(0)[0], clips["ann"])  # the crowd is no measure of people
 
 
@@ -91,9 +110,20 @@ def test_lessons_are_blurred(folder, monkeypatch):
 def test_the_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
     clips = real_digits.clips_by_speaker(folder)
     stage = real_digits.DigitsStage(
-        minomni.load(str(tiny_folder)), Recipe(100, 4, 5e-3, warmup=2), tmp_path, 0, clips["ann"], clips["bob"])
+        minomni.load(str(tiny_folder)),
+        Recipe(100, 4, 5e-3, warmup=2),
+        tmp_path,
+        0,
+        clips["ann"],
+        clips["bob"],
+    )
     batch = stage.batch(0)
-    assert sorted(digit % 2 for digit in batch[1]) == [0, 0, 1, 1]  # half of a batch are people, half the crowd
+    assert sorted(digit % 2 for digit in batch[1]) == [
+        0,
+        0,
+        1,
+        1,
+    ]  # half of a batch are people, half the crowd
     stage.batch = lambda step: batch
     with torch.no_grad():
         before = sum(stage.losses(batch).values())
@@ -107,15 +137,26 @@ def test_the_tested_speaker_is_left_out(folder, tiny_folder, tmp_path, monkeypat
     monkeypatch.setattr(real_digits, "RECIPE", replace(real_digits.RECIPE, steps=1, batch=2))
     monkeypatch.setattr(real_digits, "LEVELLED", 1.0)
     seen, asked, count = [], [], real_digits.right
-    monkeypatch.setattr(real_digits, "right", lambda omni, clips: asked.append(clips) or count(omni, clips))
+    monkeypatch.setattr(
+        real_digits, "right", lambda omni, clips: asked.append(clips) or count(omni, clips)
+    )
     stage = real_digits.DigitsStage
-    monkeypatch.setattr(real_digits, "DigitsStage", lambda *a: seen.append(sorted(d for _, d in a[4])) or stage(*a))
-    weights.save(minomni.load(str(tiny_folder)).half(), tmp_path / "half")  # as the shipped one is stored
+    monkeypatch.setattr(
+        real_digits, "DigitsStage", lambda *a: seen.append(sorted(d for _, d in a[4])) or stage(*a)
+    )
+    weights.save(
+        minomni.load(str(tiny_folder)).half(), tmp_path / "half"
+    )  # as the shipped one is stored
     scores = real_digits.leave_one_out(str(tmp_path / "half"), folder, tmp_path / "corpus")
-    assert scores == {"ann": (0, 3), "bob": (0, 3)}  # a model of random weights answers nothing right
+    assert scores == {
+        "ann": (0, 3),
+        "bob": (0, 3),
+    }  # a model of random weights answers nothing right
     assert seen == [[1, 3, 5], [0, 2, 4]]  # ann says the even digits
     clips = real_digits.clips_by_speaker(folder)
-    for held, other in zip(asked, ("bob", "ann")):  # ann is asked at bob's level, which does not know hers
+    for held, other in zip(
+        asked, ("bob", "ann")
+    ):  # ann is asked at bob's level, which does not know hers
         assert_levelled([mel for mel, _ in held], clips[other])
     for path in folder.glob("*_bob_*"):
         path.unlink()
@@ -125,14 +166,20 @@ def test_the_tested_speaker_is_left_out(folder, tiny_folder, tmp_path, monkeypat
 
 def test_right_answers_are_counted(folder, monkeypatch, tiny_folder):
     omni = minomni.load(str(tiny_folder))
-    says = {f: omni.tokenizer.encode(real_digits.answer(f)) + [omni.config.thinker.tokens.im_end] for f in (0, 2, 3)}
+    says = {
+        f: omni.tokenizer.encode(real_digits.answer(f)) + [omni.config.thinker.tokens.im_end]
+        for f in (0, 2, 3)
+    }
     reply = type("Reply", (), {"tokens": [says[0], says[3], says[2]]})
     monkeypatch.setattr(omni.thinker, "generate", lambda *_: reply)
     clips = [(torch.zeros(128, 40), digit) for digit in (0, 1, 2)]
     assert real_digits.right(omni, clips) == 2
 
 
-@pytest.mark.skipif(not DIGITS.is_dir(), reason=f"no real digits in {DIGITS.name}/; MINOMNI_DIGITS names their folder")
+@pytest.mark.skipif(
+    not DIGITS.is_dir(),
+    reason=f"no real digits in {DIGITS.name}/; MINOMNI_DIGITS names their folder",
+)
 def test_real_recordings_are_read():
     clips = real_digits.clips_by_speaker(DIGITS)
     assert len(clips) >= 4

@@ -17,7 +17,9 @@ from minomni.train.vocabulary import English, english, told_apart
 
 def test_interval_by_hand():
     low, high = report.Row("x", 0.5, 100).interval()
-    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-3)  # Wilson's interval for 50 of 100
+    assert (low, high) == pytest.approx(
+        (0.4038, 0.5962), abs=1e-3
+    )  # Wilson's interval for 50 of 100
     assert report.Row("x", 0.0, 20).interval()[0] == 0.0
     assert report.Row("x", 1.0, 20).interval() == pytest.approx((0.8389, 1.0), abs=1e-3)
 
@@ -25,7 +27,8 @@ def test_interval_by_hand():
 def test_card_as_markdown_and_fractions():
     card = report.Card("m", [report.Row("a", 0.25, 8), report.Row("b", None, 0)], 1.0)
     assert card.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
-    assert "| a | 25.0% |" in card.markdown() and "not measurable here" in card.markdown()
+    assert "| a | 25.0% |" in card.markdown()
+    assert "not measurable here" in card.markdown()
 
 
 def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
@@ -33,15 +36,25 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     card = report.measure(str(tiny_folder), items=2)
     values = card.fractions()
-    assert json.loads(json.dumps(values)) == values and all(0 <= row.n for row in card.rows)
-    others = "real_digits_accuracy sync_accuracy_mrope spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer streamed_speech_wer " \
-             "natural_speech_wer stop_errors voice_accuracy"
-    kept = "dpo_wer_before dpo_wer_after train_seconds"  # only where the stages are kept, and the folder says how long
+    assert json.loads(json.dumps(values)) == values
+    assert all(row.n >= 0 for row in card.rows)
+    others = (
+        "real_digits_accuracy sync_accuracy_mrope spoken_over_typed asr_wer asr_wer_unseen_voices speech_wer streamed_speech_wer "
+        "natural_speech_wer stop_errors voice_accuracy"
+    )
+    # only where the stages are kept, and the folder says how long
+    kept = "dpo_wer_before dpo_wer_after train_seconds"
     assert set(report.ANSWERS) | set(others.split()) | set(kept.split()) == set(values)
     assert all(values[name] is None for name in kept.split())
-    assert values["real_digits_accuracy"] is values["sync_accuracy_mrope"] is None  # no folder was given, nor ablated
-    assert values["asr_wer_unseen_voices"] is None  # no recordings of such voices without the synthesiser
-    assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]  # a model of random weights says nothing
+    assert (
+        values["real_digits_accuracy"] is values["sync_accuracy_mrope"] is None
+    )  # no folder was given, nor ablated
+    assert (
+        values["asr_wer_unseen_voices"] is None
+    )  # no recordings of such voices without the synthesiser
+    assert (
+        values["natural_speech_wer"] < 0.35 < values["speech_wer"]
+    )  # a model of random weights says nothing
     assert (tmp_path / "runs" / "report.md").read_text() == card.markdown()
 
 
@@ -52,7 +65,11 @@ def test_a_folder_of_digits_is_looked_at_before_anything_is_measured(monkeypatch
         (tmp_path / "two" / name).write_bytes(b"no sound")
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "1_ann_0.wav").write_bytes(b"no sound")
-    for name, says in (("none", "holds no"), ("one", "recordings of 1 speakers"), ("two", "1_ann_0.wav")):
+    for name, says in (
+        ("none", "holds no"),
+        ("one", "recordings of 1 speakers"),
+        ("two", "1_ann_0.wav"),
+    ):
         with pytest.raises(UserError, match=says):
             report.measure("data_samples/tiny", digits=tmp_path / name)
 
@@ -61,46 +78,74 @@ def test_word_errors_count_sentences_as_a_whole():
     row = report.word_error_row("x", [(0, 4), (2, 4), (0, 8)])
     assert (row.value, row.n) == (2 / 16, 16)
     low, high = row.interval()
-    assert low == 0.0 and 0.25 <= high <= 0.5  # some draws hold no wrong sentence, some two or three
+    assert low == 0.0
+    assert 0.25 <= high <= 0.5
 
 
 def test_hard_sentences_are_long_held_out_and_repeat_a_word():
     hard = report.hard_sentences()
-    assert len(hard) > 20 and hard == report.hard_sentences()
+    assert len(hard) > 20
+    assert hard == report.hard_sentences()
     trained = set(speech.all_statements(held=False))
     for text in hard:
         words = [word for word in text.split() if word not in ("a", "and", "is", "the")]
-        assert len(text.split()) >= 9 and len(set(words)) < len(words)
-        halves = [text[: at.start()] for at in re.finditer(" and ", text)]  # a statement may hold an "and" of its own
+        assert len(text.split()) >= 9
+        assert len(set(words)) < len(words)
+        halves = [
+            text[: at.start()] for at in re.finditer(" and ", text)
+        ]  # a statement may hold an "and" of its own
         assert not trained & {*halves, *(text[at.end() :] for at in re.finditer(" and ", text))}
 
 
 def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
-    """Two recordings, of four words each: one misheard, one replaced, one word too many, the frame's own faults aside."""
+    """Two recordings, of four words each: one misheard, one replaced, one word too many, the
+    frame's own faults aside.
+    """
     few = ["garden", "window", "silver", "number"]
-    texts = ["the garden window is above the silver number", "the silver garden is left of the number window"]
-    speeches = speech.Speech(np.zeros(4, np.int16), [speech.Utterance(text, "Anna", i, i + 1) for i, text in enumerate(texts)])
+    texts = [
+        "the garden window is above the silver number",
+        "the silver garden is left of the number window",
+    ]
+    speeches = speech.Speech(
+        np.zeros(4, np.int16),
+        [speech.Utterance(text, "Anna", i, i + 1) for i, text in enumerate(texts)],
+    )
     examiner = object.__new__(report.Examiner)
-    examiner.items, examiner.teacher = 9, SimpleNamespace(speech=speeches, english=English(tuple(few), ()))
+    examiner.items, examiner.teacher = (
+        9,
+        SimpleNamespace(speech=speeches, english=English(tuple(few), ())),
+    )
     examiner.replies = lambda asked: ["a garden window above silver", texts[1]]
-    examiner.say = lambda text, voice, seed: SimpleNamespace(wave=torch.zeros(1), sample_rate=16_000)
-    heard = iter(["the garden garden window is below the silver number", texts[0], "number", texts[1]])
+    examiner.say = lambda text, voice, seed: SimpleNamespace(
+        wave=torch.zeros(1), sample_rate=16_000
+    )
+    heard = iter(
+        ["the garden garden window is below the silver number", texts[0], "number", texts[1]]
+    )
     monkeypatch.setattr(report, "Judge", lambda said, words: (said, words))
     monkeypatch.setattr(report, "hear", lambda *_: next(heard).split())
     rows = {row.name: (row.value, row.n) for row in examiner.english()}
-    assert rows == {"english_asr_wer": (2 / 8, 8), "english_speech_wer": (4 / 8, 8), "english_natural_speech_wer": (0, 8)}
+    assert rows == {
+        "english_asr_wer": (2 / 8, 8),
+        "english_speech_wer": (4 / 8, 8),
+        "english_natural_speech_wer": (0, 8),
+    }
 
 
 @pytest.mark.skipif(not synthesis.available(), reason="no synthesiser here")
 def test_judge_knows_english_words_apart():
-    """Recordings of words, those that are trained on and those that are not: more than three in four are understood."""
+    """Recordings of words, those that are trained on and those that are not: more than three in
+    four are understood.
+    """
     words = english(SMALL.thinker.tokens)
     jobs = [job for _, job in speech.test_jobs(words)[-96:]][::8]
     for few, said in zip((told_apart(words.trained), told_apart(words.held)), (jobs[:6], jobs[6:])):
         judge, right, wrong = Judge(ENGLISH, few), 0, 0
         for job, wave in zip(said, synthesis.synthesise(said, 0)):
             heard = judge.hear(torch.from_numpy(wave) / 32768, world.LISTENING_RATE).split()
-            wrong += edits([w for w in job.text.split() if w in few], [w for w in heard if w in few])
+            wrong += edits(
+                [w for w in job.text.split() if w in few], [w for w in heard if w in few]
+            )
             right += 4
         assert wrong / right < 0.25
 
@@ -108,16 +153,24 @@ def test_judge_knows_english_words_apart():
 def test_voice_classifier_knows_recordings_apart():
     recordings = speech.recorded(held=False)
     known = report.VoiceClassifier(recordings, each=3)
-    others = [i for name in world.VOICES for i in [i for i, u in enumerate(recordings.utterances) if u.voice == name][3:]]
+    others = [
+        i
+        for name in world.VOICES
+        for i in [i for i, u in enumerate(recordings.utterances) if u.voice == name][3:]
+    ]
     right = sum(known.name(recordings.wave(i)) == recordings.utterances[i].voice for i in others)
-    assert others and right >= 0.7 * len(others)
+    assert others
+    assert right >= 0.7 * len(others)
 
 
 def test_judge_hears_recordings_and_not_noise():
     judge, recordings = Judge(), speech.recorded(held=False)
     said = [i for i, u in enumerate(recordings.utterances) if not u.text.startswith("say ")]
-    right = sum(judge.hear(recordings.wave(i), 16_000) == recordings.utterances[i].text for i in said)
-    assert said and right >= 0.7 * len(said)
+    right = sum(
+        judge.hear(recordings.wave(i), 16_000) == recordings.utterances[i].text for i in said
+    )
+    assert said
+    assert right >= 0.7 * len(said)
     noise = torch.from_numpy((0.1 * np.random.RandomState(0).randn(24_000)).astype(np.float32))
     assert judge.hear(torch.zeros(16_000), 16_000) == ""
     assert judge.hear(noise, 16_000) not in {recordings.utterances[i].text for i in said}

@@ -19,7 +19,11 @@ IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn", "espeakng-loader": "e
 
 def pins(name: str) -> dict[str, str]:
     """{package: version} of a requirements file, each line with its reason."""
-    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     matches = [PIN.fullmatch(line) for line in lines]
     assert all(matches), [line for line, match in zip(lines, matches) if not match]
     return dict(match.groups() for match in matches)
@@ -27,7 +31,9 @@ def pins(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A repository of requirements alone, and every call that run.py makes, answered with exit code 0."""
+    """A repository of requirements alone, and every call that run.py makes, answered with exit code
+    0.
+    """
     for name in ("requirements.txt", "requirements-dev.txt"):
         (tmp_path / name).write_text(f"{name}-package==1.0  # a reason\n", encoding="utf-8")
     calls = []
@@ -46,7 +52,9 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(run, "DONE", tmp_path / ".venv" / ".ok")
     monkeypatch.setattr(run, "NEEDS", [tmp_path / "requirements.txt"])
-    monkeypatch.setattr(run, "TEST_NEEDS", [tmp_path / "requirements.txt", tmp_path / "requirements-dev.txt"])
+    monkeypatch.setattr(
+        run, "TEST_NEEDS", [tmp_path / "requirements.txt", tmp_path / "requirements-dev.txt"]
+    )
     monkeypatch.setattr(run.venv, "create", create)
     monkeypatch.setattr(run.subprocess, "call", call)
 
@@ -64,8 +72,11 @@ def machine(tmp_path, monkeypatch):
 def test_first_call_installs_trains_and_answers(machine):
     code, calls, _ = machine()
     install, train, chat, report = calls
-    assert code == 0 and install.startswith("-m pip install") and "requirements-dev" not in install
-    assert train == "-m minomni train tiny --resume" and chat == "-m minomni chat --samples"
+    assert code == 0
+    assert install.startswith("-m pip install")
+    assert "requirements-dev" not in install
+    assert train == "-m minomni train tiny --resume"
+    assert chat == "-m minomni chat --samples"
     assert report == "-m minomni report"
 
 
@@ -78,16 +89,21 @@ def test_second_call_starts_at_once(machine):
 def test_hearing_trains_nothing(machine):
     code, (install, chat), _ = machine("hear")
     shipped = Path("data_samples") / "tiny"
-    assert code == 0 and "requirements-dev" not in install and chat == f"-m minomni chat --samples --model {shipped}"
+    assert code == 0
+    assert "requirements-dev" not in install
+    assert chat == f"-m minomni chat --samples --model {shipped}"
     assert (ROOT / shipped / "model.safetensors").is_file()
 
 
 def test_tests_are_one_call_on_one_thread(machine):
     code, (install, tests), (_, environment) = machine("test", answers=(0, 5))
-    assert code == 5 and "requirements-dev.txt" in install
-    assert tests.startswith("-m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env") and tests.endswith("tests notebooks")
+    assert code == 5
+    assert "requirements-dev.txt" in install
+    assert tests.startswith("-m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env")
+    assert tests.endswith("tests notebooks")
     assert environment["OMP_NUM_THREADS"] == "1"
-    assert len(machine("test")[1]) == 1 and len(machine()[1]) == 3  # installed for both commands
+    assert len(machine("test")[1]) == 1
+    assert len(machine()[1]) == 3
 
 
 def test_changed_requirements_install_again(machine):
@@ -104,13 +120,17 @@ def test_failures_are_handed_on(machine):
         machine(answers=[3])
     assert stopped.value.code == 3  # pip's
     code, calls, _ = machine(answers=[0, 4])
-    assert code == 4 and calls[-1] == "-m minomni train tiny --resume"  # training's, and no chat after it
+    assert code == 4
+    assert calls[-1] == "-m minomni train tiny --resume"
 
 
 def test_here_installs_only_what_is_missing(machine):
-    (machine.folder / "requirements.txt").write_text("pytest==0.0.1  # is here\nno-such-thing==1.0  # is not\n")
+    (machine.folder / "requirements.txt").write_text(
+        "pytest==0.0.1  # is here\nno-such-thing==1.0  # is not\n"
+    )
     _, calls, _ = machine("--here")
-    assert calls[0].endswith("no-such-thing==1.0") and "pytest" not in calls[0]
+    assert calls[0].endswith("no-such-thing==1.0")
+    assert "pytest" not in calls[0]
     assert not (machine.folder / ".venv").exists()
 
 
@@ -122,17 +142,24 @@ def test_old_pythons_are_told(monkeypatch):
 
 def test_run_needs_nothing_installed():
     """With no site-packages at all, --help still works."""
-    shown = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "python run.py test" in shown.stdout
+    shown = subprocess.run(
+        [sys.executable, "-I", "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert "python run.py test" in shown.stdout
 
 
 def test_every_pin_has_a_reason_and_torch_is_exact():
     wanted, more = pins("requirements.txt"), pins("requirements-dev.txt")
-    assert wanted["torch"] == "2.13.0" and "transformers" in more and not wanted.keys() & more.keys()
+    assert wanted["torch"] == "2.13.0"
+    assert "transformers" in more
+    assert not wanted.keys() & more.keys()
 
 
 def imports(folder: str) -> set[str]:
-    """Top-level names that a folder's Python files import from outside the standard library and the repository."""
+    """Top-level names that a folder's Python files import from outside the standard library and the
+    repository.
+    """
     names = set()
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -148,6 +175,9 @@ def test_every_import_is_pinned():
     """What the package imports is in requirements.txt, what the tests add in requirements-dev.txt."""
     files = "requirements.txt", "requirements-dev.txt"
     wanted, more = ({IMPORTED_AS.get(name, name) for name in pins(file)} for file in files)
-    assert imports("minomni") <= wanted | {"IPython"}  # IPython comes with ipykernel, and only notebooks import it
-    # torchvision comes with the transformers that test_export.py installs apart; qwen_omni_utils is asked by hand only.
+    assert imports("minomni") <= wanted | {
+        "IPython"
+    }  # IPython comes with ipykernel, and only notebooks import it
+    # torchvision comes with the transformers that test_export.py installs apart; qwen_omni_utils is
+    # asked by hand only.
     assert imports("tests") <= wanted | more | {"torchvision", "qwen_omni_utils"}

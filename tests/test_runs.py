@@ -1,4 +1,6 @@
-"""Runs that people can trust: a run folder to look into, kills, full disks, devices, gradients in parts, two sizes."""
+"""Runs that people can trust: a run folder to look into, kills, full disks, devices, gradients in
+parts, two sizes.
+"""
 
 import copy
 import json
@@ -38,8 +40,8 @@ BRIEF = replace(
     talker_sampling=replace(TINY.talker_sampling, max_new_tokens=8),
     flow=replace(TINY.flow, points=3),
 )
-# The command line on the committed recordings, with a codec stage that takes a second: 16 steps, a checkpoint each 2,
-# and no samples, which have a test of their own.
+# The command line on the committed recordings, with a codec stage that takes a second: 16 steps, a
+# checkpoint each 2, and no samples, which have a test of their own.
 COMMAND = """
 import os, sys
 from minomni import __main__, files
@@ -81,28 +83,39 @@ def start(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(command(*arguments, **options), cwd=ROOT, env=environment, **pipes)
 
 
-# ---------------------------------------------------------------------------------------------- what a run leaves
+# ----------------------------------------------------------------------------------------------
+# what a run leaves
 
 
 def test_run_folder_can_be_looked_into(tmp_path):
     loop.train(make("codec", tmp_path, steps=2), tmp_path)
-    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
     assert files == {"log.jsonl", "codec.safetensors"} | {
         f"samples/codec/{step:06}.{kind}" for step in (1, 2) for kind in ("wav", "png", "txt")
     }
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
-    assert all(entry.keys() == {"stage", "step", "ctc", "mel", "even", "ms", "items_per_s", "sample"} for entry in entries)
+    assert all(
+        entry.keys() == {"stage", "step", "ctc", "mel", "even", "ms", "items_per_s", "sample"}
+        for entry in entries
+    )
     wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
-    assert rate == 16_000 and len(wave) == len(speech.recorded(held=False).wave(0)) and abs(wave).max() > 0.001
+    assert rate == 16_000
+    assert len(wave) == len(speech.recorded(held=False).wave(0))
+    assert abs(wave).max() > 0.001
     said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
-    assert said.startswith("said  'say the") and heard.startswith("read  ") and shown == entries[1]["sample"]
+    assert said.startswith("said  'say the")
+    assert heard.startswith("read  ")
+    assert shown == entries[1]["sample"]
 
 
 def test_thinker_leaves_text_alone(tmp_path):
     loop.train(make("language", tmp_path, steps=1), tmp_path)
     left = list((tmp_path / "samples").rglob("*.*"))
-    assert [path.name for path in left] == ["000001.txt"] and " -> " in left[0].read_text()
+    assert [path.name for path in left] == ["000001.txt"]
+    assert " -> " in left[0].read_text()
 
 
 def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
@@ -115,14 +128,19 @@ def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
 
 
 def test_a_mel_made_audible_still_says_the_same():
-    """The trained codec reads in the wave that is made of a mel what was said, but for a letter or two."""
+    """The trained codec reads in the wave that is made of a mel what was said, but for a letter or
+    two.
+    """
     codec, spoken = load("data_samples/tiny").codec, speech.recorded(held=False)
     for i in (1, 3):
         mel = voice_mel(spoken.wave(i))
         wave = samples.griffin_lim(mel)
-        assert wave.shape == (len(mel) * HOP,) and samples.read(codec, mel) == spoken.utterances[i].text
+        assert wave.shape == (len(mel) * HOP,)
+        assert samples.read(codec, mel) == spoken.utterances[i].text
         assert edits(samples.read(codec, voice_mel(wave)), spoken.utterances[i].text) <= 2
-        assert (voice_mel(wave) - mel).abs().mean() < 0.6  # 0.39 measured; mels are 1.9 apart from their mean
+        assert (
+            voice_mel(wave) - mel
+        ).abs().mean() < 0.6  # 0.39 measured; mels are 1.9 apart from their mean
 
 
 def test_config_is_kept_and_guards(tmp_path):
@@ -135,7 +153,10 @@ def test_config_is_kept_and_guards(tmp_path):
 
 def test_one_stage_starts_over_alone(tmp_path):
     stages.begin(tmp_path, resume=False, fresh=False, stage="codec")
-    left = [tmp_path / "stages" / name for name in ("codec.safetensors", "dit.safetensors", "dit.resume.pt")]
+    left = [
+        tmp_path / "stages" / name
+        for name in ("codec.safetensors", "dit.safetensors", "dit.resume.pt")
+    ]
     for path in left:
         path.write_bytes(b"x")
     stages.begin(tmp_path, resume=False, fresh=False, stage="vocoder")
@@ -152,11 +173,14 @@ def test_finished_stage_is_not_done_again(tmp_path, capsys):
     assert "stage codec is finished" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------- kills and full disks
+# ----------------------------------------------------------------------------------------------
+# kills and full disks
 
 
 def test_kill_loses_only_what_no_checkpoint_holds(tmp_path):
-    """Killed from outside, then dead while it writes a checkpoint: the end is that of a run nobody touched."""
+    """Killed from outside, then dead while it writes a checkpoint: the end is that of a run nobody
+    touched.
+    """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     untouched = start(whole, "--fresh")
     process = start(killed, "--fresh", prelude="import time; go = files.os.replace\n"
@@ -172,11 +196,15 @@ def test_kill_loses_only_what_no_checkpoint_holds(tmp_path):
     logged = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert 4 <= max(logged) <= before < 16  # what is logged is safe
 
-    # Half a checkpoint is written, and then there is no process any more: no handler, no flush, no clean-up.
-    halves = "write = files.write_atomically.__globals__['os'].fsync\nos.fsync = lambda f: os._exit(9)"
+    # Half a checkpoint is written, and then there is no process any more: no handler, no flush, no
+    # clean-up.
+    halves = (
+        "write = files.write_atomically.__globals__['os'].fsync\nos.fsync = lambda f: os._exit(9)"
+    )
     process = start(killed, "--resume", prelude=halves)
     process.communicate()
-    assert process.returncode == 9 and len(list(folder.glob("codec.resume.pt.*.part"))) == 1
+    assert process.returncode == 9
+    assert len(list(folder.glob("codec.resume.pt.*.part"))) == 1
     assert torch.load(folder / "codec.resume.pt", weights_only=True)["step"] == before
 
     process = start(killed, "--resume")
@@ -184,9 +212,13 @@ def test_kill_loses_only_what_no_checkpoint_holds(tmp_path):
     untouched.communicate()
     assert process.returncode == untouched.returncode == 0
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps[len(logged)] == before + 2 and steps[-1] == 16  # it did go on from there
-    assert (whole / "stages" / "codec.safetensors").read_bytes() == (folder / "codec.safetensors").read_bytes()
-    assert not list(folder.glob("*.part")) and not (folder / "codec.resume.pt").exists()
+    assert steps[len(logged)] == before + 2
+    assert steps[-1] == 16
+    assert (whole / "stages" / "codec.safetensors").read_bytes() == (
+        folder / "codec.safetensors"
+    ).read_bytes()
+    assert not list(folder.glob("*.part"))
+    assert not (folder / "codec.resume.pt").exists()
 
 
 def stopped_early(home: Path) -> bytes:
@@ -200,9 +232,12 @@ def stopped_early(home: Path) -> bytes:
 
 def refused(process: subprocess.Popen) -> None:
     _, errors = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in errors
+    assert process.returncode == 2
+    assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith("minomni: ")]
-    assert len(lines) == 1 and re.search(r"codec\.\S*: cannot be written \(.*\); make room", lines[0]), errors
+    assert len(lines) == 1 and re.search(
+        r"codec\.\S*: cannot be written \(.*\); make room", lines[0]
+    ), errors
 
 
 def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
@@ -221,12 +256,19 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     disk.mkdir(), out.mkdir()
     kept = stopped_early(tmp_path)
     small = f"mount -t tmpfs -o size={3 * len(kept) // 2} tmpfs {disk}"
-    if not shutil.which("unshare") or subprocess.run([*mount, small], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mount, small], capture_output=True).returncode
+    ):
         pytest.skip("this system lets nobody mount a small disk")
     script = f'{small} && cp -r {tmp_path}/stages {disk}/ && "$@"; code=$?; cp -r {disk}/stages {out}/; exit $code'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    refused(subprocess.Popen([*mount, script, "sh", *command(disk, "--resume")], cwd=ROOT, env=environment, **pipes))
+    refused(
+        subprocess.Popen(
+            [*mount, script, "sh", *command(disk, "--resume")], cwd=ROOT, env=environment, **pipes
+        )
+    )
     assert (out / "stages" / "codec.resume.pt").read_bytes() == kept
     assert not list((out / "stages").glob("*.part"))
 
@@ -243,9 +285,13 @@ def go_back(folder: Path) -> tuple[int, dict]:
     stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
     unlocked, before = stage.parameters(), [p.detach().clone() for p in stage.parameters().values()]
     try:
-        return run_folder.restore(folder, "rows", unlocked, loop.make_optimizers(unlocked, stage.recipe))
+        return run_folder.restore(
+            folder, "rows", unlocked, loop.make_optimizers(unlocked, stage.recipe)
+        )
     except UserError as error:
-        assert str(error).isprintable() and len(str(error)) <= 500 and "rows.resume.pt" in str(error)
+        assert str(error).isprintable()
+        assert len(str(error)) <= 500
+        assert "rows.resume.pt" in str(error)
         assert all(map(torch.equal, before, unlocked.values()))
         raise
 
@@ -256,7 +302,11 @@ def test_every_damage_of_a_resume_file_is_one_line(tmp_path):
     whole, random, refused_ones = path.read_bytes(), Random(5), 0
     kept = torch.load(path, weights_only=True)
     for case in range(150):
-        content, at, other = bytearray(whole), random.randrange(len(whole)), random.randrange(len(whole))
+        content, at, other = (
+            bytearray(whole),
+            random.randrange(len(whole)),
+            random.randrange(len(whole)),
+        )
         if case % 3 == 0:
             content[at] ^= 1 << random.randrange(8)
         elif case % 3 == 1:
@@ -278,11 +328,25 @@ def test_other_files_in_the_place_of_a_resume_file(tmp_path):
     states[0]["state"][0]["exp_avg"] = torch.zeros(7)
     groups = copy.deepcopy(good["optimizers"])
     del groups[0]["param_groups"][0]["share"]
-    others = [[1], "text", {}, {**good, "step": "2"}, {**good, "step": -1}, {**good, "step": 2.0}, {**good, "means": None},
-              {**good, "means": {"x": "y"}}, {**good, "parameters": [1]}, {**good, "parameters": {"0.weight": 1}},
-              {**good, "parameters": {}}, {**good, "optimizers": []}, {**good, "optimizers": [1]},
-              {**good, "optimizers": [{"state": {}, "param_groups": []}]}, {**good, "optimizers": states},
-              {**good, "optimizers": groups}, {**good, "parameters": {n: p[:1] for n, p in good["parameters"].items()}}]
+    others = [
+        [1],
+        "text",
+        {},
+        {**good, "step": "2"},
+        {**good, "step": -1},
+        {**good, "step": 2.0},
+        {**good, "means": None},
+        {**good, "means": {"x": "y"}},
+        {**good, "parameters": [1]},
+        {**good, "parameters": {"0.weight": 1}},
+        {**good, "parameters": {}},
+        {**good, "optimizers": []},
+        {**good, "optimizers": [1]},
+        {**good, "optimizers": [{"state": {}, "param_groups": []}]},
+        {**good, "optimizers": states},
+        {**good, "optimizers": groups},
+        {**good, "parameters": {n: p[:1] for n, p in good["parameters"].items()}},
+    ]
     for other in others:
         torch.save(other, path)
         with pytest.raises(UserError):
@@ -319,20 +383,31 @@ def test_what_a_stage_learnt_is_checked_before_it_is_used(tmp_path):
             run_folder.graduate(stage.omni, tmp_path, ["rows"])
 
 
-# ---------------------------------------------------------------------------------------------- where a run may live
+# ----------------------------------------------------------------------------------------------
+# where a run may live
 
 
-@pytest.mark.parametrize("home, says", [
-    ("file", "cannot be written"), ("file/below", "cannot be written"), ("x" * 300, "File name too long"),
-    ("y/" * 3000, "File name too long"), ("/proc/none", "cannot be written"), ("nul\0", "its name cannot be a file's"),
-])
+@pytest.mark.parametrize(
+    ("home", "says"),
+    [
+        ("file", "cannot be written"),
+        ("file/below", "cannot be written"),
+        ("x" * 300, "File name too long"),
+        ("y/" * 3000, "File name too long"),
+        ("/proc/none", "cannot be written"),
+        ("nul\0", "its name cannot be a file's"),
+    ],
+)
 def test_a_home_that_cannot_be_is_told_before_work_begins(home, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as error:
         stages.begin(Path(home), resume=False, fresh=False)
-    assert says in str(error.value) and str(error.value).isprintable() and len(str(error.value)) <= 500
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+    assert says in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) <= 500
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_fresh_deletes_no_foreign_files(tmp_path):
@@ -343,7 +418,13 @@ def test_fresh_deletes_no_foreign_files(tmp_path):
         stages.begin(tmp_path, resume=False, fresh=True)
     assert (tmp_path / "stages" / "chapter.txt").exists()
     (tmp_path / "stages" / "chapter.txt").unlink()
-    for name in ("log.jsonl", "codec.safetensors", "dit.resume.pt", "config.json", "dit.resume.pt.1234.part"):
+    for name in (
+        "log.jsonl",
+        "codec.safetensors",
+        "dit.resume.pt",
+        "config.json",
+        "dit.resume.pt.1234.part",
+    ):
         (tmp_path / "stages" / name).write_text("x")
     (tmp_path / "stages" / "samples").mkdir()
     stages.begin(tmp_path, resume=False, fresh=True)
@@ -360,7 +441,9 @@ def test_fresh_empties_a_linked_folder_and_keeps_the_link(tmp_path):
     home.mkdir()
     (home / "stages").symlink_to(disk)
     stages.begin(home, resume=False, fresh=True)
-    assert (home / "stages").is_symlink() and disk.is_dir() and not list(disk.iterdir())
+    assert (home / "stages").is_symlink()
+    assert disk.is_dir()
+    assert not list(disk.iterdir())
     assert (tmp_path / "elsewhere.safetensors").read_text() == "mine"
 
 
@@ -371,12 +454,15 @@ def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
     assert (tmp_path / "log.jsonl").read_text().splitlines()[2:] == ['{"step": 2}', '{"step": 3}']
 
 
-# ---------------------------------------------------------------------------------------------- devices
+# ----------------------------------------------------------------------------------------------
+# devices
 
 
 @pytest.mark.parametrize("name", list(stages.STAGES))
 def test_every_stage_learns_on_another_device(name, cache, monkeypatch, untrained_tries):
-    """On a pretended device that refuses what is not on it, a stage loses and learns what it does on the CPU."""
+    """On a pretended device that refuses what is not on it, a stage loses and learns what it does
+    on the CPU.
+    """
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(loop, "has_bf16", lambda device: False)  # both count the same digits
     monkeypatch.setattr(DPOStage, "prompts", 4)
@@ -412,9 +498,15 @@ def test_bf16_says_about_the_same(name, cache, monkeypatch):
         monkeypatch.setattr(loop, "has_bf16", lambda device: bf16)
         stage = make(name, cache)
         losses = loop.gradients(stage, 0)
-        measured[bf16] = losses, torch.cat([p.grad.flatten() for p in stage.parameters().values() if p.grad is not None])
+        measured[bf16] = (
+            losses,
+            torch.cat(
+                [p.grad.flatten() for p in stage.parameters().values() if p.grad is not None]
+            ),
+        )
     (rough, leaning), (exact, right) = measured.values()
-    assert rough != exact and rough == pytest.approx(exact, rel=0.02)
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=0.02)
     assert torch.cosine_similarity(leaning, right, dim=0) > 0.99
 
 
@@ -427,14 +519,19 @@ def test_a_codec_in_bf16_takes_any_length(frames):
         assert codec.letters(grid).shape[:2] == codes.shape == (2, frames // TINY.codec.downsample)
 
 
-@pytest.mark.parametrize("instructions, onednn, enabled, expected", [
-    ({"avx512_bf16": True}, True, True, True),
-    ({"amx_bf16": True}, True, True, True),
-    ({"avx2": True}, True, True, False),
-    ({"amx_bf16": True}, False, True, False),  # limited by ONEDNN_MAX_CPU_ISA
-    ({"avx512_bf16": True}, True, False, False),
-])
-def test_bf16_where_the_processor_multiplies_in_it(instructions, onednn, enabled, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("instructions", "onednn", "enabled", "expected"),
+    [
+        ({"avx512_bf16": True}, True, True, True),
+        ({"amx_bf16": True}, True, True, True),
+        ({"avx2": True}, True, True, False),
+        ({"amx_bf16": True}, False, True, False),  # limited by ONEDNN_MAX_CPU_ISA
+        ({"avx512_bf16": True}, True, False, False),
+    ],
+)
+def test_bf16_where_the_processor_multiplies_in_it(
+    instructions, onednn, enabled, expected, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     with torch.backends.mkldnn.flags(enabled=enabled):
@@ -451,11 +548,14 @@ def test_devices_by_name(monkeypatch):
         assert device_of("auto").type == name
         monkeypatch.setattr(there[name], "is_available", lambda: False)
         assert device_of("auto").type == ("mps" if name == "cuda" else "cpu")
-    with pytest.raises(UserError, match="device 'cuda': this machine, with this PyTorch, has cpu; or use auto"):
+    with pytest.raises(
+        UserError, match="device 'cuda': this machine, with this PyTorch, has cpu; or use auto"
+    ):
         device_of("cuda")
 
 
-# ---------------------------------------------------------------------------------------------- gradients in parts
+# ----------------------------------------------------------------------------------------------
+# gradients in parts
 
 
 class Rows(Stage):
@@ -473,16 +573,25 @@ class Rows(Stage):
         return self.rows[number * self.recipe.batch :][: self.recipe.batch]
 
     def losses(self, batch):
-        return {"square": self.omni(batch).square().mean(), "size": 0.1 * self.omni(batch).abs().mean()}
+        return {
+            "square": self.omni(batch).square().mean(),
+            "size": 0.1 * self.omni(batch).abs().mean(),
+        }
 
 
 def test_a_line_tells_the_pace_since_the_last(tmp_path, monkeypatch):
-    """Eight steps of 10 s, as beside other work, then eight of 1 s: the time left is told by the second."""
+    """Eight steps of 10 s, as beside other work, then eight of 1 s: the time left is told by the
+    second.
+    """
     clock = [0.0]
     stage = Rows(Recipe(steps=16, batch=6, lr=1e-3))
-    stage.losses = lambda batch: clock.__setitem__(0, clock[0] + (10 if len(stage.asked) <= 8 else 1)) or {
-        "square": stage.omni(batch).square().mean()}
-    stage.sample = lambda: clock.__setitem__(0, clock[0] + 100) or ""  # a step does not pay for what is shown
+    stage.losses = lambda batch: (
+        clock.__setitem__(0, clock[0] + (10 if len(stage.asked) <= 8 else 1))
+        or {"square": stage.omni(batch).square().mean()}
+    )
+    stage.sample = lambda: (
+        clock.__setitem__(0, clock[0] + 100) or ""
+    )  # a step does not pay for what is shown
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
     loop.train(stage, tmp_path)
     told = [json.loads(line)["ms"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -497,11 +606,14 @@ def test_gradients_in_parts_are_those_of_the_whole():
         for a, b in zip(whole.omni.parameters(), halves.omni.parameters()):
             assert a.grad.abs().max() > 1e-2
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6)
-    assert whole.asked == [0, 4] and halves.asked == [0, 1, 8, 9]
+    assert whole.asked == [0, 4]
+    assert halves.asked == [0, 1, 8, 9]
 
 
 def test_parts_of_a_real_stage(tmp_path):
-    """Two halves of a codec's batch, cut from rows of one length: the mean of their gradients is that of all."""
+    """Two halves of a codec's batch, cut from rows of one length: the mean of their gradients is
+    that of all.
+    """
     whole = make("codec", tmp_path, batch=4)
     mels, frames, letters, conds, weight = whole.batch(0)
     shortest = int(frames.min()) // 8 * 8
@@ -513,26 +625,35 @@ def test_parts_of_a_real_stage(tmp_path):
     assert loop.gradients(halves, 0) == pytest.approx(loop.gradients(whole, 0), rel=1e-5)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in whole.parameters().values()))
     for key, parameter in whole.parameters().items():
-        torch.testing.assert_close(halves.parameters()[key].grad, parameter.grad, rtol=0, atol=1e-6 * max(1, norm))
+        torch.testing.assert_close(
+            halves.parameters()[key].grad, parameter.grad, rtol=0, atol=1e-6 * max(1, norm)
+        )
 
 
 def test_codec_hears_sound_as_late_in_parts(tmp_path):
     """The weight of its mel follows the step and not the number of the batch."""
     whole, parts = make("codec", tmp_path, batch=1), make("codec", tmp_path, batch=1, accumulate=4)
-    assert [parts.batch(number)[-1] for number in (0, 4)] == [whole.batch(step)[-1] for step in (0, 1)]
+    assert [parts.batch(number)[-1] for number in (0, 4)] == [
+        whole.batch(step)[-1] for step in (0, 1)
+    ]
 
 
-# ---------------------------------------------------------------------------------------------- timetable and sizes
+# ----------------------------------------------------------------------------------------------
+# timetable and sizes
 
 
 def test_timetable_says_what_to_expect():
     table = stages.timetable("tiny")
     rows = {line.split()[0]: line for line in table.split("\n\n")[0].splitlines()}
-    assert rows.keys() == {"stage", *stages.STAGES} and "two cores" in table
-    assert rows["thinker1"].index("thinker.visual") < rows["thinker1"].index("thinker.lm_head, thinker.model")
+    assert rows.keys() == {"stage", *stages.STAGES}
+    assert "two cores" in table
+    assert rows["thinker1"].index("thinker.visual") < rows["thinker1"].index(
+        "thinker.lm_head, thinker.model"
+    )
     assert all(stage.data and stage.data in rows[name] for name, stage in stages.STAGES.items())
     for name, (seconds, loss) in stages.EXPECTED["tiny"].items():
-        assert f" {seconds} " in rows[name] and loss in rows[name]
+        assert f" {seconds} " in rows[name]
+        assert loss in rows[name]
     assert stages.EXPECTED["tiny"].keys() == stages.STAGES.keys()
     assert " - " in stages.timetable("small")  # nobody has measured it
 
@@ -551,13 +672,18 @@ def test_sizes_fit_the_school(config):
         omni = Omni(config)
     count = sum(parameter.numel() for parameter in omni.parameters())
     assert (5e6 < count < 1e7) if config is TINY else (3e7 < count < 1e8)
-    assert config.token2wav.sample_rate == 100 * HOP == 16_000  # the corpus is at 16 kHz, and so the vocoder's target
-    assert config.codec.num_codes < config.talker.codec_pad and config.codec.mel_dim == config.token2wav.dit.mel_dim
+    assert (
+        config.token2wav.sample_rate == 100 * HOP == 16_000
+    )  # the corpus is at 16 kHz, and so the vocoder's target
+    assert config.codec.num_codes < config.talker.codec_pad
+    assert config.codec.mel_dim == config.token2wav.dit.mel_dim
     assert config.token2wav.dit.enc_emb_dim == 2 * config.codec.mel_dim  # speaker vectors
     tokens = config.thinker.tokens
     assert tokens.tts_text_pad + speech.FIRST_VOICE + 4 <= config.thinker.text.vocab_size
     for name, kind in stages.STAGES.items():
-        there = [any(n.startswith(prefix) for n, _ in omni.named_parameters()) for prefix in kind.learns]
+        there = [
+            any(n.startswith(prefix) for n, _ in omni.named_parameters()) for prefix in kind.learns
+        ]
         assert there and all(there), name
 
 
@@ -565,4 +691,7 @@ def test_sizes_fit_the_school(config):
 def test_recipes_can_be_followed(size):
     for name in stages.STAGES:
         recipe = stages.recipe_of(name, size)
-        assert 0 < recipe.warmup < recipe.steps and recipe.batch > 1 and recipe.accumulate >= 1 and recipe.lr < 0.02
+        assert 0 < recipe.warmup < recipe.steps
+        assert recipe.batch > 1
+        assert recipe.accumulate >= 1
+        assert recipe.lr < 0.02

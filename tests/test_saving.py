@@ -1,4 +1,6 @@
-"""A model is saved whole or not at all, loses nothing on the way, and destroys nothing that is not a model."""
+"""A model is saved whole or not at all, loses nothing on the way, and destroys nothing that is not
+a model.
+"""
 
 import dataclasses
 import json
@@ -32,8 +34,12 @@ def omni():
     torch.manual_seed(1)
     dit = TINY.token2wav.dit
     model = Omni(TINY).eval()
-    model.voices = {"ada": Voice("ada", 500, torch.ones(1, dit.enc_emb_dim), torch.zeros(1, 50, dit.mel_dim))}
-    model.tokenizer = Tokenizer.train(["a bird sings in the tree"] * 3, 280, special_tokens(TINY.thinker.tokens))
+    model.voices = {
+        "ada": Voice("ada", 500, torch.ones(1, dit.enc_emb_dim), torch.zeros(1, 50, dit.mel_dim))
+    }
+    model.tokenizer = Tokenizer.train(
+        ["a bird sings in the tree"] * 3, 280, special_tokens(TINY.thinker.tokens)
+    )
     return model
 
 
@@ -46,11 +52,17 @@ def folder(omni, tmp_path):
 
 def same_tensors(a, b) -> bool:
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def refuse(omni, target, *parts: str) -> None:
@@ -58,17 +70,22 @@ def refuse(omni, target, *parts: str) -> None:
     with pytest.raises(UserError) as error:
         minomni.save(omni, target)
     message = str(error.value)
-    assert "\n" not in message and len(message) <= 500
+    assert "\n" not in message
+    assert len(message) <= 500
     for part in (str(target), *parts):
         assert part in message, message
 
 
-# ------------------------------------------------------------------------------------------------------------ the codec
+# ------------------------------------------------------------------------------------------------------------
+# the codec
 def test_codec_lies_in_a_folder_of_its_own(omni, folder):
-    assert same_tensors(weights.load(folder), omni) and weights.load(folder).config == omni.config
+    assert same_tensors(weights.load(folder), omni)
+    assert weights.load(folder).config == omni.config
     top = load_file(folder / "model.safetensors")
     assert {name.split(".")[0] for name in top} == {"thinker", "talker", "token2wav"}
-    assert {name.split(".")[0] for name in load_file(folder / "codec" / "model.safetensors")} == {"codec"}
+    assert {name.split(".")[0] for name in load_file(folder / "codec" / "model.safetensors")} == {
+        "codec"
+    }
     assert "codec_config" not in json.loads((folder / "config.json").read_text())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -77,15 +94,18 @@ def test_codec_of_an_older_folder_is_read(omni, folder):
     """There its tensors lay among the others, and its sizes were in config.json."""
     old_layout(folder)
     old = weights.load(folder)
-    assert same_tensors(old, omni) and old.config == omni.config
+    assert same_tensors(old, omni)
+    assert old.config == omni.config
     minomni.save(old, folder)
-    assert (folder / "codec" / "model.safetensors").exists() and same_tensors(weights.load(folder), omni)
+    assert (folder / "codec" / "model.safetensors").exists()
+    assert same_tensors(weights.load(folder), omni)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such rights on Windows")
 def test_whoever_may_read_one_file_may_read_all(folder):
     assert {file.stat().st_mode for file in folder.rglob("*") if file.is_file()} == {
-        (folder / "config.json").stat().st_mode}
+        (folder / "config.json").stat().st_mode
+    }
 
 
 def old_layout(folder: Path) -> None:
@@ -114,7 +134,8 @@ def test_a_broken_codec_folder_is_named(folder):
         weights.load(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------- round trips
+# ----------------------------------------------------------------------------------------------------------
+# round trips
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
     """Thinker and Talker in any precision and in several files, the voice in fp32."""
@@ -123,27 +144,40 @@ def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
     first.thinker.to(dtype), first.talker.to(dtype)
     first.voices, first.tokenizer = omni.voices, omni.tokenizer
     weights.save(first, tmp_path / "one", shard_bytes=3_000_000)
-    assert json.loads((tmp_path / "one" / "config.json").read_text())["torch_dtype"] == str(dtype).split(".")[1]
+    assert (
+        json.loads((tmp_path / "one" / "config.json").read_text())["torch_dtype"]
+        == str(dtype).split(".")[1]
+    )
     once = weights.load(tmp_path / "one")
     weights.save(once, tmp_path / "two", shard_bytes=3_000_000)
     twice = weights.load(tmp_path / "two")
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 3
-    assert same_tensors(first, once) and same_tensors(once, twice) and once.config == twice.config == TINY
+    assert same_tensors(first, once)
+    assert same_tensors(once, twice)
+    assert once.config == twice.config == TINY
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_half_model_is_stored_half_and_speaks_in_full(omni, tmp_path):
-    """All of it is stored in 16 bits; what load() gives is fp32 where a voice is made, with the rounded numbers."""
+    """All of it is stored in 16 bits; what load() gives is fp32 where a voice is made, with the
+    rounded numbers.
+    """
     half = Omni(TINY).eval()
     half.load_state_dict(omni.state_dict())
     half.half()
     minomni.save(half, tmp_path / "half")
     stored = load_file(tmp_path / "half" / "model.safetensors")
-    assert {tensor.dtype for name, tensor in stored.items() if name != saving.DIT_ANGLES} == {torch.float16}
+    assert {tensor.dtype for name, tensor in stored.items() if name != saving.DIT_ANGLES} == {
+        torch.float16
+    }
     again, rounded = weights.load(tmp_path / "half"), half.state_dict()
-    assert {part: next(again.get_submodule(part).parameters()).dtype for part in ("thinker", "token2wav", "codec")} == {
-        "thinker": torch.float16, "token2wav": torch.float32, "codec": torch.float32}
-    assert all(torch.equal(tensor.half(), rounded[name]) for name, tensor in again.state_dict().items())
+    assert {
+        part: next(again.get_submodule(part).parameters()).dtype
+        for part in ("thinker", "token2wav", "codec")
+    } == {"thinker": torch.float16, "token2wav": torch.float32, "codec": torch.float32}
+    assert all(
+        torch.equal(tensor.half(), rounded[name]) for name, tensor in again.state_dict().items()
+    )
 
 
 def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
@@ -157,11 +191,14 @@ def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-# ---------------------------------------------------------------------------------------------- three pairs in a block
+# ----------------------------------------------------------------------------------------------
+# three pairs in a block
 def two_pairs() -> Omni:
     """A model of tiny's size but for its vocoder's blocks, with numbers in all its tensors."""
     bigvgan = dataclasses.replace(TINY.token2wav.bigvgan, resblock_dilation_sizes=((1, 2), (1, 2)))
-    model = Omni(dataclasses.replace(TINY, token2wav=dataclasses.replace(TINY.token2wav, bigvgan=bigvgan))).eval()
+    model = Omni(
+        dataclasses.replace(TINY, token2wav=dataclasses.replace(TINY.token2wav, bigvgan=bigvgan))
+    ).eval()
     oracle.fill(model.token2wav.state_dict())
     return model
 
@@ -174,8 +211,11 @@ def test_a_third_pair_of_zeros_changes_no_bit():
     mel = torch.randn(1, 80, 90, generator=generator) - 4
     with torch.no_grad():
         whole = vocoder(mel)
-        assert whole.std() > 0.01 and torch.equal(wider(mel), whole)
-        assert wider.reach == vocoder.reach  # streamed, it waits for no more of the mel, and cuts it alike
+        assert whole.std() > 0.01
+        assert torch.equal(wider(mel), whole)
+        assert (
+            wider.reach == vocoder.reach
+        )  # streamed, it waits for no more of the mel, and cuts it alike
         streams = VocoderStream(vocoder), VocoderStream(wider)
         for begin in range(0, 90, 15):
             pieces = [stream.feed(mel[:, :, begin : begin + 15], begin == 75) for stream in streams]
@@ -190,29 +230,40 @@ def test_a_pair_that_is_not_zero_is_run():
     before = new(mel)
     with torch.no_grad():
         new.resblocks[-1].convs2[2].bias[0] = 0.5
-    assert new.reach > reach and not torch.equal(new(mel), before)
+    assert new.reach > reach
+    assert not torch.equal(new(mel), before)
 
 
 def test_a_size_trained_anew_begins_with_numbers_in_all_pairs():
     vocoder = Omni(TINY).token2wav.code2wav_bigvgan_model
-    assert all(len(block.convs2) == 3 and all(conv.weight.any() for conv in block.convs2) for block in vocoder.resblocks)
+    assert all(
+        len(block.convs2) == 3 and all(conv.weight.any() for conv in block.convs2)
+        for block in vocoder.resblocks
+    )
 
 
-# -------------------------------------------------------------------------------------------------- files of other people
+# --------------------------------------------------------------------------------------------------
+# files of other people
 @pytest.fixture
 def official(omni, tmp_path) -> Path:
-    """A folder as the release's: with files that load() does not need, in a cache of links as a hub client makes it."""
+    """A folder as the release's: with files that load() does not need, in a cache of links as a hub
+    client makes it.
+    """
     blobs, folder = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "5e1f"
     minomni.save(omni, blobs)
     (blobs / "README.md").write_text("a model")
     (blobs / "LICENSE").write_text("yours")
     (blobs / "plan.png").write_bytes(b"\x89PNG")
     (blobs / "merged.bin").write_bytes(b"foreign weights")
-    (blobs / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TheirsFast", "image_token": "x"}))
+    (blobs / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TheirsFast", "image_token": "x"})
+    )
     (blobs / "chat_template.json").write_text(json.dumps({"chat_template": "theirs"}))
     (blobs / "chat_template.jinja").unlink()
-    for name, more in (("generation_config.json", {"eos_token_id": [482, 480], "do_sample": True}),
-                       ("preprocessor_config.json", {"image_mean": [0.4, 0.4, 0.4], "resample": 3})):
+    for name, more in (
+        ("generation_config.json", {"eos_token_id": [482, 480], "do_sample": True}),
+        ("preprocessor_config.json", {"image_mean": [0.4, 0.4, 0.4], "resample": 3}),
+    ):
         settings = json.loads((blobs / name).read_text())
         (blobs / name).write_text(json.dumps(settings | more))
     for file in blobs.rglob("*"):
@@ -229,13 +280,28 @@ def test_what_else_a_loaded_folder_holds_is_kept(official, tmp_path):
     assert model.loaded_from == official
     minomni.save(model, tmp_path / "mine")
     mine = contents(tmp_path / "mine")
-    for name in ("README.md", "LICENSE", "plan.png", "tokenizer_config.json", "chat_template.json", "vocab.json"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "plan.png",
+        "tokenizer_config.json",
+        "chat_template.json",
+        "vocab.json",
+    ):
         assert mine[name] == (official / name).read_bytes()
-    assert not {"merged.bin", "chat_template.jinja"} & mine.keys()  # other weights, and a second template
+    assert (
+        not {"merged.bin", "chat_template.jinja"} & mine.keys()
+    )  # other weights, and a second template
     assert not any(path.is_symlink() for path in (tmp_path / "mine").rglob("*"))
-    generation, media = (json.loads(mine[f"{name}_config.json"]) for name in ("generation", "preprocessor"))
-    assert generation["eos_token_id"] == [482, 480] and generation["do_sample"] and "thinker" in generation
-    assert media["image_mean"] == [0.4, 0.4, 0.4] and media["resample"] == 3 and media["patch_size"] == 14
+    generation, media = (
+        json.loads(mine[f"{name}_config.json"]) for name in ("generation", "preprocessor")
+    )
+    assert generation["eos_token_id"] == [482, 480]
+    assert generation["do_sample"]
+    assert "thinker" in generation
+    assert media["image_mean"] == [0.4, 0.4, 0.4]
+    assert media["resample"] == 3
+    assert media["patch_size"] == 14
     assert same_tensors(weights.load(tmp_path / "mine"), model)
     minomni.save(model, tmp_path / "mine")  # its README.md is no stranger's
     assert contents(tmp_path / "mine") == mine
@@ -247,15 +313,21 @@ def test_settings_of_the_model_win_over_those_of_the_loaded_folder(official, tmp
     model.config = dataclasses.replace(model.config, media=media)
     minomni.save(model, tmp_path / "mine")
     assert weights.load(tmp_path / "mine").config.media == media
-    assert json.loads((tmp_path / "mine" / "preprocessor_config.json").read_text())["max_pixels"] == 9_408
+    assert (
+        json.loads((tmp_path / "mine" / "preprocessor_config.json").read_text())["max_pixels"]
+        == 9_408
+    )
 
 
 def test_another_tokenizer_gets_files_of_its_own(official, tmp_path):
     model = weights.load(official)
-    model.tokenizer = Tokenizer.train(["quite another text"] * 2, 262, special_tokens(TINY.thinker.tokens))
+    model.tokenizer = Tokenizer.train(
+        ["quite another text"] * 2, 262, special_tokens(TINY.thinker.tokens)
+    )
     minomni.save(model, tmp_path / "mine")
     written = json.loads((tmp_path / "mine" / "tokenizer_config.json").read_text())
-    assert written["tokenizer_class"] == "Qwen2Tokenizer" and not (tmp_path / "mine" / "chat_template.json").exists()
+    assert written["tokenizer_class"] == "Qwen2Tokenizer"
+    assert not (tmp_path / "mine" / "chat_template.json").exists()
     assert weights.load(tmp_path / "mine").tokenizer.merges == model.tokenizer.merges
 
 
@@ -268,7 +340,8 @@ def test_all_is_kept_where_the_loaded_folder_itself_is_replaced(folder):
     model = weights.load(folder)
     minomni.save(model, folder)
     assert (folder / ".cache" / "hub" / "state").read_text() == "theirs"
-    assert (folder / "README.md").read_text() == "mine" and (folder / "old.gguf").read_bytes() == b"quantized"
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "old.gguf").read_bytes() == b"quantized"
     assert os.readlink(folder / "shortcut") == "README.md"
 
 
@@ -279,7 +352,8 @@ def test_a_loaded_folder_may_be_gone(folder, tmp_path):
     assert same_tensors(weights.load(tmp_path / "again"), model)
 
 
-# -------------------------------------------------------------------------------------------------------------- targets
+# --------------------------------------------------------------------------------------------------------------
+# targets
 def test_an_older_model_is_replaced(folder, omni):
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"an old shard")
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -290,10 +364,13 @@ def test_an_older_model_is_replaced(folder, omni):
 
 @pytest.mark.parametrize("name", ["letters.doc", ".git", "codec2"])
 def test_a_folder_with_anything_else_is_refused(folder, omni, name):
-    (folder / name).mkdir() if name != "letters.doc" else (folder / name).write_text("years of work")
+    (folder / name).mkdir() if name != "letters.doc" else (folder / name).write_text(
+        "years of work"
+    )
     before = contents(folder)
     refuse(omni, folder, f"holds '{name}', which saving would delete")
-    assert contents(folder) == before and (folder / name).exists()
+    assert contents(folder) == before
+    assert (folder / name).exists()
 
 
 def test_weights_of_others_are_not_the_model_s(omni, folder, tmp_path):
@@ -312,7 +389,9 @@ def test_weights_of_others_are_not_the_model_s(omni, folder, tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [saving.SHARD_BYTES, 3_000_000])
-def test_a_model_without_speech_does_not_replace_one_that_speaks(omni, folder, tmp_path, shard_bytes):
+def test_a_model_without_speech_does_not_replace_one_that_speaks(
+    omni, folder, tmp_path, shard_bytes
+):
     saving.save(omni, folder, shard_bytes)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"enable_audio_output": False}))
@@ -321,7 +400,8 @@ def test_a_model_without_speech_does_not_replace_one_that_speaks(omni, folder, t
     minomni.save(silent, tmp_path / "text")
     again = weights.load(tmp_path / "text")
     minomni.save(again, tmp_path / "text")
-    assert again.talker is None and same_tensors(again, silent)
+    assert again.talker is None
+    assert same_tensors(again, silent)
 
 
 def test_the_history_of_a_model_stays_with_it(omni, folder):
@@ -360,7 +440,12 @@ def test_devices_pipes_and_links_are_refused(omni, tmp_path):
     refuse(omni, tmp_path / "to a file", "is a file")
     (tmp_path / "to nothing").symlink_to("nowhere")
     refuse(omni, tmp_path / "to nothing", "is a link to", "which does not exist")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "poem.txt", "to a file", "to nothing"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pipe",
+        "poem.txt",
+        "to a file",
+        "to nothing",
+    ]
     refuse(omni, tmp_path / ("long" * 70), "cannot be saved there")
 
 
@@ -372,12 +457,16 @@ def test_a_link_to_a_model_is_followed(folder, omni):
     with torch.no_grad():
         model.talker.codec_head.weight.zero_()
     minomni.save(model, link)
-    assert link.is_symlink() and not weights.load(folder).talker.codec_head.weight.any()
+    assert link.is_symlink()
+    assert not weights.load(folder).talker.codec_head.weight.any()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", "model"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")],
-                         ids=["while opening", "while writing"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("No space left on device")],
+    ids=["while opening", "while writing"],
+)
 def test_a_failed_save_leaves_the_old_model(folder, omni, monkeypatch, error):
     def full_disk(*_):
         raise error
@@ -404,21 +493,45 @@ def test_a_failed_rename_brings_the_old_model_back(folder, omni, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-# ------------------------------------------------------------------------------------------------------- the processor
+# -------------------------------------------------------------------------------------------------------
+# the processor
 CONVERSATIONS = [
     [{"role": "user", "content": "a\n b "}],
-    [{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": [{"type": "text", "text": " what? "}]}],
-    [{"role": "system", "content": [{"text": "x"}]},
-     {"role": "user", "content": [{"type": "image", "image": "p"}, {"image_url": "u"}, {"type": "text", "text": "and"},
-                                  {"type": "audio_url", "audio_url": "a"}, {"audio": "b"}, {"video": "v"},
-                                  {"type": "video", "path": "w"}, {"text": "?\n"}]},
-     {"role": "assistant", "content": "it was {{ this }}"},
-     {"role": "user", "content": [{"type": "audio", "audio": "c"}]}],
+    [
+        {"role": "system", "content": "Be\nbrief."},
+        {"role": "user", "content": [{"type": "text", "text": " what? "}]},
+    ],
+    [
+        {"role": "system", "content": [{"text": "x"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "p"},
+                {"image_url": "u"},
+                {"type": "text", "text": "and"},
+                {"type": "audio_url", "audio_url": "a"},
+                {"audio": "b"},
+                {"video": "v"},
+                {"type": "video", "path": "w"},
+                {"text": "?\n"},
+            ],
+        },
+        {"role": "assistant", "content": "it was {{ this }}"},
+        {"role": "user", "content": [{"type": "audio", "audio": "c"}]},
+    ],
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"add_vision_id": True}, {"add_audio_id": True, "add_generation_prompt": False},
-                                     {"add_vision_id": True, "add_audio_id": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_vision_id": True},
+        {"add_audio_id": True, "add_generation_prompt": False},
+        {"add_vision_id": True, "add_audio_id": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=len)
 def test_the_chat_template_says_what_we_say(messages, options):
     jinja2 = pytest.importorskip("jinja2", reason="transformers renders chat templates with it")
@@ -432,5 +545,7 @@ def test_special_tokens_keep_their_numbers_in_every_file(folder):
     vocabulary = json.loads((folder / "vocab.json").read_text())
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert {token: vocabulary[token] for token in special} == special
-    assert {entry["content"]: int(i) for i, entry in config["added_tokens_decoder"].items()} == special
+    assert {
+        entry["content"]: int(i) for i, entry in config["added_tokens_decoder"].items()
+    } == special
     assert set(config["extra_special_tokens"].values()) < special.keys()

@@ -23,8 +23,15 @@ from minomni.inputs.item import parse_item
 from minomni.inputs.source import name_of
 
 WAVE = (0.2 * np.sin(np.arange(4_000) / 9)).astype(np.float32)
-NAMES = ["plain.wav", "with blank.wav", "a#1?x=2&y.wav", "100%.wav", "50%20off.wav", "größe 音.wav",
-         "[a] (b);c,d.wav"]
+NAMES = [
+    "plain.wav",
+    "with blank.wav",
+    "a#1?x=2&y.wav",
+    "100%.wav",
+    "50%20off.wav",
+    "größe 音.wav",
+    "[a] (b);c,d.wav",
+]
 
 
 def wav() -> bytes:
@@ -42,7 +49,8 @@ def refused(source, *says, load=load_audio):
         load(source)
     message = str(error.value)
     assert all(part in message for part in says), message
-    assert message.isprintable() and len(message) <= 500
+    assert message.isprintable()
+    assert len(message) <= 500
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,8 +58,14 @@ def test_paths_and_uris(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(wav())
     localhost = path.as_uri().replace("file://", "file://localhost")
-    for source in (path, str(path), path.as_uri(), localhost, path.as_uri().replace("file:///", "file:/"),
-                   path.as_uri().replace("file:", "FILE:")):
+    for source in (
+        path,
+        str(path),
+        path.as_uri(),
+        localhost,
+        path.as_uri().replace("file:///", "file:/"),
+        path.as_uri().replace("file:", "FILE:"),
+    ):
         assert same(source), source
     if "%" not in name:
         assert same(f"file://{path}")  # as people write it by hand
@@ -60,24 +74,37 @@ def test_paths_and_uris(tmp_path, name):
 def test_uris_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("30%20off.wav").write_bytes(wav())
-    assert same("file://30%20off.wav") and same(f"file://{tmp_path}/30%20off.wav")
+    assert same("file://30%20off.wav")
+    assert same(f"file://{tmp_path}/30%20off.wav")
 
 
-@pytest.mark.parametrize("kind", ["audio/wav", "audio", "application/octet-stream", "", "audio/wav;charset=utf-8;x=1"])
+@pytest.mark.parametrize(
+    "kind", ["audio/wav", "audio", "application/octet-stream", "", "audio/wav;charset=utf-8;x=1"]
+)
 def test_data_uris(kind):
     text = base64.b64encode(wav()).decode()
     safe = base64.urlsafe_b64encode(wav()).decode().rstrip("=")
-    for content in (text, safe, quote(text, safe=""), "\n".join(text[i : i + 76] for i in range(0, len(text), 76))):
+    for content in (
+        text,
+        safe,
+        quote(text, safe=""),
+        "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+    ):
         assert same(f"data:{kind};base64,{content}")
     assert same(f"DATA:{kind};BASE64,{text}")
     assert same(f"data:{kind},{quote(wav())}")
 
 
-@pytest.mark.parametrize("kind, key", [("image", "base64"), ("audio", "base64"), ("input_audio", "input_audio")])
+@pytest.mark.parametrize(
+    ("kind", "key"), [("image", "base64"), ("audio", "base64"), ("input_audio", "input_audio")]
+)
 def test_base64_of_both_alphabets(kind, key):
     content = bytes(range(256)) + b"\xfb\xff\xfe?"
     usual, safe = base64.b64encode(content).decode(), base64.urlsafe_b64encode(content).decode()
-    assert "+" in usual and "/" in usual and "-" in safe and "_" in safe
+    assert "+" in usual
+    assert "/" in usual
+    assert "-" in safe
+    assert "_" in safe
     for text in (usual, safe, safe.rstrip("="), f"{safe[:40]}\n{safe[40:]}"):
         assert parse_item({"type": kind, key: text}).source == content
     for text in ("a*b", "abcde", "größe"):
@@ -101,7 +128,8 @@ def test_open_files(tmp_path):
     with open(path, "rb") as file, open(path, "rb", buffering=0) as raw:
         for stream in (held, file, raw):
             for _ in range(2):
-                assert same(stream) and not stream.closed
+                assert same(stream)
+                assert not stream.closed
     for source in (bytearray(wav()), memoryview(wav())):
         assert same(source)
     with open(path, "rb") as file:
@@ -114,9 +142,16 @@ def test_pictures_from_everywhere(tmp_path):
     content = path.read_bytes()
     held = io.BytesIO(content)
     held.read()
-    for source in (path, path.as_uri(), content, held, held, {"bytes": content, "path": None},
-                   {"bytes": None, "path": str(path)},
-                   f"data:image;base64,{base64.b64encode(content).decode()}"):
+    for source in (
+        path,
+        path.as_uri(),
+        content,
+        held,
+        held,
+        {"bytes": content, "path": None},
+        {"bytes": None, "path": str(path)},
+        f"data:image;base64,{base64.b64encode(content).decode()}",
+    ):
         assert load_image(source).getpixel((4, 2)) == (255, 0, 0)
     assert not held.closed
 
@@ -124,8 +159,13 @@ def test_pictures_from_everywhere(tmp_path):
 def test_dictionaries_of_datasets(tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav())
-    for source in ({"bytes": wav(), "path": "gone.wav"}, {"bytes": wav(), "path": None},
-                   {"bytes": None, "path": str(path)}, {"path": path}, {"array": None, "bytes": wav()}):
+    for source in (
+        {"bytes": wav(), "path": "gone.wav"},
+        {"bytes": wav(), "path": None},
+        {"bytes": None, "path": str(path)},
+        {"path": path},
+        {"array": None, "bytes": wav()},
+    ):
         assert same(source)
     refused({"bytes": None, "path": None}, "both empty")
     refused({"bytes": None, "path": "gone.wav"}, "gone.wav: no such file")
@@ -152,8 +192,17 @@ def test_open_files_that_cannot_be_read(tmp_path):
         refused(pipe, "an open pipe")
 
 
-@pytest.mark.parametrize("source", ["http://example.com/a.wav", "https://example.com/a.wav", "HTTPS://example.com/a",
-                                    "ftp://example.com/a.wav", "s3://bucket/a.wav", "rtsp://camera/1"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "http://example.com/a.wav",
+        "https://example.com/a.wav",
+        "HTTPS://example.com/a",
+        "ftp://example.com/a.wav",
+        "s3://bucket/a.wav",
+        "rtsp://camera/1",
+    ],
+)
 def test_nothing_is_fetched(source, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
     refused(source, source, "web addresses are not fetched, download it")
@@ -168,23 +217,52 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "empty.wav").touch()
     (tmp_path / "link.wav").symlink_to("pipe.wav")
     (tmp_path / "gone.wav").symlink_to("nowhere")
-    names = [str(tmp_path / name) for name in ("pipe.wav", "folder.wav", "empty.wav", "link.wav", "gone.wav")]
-    names += ["/dev/zero", "/dev/null", "/proc/kmsg", "/proc/self/mem", "/proc/self/status", "/dev/stdin", "/"]
-    script = ("import sys\nfrom minomni.errors import UserError\n"
-              "from minomni.inputs.media import load_audio, load_image\n"
-              "for name in sys.argv[1:]:\n    for load in (load_audio, load_image):\n"
-              "        try: load(name)\n        except UserError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=240,
-                          stdin=subprocess.DEVNULL)
-    assert done.returncode == 0 and done.stderr == ""
+    names = [
+        str(tmp_path / name)
+        for name in ("pipe.wav", "folder.wav", "empty.wav", "link.wav", "gone.wav")
+    ]
+    names += [
+        "/dev/zero",
+        "/dev/null",
+        "/proc/kmsg",
+        "/proc/self/mem",
+        "/proc/self/status",
+        "/dev/stdin",
+        "/",
+    ]
+    script = (
+        "import sys\nfrom minomni.errors import UserError\n"
+        "from minomni.inputs.media import load_audio, load_image\n"
+        "for name in sys.argv[1:]:\n    for load in (load_audio, load_image):\n"
+        "        try: load(name)\n        except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 2 * len(names)
     for kind in ("pipe", "folder", "device"):
         assert f"not a file, but a {kind}" in done.stdout
 
 
-@pytest.mark.parametrize("path", ["x" * 5_000, "y/" * 3_000 + "z.wav", "a\0b.wav", "a\nb\r\n\tc.wav",
-                                  "\x1b[31mred.wav", "\ud83d.wav", "\udcff.wav", "\u202egnp.wav",
-                                  "e" + "\u0301" * 9_000])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "x" * 5_000,
+        "y/" * 3_000 + "z.wav",
+        "a\0b.wav",
+        "a\nb\r\n\tc.wav",
+        "\x1b[31mred.wav",
+        "\ud83d.wav",
+        "\u202egnp.wav",
+        "e" + "\u0301" * 9_000,
+    ],
+)
 def test_names_in_messages(path):
     for load in (load_audio, load_image):
         refused(path, load=load)
@@ -195,7 +273,8 @@ def test_names_in_messages(path):
 
 def test_names_keep_their_ends():
     assert name_of("/data/" + "d" * 900 + "/speech_17.wav", "audio").endswith("speech_17.wav")
-    assert name_of("a.wav", "audio") == "a.wav" and name_of(Path("b/a.wav"), "audio") == str(Path("b/a.wav"))
+    assert name_of("a.wav", "audio") == "a.wav"
+    assert name_of(Path("b/a.wav"), "audio") == str(Path("b/a.wav"))
     for source in (b"", np.zeros(3), torch.zeros(3)):
         assert name_of(source, "audio") == "the audio given"
 
@@ -203,11 +282,20 @@ def test_names_keep_their_ends():
 @pytest.mark.parametrize("limit", [20, 57, 500])
 def test_shortened(limit):
     assert shorten("short", limit) == "short"
-    for text in ("a" * 5_000, "\n" * 5_000, "ab\n" * 400, "é" * limit, "\U0001f600" * 700, list(range(10_000))):
+    for text in (
+        "a" * 5_000,
+        "\n" * 5_000,
+        "ab\n" * 400,
+        "é" * limit,
+        "\U0001f600" * 700,
+        list(range(10_000)),
+    ):
         line = shorten(text, limit)
-        assert len(line) <= limit and line.isprintable()
+        assert len(line) <= limit
+        assert line.isprintable()
     line = shorten("begin" + "x" * 900 + "end", limit)
-    assert line.startswith("begin") and line.endswith("end")
+    assert line.startswith("begin")
+    assert line.endswith("end")
 
 
 def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
@@ -217,17 +305,28 @@ def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
 FTYP, MOOV, MDAT = box(b"ftyp", b"isom" * 4), box(b"moov", b"m" * 50), box(b"mdat", b"d" * 90)
 
 
-@pytest.mark.parametrize("content, whole", [
-    (FTYP + MOOV + MDAT, True), (FTYP + MDAT + MOOV, True), (MOOV + MDAT, True), (box(b"wide") + MDAT + MOOV, True),
-    (FTYP + MOOV + MDAT[:-1], False), (FTYP + MDAT + MOOV[:-1], False), (FTYP + MOOV, False), (FTYP + MDAT, False),
-    (FTYP + MOOV + box(b"mdat", b"d" * 90, 0), True),
-    (FTYP + MOOV + MDAT + b"trailing bytes, no box", True), (FTYP + MDAT + MOOV + b"\xff" * 70, True),
-    (FTYP + MDAT + MOOV + b"TAG" + b"a" * 125, True), (FTYP + MDAT + MOOV + bytes(99), True),
-    (FTYP + MOOV + box(b"moof", b"f" * 40) + MDAT + box(b"moof", b"f" * 40)[:-9], False),
-    (FTYP + MOOV + box(b"moof", b"f" * 40) + MDAT + box(b"moof", b"f" * 40) + MDAT[:20], False),
-    (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 116) + b"d" * 100, 1), True),
-    (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 117) + b"d" * 100, 1), False),
-])
+@pytest.mark.parametrize(
+    ("content", "whole"),
+    [
+        (FTYP + MOOV + MDAT, True),
+        (FTYP + MDAT + MOOV, True),
+        (MOOV + MDAT, True),
+        (box(b"wide") + MDAT + MOOV, True),
+        (FTYP + MOOV + MDAT[:-1], False),
+        (FTYP + MDAT + MOOV[:-1], False),
+        (FTYP + MOOV, False),
+        (FTYP + MDAT, False),
+        (FTYP + MOOV + box(b"mdat", b"d" * 90, 0), True),
+        (FTYP + MOOV + MDAT + b"trailing bytes, no box", True),
+        (FTYP + MDAT + MOOV + b"\xff" * 70, True),
+        (FTYP + MDAT + MOOV + b"TAG" + b"a" * 125, True),
+        (FTYP + MDAT + MOOV + bytes(99), True),
+        (FTYP + MOOV + box(b"moof", b"f" * 40) + MDAT + box(b"moof", b"f" * 40)[:-9], False),
+        (FTYP + MOOV + box(b"moof", b"f" * 40) + MDAT + box(b"moof", b"f" * 40) + MDAT[:20], False),
+        (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 116) + b"d" * 100, 1), True),
+        (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 117) + b"d" * 100, 1), False),
+    ],
+)
 def test_boxes(content, whole):
     if whole:
         require_whole(io.BytesIO(content), "a.mp4")
@@ -236,9 +335,19 @@ def test_boxes(content, whole):
             require_whole(io.BytesIO(content), "a.mp4")
 
 
-@pytest.mark.parametrize("size, whole", [(b"\xa0", True), (b"\xa1", False), (b"\x40\x20", True), (b"\x40\x21", False),
-                                         (b"\xff", True),
-                                         (b"\x01" + b"\xff" * 7, True), (b"\x10\x00\x00\x20", True), (b"", True)])
+@pytest.mark.parametrize(
+    ("size", "whole"),
+    [
+        (b"\xa0", True),
+        (b"\xa1", False),
+        (b"\x40\x20", True),
+        (b"\x40\x21", False),
+        (b"\xff", True),
+        (b"\x01" + b"\xff" * 7, True),
+        (b"\x10\x00\x00\x20", True),
+        (b"", True),
+    ],
+)
 def test_segments(size, whole):
     content = b"\x1a\x45\xdf\xa3\x83abc\x18\x53\x80\x67" + size + (b"s" * 32 if size else b"")
     if whole:
@@ -248,7 +357,8 @@ def test_segments(size, whole):
             require_whole(io.BytesIO(content), "a.mkv")
 
 
-# ------------------------------------------------------------------------------------------------------ broken headers
+# ------------------------------------------------------------------------------------------------------
+# broken headers
 def counted(content: bytes) -> tuple[io.BytesIO, list]:
     """A stream, and the sizes of all reads from it."""
     reads = []
@@ -261,15 +371,24 @@ def counted(content: bytes) -> tuple[io.BytesIO, list]:
     return Stream(content), reads
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"RIFF\x24\x80\0\0WAVE" + bytes(2_000_000), "holds zeros where its sound should begin; copy it again"),
-    (b"RIFF\x24\x80\0\0AVI " + bytes(700_000), "holds zeros where its pictures should begin"),
-    (wav()[:36] + bytes(1_500_000), "holds zeros where its sound"),  # the format arrived, the samples did not
-    (b"FORM\0\x30\0\0AIFF" + bytes(900_000), "holds zeros where its sound"),
-    (b"RIFF\x24\x80\0\0WAVE" + b"junk\0\0\0\0" * 300_000, "more than 10000 chunks"),
-    (FTYP + struct.pack(">I4s", 8, b"free") * 200_000, "boxes hold next to nothing"),
-    (FTYP + struct.pack(">I4s", 3, b"abcd") * 200_000, "boxes hold next to nothing"),
-])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            b"RIFF\x24\x80\0\0WAVE" + bytes(2_000_000),
+            "holds zeros where its sound should begin; copy it again",
+        ),
+        (b"RIFF\x24\x80\0\0AVI " + bytes(700_000), "holds zeros where its pictures should begin"),
+        (
+            wav()[:36] + bytes(1_500_000),
+            "holds zeros where its sound",
+        ),  # the format arrived, the samples did not
+        (b"FORM\0\x30\0\0AIFF" + bytes(900_000), "holds zeros where its sound"),
+        (b"RIFF\x24\x80\0\0WAVE" + b"junk\0\0\0\0" * 300_000, "more than 10000 chunks"),
+        (FTYP + struct.pack(">I4s", 8, b"free") * 200_000, "boxes hold next to nothing"),
+        (FTYP + struct.pack(">I4s", 3, b"abcd") * 200_000, "boxes hold next to nothing"),
+    ],
+)
 def test_headers_followed_by_nothing(content, says):
     stream, reads = counted(content)
     with pytest.raises(UserError, match=says):
@@ -291,18 +410,41 @@ def test_films_of_many_fragments():
         require_whole(io.BytesIO(FTYP + MOOV + fragments + MDAT[:-7]), "a.mp4")
 
 
-@pytest.mark.parametrize("content", [b"\x1a\x45\xdf\xa3" + rest for rest in (
-    b"", b"\x02", b"\x01\xff\xff", b"\x00", b"\x81a\x18\x53\x80\x67\x01\x02")] + [
-    b".snd", b".snd\0\0\0", b".snd\0\0\0\x1c\0\0\0", b"RIFF", b"RIFF\0\0\0\0WAVEfmt ", b"FORM\0", b"RF64\xff\xff",
-    b"\0\0\0\x18ftyp", b"\0\0\0\1mdat\xff\xff\xff\xff\xff\xff\xff\xff", b"\0\0\0\1moov\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x1a\x45\xdf\xa3" + rest
+        for rest in (b"", b"\x02", b"\x01\xff\xff", b"\x00", b"\x81a\x18\x53\x80\x67\x01\x02")
+    ]
+    + [
+        b".snd",
+        b".snd\0\0\0",
+        b".snd\0\0\0\x1c\0\0\0",
+        b"RIFF",
+        b"RIFF\0\0\0\0WAVEfmt ",
+        b"FORM\0",
+        b"RF64\xff\xff",
+        b"\0\0\0\x18ftyp",
+        b"\0\0\0\1mdat\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"\0\0\0\1moov\xff\xff\xff\xff",
+    ],
+)
 def test_headers_cut_short(content, tmp_path):
     refused(content, "the audio given")
     (tmp_path / "a.bin").write_bytes(content)
-    refused(tmp_path / "a.bin", "a.bin: ")  # files refuse places before their beginning, BytesIO does not
+    refused(
+        tmp_path / "a.bin", "a.bin: "
+    )  # files refuse places before their beginning, BytesIO does not
 
 
 def test_streams_that_break_while_their_header_is_read():
-    for error in (OSError("unplugged"), EOFError("unplugged"), struct.error("unplugged"), ValueError("unplugged")):
+    for error in (
+        OSError("unplugged"),
+        EOFError("unplugged"),
+        struct.error("unplugged"),
+        ValueError("unplugged"),
+    ):
+
         class Broken(io.BytesIO):
             def seek(self, offset, whence=0):
                 if whence == io.SEEK_END:

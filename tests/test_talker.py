@@ -1,4 +1,6 @@
-"""Thinker and Talker: batches equal single rows, teacher forcing equals speaking, no forbidden id is said."""
+"""Thinker and Talker: batches equal single rows, teacher forcing equals speaking, no forbidden id
+is said.
+"""
 
 import dataclasses
 
@@ -14,17 +16,23 @@ from minomni.thinker.thinker import Thinker
 
 TOKENS = TINY.thinker.tokens
 ROWS = TINY.token2wav.dit.num_embeds + 1
-GREEDY = dataclasses.replace(TINY.talker_sampling, temperature=0.0, repetition_penalty=1.05, max_new_tokens=12)
+GREEDY = dataclasses.replace(
+    TINY.talker_sampling, temperature=0.0, repetition_penalty=1.05, max_new_tokens=12
+)
 VOICE = 492  # any id of the table's tail
 CLOSE = dict(rtol=0, atol=3e-5)  # logits of scale 1 after four layers, padded sums in another order
 
 
 def prompts(*lengths):
     """Text prompts of random ids, left-padded to one batch."""
-    rows = [torch.randint(10, 400, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    rows = [
+        torch.randint(10, 400, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths
+    ]
     pad = [max(lengths) - n for n in lengths]
     ids = torch.stack([F.pad(row, (p, 0), value=TOKENS.endoftext) for row, p in zip(rows, pad)])
-    return text_only(ids, torch.stack([F.pad(torch.ones_like(row), (p, 0)) for row, p in zip(rows, pad)]))
+    return text_only(
+        ids, torch.stack([F.pad(torch.ones_like(row), (p, 0)) for row, p in zip(rows, pad)])
+    )
 
 
 def text_only(ids, mask):
@@ -45,13 +53,17 @@ def talker():
 
 def stopping_at(thinker, stop):
     """The same weights, answering until another id."""
-    other = Thinker(dataclasses.replace(TINY.thinker, tokens=dataclasses.replace(TOKENS, im_end=stop)))
+    other = Thinker(
+        dataclasses.replace(TINY.thinker, tokens=dataclasses.replace(TOKENS, im_end=stop))
+    )
     other.load_state_dict(thinker.state_dict())
     return other.eval()
 
 
 def answers(thinker, inputs, tokens=6):
-    return thinker.generate(inputs, dataclasses.replace(TINY.thinker_sampling, max_new_tokens=tokens))
+    return thinker.generate(
+        inputs, dataclasses.replace(TINY.thinker_sampling, max_new_tokens=tokens)
+    )
 
 
 def scripts(thinker, inputs, tokens=6):
@@ -66,7 +78,9 @@ def test_thinker_batch_equals_single_rows(thinker):
         assert both.tokens[row] == alone.tokens[0]
         assert both.reply_states[row].shape == (5, TINY.thinker.text.hidden_size)
         torch.testing.assert_close(both.reply_states[row], alone.reply_states[0], **CLOSE)
-        torch.testing.assert_close(both.prompt_hidden[row, 9 - length:], alone.prompt_hidden[0], **CLOSE)
+        torch.testing.assert_close(
+            both.prompt_hidden[row, 9 - length :], alone.prompt_hidden[0], **CLOSE
+        )
 
 
 def test_reply_states_are_what_a_full_pass_gives(thinker):
@@ -74,7 +88,9 @@ def test_reply_states_are_what_a_full_pass_gives(thinker):
     reply = answers(thinker, inputs)
     ids = torch.cat((inputs.input_ids, torch.tensor([reply.tokens[0][:-1]])), dim=1)
     whole = thinker.read(text_only(ids, torch.ones_like(ids)))
-    torch.testing.assert_close((whole.hidden + whole.text_embeds)[0, 7:], reply.reply_states[0], **CLOSE)
+    torch.testing.assert_close(
+        (whole.hidden + whole.text_embeds)[0, 7:], reply.reply_states[0], **CLOSE
+    )
     assert thinker.lm_head(whole.hidden[0, 6:]).argmax(-1).tolist() == reply.tokens[0]
 
 
@@ -82,7 +98,7 @@ def test_stop_id_ends_a_row_and_only_that_row(thinker):
     free = answers(thinker, prompts(5, 9)).tokens
     stop = next(i for i in free[0] if i not in free[1])
     reply = answers(stopping_at(thinker, stop), prompts(5, 9))
-    assert reply.tokens == [free[0][:free[0].index(stop) + 1], free[1]]
+    assert reply.tokens == [free[0][: free[0].index(stop) + 1], free[1]]
     assert [len(row) for row in reply.reply_states] == [len(row) - 1 for row in reply.tokens]
 
 
@@ -104,18 +120,27 @@ def test_media_and_places_must_match(thinker):
     with pytest.raises(UserError, match="3 places for audio"):
         thinker(dataclasses.replace(inputs, mels=[torch.randn(128, 16)]))
     embeds, text_embeds = thinker.embed(dataclasses.replace(inputs, mels=[torch.randn(128, 12)]))
-    assert text_embeds[0, 2:5].abs().max() == 0 and embeds[0, 2:5].abs().max() > 0
+    assert text_embeds[0, 2:5].abs().max() == 0
+    assert embeds[0, 2:5].abs().max() > 0
     assert torch.equal(embeds[0, 5:], text_embeds[0, 5:])
 
 
 def test_gradients_reach_every_part(thinker):
     inputs = prompts(20)
     inputs.input_ids[0, 2:5], inputs.input_ids[0, 6:10] = TOKENS.audio, TOKENS.image
-    inputs = dataclasses.replace(inputs, mels=[torch.randn(128, 12)], image_patches=torch.randn(16, 1176),
-                                 image_grids=[(1, 4, 4)])
+    inputs = dataclasses.replace(
+        inputs,
+        mels=[torch.randn(128, 12)],
+        image_patches=torch.randn(16, 1176),
+        image_grids=[(1, 4, 4)],
+    )
     thinker.zero_grad()
     thinker(inputs).logsumexp(-1).sum().backward()
-    without = [name for name, p in thinker.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    without = [
+        name
+        for name, p in thinker.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert without == ["audio_tower.audio_bos_eos_token.weight"]
 
 
@@ -127,11 +152,18 @@ def test_teacher_forced_logits_equal_spoken_ones(thinker, talker):
     logits = talker(embeds, position_ids, mask)
     for row, spoken in enumerate(codes):
         here = slice(row, row + 1)
-        one = Script(both.prompt[here], both.position_ids[:, here], both.attention_mask[here], both.voice[here],
-                     both.text[here])
+        one = Script(
+            both.prompt[here],
+            both.position_ids[:, here],
+            both.attention_mask[here],
+            both.voice[here],
+            both.text[here],
+        )
         first, state = talker.prefill(one)
-        steps = [first] + [talker.step(code[None], one.text[0][min(i + 1, len(one.text[0]) - 1)][None], state)
-                           for i, code in enumerate(spoken)]
+        steps = [first] + [
+            talker.step(code[None], one.text[0][min(i + 1, len(one.text[0]) - 1)][None], state)
+            for i, code in enumerate(spoken)
+        ]
         asked = targets[row] != IGNORE
         torch.testing.assert_close(logits[row, asked], torch.cat(steps), **CLOSE)
         assert targets[row, asked].tolist() == [*spoken.tolist(), TINY.talker.codec_eos]
@@ -141,28 +173,38 @@ def test_talker_batch_equals_single_rows(thinker, talker):
     both = talker.generate(scripts(thinker, prompts(5, 9)), GREEDY, ROWS)
     assert len(both[0]) > 3
     for row, length in enumerate((5, 9)):
-        assert both[row].tolist() == talker.generate(scripts(thinker, prompts(length)), GREEDY, ROWS)[0].tolist()
+        assert (
+            both[row].tolist()
+            == talker.generate(scripts(thinker, prompts(length)), GREEDY, ROWS)[0].tolist()
+        )
 
 
 def test_a_reply_of_one_token_is_silent(thinker, talker):
     first = [row[0] for row in answers(thinker, prompts(5, 9)).tokens]
     mute = stopping_at(thinker, first[0])
     both = talker.generate(scripts(mute, prompts(5, 9)), GREEDY, ROWS)
-    assert len(both[0]) == 0 and len(both[1]) > 0
+    assert len(both[0]) == 0
+    assert len(both[1]) > 0
     assert talker.generate(scripts(mute, prompts(5)), GREEDY, ROWS)[0].tolist() == []
     embeds, position_ids, mask, targets = talker.teacher_forced(scripts(mute, prompts(5, 9)), both)
-    assert (targets[0] == IGNORE).all() and talker(embeds, position_ids, mask).isfinite().all()
+    assert (targets[0] == IGNORE).all()
+    assert talker(embeds, position_ids, mask).isfinite().all()
 
 
 def test_only_codes_of_the_table_and_stops_are_spoken(thinker, talker):
     loud = Talker(TINY.talker)
     loud.load_state_dict(talker.state_dict())
     speech = scripts(thinker, prompts(5))
-    wild = dataclasses.replace(TINY.talker_sampling, temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=300)
+    wild = dataclasses.replace(
+        TINY.talker_sampling, temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=300
+    )
     spoken = torch.cat([*loud.steps(speech, wild, 40, torch.Generator().manual_seed(0))])
     config, stops = TINY.talker, {TINY.talker.codec_pad, TINY.talker.codec_eos}
     assert set(spoken.tolist()) <= set(range(40)) | stops
-    assert set(range(config.decoder.vocab_size)) - set(loud.forbidden(40).tolist()) == set(range(40)) | stops
+    assert (
+        set(range(config.decoder.vocab_size)) - set(loud.forbidden(40).tolist())
+        == set(range(40)) | stops
+    )
 
 
 def test_text_lines_end_with_end_and_endless_pad():

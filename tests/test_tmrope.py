@@ -37,11 +37,17 @@ class Row:
         self.images.append((1, gh, gw))
         return self
 
-    def video(self, t: int, gh: int, gw: int, per_grid: float = 1.0, sound: int | None = None) -> "Row":
+    def video(
+        self, t: int, gh: int, gw: int, per_grid: float = 1.0, sound: int | None = None
+    ) -> "Row":
         body = [ID.video] * (t * gh * gw // 4)
         seconds = torch.arange(t, dtype=torch.float32) * per_grid
         if sound is not None:
-            body = [ID.audio_bos, *self.turns((seconds * 25).tolist(), gh * gw // 4, sound), ID.audio_eos]
+            body = [
+                ID.audio_bos,
+                *self.turns((seconds * 25).tolist(), gh * gw // 4, sound),
+                ID.audio_eos,
+            ]
             self.mels.append(torch.zeros(128, 4 * sound))
         self.ids += [ID.vision_bos, *body, ID.vision_eos]
         self.videos.append((t, gh, gw))
@@ -51,6 +57,7 @@ class Row:
     @staticmethod
     def turns(times: list[float], cells: int, sound: int) -> list[int]:
         """The order of a sounding video's tokens, by walking both tracks with a counter each."""
+
         def pieces(values, token, each):
             out, chunk = [[]], 1
             for value in values:
@@ -65,7 +72,9 @@ class Row:
 
     def inputs(self) -> Inputs:
         ids = torch.tensor([self.ids])
-        return Inputs(ids, torch.ones_like(ids), self.mels, None, self.images, None, self.videos, self.seconds)
+        return Inputs(
+            ids, torch.ones_like(ids), self.mels, None, self.images, None, self.videos, self.seconds
+        )
 
 
 def rows_of(row: Row) -> list[list[int]]:
@@ -78,12 +87,27 @@ def triples(row: Row) -> list[tuple[int, int, int]]:
 
 def test_text_and_picture():
     assert triples(Row().text(2).image(4, 4).text(1)) == [
-        (0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 3, 4), (3, 4, 3), (3, 4, 4), (5, 5, 5), (6, 6, 6)]
+        (0, 0, 0),
+        (1, 1, 1),
+        (2, 2, 2),
+        (3, 3, 3),
+        (3, 3, 4),
+        (3, 4, 3),
+        (3, 4, 4),
+        (5, 5, 5),
+        (6, 6, 6),
+    ]
 
 
-@pytest.mark.parametrize("per_grid, times, end", [(1.0, (2, 27, 52), 53), (0.5, (2, 14, 27), 28)])
+@pytest.mark.parametrize(
+    ("per_grid", "times", "end"), [(1.0, (2, 27, 52), 53), (0.5, (2, 14, 27), 28)]
+)
 def test_video_follows_real_time(per_grid, times, end):
-    expected = [(0, 0, 0), (1, 1, 1)] + [(t, 2, w) for t in times for w in (2, 3)] + [(end,) * 3, (end + 1,) * 3]
+    expected = (
+        [(0, 0, 0), (1, 1, 1)]
+        + [(t, 2, w) for t in times for w in (2, 3)]
+        + [(end,) * 3, (end + 1,) * 3]
+    )
     assert triples(Row().text(1).video(3, 2, 4, per_grid).text(1)) == expected
 
 
@@ -95,27 +119,62 @@ def test_irregular_frames_keep_their_times():
 
 def test_sound_then_picture():
     assert triples(Row().text(1).audio(3).text(1).image(2, 4).text(1)) == [
-        *((i, i, i) for i in range(8)), (8, 8, 8), (8, 8, 9), (10, 10, 10), (11, 11, 11)]
+        *((i, i, i) for i in range(8)),
+        (8, 8, 8),
+        (8, 8, 9),
+        (10, 10, 10),
+        (11, 11, 11),
+    ]
 
 
 def test_video_with_sound():
     found = triples(Row().text(1).video(3, 2, 4, sound=60).text(1))
-    assert found == [(0, 0, 0), (1, 1, 1), (1, 1, 1), (2, 2, 2), (2, 2, 3), (27, 2, 2), (27, 2, 3),
-                     *((i, i, i) for i in range(2, 52)), (52, 2, 2), (52, 2, 3), *((i, i, i) for i in range(52, 62)),
-                     (62, 62, 62), (62, 62, 62), (63, 63, 63)]
+    assert found == [
+        (0, 0, 0),
+        (1, 1, 1),
+        (1, 1, 1),
+        (2, 2, 2),
+        (2, 2, 3),
+        (27, 2, 2),
+        (27, 2, 3),
+        *((i, i, i) for i in range(2, 52)),
+        (52, 2, 2),
+        (52, 2, 3),
+        *((i, i, i) for i in range(52, 62)),
+        (62, 62, 62),
+        (62, 62, 62),
+        (63, 63, 63),
+    ]
 
 
 def test_after_a_wide_picture_with_a_short_sound_ids_go_back():
-    """The next segment begins after the last part, the sound, even where the picture reached further (release)."""
+    """The next segment begins after the last part, the sound, even where the picture reached
+    further (release).
+    """
     found = triples(Row().text(1).video(1, 4, 28, sound=2).text(1))
-    assert max(w for _, _, w in found) == 15 and found[-3:] == [(4, 4, 4), (4, 4, 4), (5, 5, 5)]
+    assert max(w for _, _, w in found) == 15
+    assert found[-3:] == [(4, 4, 4), (4, 4, 4), (5, 5, 5)]
 
 
 def test_silent_and_sounding_videos_may_mix():
     """The official code gets these wrong; here each video is what its own markers say."""
     found = triples(Row().video(1, 2, 2).video(1, 2, 2, sound=2).video(1, 2, 2).text(1))
-    assert found == [(0,) * 3, (1,) * 3, (2,) * 3, (3,) * 3, (3,) * 3, (4,) * 3, (4,) * 3, (5,) * 3, (6,) * 3, (6,) * 3,
-                     (7,) * 3, (8,) * 3, (9,) * 3, (10,) * 3]
+    assert found == [
+        (0,) * 3,
+        (1,) * 3,
+        (2,) * 3,
+        (3,) * 3,
+        (3,) * 3,
+        (4,) * 3,
+        (4,) * 3,
+        (5,) * 3,
+        (6,) * 3,
+        (6,) * 3,
+        (7,) * 3,
+        (8,) * 3,
+        (9,) * 3,
+        (10,) * 3,
+    ]
 
 
 def test_padding_changes_nothing():
@@ -128,14 +187,18 @@ def test_padding_changes_nothing():
     assert torch.equal(found[:, 1], position_ids(long.inputs(), CONFIG)[:, 0])
 
 
-@pytest.mark.parametrize("change", [dict(image_grids=[]), dict(image_grids=[(1, 2, 2)]), dict(image_grids=[(1, 8, 8)])])
+@pytest.mark.parametrize(
+    "change", [dict(image_grids=[]), dict(image_grids=[(1, 2, 2)]), dict(image_grids=[(1, 8, 8)])]
+)
 def test_media_that_do_not_match_are_named(change):
     with pytest.raises(UserError, match="do not match the media"):
         position_ids(replace(Row().text(1).image(4, 4).text(1).inputs(), **change), CONFIG)
 
 
 def random_row(random: Random, sounding: bool) -> Row:
-    """Up to six items in any order; videos are all silent or all sounding, since the official code cannot mix them."""
+    """Up to six items in any order; videos are all silent or all sounding, since the official code
+    cannot mix them.
+    """
     row = Row().text(random.randint(1, 4))
     for _ in range(random.randint(0, 6)):
         kind = random.choice(("text", "audio", "image", "video"))
@@ -147,32 +210,49 @@ def random_row(random: Random, sounding: bool) -> Row:
         elif kind == "image":
             row.image(side(), side())
         else:
-            row.video(random.randint(1, 9), side(), side(), random.choice((0.3, 0.5, 1.0, 1.7, 2.5)),
-                      sound=random.randint(1, 200) if sounding else None)
+            row.video(
+                random.randint(1, 9),
+                side(),
+                side(),
+                random.choice((0.3, 0.5, 1.0, 1.7, 2.5)),
+                sound=random.randint(1, 200) if sounding else None,
+            )
     return row.text(random.randint(1, 3))
 
 
 def layouts() -> list[tuple[list[Row], bool]]:
     random = Random(20)
-    return [([random_row(random, sounding) for _ in range(ROWS)], sounding)
-            for sounding in (random.random() < 0.5 for _ in range(LAYOUTS))]
+    return [
+        ([random_row(random, sounding) for _ in range(ROWS)], sounding)
+        for sounding in (random.random() < 0.5 for _ in range(LAYOUTS))
+    ]
 
 
 def official(model, rows: list[Row], inputs: Inputs, sounding: bool) -> torch.Tensor:
-    grids = [grid for row in rows for grid in row.images], [grid for row in rows for grid in row.videos]
+    grids = (
+        [grid for row in rows for grid in row.images],
+        [grid for row in rows for grid in row.videos],
+    )
     spacing = [float(s[1] - s[0]) if len(s) > 1 else 1.0 for row in rows for s in row.seconds]
     images, videos = (torch.tensor(grid) if grid else None for grid in grids)
     found, _ = model.thinker.model.get_rope_index(
-        inputs.input_ids, images, videos, inputs.attention_mask, use_audio_in_video=sounding,
+        inputs.input_ids,
+        images,
+        videos,
+        inputs.attention_mask,
+        use_audio_in_video=sounding,
         audio_seqlens=torch.tensor([mel.shape[1] for mel in inputs.mels]) if inputs.mels else None,
-        second_per_grids=torch.tensor(spacing) if spacing else None)
+        second_per_grids=torch.tensor(spacing) if spacing else None,
+    )
     return found.long()
 
 
 def test_equals_the_official_positions_on_random_layouts():
     transformers = pytest.importorskip("transformers", reason="the official code is not installed")
     if transformers.__version__ != oracle.VERSION:
-        pytest.skip(f"compared with transformers {oracle.VERSION}, here is {transformers.__version__}")
+        pytest.skip(
+            f"compared with transformers {oracle.VERSION}, here is {transformers.__version__}"
+        )
     model, compared = oracle.hf_model(), 0
     for number, (rows, sounding) in enumerate(layouts()):
         inputs = join([row.inputs() for row in rows], pad=ID.endoftext)
@@ -184,7 +264,9 @@ def test_equals_the_official_positions_on_random_layouts():
 
 
 def test_equals_what_the_official_code_answered():
-    """The golden file holds a checksum of the official ids of each layout, for machines without transformers."""
+    """The golden file holds a checksum of the official ids of each layout, for machines without
+    transformers.
+    """
     golden = np.load(oracle.GOLDEN / "tmrope.npz")["sums"]
     assert len(golden) == LAYOUTS
     for (rows, _), sums in zip(layouts(), golden):
@@ -193,7 +275,9 @@ def test_equals_what_the_official_code_answered():
 
 
 def checksum(ids: torch.Tensor, mask: torch.Tensor) -> list[int]:
-    """Per axis the sum of all real ids, each times its place: any two ids that change places change it."""
+    """Per axis the sum of all real ids, each times its place: any two ids that change places change
+    it.
+    """
     places = torch.arange(1, mask.numel() + 1).view_as(mask) * mask
     return (ids * places).sum((1, 2)).tolist()
 

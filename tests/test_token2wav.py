@@ -1,6 +1,7 @@
-"""Token2Wav against the official code, and against slow versions of itself that say plainly what the quick ones do.
+"""Token2Wav against the official code, and against slow versions of itself that say plainly what
+the quick ones do.
 
-    python tests/test_token2wav.py        # writes tests/golden/token2wav.npz again; needs transformers 5.23.0
+python tests/test_token2wav.py        # writes tests/golden/token2wav.npz again; needs transformers 5.23.0
 """
 
 import dataclasses
@@ -22,11 +23,14 @@ from minomni.token2wav.token2wav import Token2Wav
 
 CONFIG = oracle.CONFIG.token2wav
 FLOW = QWEN7B.flow
-CODES = torch.from_numpy(np.random.RandomState(0).randint(0, 8448, (1, 15)))  # 30 frames: a block and a quarter
+CODES = torch.from_numpy(
+    np.random.RandomState(0).randint(0, 8448, (1, 15))
+)  # 30 frames: a block and a quarter
 NOISE = torch.from_numpy(oracle.numbers("noise", 1, 30, 80))
 VOICE = oracle.voices()["Chelsie"]
 TIME = 0.3
-# Ten times what two fp32 implementations differ by, for what adds up over 36 calls of the DiT and for one vocoder.
+# Ten times what two fp32 implementations differ by, for what adds up over 36 calls of the DiT and
+# for one vocoder.
 TOLERANCE = {"speaker": 2e-5, "velocity": 2e-5, "mel": 2e-5, "wave": 5e-6}
 
 
@@ -41,7 +45,8 @@ def model() -> Token2Wav:
     return filled()
 
 
-# ---------------------------------------------------------------------------------------------------- the official code
+# ----------------------------------------------------------------------------------------------------
+# the official code
 @torch.no_grad()
 def ask_official() -> dict[str, np.ndarray]:
     from transformers import Qwen2_5OmniToken2WavConfig
@@ -56,7 +61,12 @@ def ask_official() -> dict[str, np.ndarray]:
     with mock.patch("torch.randn", lambda *args, **kwargs: NOISE.clone()):
         mel = dit.sample(VOICE.cond, VOICE.ref_mel, CODES)
     wave = official.code2wav_bigvgan_model(mel)
-    answers = {"speaker": speaker.reshape(1, -1), "velocity": velocity, "mel": mel, "wave": wave.reshape(1, -1)}
+    answers = {
+        "speaker": speaker.reshape(1, -1),
+        "velocity": velocity,
+        "mel": mel,
+        "wave": wave.reshape(1, -1),
+    }
     return {name: np.asarray(x) for name, x in answers.items()}
 
 
@@ -65,7 +75,12 @@ def ask_ours(model: Token2Wav) -> dict[str, torch.Tensor]:
     dit, voice = model.code2wav_dit_model, (VOICE.cond, VOICE.ref_mel)
     mel = dit.sample(CODES, *voice, FLOW, NOISE)
     speaker, velocity = dit.input_embed.spk_encoder(VOICE.ref_mel), dit(NOISE, CODES, TIME, *voice)
-    return {"speaker": speaker, "velocity": velocity, "mel": mel, "wave": model.code2wav_bigvgan_model(mel)}
+    return {
+        "speaker": speaker,
+        "velocity": velocity,
+        "mel": mel,
+        "wave": model.code2wav_bigvgan_model(mel),
+    }
 
 
 def compare(mine: dict[str, torch.Tensor], theirs: dict[str, np.ndarray]) -> None:
@@ -79,7 +94,9 @@ def test_says_what_the_official_code_said(model):
 
 
 def test_says_what_the_official_code_says(model):
-    transformers = pytest.importorskip("transformers", reason="only needed to compare with the official code itself")
+    transformers = pytest.importorskip(
+        "transformers", reason="only needed to compare with the official code itself"
+    )
     if transformers.__version__ != oracle.VERSION:
         pytest.skip(f"the comparison is written for transformers {oracle.VERSION}")
     compare(ask_ours(model), ask_official())
@@ -91,15 +108,21 @@ def test_golden_would_notice_a_changed_weight(model):
         compare(ask_ours(model), oracle.golden("token2wav"))
 
 
-# ------------------------------------------------------------------------------------------------------------------ DiT
+# ------------------------------------------------------------------------------------------------------------------
+# DiT
 def dense_attention(attn: BlockAttention, h, cos, sin, exists, past=None, finished=0):
-    """The attention of the paper's figure: every frame against every frame, and a mask of blocks over it."""
+    """The attention of the paper's figure: every frame against every frame, and a mask of blocks
+    over it.
+    """
     frames = h.shape[1]
     block = torch.arange(frames) // attn.block_size
     distance = block[None] - block[:, None]
     mask = (distance >= -attn.back) & (distance <= attn.ahead)
     mask = mask if exists is None else mask & exists
-    heads = lambda x: x.reshape(len(h), frames, attn.heads, -1).transpose(1, 2)  # [B, H, T, d]
+
+    def heads(x):
+        return x.reshape(len(h), frames, attn.heads, -1).transpose(1, 2)  # [B, H, T, d]
+
     q, k, v = heads(attn.to_q(h)), heads(attn.to_k(h)), heads(attn.to_v(h))
     turn = torch.complex(cos, sin)[:, 0]  # [T, d/2], a pair of neighbours is a complex number
     for x in (q, k):
@@ -124,13 +147,26 @@ def test_blocks_equal_a_dense_mask(model, frames):
 def test_one_call_hears_two_blocks_back_and_one_ahead():
     layers = "num_hidden_layers", "look_ahead_layers", "look_backward_layers"
     pattern = {name: getattr(QWEN7B.token2wav.dit, name) for name in layers}
-    dit = filled(dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, **pattern))).code2wav_dit_model
-    x, codes, voice = torch.randn(1, 8 * 24, 80), torch.randint(0, 8448, (1, 8 * 12)), (VOICE.cond, VOICE.ref_mel)
+    dit = filled(
+        dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, **pattern))
+    ).code2wav_dit_model
+    x, codes, voice = (
+        torch.randn(1, 8 * 24, 80),
+        torch.randint(0, 8448, (1, 8 * 12)),
+        (VOICE.cond, VOICE.ref_mel),
+    )
     other = codes.clone()
     other[0, 4 * 12 + 5] += 1  # a code in the middle of block 4
-    moved = (dit(x, codes, TIME, *voice) - dit(x, other % 8448, TIME, *voice)).abs().amax(-1)[0] > 1e-6
+    moved = (dit(x, codes, TIME, *voice) - dit(x, other % 8448, TIME, *voice)).abs().amax(-1)[
+        0
+    ] > 1e-6
     assert moved.reshape(8, 24).all(1).tolist() == moved.reshape(8, 24).any(1).tolist()
-    assert moved[::24].nonzero()[:, 0].tolist() == [3, 4, 5, 6]  # block 5, say, hears 3 and 4 behind it and 6 ahead
+    assert moved[::24].nonzero()[:, 0].tolist() == [
+        3,
+        4,
+        5,
+        6,
+    ]  # block 5, say, hears 3 and 4 behind it and 6 ahead
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
@@ -142,24 +178,31 @@ def test_sample_is_guided_calls_of_forward(model, guidance):
 
     def field(time, x):
         asked = dit(x, CODES, time, VOICE.cond, VOICE.ref_mel)
-        return asked + guidance * (asked - dit(x, blank(CODES), time, blank(VOICE.cond), blank(VOICE.ref_mel)))
+        return asked + guidance * (
+            asked - dit(x, blank(CODES), time, blank(VOICE.cond), blank(VOICE.ref_mel))
+        )
 
     expected = solve(field, NOISE, time_grid(flow), "rk4").transpose(1, 2)
-    with (mock.patch.object(listener, "forward", wraps=listener.forward) as speaker,
-          mock.patch.object(dit, "velocity", wraps=dit.velocity) as velocity):
+    with (
+        mock.patch.object(listener, "forward", wraps=listener.forward) as speaker,
+        mock.patch.object(dit, "velocity", wraps=dit.velocity) as velocity,
+    ):
         mel = dit.sample(CODES, VOICE.cond, VOICE.ref_mel, flow, NOISE)
     torch.testing.assert_close(mel, expected, rtol=0, atol=2e-5)
-    assert speaker.call_count == 1 and velocity.call_count == 12
+    assert speaker.call_count == 1
+    assert velocity.call_count == 12
     assert {len(call.args[0]) for call in velocity.call_args_list} == {2 if guidance else 1}
 
 
 def test_time_grid_of_the_release():
     expected = [0, 0.015192, 0.060307, 0.133975, 0.233956, 0.357212, 0.5, 0.65798, 0.826352, 1]
     np.testing.assert_allclose(time_grid(FLOW), expected, atol=5e-7)  # printed to six places
-    np.testing.assert_allclose(time_grid(dataclasses.replace(FLOW, sway=0.0, points=3)), [0, 0.5, 1])
+    np.testing.assert_allclose(
+        time_grid(dataclasses.replace(FLOW, sway=0.0, points=3)), [0, 0.5, 1]
+    )
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("rk4", 4)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("rk4", 4)])
 def test_solvers_converge_at_their_order(solver, order):
     """dy/dt = y + t from 1 ends at 2e - 2; half the step divides the error by 2^order."""
     errors = []
@@ -180,9 +223,13 @@ def test_training_reaches_every_parameter_and_hears_the_voice_once():
     x, codes = torch.randn(2, 100, 80), torch.randint(0, 1000, (2, 25))
     speaker = dit.input_embed.spk_encoder
     with mock.patch.object(speaker, "forward", wraps=speaker.forward) as hears:
-        dit(x, codes, torch.rand(2), torch.randn(2, 160), torch.randn(2, 40, 80)).square().mean().backward()
+        dit(
+            x, codes, torch.rand(2), torch.randn(2, 160), torch.randn(2, 40, 80)
+        ).square().mean().backward()
     assert hears.call_count == 1
-    assert [name for name, p in dit.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert [
+        name for name, p in dit.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
 
 
 def test_dropout_is_for_training_only(model):
@@ -192,10 +239,13 @@ def test_dropout_is_for_training_only(model):
         assert not torch.equal(dit.train()(*inputs), dit(*inputs))
 
 
-# -------------------------------------------------------------------------------------------------------------- BigVGAN
+# --------------------------------------------------------------------------------------------------------------
+# BigVGAN
 def test_kaiser_taps_of_the_release():
     half = [0.00202896, 0.00938947, -0.02554346, -0.05765738, 0.12857258, 0.44320980]
-    np.testing.assert_allclose(kaiser_taps(), half + half[::-1], rtol=0, atol=5e-8)  # the release computes them in fp32
+    np.testing.assert_allclose(
+        kaiser_taps(), half + half[::-1], rtol=0, atol=5e-8
+    )  # the release computes them in fp32
     assert sum(kaiser_taps()) == pytest.approx(1)
 
 
@@ -203,10 +253,17 @@ def plain_activation(x, act):
     """The same with a padded signal at twice the rate and depthwise convolutions. [B, T, C]"""
     x, channels = x.transpose(1, 2), x.shape[-1]
     taps = torch.tensor(kaiser_taps(), dtype=x.dtype).expand(channels, 1, -1)
-    x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), mode="replicate"), taps, stride=2, groups=channels)[..., 15:-15]
+    x = (
+        2
+        * F.conv_transpose1d(F.pad(x, (5, 5), mode="replicate"), taps, stride=2, groups=channels)[
+            ..., 15:-15
+        ]
+    )
     alpha, beta = act.alpha.exp()[:, None], act.beta.exp()[:, None]
     x = x + (x * alpha).sin().square() / (beta + 1e-9)
-    return F.conv1d(F.pad(x, (5, 6), mode="replicate"), taps, stride=2, groups=channels).transpose(1, 2)
+    return F.conv1d(F.pad(x, (5, 6), mode="replicate"), taps, stride=2, groups=channels).transpose(
+        1, 2
+    )
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7, 40])
@@ -218,8 +275,12 @@ def test_shifted_additions_equal_padded_convolutions(frames):
     leaves = x, activation.act.alpha, activation.act.beta
     quick, plain = activation(x), plain_activation(x, activation.act)
     torch.testing.assert_close(quick, plain, rtol=0, atol=1e-6)
-    for mine, expected in zip(*(torch.autograd.grad((y * weights).sum(), leaves) for y in (quick, plain))):
-        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=5e-6)  # sums over B and T in another order
+    for mine, expected in zip(
+        *(torch.autograd.grad((y * weights).sum(), leaves) for y in (quick, plain))
+    ):
+        torch.testing.assert_close(
+            mine, expected, rtol=1e-5, atol=5e-6
+        )  # sums over B and T in another order
 
 
 @pytest.mark.parametrize("frames", [1, 4, 9])
@@ -235,39 +296,67 @@ def test_length_is_frames_times_rates(config):
     vocoder = filled(config).code2wav_bigvgan_model
     for frames in (1, 2, 7):
         wave = vocoder(torch.randn(2, 80, frames))
-        assert wave.shape == (2, frames * math.prod(config.bigvgan.upsample_rates)) and wave.abs().max() <= 1
+        assert wave.shape == (2, frames * math.prod(config.bigvgan.upsample_rates))
+        assert wave.abs().max() <= 1
 
 
 def test_vocoder_trains_every_parameter():
     vocoder = filled(TINY.token2wav).code2wav_bigvgan_model
     vocoder(torch.randn(2, 80, 6) - 4).square().mean().backward()
-    assert [name for name, p in vocoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert [
+        name
+        for name, p in vocoder.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
 
 
-# ---------------------------------------------------------------------------------------------------------- all of it
+# ----------------------------------------------------------------------------------------------------------
+# all of it
 def test_one_code_is_spoken_and_a_seed_repeats(model):
     for codes in (CODES[:, :1], CODES):
-        first, again, other = (model(codes, VOICE, FLOW, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-        assert first.shape == (codes.shape[1] * 480,) and torch.equal(first, again) and not torch.equal(first, other)
+        first, again, other = (
+            model(codes, VOICE, FLOW, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert first.shape == (codes.shape[1] * 480,)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
 
 
 def test_bad_codes_and_voices_get_one_line(model):
-    refuse = lambda codes, voice, match: pytest.raises(UserError, model, codes, voice, FLOW).match(match)
+    def refuse(codes, voice, match):
+        return pytest.raises(UserError, model, codes, voice, FLOW).match(match)
+
     refuse(CODES[:, :0], VOICE, r"\[1, 0\], expected \[1, at least one code\]")
     refuse(CODES[0], VOICE, r"shape \[15\]")
-    refuse(CODES.clone().fill_(8448), VOICE, "8448 to 8448, but this model has sounds for 0 to 8447")
+    refuse(
+        CODES.clone().fill_(8448), VOICE, "8448 to 8448, but this model has sounds for 0 to 8447"
+    )
     refuse(-CODES - 1, VOICE, "sounds for 0 to 8447")
-    refuse(CODES, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), r"'Chelsie': cond has shape \[1, 9\].*\[1, 12\]")
+    refuse(
+        CODES,
+        dataclasses.replace(VOICE, cond=torch.zeros(1, 9)),
+        r"'Chelsie': cond has shape \[1, 9\].*\[1, 12\]",
+    )
     refuse(CODES, dataclasses.replace(VOICE, ref_mel=torch.zeros(1, 4, 80)), "at least 5 frames")
     refuse(CODES, Voice("Ethan", 415, VOICE.cond, torch.zeros(60, 80)), "'Ethan': ref_mel")
-    assert model(CODES, dataclasses.replace(VOICE, ref_mel=VOICE.ref_mel[:, :5]), FLOW).isfinite().all()
+    assert (
+        model(CODES, dataclasses.replace(VOICE, ref_mel=VOICE.ref_mel[:, :5]), FLOW)
+        .isfinite()
+        .all()
+    )
 
 
 def test_release_on_the_meta_device():
     with torch.device("meta"):
         model = Token2Wav(QWEN7B.token2wav)
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    assert (count(model.code2wav_dit_model), count(model.code2wav_bigvgan_model)) == (333_607_760, 115_443_504)
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    assert (count(model.code2wav_dit_model), count(model.code2wav_bigvgan_model)) == (
+        333_607_760,
+        115_443_504,
+    )
     assert list(model.buffers()) == []  # so that a checkpoint fills all there is
 
 
@@ -275,7 +364,10 @@ def test_built_on_meta_and_loaded_by_assign_speaks_the_same(model):
     with torch.device("meta"):
         empty = Token2Wav(CONFIG).eval()
     empty.load_state_dict(model.state_dict(), assign=True)
-    speak = lambda m: m(CODES, VOICE, FLOW, torch.Generator().manual_seed(3))
+
+    def speak(m):
+        return m(CODES, VOICE, FLOW, torch.Generator().manual_seed(3))
+
     assert torch.equal(speak(empty), speak(model))
 
 

@@ -1,4 +1,6 @@
-"""Sound in pieces: the vocoder's are exact, the DiT's are those of the same schedule computed in one go."""
+"""Sound in pieces: the vocoder's are exact, the DiT's are those of the same schedule computed in
+one go.
+"""
 
 import dataclasses
 import math
@@ -25,9 +27,13 @@ from minomni.token2wav.stream import (
     eager,
 )
 
-SHORT = dataclasses.replace(FLOW, points=3)  # 8 looks at the field: enough for them to meet each other's past
+SHORT = dataclasses.replace(
+    FLOW, points=3
+)  # 8 looks at the field: enough for them to meet each other's past
 EULER = dataclasses.replace(SHORT, solver="euler", guidance=0.0)
-MANY = torch.randint(0, 8448, (1, 125), generator=torch.Generator().manual_seed(1))  # 250 frames: 10 blocks and a bit
+MANY = torch.randint(
+    0, 8448, (1, 125), generator=torch.Generator().manual_seed(1)
+)  # 250 frames: 10 blocks and a bit
 BLOCK = CONFIG.dit.block_size
 EAGER = eager(filled())
 SAME = dict(rtol=0, atol=1e-4)  # mels of scale 10, and sums in another order at every look
@@ -45,18 +51,23 @@ def model():
 def painted(model, codes, flow, schedule, step=None) -> torch.Tensor:
     """The whole mel of a stream that hears its codes `step` at a time."""
     stream = MelStream(model.code2wav_dit_model, VOICE, flow, schedule, seeded())
-    pieces = [piece for some in codes.split(step or codes.shape[1], dim=1) for piece in stream.feed(some)]
+    pieces = [
+        piece for some in codes.split(step or codes.shape[1], dim=1) for piece in stream.feed(some)
+    ]
     return torch.cat([*pieces, *stream.finish()], dim=2)
 
 
-# -------------------------------------------------------------------------------------------------------------- BigVGAN
+# --------------------------------------------------------------------------------------------------------------
+# BigVGAN
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
 @pytest.mark.parametrize("pieces", [[1] * 30, [24] * 4, [7, 90], [40, 0, 3], [2]], ids=str)
 @torch.no_grad()
 def test_pieces_of_sound_are_the_whole_sound(config, pieces):
     vocoder, mel = filled(config).code2wav_bigvgan_model, torch.randn(1, 80, sum(pieces)) - 4
     stream = VocoderStream(vocoder)
-    waves = [stream.feed(piece) for piece in mel.split(pieces, dim=2)] + [stream.feed(None, last=True)]
+    waves = [stream.feed(piece) for piece in mel.split(pieces, dim=2)] + [
+        stream.feed(None, last=True)
+    ]
     torch.testing.assert_close(torch.cat(waves), vocoder(mel)[0], rtol=0, atol=1e-5)
 
 
@@ -71,8 +82,11 @@ def depends_on(function, x, output) -> list[int]:
 def test_stages_reach_no_further_than_they_say(config):
     for i, stage in enumerate(BigVGAN.stages(filled(config).code2wav_bigvgan_model)):
         x = 0.1 * torch.randn(1, 200, width(config.bigvgan, i))
-        seen = [f for at in range(stage.rate) for f in depends_on(stage.run, x, 100 * stage.rate + at)]
-        assert 100 - min(seen) <= stage.reach and max(seen) - 100 <= stage.reach
+        seen = [
+            f for at in range(stage.rate) for f in depends_on(stage.run, x, 100 * stage.rate + at)
+        ]
+        assert 100 - min(seen) <= stage.reach
+        assert max(seen) - 100 <= stage.reach
         assert max(100 - min(seen), max(seen) - 100) == stage.reach, "one frame less would do"
 
 
@@ -83,28 +97,37 @@ def width(config, stage) -> int:
 
 def test_activation_reaches_five_frames():
     seen = depends_on(Activation(3), torch.randn(1, 40, 3), 20)
-    assert seen == list(range(15, 26)) and Activation.reach == 5
+    assert seen == list(range(15, 26))
+    assert Activation.reach == 5
 
 
-# ------------------------------------------------------------------------------------------------------------------ DiT
+# ------------------------------------------------------------------------------------------------------------------
+# DiT
 @pytest.mark.parametrize("flow", [SHORT, EULER], ids=["rk4", "euler"])
 @torch.no_grad()
 def test_windows_equal_samples_of_slices(model, flow):
-    """The serving recipe, spelled out: a solve for each window over slices of one noise; the middle is kept."""
+    """The serving recipe, spelled out: a solve for each window over slices of one noise; the middle
+    is kept.
+    """
     dit, frames, chunk, back, ahead = model.code2wav_dit_model, 250, 3 * BLOCK, 2 * BLOCK, BLOCK
     noise, expected, done = torch.randn(1, frames, 80, generator=seeded()), [], 0
     while done < frames:
         last = done + chunk + ahead > frames
         begin, end = max(done - back, 0), frames if last else done + chunk + ahead
-        mel = dit.sample(MANY[:, begin // 2 : end // 2], VOICE.cond, VOICE.ref_mel, flow, noise[:, begin:end])
+        mel = dit.sample(
+            MANY[:, begin // 2 : end // 2], VOICE.cond, VOICE.ref_mel, flow, noise[:, begin:end]
+        )
         kept = frames if last else done + chunk
         expected.append(mel[:, :, done - begin : kept - begin])
         done = kept
-    torch.testing.assert_close(painted(model, MANY, flow, SERVING), torch.cat(expected, dim=2), **SAME)
+    torch.testing.assert_close(
+        painted(model, MANY, flow, SERVING), torch.cat(expected, dim=2), **SAME
+    )
 
 
 def unrolled(schedule, frames):
-    """One sequence that holds a remembering schedule's blocks, those of the chunks and those only looked at.
+    """One sequence that holds a remembering schedule's blocks, those of the chunks and those only
+    looked at.
 
     -> rows of (chunk, block, final): what a block sees is settled by this, for dense_unrolled().
     """
@@ -125,7 +148,9 @@ def lacking(schedule) -> int:
 
 
 def sees(row, other, back, ahead) -> bool:
-    """Whether one row may look at another: at its own chunk's, and behind it at what earlier chunks made final."""
+    """Whether one row may look at another: at its own chunk's, and behind it at what earlier chunks
+    made final.
+    """
     (chunk, block, _), (chunk2, block2, final2) = row, other
     if not -back <= block2 - block <= ahead:
         return False
@@ -133,22 +158,44 @@ def sees(row, other, back, ahead) -> bool:
 
 
 @pytest.mark.parametrize("flow", [SHORT, EULER], ids=["rk4", "euler"])
-@pytest.mark.parametrize("schedule", [EAGER, Schedule(((2, 1),)), Schedule(((1, 2), (1, 0))),
-                                      Schedule(((1, 0), (1, 0)), lead=5), Schedule(((2, 1),), lead=11)], ids=str)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        EAGER,
+        Schedule(((2, 1),)),
+        Schedule(((1, 2), (1, 0))),
+        Schedule(((1, 0), (1, 0)), lead=5),
+        Schedule(((2, 1),), lead=11),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule):
-    """Every block that is ever computed stands in one long sequence, under one dense mask, in one solve."""
+    """Every block that is ever computed stands in one long sequence, under one dense mask, in one
+    solve.
+    """
     dit, frames = model.code2wav_dit_model, 250
     rows, noise = unrolled(schedule, frames), torch.randn(1, frames, 80, generator=seeded())
-    at = torch.tensor([frame for _, block, _ in rows for frame in range(block * BLOCK, (block + 1) * BLOCK)])
+    at = torch.tensor(
+        [frame for _, block, _ in rows for frame in range(block * BLOCK, (block + 1) * BLOCK)]
+    )
     at = at - lacking(schedule)
-    exists, at = (0 <= at) & (at < frames), at.clamp(0, frames - 1)
+    exists, at = (at >= 0) & (at < frames), at.clamp(0, frames - 1)
     attentions = [block.attn for block in dit.transformer_blocks]
-    masks = {attn: torch.tensor([[sees(row, other, attn.back, attn.ahead) for other in rows] for row in rows])
-             .repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1) & exists for attn in attentions}
+    masks = {
+        attn: torch.tensor(
+            [[sees(row, other, attn.back, attn.ahead) for other in rows] for row in rows]
+        )
+        .repeat_interleave(BLOCK, 0)
+        .repeat_interleave(BLOCK, 1)
+        & exists
+        for attn in attentions
+    }
 
     def dense(attn, h, cos, sin, *_):
-        q, k, v = (to(h).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (
+            to(h).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v)
+        )
         q, k = rotate_first_head(q, *dit.rotary(at)), rotate_first_head(k, *dit.rotary(at))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~masks[attn], -torch.inf)
@@ -156,7 +203,10 @@ def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule)
 
     inputs = (both_branches(x, flow) for x in (MANY, VOICE.cond, VOICE.ref_mel))
     context = dit.context(*inputs)[:, at]
-    field = lambda time, x: guided(dit.velocity(x.expand(len(context), -1, -1), time, context), flow)
+
+    def field(time, x):
+        return guided(dit.velocity(x.expand(len(context), -1, -1), time, context), flow)
+
     with mock.patch.object(BlockAttention, "forward", dense):
         mel = solve(field, noise[:, at], time_grid(flow), flow.solver)[0]
     kept = torch.tensor([final for _, _, final in rows]).repeat_interleave(BLOCK) & exists
@@ -165,13 +215,20 @@ def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule)
 
 @torch.no_grad()
 def test_a_short_first_block_is_painted_first(model):
-    """With as many codes as a block has it is no other schedule; and none of the windows is longer for it."""
+    """With as many codes as a block has it is no other schedule; and none of the windows is longer
+    for it.
+    """
     plain = painted(model, MANY, EULER, Schedule(((1, 0), (2, 1))))
-    torch.testing.assert_close(painted(model, MANY, EULER, Schedule(((1, 0), (2, 1)), lead=12)), plain, **SAME)
-    stream = MelStream(model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0), (2, 1)), lead=5), seeded())
+    torch.testing.assert_close(
+        painted(model, MANY, EULER, Schedule(((1, 0), (2, 1)), lead=12)), plain, **SAME
+    )
+    stream = MelStream(
+        model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0), (2, 1)), lead=5), seeded()
+    )
     assert stream.schedule.first_codes(CONFIG.dit) == 5
     lengths = [mel.shape[2] for mel in [*stream.feed(MANY), *stream.finish()]]
-    assert lengths[:2] == [10, 2 * BLOCK] and sum(lengths) == 2 * MANY.shape[1]
+    assert lengths[:2] == [10, 2 * BLOCK]
+    assert sum(lengths) == 2 * MANY.shape[1]
     with pytest.raises(UserError, match="13 codes; a block of this model has 12"):
         MelStream(model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0),), lead=13), seeded())
 
@@ -181,7 +238,11 @@ def test_a_short_first_block_is_painted_first(model):
 def test_eager_sounds_as_soon_as_a_moment_can_be_heard(config):
     """One code fewer in the first block, and the first piece would be shorter than a moment."""
     model = filled(config)
-    voice = VOICE if config is CONFIG else Voice("x", 0, torch.zeros(1, config.dit.enc_emb_dim), torch.zeros(1, 30, 80))
+    voice = (
+        VOICE
+        if config is CONFIG
+        else Voice("x", 0, torch.zeros(1, config.dit.enc_emb_dim), torch.zeros(1, 30, 80))
+    )
     schedule = eager(model)
     codes = torch.zeros(1, codes_until_sound(schedule, model), dtype=torch.long)
     moment = MOMENT * math.prod(config.bigvgan.upsample_rates)  # samples
@@ -198,7 +259,9 @@ def test_eager_sounds_as_soon_as_a_moment_can_be_heard(config):
 def test_when_codes_come_changes_nothing(model, schedule):
     whole = painted(model, MANY, EULER, schedule)
     for step in (1, 7, 50):
-        torch.testing.assert_close(painted(model, MANY, EULER, schedule, step), whole, rtol=0, atol=0)
+        torch.testing.assert_close(
+            painted(model, MANY, EULER, schedule, step), whole, rtol=0, atol=0
+        )
 
 
 @torch.no_grad()
@@ -206,7 +269,9 @@ def test_remembering_computes_finished_blocks_once(model):
     """Blocks that go through the network: each once, and once more those that were only looked at."""
     dit, blocks = model.code2wav_dit_model, []
     look = dit.look
-    with mock.patch.object(dit, "look", lambda x, *a: blocks.append(-(-x.shape[1] // BLOCK)) or look(x, *a)):
+    with mock.patch.object(
+        dit, "look", lambda x, *a: blocks.append(-(-x.shape[1] // BLOCK)) or look(x, *a)
+    ):
         painted(model, MANY, EULER, Schedule(((1, 0), (2, 0))))
         assert sum(blocks) == 11 * len(looks(EULER))  # 250 frames are 11 blocks
         blocks.clear()
@@ -219,7 +284,9 @@ def test_remembering_computes_finished_blocks_once(model):
 
 @torch.no_grad()
 def test_short_speech_is_whole_utterance_speech(model):
-    """Where the first chunk never fills there is one solve and one vocoder call, those of Token2Wav itself."""
+    """Where the first chunk never fills there is one solve and one vocoder call, those of Token2Wav
+    itself.
+    """
     for codes in (CODES[:, :1], CODES):
         stream = SpeechStream(model, VOICE, SHORT, SERVING, seeded())
         wave = torch.cat([*stream.feed(codes), *stream.finish()])
@@ -235,27 +302,49 @@ def moved(first, second, atol=1e-5) -> list[int]:
 @torch.no_grad()
 def test_every_look_of_a_solve_reaches_two_more_blocks_back_and_one_ahead():
     """So a whole solve, of 36 looks at the release's settings, is beyond any finite window."""
-    dit, codes, noise = filled().double().code2wav_dit_model, MANY[:, :120], torch.randn(1, 240, 80).double()
+    dit, codes, noise = (
+        filled().double().code2wav_dit_model,
+        MANY[:, :120],
+        torch.randn(1, 240, 80).double(),
+    )
     cond, ref_mel = VOICE.cond.double(), VOICE.ref_mel.double()  # the farthest effects are small
     other = codes.clone()
     other[0, 5 * 12 + 3] = (codes[0, 5 * 12 + 3] + 4000) % 8448  # in block 5
-    back, ahead = (sum(getattr(block.attn, side) for block in dit.transformer_blocks) for side in ("back", "ahead"))
+    back, ahead = (
+        sum(getattr(block.attn, side) for block in dit.transformer_blocks)
+        for side in ("back", "ahead")
+    )
     for points in (2, 3, 4):
         flow = dataclasses.replace(EULER, points=points)
         mels = [dit.sample(x, cond, ref_mel, flow, noise) for x in (codes, other)]
         n = points - 1
-        assert moved(*mels, atol=1e-11) == list(range(max(5 - n * ahead, 0), min(5 + n * back, 9) + 1))
+        assert moved(*mels, atol=1e-11) == list(
+            range(max(5 - n * ahead, 0), min(5 + n * back, 9) + 1)
+        )
 
 
 @torch.no_grad()
 def test_a_schedule_bounds_what_a_code_can_move(model):
     other = MANY.clone()
-    other[0, 5 * 12 + 3] = (MANY[0, 5 * 12 + 3] + 4000) % 8448  # in block 5, which the second chunk makes final
-    for schedule, blocks in ((SERVING, range(3, 9)), (Schedule(((3, 1),)), range(3, 11)), (EAGER, range(3, 11))):
+    other[0, 5 * 12 + 3] = (
+        MANY[0, 5 * 12 + 3] + 4000
+    ) % 8448  # in block 5, which the second chunk makes final
+    for schedule, blocks in (
+        (SERVING, range(3, 9)),
+        (Schedule(((3, 1),)), range(3, 11)),
+        (EAGER, range(3, 11)),
+    ):
         mels = [painted(model, codes, SHORT, schedule) for codes in (MANY, other)]
-        assert set(moved(*mels)) <= set(blocks) and 5 in moved(*mels)
-    before = 2 * EAGER.lead + 3 * BLOCK  # frames of the chunks before the one that holds it: no whole blocks here
-    assert (mels[0] - mels[1])[:, :, :before].abs().max() <= 1e-5 < (mels[0] - mels[1])[:, :, before:].abs().max()
+        assert set(moved(*mels)) <= set(blocks)
+        assert 5 in moved(*mels)
+    before = (
+        2 * EAGER.lead + 3 * BLOCK
+    )  # frames of the chunks before the one that holds it: no whole blocks here
+    assert (
+        (mels[0] - mels[1])[:, :, :before].abs().max()
+        <= 1e-5
+        < (mels[0] - mels[1])[:, :, before:].abs().max()
+    )
 
 
 @torch.no_grad()
@@ -265,13 +354,21 @@ def test_noise_is_one_tensor(model):
     assert torch.equal(pieces[-1], torch.randn(1, 100, 80, generator=seeded(5)))
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# ---------------------------------------------------------------------------------------------------------------
+# faults
 def test_bad_schedules_and_codes_get_one_line(model):
-    for bad in (dict(chunks=()), dict(chunks=((0, 1),)), dict(chunks=((1, -1),)), dict(chunks=((1, 0),), back=-1)):
+    for bad in (
+        dict(chunks=()),
+        dict(chunks=((0, 1),)),
+        dict(chunks=((1, -1),)),
+        dict(chunks=((1, 0),), back=-1),
+    ):
         with pytest.raises(UserError, match="a schedule of chunks"):
             Schedule(**bad)
     stream = SpeechStream(model, VOICE, FLOW, EAGER, seeded())
     with pytest.raises(UserError, match="sounds for 0 to 8447"):
         list(stream.feed(torch.tensor([[9000]])))
     with pytest.raises(UserError, match="'Chelsie': cond"):
-        SpeechStream(model, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), FLOW, EAGER, seeded())
+        SpeechStream(
+            model, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), FLOW, EAGER, seeded()
+        )

@@ -12,21 +12,41 @@ from minomni.inputs.tokenizer import LETTER_OF, WORDS, Tokenizer, special_tokens
 from minomni.train.vocabulary import world_tokenizer
 
 VECTORS = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
-TEXTS = ["the red circle", "  two  spaces\n\n", "naïve café", "2026 + 1", "我们 你好", "🦙 l'été", "don't",
-         "\t", ""]
+TEXTS = [
+    "the red circle",
+    "  two  spaces\n\n",
+    "naïve café",
+    "2026 + 1",
+    "我们 你好",
+    "🦙 l'été",
+    "don't",
+    "\t",
+    "",
+]
 
 
 @pytest.fixture
 def small() -> Tokenizer:
     """Seven merges by hand; ids are 256 + rank."""
-    pairs = [(b"t", b"h"), (b"th", b"e"), (b" ", b"r"), (b"e", b"d"), (b" r", b"ed"), (b" ", b"the"), (b"1", b"2")]
+    pairs = [
+        (b"t", b"h"),
+        (b"th", b"e"),
+        (b" ", b"r"),
+        (b"e", b"d"),
+        (b" r", b"ed"),
+        (b" ", b"the"),
+        (b"1", b"2"),
+    ]
     return Tokenizer(pairs, {"<|im_end|>": 300, "<|im_start|>": 301})
 
 
 def test_by_hand(small):
     assert small.encode("the red") == [257, 260]
     assert small.encode("the the") == [257, 261]
-    assert small.encode("12") == [16, 17]  # digits never merge, whatever the merges say; ! is id 0, so 1 is 16
+    assert small.encode("12") == [
+        16,
+        17,
+    ]  # digits never merge, whatever the merges say; ! is id 0, so 1 is 16
     assert small.encode("the<|im_end|> red") == [257, 300, 260]
     assert small.decode([257, 300, 260]) == "the<|im_end|> red"
     assert small.decode([257, 300, 260], skip_special=True) == "the red"
@@ -39,9 +59,14 @@ def test_release_vocabulary_and_public_vectors(tmp_path):
         (tmp_path / name).write_bytes((VECTORS / f"qwen2_{name}").read_bytes())
     tokenizer = Tokenizer.load(tmp_path)
     assert len(tokenizer) == 151_643
-    texts = (VECTORS / "qwen2_vectors.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    texts = (
+        (VECTORS / "qwen2_vectors.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    )
     answers = (VECTORS / "qwen2_vectors.out").read_text().split("\n")
-    right = sum(tokenizer.encode(text) == [int(i) for i in answer.split()] for text, answer in zip(texts, answers))
+    right = sum(
+        tokenizer.encode(text) == [int(i) for i in answer.split()]
+        for text, answer in zip(texts, answers)
+    )
     assert right == 47
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
 
@@ -66,9 +91,13 @@ def test_text_is_normalised(small):
 
 
 def naive(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """Merge by the definition: look at all pairs, join the first one of the lowest rank, look again."""
+    """Merge by the definition: look at all pairs, join the first one of the lowest rank, look
+    again.
+    """
     pieces = [bytes([b]) for b in word]
-    while ranks := [(merges.index(pair), i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in merges]:
+    while ranks := [
+        (merges.index(pair), i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in merges
+    ]:
         i = min(ranks)[1]
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces
@@ -85,7 +114,10 @@ def test_heap_merges_as_the_definition_says():
 
 
 def test_a_very_long_word_takes_no_hours():
-    """Work is counted in ranks that are looked up: some for each letter, and not some for each pair of letters."""
+    """Work is counted in ranks that are looked up: some for each letter, and not some for each pair
+    of letters.
+    """
+
     class Counted(dict):
         looked_up = 0
 
@@ -96,11 +128,15 @@ def test_a_very_long_word_takes_no_hours():
     tokenizer = Tokenizer.train(["a" * 5_000], 268, {})
     tokenizer.ranks = Counted(tokenizer.ranks)
     assert len(tokenizer.encode("a" * 100_000)) < 1_000
-    assert 100_000 <= tokenizer.ranks.looked_up < 1_000_000  # where every merge looks at all pairs: billions
+    assert (
+        100_000 <= tokenizer.ranks.looked_up < 1_000_000
+    )  # where every merge looks at all pairs: billions
 
 
 def test_equals_the_official_tokenizer():
-    """The library that the official tokenizer is made of, with its settings, on every kind of letter and space."""
+    """The library that the official tokenizer is made of, with its settings, on every kind of
+    letter and space.
+    """
     tokenizers = pytest.importorskip("tokenizers", reason="the official library is not installed")
     merges = Tokenizer.train(["the cat's hat 12 12  \n\n 我们 café"] * 2, 300, {}).merges
     ours = Tokenizer(merges, {"<|im_end|>": 256 + len(merges)})
@@ -108,13 +144,20 @@ def test_equals_the_official_tokenizer():
     merges = [tuple("".join(LETTER_OF[b] for b in part) for part in pair) for pair in ours.merges]
     official = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     official.normalizer = tokenizers.normalizers.NFC()
-    official.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS.pattern), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    official.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS.pattern), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     official.add_special_tokens(["<|im_end|>"])
     random = Random(0)
-    pool = ["e\u0301", "'ll", "<|im_end|>",
-            *"thecats'SREVEhat12  \n\r\t.,!?-_我们é½²🦙ſअिⅧ\u2028\xa0\x85\x1c\u0300\u200b"]
+    pool = [
+        "e\u0301",
+        "'ll",
+        "<|im_end|>",
+        *"thecats'SREVEhat12  \n\r\t.,!?-_我们é½²🦙ſअिⅧ\u2028\xa0\x85\x1c\u0300\u200b",
+    ]
     for _ in range(500):
         text = "".join(random.choices(pool, k=random.randint(0, 30)))
         assert ours.encode(text) == official.encode(text, add_special_tokens=False).ids, repr(text)
@@ -132,9 +175,12 @@ def test_no_token_is_learned_twice():
 def test_training_repeats_and_stops():
     texts = ["low lower lowest", "new newer newest"] * 3
     first, second = (Tokenizer.train(texts, 300, {}) for _ in range(2))
-    assert first.merges == second.merges and len(first.encode("lowest")) < 4
+    assert first.merges == second.merges
+    assert len(first.encode("lowest")) < 4
     assert len(Tokenizer.train(texts, 260, {}).merges) == 4
-    assert Tokenizer.train(["ab ab"], 400, {}).merges == [(b"a", b"b")]  # the rest occurs once: nothing to learn
+    assert Tokenizer.train(["ab ab"], 400, {}).merges == [
+        (b"a", b"b")
+    ]  # the rest occurs once: nothing to learn
 
 
 def test_world_words_are_single_tokens():
@@ -155,7 +201,8 @@ def test_saved_and_loaded(small, tmp_path, layout):
         whole = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added}
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
     again = Tokenizer.load(tmp_path)
-    assert again.merges == small.merges and again.special_tokens == small.special_tokens
+    assert again.merges == small.merges
+    assert again.special_tokens == small.special_tokens
     assert all(again.encode(text) == small.encode(text) for text in TEXTS)
 
 
@@ -173,43 +220,96 @@ def test_files_that_disagree_are_refused(small, tmp_path):
         Tokenizer.load(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, {"model": {"vocab": {"▁a": 0}, "merges": ["▁ a"]}}, [],
-                                     {"model": {"vocab": {"a": 0}, "merges": ["a b c"]}}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {}},
+        {"model": {"vocab": {"▁a": 0}, "merges": ["▁ a"]}},
+        [],
+        {"model": {"vocab": {"a": 0}, "merges": ["a b c"]}},
+    ],
+)
 def test_tokenizers_of_another_kind_are_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="no byte-level BPE|holds a list, not an object"):
         Tokenizer.load(tmp_path)
 
 
-WHOLE = {"model": {"vocab": {"!": 0}, "merges": []}, "added_tokens": [{"content": "<|im_end|>", "id": 400}]}
+WHOLE = {
+    "model": {"vocab": {"!": 0}, "merges": []},
+    "added_tokens": [{"content": "<|im_end|>", "id": 400}],
+}
 
 
-@pytest.mark.parametrize("file, content, message", [
-    ("tokenizer.json", WHOLE | {"model": {"vocab": True, "merges": []}}, "no byte-level BPE"),
-    ("tokenizer.json", WHOLE | {"model": {"vocab": {"!": {}}, "merges": []}}, "the id of '!' is {}, expected a whole"),
-    ("tokenizer.json", WHOLE | {"model": {"vocab": {"!": True}, "merges": []}}, "the id of '!' is True"),
-    ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": {"a": "b"}}}, "its merges are"),
-    ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": [["a", 7]]}}, "merge 1 is"),
-    ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": ["a " * 10**6]}}, "merge 1 is"),
-    ("tokenizer.json", WHOLE | {"added_tokens": "none"}, "'added_tokens' is 'none', expected a list"),
-    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": ["x"], "id": 5}]}, "an added token is"),
-    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": "x", "id": [5]}]}, r"the id of 'x' is \[5\]"),
-    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": "", "id": 500}]}, "none of them empty"),
-    ("tokenizer.json", WHOLE | {"added_tokens": [{"content": str(i), "id": i} for i in range(200)]},
-     "special token ids 0, 1, 2 and 197 more are taken"),
-    ("vocab.json", ["!"], "holds a list, not an object"),
-    ("vocab.json", {str(i): i for i in range(600_000)}, "has 600,000 tokens, expected at most 500,000"),
-    ("vocab.json", {"!": None}, "the id of '!' is None"),
-    ("added_tokens.json", {"<|im_end|>": [482]}, r"the id of '<\|im_end\|>' is \[482\]"),
-    ("added_tokens.json", {"<|im_end|>": -4}, "is -4, expected a whole number from 0"),
-    ("added_tokens.json", {str(i): 1000 + i for i in range(20_000)}, "has 20,000 added tokens"),
-])
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", WHOLE | {"model": {"vocab": True, "merges": []}}, "no byte-level BPE"),
+        (
+            "tokenizer.json",
+            WHOLE | {"model": {"vocab": {"!": {}}, "merges": []}},
+            "the id of '!' is {}, expected a whole",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"model": {"vocab": {"!": True}, "merges": []}},
+            "the id of '!' is True",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"model": {"vocab": {}, "merges": {"a": "b"}}},
+            "its merges are",
+        ),
+        ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": [["a", 7]]}}, "merge 1 is"),
+        (
+            "tokenizer.json",
+            WHOLE | {"model": {"vocab": {}, "merges": ["a " * 10**6]}},
+            "merge 1 is",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"added_tokens": "none"},
+            "'added_tokens' is 'none', expected a list",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"added_tokens": [{"content": ["x"], "id": 5}]},
+            "an added token is",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"added_tokens": [{"content": "x", "id": [5]}]},
+            r"the id of 'x' is \[5\]",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"added_tokens": [{"content": "", "id": 500}]},
+            "none of them empty",
+        ),
+        (
+            "tokenizer.json",
+            WHOLE | {"added_tokens": [{"content": str(i), "id": i} for i in range(200)]},
+            "special token ids 0, 1, 2 and 197 more are taken",
+        ),
+        ("vocab.json", ["!"], "holds a list, not an object"),
+        (
+            "vocab.json",
+            {str(i): i for i in range(600_000)},
+            "has 600,000 tokens, expected at most 500,000",
+        ),
+        ("vocab.json", {"!": None}, "the id of '!' is None"),
+        ("added_tokens.json", {"<|im_end|>": [482]}, r"the id of '<\|im_end\|>' is \[482\]"),
+        ("added_tokens.json", {"<|im_end|>": -4}, "is -4, expected a whole number from 0"),
+        ("added_tokens.json", {str(i): 1000 + i for i in range(20_000)}, "has 20,000 added tokens"),
+    ],
+)
 def test_ids_that_are_none(small, tmp_path, file, content, message):
     small.save(tmp_path)
     (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=message) as error:
         Tokenizer.load(tmp_path)
-    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 500
 
 
 def test_files_that_are_none(small, tmp_path):
@@ -217,7 +317,9 @@ def test_files_that_are_none(small, tmp_path):
     small.save(tmp_path)
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:a2\nsize 7031645\n"
     (tmp_path / "tokenizer.json").write_bytes(pointer)
-    assert Tokenizer.load(tmp_path).encode("the red") == small.encode("the red")  # merges.txt says as much
+    assert Tokenizer.load(tmp_path).encode("the red") == small.encode(
+        "the red"
+    )  # merges.txt says as much
     merges = (tmp_path / "merges.txt").read_bytes()
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match="tokenizer.json: is a git-LFS pointer"):
@@ -227,7 +329,9 @@ def test_files_that_are_none(small, tmp_path):
     with pytest.raises(UserError, match="merges.txt: cannot be read"):
         Tokenizer.load(tmp_path)
     (tmp_path / "merges.txt").write_text("a b\n" * 600_000)
-    with pytest.raises(UserError, match="merges are a list of .* entries, expected a list of at most 500,000"):
+    with pytest.raises(
+        UserError, match="merges are a list of .* entries, expected a list of at most 500,000"
+    ):
         Tokenizer.load(tmp_path)
     (tmp_path / "merges.txt").write_bytes(bytes(40_000_000))
     with pytest.raises(UserError, match="merges.txt: has 40,000,000 bytes"):
@@ -237,7 +341,9 @@ def test_files_that_are_none(small, tmp_path):
 def test_half_a_letter(small):
     """Texts cut in the middle of an emoji, and names of files that are no UTF-8."""
     assert small.encode("the\ud83d") == small.encode("the\N{REPLACEMENT CHARACTER}")
-    assert small.encode("the\ud83e\udd99") == small.encode("the🦙")  # two halves that belong together
+    assert small.encode("the\ud83e\udd99") == small.encode(
+        "the🦙"
+    )  # two halves that belong together
     assert small.decode(small.encode("\udcff!")) == "\N{REPLACEMENT CHARACTER}!"
     assert small.encode("e" + "\u0301\u0316" * 50)
     with pytest.raises(UserError, match="has 102 combining marks on one letter"):
@@ -246,6 +352,8 @@ def test_half_a_letter(small):
 
 def test_special_ids_are_the_release_s():
     names = special_tokens(QWEN7B.thinker.tokens)
-    assert names["<|endoftext|>"] == 151_643 and names["<|im_end|>"] == 151_645 and names["<|VIDEO|>"] == 151_656
+    assert names["<|endoftext|>"] == 151_643
+    assert names["<|im_end|>"] == 151_645
+    assert names["<|VIDEO|>"] == 151_656
     with pytest.raises(UserError, match="taken by ordinary tokens"):
         Tokenizer([], {"<|im_end|>": 7})

@@ -57,7 +57,10 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stag
     torch.manual_seed(seed)
     kind = stages.STAGES[name]
     stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=5e-3, **FAST), CACHE, seed)
-    stage.sample, stage.sound = lambda: "", lambda: None  # an untrained Talker speaks until it is cut off: slow
+    stage.sample, stage.sound = (
+        lambda: "",
+        lambda: None,
+    )  # an untrained Talker speaks until it is cut off: slow
     return stage
 
 
@@ -84,7 +87,9 @@ def test_every_stage_overfits_one_batch(name, tmp_path):
 
 
 def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_tries):
-    """The recipe for a GPU, on the CPU: every stage starts from what the ones before it left; then it is one model."""
+    """The recipe for a GPU, on the CPU: every stage starts from what the ones before it left; then
+    it is one model.
+    """
     monkeypatch.setattr(DPOStage, "prompts", 2)
     home = tmp_path / "small"
     for name in stages.STAGES:
@@ -95,11 +100,16 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
         train(stage, home / "stages")
     stages.graduation("small", home, seed=0)
     omni = load(home / "model")
-    assert omni.config == SMALL and omni.voices
+    assert omni.config == SMALL
+    assert omni.voices
     torch.manual_seed(0)
     before = dict(Omni(SMALL).named_parameters())
-    stuck = [name for name, parameter in omni.named_parameters() if torch.equal(parameter, before[name])]
-    assert stuck == ["thinker.audio_tower.audio_bos_eos_token.weight"]  # in the release's files, read by nothing
+    stuck = [
+        name for name, parameter in omni.named_parameters() if torch.equal(parameter, before[name])
+    ]
+    assert stuck == [
+        "thinker.audio_tower.audio_bos_eos_token.weight"
+    ]  # in the release's files, read by nothing
 
 
 @pytest.mark.parametrize("name", ["codec", "dit", "thinker2", "talker"])
@@ -111,7 +121,9 @@ def test_resume_is_exact(name, tmp_path):
     if not path.exists():
         pytest.fail("no checkpoint was left behind")
     train(stage_of(name, steps=6), halves, resume=True)
-    assert (whole / f"{name}.safetensors").read_bytes() == (halves / f"{name}.safetensors").read_bytes()
+    assert (whole / f"{name}.safetensors").read_bytes() == (
+        halves / f"{name}.safetensors"
+    ).read_bytes()
 
 
 def test_only_unlocked_parameters_move(tmp_path):
@@ -119,7 +131,8 @@ def test_only_unlocked_parameters_move(tmp_path):
     before = {n: p.clone() for n, p in stage.omni.named_parameters()}
     train(stage, tmp_path)
     moved = {n for n, p in stage.omni.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and all(n.startswith(("thinker.audio_tower.", "thinker.visual.")) for n in moved)
+    assert moved
+    assert all(n.startswith(("thinker.audio_tower.", "thinker.visual.")) for n in moved)
 
 
 def test_nan_is_named(tmp_path):
@@ -153,21 +166,28 @@ def test_a_run_is_never_lost_by_accident(tmp_path):
     assert not (tmp_path / "stages" / "codec.safetensors").exists()
 
 
-# ---------------------------------------------------------------------------------------------- held-out material
+# ----------------------------------------------------------------------------------------------
+# held-out material
 
 
 def test_voice_stages_leave_long_recordings_out():
     first, second = speech.all_statements(held=False)[:2]
     texts = [first, f"{first} and {second}", "red two up", "a red cross and a blue cross"]
-    recordings = speech.Speech(np.zeros(1), [speech.Utterance(text, "Anna", 0, 1) for text in texts])
+    recordings = speech.Speech(
+        np.zeros(1), [speech.Utterance(text, "Anna", 0, 1) for text in texts]
+    )
     assert [u.text for u in speech.without_long(recordings).utterances] == [texts[0], *texts[2:]]
 
 
 def test_lessons_are_fair_to_kinds_of_sentences():
-    texts = ["the red circle is above the blue cross"] * 7 + ["the digit is nine"] * 2 + ["red two up"]
+    texts = (
+        ["the red circle is above the blue cross"] * 7 + ["the digit is nine"] * 2 + ["red two up"]
+    )
     share = speech.FAIR / 3
     rest = (1 - speech.FAIR) / 10
-    assert speech.balanced(texts) == pytest.approx([rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share])
+    assert speech.balanced(texts) == pytest.approx(
+        [rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share]
+    )
 
 
 @pytest.mark.parametrize("name", ["codec", "vocoder", "dit"])
@@ -180,11 +200,14 @@ def test_voice_stages_draw_by_weight(name):
     asked, find = [], stage.speech.wave
     stage.speech.wave = lambda i: asked.append(i) or find(i)
     stage.batch(0)
-    assert asked and set(asked) == {longest}
+    assert asked
+    assert set(asked) == {longest}
 
 
 def test_word_strings_hold_no_statement():
-    """So none that is held out is copied word by word in training. Words come back: where from is not told by them."""
+    """So none that is held out is copied word by word in training. Words come back: where from is
+    not told by them.
+    """
     random = Random(0)
     strings = [world.word_string(random) for _ in range(300)]
     statements = {text for template in world.STATEMENTS for text in world.expand(template)}
@@ -194,16 +217,19 @@ def test_word_strings_hold_no_statement():
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_muon_steps_as_torch_s_does(bf16, monkeypatch):
-    """Wide, high and square matrices, two of one shape, one that gets no gradient, weight decay, three steps.
+    """Wide, high and square matrices, two of one shape, one that gets no gradient, weight decay,
+    three steps.
 
-    torch's Muon always multiplies in bf16, so the two agree in two digits. In bf16 both round alike but for the order
-    of summing.
+    torch's Muon always multiplies in bf16, so the two agree in two digits. In bf16 both round alike
+    but for the order of summing.
     """
     monkeypatch.setattr(muon, "has_bf16", lambda device: bf16)
     tolerance = 0.02 if bf16 else 0.05  # five steep polynomials enlarge a rounding of 0.4 %
     generator = torch.Generator().manual_seed(0)
     draw = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
-    ours = [torch.nn.Parameter(draw(shape)) for shape in ((8, 24), (24, 8), (8, 24), (16, 16), (4, 6))]
+    ours = [
+        torch.nn.Parameter(draw(shape)) for shape in ((8, 24), (24, 8), (8, 24), (16, 16), (4, 6))
+    ]
     theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
     mine = Muon(ours, lr=0.02, weight_decay=0.1)
     other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -213,13 +239,20 @@ def test_muon_steps_as_torch_s_does(bf16, monkeypatch):
         before = [matrix.detach().clone() for matrix in theirs]
         mine.step(), other.step()
         for a, b, c in zip(ours, theirs, before):
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float((b - c).detach().abs().max()))
+            torch.testing.assert_close(
+                a, b, rtol=0, atol=tolerance * float((b - c).detach().abs().max())
+            )
     assert mine.state_dict()["state"].keys() == other.state_dict()["state"].keys()
 
 
 def test_newton_schulz_keeps_directions_and_evens_out_lengths():
-    """A matrix with known singular vectors, of lengths from 1 to 0.1: afterwards all lie between 0.6 and 1.3."""
-    u, v = (torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(i))).Q for i in (1, 2))
+    """A matrix with known singular vectors, of lengths from 1 to 0.1: afterwards all lie between
+    0.6 and 1.3.
+    """
+    u, v = (
+        torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(i))).Q
+        for i in (1, 2)
+    )
     turned = orthogonal((u @ torch.diag(torch.linspace(1, 0.1, 8)) @ v.T)[None], steps=5)[0].float()
     lengths = u.T @ turned @ v
     assert ((lengths.diagonal() > 0.6) & (lengths.diagonal() < 1.3)).all()
@@ -229,33 +262,46 @@ def test_newton_schulz_keeps_directions_and_evens_out_lengths():
 @pytest.mark.parametrize("shape", [(5, 5), (3, 7)])
 def test_newton_schulz_is_a_polynomial_of_the_singular_values(shape):
     """In fp64, to all digits, against the singular value decomposition."""
-    matrices = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(
+        4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     u, lengths, v = torch.linalg.svd(matrices, full_matrices=False)
     lengths = lengths / lengths.square().sum(-1, keepdim=True).sqrt()
     for _ in range(5):
         lengths = 3.4445 * lengths - 4.7750 * lengths**3 + 2.0315 * lengths**5
-    torch.testing.assert_close(orthogonal(matrices, 5), u @ torch.diag_embed(lengths) @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        orthogonal(matrices, 5), u @ torch.diag_embed(lengths) @ v, rtol=0, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("given, in_hardware, multiplied",
-                         [("float32", True, "bfloat16"), ("float32", False, "float32"), ("float64", True, "float64")])
-def test_newton_schulz_multiplies_in_what_the_device_is_good_at(given, in_hardware, multiplied, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "in_hardware", "multiplied"),
+    [("float32", True, "bfloat16"), ("float32", False, "float32"), ("float64", True, "float64")],
+)
+def test_newton_schulz_multiplies_in_what_the_device_is_good_at(
+    given, in_hardware, multiplied, monkeypatch
+):
     monkeypatch.setattr(muon, "has_bf16", lambda device: in_hardware)
     matrices = torch.randn(1, 2, 2, dtype=getattr(torch, given))
     assert orthogonal(matrices, 5).dtype == getattr(torch, multiplied)
 
 
 def test_the_longest_way_goes_first():
-    """By hand: dpo and then speakers wait for chat; whoever is waited for has a longer way than who waits."""
+    """By hand: dpo and then speakers wait for chat; whoever is waited for has a longer way than who
+    waits.
+    """
     seconds = {name: took for name, (took, _) in stages.EXPECTED["tiny"].items()}
     assert stages.way("chat", "tiny") == seconds["chat"] + seconds["dpo"] + seconds["speakers"]
     for name, stage in stages.STAGES.items():
         assert all(stages.way(need, "tiny") > stages.way(name, "tiny") for need in stage.needs)
-    assert "dpo" not in stages.EXPECTED["small"] and stages.way("dpo", "small") == (80 + 40) / 4  # not measured: by steps
+    assert "dpo" not in stages.EXPECTED["small"]
+    assert stages.way("dpo", "small") == (80 + 40) / 4
 
 
 def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
-    """By hand, two lanes: the vocoder in the third; no dit in a free lane while thinker3 will want it; at the end any."""
+    """By hand, two lanes: the vocoder in the third; no dit in a free lane while thinker3 will want
+    it; at the end any.
+    """
     order = sorted(stages.STAGES, key=lambda name: -stages.way(name, "tiny"))
     running = {}
     while start := stages.start_next(order, set(), running, 2):
@@ -271,7 +317,9 @@ def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
 
 @pytest.mark.parametrize("broken", [None, "eyes"])
 def test_all_stages_run_and_the_spare_lane_yields(monkeypatch, tmp_path, broken):
-    """With processes that end at once, or one that fails while the others go on for ever: those are ended."""
+    """With processes that end at once, or one that fails while the others go on for ever: those are
+    ended.
+    """
     begun, yielded, ended = [], [], []
 
     class Process:
@@ -287,30 +335,45 @@ def test_all_stages_run_and_the_spare_lane_yields(monkeypatch, tmp_path, broken)
             ended.append(self.pid)
 
     monkeypatch.setattr(stages.subprocess, "Popen", Process)
-    monkeypatch.setattr(stages.os, "setpriority", lambda kind, pid, priority: yielded.append((pid, priority)), raising=False)
+    monkeypatch.setattr(
+        stages.os,
+        "setpriority",
+        lambda kind, pid, priority: yielded.append((pid, priority)),
+        raising=False,
+    )
     monkeypatch.setattr(stages, "corpus", lambda *_: None)
     if broken:
         with pytest.raises(UserError, match="stage eyes stopped with exit code 1"):
             stages.run_all("tiny", tmp_path, seed=0)
-        assert sorted(ended) == ["language", "vocoder"] and len(begun) == 3
+        assert sorted(ended) == ["language", "vocoder"]
+        assert len(begun) == 3
         return
     stages.run_all("tiny", tmp_path, seed=0)
-    assert sorted(begun) == sorted(stages.STAGES) and yielded == [("vocoder", 19), ("dit", 19)]
+    assert sorted(begun) == sorted(stages.STAGES)
+    assert yielded == [("vocoder", 19), ("dit", 19)]
     for name, stage in stages.STAGES.items():
         assert all(begun.index(need) < begun.index(name) for need in stage.needs)
 
 
 def test_language_begins_with_pictures_and_then_clips():
-    """Of 100 steps of two batches each, those before 25 pictures, those before 45 mostly clips, then everything."""
+    """Of 100 steps of two batches each, those before 25 pictures, those before 45 mostly clips,
+    then everything.
+    """
     stage = object.__new__(stages.LanguageStage)
     stage.recipe = Recipe(steps=100, batch=8, lr=1e-3, accumulate=2)
     assert stage.mixture_at(0) == stage.mixture_at(49) == {"scene-alone": 1}
-    assert set(stage.mixture_at(50)) == set(stage.mixture_at(89)) == {"sync-typed", "video-typed", "scene-typed"}
+    assert (
+        set(stage.mixture_at(50))
+        == set(stage.mixture_at(89))
+        == {"sync-typed", "video-typed", "scene-typed"}
+    )
     assert stage.mixture_at(90) == stage.mixture_at(199) == stage.mixture
 
 
 def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
-    """What is read back is what was encoded, row by row; other recordings, as many, and another codec do not meet it."""
+    """What is read back is what was encoded, row by row; other recordings, as many, and another
+    codec do not meet it.
+    """
     spoken, codec = speech.recorded(held=True), Codec(TINY.codec)
     fresh = voice_stages.coded(codec, spoken, tmp_path)
     kept = voice_stages.coded(codec, spoken, tmp_path)
@@ -319,7 +382,11 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(fresh, kept, encoded))
     others = speech.Speech(spoken.samples, spoken.utterances[::-1])
     turned = voice_stages.coded(codec, others, tmp_path)
-    assert [len(row) for row in turned] == [len(row) for row in kept[::-1]] != [len(row) for row in kept]
+    assert (
+        [len(row) for row in turned]
+        == [len(row) for row in kept[::-1]]
+        != [len(row) for row in kept]
+    )
     with torch.no_grad():
         next(codec.parameters()).mul_(2)
     voice_stages.coded(codec, spoken, tmp_path)
@@ -327,42 +394,63 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
 
 
 def test_english_words_where_there_is_room_for_them():
-    """None for tiny, whose corpora stay as they are. Small's come in pieces; a tenth is never trained on."""
+    """None for tiny, whose corpora stay as they are. Small's come in pieces; a tenth is never
+    trained on.
+    """
     assert english(TINY.thinker.tokens) == ((), ())
     words, known = english(SMALL.thinker.tokens), world_tokenizer(SMALL.thinker.tokens)
-    assert not set(words.trained) & set(words.held) and 0.05 < len(words.held) / len(sum(words, ())) < 0.15
+    assert not set(words.trained) & set(words.held)
+    assert 0.05 < len(words.held) / len(sum(words, ())) < 0.15
     own = {word for text in [*world.statements(), *world.every_question()] for word in text.split()}
     assert not own & {*words.trained, *words.held, "say"}
     jobs = [job.text for _, job in speech.speaking_jobs(words) + speech.listening_jobs(words)]
     said = {word for text in jobs for word in text.split()}
-    assert set(words.trained) <= said and not said & set(words.held)
+    assert set(words.trained) <= said
+    assert not said & set(words.held)
     pieces = {piece for word in said for piece in known.encode(f" {word}")}
     foreign = [word for word in words.held if not set(known.encode(f" {word}")) <= pieces]
-    assert len(foreign) < 0.05 * len(words.held)  # of the others every piece has been heard and said
+    assert len(foreign) < 0.05 * len(
+        words.held
+    )  # of the others every piece has been heard and said
     tested = [job.text for _, job in speech.test_jobs(words)][len(speech.test_jobs()) :]
-    assert len(tested) == 96 and not set(tested) & set(jobs)
+    assert len(tested) == 96
+    assert not set(tested) & set(jobs)
     assert speech.test_jobs(words)[: -len(tested)] == speech.test_jobs()
 
 
 def test_no_trained_sentence_is_held_out():
     trained, held = set(speech.all_statements(held=False)), set(speech.all_statements(held=True))
-    assert not trained & held and 0.05 < len(held) / len(trained | held) < 0.15
+    assert not trained & held
+    assert 0.05 < len(held) / len(trained | held) < 0.15
     said = {job.text for _, job in speech.speaking_jobs()} | {
         job.text.removeprefix("say ") for _, job in speech.listening_jobs()
     }
     assert not said & held
     words = {word for text in trained for word in text.split()}
-    assert {word for text in held for word in text.split()} <= words  # what nobody has said cannot be learnt
-    tested = {job.text.removeprefix("say ") for _, job in speech.test_jobs()} - set(world.every_question())
+    assert {
+        word for text in held for word in text.split()
+    } <= words  # what nobody has said cannot be learnt
+    tested = {job.text.removeprefix("say ") for _, job in speech.test_jobs()} - set(
+        world.every_question()
+    )
     assert tested <= held
     assert not {name for name, _ in speech.listening_jobs()} & set(world.UNSEEN_VOICES)
 
 
 def test_a_part_of_what_is_heard_cannot_be_guessed():
-    """Words without sense, loose and in frames, by every voice, and with every word of the world among them."""
-    drawn = [(name, job.text) for name, job in speech.listening_jobs() if job.text not in world.every_question()]
-    without = [(name, text) for name, text in drawn if speech.kind_of(text.removeprefix("say ")) == "words"]
-    assert len(without) == speech.HEARD_STRINGS + speech.HEARD_FRAMED and len(drawn) - len(without) == speech.HEARD
+    """Words without sense, loose and in frames, by every voice, and with every word of the world
+    among them.
+    """
+    drawn = [
+        (name, job.text)
+        for name, job in speech.listening_jobs()
+        if job.text not in world.every_question()
+    ]
+    without = [
+        (name, text) for name, text in drawn if speech.kind_of(text.removeprefix("say ")) == "words"
+    ]
+    assert len(without) == speech.HEARD_STRINGS + speech.HEARD_FRAMED
+    assert len(drawn) - len(without) == speech.HEARD
     assert {name for name, _ in without} == set(world.LISTENING_VOICES)
     assert set(world.WORDS) <= {word for _, text in without for word in text.split()}
 
@@ -371,16 +459,22 @@ def test_teacher_keeps_to_its_side(tmp_path):
     for held in (False, True):
         teacher, random = Teacher(TINY, tmp_path, held), Random(0)
         for kind in ("say-typed", "say-spoken"):
-            assert all(world.held_out(teacher.example(kind, random).answer) == held for _ in range(50))
+            assert all(
+                world.held_out(teacher.example(kind, random).answer) == held for _ in range(50)
+            )
     train_digits, test_digits = world.digits(False)[0], world.digits(True)[0]
     assert len(train_digits) + len(test_digits) == 1797
     seen = {digit.tobytes() for digit in train_digits}
-    assert sum(digit.tobytes() in seen for digit in test_digits) < 3  # the set itself repeats hardly any
+    assert (
+        sum(digit.tobytes() in seen for digit in test_digits) < 3
+    )  # the set itself repeats hardly any
 
 
 def test_recordings_are_drawn_fairly_but_for_tests():
     teacher, random, drawn = Teacher(TINY, CACHE), Random(0), 4000
-    kinds = [speech.kind_of(teacher.recorded_text(random).removeprefix("say ")) for _ in range(drawn)]
+    kinds = [
+        speech.kind_of(teacher.recorded_text(random).removeprefix("say ")) for _ in range(drawn)
+    ]
     there = Counter(speech.kind_of(text.removeprefix("say ")) for text in teacher.spoken)
     for kind, count in there.items():
         share = (1 - speech.FAIR) * count / len(teacher.spoken) + speech.FAIR / len(there)
@@ -393,25 +487,38 @@ def test_kinds_of_sentences():
         assert {speech.kind_of(text) for text in world.expand(template)} == {template}
     assert speech.kind_of("the cross is red and a red cross and a blue circle") == "long"
     assert speech.kind_of("a red cross and a blue circle and the cross is red") == "long"
-    assert speech.kind_of("a red seven and a blue circle") == speech.kind_of("cross cross nine") == "words"
+    assert (
+        speech.kind_of("a red seven and a blue circle")
+        == speech.kind_of("cross cross nine")
+        == "words"
+    )
 
 
 def test_words_in_frames_are_no_statements():
     random = Random(0)
     drawn = [world.framed_words(random) for _ in range(2000)]
-    assert not set(drawn) & set(world.statements()) and len(set(drawn)) > 1000
+    assert not set(drawn) & set(world.statements())
+    assert len(set(drawn)) > 1000
     little = {word for text in world.statements() for word in text.split()}
     assert little == {word for text in drawn for word in text.split()} | {"shape", "shapes"}
 
 
 def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
     random = Random(3)
-    for made, more in ((world.ordered, 1), (world.sounding, 2), (lambda r: world.long_clip(r, 12), 1)):
+    for made, more in (
+        (world.ordered, 1),
+        (world.sounding, 2),
+        (lambda r: world.long_clip(r, 12), 1),
+    ):
         for _ in range(20):
             example = made(random)
             asked = dict([(example.question, example.answer), *example.more])
-            assert len(example.more) == more and len(asked) == more + 1
-            for question, seen in (("what was there first", example.objects[0]), ("what was there last", example.objects[-1])):
+            assert len(example.more) == more
+            assert len(asked) == more + 1
+            for question, seen in (
+                ("what was there first", example.objects[0]),
+                ("what was there last", example.objects[-1]),
+            ):
                 assert asked[question] == f"it was the {seen[0][0]} {seen[0][1]}"
 
 
@@ -433,7 +540,9 @@ def test_a_color_that_two_things_share_is_not_asked_for():
     for asked, pairs in world.about([("red", "circle"), ("red", "cross")], "left of").items():
         assert asked != "shape" or pairs == []
     asked = world.about([("red", "circle"), ("blue", "cross")], "above")
-    assert ("where is the blue cross", "the blue cross is below the red circle") in asked["relation"]
+    assert ("where is the blue cross", "the blue cross is below the red circle") in asked[
+        "relation"
+    ]
     assert "describe" not in asked  # what do you see is answered from left to right
 
 
@@ -457,11 +566,18 @@ def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
 def test_a_picture_is_asked_about_several_times(tmp_path):
     teacher = Teacher(TINY, tmp_path)
     talk = teacher.talk("scene-typed", Random(2))
-    assert 1 < len(talk) <= 4 and len({example.question for example in talk}) == len(talk)
+    assert 1 < len(talk) <= 4
+    assert len({example.question for example in talk}) == len(talk)
     inputs, targets = teacher.lesson([talk], Random(2))
     answers = [teacher.processor.tokenizer.encode(example.answer) for example in talk]
-    assert targets[targets != losses.IGNORE].tolist() == [i for row in answers for i in (*row, teacher.end)]
-    assert (inputs.input_ids == TINY.thinker.tokens.image).sum() == 16 == len(inputs.image_patches) // 4
+    assert targets[targets != losses.IGNORE].tolist() == [
+        i for row in answers for i in (*row, teacher.end)
+    ]
+    assert (
+        (inputs.input_ids == TINY.thinker.tokens.image).sum()
+        == 16
+        == len(inputs.image_patches) // 4
+    )
 
 
 def test_long_lessons_are_long(tmp_path):
@@ -471,8 +587,11 @@ def test_long_lessons_are_long(tmp_path):
         assert 1 < len(dictation.wave) / 16_000 <= 10
         words += len(dictation.answer.split())
         frames, seconds = clip.clip
-        assert 10 <= seconds[-1] <= 60 and len(frames) == len(seconds) <= 64 == 2 * 32
-        assert clip.answer.endswith(" ".join(clip.objects[0 if "first" in clip.question else -1][0][:2]))
+        assert 10 <= seconds[-1] <= 60
+        assert len(frames) == len(seconds) <= 64 == 2 * 32
+        assert clip.answer.endswith(
+            " ".join(clip.objects[0 if "first" in clip.question else -1][0][:2])
+        )
     assert words > 50  # in five dictations: sentences have up to twelve
 
 
@@ -487,21 +606,28 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
     first, second = synthesis.synthesise(jobs, seed=3), synthesis.synthesise(jobs, seed=3)
     assert all((a == b).all() for a, b in zip(first, second))
     assert all(0.4 < len(w) / 16_000 < 4 for w in first)
-    monkeypatch.setattr(synthesis, "PART", 1)  # each in a process of its own, from a seed of its own
+    monkeypatch.setattr(
+        synthesis, "PART", 1
+    )  # each in a process of its own, from a seed of its own
     apart = synthesis.synthesise(jobs, seed=3)
     alone = synthesis.synthesise(jobs[:1], seed=3) + synthesis.synthesise(jobs[1:], seed=4)
     assert all((a == b).all() for a, b in zip(apart, alone, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- words in their places
+# ----------------------------------------------------------------------------------------------
+# words in their places
 
 
 def test_letters_are_found_where_they_are_said():
-    """By hand: a, pause, a again, b drawn out; and what every way through would be, tried one by one."""
+    """By hand: a, pause, a again, b drawn out; and what every way through would be, tried one by
+    one.
+    """
     log_probs = torch.full((6, 3), -5.0)
     log_probs[range(6), [1, 0, 1, 2, 2, 0]] = -0.1
     assert align(log_probs, torch.tensor([1, 1, 2])).tolist() == [0, 0, 1, 2, 2, 2]
-    assert align(log_probs[:2], torch.tensor([1, 1])) is None  # two of a kind need a pause between them
+    assert (
+        align(log_probs[:2], torch.tensor([1, 1])) is None
+    )  # two of a kind need a pause between them
     random = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     letters = [3, 1, 1]
     ways = [way for way in product(range(4), repeat=5) if squeezed(way) == letters]
@@ -510,7 +636,8 @@ def test_letters_are_found_where_they_are_said():
     for before, now in zip((0, *best), best):
         said += now not in (0, before)
         expected.append(max(said - 1, 0))
-    assert len(ways) > 3 and align(random, torch.tensor(letters)).tolist() == expected
+    assert len(ways) > 3
+    assert align(random, torch.tensor(letters)).tolist() == expected
 
 
 def squeezed(classes) -> list[int]:
@@ -521,35 +648,47 @@ def squeezed(classes) -> list[int]:
 def test_talker_is_asked_for_the_word_it_says():
     stage = stage_of("talker")
     lesson = next(x for x in stage.lessons if x.words is not None and len(x.text.split()) > 3)
-    assert len(lesson.words) == len(lesson.codes) and (lesson.words.diff() >= 0).all()
+    assert len(lesson.words) == len(lesson.codes)
+    assert (lesson.words.diff() >= 0).all()
     targets = torch.full((1, len(lesson.codes) + 9), losses.IGNORE)
     targets[0, 5 : 5 + len(lesson.codes)] = lesson.codes
     places, words = stage.said([lesson], targets)
     assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
-    assert (places[0, :5] == losses.IGNORE).all() and (words[0, 5 + len(lesson.codes) :] == losses.IGNORE).all()
+    assert (places[0, :5] == losses.IGNORE).all()
+    assert (words[0, 5 + len(lesson.codes) :] == losses.IGNORE).all()
     spell = Teacher(TINY, CACHE).processor.tokenizer.decode
     first = spell([int(words[0, 5])]).strip()
-    assert first and lesson.text.split()[int(lesson.words[0])].startswith(first)
+    assert first
+    assert lesson.text.split()[int(lesson.words[0])].startswith(first)
     before = {name for name, _ in stage.omni.named_parameters()}
-    assert {name for name in stage.parameters() if name not in before} == {"place_head.weight", "place_head.bias"}
+    assert {name for name in stage.parameters() if name not in before} == {
+        "place_head.weight",
+        "place_head.bias",
+    }
     gradients(stage, 0)
     once = stage.place_head.weight.grad.clone()
     gradients(stage, 0)  # what is thrown away later is cleared between steps too
-    assert once.abs().max() > 0 and torch.equal(stage.place_head.weight.grad, once)
+    assert once.abs().max() > 0
+    assert torch.equal(stage.place_head.weight.grad, once)
 
 
 def test_the_better_try_is_a_lesson_as_any_other():
-    """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to become likelier."""
+    """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to
+    become likelier.
+    """
     stage = stage_of("dpo")
     stage.omni.eval()
     pairs, reference, lessons = stage.batch(0)
     with torch.no_grad():
         losses_of = stage.losses((pairs, reference, lessons))
-        taught = code_loss(stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs])
+        taught = code_loss(
+            stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs]
+        )
     assert losses_of["better"].item() == pytest.approx(stage.better * taught.item(), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- losses by hand
+# ----------------------------------------------------------------------------------------------
+# losses by hand
 
 
 def test_next_token_by_hand():
@@ -563,19 +702,31 @@ def test_parts_of_a_batch_count_as_the_whole():
     logits, targets = torch.randn(4, 3, 5), torch.randint(0, 5, (4, 3))
     targets[0, 1:] = losses.IGNORE
     parts = [(logits[:1, :2], targets[:1, :2]), (logits[1:], targets[1:])]
-    assert losses.in_parts(parts).item() == pytest.approx(losses.next_token(logits, targets).item(), rel=1e-5)
+    assert losses.in_parts(parts).item() == pytest.approx(
+        losses.next_token(logits, targets).item(), rel=1e-5
+    )
 
 
 def test_dpo_by_hand():
-    loss = losses.dpo(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.0]), beta=0.5)
-    assert loss.item() == pytest.approx(log(1 + torch.e**-1.0), rel=1e-5)  # margin (1) - (-1) = 2, times 0.5
+    loss = losses.dpo(
+        torch.tensor([-1.0]),
+        torch.tensor([-3.0]),
+        torch.tensor([-2.0]),
+        torch.tensor([-2.0]),
+        beta=0.5,
+    )
+    assert loss.item() == pytest.approx(
+        log(1 + torch.e**-1.0), rel=1e-5
+    )  # margin (1) - (-1) = 2, times 0.5
     even = losses.dpo(*[torch.tensor([-1.0])] * 4, beta=0.1)
     assert even.item() == pytest.approx(log(2))
 
 
 def test_sequence_log_prob_skips_ignored():
     logits = torch.zeros(1, 3, 4)
-    assert losses.sequence_log_prob(logits, torch.tensor([[1, losses.IGNORE, 2]])).item() == pytest.approx(-2 * log(4))
+    assert losses.sequence_log_prob(
+        logits, torch.tensor([[1, losses.IGNORE, 2]])
+    ).item() == pytest.approx(-2 * log(4))
 
 
 def test_flow_matching_is_zero_for_the_right_velocity():
@@ -583,12 +734,17 @@ def test_flow_matching_is_zero_for_the_right_velocity():
     assert losses.flow_matching(lambda x, t: mel - noise, mel, noise, time).item() == 0
     seen = []
     losses.flow_matching(lambda x, t: seen.append(x) or x, mel, noise, torch.tensor([0.0, 1.0]))
-    assert torch.equal(seen[0][0], noise[0]) and torch.allclose(seen[0][1], mel[1])
+    assert torch.equal(seen[0][0], noise[0])
+    assert torch.allclose(seen[0][1], mel[1])
 
 
 def test_off_centre_by_hand():
-    grid = torch.tensor([[[1.0, -1.0], [0.5, 1.0], [9.0, 9.0]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])  # [B, C, channels]
-    assert losses.off_centre(grid, torch.tensor([2, 3])).item() == pytest.approx((0.75**2 + 0 + 1 + 0) / 2)
+    grid = torch.tensor(
+        [[[1.0, -1.0], [0.5, 1.0], [9.0, 9.0]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]]
+    )  # [B, C, channels]
+    assert losses.off_centre(grid, torch.tensor([2, 3])).item() == pytest.approx(
+        (0.75**2 + 0 + 1 + 0) / 2
+    )
 
 
 def test_masked_l1_ignores_padding():
@@ -601,10 +757,13 @@ def test_masked_l1_ignores_padding():
 def test_ctc_is_per_letter():
     log_probs = torch.full((1, 3, 2), 0.5).log()
     # "a" in three frames of {blank, a}: six of the eight paths spell it
-    assert losses.ctc(log_probs, torch.tensor([3]), [torch.tensor([1])]).item() == pytest.approx(-log(6 / 8), rel=1e-5)
+    assert losses.ctc(log_probs, torch.tensor([3]), [torch.tensor([1])]).item() == pytest.approx(
+        -log(6 / 8), rel=1e-5
+    )
 
 
-# ---------------------------------------------------------------------------------------------- codec
+# ----------------------------------------------------------------------------------------------
+# codec
 
 
 def test_fsq_is_a_bijection():
@@ -620,32 +779,41 @@ def test_fsq_is_a_bijection():
 def test_fsq_passes_gradients_straight_through():
     x = torch.zeros(4, requires_grad=True)
     FSQ((8, 5, 5, 5))(x)[0].sum().backward()
-    assert torch.allclose(x.grad, torch.ones(4))  # derivative of tanh at 0, as if nothing were rounded
+    assert torch.allclose(
+        x.grad, torch.ones(4)
+    )  # derivative of tanh at 0, as if nothing were rounded
 
 
 def test_codec_lengths_and_blocks():
     codec = Codec(TINY.codec)
     mel = torch.randn(1, 480, 80)
     codes = codec.encode(mel)
-    assert codes.shape == (1, 120) and codes.min() >= FIRST_CODE and codes.max() <= TINY.codec.num_codes
+    assert codes.shape == (1, 120)
+    assert codes.min() >= FIRST_CODE
+    assert codes.max() <= TINY.codec.num_codes
     changed = mel.clone()
     changed[:, 440:] += 1  # in the third 2-second block: the first must not notice
     assert torch.equal(codec.encode(changed)[:, :45], codes[:, :45])
 
 
 def test_letters_round_trip():
-    classes = torch.stack([letters_to_ids("a shape"), torch.zeros(7, dtype=torch.long)], 1).flatten()
+    classes = torch.stack(
+        [letters_to_ids("a shape"), torch.zeros(7, dtype=torch.long)], 1
+    ).flatten()
     assert ids_to_letters(classes) == "a shape"
 
 
 def test_word_error_by_hand():
-    assert edits("a b c".split(), "a x c d".split()) == 2
+    assert edits(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
     assert word_error([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
 
 
 def test_shipped_model_fits_the_code():
     folder = stages.ROOT / "data_samples" / "tiny"
     made = json.loads((folder / stages.TRAINED).read_text(encoding="utf-8"))
-    assert made["config"] == stages.fingerprint(TINY), "sizes have changed: train again, then make_data_samples model"
-    assert made["command"].startswith("python -m minomni train tiny") and made["seconds"] > 0
+    assert made["config"] == stages.fingerprint(TINY), (
+        "sizes have changed: train again, then make_data_samples model"
+    )
+    assert made["command"].startswith("python -m minomni train tiny")
+    assert made["seconds"] > 0
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6

@@ -1,4 +1,6 @@
-"""A voice from a few seconds of speech: it fits the model, sounds like itself, is saved, and silence makes none."""
+"""A voice from a few seconds of speech: it fits the model, sounds like itself, is saved, and
+silence makes none.
+"""
 
 import subprocess
 import sys
@@ -29,12 +31,16 @@ def recordings():
 
 def spoken_by(recordings, name: str, count: int) -> list[torch.Tensor]:
     """The first recordings of a voice."""
-    return [recordings.wave(i) for i, u in enumerate(recordings.utterances) if u.voice == name][:count]
+    return [recordings.wave(i) for i, u in enumerate(recordings.utterances) if u.voice == name][
+        :count
+    ]
 
 
 def test_a_voice_fits_the_model_and_speaks(omni, recordings, tmp_path):
     voice = minomni.make_voice(torch.cat(spoken_by(recordings, "Anna", 2)), "me", omni)
-    assert voice.name == "me" and voice.cond.shape == (1, 160) and voice.ref_mel.shape == (1, REFERENCE_FRAMES, 80)
+    assert voice.name == "me"
+    assert voice.cond.shape == (1, 160)
+    assert voice.ref_mel.shape == (1, REFERENCE_FRAMES, 80)
     assert voice.bos_token == 502 == free_token(omni)  # this model's own two have 500 and 501
     assert voice.cond.norm().item() == pytest.approx(1, abs=1e-5)
     omni.voices["me"] = voice
@@ -45,16 +51,26 @@ def test_a_voice_fits_the_model_and_speaks(omni, recordings, tmp_path):
         again = minomni.load(str(tmp_path / "model")).voices["me"]
     finally:
         del omni.voices["me"]
-    assert len(ours.wave) and not torch.equal(ours.wave[:100], other.wave[:100])
-    assert again.bos_token == 502 and torch.equal(again.cond, voice.cond) and torch.equal(again.ref_mel, voice.ref_mel)
+    assert len(ours.wave)
+    assert not torch.equal(ours.wave[:100], other.wave[:100])
+    assert again.bos_token == 502
+    assert torch.equal(again.cond, voice.cond)
+    assert torch.equal(again.ref_mel, voice.ref_mel)
 
 
 def test_the_same_speaker_is_nearest(omni, recordings):
-    """Two recordings of one speaker are more alike than one of each, whatever is said, and however loud."""
+    """Two recordings of one speaker are more alike than one of each, whatever is said, and however
+    loud.
+    """
     names = "Anna", "Karl", "Fiona", "Adam"
     pairs = {name: spoken_by(recordings, name, 4) for name in names}
-    first = {n: minomni.make_voice(torch.cat(waves[:2]), n, omni).cond[0] for n, waves in pairs.items()}
-    second = {n: minomni.make_voice(0.1 * torch.cat(waves[2:]), n, omni).cond[0] for n, waves in pairs.items()}
+    first = {
+        n: minomni.make_voice(torch.cat(waves[:2]), n, omni).cond[0] for n, waves in pairs.items()
+    }
+    second = {
+        n: minomni.make_voice(0.1 * torch.cat(waves[2:]), n, omni).cond[0]
+        for n, waves in pairs.items()
+    }
     for name in names:
         assert max(names, key=lambda other: float(first[name] @ second[other])) == name
 
@@ -73,17 +89,25 @@ def test_a_path_at_another_rate(omni, recordings, tmp_path):
     from_file = minomni.make_voice(tmp_path / "me.wav", "x", omni, bos_token=500)
     assert from_file.bos_token == 500
     direct = minomni.make_voice(wave, "x", omni).cond
-    assert float((from_file.cond * direct).sum()) > 0.99  # holding samples dulls the top of the spectrum a little
+    assert (
+        float((from_file.cond * direct).sum()) > 0.99
+    )  # holding samples dulls the top of the spectrum a little
 
 
-@pytest.mark.parametrize("samples, says", [
-    (np.zeros(32_000, np.float32), "is silent"),
-    (np.full(32_000, 1e-5, np.float32), "is silent"),
-    (np.sin(np.arange(400) / 3).astype(np.float32), "better five"),
-    (np.concatenate([np.random.RandomState(0).randn(8_000) / 9, np.zeros(80_000)]), r"0\.[56] s of speech"),
-    (np.zeros(100, np.float32), "more than 20 ms"),
-    (np.full(32_000, np.nan, np.float32), "NaN"),
-])
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        (np.zeros(32_000, np.float32), "is silent"),
+        (np.full(32_000, 1e-5, np.float32), "is silent"),
+        (np.sin(np.arange(400) / 3).astype(np.float32), "better five"),
+        (
+            np.concatenate([np.random.RandomState(0).randn(8_000) / 9, np.zeros(80_000)]),
+            r"0\.[56] s of speech",
+        ),
+        (np.zeros(100, np.float32), "more than 20 ms"),
+        (np.full(32_000, np.nan, np.float32), "NaN"),
+    ],
+)
 def test_what_is_no_speech_is_named(omni, samples, says, tmp_path):
     path = tmp_path / "bad.wav"
     soundfile.write(path, samples, 16_000, subtype="FLOAT")
@@ -110,16 +134,28 @@ def test_no_token_is_given_twice(omni, recordings):
         assert "all 512 token ids are taken" in str(error)
     tokens = [voice.bos_token for voice in omni.voices.values()]
     omni.voices = kept
-    assert len(tokens) == len(set(tokens)) == 12 and max(tokens) == 511
+    assert len(tokens) == len(set(tokens)) == 12
+    assert max(tokens) == 511
 
 
 def test_the_command_line_takes_a_recording(tiny_folder, recordings, tmp_path, monkeypatch, capsys):
     soundfile.write(tmp_path / "me.wav", spoken_by(recordings, "Karl", 1)[0], 16_000)
-    line = ["minomni", "chat", "--model", str(tiny_folder), "--text", "say a", "--out", str(tmp_path / "reply.wav")]
+    line = [
+        "minomni",
+        "chat",
+        "--model",
+        str(tiny_folder),
+        "--text",
+        "say a",
+        "--out",
+        str(tmp_path / "reply.wav"),
+    ]
     monkeypatch.setattr(sys, "argv", [*line, "--voice-from", str(tmp_path / "me.wav")])
-    assert command.main() == 0 and (tmp_path / "reply.wav").exists()
+    assert command.main() == 0
+    assert (tmp_path / "reply.wav").exists()
     monkeypatch.setattr(sys, "argv", [*line, "--voice-from", str(tmp_path / "you.wav")])
-    assert command.main() == 2 and "you.wav: no such file" in capsys.readouterr().err
+    assert command.main() == 2
+    assert "you.wav: no such file" in capsys.readouterr().err
 
 
 def test_import_stays_quick():

@@ -1,4 +1,6 @@
-"""Checkpoint folders: official ones load as they are, ours come back as they were, broken ones are refused by name."""
+"""Checkpoint folders: official ones load as they are, ours come back as they were, broken ones are
+refused by name.
+"""
 
 import dataclasses
 import json
@@ -79,30 +81,40 @@ def refuse(folder: Path, *messages: str) -> str:
         weights.load(folder)
     for message in messages:
         assert re.search(message, str(error.value)), str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 500
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- round trips
+# ----------------------------------------------------------------------------------------------------------
+# round trips
 def test_saved_folder_comes_back(omni, saved):
     again = weights.load(saved)
-    assert same_tensors(again, omni) and again.config == omni.config
+    assert same_tensors(again, omni)
+    assert again.config == omni.config
     assert len(list(saved.glob("*.safetensors"))) > 3
     assert again.voices.keys() == omni.voices.keys()
     for name, voice in omni.voices.items():
         assert again.voices[name].bos_token == voice.bos_token
         assert torch.equal(again.voices[name].cond, voice.cond)
         assert torch.equal(again.voices[name].ref_mel, voice.ref_mel)
-    assert again.tokenizer.encode("the blue circle<|im_end|>") == omni.tokenizer.encode("the blue circle<|im_end|>")
+    assert again.tokenizer.encode("the blue circle<|im_end|>") == omni.tokenizer.encode(
+        "the blue circle<|im_end|>"
+    )
     assert all(p.requires_grad and not p.is_meta for p in again.parameters())
 
 
 def test_requested_precision_spares_the_voice(saved):
     model = weights.load(saved, dtype=torch.bfloat16)
     kinds = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
-    assert kinds == {"thinker": torch.bfloat16, "talker": torch.bfloat16, "token2wav": torch.float32}
+    assert kinds == {
+        "thinker": torch.bfloat16,
+        "talker": torch.bfloat16,
+        "token2wav": torch.float32,
+    }
     spoken = model.generate(oracle.inputs("mixed"), "Chelsie")
-    assert spoken.waves[0].isfinite().all() and len(spoken.waves[0]) == 480 * len(spoken.codes[0]) > 0
+    assert spoken.waves[0].isfinite().all()
+    assert len(spoken.waves[0]) == 480 * len(spoken.codes[0]) > 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="everything is copied on Windows")
@@ -114,7 +126,11 @@ def test_tensors_are_the_files_themselves(folder):
         whole = file.read_bytes()
         header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
         header.pop("__metadata__")
-        starts = {ours[name].data_ptr() - part["data_offsets"][0] for name, part in header.items() if name in ours}
+        starts = {
+            ours[name].data_ptr() - part["data_offsets"][0]
+            for name, part in header.items()
+            if name in ours
+        }
         assert len(starts) == 1
     before = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
     with torch.no_grad():
@@ -128,17 +144,21 @@ def test_a_model_outlives_its_folder(folder, omni):
     """Saved over the folder that it was loaded from, and with the folder gone, it is what it was."""
     model = weights.load(folder)
     weights.save(model, folder, shard_bytes=3_000_000)
-    assert same_tensors(model, omni) and same_tensors(weights.load(folder), omni)
+    assert same_tensors(model, omni)
+    assert same_tensors(weights.load(folder), omni)
     said = model.generate(oracle.inputs("mixed"), "Ethan")
     weights.save(model, folder)
     shutil.rmtree(folder)
     again = model.generate(oracle.inputs("mixed"), "Ethan")
-    assert said.tokens == again.tokens and torch.equal(said.waves[0], again.waves[0])
+    assert said.tokens == again.tokens
+    assert torch.equal(said.waves[0], again.waves[0])
     assert same_tensors(model, omni)
 
 
 def test_loading_draws_no_numbers(folder):
-    """What random numbers on meta need takes torch two seconds to import, and every start of the program would pay."""
+    """What random numbers on meta need takes torch two seconds to import, and every start of the
+    program would pay.
+    """
     code = f"""
 import sys, torch
 from minomni import weights
@@ -150,18 +170,25 @@ assert torch.equal(state, torch.get_rng_state()) and "torch._dynamo" not in sys.
 
 
 def test_tensors_that_lie_askew_are_copied(saved, tmp_path):
-    """A header whose length is no multiple of eight puts numbers across addresses, which some machines cannot read."""
+    """A header whose length is no multiple of eight puts numbers across addresses, which some
+    machines cannot read.
+    """
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     file = sorted(folder.glob("*.safetensors"))[0]
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    file.write_bytes((size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :])
+    file.write_bytes(
+        (size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :]
+    )
     model = weights.load(folder)
-    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in model.state_dict().values())
+    assert all(
+        tensor.data_ptr() % tensor.element_size() == 0 for tensor in model.state_dict().values()
+    )
     assert same_tensors(model, weights.load(saved))
 
 
-# ------------------------------------------------------------------------------------------------------- official code
+# -------------------------------------------------------------------------------------------------------
+# official code
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers", reason="writes and reads the official folders")
@@ -176,21 +203,26 @@ def test_folder_written_by_transformers(transformers, tmp_path):
     ours = model.state_dict()
     assert len(index_of(tmp_path)) == len(ours)
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
-    assert model.config.talker == oracle.CONFIG.talker and model.config.token2wav == oracle.CONFIG.token2wav
+    assert model.config.talker == oracle.CONFIG.talker
+    assert model.config.token2wav == oracle.CONFIG.token2wav
     assert model.config.thinker.text == oracle.CONFIG.thinker.text
     reply = model.thinker.generate(oracle.inputs("mixed"), oracle.CONFIG.thinker_sampling)
     assert reply.tokens == oracle.golden("mixed")["tokens"].tolist()
 
 
 def test_folder_read_by_transformers(transformers, saved):
-    official = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(saved, dtype=torch.float32)
+    official = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(
+        saved, dtype=torch.float32
+    )
     again = {oracle.hf_name(name): p for name, p in official.named_parameters()}
     ours = weights.load(saved).state_dict()
-    assert again.keys() == ours.keys() and all(torch.equal(again[name], ours[name]) for name in ours)
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
     assert set(official.speaker_map) == {"Chelsie", "Ethan"}
 
 
-# ----------------------------------------------------------------------------------------------------------- bijection
+# -----------------------------------------------------------------------------------------------------------
+# bijection
 def test_one_error_lists_all_differences(folder):
     def change(tensors):
         del tensors["talker.codec_head.weight"], tensors["thinker.lm_head.weight"]
@@ -198,22 +230,34 @@ def test_one_error_lists_all_differences(folder):
         tensors["token2wav.code2wav_dit_model.proj_out.bias"] = torch.zeros(7)
 
     edit(folder, change)
-    refuse(folder, re.escape(str(folder)), "2 missing: talker.codec_head.weight, thinker.lm_head.weight",
-           "1 extra: thinker.visual.extra.weight",
-           r"1 of another shape: token2wav.code2wav_dit_model.proj_out.bias is \[7\], expected \[80\]")
+    refuse(
+        folder,
+        re.escape(str(folder)),
+        "2 missing: talker.codec_head.weight, thinker.lm_head.weight",
+        "1 extra: thinker.visual.extra.weight",
+        r"1 of another shape: token2wav.code2wav_dit_model.proj_out.bias is \[7\], expected \[80\]",
+    )
 
 
 def test_a_long_list_is_three_names_and_a_count(folder):
-    """Whatever lies in the files: a hundred thousand tensors of long names, and most of ours missing."""
+    """Whatever lies in the files: a hundred thousand tensors of long names, and most of ours
+    missing.
+    """
+
     def change(tensors):
-        for name in [name for name in tensors if name.startswith("token2wav.code2wav_bigvgan_model")]:
+        for name in [
+            name for name in tensors if name.startswith("token2wav.code2wav_bigvgan_model")
+        ]:
             del tensors[name]
         for name in [name for name in tensors if "visual" in name]:
             tensors[name] = torch.zeros(1, 1, 1, 1, 1, 1, 1)
         tensors.update({f"talker.{i}.{'x' * 300}": torch.zeros(1) for i in range(2000)})
 
     edit(folder, change)
-    refuse(folder, r"\d+ missing: token2wav\S+ and \d+ more; 2000 extra: talker.0.x+\.\.\.x+ and 1999 more; .* of another sh")
+    refuse(
+        folder,
+        r"\d+ missing: token2wav\S+ and \d+ more; 2000 extra: talker.0.x+\.\.\.x+ and 1999 more; .* of another sh",
+    )
 
 
 def test_only_the_documented_extra_is_tolerated(folder, omni):
@@ -224,7 +268,8 @@ def test_only_the_documented_extra_is_tolerated(folder, omni):
     refuse(folder, "1 extra: .*bigvgan")
 
 
-# ---------------------------------------------------------------------------------------------------------- bad folders
+# ----------------------------------------------------------------------------------------------------------
+# bad folders
 def test_missing_folder_and_files(tmp_path, folder):
     refuse(tmp_path / "nowhere", "no such folder")
     for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": []}'):
@@ -234,8 +279,11 @@ def test_missing_folder_and_files(tmp_path, folder):
     for file in folder.glob("*.safetensors"):
         file.unlink()
     refuse(folder, "neither model.safetensors nor model.safetensors.index.json")
-    for name, message in (("pytorch_model.bin", "as .bin files; save them as safetensors"), ("x.gguf", "GGUF files"),
-                          ("adapter_model.safetensors", "a LoRA adapter alone; merge it")):
+    for name, message in (
+        ("pytorch_model.bin", "as .bin files; save them as safetensors"),
+        ("x.gguf", "GGUF files"),
+        ("adapter_model.safetensors", "a LoRA adapter alone; merge it"),
+    ):
         (folder / name).write_bytes(b"x")
         refuse(folder, message)
         (folder / name).unlink()
@@ -261,7 +309,9 @@ def test_truncated_and_missing_shards(folder):
     for size in (0, 5, 4000, len(whole) - 1):
         shard.write_bytes(whole[:size])
         refuse(folder, f"{shard.name}: (is empty|cut short or not a safetensors file)")
-    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:77\nsize 4985055536\n")
+    shard.write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:77\nsize 4985055536\n"
+    )
     refuse(folder, f"{shard.name}: is a git-LFS pointer.*git lfs pull")
     shard.unlink()
     refuse(folder, f"{shard.name}: cannot be read .No such file")
@@ -282,7 +332,9 @@ def test_index_that_points_outside(folder, name):
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_a_hub_cache(folder, omni, tmp_path):
-    """Its snapshots hold links to blobs; the cache's own folder stands for the snapshot that is called main."""
+    """Its snapshots hold links to blobs; the cache's own folder stands for the snapshot that is
+    called main.
+    """
     home = tmp_path / "models--Qwen--Qwen2.5-Omni-7B"
     blobs, snapshots = home / "blobs", home / "snapshots"
     shutil.copytree(folder, blobs)
@@ -291,13 +343,17 @@ def test_a_hub_cache(folder, omni, tmp_path):
     for file in blobs.iterdir():
         (snapshots / "0a1b" / file.name).symlink_to(os.path.join("..", "..", "blobs", file.name))
     assert same_tensors(weights.load(snapshots / "0a1b"), omni)
-    refuse(home, "is a cache folder whose refs/main names none of its snapshots; give one of 0a1b, 2c3d in snapshots/")
+    refuse(
+        home,
+        "is a cache folder whose refs/main names none of its snapshots; give one of 0a1b, 2c3d in snapshots/",
+    )
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("../../elsewhere")
     refuse(home, "refs/main names none")
     (home / "refs" / "main").write_text("0a1b")
     model = weights.load(home)
-    assert same_tensors(model, omni) and model.loaded_from == snapshots / "0a1b"
+    assert same_tensors(model, omni)
+    assert model.loaded_from == snapshots / "0a1b"
     blob = next(blobs.glob("*.safetensors"))
     blob.unlink()
     refuse(home, f"{blob.name}: is a link to .*blobs/{blob.name}, which is not there")
@@ -316,8 +372,16 @@ def test_files_linked_from_another_disk(folder, omni, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-@pytest.mark.parametrize("name", [weights.INDEX, weights.VOICES, "tokenizer.json", "model-00002-of-00006.safetensors",
-                                  "generation_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        weights.INDEX,
+        weights.VOICES,
+        "tokenizer.json",
+        "model-00002-of-00006.safetensors",
+        "generation_config.json",
+    ],
+)
 def test_what_has_no_end_is_not_read(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -327,9 +391,13 @@ def test_what_has_no_end_is_not_read(folder, name):
     refuse(folder, f"{name}: is no ordinary file")
 
 
-# ------------------------------------------------------------------------------------------------- a Thinker by itself
+# -------------------------------------------------------------------------------------------------
+# a Thinker by itself
 def thinker_alone(folder: Path, prefix: bool = True, kind: str = "qwen2_5_omni_thinker") -> None:
-    """Leave the Thinker in a folder, under its names in the whole model or without their first word."""
+    """Leave the Thinker in a folder, under its names in the whole model or without their first
+    word.
+    """
+
     def change(tensors):
         for name in list(tensors):
             tensor = tensors.pop(name)
@@ -351,22 +419,32 @@ def thinker_alone(folder: Path, prefix: bool = True, kind: str = "qwen2_5_omni_t
 def test_a_thinker_alone_answers_in_text(folder, omni, tmp_path, prefix, kind):
     thinker_alone(folder, prefix, kind)
     model = weights.load(folder)
-    assert same_tensors(model.thinker, omni.thinker) and model.talker is model.token2wav is model.codec is None
+    assert same_tensors(model.thinker, omni.thinker)
+    assert model.talker is model.token2wav is model.codec is None
     spoken = model.generate(oracle.inputs("mixed"), None)
-    assert spoken.tokens == oracle.golden("mixed")["tokens"].tolist() and spoken.waves == []
+    assert spoken.tokens == oracle.golden("mixed")["tokens"].tolist()
+    assert spoken.waves == []
     asked = [{"role": "user", "content": "the red circle"}]
     reply = model.respond(asked, speech=False)
-    assert reply.text == omni.respond(asked, speech=False).text and len(reply.wave) == 0
-    for attempt in (lambda: model.respond(asked), lambda: list(model.stream(asked)),
-                    lambda: model.generate(oracle.inputs("text"), "Chelsie"), lambda: model.listen(),
-                    lambda: model.respond(asked, speech=True)):
-        with pytest.raises(UserError, match="this model has no voice: its folder holds the Thinker alone"):
+    assert reply.text == omni.respond(asked, speech=False).text
+    assert len(reply.wave) == 0
+    for attempt in (
+        lambda: model.respond(asked),
+        lambda: list(model.stream(asked)),
+        lambda: model.generate(oracle.inputs("text"), "Chelsie"),
+        lambda: model.listen(),
+        lambda: model.respond(asked, speech=True),
+    ):
+        with pytest.raises(
+            UserError, match="this model has no voice: its folder holds the Thinker alone"
+        ):
             attempt()
     with pytest.raises(UserError, match="this model has no"):
         make_voice(np.ones(16_000, np.float32), "Ada", model)
     weights.save(model, tmp_path / "again")
     again = weights.load(tmp_path / "again")
-    assert same_tensors(again, model) and again.config == model.config
+    assert same_tensors(again, model)
+    assert again.config == model.config
 
 
 def test_speech_that_is_turned_off_is_not_read(folder, omni):
@@ -374,15 +452,23 @@ def test_speech_that_is_turned_off_is_not_read(folder, omni):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
     model = weights.load(folder)
-    assert same_tensors(model.thinker, omni.thinker) and model.talker is None and not model.voices
+    assert same_tensors(model.thinker, omni.thinker)
+    assert model.talker is None
+    assert not model.voices
 
 
 def test_a_thinker_with_half_a_talker_is_refused(folder):
-    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("token2wav.")])
+    edit(
+        folder,
+        lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if name.startswith("token2wav.")
+        ],
+    )
     refuse(folder, r"\d+ missing: token2wav\S+, token2wav\S+, token2wav\S+ and \d+ more$")
 
 
-# ---------------------------------------------------------------------------------------------------- tied embeddings
+# ----------------------------------------------------------------------------------------------------
+# tied embeddings
 def tie(folder: Path, stored: bool) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -396,11 +482,13 @@ def test_a_tied_head_is_the_table(folder, omni, tmp_path):
     tie(folder, stored=False)
     model = weights.load(folder)
     table = model.thinker.model.embed_tokens.weight
-    assert model.thinker.lm_head.weight is table and model.config.thinker.tie_word_embeddings
+    assert model.thinker.lm_head.weight is table
+    assert model.config.thinker.tie_word_embeddings
     assert torch.equal(table, omni.thinker.model.embed_tokens.weight)
     weights.save(model, tmp_path / "again")
     again = weights.load(tmp_path / "again")
-    assert same_tensors(again, model) and again.config == model.config
+    assert same_tensors(again, model)
+    assert again.config == model.config
     with torch.device("meta"):
         assert Omni(model.config).thinker.lm_head.weight.is_meta
 
@@ -408,7 +496,8 @@ def test_a_tied_head_is_the_table(folder, omni, tmp_path):
 def test_a_head_that_is_stored_is_not_tied(folder, omni):
     tie(folder, stored=True)
     model = weights.load(folder)
-    assert same_tensors(model, omni) and not model.config.thinker.tie_word_embeddings
+    assert same_tensors(model, omni)
+    assert not model.config.thinker.tie_word_embeddings
 
 
 def test_a_missing_head_is_missed(folder):
@@ -416,9 +505,18 @@ def test_a_missing_head_is_missed(folder):
     refuse(folder, "1 missing: thinker.lm_head.weight")
 
 
-# ---------------------------------------------------------------------------------------------------------- precisions
-@pytest.mark.parametrize("dtype, name", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int64, "I64"),
-                                         (torch.bool, "BOOL"), (torch.uint8, "U8")])
+# ----------------------------------------------------------------------------------------------------------
+# precisions
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.int64, "I64"),
+        (torch.bool, "BOOL"),
+        (torch.uint8, "U8"),
+    ],
+)
 def test_tensors_that_are_no_floats(folder, dtype, name):
     one = "talker.model.layers.1.mlp.up_proj.weight"
     edit(folder, lambda tensors: tensors.update({one: tensors[one].to(dtype)}))
@@ -427,8 +525,16 @@ def test_tensors_that_are_no_floats(folder, dtype, name):
 
 @pytest.mark.parametrize("suffix", ["qweight", "weight_scale_inv", "weight.absmax", "SCB"])
 def test_quantized_folders_are_called_so(folder, suffix):
-    edit(folder, lambda tensors: tensors.update({f"thinker.model.layers.0.mlp.down_proj.{suffix}": torch.zeros(4)}))
-    refuse(folder, f"its weights are quantized .1 tensors such as thinker.*{suffix}.*take the bf16 release")
+    edit(
+        folder,
+        lambda tensors: tensors.update(
+            {f"thinker.model.layers.0.mlp.down_proj.{suffix}": torch.zeros(4)}
+        ),
+    )
+    refuse(
+        folder,
+        f"its weights are quantized .1 tensors such as thinker.*{suffix}.*take the bf16 release",
+    )
 
 
 def test_mixed_precisions_become_the_commonest(folder, omni):
@@ -441,28 +547,48 @@ def test_mixed_precisions_become_the_commonest(folder, omni):
     for dtype in (None, "auto"):
         model = weights.load(folder, dtype=dtype)
         kinds = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
-        assert kinds == {"thinker": torch.bfloat16, "talker": torch.bfloat16, "token2wav": torch.float32}
+        assert kinds == {
+            "thinker": torch.bfloat16,
+            "talker": torch.bfloat16,
+            "token2wav": torch.float32,
+        }
 
 
-@pytest.mark.parametrize("dtype, expected", [("bf16", torch.bfloat16), ("torch.float16", torch.float16),
-                                             (torch.float64, torch.float64), ("float", torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("bf16", torch.bfloat16),
+        ("torch.float16", torch.float16),
+        (torch.float64, torch.float64),
+        ("float", torch.float32),
+    ],
+)
 def test_precisions_by_name(saved, dtype, expected):
     model = minomni.load(str(saved), dtype=dtype)
     assert model.talker.codec_head.weight.dtype == model.thinker.lm_head.weight.dtype == expected
 
 
-@pytest.mark.parametrize("dtype", ["int8", torch.int32, "fp4", 16, ["bf16"], "x" * 10**6, "", True, np.float32])
+@pytest.mark.parametrize(
+    "dtype", ["int8", torch.int32, "fp4", 16, ["bf16"], "x" * 10**6, "", True, np.float32]
+)
 def test_precisions_that_are_none(saved, dtype):
-    with pytest.raises(UserError, match="dtype .*: expected bfloat16, float16, float32 or float64") as error:
+    with pytest.raises(
+        UserError, match="dtype .*: expected bfloat16, float16, float32 or float64"
+    ) as error:
         minomni.load(str(saved), dtype=dtype)
     assert len(str(error.value)) <= 500
 
 
-@pytest.mark.parametrize("device", ["gpu", "CUDA", "cuda:99", "meta", "", 0, None, ["cpu"], "cpu:x", "y" * 10**6, b"cpu"])
+@pytest.mark.parametrize(
+    "device", ["gpu", "CUDA", "cuda:99", "meta", "", 0, None, ["cpu"], "cpu:x", "y" * 10**6, b"cpu"]
+)
 def test_devices_that_are_none(saved, device):
-    with pytest.raises(UserError, match="device .*: this machine, with this PyTorch, has .*cpu; or use auto") as error:
+    with pytest.raises(
+        UserError, match="device .*: this machine, with this PyTorch, has .*cpu; or use auto"
+    ) as error:
         weights.load(saved, device)
-    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+    assert len(str(error.value)) <= 500
+    assert "\n" not in str(error.value)
 
 
 def test_devices_by_name(saved):
@@ -470,24 +596,30 @@ def test_devices_by_name(saved):
         assert next(minomni.load(saved, device).parameters()).device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", [5, None, "", b"tiny", ["tiny"], "no\0where", "a/" * 5000, "huge", "line\nfeed",
-                                  "half \ud83d"])
+@pytest.mark.parametrize(
+    "name",
+    [5, None, "", b"tiny", ["tiny"], "no\0where", "a/" * 5000, "huge", "line\nfeed", "half \ud83d"],
+)
 def test_models_that_are_none(name):
     with pytest.raises(UserError, match="the sizes are tiny, small, qwen7b") as error:
         minomni.load(name)
-    assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+    assert len(str(error.value)) <= 500
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_named_like_a_size(saved, tmp_path, monkeypatch):
     """Counts if a model lies in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert minomni.folder_of("tiny") == minomni.ROOT / "data_samples" / "tiny" or "runs" in str(minomni.folder_of("tiny"))
+    assert minomni.folder_of("tiny") == minomni.ROOT / "data_samples" / "tiny" or "runs" in str(
+        minomni.folder_of("tiny")
+    )
     shutil.copytree(saved, tmp_path / "tiny", dirs_exist_ok=True)
     assert minomni.folder_of("tiny") == Path("tiny")
 
 
-# ------------------------------------------------------------------------------------------------- files that disagree
+# -------------------------------------------------------------------------------------------------
+# files that disagree
 def test_a_tokenizer_of_another_model(folder):
     Tokenizer.train(["the red circle"] * 3, 262, {"<|im_end|>": 300}).save(folder)
     refuse(folder, r"<\|im_end\|> is 300 in the tokenizer's files and 409 in config.json")
@@ -497,13 +629,17 @@ def test_a_tokenizer_of_another_model(folder):
 
 def test_sizes_that_cannot_be_built(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["thinker_config"]["vision_config"] |= {"patch_size": 2**20, "temporal_patch_size": 2**24,
-                                                  "window_size": 2**21}
+    config["thinker_config"]["vision_config"] |= {
+        "patch_size": 2**20,
+        "temporal_patch_size": 2**24,
+        "window_size": 2**21,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     refuse(folder, "config.json: describes a model that cannot be built")
 
 
-# -------------------------------------------------------------------------------------------------------------- voices
+# --------------------------------------------------------------------------------------------------------------
+# voices
 class Intruder:
     def __init__(self, mark: Path):
         self.mark = mark
@@ -526,24 +662,45 @@ def entry(bos=5, cond=(1, 12), ref_mel=(1, 9, 80)):
     return {"bos_token": bos, "cond": torch.zeros(cond), "ref_mel": torch.zeros(ref_mel)}
 
 
-@pytest.mark.parametrize("content, message", [
-    ([1, 2], "holds a list, not a dictionary of voices"),
-    ({"A": {"bos_token": 5}}, "voice 'A' must have"),
-    ({"A": 3}, "voice 'A' must have"),
-    ({"A": entry(bos=512)}, "bos_token 512.*an id below 512"),
-    ({"A": entry(cond=(1, 192))}, r"cond \[1, 192\].*\[1, 12\]"),
-    ({"A": entry(ref_mel=(9, 80))}, r"ref_mel \[9, 80\]"),
-    ({"A": entry(ref_mel=(1, 4, 80))}, r"ref_mel \[1, 4, 80\]; expected .* \[1, \d+ to 30000 frames, 80\]"),
-    ({"A": entry() | {"ref_mel": torch.zeros(1, 1, 80).expand(1, 10**9, 80)}}, r"ref_mel \[1, 1000000000, 80\]"),
-    ({"A": entry() | {"ref_mel": torch.zeros(1, 1, 80).half().expand(1, 10**6, 80)}}, r"ref_mel \[1, 1000000, 80\]"),
-    ({"A": entry() | {"cond": torch.full((1, 12), float("nan"))}}, "numbers that are not finite"),
-    ({"A": entry() | {"cond": torch.zeros(1, 12, dtype=torch.long)}}, "tensors cond and ref_mel of floating-point"),
-    ({"A": entry() | {"cond": torch.zeros(1, 12).to_sparse()}}, "tensors cond and ref_mel of floating-point"),
-    ({"A": entry(bos=True)}, "must have an id bos_token"),
-    ({"A": entry(bos=5.5)}, "must have an id bos_token"),
-    ({"A": entry(bos=10**30)}, "bos_token 1000"),
-    ({"A" * 10**5: entry(bos=-1)}, "voice 'AAA"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, not a dictionary of voices"),
+        ({"A": {"bos_token": 5}}, "voice 'A' must have"),
+        ({"A": 3}, "voice 'A' must have"),
+        ({"A": entry(bos=512)}, "bos_token 512.*an id below 512"),
+        ({"A": entry(cond=(1, 192))}, r"cond \[1, 192\].*\[1, 12\]"),
+        ({"A": entry(ref_mel=(9, 80))}, r"ref_mel \[9, 80\]"),
+        (
+            {"A": entry(ref_mel=(1, 4, 80))},
+            r"ref_mel \[1, 4, 80\]; expected .* \[1, \d+ to 30000 frames, 80\]",
+        ),
+        (
+            {"A": entry() | {"ref_mel": torch.zeros(1, 1, 80).expand(1, 10**9, 80)}},
+            r"ref_mel \[1, 1000000000, 80\]",
+        ),
+        (
+            {"A": entry() | {"ref_mel": torch.zeros(1, 1, 80).half().expand(1, 10**6, 80)}},
+            r"ref_mel \[1, 1000000, 80\]",
+        ),
+        (
+            {"A": entry() | {"cond": torch.full((1, 12), float("nan"))}},
+            "numbers that are not finite",
+        ),
+        (
+            {"A": entry() | {"cond": torch.zeros(1, 12, dtype=torch.long)}},
+            "tensors cond and ref_mel of floating-point",
+        ),
+        (
+            {"A": entry() | {"cond": torch.zeros(1, 12).to_sparse()}},
+            "tensors cond and ref_mel of floating-point",
+        ),
+        ({"A": entry(bos=True)}, "must have an id bos_token"),
+        ({"A": entry(bos=5.5)}, "must have an id bos_token"),
+        ({"A": entry(bos=10**30)}, "bos_token 1000"),
+        ({"A" * 10**5: entry(bos=-1)}, "voice 'AAA"),
+    ],
+)
 def test_voices_of_another_shape(folder, content, message):
     torch.save(content, folder / weights.VOICES)
     refuse(folder, "spk_dict.pt: ", message)
@@ -563,7 +720,9 @@ def test_broken_and_absent_voices(folder):
 
 def test_voices_that_unpack_without_end(folder):
     """Three hundred million zeros take three hundred thousand bytes in an archive that is packed."""
-    with zipfile.ZipFile(folder / weights.VOICES, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(
+        folder / weights.VOICES, "w", zipfile.ZIP_DEFLATED, compresslevel=1
+    ) as archive:
         with archive.open("archive/data/0", "w", force_zip64=True) as file:
             for _ in range(300):
                 file.write(bytes(1_000_000))
@@ -571,7 +730,9 @@ def test_voices_that_unpack_without_end(folder):
     with open(folder / weights.VOICES, "wb") as file:
         file.truncate(300_000_000)
     refuse(folder, "spk_dict.pt: has 300,000,000 bytes, expected at most")
-    (folder / weights.VOICES).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:9f\nsize 259544\n")
+    (folder / weights.VOICES).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:9f\nsize 259544\n"
+    )
     refuse(folder, "spk_dict.pt: is a git-LFS pointer")
 
 
@@ -582,21 +743,27 @@ def test_unknown_voice_names_the_known_ones(omni):
 
 def test_a_silent_reply_has_no_samples(omni):
     first = int(oracle.golden("text")["tokens"][0, 0])
-    config = dataclasses.replace(oracle.CONFIG.thinker, tokens=dataclasses.replace(oracle.TOKENS, im_end=first))
+    config = dataclasses.replace(
+        oracle.CONFIG.thinker, tokens=dataclasses.replace(oracle.TOKENS, im_end=first)
+    )
     mute = Omni(dataclasses.replace(oracle.CONFIG, thinker=config))
     mute.load_state_dict(omni.state_dict())
     mute.voices = omni.voices
     spoken = mute.generate(oracle.inputs("text"), "Ethan")
-    assert spoken.tokens == [[first]] and spoken.codes[0].shape == spoken.waves[0].shape == (0,)
+    assert spoken.tokens == [[first]]
+    assert spoken.codes[0].shape == spoken.waves[0].shape == (0,)
 
 
 def test_same_seed_same_wave(omni):
-    loud = dataclasses.replace(oracle.CONFIG.talker_sampling, temperature=0.9, top_k=40, top_p=0.8, max_new_tokens=12)
+    loud = dataclasses.replace(
+        oracle.CONFIG.talker_sampling, temperature=0.9, top_k=40, top_p=0.8, max_new_tokens=12
+    )
     omni = Omni(dataclasses.replace(oracle.CONFIG, talker_sampling=loud)).eval()
     oracle.fill(omni.state_dict())
     omni.voices = oracle.voices()
     a, b, c = (omni.generate(oracle.inputs("text"), "Chelsie", seed) for seed in (1, 1, 2))
-    assert torch.equal(a.waves[0], b.waves[0]) and not torch.equal(a.codes[0], c.codes[0])
+    assert torch.equal(a.waves[0], b.waves[0])
+    assert not torch.equal(a.codes[0], c.codes[0])
     assert np.isfinite(a.waves[0].numpy()).all()
 
 

@@ -1,21 +1,25 @@
-"""Sound and film files by their own structure: whether one is whole, how long it says it is, where parts begin.
+"""Sound and film files by their own structure: whether one is whole, how long it says it is, where
+parts begin.
 
-Decoding is left to PyAV and soundfile. Here is only what they do not tell: they play what is left of a file that was
-cut, and read the first of several streams that follow each other.
+Decoding is left to PyAV and soundfile. Here is only what they do not tell: they play what is left
+of a file that was cut, and read the first of several streams that follow each other.
 """
 
 import io
 import struct
 
-from ..errors import UserError
-from .source import complaints
+from minomni.errors import UserError
+from minomni.inputs.source import complaints
+
 
 def require_whole(stream, name: str) -> None:
-    """Raise UserError where a file ends before what its own header announces: decoders would play what is left.
+    """Raise UserError where a file ends before what its own header announces: decoders would play
+    what is left.
 
-    Known for mp4 and mov, wav, avi, aiff, au, mkv and webm. Others (mp3, aac, ogg, ts) announce no length. A length of
-    0 or beyond 2 GB in wav and its like stands for "unknown": recorders and pipes write the header first. Raises
-    UserError, too, for headers that are followed by zeros or by countless empty parts: decoders read those for minutes.
+    Known for mp4 and mov, wav, avi, aiff, au, mkv and webm. Others (mp3, aac, ogg, ts) announce no
+    length. A length of 0 or beyond 2 GB in wav and its like stands for "unknown": recorders and
+    pipes write the header first. Raises UserError, too, for headers that are followed by zeros or
+    by countless empty parts: decoders read those for minutes.
     """
     with complaints(name, "its header cannot be read"):
         end = stream.seek(0, io.SEEK_END)
@@ -23,11 +27,15 @@ def require_whole(stream, name: str) -> None:
         needed = _announced(stream, end, name)
         stream.seek(0)
     if needed > end:
-        raise UserError(f"{name}: cut short, {end} of at least {needed} bytes are there; copy it again")
+        raise UserError(
+            f"{name}: cut short, {end} of at least {needed} bytes are there; copy it again"
+        )
 
 
 def _announced(stream, end: int, name: str) -> int:
-    """How many bytes the header of a file of `end` bytes announces at least; 0 where that is not known."""
+    """How many bytes the header of a file of `end` bytes announces at least; 0 where that is not
+    known.
+    """
     head = stream.read(12)
     if head[4:8] in MP4_BEGINS:
         return _end_of_mp4(stream, end, name)
@@ -40,7 +48,8 @@ def _announced(stream, end: int, name: str) -> int:
     return 0
 
 
-MOST_CHUNKS = 10_000  # before the sound of a wav or the pictures of an avi; boxes of an mp4 that hold next to nothing
+# before the sound of a wav or the pictures of an avi; boxes of an mp4 that hold next to nothing
+MOST_CHUNKS = 10_000
 SMALL_BOX = 32  # bytes: in films of many fragments, boxes are larger on average
 MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 MP4_CONTENT = (b"moov", b"mdat", b"moof")
@@ -48,7 +57,9 @@ UNKNOWN = 2_000_000_000  # bytes: lengths from here on are what writers put who 
 
 
 def _end_of_mp4(stream, end: int, name: str) -> int:
-    """How far the boxes of an mp4 reach. Bytes behind the last one (a camera's, a tag) are no box and do not count."""
+    """How far the boxes of an mp4 reach. Bytes behind the last one (a camera's, a tag) are no box
+    and do not count.
+    """
     place, seen, count = 0, set(), 0
     while place + 16 <= end:
         stream.seek(place)
@@ -63,13 +74,16 @@ def _end_of_mp4(stream, end: int, name: str) -> int:
         count += 1
         if count > MOST_CHUNKS and place < SMALL_BOX * count:
             raise UserError(f"{name}: its first {count} boxes hold next to nothing; copy it again")
-    return place if {b"moov", b"mdat"} <= seen else max(place, end + 8)  # at least the header of the other one
+    return (
+        place if {b"moov", b"mdat"} <= seen else max(place, end + 8)
+    )  # at least the header of the other one
 
 
 def _end_of_chunks(stream, end: int, order: str, name: str) -> int:
     """How far the samples of a wav, avi or aiff reach: its chunk data, LIST movi or SSND.
 
-    Raises UserError where zeros come before it, as in a file of which only the beginning was copied.
+    Raises UserError where zeros come before it, as in a file of which only the beginning was
+    copied.
     """
     place, long_size, count = 12, UNKNOWN, 0
     stream.seek(8)
@@ -81,7 +95,9 @@ def _end_of_chunks(stream, end: int, order: str, name: str) -> int:
             raise UserError(f"{name}: holds zeros where its {content} should begin; copy it again")
         count += 1
         if count > MOST_CHUNKS:
-            raise UserError(f"{name}: more than {MOST_CHUNKS} chunks come before its {content}; convert it again")
+            raise UserError(
+                f"{name}: more than {MOST_CHUNKS} chunks come before its {content}; convert it again"
+            )
         if kind == b"ds64" and place + 24 <= end:  # of RF64, whose chunk sizes are then 0xffffffff
             stream.seek(place + 16)
             long_size = struct.unpack("<Q", stream.read(8))[0]
@@ -140,7 +156,9 @@ def _end_of_au(head: bytes) -> int:
 
 
 def _end_of_matroska(stream) -> int:
-    """How far the one segment of an mkv or webm reaches: elements are an id, a size and content, all of any length."""
+    """How far the one segment of an mkv or webm reaches: elements are an id, a size and content,
+    all of any length.
+    """
     stream.seek(4)
     stream.seek(_matroska_size(stream)[0], io.SEEK_CUR)
     if stream.read(4) != b"\x18\x53\x80\x67":
@@ -150,7 +168,9 @@ def _end_of_matroska(stream) -> int:
 
 
 def _matroska_size(stream) -> tuple[int, bool]:
-    """A size of 1 to 8 bytes (its leading zero bits tell how many), and whether it is the one for "unknown"."""
+    """A size of 1 to 8 bytes (its leading zero bits tell how many), and whether it is the one for
+    "unknown".
+    """
     first = stream.read(1)
     if not first or not first[0]:
         return 0, True
@@ -164,7 +184,9 @@ def _matroska_size(stream) -> tuple[int, bool]:
 
 MOST_PARTS = 1_000
 PAGE_BEGINS_STREAM = 2  # a flag of an Ogg page
-FLAC_HEADER = b"fLaC\0\0\0\x22"  # the marker and the type and length of the block that must follow it
+FLAC_HEADER = (
+    b"fLaC\0\0\0\x22"  # the marker and the type and length of the block that must follow it
+)
 
 
 class _Part(io.RawIOBase):
@@ -200,7 +222,8 @@ def is_ogg(stream) -> bool:
 
 
 def parts_of_stream(stream, name: str) -> list:
-    """Streams [at least 1] of an Ogg or FLAC file that begins anew midway (`cat a b`, radio): [stream] for others.
+    """Streams [at least 1] of an Ogg or FLAC file that begins anew midway (`cat a b`, radio):
+    [stream] for others.
 
     Decoders play the first part alone, or stumble where the rate changes.
     """
@@ -213,7 +236,9 @@ def parts_of_stream(stream, name: str) -> list:
     else:
         begins = [0]
     if len(begins) > MOST_PARTS:
-        raise UserError(f"{name}: begins anew {len(begins)} times; at most {MOST_PARTS} parts are read, split it")
+        raise UserError(
+            f"{name}: begins anew {len(begins)} times; at most {MOST_PARTS} parts are read, split it"
+        )
     if len(begins) < 2:
         return [stream]
     ends = begins[1:] + [stream.seek(0, io.SEEK_END)]
@@ -221,7 +246,9 @@ def parts_of_stream(stream, name: str) -> list:
 
 
 def _ogg_begins(stream) -> list[int]:
-    """Where the parts of a chained Ogg file begin: at pages that begin a stream and follow one that does not."""
+    """Where the parts of a chained Ogg file begin: at pages that begin a stream and follow one that
+    does not.
+    """
     begins, place, was_begin = [], 0, False
     while True:
         stream.seek(place)
@@ -229,7 +256,9 @@ def _ogg_begins(stream) -> list[int]:
         if len(page) < 27 or page[:4] != b"OggS":
             return begins
         is_begin = bool(page[5] & PAGE_BEGINS_STREAM)
-        if is_begin and not was_begin:  # several streams side by side all begin before the first other page
+        if (
+            is_begin and not was_begin
+        ):  # several streams side by side all begin before the first other page
             begins.append(place)
         was_begin = is_begin
         lengths = stream.read(page[26])

@@ -1,25 +1,47 @@
 """One content item of a message: what it is, what it holds, and what it asks for.
 
-Spellings of Qwen's and transformers' users, and of OpenAI's chat and Responses interfaces, are all read.
+Spellings of Qwen's and transformers' users, and of OpenAI's chat and Responses interfaces, are all
+read.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import shown
-from ..errors import UserError
-from .options import MediaOptions, options_of, with_article
-from .source import decode_base64
+from minomni.arguments import shown
+from minomni.errors import UserError
+from minomni.inputs.options import MediaOptions, options_of, with_article
+from minomni.inputs.source import decode_base64
 
 KINDS = ("image", "audio", "video", "text")
-KIND_OF_TYPE = {kind: kind for kind in KINDS} | {f"{kind}_url": kind for kind in ("image", "audio", "video")} | {
-    f"input_{kind}": kind for kind in KINDS} | {"output_text": "text"}
-SOURCE_KEYS = {"image": ("image", "image_url", "path", "url", "base64"),
-               "audio": ("audio", "audio_url", "input_audio", "path", "url", "base64"),
-               "video": ("video", "video_url", "path", "url", "base64"), "text": ("text",)}
-WITHOUT_MEANING = frozenset(  # written by other programs, and nothing that could change an answer here
-    ("type", "annotations", "cache_control", "detail", "filename", "format", "id", "logprobs", "mime_type", "raw_fps",
-     "uuid"))
+KIND_OF_TYPE = (
+    {kind: kind for kind in KINDS}
+    | {f"{kind}_url": kind for kind in ("image", "audio", "video")}
+    | {f"input_{kind}": kind for kind in KINDS}
+    | {"output_text": "text"}
+)
+SOURCE_KEYS = {
+    "image": ("image", "image_url", "path", "url", "base64"),
+    "audio": ("audio", "audio_url", "input_audio", "path", "url", "base64"),
+    "video": ("video", "video_url", "path", "url", "base64"),
+    "text": ("text",),
+}
+WITHOUT_MEANING = (
+    frozenset(  # written by other programs, and nothing that could change an answer here
+        (
+            "type",
+            "annotations",
+            "cache_control",
+            "detail",
+            "filename",
+            "format",
+            "id",
+            "logprobs",
+            "mime_type",
+            "raw_fps",
+            "uuid",
+        )
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -34,27 +56,38 @@ class Item:
 def parse_item(item: dict) -> Item:
     """A content item as users write it -> Item. A key whose value is None counts as absent.
 
-    Raises UserError for what is no dictionary, has no or an unknown type, more than one source, or an unknown key.
+    Raises UserError for what is no dictionary, has no or an unknown type, more than one source, or
+    an unknown key.
     """
     if not isinstance(item, dict):
-        raise UserError(f"a content item is a {type(item).__name__}; expected a dictionary with one of image, audio, "
-                        f"video, text")
+        raise UserError(
+            f"a content item is a {type(item).__name__}; expected a dictionary with one of image, audio, "
+            f"video, text"
+        )
     item = {key: value for key, value in item.items() if value is not None}
     kind = _kind(item)
     places = [key for key in SOURCE_KEYS[kind] if key in item]
     if not places:
-        raise UserError(f"{with_article(kind)} item has the keys {listed(item)}; expected one of "
-                        f"{', '.join(SOURCE_KEYS[kind])}, and not None")
+        raise UserError(
+            f"{with_article(kind)} item has the keys {listed(item)}; expected one of "
+            f"{', '.join(SOURCE_KEYS[kind])}, and not None"
+        )
     if len(places) > 1:
         raise UserError(f"a content item has both {places[0]} and {places[1]}; give one of them")
-    given = {key: value for key, value in item.items() if key not in WITHOUT_MEANING and key != places[0]}
+    given = {
+        key: value for key, value in item.items() if key not in WITHOUT_MEANING and key != places[0]
+    }
     if other := sorted(key for key in given if key in KIND_OF_TYPE):
-        raise UserError(f"a content item holds {places[0]} and {other[0]}; give two items, or None for the other key")
+        raise UserError(
+            f"a content item holds {places[0]} and {other[0]}; give two items, or None for the other key"
+        )
     return Item(kind, _source(kind, places[0], item[places[0]]), options_of(kind, given))
 
 
 def kind_and_source(item: dict) -> tuple[str, object]:
-    """What a content item is (image, audio, video or text), and what it holds. Raises UserError as parse_item."""
+    """What a content item is (image, audio, video or text), and what it holds. Raises UserError as
+    parse_item.
+    """
     parsed = parse_item(item)
     return parsed.kind, parsed.source
 
@@ -64,11 +97,21 @@ def _kind(item: dict) -> str:
     if "type" in item:
         kind = KIND_OF_TYPE.get(item["type"]) if isinstance(item["type"], str) else None
     else:
-        kind = next((kind for kind in KINDS for key in SOURCE_KEYS[kind] if key in KIND_OF_TYPE and key in item), None)
+        kind = next(
+            (
+                kind
+                for kind in KINDS
+                for key in SOURCE_KEYS[kind]
+                if key in KIND_OF_TYPE and key in item
+            ),
+            None,
+        )
     if kind is None:
         of_type = f" of type {shown(item['type'])}" if "type" in item else ""
-        raise UserError(f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, video, "
-                        f"text")
+        raise UserError(
+            f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, video, "
+            f"text"
+        )
     return kind
 
 
@@ -86,7 +129,11 @@ def _source(kind: str, key: str, value):
         if inner not in held:
             raise UserError(f"{key} has the keys {listed(held)}; expected {inner}")
         value = held[inner]
-    if key in ("base64", "input_audio") and isinstance(value, str) and not value.startswith("data:"):
+    if (
+        key in ("base64", "input_audio")
+        and isinstance(value, str)
+        and not value.startswith("data:")
+    ):
         return _decoded(value, key)
     if key == "path" and not isinstance(value, (str, Path)):
         raise UserError(f"path is a {type(value).__name__}; expected a text")

@@ -1,19 +1,32 @@
-"""What a content item may ask for besides its source: the keys of qwen-omni-utils, under their own names."""
+"""What a content item may ask for besides its source: the keys of qwen-omni-utils, under their own
+names.
+"""
 
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
 
-from ..arguments import shown
-from ..errors import UserError
+from minomni.arguments import shown
+from minomni.errors import UserError
 
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-SAMPLING = ("nframes", "min_frames", "max_frames", "video_start", "video_end")  # which frames of a film are looked at
-KEYS_OF = {"text": (), "image": SIZES, "audio": ("audio_start", "audio_end"),
-           "video": ("fps", *SAMPLING, *SIZES, "total_pixels", "sample_fps", "use_audio_in_video")}
+SAMPLING = (
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "video_start",
+    "video_end",
+)  # which frames of a film are looked at
+KEYS_OF = {
+    "text": (),
+    "image": SIZES,
+    "audio": ("audio_start", "audio_end"),
+    "video": ("fps", *SAMPLING, *SIZES, "total_pixels", "sample_fps", "use_audio_in_video"),
+}
 MAY_BE_NEGATIVE = ("video_start", "video_end")  # times before the beginning
-# Below zero, qwen-omni-utils fails for files and counts arrays from their end: here audio_start is refused for both.
+# Below zero, qwen-omni-utils fails for files and counts arrays from their end: here audio_start is
+# refused for both.
 MAY_BE_ZERO = ("audio_start",)
 LARGEST = 1e12  # of every number: far beyond any use, and safe to calculate with
 
@@ -46,13 +59,15 @@ class MediaOptions:
 def options_of(kind: str, given: dict) -> MediaOptions:
     """The keys of one content item beside its source, none of them None -> its options.
 
-    Raises UserError for a key that this kind of item does not have, for values that are no number, and for keys that
-    contradict each other (as qwen-omni-utils does).
+    Raises UserError for a key that this kind of item does not have, for values that are no number,
+    and for keys that contradict each other (as qwen-omni-utils does).
     """
     numbers = {}
     for key, value in given.items():
         if key not in KEYS_OF[kind]:
-            known = f"it may have {', '.join(KEYS_OF[kind])}" if KEYS_OF[kind] else "it has no options"
+            known = (
+                f"it may have {', '.join(KEYS_OF[kind])}" if KEYS_OF[kind] else "it has no options"
+            )
             raise UserError(f"{with_article(kind)} item has the unknown key {shown(key)}; {known}")
         if key == "use_audio_in_video":
             if not isinstance(value, (bool, np.bool_)):
@@ -63,15 +78,21 @@ def options_of(kind: str, given: dict) -> MediaOptions:
     if "fps" in given and "nframes" in given:
         raise UserError("a video item has both fps and nframes; give one of them")
     if ("resized_height" in given) != ("resized_width" in given):
-        raise UserError(f"{with_article(kind)} item has one of resized_height and resized_width; give both or none")
+        raise UserError(
+            f"{with_article(kind)} item has one of resized_height and resized_width; give both or none"
+        )
     for start, end in (("video_start", "video_end"), ("audio_start", "audio_end")):
         if end in numbers and numbers[end] <= max(0, numbers.get(start, 0)):
-            raise UserError(f"{end} is {numbers[end]} s and the start {numbers.get(start, 0)} s; the end comes later")
+            raise UserError(
+                f"{end} is {numbers[end]} s and the start {numbers.get(start, 0)} s; the end comes later"
+            )
     return MediaOptions(**numbers)
 
 
 def _number(key: str, value) -> int | float:
-    """A number of any type as Python's own. Raises UserError for what is not finite, or too low for its key."""
+    """A number of any type as Python's own. Raises UserError for what is not finite, or too low for
+    its key.
+    """
     is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
     if not is_number or not abs(value) <= LARGEST:  # neither is NaN
         raise UserError(f"{key} is {shown(value)}; expected a number of at most {LARGEST:.0e}")

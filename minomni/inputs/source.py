@@ -1,4 +1,6 @@
-"""Where media come from: paths, bytes and open files to a seekable stream, and decoders' complaints to one line."""
+"""Where media come from: paths, bytes and open files to a seekable stream, and decoders' complaints
+to one line.
+"""
 
 import base64
 import io
@@ -14,7 +16,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import UserError, shorten
+from minomni.errors import UserError, shorten
 
 LONGEST_NAME = 120  # characters of a path in a message
 LONGEST_REASON = 160  # characters of a library's complaint
@@ -29,16 +31,20 @@ def is_uri(text: str) -> bool:
 
 @contextmanager
 def open_source(source, name: str):
-    """A seekable binary stream of a path, a file:// or data: URI, bytes, or a file that is open already.
+    """A seekable binary stream of a path, a file:// or data: URI, bytes, or a file that is open
+    already.
 
-    A dictionary of Hugging Face datasets, {"bytes", "path"}, is taken too. The stream stands at its beginning; what
-    the caller opened stays open. Raises UserError for what is not there or no regular file; nothing is ever fetched.
+    A dictionary of Hugging Face datasets, {"bytes", "path"}, is taken too. The stream stands at its
+    beginning; what the caller opened stays open. Raises UserError for what is not there or no
+    regular file; nothing is ever fetched.
     """
     if isinstance(source, dict) and ("bytes" in source or "path" in source):
         content = source.get("bytes")
         source = source.get("path") if content is None else content
         if source is None:
-            raise UserError(f"{name}: a dictionary whose bytes and path are both empty; give one of them")
+            raise UserError(
+                f"{name}: a dictionary whose bytes and path are both empty; give one of them"
+            )
     if isinstance(source, os.PathLike):
         source = os.fspath(source) if isinstance(os.fspath(source), str) else os.fsdecode(source)
     if isinstance(source, str) and DATA_URI.match(source):
@@ -54,7 +60,9 @@ def open_source(source, name: str):
         _rewind(source, name)
         yield source
     else:
-        raise UserError(f"{name}: a {shorten(type(source).__name__)} cannot be read; give a path, bytes or an array")
+        raise UserError(
+            f"{name}: a {shorten(type(source).__name__)} cannot be read; give a path, bytes or an array"
+        )
 
 
 def _bytes_of_view(view: memoryview, name: str) -> bytes:
@@ -62,7 +70,9 @@ def _bytes_of_view(view: memoryview, name: str) -> bytes:
     try:
         return view.tobytes()
     except ValueError:
-        raise UserError(f"{name}: a memoryview that was released; give the bytes themselves") from None
+        raise UserError(
+            f"{name}: a memoryview that was released; give the bytes themselves"
+        ) from None
 
 
 def _open_file(spelling: str, name: str):
@@ -92,7 +102,9 @@ def _kind_of(mode: int) -> str:
 
 
 def _path_of_uri(uri: str) -> Path:
-    """file:///a%20b -> /a b. What people write by hand, as file:///a b or file://a, is taken as it stands."""
+    """file:///a%20b -> /a b. What people write by hand, as file:///a b or file://a, is taken as it
+    stands.
+    """
     rest = re.sub("^file:(//(localhost(?=/))?)?", "", uri, flags=re.IGNORECASE)
     if os.name == "nt":
         rest = re.sub("^/(?=[A-Za-z]:)", "", rest)
@@ -110,11 +122,14 @@ def _data_of_uri(uri: str, name: str) -> bytes:
     try:
         return decode_base64(unquote(content))
     except ValueError:
-        raise UserError(f"{name}: a data: URI whose base64 is broken; encode the file again") from None
+        raise UserError(
+            f"{name}: a data: URI whose base64 is broken; encode the file again"
+        ) from None
 
 
 def decode_base64(text: str) -> bytes:
-    """Base64 of either alphabet, the usual one or that for URLs, with or without padding -> the bytes.
+    """Base64 of either alphabet, the usual one or that for URLs, with or without padding -> the
+    bytes.
 
     Raises ValueError for what is none.
     """
@@ -134,8 +149,10 @@ def _rewind(stream, name: str) -> None:
     except UserError:
         raise
     except Exception as error:  # any class may stand for a file
-        raise UserError(f"{name}: an open file that cannot be read from its beginning ({first_line(error)}); give its "
-                        f"bytes") from None
+        raise UserError(
+            f"{name}: an open file that cannot be read from its beginning ({first_line(error)}); give its "
+            f"bytes"
+        ) from None
     if not isinstance(content, bytes):
         raise UserError(f"{name}: a file opened as text; open it with mode 'rb'")
 
@@ -143,29 +160,43 @@ def _rewind(stream, name: str) -> None:
 def _require_regular(stream, name: str) -> None:
     try:
         mode = os.fstat(stream.fileno()).st_mode
-    except (OSError, ValueError, TypeError):  # BytesIO and its like have no number; closed files are told later
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # BytesIO and its like have no number; closed files are told later
         return
     if not stat.S_ISREG(mode):
         raise UserError(f"{name}: an open {_kind_of(mode)}; give a file, or the bytes read from it")
 
 
 def array_of(source, name: str) -> np.ndarray:
-    """An array, tensor or list of numbers -> array of the same shape, in numpy's types (bfloat16 as float32).
+    """An array, tensor or list of numbers -> array of the same shape, in numpy's types (bfloat16 as
+    float32).
 
-    Nothing is copied where it need not be: look at the shape before anything is computed from a huge one. Raises
-    UserError for tensors that hold no values (meta), and for what is no array of numbers.
+    Nothing is copied where it need not be: look at the shape before anything is computed from a
+    huge one. Raises UserError for tensors that hold no values (meta), and for what is no array of
+    numbers.
     """
     try:
         if isinstance(source, Tensor):
             source = source.detach().cpu()
-            source = source.float() if source.is_floating_point() and source.element_size() < 4 else source
+            source = (
+                source.float()
+                if source.is_floating_point() and source.element_size() < 4
+                else source
+            )
             source = source.resolve_conj().resolve_neg().numpy()
         array = np.asarray(source)
     except Exception as error:  # meta, sparse and quantized tensors, ragged lists: many kinds
         kind = shorten(type(source).__name__)
-        raise UserError(f"{name}: a {kind} whose values cannot be read ({first_line(error)})") from None
+        raise UserError(
+            f"{name}: a {kind} whose values cannot be read ({first_line(error)})"
+        ) from None
     if array.dtype.kind not in "iufb":
-        raise UserError(f"{name}: values of type {shorten(array.dtype, 60)}; expected numbers, float or integer")
+        raise UserError(
+            f"{name}: values of type {shorten(array.dtype, 60)}; expected numbers, float or integer"
+        )
     return array
 
 
@@ -178,8 +209,16 @@ def complaints(name: str, what: str):
         yield
     except UserError:
         raise
-    except (av.error.FFmpegError, OSError, EOFError, ValueError, RuntimeError, ArithmeticError, MemoryError,
-            struct.error) as error:
+    except (
+        av.error.FFmpegError,
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+    ) as error:
         raise UserError(f"{name}: {what} ({first_line(error)})") from None
 
 
@@ -190,7 +229,9 @@ def name_of(source, kind: str) -> str:
     if isinstance(source, os.PathLike):
         source = str(source)
     try:
-        source = getattr(source, "name", None) if hasattr(source, "read") else source  # an open file
+        source = (
+            getattr(source, "name", None) if hasattr(source, "read") else source
+        )  # an open file
     except Exception:  # a property of the caller's own class may raise anything
         source = None
     if not isinstance(source, str):
@@ -201,7 +242,9 @@ def name_of(source, kind: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's complaint, without numbers and addresses that mean nothing to a reader."""
+    """The first line of a library's complaint, without numbers and addresses that mean nothing to a
+    reader.
+    """
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
     lines = str(getattr(error, "strerror", None) or error).splitlines()

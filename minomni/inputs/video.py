@@ -1,5 +1,6 @@
-"""Films: files, bytes, arrays and lists of frames to a few frames with their times, and the sound track where it is
-wanted."""
+"""Films: files, bytes, arrays and lists of frames to a few frames with their times, and the sound
+track where it is wanted.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,24 +14,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import MediaConfig
-from ..errors import UserError, shorten
-from .audio import audio_track
-from .containers import require_whole
-from .image import load_image
-from .options import SAMPLING, SIZES, MediaOptions
-from .patches import frame_size, smart_resize
-from .source import complaints, name_of, open_source
+from minomni.config import MediaConfig
+from minomni.errors import UserError, shorten
+from minomni.inputs.audio import audio_track
+from minomni.inputs.containers import require_whole
+from minomni.inputs.image import load_image
+from minomni.inputs.options import SAMPLING, SIZES, MediaOptions
+from minomni.inputs.patches import frame_size, smart_resize
+from minomni.inputs.source import complaints, name_of, open_source
 
-MOST_PIXELS = 36_000_000  # of one frame; 8K television has 33 million, and a decoder holds up to 16 frames
+MOST_PIXELS = (
+    36_000_000  # of one frame; 8K television has 33 million, and a decoder holds up to 16 frames
+)
 LONGEST = 1_000_000  # seconds of a film; a header or a rate that claims more is broken
-STEADY = 0.0015  # s that a frame of a film of constant rate may be off its place; matroska rounds to 1 ms
-FELL_BACK = 1.0  # s that the time has to fall for a new piece to begin; avi files put frames a few places wrong
-# ffmpeg's names of formats that it shows as films, though they are none. Its formats of single pictures end in _pipe.
+# s that a frame of a film of constant rate may be off its place; matroska rounds to 1 ms
+STEADY = 0.0015
+# s that the time has to fall for a new piece to begin; avi files put frames a few places wrong
+FELL_BACK = 1.0
+# ffmpeg's names of formats that it shows as films, though they are none. Its formats of single
+# pictures end in _pipe.
 PICTURES = ("image2", "ico", "alias_pix", "brender_pix")
 TEXTS = ("tty", "bin", "xbin", "adf", "idf")
 LIKELY = 1.1  # of the tokens that fit: packets tell the number of frames roughly
-CELLS_OF_LISTED = 2  # qwen-omni-utils 0.0.9 first brings frames of a list to multiples of twice the merge cell
+CELLS_OF_LISTED = (
+    2  # qwen-omni-utils 0.0.9 first brings frames of a list to multiples of twice the merge cell
+)
 
 
 @dataclass
@@ -40,21 +48,30 @@ class Clip:
     frames: Tensor  # uint8 [n, height, width, 3]
     seconds: Tensor  # float32 [n], when each frame is shown, counted from the first one
     wave: Tensor | None  # float32 [samples] at 16 kHz, the sound track where it was asked for
-    # The frames have the size of their patches, multiples of the merge cell; otherwise they are brought to frame_size.
+    # The frames have the size of their patches, multiples of the merge cell; otherwise they are
+    # brought to frame_size.
     sized: bool = False
 
 
-def load_video(source, media: MediaConfig, with_audio: bool, cell: int = 28, options: MediaOptions = MediaOptions(),
-               most_tokens: int | None = None) -> Clip:
+def load_video(
+    source,
+    media: MediaConfig,
+    with_audio: bool,
+    cell: int = 28,
+    options: MediaOptions = MediaOptions(),
+    most_tokens: int | None = None,
+) -> Clip:
     """A path or bytes (mp4, webm, avi, mkv ...), a Clip, frames, or (frames, fps) -> Clip.
 
-    Frames are an array [n, height, width, 3], or a list of whatever load_image takes; without a rate they are taken as
-    options.sample_fps, options.fps or media.fps. Files are sampled at options.fps or media.fps, keep the real times of
-    the chosen frames, and come at the size that patches of merge cells of `cell` pixels want: a long clip at full size
-    would fill the memory. They stand upright as their display matrix says, and all have the size of the first. The
-    sample aspect ratio is not looked at (release behavior). with_audio decides about the sound track, whatever the
-    options say. most_tokens: what needs more of them is refused before it is decoded.
-    Raises UserError for what cannot be read or done, and where with_audio asks for a sound track that is not there.
+    Frames are an array [n, height, width, 3], or a list of whatever load_image takes; without a
+    rate they are taken as options.sample_fps, options.fps or media.fps. Files are sampled at
+    options.fps or media.fps, keep the real times of the chosen frames, and come at the size that
+    patches of merge cells of `cell` pixels want: a long clip at full size would fill the memory.
+    They stand upright as their display matrix says, and all have the size of the first. The sample
+    aspect ratio is not looked at (release behavior). with_audio decides about the sound track,
+    whatever the options say. most_tokens: what needs more of them is refused before it is decoded.
+    Raises UserError for what cannot be read or done, and where with_audio asks for a sound track
+    that is not there.
     """
     name = name_of(source, "video")
     if isinstance(source, Clip):
@@ -64,20 +81,34 @@ def load_video(source, media: MediaConfig, with_audio: bool, cell: int = 28, opt
     else:
         with open_source(source, name) as stream:
             clip = _decode_video(stream, name, media, with_audio, cell, options, most_tokens)
-    if not (torch.isfinite(clip.seconds).all() and float(clip.seconds[-1] - clip.seconds[0]) < LONGEST):
-        raise UserError(f"{name}: lasts {float(clip.seconds[-1] - clip.seconds[0]):.3g} s by its times; expected less "
-                        f"than {LONGEST} s, its times or its rate are wrong")
+    if not (
+        torch.isfinite(clip.seconds).all() and float(clip.seconds[-1] - clip.seconds[0]) < LONGEST
+    ):
+        raise UserError(
+            f"{name}: lasts {float(clip.seconds[-1] - clip.seconds[0]):.3g} s by its times; expected less "
+            f"than {LONGEST} s, its times or its rate are wrong"
+        )
     if with_audio and clip.wave is None:
-        raise UserError(f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or set it in "
-                        f"each video item")
+        raise UserError(
+            f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or set it in "
+            f"each video item"
+        )
     return clip
 
 
-# ------------------------------------------------------------------------------------------------ which frames are seen
-def sample_indices(total: int, rate: float, media: MediaConfig, options: MediaOptions = MediaOptions(), first: int = 0,
-                   name: str = "the video") -> list[int]:
-    """Which of `total` frames, from the number `first` on, at `rate` per second to look at: evenly spread, an even
-    number (release: smart_nframes of qwen-omni-utils, but a film of a single frame is seen).
+# ------------------------------------------------------------------------------------------------
+# which frames are seen
+def sample_indices(
+    total: int,
+    rate: float,
+    media: MediaConfig,
+    options: MediaOptions = MediaOptions(),
+    first: int = 0,
+    name: str = "the video",
+) -> list[int]:
+    """Which of `total` frames, from the number `first` on, at `rate` per second to look at: evenly
+    spread, an even number (release: smart_nframes of qwen-omni-utils, but a film of a single frame
+    is seen).
 
     Raises UserError where the options ask for fewer than 2 frames, or for more than there are.
     """
@@ -89,16 +120,19 @@ def sample_indices(total: int, rate: float, media: MediaConfig, options: MediaOp
         wanted = total / rate * (options.fps or media.fps)
         n = int(min(max(wanted, least), floor(most / 2) * 2, total)) // 2 * 2
     if not 2 <= n <= total and (total > 1 or options.nframes is not None):
-        raise UserError(f"{name}: {n} frames are asked for; expected an even number from 2 to {total}, the frames that "
-                        f"there are")
+        raise UserError(
+            f"{name}: {n} frames are asked for; expected an even number from 2 to {total}, the frames that "
+            f"there are"
+        )
     return torch.linspace(first, first + total - 1, max(1, n)).round().long().tolist()
 
 
 def true_rate(times: list[float], last_duration: float, header: float) -> float:
     """Frames per second by the times [n] at which frames are shown, in seconds, rising.
 
-    The last frame is shown for last_duration, but at least for as long as the others on average: decoders fill a
-    missing duration from the header. The header's rate where it agrees to 1 %, so that rounded times do not matter.
+    The last frame is shown for last_duration, but at least for as long as the others on average:
+    decoders fill a missing duration from the header. The header's rate where it agrees to 1 %, so
+    that rounded times do not matter.
     """
     span = times[-1] - times[0]
     if not span > 0:
@@ -108,11 +142,15 @@ def true_rate(times: list[float], last_duration: float, header: float) -> float:
     return header if abs(rate - header) < 0.01 * header else rate
 
 
-def frame_range(times: list[float], rate: float, options: MediaOptions, name: str) -> tuple[int, int]:
-    """Numbers of the first and the last frame from video_start to video_end, both counted from the first frame.
+def frame_range(
+    times: list[float], rate: float, options: MediaOptions, name: str
+) -> tuple[int, int]:
+    """Numbers of the first and the last frame from video_start to video_end, both counted from the
+    first frame.
 
-    At a constant rate by the frames' numbers (release: calculate_video_frame_range of qwen-omni-utils), otherwise by
-    their times. Raises UserError where less than two frames lie there.
+    At a constant rate by the frames' numbers (release: calculate_video_frame_range of
+    qwen-omni-utils), otherwise by their times. Raises UserError where less than two frames lie
+    there.
     """
     if options.video_start is None and options.video_end is None:
         return 0, len(times) - 1
@@ -127,33 +165,52 @@ def frame_range(times: list[float], rate: float, options: MediaOptions, name: st
         first = sum(time < start for time in shown)
         last = sum(time <= end for time in shown) - 1
     if first >= last:
-        raise UserError(f"{name}: less than two frames lie from video_start {start:g} s to video_end {end:g} s; it "
-                        f"lasts {length:.2f} s")
+        raise UserError(
+            f"{name}: less than two frames lie from video_start {start:g} s to video_end {end:g} s; it "
+            f"lasts {length:.2f} s"
+        )
     return first, last
 
 
-# ----------------------------------------------------------------------------------------------------- frames as given
+# -----------------------------------------------------------------------------------------------------
+# frames as given
 def _checked(clip: Clip, name: str, cell: int, options: MediaOptions) -> Clip:
-    """A clip as it is. Raises UserError for fields that are not what they should be, and for options about files."""
+    """A clip as it is. Raises UserError for fields that are not what they should be, and for
+    options about files.
+    """
     frames, seconds, wave = clip.frames, clip.seconds, clip.wave
     is_clip = isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4
     is_clip = is_clip and frames.shape[-1] == 3 and len(frames) > 0 and frames.device.type == "cpu"
-    is_clip = is_clip and isinstance(seconds, Tensor) and seconds.shape == frames.shape[:1] and bool(
-        torch.isfinite(seconds).all() and (seconds.diff() >= 0).all())
+    is_clip = (
+        is_clip
+        and isinstance(seconds, Tensor)
+        and seconds.shape == frames.shape[:1]
+        and bool(torch.isfinite(seconds).all() and (seconds.diff() >= 0).all())
+    )
     if not is_clip:
-        raise UserError(f"{name}: expected a Clip of frames uint8 [n, height, width, 3], n > 0, and rising seconds [n]")
-    if wave is not None and not (isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()):
-        raise UserError(f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None")
+        raise UserError(
+            f"{name}: expected a Clip of frames uint8 [n, height, width, 3], n > 0, and rising seconds [n]"
+        )
+    if wave is not None and not (
+        isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()
+    ):
+        raise UserError(
+            f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None"
+        )
     _refuse(options, ("fps", "sample_fps", *SAMPLING), name, "a Clip")
     if not clip.sized:
         return clip
     if given := options.given((*SIZES, "total_pixels")):
-        raise UserError(f"{name}: {given[0]} is for frames that are to be resized, and this is a Clip with sized=True; "
-                        f"leave it out")
+        raise UserError(
+            f"{name}: {given[0]} is for frames that are to be resized, and this is a Clip with sized=True; "
+            f"leave it out"
+        )
     height, width = frames.shape[1:3]
     if not (height > 0 and width > 0 and height % cell == 0 and width % cell == 0):
-        raise UserError(f"{name}: a Clip with sized=True of {width}x{height} pixels; expected multiples of {cell}, "
-                        f"resize it or give sized=False")
+        raise UserError(
+            f"{name}: a Clip with sized=True of {width}x{height} pixels; expected multiples of {cell}, "
+            f"resize it or give sized=False"
+        )
     return clip
 
 
@@ -163,7 +220,9 @@ def _refuse(options: MediaOptions, keys: tuple[str, ...], name: str, what: str) 
 
 
 def _given_frames(source, name, media, cell, options, most_tokens) -> Clip:
-    """Frames without a file -> Clip, all of them; an odd number of listed frames gets the last one twice."""
+    """Frames without a file -> Clip, all of them; an odd number of listed frames gets the last one
+    twice.
+    """
     rate = options.sample_fps or options.fps or media.fps
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (Real, np.bool_)):
         source, rate = source
@@ -185,7 +244,9 @@ def _checked_fps(rate, name: str) -> float:
     except OverflowError:  # a whole number beyond all floats
         given = inf
     if not (isfinite(given) and given > 0):
-        raise UserError(f"{name}: {shorten(rate, 60)} frames per second; expected a number above zero")
+        raise UserError(
+            f"{name}: {shorten(rate, 60)} frames per second; expected a number above zero"
+        )
     return given
 
 
@@ -193,18 +254,26 @@ def _frame_array(source, name, media, cell, options, most_tokens) -> Tensor:
     try:
         array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
     except (TypeError, RuntimeError, NotImplementedError):  # bfloat16, tensors without values
-        raise UserError(f"{name}: a tensor of type {source.dtype} on {source.device}; expected uint8") from None
+        raise UserError(
+            f"{name}: a tensor of type {source.dtype} on {source.device}; expected uint8"
+        ) from None
     if array.ndim != 4 or array.shape[-1] != 3 or len(array) == 0 or array.dtype != np.uint8:
-        raise UserError(f"{name}: frames of shape {array.shape[:8]} and type {array.dtype}; expected uint8 "
-                        f"[n, height, width, 3], n > 0")
+        raise UserError(
+            f"{name}: frames of shape {array.shape[:8]} and type {array.dtype}; expected uint8 "
+            f"[n, height, width, 3], n > 0"
+        )
     _require_pixels(*array.shape[1:3], name)
     if most_tokens is not None:
         _require_room(len(array), array.shape[1:3], name, media, cell, options, most_tokens)
-    return torch.from_numpy(np.require(array, requirements=("C", "W")))  # copies what torch cannot look at
+    return torch.from_numpy(
+        np.require(array, requirements=("C", "W"))
+    )  # copies what torch cannot look at
 
 
 def _listed_frames(source, name, media, cell, options, most_tokens) -> Tensor:
-    """A list of pictures -> frames uint8 [n, height, width, 3], brought to their size as qwen-omni-utils does it."""
+    """A list of pictures -> frames uint8 [n, height, width, 3], brought to their size as
+    qwen-omni-utils does it.
+    """
     if not source:
         raise UserError(f"{name}: a list of no frames; expected at least one")
     n, frames = ceil(len(source) / 2) * 2, []
@@ -218,14 +287,20 @@ def _listed_frames(source, name, media, cell, options, most_tokens) -> Tensor:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         frames.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
         if frames[i].shape != frames[0].shape:
-            raise UserError(f"{name}: frame {i + 1} comes at {size[1]}x{size[0]} pixels and frame 1 at "
-                            f"{frames[0].shape[1]}x{frames[0].shape[0]}; frames of one video have one size")
+            raise UserError(
+                f"{name}: frame {i + 1} comes at {size[1]}x{size[0]} pixels and frame 1 at "
+                f"{frames[0].shape[1]}x{frames[0].shape[0]}; frames of one video have one size"
+            )
     return torch.from_numpy(np.stack(frames + frames[-1:] * (n - len(frames))))
 
 
 def _listed_size(image, media, cell, options, name) -> tuple[int, int]:
-    """What fetch_image of qwen-omni-utils 0.0.9 makes of a frame; its limits are in cells, so they are larger too."""
-    most, least = (limit * CELLS_OF_LISTED**2 for limit in (media.image_max_pixels, media.image_min_pixels))
+    """What fetch_image of qwen-omni-utils 0.0.9 makes of a frame; its limits are in cells, so they
+    are larger too.
+    """
+    most, least = (
+        limit * CELLS_OF_LISTED**2 for limit in (media.image_max_pixels, media.image_min_pixels)
+    )
     height, width = image.height, image.width
     if options.resized_height is not None:
         height, width = options.resized_height, options.resized_width
@@ -237,26 +312,37 @@ def _listed_size(image, media, cell, options, name) -> tuple[int, int]:
 
 def _require_pixels(height: int, width: int, name: str) -> None:
     if height * width > MOST_PIXELS:
-        raise UserError(f"{name}: frames of {width}x{height} pixels; at most {MOST_PIXELS} pixels are read, shrink it")
+        raise UserError(
+            f"{name}: frames of {width}x{height} pixels; at most {MOST_PIXELS} pixels are read, shrink it"
+        )
 
 
 def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[int, int]:
-    """The size (height, width) that n frames of a shape come at. Raises UserError where they are too many or large."""
+    """The size (height, width) that n frames of a shape come at. Raises UserError where they are
+    too many or large.
+    """
     _require_pixels(*shape, name)
     size = frame_size(n, *shape, cell, media, name, options)
     tokens = ceil(n / 2) * size[0] * size[1] // cell**2
     if most_tokens is not None and tokens > most_tokens:
-        raise UserError(f"{name}: {n} frames of {size[1]}x{size[0]} pixels are {tokens} tokens, more than the context "
-                        f"holds; shorten it, or set fps, nframes or max_pixels")
+        raise UserError(
+            f"{name}: {n} frames of {size[1]}x{size[0]} pixels are {tokens} tokens, more than the context "
+            f"holds; shorten it, or set fps, nframes or max_pixels"
+        )
     return size
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------
+# files
 def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -> Clip:
-    """Two passes: the first learns every frame's time without keeping pixels, the second keeps the chosen frames."""
+    """Two passes: the first learns every frame's time without keeping pixels, the second keeps the
+    chosen frames.
+    """
     require_whole(stream, name)
     if options.sample_fps is not None:
-        raise UserError(f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead")
+        raise UserError(
+            f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead"
+        )
     with complaints(name, "not a readable video"):
         _refuse_picture(stream, name)
         if most_tokens is not None:
@@ -270,8 +356,15 @@ def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -
             if i == chosen[len(frames)]:
                 image = upright(frame)
                 if size is None:
-                    size = _require_room(len(chosen), (image.height, image.width), name, media, cell, options,
-                                         most_tokens)
+                    size = _require_room(
+                        len(chosen),
+                        (image.height, image.width),
+                        name,
+                        media,
+                        cell,
+                        options,
+                        most_tokens,
+                    )
                 frames.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
             if len(frames) == len(chosen):
                 break
@@ -282,7 +375,9 @@ def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -
 
 @contextmanager
 def _opened(stream, name):
-    """The container in a stream. Raises UserError where it holds no video, and for frames that are too large."""
+    """The container in a stream. Raises UserError where it holds no video, and for frames that are
+    too large.
+    """
     import av
 
     limit = {"max_pixels": str(MOST_PIXELS)}  # before a decoder takes memory for them
@@ -292,14 +387,18 @@ def _opened(stream, name):
             raise UserError(f"{name}: holds no video")
         codec = container.streams.video[0].codec_context
         if codec is None:
-            raise UserError(f"{name}: its pictures are in a format that is not known here; save them as mp4 with h264")
+            raise UserError(
+                f"{name}: its pictures are in a format that is not known here; save them as mp4 with h264"
+            )
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
         yield container
 
 
 def _refuse_picture(stream, name) -> None:
-    """Raise UserError for a single picture. Pictures behind each other are a film, as some cameras write it."""
+    """Raise UserError for a single picture. Pictures behind each other are a film, as some cameras
+    write it.
+    """
     with _opened(stream, name) as container:
         kind = container.format.name
         if not (kind.endswith("_pipe") or kind in PICTURES):
@@ -310,11 +409,16 @@ def _refuse_picture(stream, name) -> None:
 
 
 def _require_likely_room(stream, name, media, cell, options, most_tokens) -> None:
-    """Raise UserError for a film that is far too long by its packets: decoding it only to refuse it takes minutes."""
+    """Raise UserError for a film that is far too long by its packets: decoding it only to refuse it
+    takes minutes.
+    """
     with _opened(stream, name) as container:
         codec = container.streams.video[0].codec_context
-        times = sorted(float(packet.pts * packet.time_base) for packet in container.demux(video=0)
-                       if packet.pts is not None)
+        times = sorted(
+            float(packet.pts * packet.time_base)
+            for packet in container.demux(video=0)
+            if packet.pts is not None
+        )
     if len(times) < 2 or not times[-1] > times[0] or options.given(SAMPLING):
         return
     rate = (len(times) - 1) / (times[-1] - times[0])
@@ -323,7 +427,9 @@ def _require_likely_room(stream, name, media, cell, options, most_tokens) -> Non
 
 
 def _frames(stream, name) -> Iterator[tuple]:
-    """Every frame of the first video stream in the order they are shown, each with the header's rate, or None."""
+    """Every frame of the first video stream in the order they are shown, each with the header's
+    rate, or None.
+    """
     with _opened(stream, name) as container:
         rate = container.streams.video[0].average_rate
         yield from ((frame, rate) for frame in container.decode(video=0))
@@ -332,35 +438,49 @@ def _frames(stream, name) -> Iterator[tuple]:
 def _times(stream, name, usual_rate) -> tuple[list[float], float]:
     """When each frame is shown, in seconds of the file, rising, and how many there are per second.
 
-    Where the time falls back by more than FELL_BACK, the recording began anew: the new piece follows the one before.
+    Where the time falls back by more than FELL_BACK, the recording began anew: the new piece
+    follows the one before.
     """
     header = last_duration = None
     times, shift, latest = [], 0.0, -inf
     for frame, stream_rate in _frames(stream, name):
         header = float(stream_rate or usual_rate)
         time = len(times) / header if frame.time is None else frame.time
-        last_duration = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+        last_duration = (
+            float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+        )
         if time + shift < latest - FELL_BACK:
             shift = latest + 1 / header - time
         times.append(time + shift)
         latest = max(latest, times[-1])
     if not times:
         raise UserError(f"{name}: not one frame could be decoded")
-    times.sort()  # frames come in the order they are shown; avi files number them as they are stored
+    # frames come in the order they are shown; avi files number them as they are stored
+    times.sort()
     return times, true_rate(times, last_duration, header)
 
 
 def upright(frame) -> Image.Image:
-    """A decoded frame -> RGB picture as players show it: turned and mirrored by its display matrix, on white."""
-    has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
-    image = load_image(Image.fromarray(frame.to_ndarray(format="rgba"))) if has_alpha else frame.to_image()
+    """A decoded frame -> RGB picture as players show it: turned and mirrored by its display matrix,
+    on white.
+    """
+    has_alpha = frame.format.name == "pal8" or any(
+        part.is_alpha for part in frame.format.components
+    )
+    image = (
+        load_image(Image.fromarray(frame.to_ndarray(format="rgba")))
+        if has_alpha
+        else frame.to_image()
+    )
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV lists none of them where one is of a type that it does not know
         return image.rotate(frame.rotation, expand=True)
     if matrix is None:
         return image
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x, y are shown at a x + c y, b x + d y
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[
+        :5
+    ].tolist()  # x, y are shown at a x + c y, b x + d y
     if abs(b) + abs(c) > abs(a) + abs(d):
         image = image.transpose(Image.Transpose.TRANSPOSE)
         a, d = c, b
@@ -372,9 +492,11 @@ def upright(frame) -> Image.Image:
 
 
 def _sound(stream, name, origin, options) -> Tensor | None:
-    """The sound track from video_start to video_end, float32 [samples] at 16 kHz; None where there is none.
+    """The sound track from video_start to video_end, float32 [samples] at 16 kHz; None where there
+    is none.
 
-    Both are counted from the first frame of the film, which is shown at `origin` seconds of the file.
+    Both are counted from the first frame of the film, which is shown at `origin` seconds of the
+    file.
     """
     start = origin + max(0.0, options.video_start or 0.0)
     end = None if options.video_end is None else origin + options.video_end

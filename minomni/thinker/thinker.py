@@ -1,4 +1,6 @@
-"""The Thinker: text, sound and pictures in one sequence, and a decoder that answers in text (spec: paper sec. 2.1)."""
+"""The Thinker: text, sound and pictures in one sequence, and a decoder that answers in text (spec:
+paper sec. 2.1).
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +38,9 @@ class ThinkerReply:
     tokens: list[list[int]]  # per row n ids, the stop id included where there is one
     prompt_hidden: Tensor  # [B, L, D]
     prompt_text_embeds: Tensor  # [B, L, D]
-    reply_states: list[Tensor]  # per row [n - 1, D], final state + embedding of each token but the last
+    reply_states: list[
+        Tensor
+    ]  # per row [n - 1, D], final state + embedding of each token but the last
     position_ids: Tensor  # [3, B, L] of the prompt
     attention_mask: Tensor  # [B, L] of the prompt
 
@@ -45,8 +49,10 @@ def place(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
     """Put features [n, D] in order into the n places where [B, L] is true of embeds [B, L, D]."""
     places = int(where.sum())
     if places != len(features):
-        raise UserError(f"the prompt has {places} places for {name}, and the {name} given make {len(features)} tokens; "
-                        f"build prompts with Processor, or give exactly the media that the prompt names")
+        raise UserError(
+            f"the prompt has {places} places for {name}, and the {name} given make {len(features)} tokens; "
+            f"build prompts with Processor, or give exactly the media that the prompt names"
+        )
     return embeds.masked_scatter(where[..., None], features.to(embeds.dtype))  # [B, L, D]
 
 
@@ -75,7 +81,8 @@ class Thinker(nn.Module):
         return self.lm_head.weight.device
 
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Token embeddings with media in their places -> (inputs_embeds [B, L, D], the same with media rows zero).
+        """Token embeddings with media in their places -> (inputs_embeds [B, L, D], the same with
+        media rows zero).
 
         Raises UserError where places and media do not match.
         """
@@ -83,26 +90,39 @@ class Thinker(nn.Module):
         words = self.model.embed_tokens(ids)  # [B, L, D]
         nothing = words.new_zeros(0, words.shape[2])
         heard = self.audio_tower(inputs.mels) if inputs.mels else nothing  # [N, D]
-        pictures = self.visual(inputs.image_patches, inputs.image_grids) if inputs.image_grids else nothing
-        videos = self.visual(inputs.video_patches, inputs.video_grids) if inputs.video_grids else nothing
+        pictures = (
+            self.visual(inputs.image_patches, inputs.image_grids) if inputs.image_grids else nothing
+        )
+        videos = (
+            self.visual(inputs.video_patches, inputs.video_grids) if inputs.video_grids else nothing
+        )
         embeds, media = words, torch.zeros_like(ids, dtype=torch.bool)
-        for token, name, features in ((tokens.audio, "audio", heard), (tokens.image, "images", pictures),
-                                      (tokens.video, "videos", videos)):
+        for token, name, features in (
+            (tokens.audio, "audio", heard),
+            (tokens.image, "images", pictures),
+            (tokens.video, "videos", videos),
+        ):
             embeds = place(embeds, ids == token, features, name)
             media = media | (ids == token)
         return embeds, words.masked_fill(media[..., None], 0)
 
-    def read(self, inputs: Inputs, cache: KVCache | None = None,
-             note: Callable[[str], object] = lambda what: None) -> Reading:
+    def read(
+        self,
+        inputs: Inputs,
+        cache: KVCache | None = None,
+        note: Callable[[str], object] = lambda what: None,
+    ) -> Reading:
         """Run the decoder over a batch of prompts, or of whole conversations in training.
 
-        note("encode") is called when all has been heard and seen, note("prefill") when all has been read.
-        Raises UserError for a prompt that is longer than the context.
+        note("encode") is called when all has been heard and seen, note("prefill") when all has been
+        read. Raises UserError for a prompt that is longer than the context.
         """
         length, context = inputs.input_ids.shape[1], self.config.text.max_position_embeddings
         if length > context:
-            raise UserError(f"the prompt has {length} tokens and the context holds {context}; "
-                            f"shorten the text or the media")
+            raise UserError(
+                f"the prompt has {length} tokens and the context holds {context}; "
+                f"shorten the text or the media"
+            )
         embeds, text_embeds = self.embed(inputs)
         note("encode")
         mask, ids = inputs.attention_mask.to(self.device), inputs.input_ids.to(self.device)
@@ -116,12 +136,14 @@ class Thinker(nn.Module):
         return self.lm_head(self.read(inputs).hidden)
 
     @torch.no_grad()
-    def steps(self, reading: Reading, sampling: SamplingConfig,
-              generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def steps(
+        self, reading: Reading, sampling: SamplingConfig, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Answer token by token, extending the reading's cache.
 
-        Yields ids [B] as soon as they are known, and what the Talker gets for the ids *before* them: final state plus
-        embedding [B, D], None in the first step. Rows that have stopped yield `endoftext`. Ends when all rows have.
+        Yields ids [B] as soon as they are known, and what the Talker gets for the ids *before*
+        them: final state plus embedding [B, D], None in the first step. Rows that have stopped
+        yield `endoftext`. Ends when all rows have.
         """
         tokens, mask = self.config.tokens, reading.attention_mask
         position = next_position(reading.position_ids, mask)  # [B]
@@ -129,8 +151,14 @@ class Thinker(nn.Module):
         history.scatter_(1, reading.input_ids, True)
         said = reading.input_ids.eq(tokens.endoftext) & mask.bool()  # padding is not history
         history[:, tokens.endoftext] = said.any(1)
-        done, hidden, state = torch.zeros_like(position, dtype=torch.bool), reading.hidden[:, -1], None
-        for step in range(min(sampling.max_new_tokens, self.config.text.max_position_embeddings - mask.shape[1])):
+        done, hidden, state = (
+            torch.zeros_like(position, dtype=torch.bool),
+            reading.hidden[:, -1],
+            None,
+        )
+        for step in range(
+            min(sampling.max_new_tokens, self.config.text.max_position_embeddings - mask.shape[1])
+        ):
             if step:
                 words = self.model.embed_tokens(ids)[:, None]  # [B, 1, D]
                 mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)  # [B, L + step]
@@ -146,15 +174,27 @@ class Thinker(nn.Module):
                 return
 
     @torch.no_grad()
-    def generate(self, inputs: Inputs, sampling: SamplingConfig,
-                 generator: torch.Generator | None = None) -> ThinkerReply:
+    def generate(
+        self, inputs: Inputs, sampling: SamplingConfig, generator: torch.Generator | None = None
+    ) -> ThinkerReply:
         """Answer a batch of prompts. Raises UserError for a prompt that is longer than the context."""
         reading, end = self.read(inputs, self.model.new_cache()), self.config.tokens.im_end
         steps = list(self.steps(reading, sampling, generator))
-        rows = torch.stack([ids for ids, _ in steps], dim=1).tolist() if steps else [[]] * len(reading.hidden)
-        tokens = [row[:row.index(end) + 1] if end in row else row for row in rows]
+        rows = (
+            torch.stack([ids for ids, _ in steps], dim=1).tolist()
+            if steps
+            else [[]] * len(reading.hidden)
+        )
+        tokens = [row[: row.index(end) + 1] if end in row else row for row in rows]
         nothing = reading.hidden[:, 0, None][:, :0]  # [B, 0, D]
-        states = torch.cat([nothing, *(state[:, None] for _, state in steps[1:])], dim=1)  # [B, n - 1, D]
-        return ThinkerReply(tokens, reading.hidden, reading.text_embeds,
-                            [row[:max(len(ids) - 1, 0)] for row, ids in zip(states, tokens)],
-                            reading.position_ids, reading.attention_mask)
+        states = torch.cat(
+            [nothing, *(state[:, None] for _, state in steps[1:])], dim=1
+        )  # [B, n - 1, D]
+        return ThinkerReply(
+            tokens,
+            reading.hidden,
+            reading.text_embeds,
+            [row[: max(len(ids) - 1, 0)] for row, ids in zip(states, tokens)],
+            reading.position_ids,
+            reading.attention_mask,
+        )

@@ -1,8 +1,9 @@
 """TMRoPE: every token's place in time, height and width (paper, sec. 2.2).
 
-A sequence is a row of segments: runs of text, markers, sounds, pictures, parts of videos. Each begins one after the
-largest id of the segment before it. Sound and text count t = h = w in steps of 40 ms or one token; pictures stand still
-in time and count rows and columns; videos tick with the real time of their frames.
+A sequence is a row of segments: runs of text, markers, sounds, pictures, parts of videos. Each
+begins one after the largest id of the segment before it. Sound and text count t = h = w in steps of
+40 ms or one token; pictures stand still in time and count rows and columns; videos tick with the
+real time of their frames.
 """
 
 from itertools import zip_longest
@@ -10,28 +11,32 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from ..config import ThinkerConfig
-from ..errors import UserError
-from ..inputs.mel import audio_tokens
-from ..inputs.prompt import Inputs, chunk_bounds, video_times
+from minomni.config import ThinkerConfig
+from minomni.errors import UserError
+from minomni.inputs.mel import audio_tokens
+from minomni.inputs.prompt import Inputs, chunk_bounds, video_times
 
 
 def position_ids(inputs: Inputs, config: ThinkerConfig) -> Tensor:
     """Inputs of B rows -> position ids [3, B, L] (time, height, width); padding holds 1.
 
-    Whether a video carries its sound is read off its markers, so silent and sounding ones may mix. Raises UserError
-    where the markers and the media do not match.
+    Whether a video carries its sound is read off its markers, so silent and sounding ones may mix.
+    Raises UserError where the markers and the media do not match.
     """
     ids = torch.ones(3, *inputs.input_ids.shape, dtype=torch.long)
     sounds = iter([audio_tokens(mel.shape[-1]) for mel in inputs.mels])
     images, videos = iter(inputs.image_grids), iter(zip(inputs.video_grids, inputs.video_seconds))
-    for row, (tokens, mask) in enumerate(zip(inputs.input_ids.tolist(), inputs.attention_mask.bool())):
+    for row, (tokens, mask) in enumerate(
+        zip(inputs.input_ids.tolist(), inputs.attention_mask.bool())
+    ):
         real = [token for token, there in zip(tokens, mask.tolist()) if there]
         try:
             ids[:, row, mask] = _row(real, sounds, images, videos, config)
         except (StopIteration, IndexError, RuntimeError):
-            raise UserError(f"row {row}: the prompt's places for media do not match the media; build it with "
-                            f"Processor") from None
+            raise UserError(
+                f"row {row}: the prompt's places for media do not match the media; build it with "
+                f"Processor"
+            ) from None
     return ids
 
 
@@ -79,12 +84,18 @@ def still(start: int, grid, config: ThinkerConfig) -> Tensor:
 
 
 def moving(start: int, grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
-    """A video: grid step k at trunc(seconds[k] * 25), every step with the same rows and columns -> [3, t * cells]."""
+    """A video: grid step k at trunc(seconds[k] * 25), every step with the same rows and columns ->
+    [3, t * cells].
+    """
     return _cells(start, video_times(seconds, config.position_id_per_seconds).long(), grid, config)
 
 
-def video_with_sound(start: int, grid, seconds: Tensor, audio_tokens: int, config: ThinkerConfig) -> list[Tensor]:
-    """Both tracks count from the same start and take turns in 2-second chunks, picture first -> segments [3, n]."""
+def video_with_sound(
+    start: int, grid, seconds: Tensor, audio_tokens: int, config: ThinkerConfig
+) -> list[Tensor]:
+    """Both tracks count from the same start and take turns in 2-second chunks, picture first ->
+    segments [3, n].
+    """
     picture, sound = moving(start, grid, seconds, config), line(start, audio_tokens)
     per_chunk = config.seconds_per_chunk * config.position_id_per_seconds
     times = video_times(seconds, config.position_id_per_seconds)

@@ -1,8 +1,10 @@
-"""Mel to sound: BigVGAN, a stack of upsampling convolutions with periodic activations that do not alias.
+"""Mel to sound: BigVGAN, a stack of upsampling convolutions with periodic activations that do not
+alias.
 
-Inside, sound is [B, T, C]: with the channels of one moment side by side, convolutions of few channels train on a CPU
-in 60 % of the time, and a shift in time is a shift of whole rows.
-Source: BigVGAN (arXiv 2206.04658), SnakeBeta in log scale, modified by the release (no tanh, mean of the blocks).
+Inside, sound is [B, T, C]: with the channels of one moment side by side, convolutions of few
+channels train on a CPU in 60 % of the time, and a shift in time is a shift of whole rows. Source:
+BigVGAN (arXiv 2206.04658), SnakeBeta in log scale, modified by the release (no tanh, mean of the
+blocks).
 """
 
 import math
@@ -19,9 +21,11 @@ from minomni.config import BigVGANConfig
 
 @cache
 def kaiser_taps() -> tuple[float, ...]:
-    """The 12 taps of the low-pass around every activation: Kaiser-windowed sinc, cutoff a quarter of the doubled rate.
+    """The 12 taps of the low-pass around every activation: Kaiser-windowed sinc, cutoff a quarter
+    of the doubled rate.
 
-    Plain numbers and no buffer: they are in no checkpoint, and so a model built on the meta device has nothing to fix.
+    Plain numbers and no buffer: they are in no checkpoint, and so a model built on the meta device
+    has nothing to fix.
     """
     attenuation = 2.285 * 5 * math.pi * 4 * 0.3 + 7.95  # dB, for 12 taps and a transition 0.3 wide
     exact = {"dtype": torch.float64, "device": "cpu"}
@@ -33,10 +37,11 @@ def kaiser_taps() -> tuple[float, ...]:
 class AntiAliasedSnake(torch.autograd.Function):
     """Double the rate, x + b sin^2(a x), halve the rate, with the gradient written by hand.
 
-    A vocoder spends most of its time here; this trains twice as fast as padding and depthwise convolutions. Both rate
-    changes are the same 12 taps, of which a sample ever meets six: the even samples of the doubled signal and the odd
-    ones stay apart, [2, B, T, C], and a filter is six shifted additions of whole tensors. Beyond its ends a signal goes
-    on with its first and last value, kept as three more rows on each side of a `wide` tensor, [B, T + 6, C].
+    A vocoder spends most of its time here; this trains twice as fast as padding and depthwise
+    convolutions. Both rate changes are the same 12 taps, of which a sample ever meets six: the even
+    samples of the doubled signal and the odd ones stay apart, [2, B, T, C], and a filter is six
+    shifted additions of whole tensors. Beyond its ends a signal goes on with its first and last
+    value, kept as three more rows on each side of a `wide` tensor, [B, T + 6, C].
     """
 
     @staticmethod
@@ -51,7 +56,9 @@ class AntiAliasedSnake(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         halves, sine, a, b = ctx.saved_tensors
         grad = halve_rate_adjoint(grad)  # [2, B, T, C]
-        spare = sine.square().mul_(grad)  # fresh memory is what costs here, so one tensor serves three times
+        spare = sine.square().mul_(
+            grad
+        )  # fresh memory is what costs here, so one tensor serves three times
         grad_b = spare.sum((0, 1))  # [T, C]
         grad_angle = (halves * a).cos_().mul_(sine).mul_(grad).mul_(2 * b)  # d sin^2 = 2 sin cos
         grad_a = torch.mul(grad_angle, halves, out=spare).sum((0, 1))
@@ -64,7 +71,9 @@ def continued(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def add_filtered(out: Tensor, wide: Tensor, phase: int, gain: float = 1.0) -> None:
-    """Add to out [B, T, C] the wide tensor seen through every second tap, from -3 frames on in phase 0, -2 in 1."""
+    """Add to out [B, T, C] the wide tensor seen through every second tap, from -3 frames on in
+    phase 0, -2 in 1.
+    """
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
         out.add_(wide[:, i : i + out.shape[1]], alpha=gain * tap)
 
@@ -122,15 +131,20 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, frames: int) -> tuple[Tensor, Tensor]:
-        """a and 1/b, [T, C]: written out for each frame, as a loop over C channels alone is too short to be quick."""
+        """a and 1/b, [T, C]: written out for each frame, as a loop over C channels alone is too
+        short to be quick.
+        """
         a, b = self.alpha.exp(), 1 / (self.beta.exp() + 1e-9)
         return a.expand(frames, -1).contiguous(), b.expand(frames, -1).contiguous()
 
 
 class Activation(nn.Module):
-    """SnakeBeta at twice the rate, so that the harmonics it makes do not fold back: [B, T, C] -> same."""
+    """SnakeBeta at twice the rate, so that the harmonics it makes do not fold back: [B, T, C] ->
+    same.
+    """
 
-    reach = 5  # frames each way: a tap of twelve at twice the rate sees three, and so does the one after it
+    # frames each way: a tap of twelve at twice the rate sees three, and so does the one after it
+    reach = 5
 
     def __init__(self, channels: int):
         super().__init__()
@@ -141,9 +155,13 @@ class Activation(nn.Module):
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A length-keeping convolution of [B, T, C], run as a picture one pixel high: those kernels take channels last."""
+    """A length-keeping convolution of [B, T, C], run as a picture one pixel high: those kernels
+    take channels last.
+    """
     picture = x.transpose(1, 2)[:, :, None]  # [B, C, 1, T]
-    picture = F.conv2d(picture, conv.weight[:, :, None], conv.bias, padding="same", dilation=(1, *conv.dilation))
+    picture = F.conv2d(
+        picture, conv.weight[:, :, None], conv.bias, padding="same", dilation=(1, *conv.dilation)
+    )
     return picture[:, :, 0].transpose(1, 2)  # [B, T, C']
 
 
@@ -153,19 +171,26 @@ def reach(conv: nn.Conv1d) -> int:
 
 
 class AMPBlock(nn.Module):
-    """Anti-aliased multi-periodicity block: three residual pairs of convolutions, [B, T, C] -> same."""
+    """Anti-aliased multi-periodicity block: three residual pairs of convolutions, [B, T, C] ->
+    same.
+    """
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
         super().__init__()
-        conv = lambda dilation: nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding="same")
+
+        def conv(dilation):
+            return nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding="same")
+
         self.convs1 = nn.ModuleList(conv(dilation) for dilation in dilations)
         self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
         self.activations = nn.ModuleList(Activation(channels) for _ in range(2 * len(dilations)))
 
     def pairs(self) -> list[int]:
-        """The numbers of the pairs that are run: all in training, else those whose second convolution is not zero.
+        """The numbers of the pairs that are run: all in training, else those whose second
+        convolution is not zero.
 
-        A model converted from two pairs to three has a pair of zeros. It adds exactly nothing and costs a third.
+        A model converted from two pairs to three has a pair of zeros. It adds exactly nothing and
+        costs a third.
         """
         numbers = range(len(self.convs2))
         if self.training:
@@ -174,7 +199,9 @@ class AMPBlock(nn.Module):
 
     def reach(self, pairs: list[int]) -> int:
         """Frames on either side that an output depends on."""
-        return sum(reach(self.convs1[i]) + reach(self.convs2[i]) + 2 * Activation.reach for i in pairs)
+        return sum(
+            reach(self.convs1[i]) + reach(self.convs2[i]) + 2 * Activation.reach for i in pairs
+        )
 
     def forward(self, x: Tensor, pairs: list[int] | None = None) -> Tensor:
         for i in self.pairs() if pairs is None else pairs:
@@ -185,7 +212,9 @@ class AMPBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the vocoder: [B, T, C] -> [B, rate * T, C'], an output frame seeing `reach` inputs on either side."""
+    """One step of the vocoder: [B, T, C] -> [B, rate * T, C'], an output frame seeing `reach`
+    inputs on either side.
+    """
 
     run: Callable[[Tensor], Tensor]
     reach: int
@@ -193,14 +222,20 @@ class Stage:
 
 
 class BigVGAN(nn.Module):
-    """Natural-log mel [B, 80, T] -> waveform [B, T * prod(upsample_rates)] within [-1, 1]. Keep it in float32."""
+    """Natural-log mel [B, 80, T] -> waveform [B, T * prod(upsample_rates)] within [-1, 1]. Keep it
+    in float32.
+    """
 
     def __init__(self, config: BigVGANConfig):
         super().__init__()
-        channels = [config.upsample_initial_channel // 2**i for i in range(len(config.upsample_rates) + 1)]
+        channels = [
+            config.upsample_initial_channel // 2**i for i in range(len(config.upsample_rates) + 1)
+        ]
         self.conv_pre = nn.Conv1d(config.mel_dim, channels[0], 7, padding="same")
         self.ups = nn.ModuleList(
-            nn.ModuleList([nn.ConvTranspose1d(wide, narrow, kernel, rate, padding=(kernel - rate) // 2)])
+            nn.ModuleList(
+                [nn.ConvTranspose1d(wide, narrow, kernel, rate, padding=(kernel - rate) // 2)]
+            )
             for wide, narrow, rate, kernel in zip(
                 channels, channels[1:], config.upsample_rates, config.upsample_kernel_sizes
             )
@@ -209,23 +244,43 @@ class BigVGAN(nn.Module):
         self.resblocks = nn.ModuleList(
             AMPBlock(width, kernel, dilations)
             for width in channels[1:]
-            for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes)
+            for kernel, dilations in zip(
+                config.resblock_kernel_sizes, config.resblock_dilation_sizes
+            )
         )
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding="same", bias=False)
 
     def stages(self) -> list["Stage"]:
-        """What a mel goes through, in order. forward() runs them on a whole one, token2wav/stream.py piece by piece."""
+        """What a mel goes through, in order. forward() runs them on a whole one,
+        token2wav/stream.py piece by piece.
+        """
         stages = [Stage(lambda x: convolve(self.conv_pre, x), reach(self.conv_pre))]
         for i, (up,) in enumerate(self.ups):
             blocks, rate = self.resblocks[self.kinds * i : self.kinds * (i + 1)], up.stride[0]
-            beyond = up.kernel_size[0] - 1 - up.padding[0]  # samples that an input adds to after its own first one
-            stages.append(Stage(lambda x, up=up: up(x.transpose(1, 2)).transpose(1, 2).contiguous(), beyond // rate,
-                                rate))  # [B, rate * T, C/2]
+            beyond = (
+                up.kernel_size[0] - 1 - up.padding[0]
+            )  # samples that an input adds to after its own first one
+            stages.append(
+                Stage(
+                    lambda x, up=up: up(x.transpose(1, 2)).transpose(1, 2).contiguous(),
+                    beyond // rate,
+                    rate,
+                )
+            )  # [B, rate * T, C/2]
             blocks = [(block, block.pairs()) for block in blocks]
-            stages.append(Stage(lambda x, blocks=blocks: sum(block(x, pairs) for block, pairs in blocks) / self.kinds,
-                                max(block.reach(pairs) for block, pairs in blocks)))
-        speak = lambda x: convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
+            stages.append(
+                Stage(
+                    lambda x, blocks=blocks: (
+                        sum(block(x, pairs) for block, pairs in blocks) / self.kinds
+                    ),
+                    max(block.reach(pairs) for block, pairs in blocks),
+                )
+            )
+
+        def speak(x):
+            return convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
+
         return [*stages, Stage(speak, Activation.reach + reach(self.conv_post))]
 
     @property

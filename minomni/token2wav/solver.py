@@ -12,13 +12,19 @@ from minomni.errors import UserError
 
 
 def time_grid(flow: FlowConfig, device: torch.device | None = None) -> Tensor:
-    """The solver's points on [0, 1]; sway -1 crowds them near the noise, where most is decided (F5-TTS sec. 3.3)."""
+    """The solver's points on [0, 1]; sway -1 crowds them near the noise, where most is decided
+    (F5-TTS sec. 3.3).
+    """
     u = torch.linspace(0, 1, flow.points, device=device)
     return u + flow.sway * (torch.cos(math.pi / 2 * u) - 1 + u)
 
 
-def solve(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, grid: Tensor, solver: str) -> Tensor:
-    """Integrate dy/dt = field(t, y) over the grid. Raises UserError for a solver other than euler or rk4."""
+def solve(
+    field: Callable[[Tensor, Tensor], Tensor], y: Tensor, grid: Tensor, solver: str
+) -> Tensor:
+    """Integrate dy/dt = field(t, y) over the grid. Raises UserError for a solver other than euler
+    or rk4.
+    """
     if solver not in STEPS:
         raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(STEPS)}")
     for start, end in zip(grid[:-1], grid[1:]):
@@ -38,11 +44,15 @@ def looks(flow: FlowConfig) -> list[Tensor]:
     return times
 
 
-def euler_step(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+def euler_step(
+    field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor
+) -> Tensor:
     return y + (end - start) * field(start, y)
 
 
-def rk4_step(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+def rk4_step(
+    field: Callable[[Tensor, Tensor], Tensor], y: Tensor, start: Tensor, end: Tensor
+) -> Tensor:
     """Fourth-order Runge-Kutta by the 3/8 rule: four looks at the field for one step."""
     h = end - start
     k1 = field(start, y)

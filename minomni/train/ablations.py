@@ -1,4 +1,6 @@
-"""What a stage is good for: each ablation is one command, `python -m minomni ablate NAME`, and prints a table."""
+"""What a stage is good for: each ablation is one command, `python -m minomni ablate NAME`, and
+prints a table.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -9,31 +11,41 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from .. import load
-from ..config import ThinkerConfig
-from ..config_json import read_json, write_json
-from ..errors import UserError
-from ..inputs.mel import HOP
-from ..inputs.prompt import Inputs
-from ..thinker.tmrope import position_ids
-from .judge import LONG
-from .loop import train
-from .report import ANSWERS, MROPE, Examiner, bootstrap, hard_sentences, word_error, word_error_row
-from .run_folder import graduate
-from .stages import STAGES, TRAINED, make, recipe_of
-from .world import statements
+from minomni import load
+from minomni.config import ThinkerConfig
+from minomni.config_json import read_json, write_json
+from minomni.errors import UserError
+from minomni.inputs.mel import HOP
+from minomni.inputs.prompt import Inputs
+from minomni.thinker.tmrope import position_ids
+from minomni.train.judge import LONG
+from minomni.train.loop import train
+from minomni.train.report import (
+    ANSWERS,
+    MROPE,
+    Examiner,
+    bootstrap,
+    hard_sentences,
+    word_error,
+    word_error_row,
+)
+from minomni.train.run_folder import graduate
+from minomni.train.stages import STAGES, TRAINED, make, recipe_of
+from minomni.train.world import statements
 
 BETAS = 0.03, 0.1, 0.3, 1.0
 QUIET = 0.01  # of full scale: 10 ms that stay below it are silent
-# Steps and rates of the tuning that may break the voice, and of what mends it. The first is five times the rate of
-# `chat`, as of somebody who tunes in haste.
+# Steps and rates of the tuning that may break the voice, and of what mends it. The first is five
+# times the rate of `chat`, as of somebody who tunes in haste.
 TUNING = {"chat": {"steps": 150, "lr": 3e-3}, "talker": {"steps": 200, "lr": 2.5e-3}}
 
 
 def dpo(home: Path, items: int, seed: int) -> str:
-    """Word error of the judge on long sentences that repeat words, before the DPO stage and after it.
+    """Word error of the judge on long sentences that repeat words, before the DPO stage and after
+    it.
 
-    Beside it, habits by which a reward is cheated: speech that gets short, silent, or says a code again and again.
+    Beside it, habits by which a reward is cheated: speech that gets short, silent, or says a code
+    again and again.
     """
     examiner, sentences = Examiner(load(str(home / "model")), items), hard_sentences()[:items]
     rows, replies = {}, {}
@@ -45,11 +57,15 @@ def dpo(home: Path, items: int, seed: int) -> str:
 
 
 def beta(home: Path, items: int, seed: int) -> str:
-    """The DPO stage with other leashes: the smaller beta, the further it may go from where it began.
+    """The DPO stage with other leashes: the smaller beta, the further it may go from where it
+    began.
 
     Scored on sentences of the training's side, since the stage's beta is chosen by this table.
     """
-    examiner, sentences = Examiner(load(str(home / "model")), items), hard_sentences(held=False)[:items]
+    examiner, sentences = (
+        Examiner(load(str(home / "model")), items),
+        hard_sentences(held=False)[:items],
+    )
     stage = make("dpo", read_json(home / "model" / TRAINED)["size"], home, seed)
     rows, replies, falls = {}, {}, []
     for value in (None, *BETAS):
@@ -74,20 +90,32 @@ def relative_fall(before: list[tuple[int, int]], after: list[tuple[int, int]]) -
 
 
 def habits(replies: dict[str, list]) -> str:
-    """Replies to the same sentences by name -> a Markdown table of how they are spoken, whatever is understood."""
+    """Replies to the same sentences by name -> a Markdown table of how they are spoken, whatever is
+    understood.
+    """
     lines = ["| speech | seconds a sentence | silent | a code said again |", "|---|---|---|---|"]
     for name, spoken in replies.items():
         seconds = sum(reply.seconds for reply in spoken) / len(spoken)
-        loud = torch.cat([reply.wave.unfold(0, HOP, HOP).abs().amax(1) for reply in spoken if len(reply.wave) >= HOP] or
-                         [torch.zeros(1)])  # [frames of 10 ms]
+        loud = torch.cat(
+            [
+                reply.wave.unfold(0, HOP, HOP).abs().amax(1)
+                for reply in spoken
+                if len(reply.wave) >= HOP
+            ]
+            or [torch.zeros(1)]
+        )  # [frames of 10 ms]
         again = sum(int((reply.codes[1:] == reply.codes[:-1]).sum()) for reply in spoken)
         codes = max(1, sum(len(reply.codes) for reply in spoken))
-        lines.append(f"| {name} | {seconds:.2f} | {(loud < QUIET).float().mean():.1%} | {again / codes:.1%} |")
+        lines.append(
+            f"| {name} | {seconds:.2f} | {(loud < QUIET).float().mean():.1%} | {again / codes:.1%} |"
+        )
     return "\n".join(lines)
 
 
 def fall(pairs: list[tuple]) -> float:
-    """Relative fall of word error over pairs of (edits, words) before and after; 0 where nothing was wrong before."""
+    """Relative fall of word error over pairs of (edits, words) before and after; 0 where nothing
+    was wrong before.
+    """
     before, after = (word_error([pair[i] for pair in pairs]) for i in (0, 1))
     return (before - after) / before if before else 0.0
 
@@ -95,15 +123,18 @@ def fall(pairs: list[tuple]) -> float:
 def tuning(home: Path, items: int, seed: int) -> str:
     """The fault that users of the release report most (Qwen2.5-Omni issue 344), and its repair.
 
-    The Thinker is tuned some more, alone, so the Talker reads states that it has never seen. Then the Talker reads them
-    for some steps.
+    The Thinker is tuned some more, alone, so the Talker reads states that it has never seen. Then
+    the Talker reads them for some steps.
     """
     omni, size = load(str(home / "model")), read_json(home / "model" / TRAINED)["size"]
     examiner, folder, rows = Examiner(omni, items), home.parent / "ablate-tuning", {}
     said = sorted({u.text for u in examiner.teacher.speech.utterances} & statements().keys())
     sentences = said[:: max(1, len(said) // items)][:items]
     rows["as trained"] = examiner.understood(sentences, examiner.spoken(sentences))
-    for name, row in (("chat", "after tuning the Thinker"), ("talker", "after tuning the Talker to it")):
+    for name, row in (
+        ("chat", "after tuning the Thinker"),
+        ("talker", "after tuning the Talker to it"),
+    ):
         recipe = replace(recipe_of(name, size), **TUNING[name])
         train(STAGES[name](omni, recipe, home.parent / "corpus", seed + 1), folder)
         omni.eval()
@@ -112,7 +143,8 @@ def tuning(home: Path, items: int, seed: int) -> str:
 
 
 def stage3(home: Path, items: int, seed: int) -> str:
-    """Half a minute of speech and a minute of pictures, before the stage of long sequences and after it.
+    """Half a minute of speech and a minute of pictures, before the stage of long sequences and
+    after it.
 
     Short ones stand beside them. Fewer items than a row of the card: each is long.
     """
@@ -130,10 +162,11 @@ def stage3(home: Path, items: int, seed: int) -> str:
 
 
 def tmrope(home: Path, items: int, seed: int) -> str:
-    """The Thinker's stages once more with plain M-RoPE, and what that model answers about sounds in clips.
+    """The Thinker's stages once more with plain M-RoPE, and what that model answers about sounds in
+    clips.
 
-    Ears and eyes are taken over as they are: neither knows positions in time. Goes on where it was stopped. The result
-    also stands in the report card from then on.
+    Ears and eyes are taken over as they are: neither knows positions in time. Goes on where it was
+    stopped. The result also stands in the report card from then on.
     """
     size, model = read_json(home / "model" / TRAINED)["size"], str(home / "model")
     run = home.parent / f"{home.name}-mrope"
@@ -146,13 +179,19 @@ def tmrope(home: Path, items: int, seed: int) -> str:
         if not (run / "stages" / f"{name}.safetensors").exists():
             train(stage, run / "stages", resume=True)
     rows = []
-    for what, places, stages in (("TMRoPE", position_ids, home), ("plain M-RoPE", plain_mrope, run)):
+    for what, places, stages in (
+        ("TMRoPE", position_ids, home),
+        ("plain M-RoPE", plain_mrope, run),
+    ):
         examiner = Examiner(load(model), items)
         graduate(examiner.omni, stages / "stages", ["chat"])
         examiner.omni.thinker.position_ids = places
         rows.append((what, examiner.answers("sync_accuracy", ANSWERS["sync_accuracy"])))
     write_json(home / MROPE, {"sync_accuracy_mrope": rows[1][1].value, "items": items})
-    lines = ["| which thing was there at the sound | right | 95 % interval | n |", "|---|---|---|---|"]
+    lines = [
+        "| which thing was there at the sound | right | 95 % interval | n |",
+        "|---|---|---|---|",
+    ]
     for what, row in rows:
         low, high = row.interval()
         lines.append(f"| {what} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
@@ -160,7 +199,8 @@ def tmrope(home: Path, items: int, seed: int) -> str:
 
 
 def plain_mrope(inputs: Inputs, config: ThinkerConfig) -> Tensor:
-    """Position ids as they were before TMRoPE: a video's grid steps are 0, 1, 2, ... whenever they are shown.
+    """Position ids as they were before TMRoPE: a video's grid steps are 0, 1, 2, ... whenever they
+    are shown.
 
     Everything else is position_ids(): inputs of B rows -> [3, B, L].
     """
@@ -186,13 +226,22 @@ def table(rows: dict[str, list[tuple[int, int]]]) -> str:
 
 
 ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {
-    "beta": beta, "dpo": dpo, "stage3": stage3, "tmrope": tmrope, "tuning": tuning}
+    "beta": beta,
+    "dpo": dpo,
+    "stage3": stage3,
+    "tmrope": tmrope,
+    "tuning": tuning,
+}
 
 
 def ablate(name: str, home: Path, items: int, seed: int) -> str:
     """A table by name. Raises UserError where the run folder does not hold what it needs."""
     stages = home / "stages"
-    for needed in (home / "model" / TRAINED, stages / "talker.safetensors", stages / "dpo.safetensors"):
+    for needed in (
+        home / "model" / TRAINED,
+        stages / "talker.safetensors",
+        stages / "dpo.safetensors",
+    ):
         if not needed.exists():
             raise UserError(f"{needed} is missing: python -m minomni train tiny makes it")
     return ABLATIONS[name](home, items, seed)

@@ -1,7 +1,9 @@
-"""One loop for every stage: schedule, gradients in parts, readable log, samples, checkpoints, exact resume.
+"""One loop for every stage: schedule, gradients in parts, readable log, samples, checkpoints, exact
+resume.
 
-A batch is a function of (seed, number) alone, so a run that stops and goes on sees what an uninterrupted one would have
-seen, and the checkpoint needs no position in the data. What a run leaves on disk is in run_folder.py.
+A batch is a function of (seed, number) alone, so a run that stops and goes on sees what an
+uninterrupted one would have seen, and the checkpoint needs no position in the data. What a run
+leaves on disk is in run_folder.py.
 """
 
 import math
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..devices import has_bf16
-from ..errors import UserError
-from . import run_folder, samples
-from .muon import Muon
+from minomni.devices import has_bf16
+from minomni.errors import UserError
+from minomni.train import run_folder, samples
+from minomni.train.muon import Muon
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
 OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer
@@ -38,7 +40,9 @@ class Recipe:
 
 
 class Stage:
-    """One lesson. Subclasses say what is learnt (`learns`: parameter name prefixes), from what, by which losses."""
+    """One lesson. Subclasses say what is learnt (`learns`: parameter name prefixes), from what, by
+    which losses.
+    """
 
     name: str
     needs: tuple[str, ...] = ()  # stages whose results this one starts from
@@ -52,7 +56,9 @@ class Stage:
         self.device = next(omni.parameters()).device
 
     def batch(self, number: int):
-        """Batch number `number` of the stage, recipe.accumulate of them a step; one seed and number, one batch."""
+        """Batch number `number` of the stage, recipe.accumulate of them a step; one seed and
+        number, one batch.
+        """
         raise NotImplementedError
 
     def losses(self, batch) -> dict[str, Tensor]:
@@ -64,14 +70,18 @@ class Stage:
         return ""
 
     def sound(self) -> tuple[str, Tensor] | None:
-        """One fixed sentence as the voice says it by now: its text, and its mel [T, bands] or wave [samples]."""
+        """One fixed sentence as the voice says it by now: its text, and its mel [T, bands] or wave
+        [samples].
+        """
         return None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters this stage unlocks, by name."""
         chosen = {n: p for n, p in self.omni.named_parameters() if n.startswith(self.learns)}
         if not chosen:
-            raise UserError(f"stage {self.name}: no parameter begins with {' or '.join(self.learns)}")
+            raise UserError(
+                f"stage {self.name}: no parameter begins with {' or '.join(self.learns)}"
+            )
         return chosen
 
 
@@ -83,12 +93,19 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizers(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between layers; AdamW, at a share of the rate, for embeddings, heads, filters and scales.
+def make_optimizers(
+    parameters: dict[str, nn.Parameter], recipe: Recipe
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers; AdamW, at a share of the rate, for embeddings, heads,
+    filters and scales.
 
     Muon's steps are made as long as AdamW's (arXiv 2502.16982, sec. 2.2), so one rate suits both.
     """
-    matrices = {n: p for n, p in parameters.items() if p.dim() == 2 and not n.split(".")[-2].endswith(NO_MATRIX)}
+    matrices = {
+        n: p
+        for n, p in parameters.items()
+        if p.dim() == 2 and not n.split(".")[-2].endswith(NO_MATRIX)
+    }
     others = [p for n, p in parameters.items() if n not in matrices]
     groups = [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": recipe.weight_decay},
@@ -105,16 +122,20 @@ def make_optimizers(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list
 def train(
     stage: Stage, folder: Path, resume: bool = False, until: int | None = None, slot: int = 0
 ) -> dict[str, float]:
-    """Run a stage to its end (or to step `until`) and leave `<name>.safetensors` in the folder -> last mean losses.
+    """Run a stage to its end (or to step `until`) and leave `<name>.safetensors` in the folder ->
+    last mean losses.
 
-    With resume, goes on from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart and 5 more to the bit.
-    Raises UserError when a loss is not finite, naming it, and when the disk is full.
+    With resume, goes on from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart and
+    5 more to the bit. Raises UserError when a loss is not finite, naming it, and when the disk is
+    full.
     """
     unlocked, recipe = stage.parameters(), stage.recipe
     for name, parameter in stage.omni.named_parameters():
         parameter.requires_grad_(name in unlocked)
     optimizers = make_optimizers(unlocked, recipe)
-    step, means = run_folder.restore(folder, stage.name, unlocked, optimizers) if resume else (0, {})
+    step, means = (
+        run_folder.restore(folder, stage.name, unlocked, optimizers) if resume else (0, {})
+    )
     stage.omni.train()
     last = recipe.steps if until is None else until
     every = max(1, recipe.steps // 8)
@@ -130,16 +151,25 @@ def train(
                     group["lr"] = learning_rate(recipe, step) * group["share"]
                 optimizer.step()
             step += 1
-            means = {name: 0.95 * means.get(name, value) + 0.05 * value for name, value in losses.items()}
+            means = {
+                name: 0.95 * means.get(name, value) + 0.05 * value for name, value in losses.items()
+            }
             bar.set_postfix_str(in_words(means), refresh=False)
             bar.update()
             if step % every == 0 or step == last:
                 if step < recipe.steps:  # before the log speaks of it: what is logged is safe
                     run_folder.keep(folder, stage.name, step, means, unlocked, optimizers)
-                report(stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar)
-                began, first = time.perf_counter(), step  # the next line tells the pace since this one
+                report(
+                    stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar
+                )
+                began, first = (
+                    time.perf_counter(),
+                    step,
+                )  # the next line tells the pace since this one
     if step == recipe.steps:
-        kept = dict(stage.omni.named_parameters())  # a stage may have learnt with parts that it throws away
+        kept = dict(
+            stage.omni.named_parameters()
+        )  # a stage may have learnt with parts that it throws away
         run_folder.finish(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
     return means
 
@@ -147,15 +177,17 @@ def train(
 def gradients(stage: Stage, step: int) -> dict[str, float]:
     """Leave the mean gradient of a step's batches in the parameters -> the mean losses by name.
 
-    The forward pass runs in bf16 where the stage allows it and the device has it. Raises UserError for a loss that is
-    not finite.
+    The forward pass runs in bf16 where the stage allows it and the device has it. Raises UserError
+    for a loss that is not finite.
     """
     for parameter in stage.parameters().values():
         parameter.grad = None
     parts, device, means = stage.recipe.accumulate, stage.device, {}
     rough = stage.bf16 and has_bf16(device)
     for number in range(step * parts, (step + 1) * parts):
-        torch.manual_seed(stage.seed * 1_000_003 + number)  # dropout and noise repeat, resumed or not
+        torch.manual_seed(
+            stage.seed * 1_000_003 + number
+        )  # dropout and noise repeat, resumed or not
         batch = to_device(stage.batch(number), device)
         with torch.autocast(device.type, torch.bfloat16) if rough else nullcontext():
             losses = stage.losses(batch)
@@ -167,10 +199,16 @@ def gradients(stage: Stage, step: int) -> dict[str, float]:
 
 
 def to_device(batch, device: torch.device):
-    """The same tuples and lists with their tensors on the device. What else is in them moves where it is used."""
+    """The same tuples and lists with their tensors on the device. What else is in them moves where
+    it is used.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device)
-    return type(batch)(to_device(part, device) for part in batch) if type(batch) in (tuple, list) else batch
+    return (
+        type(batch)(to_device(part, device) for part in batch)
+        if type(batch) in (tuple, list)
+        else batch
+    )
 
 
 def _check_finite(name, step, losses):
@@ -186,8 +224,12 @@ def in_words(means: dict[str, float]) -> str:
     return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
-def report(stage: Stage, folder: Path, step: int, means: dict[str, float], seconds: float, bar: tqdm) -> None:
-    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: of a step, since the last."""
+def report(
+    stage: Stage, folder: Path, step: int, means: dict[str, float], seconds: float, bar: tqdm
+) -> None:
+    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: of a step,
+    since the last.
+    """
     stage.omni.eval()
     with torch.no_grad():
         shown = stage.sample()
@@ -199,5 +241,11 @@ def report(stage: Stage, folder: Path, step: int, means: dict[str, float], secon
     line = f"{line}  {seconds * 1000:.0f} ms/step  {speed:.0f} items/s  {left:.0f} s left"
     bar.write(line + (f"  | {shown}" if shown else ""))
     sys.stdout.flush()  # a line is there to be read now, into a pipe or a log file too
-    entry = {"stage": stage.name, "step": step, **means, "ms": round(seconds * 1000), "items_per_s": round(speed, 1)}
+    entry = {
+        "stage": stage.name,
+        "step": step,
+        **means,
+        "ms": round(seconds * 1000),
+        "items_per_s": round(speed, 1),
+    }
     run_folder.log(folder, {**entry, "sample": shown})

@@ -1,20 +1,24 @@
-"""Muon for many small matrices: those of one shape are turned together, in as many calls as one of them takes."""
+"""Muon for many small matrices: those of one shape are turned together, in as many calls as one of
+them takes.
+"""
 
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
-from ..devices import has_bf16
+from minomni.devices import has_bf16
 
 RMS = 0.2  # of a step of AdamW, which Muon's steps are made as long as (arXiv 2502.16982, sec. 2.2)
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with match_rms_adamw, whose steps it takes, matrices of one shape (or one on its side) at a time.
+    """torch.optim.Muon with match_rms_adamw, whose steps it takes, matrices of one shape (or one on
+    its side) at a time.
 
-    The tiny Thinker's 77 matrices have 8 shapes; its optimizers take 51 ms a step for 76 (one thread, lab log). The
-    state and what is saved of it are torch's. torch's Muon always multiplies in bf16; see orthogonal() for when this does.
+    The tiny Thinker's 77 matrices have 8 shapes; its optimizers take 51 ms a step for 76 (one
+    thread, lab log). The state and what is saved of it are torch's. torch's Muon always multiplies
+    in bf16; see orthogonal() for when this does.
     """
 
     @torch.no_grad()
@@ -30,10 +34,15 @@ class Muon(torch.optim.Muon):
 
     def _step_together(self, matrices: list[Tensor], group: dict) -> None:
         grads, momentum, lr = [matrix.grad for matrix in matrices], group["momentum"], group["lr"]
-        buffers = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        buffers = [
+            self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+            for matrix in matrices
+        ]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         wanted = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov: one step ahead
-        turned = orthogonal(torch.stack([wide(x) for x in wanted]), group["ns_steps"]).to(grads[0].dtype)  # [n, r, c]
+        turned = orthogonal(torch.stack([wide(x) for x in wanted]), group["ns_steps"]).to(
+            grads[0].dtype
+        )  # [n, r, c]
         torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
         length = lr * RMS * max(matrices[0].shape) ** 0.5
         torch._foreach_add_([wide(x) for x in matrices], list(turned.unbind()), alpha=-length)
@@ -45,13 +54,18 @@ def wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor, steps: int) -> Tensor:
-    """Matrices [n, r, c], r <= c -> [n, r, c] with the same singular vectors and all singular values near 1.
+    """Matrices [n, r, c], r <= c -> [n, r, c] with the same singular vectors and all singular
+    values near 1.
 
-    By Newton-Schulz: each step is a polynomial of the singular values that lifts small ones and holds large ones below
-    about 1.2 (Keller Jordan, "Muon", 2024). fp32 is multiplied in bf16 where the device does that in hardware, two
-    digits being enough; any other type keeps its digits.
+    By Newton-Schulz: each step is a polynomial of the singular values that lifts small ones and
+    holds large ones below about 1.2 (Keller Jordan, "Muon", 2024). fp32 is multiplied in bf16 where
+    the device does that in hardware, two digits being enough; any other type keeps its digits.
     """
-    x = matrices.bfloat16() if matrices.dtype == torch.float32 and has_bf16(matrices.device) else matrices
+    x = (
+        matrices.bfloat16()
+        if matrices.dtype == torch.float32 and has_bf16(matrices.device)
+        else matrices
+    )
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(steps):

@@ -1,10 +1,11 @@
 """People's own data: conversations on disk, checked in full and then read when asked for.
 
-    {"messages": [... as respond() takes them, the last one the assistant's text], "speech": "reply.wav", "voice": "Me"}
+    {"messages": [... as respond() takes them, the last one the assistant's text], "speech":
+    "reply.wav", "voice": "Me"}
 
-One JSON object a line, or an array of such objects, in this layout or in one of those in own_formats.py. Media paths
-are relative to the file. Two well-known folder layouts are written down as such lines: free-spoken-digit-dataset and
-LJSpeech.
+One JSON object a line, or an array of such objects, in this layout or in one of those in
+own_formats.py. Media paths are relative to the file. Two well-known folder layouts are written down
+as such lines: free-spoken-digit-dataset and LJSpeech.
 """
 
 import codecs
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, shorten
-from ..files import open_regular, write_atomically
-from ..inputs.audio import SILENCE, load_audio
-from ..inputs.prompt import CHATML, Inputs, Processor
-from ..token2wav.speaker import make_voice
-from .own_formats import standard
-from .world import NUMBERS
+from minomni.errors import UserError, shorten
+from minomni.files import open_regular, write_atomically
+from minomni.inputs.audio import SILENCE, load_audio
+from minomni.inputs.prompt import CHATML, Inputs, Processor
+from minomni.token2wav.speaker import make_voice
+from minomni.train.own_formats import standard
+from minomni.train.world import NUMBERS
 
 SHOWN = 3  # bad lines that a message names; more of them stand in BAD_LINES
 MOST_BAD = 1000  # bad lines after which the rest of a file is not looked at
@@ -46,7 +47,9 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 @dataclass
 class Line:
-    """One lesson: what is asked, what is answered, and the recording of the answer where there is one."""
+    """One lesson: what is asked, what is answered, and the recording of the answer where there is
+    one.
+    """
 
     question: list[dict]
     answer: str
@@ -56,7 +59,9 @@ class Line:
 
 
 def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
-    """A line of the file -> its lesson, paths made whole. Raises UserError saying what is wrong with it."""
+    """A line of the file -> its lesson, paths made whole. Raises UserError saying what is wrong
+    with it.
+    """
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -68,7 +73,13 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
     *question, last = row["messages"]
     if question[0]["role"] != "system":  # as respond() does it
         question = [{"role": "system", "content": system_prompt}, *question]
-    return Line(question, answer_of(last), row.get("speech"), row.get("voice"), row.get("use_audio_in_video", False))
+    return Line(
+        question,
+        answer_of(last),
+        row.get("speech"),
+        row.get("voice"),
+        row.get("use_audio_in_video", False),
+    )
 
 
 def answer_of(message: dict) -> str:
@@ -76,7 +87,9 @@ def answer_of(message: dict) -> str:
     content = message["content"]
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if any(item.get("type", "text") != "text" or "text" not in item for item in items):
-        raise UserError('the answer holds media; it is a text, and its recording goes under "speech"')
+        raise UserError(
+            'the answer holds media; it is a text, and its recording goes under "speech"'
+        )
     text = "".join(item["text"] for item in items)
     if not text.strip():
         raise UserError("the answer is empty")
@@ -84,26 +97,37 @@ def answer_of(message: dict) -> str:
 
 
 def require_no_marks(message: dict) -> None:
-    """Raise UserError where an answer holds a special token of ChatML: the end of a turn is added in training."""
+    """Raise UserError where an answer holds a special token of ChatML: the end of a turn is added
+    in training.
+    """
     content = message["content"]
     if not isinstance(content, str):
         content = "".join(item.get("text", "") for item in content)
     found = [mark for mark in CHATML if mark in content]
     if found:
-        raise UserError(f"an answer holds {found[0]}, which only the template may put there; leave it out of the text")
+        raise UserError(
+            f"an answer holds {found[0]}, which only the template may put there; leave it out of the text"
+        )
 
 
 class Lines:
-    """The lessons of a file, read from disk one by one: in memory are 8 bytes for each, where it begins.
+    """The lessons of a file, read from disk one by one: in memory are 8 bytes for each, where it
+    begins.
 
-    path: the file with one row a line. folder: what its media are relative to. shown: what messages call the file.
-    voices: the first recordings of each voice that the model does not know [samples], by name.
+    path: the file with one row a line. folder: what its media are relative to. shown: what messages
+    call the file. voices: the first recordings of each voice that the model does not know
+    [samples], by name.
     """
 
-    def __init__(self, path: Path, system_prompt: str, folder: Path | None = None, shown: Path | None = None):
+    def __init__(
+        self, path: Path, system_prompt: str, folder: Path | None = None, shown: Path | None = None
+    ):
         self.path, self.system_prompt = path, system_prompt
         self.folder, self.shown = folder or path.parent, shorten(shown or path, 200)
-        self.starts, self.spoken = array("q"), array("q")  # bytes; spoken holds the numbers of lines with speech
+        self.starts, self.spoken = (
+            array("q"),
+            array("q"),
+        )  # bytes; spoken holds the numbers of lines with speech
         self.voices: dict[str, Tensor] = {}
         self.heard_in: dict[str, str] = {}  # where the first recording of such a voice is
         self.digest = hashlib.sha256()
@@ -120,13 +144,16 @@ class Lines:
 def read(data: Path, run: Path, omni) -> Lines:
     """A file of rows, or a folder in a known layout -> checked lessons.
 
-    What is not one row a line already is written so to run/. Every medium is opened and every prompt laid out once.
-    Raises one UserError that names the first bad lines; run/bad_lines.txt then holds more of them.
+    What is not one row a line already is written so to run/. Every medium is opened and every
+    prompt laid out once. Raises one UserError that names the first bad lines; run/bad_lines.txt
+    then holds more of them.
     """
     lined = run / "lines.jsonl"
     if is_folder(data):
         write_rows(layout(data), lined)
-        return checked(lined, omni, run, "row" if (data / "metadata.csv").is_file() else "recording", data=data)
+        return checked(
+            lined, omni, run, "row" if (data / "metadata.csv").is_file() else "recording", data=data
+        )
     with open_regular(data, "the data") as file:
         start = file.read(4096)
     array_of_rows = start.decode("utf-8-sig", "ignore").lstrip()[:1] == "["
@@ -134,7 +161,9 @@ def read(data: Path, run: Path, omni) -> Lines:
         text = whole_text(data)
         array_of_rows = text.lstrip()[:1] == "["
         write_rows(elements(text, data) if array_of_rows else text.split("\n"), lined)
-        return checked(lined, omni, run, "entry" if array_of_rows else "line", data=data, folder=data.parent)
+        return checked(
+            lined, omni, run, "entry" if array_of_rows else "line", data=data, folder=data.parent
+        )
     return checked(data, omni, run)
 
 
@@ -143,25 +172,38 @@ def is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except (OSError, ValueError) as error:
-        raise UserError(f"{shorten(path, 200)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"{shorten(path, 200)}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
 
 
-def checked(path: Path, omni, run: Path | None = None, unit: str = "line", data: Path | None = None,
-            folder: Path | None = None) -> Lines:
+def checked(
+    path: Path,
+    omni,
+    run: Path | None = None,
+    unit: str = "line",
+    data: Path | None = None,
+    folder: Path | None = None,
+) -> Lines:
     """Go through a whole file of one row a line -> its lessons.
 
-    run: where a list of the bad lines goes. unit: what a line is called in messages. data: the file or folder that
-    was given, of which `path` was made; folder: what media are relative to. Raises one UserError that names the
-    first bad lines and their causes.
+    run: where a list of the bad lines goes. unit: what a line is called in messages. data: the file
+    or folder that was given, of which `path` was made; folder: what media are relative to. Raises
+    one UserError that names the first bad lines and their causes.
     """
     lines = Lines(path, omni.config.media.system_prompt, folder, data)
     processor, bad, place, number = Processor(omni.config, omni.tokenizer), [], 0, 0
-    with open_regular(path, "the data") as file, tqdm(desc="checking", unit=" rows", leave=False, disable=None) as bar:
+    with (
+        open_regular(path, "the data") as file,
+        tqdm(desc="checking", unit=" rows", leave=False, disable=None) as bar,
+    ):
         while (text := file.readline(LONGEST_LINE + 1)) and len(bad) < MOST_BAD:
             number += 1
             bar.update()
             if len(text) > LONGEST_LINE:  # the rest of it is no line, and may be without end
-                bad.append(f"{unit} {number}: is longer than {LONGEST_LINE >> 20} MB; keep media in files of their own")
+                bad.append(
+                    f"{unit} {number}: is longer than {LONGEST_LINE >> 20} MB; keep media in files of their own"
+                )
                 break
             lines.digest.update(text)
             try:
@@ -174,7 +216,9 @@ def checked(path: Path, omni, run: Path | None = None, unit: str = "line", data:
             except UserError as error:
                 bad.append(f"{unit} {number}: {error}")
             except Exception as error:  # whatever a line brings about, its number is told
-                bad.append(f"{unit} {number}: cannot be read ({type(error).__name__}: {shorten(error, 200)})")
+                bad.append(
+                    f"{unit} {number}: cannot be read ({type(error).__name__}: {shorten(error, 200)})"
+                )
             place += len(text)
     bad += [] if bad else bad_voices(lines, omni)
     if bad:
@@ -185,23 +229,38 @@ def checked(path: Path, omni, run: Path | None = None, unit: str = "line", data:
 
 
 def complaint(shown: str, bad: list[str], run: Path | None, unit: str) -> str:
-    """One message about all bad lines: the first few, how many there are, and where all of them stand."""
+    """One message about all bad lines: the first few, how many there are, and where all of them
+    stand.
+    """
     if run:
-        write_atomically(run / BAD_LINES, lambda file: file.writelines(line.encode() + b"\n" for line in bad))
+        write_atomically(
+            run / BAD_LINES, lambda file: file.writelines(line.encode() + b"\n" for line in bad)
+        )
     room = 300 // min(len(bad), SHOWN)  # characters for each
     few, more = [shorten(line, room) for line in bad[:SHOWN]], len(bad) - SHOWN
     units = unit if len(bad) == 1 else f"{unit}s".replace("ys", "ies")
     count = f"{len(bad)}{' or more' if len(bad) >= MOST_BAD else ''} bad {units}"
-    where = f"; and {more} more{f' in {shorten(run / BAD_LINES, 60)}' if run else ''}" if more > 0 else ""
+    where = (
+        f"; and {more} more{f' in {shorten(run / BAD_LINES, 60)}' if run else ''}"
+        if more > 0
+        else ""
+    )
     return f"{shorten(shown, 80)}: {count}, nothing was trained; {'; '.join(few)}{where}"
 
 
 def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "") -> None:
-    """Do once with a lesson all that training will do with it. Raises UserError for what would stop it there."""
-    room, answer = omni.config.thinker.text.max_position_embeddings, len(processor.encode(line.answer)) + 1
+    """Do once with a lesson all that training will do with it. Raises UserError for what would stop
+    it there.
+    """
+    room, answer = (
+        omni.config.thinker.text.max_position_embeddings,
+        len(processor.encode(line.answer)) + 1,
+    )
     length = prompt(line, processor).input_ids.shape[1]
     if length + answer > room:
-        raise UserError(f"question and answer have {length + answer} tokens and the context holds {room}; shorten them")
+        raise UserError(
+            f"question and answer have {length + answer} tokens and the context holds {room}; shorten them"
+        )
     if line.speech is None:
         return
     wave, voice = load_audio(line.speech), line.voice or next(iter(omni.voices), "")
@@ -209,7 +268,9 @@ def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "
         raise UserError(f"{shorten(line.speech, 200)}: is silent; give a recording of the answer")
     codes = len(wave) * omni.config.token2wav.codes_per_second // 16_000
     if length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:
-        raise UserError(f"{line.speech}: is too long for the Talker's context with {codes} codes; cut it up")
+        raise UserError(
+            f"{line.speech}: is too long for the Talker's context with {codes} codes; cut it up"
+        )
     if voice in omni.voices:
         return
     if not voice:
@@ -220,7 +281,9 @@ def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "
 
 
 def bad_voices(lines: Lines, omni) -> list[str]:
-    """What keeps the new voices of a file from being made, each with the place of its first recording."""
+    """What keeps the new voices of a file from being made, each with the place of its first
+    recording.
+    """
     bad = []
     for name, wave in lines.voices.items():
         try:
@@ -237,28 +300,37 @@ def write_rows(rows: Iterator[dict | str], path: Path) -> None:
 
 
 def whole_text(path: Path) -> str:
-    """The text of a file that cannot be read line by line. Raises UserError where it is too large, or no text."""
+    """The text of a file that cannot be read line by line. Raises UserError where it is too large,
+    or no text.
+    """
     with open_regular(path, "the data") as file:
         content = file.read(LARGEST_WHOLE + 1)
     if len(content) > LARGEST_WHOLE:
-        raise UserError(f"{shorten(path, 200)}: is larger than {LARGEST_WHOLE >> 20} MB and not one JSON object a line; "
-                        f"write it as JSONL in UTF-8, which is read line by line")
+        raise UserError(
+            f"{shorten(path, 200)}: is larger than {LARGEST_WHOLE >> 20} MB and not one JSON object a line; "
+            f"write it as JSONL in UTF-8, which is read line by line"
+        )
     return decoded(content, path)
 
 
 def decoded(content: bytes, path: Path) -> str:
-    """Bytes of a text file as text: UTF-8, or UTF-16 that begins with its mark. Raises UserError for other encodings."""
+    """Bytes of a text file as text: UTF-8, or UTF-16 that begins with its mark. Raises UserError
+    for other encodings.
+    """
     encoding = "utf-16" if content.startswith(UTF16) else "utf-8-sig"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         row = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{shorten(path, 200)}: is not {encoding.upper().removesuffix('-SIG')} (byte {error.start}, in row "
-                        f"{row}); save it as UTF-8") from None
+        raise UserError(
+            f"{shorten(path, 200)}: is not {encoding.upper().removesuffix('-SIG')} (byte {error.start}, in row "
+            f"{row}); save it as UTF-8"
+        ) from None
 
 
 def is_row(start: bytes) -> bool:
-    """Whether the first line of a file, which begins with a bracket, is a whole JSON value, and others follow.
+    """Whether the first line of a file, which begins with a bracket, is a whole JSON value, and
+    others follow.
 
     A file of such lines is no array of rows; each of its lines is told to be bad.
     """
@@ -273,7 +345,9 @@ def is_row(start: bytes) -> bool:
 
 
 def elements(text: str, path: Path) -> Iterator[dict | str]:
-    """The elements of a JSON array one by one. Raises UserError where it is broken, naming the entry."""
+    """The elements of a JSON array one by one. Raises UserError where it is broken, naming the
+    entry.
+    """
     decoder, space, number = json.JSONDecoder(), re.compile(r"\s*"), 0
     at = space.match(text, space.match(text).end() + 1).end()  # behind the bracket
     while text[at : at + 1] != "]":
@@ -281,16 +355,24 @@ def elements(text: str, path: Path) -> Iterator[dict | str]:
         try:
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{shorten(path, 200)}: entry {number} of the array is not JSON "
-                            f"({shorten(error, 100)})") from None
-        yield text[at:end].replace("\n", " ").replace("\r", " ")  # line feeds only stand between the parts of a row
+            raise UserError(
+                f"{shorten(path, 200)}: entry {number} of the array is not JSON "
+                f"({shorten(error, 100)})"
+            ) from None
+        yield (
+            text[at:end].replace("\n", " ").replace("\r", " ")
+        )  # line feeds only stand between the parts of a row
         at = space.match(text, end).end()
         if text[at : at + 1] == ",":
             at = space.match(text, at + 1).end()
         elif text[at : at + 1] != "]":
-            raise UserError(f"{shorten(path, 200)}: the array does not go on after entry {number}; expected , or ]")
+            raise UserError(
+                f"{shorten(path, 200)}: the array does not go on after entry {number}; expected , or ]"
+            )
     if text[at + 1 :].strip():
-        raise UserError(f"{shorten(path, 200)}: something follows the array; expected one array, or one object a line")
+        raise UserError(
+            f"{shorten(path, 200)}: something follows the array; expected one array, or one object a line"
+        )
 
 
 def prompt(line: Line, processor: Processor) -> Inputs:
@@ -299,18 +381,26 @@ def prompt(line: Line, processor: Processor) -> Inputs:
 
 
 def layout(folder: Path) -> Iterator[dict]:
-    """The lines that a folder of recordings stands for, one by one. Raises UserError for an unknown layout."""
+    """The lines that a folder of recordings stands for, one by one. Raises UserError for an unknown
+    layout.
+    """
     if (folder / "metadata.csv").is_file():
         return ljspeech(folder.resolve())
     return map(spoken_digit, digit_files(folder))
 
 
 def digit_files(folder: Path) -> list[Path]:
-    """Recordings of the free-spoken-digit-dataset in a folder, or in its recordings/. Raises UserError for none."""
+    """Recordings of the free-spoken-digit-dataset in a folder, or in its recordings/. Raises
+    UserError for none.
+    """
     inner = folder / "recordings" if (folder / "recordings").is_dir() else folder
-    files = sorted(path for path in inner.resolve().glob("*.wav") if DIGIT_NAME.fullmatch(path.name))
+    files = sorted(
+        path for path in inner.resolve().glob("*.wav") if DIGIT_NAME.fullmatch(path.name)
+    )
     if not files:
-        raise UserError(f"{folder}: holds no {{digit}}_{{speaker}}_{{index}}.wav and no metadata.csv with wavs/")
+        raise UserError(
+            f"{folder}: holds no {{digit}}_{{speaker}}_{{index}}.wav and no metadata.csv with wavs/"
+        )
     return files
 
 
@@ -321,17 +411,22 @@ def spoken_digit(path: Path) -> dict:
 
 
 def ljspeech(folder: Path) -> Iterator[dict]:
-    """The rows of metadata.csv (id|text|text with numbers spelled) as lines: say this, in the folder's voice.
+    """The rows of metadata.csv (id|text|text with numbers spelled) as lines: say this, in the
+    folder's voice.
 
     Raises UserError for another number of columns, and for an encoding other than UTF-8 and UTF-16.
     """
     path = folder / "metadata.csv"
-    rows = csv.reader(io.StringIO(whole_text(path), newline=None), delimiter="|", quoting=csv.QUOTE_NONE)
+    rows = csv.reader(
+        io.StringIO(whole_text(path), newline=None), delimiter="|", quoting=csv.QUOTE_NONE
+    )
     for number in count(1):
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise UserError(f"{path}: row {number} cannot be read ({shorten(error, 100)})") from None
+            raise UserError(
+                f"{path}: row {number} cannot be read ({shorten(error, 100)})"
+            ) from None
         if row is None:
             return
         if len(row) not in (2, 3):
@@ -342,12 +437,19 @@ def ljspeech(folder: Path) -> Iterator[dict]:
 
 def dialogue(question, answer: str) -> dict:
     """A question and its answer as a line."""
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """In which order an epoch goes through `count` lessons [count]: each once, and the same for the same seed."""
+    """In which order an epoch goes through `count` lessons [count]: each once, and the same for the
+    same seed.
+    """
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 

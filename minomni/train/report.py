@@ -1,4 +1,6 @@
-"""The report card: what share of held-out items is right, and how much of the speech an outsider understands."""
+"""The report card: what share of held-out items is right, and how much of the speech an outsider
+understands.
+"""
 
 import json
 import os
@@ -13,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ROOT, folder_of, load
-from ..files import write_atomically
-from ..inputs.mel import voice_mel
-from ..reply import Reply
-from . import world
-from .judge import ENGLISH, LONG, STATEMENT, Judge, edits
-from .real_digits import check_recordings, leave_one_out
-from .run_folder import graduate
-from .speech import corpus
-from .stages import TRAINED, commit
-from .teacher import TRANSCRIBE, Teacher
-from .vocabulary import told_apart
-from .world import Example
+from minomni import ROOT, folder_of, load
+from minomni.files import write_atomically
+from minomni.inputs.mel import voice_mel
+from minomni.reply import Reply
+from minomni.train import world
+from minomni.train.judge import ENGLISH, LONG, STATEMENT, Judge, edits
+from minomni.train.real_digits import check_recordings, leave_one_out
+from minomni.train.run_folder import graduate
+from minomni.train.speech import corpus
+from minomni.train.stages import TRAINED, commit
+from minomni.train.teacher import TRANSCRIBE, Teacher
+from minomni.train.vocabulary import told_apart
+from minomni.train.world import Example
 
 BATCH = 16  # questions that are answered together
 MROPE = "sync_mrope.json"  # in the run folder: what `ablate tmrope` measured
@@ -48,7 +50,9 @@ class Row:
             return self.bounds
         p, n, z = min(max(self.value, 0.0), 1.0), max(self.n, 1), 1.96
         centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+        return max(0.0, (centre - half) / (1 + z * z / n)), min(
+            1.0, (centre + half) / (1 + z * z / n)
+        )
 
 
 @dataclass
@@ -74,9 +78,14 @@ class Card:
                 lines.append(f"| {row.name} | not measurable here | | |")
             else:
                 low, high = row.interval()
-                lines.append(f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
+                lines.append(
+                    f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |"
+                )
         trained = "" if self.train_seconds is None else f"trained in {self.train_seconds:.0f} s; "
-        return "\n".join(lines) + f"\n\n{trained}measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
+        return (
+            "\n".join(lines)
+            + f"\n\n{trained}measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
+        )
 
 
 def hardware(device: str = "cpu") -> str:
@@ -87,7 +96,8 @@ def hardware(device: str = "cpu") -> str:
 
 
 def measure(model: str, items: int = 100, digits: Path | None = None, device: str = "cpu") -> Card:
-    """Score a model by name or folder on held-out material, and on a folder of real spoken digits where one is given.
+    """Score a model by name or folder on held-out material, and on a folder of real spoken digits
+    where one is given.
 
     Raises UserError where there is no such model, folder or device.
     """
@@ -137,14 +147,20 @@ def word_error(items: list[tuple[int, int]]) -> float:
 
 
 def word_error_row(name: str, items: list[tuple[int, int]]) -> Row:
-    """A row of (edits, words) a sentence; its interval draws sentences, since words of one go wrong together."""
+    """A row of (edits, words) a sentence; its interval draws sentences, since words of one go wrong
+    together.
+    """
     if not items:
         return Row(name, None)
-    return Row(name, word_error(items), sum(words for _, words in items), bootstrap(word_error, items))
+    return Row(
+        name, word_error(items), sum(words for _, words in items), bootstrap(word_error, items)
+    )
 
 
 def mrope_row(file: Path) -> Row:
-    """What the same model answers about sounds in clips where it was raised without absolute time; None if unknown."""
+    """What the same model answers about sounds in clips where it was raised without absolute time;
+    None if unknown.
+    """
     if not file.exists():
         return Row("sync_accuracy_mrope", None)
     measured = json.loads(file.read_text(encoding="utf-8"))
@@ -152,16 +168,25 @@ def mrope_row(file: Path) -> Row:
 
 
 def real_digits_row(model: str, digits: Path | None) -> Row:
-    """Right answers about real spoken digits; the interval draws speakers anew: those of one go wrong together."""
+    """Right answers about real spoken digits; the interval draws speakers anew: those of one go
+    wrong together.
+    """
     if digits is None:
         return Row("real_digits_accuracy", None)
     speakers = list(leave_one_out(model, digits, ROOT / "runs" / "corpus").values())
     share = lambda rows: sum(right for right, _ in rows) / sum(count for _, count in rows)  # noqa: E731
-    return Row("real_digits_accuracy", share(speakers), sum(n for _, n in speakers), bootstrap(share, speakers))
+    return Row(
+        "real_digits_accuracy",
+        share(speakers),
+        sum(n for _, n in speakers),
+        bootstrap(share, speakers),
+    )
 
 
 class Examiner:
-    """Asks one model and counts. Its examples come from seeds and sentences that training never draws."""
+    """Asks one model and counts. Its examples come from seeds and sentences that training never
+    draws.
+    """
 
     def __init__(self, omni, items: int):
         self.omni, self.items = omni, items
@@ -169,11 +194,15 @@ class Examiner:
         self.teacher = Teacher(omni.config, self.cache, held=True)
 
     @torch.no_grad()
-    def replies(self, conversations: list[list[dict]], use_audio_in_video: bool = False) -> list[str]:
+    def replies(
+        self, conversations: list[list[dict]], use_audio_in_video: bool = False
+    ) -> list[str]:
         """The model's texts."""
         texts = []
         for begin in range(0, len(conversations), BATCH):
-            inputs = self.teacher.processor(conversations[begin : begin + BATCH], use_audio_in_video)
+            inputs = self.teacher.processor(
+                conversations[begin : begin + BATCH], use_audio_in_video
+            )
             reply = self.omni.thinker.generate(inputs, self.omni.config.thinker_sampling)
             texts += [self.omni.tokenizer.decode(row, skip_special=True) for row in reply.tokens]
         return texts
@@ -191,7 +220,9 @@ class Examiner:
         return Row(name, sum(self.right(examples, random)) / self.items, self.items)
 
     def spoken_over_typed(self) -> Row:
-        """Right answers to spoken questions over right answers to the same questions typed (paper, table 2)."""
+        """Right answers to spoken questions over right answers to the same questions typed (paper,
+        table 2).
+        """
         random = Random("held-out-spoken")
         spoken = [self.teacher.example(SPOKEN[i % len(SPOKEN)], random) for i in range(self.items)]
         typed = [replace(example, voice=None) for example in spoken]
@@ -202,7 +233,11 @@ class Examiner:
     def hearing(self, name: str, voices: dict) -> Row:
         """Word error of writing down held-out spoken sentences."""
         speech = self.teacher.speech
-        chosen = [i for i, u in enumerate(speech.utterances) if u.voice in voices and u.text.startswith("say ")]
+        chosen = [
+            i
+            for i, u in enumerate(speech.utterances)
+            if u.voice in voices and u.text.startswith("say ")
+        ]
         chosen = chosen[: self.items]
         texts = self.written_down(chosen)
         sentences = [speech.utterances[i].text.split() for i in chosen]
@@ -212,11 +247,15 @@ class Examiner:
     def written_down(self, chosen: list[int]) -> list[str]:
         """What the model writes of some recordings of the test."""
         waves = [self.teacher.speech.wave(i) for i in chosen]
-        asked = [[{"type": "audio", "audio": wave}, {"type": "text", "text": TRANSCRIBE}] for wave in waves]
+        asked = [
+            [{"type": "audio", "audio": wave}, {"type": "text", "text": TRANSCRIBE}]
+            for wave in waves
+        ]
         return self.replies([[{"role": "user", "content": content}] for content in asked])
 
     def english(self) -> list[Row]:
-        """English words in a sentence, written down and said; nothing where a model knows the world's words alone.
+        """English words in a sentence, written down and said; nothing where a model knows the
+        world's words alone.
 
         The rows in _new are of words that no training has had.
         """
@@ -225,43 +264,75 @@ class Examiner:
         return [row for end, few in groups.items() if few for row in self.english_words(end, few)]
 
     def english_words(self, end: str, few: list[str]) -> list[Row]:
-        """Error of some words, the sentence around them aside: written down by the Thinker, said by it, and recorded."""
-        speech, errors, judge = self.teacher.speech, {"asr": [], "speech": [], "natural_speech": []}, Judge(ENGLISH, few)
-        chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(few)][: self.items]
+        """Error of some words, the sentence around them aside: written down by the Thinker, said by
+        it, and recorded.
+        """
+        speech, errors, judge = (
+            self.teacher.speech,
+            {"asr": [], "speech": [], "natural_speech": []},
+            Judge(ENGLISH, few),
+        )
+        chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(few)][
+            : self.items
+        ]
         for i, text in zip(chosen, self.written_down(chosen)):
             utterance = speech.utterances[i]
             reply = self.say(utterance.text, utterance.voice, seed=i)
             right = [word for word in utterance.text.split() if word in few]
-            heard = {"asr": text.split(), "speech": hear(judge, reply.wave, reply.sample_rate),
-                     "natural_speech": hear(judge, speech.wave(i), world.LISTENING_RATE)}
+            heard = {
+                "asr": text.split(),
+                "speech": hear(judge, reply.wave, reply.sample_rate),
+                "natural_speech": hear(judge, speech.wave(i), world.LISTENING_RATE),
+            }
             for name, said in heard.items():
-                errors[name].append((edits(right, [word for word in said if word not in FRAME]), len(right)))
+                errors[name].append(
+                    (edits(right, [word for word in said if word not in FRAME]), len(right))
+                )
         return [word_error_row(f"english_{name}_wer{end}", items) for name, items in errors.items()]
 
     def long_rows(self, count: int) -> list[Row]:
-        """Half a minute of speech and a minute of pictures; and the same of short ones, for comparison."""
+        """Half a minute of speech and a minute of pictures; and the same of short ones, for
+        comparison.
+        """
         random = Random("held-out-long")
         rows = []
         for name, seconds in (("word error, 30 s of speech", 30), ("word error, one sentence", 0)):
             asked = [self.teacher.dictation(random, seconds) for _ in range(count)]
             texts = self.replies([self.teacher.conversation(example, random) for example in asked])
             right = [example.answer.split() for example in asked]
-            rows.append(word_error_row(name, [(edits(r, text.split()), len(r)) for r, text in zip(right, texts)]))
+            rows.append(
+                word_error_row(
+                    name, [(edits(r, text.split()), len(r)) for r, text in zip(right, texts)]
+                )
+            )
         long = [world.long_clip(random, world.LONG_PAIRS) for _ in range(count)]
         short = [world.ordered(random) for _ in range(count)]
-        for name, asked in (("right, clips of about 45 s", long), ("right, clips of about 3 s", short)):
+        for name, asked in (
+            ("right, clips of about 45 s", long),
+            ("right, clips of about 3 s", short),
+        ):
             rows.append(Row(name, sum(self.right(asked, random)) / count, count))
         return rows
 
     def speech(self) -> list[Row]:
-        """Word error of spoken held-out sentences by the outside judge, beside that of recordings; and the voice."""
+        """Word error of spoken held-out sentences by the outside judge, beside that of recordings;
+        and the voice.
+        """
         judge, recordings = Judge(), self.teacher.speech
         made, streamed, natural, stopped, voices = [], [], [], 0, []
         said = [
-            i for i, u in enumerate(recordings.utterances) if u.voice in world.VOICES and u.text in world.statements()
+            i
+            for i, u in enumerate(recordings.utterances)
+            if u.voice in world.VOICES and u.text in world.statements()
         ][: self.items]
-        own_voices = set(world.VOICES) <= set(self.omni.voices)  # another model has voices of its own
-        known = VoiceClassifier(corpus("speaking", self.cache, self.teacher.english)) if own_voices else None
+        own_voices = set(world.VOICES) <= set(
+            self.omni.voices
+        )  # another model has voices of its own
+        known = (
+            VoiceClassifier(corpus("speaking", self.cache, self.teacher.english))
+            if own_voices
+            else None
+        )
         for i in said:
             utterance = recordings.utterances[i]
             reply = self.say(utterance.text, utterance.voice if own_voices else None, seed=i)
@@ -269,11 +340,15 @@ class Examiner:
             made.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
             live = self.say_live(utterance.text, utterance.voice if own_voices else None, seed=i)
             streamed.append((edits(right, hear(judge, live, reply.sample_rate)), len(right)))
-            natural.append((edits(right, hear(judge, recordings.wave(i), world.LISTENING_RATE)), len(right)))
+            natural.append(
+                (edits(right, hear(judge, recordings.wave(i), world.LISTENING_RATE)), len(right))
+            )
             longest = self.omni.config.talker_sampling.max_new_tokens
             pace = reply.seconds / (len(recordings.wave(i)) / world.LISTENING_RATE)
             stopped += not 0.5 < pace < 2 or len(reply.codes) == longest
-            voices.append(own_voices and len(reply.wave) > 0 and known.name(reply.wave) == utterance.voice)
+            voices.append(
+                own_voices and len(reply.wave) > 0 and known.name(reply.wave) == utterance.voice
+            )
         return [
             word_error_row("speech_wer", made),
             word_error_row("streamed_speech_wer", streamed),
@@ -283,15 +358,22 @@ class Examiner:
         ]
 
     def preference(self, stages: Path) -> list[Row]:
-        """Word error on hard sentences before and after DPO, the same seeds; None where the stages are not kept."""
+        """Word error on hard sentences before and after DPO, the same seeds; None where the stages
+        are not kept.
+        """
         names = "dpo_wer_before", "dpo_wer_after"
         if not all((stages / f"{stage}.safetensors").exists() for stage in ("talker", "dpo")):
             return [Row(name, None) for name in names]
-        rows, kept = [], {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()}
+        rows, kept = (
+            [],
+            {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()},
+        )
         for name, stage in zip(names, ("talker", "dpo")):
             graduate(self.omni, stages, [stage])
             sentences = hard_sentences()[: self.items]
-            rows.append(word_error_row(name, self.understood(sentences, self.spoken(sentences), LONG)))
+            rows.append(
+                word_error_row(name, self.understood(sentences, self.spoken(sentences), LONG))
+            )
         self.omni.talker.load_state_dict(kept)
         return rows
 
@@ -300,19 +382,29 @@ class Examiner:
         voices = list(self.omni.voices)
         return [self.say(text, voices[i % len(voices)], seed=i) for i, text in enumerate(sentences)]
 
-    def understood(self, sentences: list[str], replies: list[Reply], said: str = STATEMENT) -> list[tuple[int, int]]:
+    def understood(
+        self, sentences: list[str], replies: list[Reply], said: str = STATEMENT
+    ) -> list[tuple[int, int]]:
         """What the judge makes of the sentences' replies -> (edits, words) each."""
         judge = Judge(said)
         heard = [hear(judge, reply.wave, reply.sample_rate) for reply in replies]
-        return [(edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)]
+        return [
+            (edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)
+        ]
 
     def say(self, text: str, voice: str | None, seed: int):
         """A typed wish, spoken."""
-        return self.omni.respond([{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed)
+        return self.omni.respond(
+            [{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed
+        )
 
     def say_live(self, text: str, voice: str | None, seed: int) -> Tensor:
-        """The same wish, spoken while it is thought: the same codes, painted chunk by chunk -> its sound [samples]."""
-        *_, end = self.omni.stream([{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed)
+        """The same wish, spoken while it is thought: the same codes, painted chunk by chunk -> its
+        sound [samples].
+        """
+        *_, end = self.omni.stream(
+            [{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed
+        )
         return end.reply.wave
 
 
@@ -322,19 +414,26 @@ def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:
 
 
 def hard_sentences(held: bool = True, count: int = 400) -> list[str]:
-    """Long sentences, two held-out statements (or trained ones) in one breath, in which a word comes back."""
+    """Long sentences, two held-out statements (or trained ones) in one breath, in which a word
+    comes back.
+    """
     random = Random("hard")
     return [world.long_statement(random, held) for _ in range(count)]
 
 
 class VoiceClassifier:
-    """Says whose voice a recording is. Learnt from recordings alone: linear discriminants of long-term mel means."""
+    """Says whose voice a recording is. Learnt from recordings alone: linear discriminants of
+    long-term mel means.
+    """
 
     def __init__(self, speech, each: int = 60):
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-        chosen = [i for name in world.VOICES for i in [
-            i for i, u in enumerate(speech.utterances) if u.voice == name][:each]]
+        chosen = [
+            i
+            for name in world.VOICES
+            for i in [i for i, u in enumerate(speech.utterances) if u.voice == name][:each]
+        ]
         rows = np.stack([timbre(speech.wave(i)) for i in chosen])
         self.model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
         self.model.fit(rows, [speech.utterances[i].voice for i in chosen])

@@ -1,7 +1,8 @@
-"""What a run leaves on disk: config.json, log.jsonl, samples/<stage>/<step>.*, checkpoints. A full disk spoils nothing.
+"""What a run leaves on disk: config.json, log.jsonl, samples/<stage>/<step>.*, checkpoints. A full
+disk spoils nothing.
 
-    <stage>.resume.pt       parameters, optimizers and step of a stage that is not finished
-    <stage>.safetensors     what a finished stage learnt
+<stage>.resume.pt       parameters, optimizers and step of a stage that is not finished
+<stage>.safetensors     what a finished stage learnt
 """
 
 import json
@@ -17,14 +18,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..config import OmniConfig
-from ..config_json import read_config, write_config
-from ..errors import UserError, shorten
-from ..files import WriteError, open_regular, write_atomically, writing
+from minomni.config import OmniConfig
+from minomni.config_json import read_config, write_config
+from minomni.errors import UserError, shorten
+from minomni.files import WriteError, open_regular, write_atomically, writing
 
-
-RUN_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "log.jsonl", "seconds.json", "samples",
-             "*.safetensors", "*.resume.pt", "*.part")  # all that the folder of a run holds
+RUN_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "log.jsonl",
+    "seconds.json",
+    "samples",
+    "*.safetensors",
+    "*.resume.pt",
+    "*.part",
+)  # all that the folder of a run holds
 
 
 @contextmanager
@@ -34,14 +43,16 @@ def room_for(what: Path):
         with writing(what):
             yield
     except WriteError as error:
-        raise UserError(f"{error}; make room and go on with --resume, the last checkpoint is whole") from None
+        raise UserError(
+            f"{error}; make room and go on with --resume, the last checkpoint is whole"
+        ) from None
 
 
 def make_home(folder: Path) -> None:
     """Make the folder of a run, before any work begins.
 
-    Raises UserError where that cannot be: a file, below a file, a name that is too long, a folder that may not be
-    written to.
+    Raises UserError where that cannot be: a file, below a file, a name that is too long, a folder
+    that may not be written to.
     """
     probe = folder / f"{os.getpid()}.part"
     try:
@@ -61,10 +72,16 @@ def clear_home(folder: Path) -> None:
     if not folder.exists():
         return
     with writing(folder):
-        foreign = [entry.name for entry in folder.iterdir() if not any(entry.match(known) for known in RUN_FILES)]
+        foreign = [
+            entry.name
+            for entry in folder.iterdir()
+            if not any(entry.match(known) for known in RUN_FILES)
+        ]
         if foreign:
-            raise UserError(f"{shorten(folder, 200)}: holds {shorten(min(foreign), 80)!r}, which --fresh would delete "
-                            f"although no run wrote it; move it, or work elsewhere")
+            raise UserError(
+                f"{shorten(folder, 200)}: holds {shorten(min(foreign), 80)!r}, which --fresh would delete "
+                f"although no run wrote it; move it, or work elsewhere"
+            )
         for entry in list(folder.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -73,17 +90,23 @@ def clear_home(folder: Path) -> None:
 
 
 def claim(folder: Path, config: OmniConfig) -> None:
-    """Write the sizes of the model into a new run folder. Raises UserError where a run of other sizes lies in it."""
+    """Write the sizes of the model into a new run folder. Raises UserError where a run of other
+    sizes lies in it.
+    """
     if (folder / "config.json").exists():
         if read_config(folder) != config:
-            raise UserError(f"{folder} holds a run of other sizes; --fresh throws it away, --home works elsewhere")
+            raise UserError(
+                f"{folder} holds a run of other sizes; --fresh throws it away, --home works elsewhere"
+            )
         return
     with room_for(folder / "config.json"):
         write_config(config, folder)
 
 
 def log(folder: Path, entry: dict) -> None:
-    """Append one line to log.jsonl; a line that a full disk has cut is left behind as a line of its own."""
+    """Append one line to log.jsonl; a line that a full disk has cut is left behind as a line of its
+    own.
+    """
     path = folder / "log.jsonl"
     with room_for(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +115,9 @@ def log(folder: Path, entry: dict) -> None:
             file.write(b"\n" * cut + json.dumps(entry).encode() + b"\n")
 
 
-def keep(folder: Path, name: str, step: int, means: dict, unlocked: dict[str, Tensor], optimizers: list) -> None:
+def keep(
+    folder: Path, name: str, step: int, means: dict, unlocked: dict[str, Tensor], optimizers: list
+) -> None:
     """Write all that a stage needs to go on."""
     parameters = {n: p.detach() for n, p in unlocked.items()}
     states = [optimizer.state_dict() for optimizer in optimizers]
@@ -102,11 +127,13 @@ def keep(folder: Path, name: str, step: int, means: dict, unlocked: dict[str, Te
         write_atomically(path, lambda f: torch.save(state, f))
 
 
-def restore(folder: Path, name: str, unlocked: dict[str, Tensor], optimizers: list) -> tuple[int, dict]:
+def restore(
+    folder: Path, name: str, unlocked: dict[str, Tensor], optimizers: list
+) -> tuple[int, dict]:
     """Go back to where a stage was kept -> (step, mean losses), (0, {}) where it was not.
 
-    All of the file is checked before anything is changed. Raises UserError for a damaged file, and for the checkpoint
-    of another model.
+    All of the file is checked before anything is changed. Raises UserError for a damaged file, and
+    for the checkpoint of another model.
     """
     path = folder / f"{name}.resume.pt"
     if not path.exists():
@@ -114,9 +141,13 @@ def restore(folder: Path, name: str, unlocked: dict[str, Tensor], optimizers: li
     state, start_over = read_checked(path), f"--stage {name} --fresh starts this stage over"
     if not is_state(state):
         raise UserError(f"{path}: is not what a stage keeps of itself; {start_over}")
-    if {n: p.shape for n, p in state["parameters"].items()} != {n: p.shape for n, p in unlocked.items()}:
+    if {n: p.shape for n, p in state["parameters"].items()} != {
+        n: p.shape for n, p in unlocked.items()
+    }:
         raise UserError(f"{path} belongs to another model; {start_over}")
-    if not all(map(suits, state["optimizers"], optimizers)) or len(state["optimizers"]) != len(optimizers):
+    if not all(map(suits, state["optimizers"], optimizers)) or len(state["optimizers"]) != len(
+        optimizers
+    ):
         raise UserError(f"{path} was kept by other optimizers; {start_over}")
     for key, parameter in unlocked.items():
         parameter.data.copy_(state["parameters"][key])
@@ -126,9 +157,11 @@ def restore(folder: Path, name: str, unlocked: dict[str, Tensor], optimizers: li
 
 
 def read_checked(path: Path):
-    """What torch.save wrote to a file, read as data: code is refused. Raises UserError for any damage.
+    """What torch.save wrote to a file, read as data: code is refused. Raises UserError for any
+    damage.
 
-    torch does not compare the checksums that it writes; zipfile does, so that a flipped bit is not learnt from.
+    torch does not compare the checksums that it writes; zipfile does, so that a flipped bit is not
+    learnt from.
     """
     try:
         with open_regular(path, "a checkpoint") as file, zipfile.ZipFile(file) as archive:
@@ -143,21 +176,33 @@ def read_checked(path: Path):
         raise
     except Exception as error:  # what a broken or hostile file raises can be any exception
         reason = shorten((str(error).splitlines() or [""])[0], 120)
-        raise UserError(f"{shorten(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
-                        f"{reason}); delete it, and what it held is made again") from None
+        raise UserError(
+            f"{shorten(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
+            f"{reason}); delete it, and what it held is made again"
+        ) from None
 
 
 def is_state(state) -> bool:
     """Whether this is what keep() writes, for whatever model."""
     keys = {"step": int, "means": dict, "parameters": dict, "optimizers": list}
-    if not isinstance(state, dict) or not all(type(state.get(key)) is kind for key, kind in keys.items()):
+    if not isinstance(state, dict) or not all(
+        type(state.get(key)) is kind for key, kind in keys.items()
+    ):
         return False
-    means = all(isinstance(name, str) and type(mean) is float for name, mean in state["means"].items())
-    return means and state["step"] >= 0 and all(isinstance(p, Tensor) for p in state["parameters"].values())
+    means = all(
+        isinstance(name, str) and type(mean) is float for name, mean in state["means"].items()
+    )
+    return (
+        means
+        and state["step"] >= 0
+        and all(isinstance(p, Tensor) for p in state["parameters"].values())
+    )
 
 
 def suits(kept, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer can go on from a kept state: the same groups, and for each parameter tensors of its shape."""
+    """Whether an optimizer can go on from a kept state: the same groups, and for each parameter
+    tensors of its shape.
+    """
     fresh = optimizer.state_dict()["param_groups"]
     if not isinstance(kept, dict) or not isinstance(kept.get("state"), dict):
         return False
@@ -180,7 +225,9 @@ def suits(kept, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def finish(folder: Path, name: str, learnt: dict[str, Tensor]) -> None:
-    """Write what a stage learnt and clear away what it needed on its way, halves that a kill left behind too."""
+    """Write what a stage learnt and clear away what it needed on its way, halves that a kill left
+    behind too.
+    """
     tensors = {n: p.detach().cpu().contiguous() for n, p in learnt.items()}
     path = folder / f"{name}.safetensors"
     with room_for(path):
@@ -206,10 +253,16 @@ def graduate(omni: nn.Module, folder: Path, stages: list[str]) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing: run stage {name} first")
         learnt = read_tensors(path)
-        strange = [key for key, value in learnt.items() if key not in parameters or parameters[key].shape != value.shape]
+        strange = [
+            key
+            for key, value in learnt.items()
+            if key not in parameters or parameters[key].shape != value.shape
+        ]
         if strange:
-            raise UserError(f"{path} belongs to another model, first {min(strange)!r}; --stage {name} --fresh makes it "
-                            f"again")
+            raise UserError(
+                f"{path} belongs to another model, first {min(strange)!r}; --stage {name} --fresh makes it "
+                f"again"
+            )
         for key, value in learnt.items():
             parameters[key].data.copy_(value)
 
@@ -220,5 +273,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{shorten(path, 200)}: cut short or no safetensors file ({shorten(error, 120)}); delete it, "
-                        f"and run its stage again") from None
+        raise UserError(
+            f"{shorten(path, 200)}: cut short or no safetensors file ({shorten(error, 120)}); delete it, "
+            f"and run its stage again"
+        ) from None

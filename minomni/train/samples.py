@@ -1,4 +1,6 @@
-"""Samples that a run leaves behind: in samples/<stage>/ a wav, a mel as a picture, and what a codec reads in it."""
+"""Samples that a run leaves behind: in samples/<stage>/ a wav, a mel as a picture, and what a codec
+reads in it.
+"""
 
 from io import BytesIO
 from pathlib import Path
@@ -6,28 +8,42 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import viz
-from ..files import write_atomically
-from ..inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
-from ..talker.codec import Codec, ids_to_letters
-from .run_folder import read_tensors, room_for
+from minomni import viz
+from minomni.files import write_atomically
+from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
+from minomni.talker.codec import Codec, ids_to_letters
+from minomni.train.run_folder import read_tensors, room_for
 
 
 def leave(stage, folder: Path, step: int, shown: str) -> None:
-    """Write what a stage can do by now: its line as text; where it makes sound, a wav, a picture and what is read."""
-    place, sound, lines = folder / "samples" / stage.name / f"{step:06}", stage.sound(), [shown] if shown else []
+    """Write what a stage can do by now: its line as text; where it makes sound, a wav, a picture
+    and what is read.
+    """
+    place, sound, lines = (
+        folder / "samples" / stage.name / f"{step:06}",
+        stage.sound(),
+        [shown] if shown else [],
+    )
     with room_for(place):
         if sound is not None:
             text, made = sound
             mel, wave = both(made.float().cpu())
             rate = stage.omni.config.token2wav.sample_rate
             write_atomically(place.with_suffix(".wav"), lambda f: write_wav(f, wave, rate))
-            write_atomically(place.with_suffix(".png"), lambda f: write_picture(f, mel, f"{text}, step {step}"))
+            write_atomically(
+                place.with_suffix(".png"), lambda f: write_picture(f, mel, f"{text}, step {step}")
+            )
             reader = trained_codec(stage, folder)
-            heard = "not read: stage codec is not finished" if reader is None else repr(read(reader, mel))
+            heard = (
+                "not read: stage codec is not finished"
+                if reader is None
+                else repr(read(reader, mel))
+            )
             lines = [f"said  {text!r}", f"read  {heard}", *lines]
         if lines:
-            write_atomically(place.with_suffix(".txt"), lambda f: f.write("\n".join([*lines, ""]).encode()))
+            write_atomically(
+                place.with_suffix(".txt"), lambda f: f.write("\n".join([*lines, ""]).encode())
+            )
 
 
 def trained_codec(stage, folder: Path) -> nn.Module | None:
@@ -37,7 +53,9 @@ def trained_codec(stage, folder: Path) -> nn.Module | None:
     if not (folder / "codec.safetensors").exists():
         return None
     codec = Codec(stage.omni.config.codec)
-    codec.load_state_dict({k.removeprefix("codec."): v for k, v in read_tensors(folder / "codec.safetensors").items()})
+    codec.load_state_dict(
+        {k.removeprefix("codec."): v for k, v in read_tensors(folder / "codec.safetensors").items()}
+    )
     return codec
 
 
@@ -47,9 +65,11 @@ def both(made: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def griffin_lim(mel: Tensor, rounds: int = 32) -> Tensor:
-    """A wave [T * 160] whose voice_mel is about `mel` [T, bands], without any network (Griffin and Lim 1984).
+    """A wave [T * 160] whose voice_mel is about `mel` [T, bands], without any network (Griffin and
+    Lim 1984).
 
-    Bands are spread back over the spectrum; then phases are sought that one wave can have, from silence on.
+    Bands are spread back over the spectrum; then phases are sought that one wave can have, from
+    silence on.
     """
     inverse = torch.linalg.pinv(mel_filters(VOICE_FFT, VOICE_BANDS))  # [bins, bands]
     size = (inverse @ mel.T.exp()).clamp_min(0)  # [bins, T]
@@ -59,7 +79,9 @@ def griffin_lim(mel: Tensor, rounds: int = 32) -> Tensor:
     spectrum = torch.polar(size, phase)
     for _ in range(rounds):
         wave = torch.istft(spectrum, **shape, length=len(mel) * HOP)
-        phase = torch.stft(wave, **shape, return_complex=True)[:, : len(mel)].angle()  # one frame more than T: cut
+        phase = torch.stft(wave, **shape, return_complex=True)[
+            :, : len(mel)
+        ].angle()  # one frame more than T: cut
         spectrum = torch.polar(size, phase)
     return torch.istft(spectrum, **shape, length=len(mel) * HOP).clamp(-1, 1)
 
@@ -86,6 +108,8 @@ def write_picture(file, mel: Tensor, title: str) -> None:
     """A mel [T, bands] as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 2.4), layout="constrained")  # without pyplot, which would ask for a screen
+    figure = Figure(
+        figsize=(8, 2.4), layout="constrained"
+    )  # without pyplot, which would ask for a screen
     viz.mel(viz.plain(figure.subplots()), mel.T.numpy(), title)
     figure.savefig(file, format="png", dpi=80)

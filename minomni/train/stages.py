@@ -1,4 +1,6 @@
-"""The school's timetable: which stages there are, in the paper's order, and how long each runs at each size."""
+"""The school's timetable: which stages there are, in the paper's order, and how long each runs at
+each size.
+"""
 
 import hashlib
 import os
@@ -9,20 +11,26 @@ from pathlib import Path
 
 import torch
 
-from .. import ROOT, weights
-from .. import config as sizes
-from ..config_json import read_json, write_json
-from ..devices import device_of
-from ..errors import UserError
-from ..omni import Omni
-from .loop import Recipe, Stage, train
-from .run_folder import claim, clear_home, forget, graduate, make_home
-from .sense_stages import EarsStage, EyesStage
-from .speech import FIRST_VOICE, corpus, make_voices
-from .talker_stages import DPOStage, SpeakersStage, TalkerStage
-from .thinker_stages import ChatStage, LanguageStage, Thinker1Stage, Thinker2Stage, Thinker3Stage
-from .vocabulary import english, world_tokenizer
-from .voice_stages import CodecStage, DiTStage, VocoderStage
+from minomni import ROOT, weights
+from minomni import config as sizes
+from minomni.config_json import read_json, write_json
+from minomni.devices import device_of
+from minomni.errors import UserError
+from minomni.omni import Omni
+from minomni.train.loop import Recipe, Stage, train
+from minomni.train.run_folder import claim, clear_home, forget, graduate, make_home
+from minomni.train.sense_stages import EarsStage, EyesStage
+from minomni.train.speech import FIRST_VOICE, corpus, make_voices
+from minomni.train.talker_stages import DPOStage, SpeakersStage, TalkerStage
+from minomni.train.thinker_stages import (
+    ChatStage,
+    LanguageStage,
+    Thinker1Stage,
+    Thinker2Stage,
+    Thinker3Stage,
+)
+from minomni.train.vocabulary import english, world_tokenizer
+from minomni.train.voice_stages import CodecStage, DiTStage, VocoderStage
 
 LANES = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
 TRAINED = "trained.json"  # beside the weights: size, seed, command, seconds, config, commit
@@ -62,8 +70,8 @@ RECIPES = {
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
 }
-# Twelve times the parameters, for a GPU: in larger batches, at a lower rate, as many steps as an H100
-# did in ten minutes; those of dpo and speakers, which it did not reach, are a guess.
+# Twelve times the parameters, for a GPU: in larger batches, at a lower rate, as many steps as an
+# H100 did in ten minutes; those of dpo and speakers, which it did not reach, are a guess.
 SMALL_STEPS = {
     "codec": 510,
     "vocoder": 670,
@@ -80,13 +88,21 @@ SMALL_STEPS = {
     "speakers": 40,
 }
 RECIPES["small"] = {
-    name: Recipe(steps=SMALL_STEPS[name], batch=2 * r.batch, lr=r.lr / 2, warmup=min(100, SMALL_STEPS[name] // 5))
+    name: Recipe(
+        steps=SMALL_STEPS[name],
+        batch=2 * r.batch,
+        lr=r.lr / 2,
+        warmup=min(100, SMALL_STEPS[name] // 5),
+    )
     for name, r in RECIPES["tiny"].items()
 }
 
-# Seconds and last losses of these recipes, and where. Filled by hand from log.jsonl: losses of the model that is shipped,
-# seconds of today's code. A stage that nobody has measured is not in it.
-MEASURED = {"tiny": "two cores, two stages at a time", "small": "one H100 and 16 cores, up to five stages at a time"}
+# Seconds and last losses of these recipes, and where. Filled by hand from log.jsonl: losses of the
+# model that is shipped, seconds of today's code. A stage that nobody has measured is not in it.
+MEASURED = {
+    "tiny": "two cores, two stages at a time",
+    "small": "one H100 and 16 cores, up to five stages at a time",
+}
 EXPECTED = {
     "tiny": {
         "codec": (160, "ctc 0.028  mel 0.366  even 0.007"),
@@ -120,27 +136,62 @@ EXPECTED = {
 
 
 def timetable(size: str) -> str:
-    """The stages as a table: what learns and what is locked meanwhile, how long and from what, what is to be expected.
+    """The stages as a table: what learns and what is locked meanwhile, how long and from what, what
+    is to be expected.
 
     Raises UserError for an unknown size.
     """
-    rows = [("stage", "steps", "rows a step", "rate", "seconds*", "loss at the end*", "learns", "locked", "data")]
+    rows = [
+        (
+            "stage",
+            "steps",
+            "rows a step",
+            "rate",
+            "seconds*",
+            "loss at the end*",
+            "learns",
+            "locked",
+            "data",
+        )
+    ]
     for name, stage in STAGES.items():
         recipe = recipe_of(name, size)
         seconds, loss = EXPECTED.get(size, {}).get(name, ("-", "-"))
-        used = {part for need in stage.needs for part in STAGES[need].learns if not part.startswith(stage.learns)}
-        locked = sorted(part for part in used if not part.startswith(tuple(used - {part})))  # the whole says its parts
+        used = {
+            part
+            for need in stage.needs
+            for part in STAGES[need].learns
+            if not part.startswith(stage.learns)
+        }
+        locked = sorted(
+            part for part in used if not part.startswith(tuple(used - {part}))
+        )  # the whole says its parts
         numbers = recipe.steps, recipe.batch * recipe.accumulate, f"{recipe.lr:.0e}", seconds
-        rows.append((name, *map(str, numbers), loss, in_short(stage.learns), in_short(locked), stage.data))
+        rows.append(
+            (name, *map(str, numbers), loss, in_short(stage.learns), in_short(locked), stage.data)
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"* measured on {MEASURED[size]}; - where nobody has measured it",
-                      "", *(f"{name:<10}{stage.about}" for name, stage in STAGES.items())])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"* measured on {MEASURED[size]}; - where nobody has measured it",
+            "",
+            *(f"{name:<10}{stage.about}" for name, stage in STAGES.items()),
+        ]
+    )
 
 
 def in_short(prefixes) -> str:
-    """Parameter name prefixes as a reader wants them: without the parts of a name that repeat the module's."""
-    return ", ".join(p.removeprefix("token2wav.code2wav_").removesuffix(".") for p in prefixes) or "-"
+    """Parameter name prefixes as a reader wants them: without the parts of a name that repeat the
+    module's.
+    """
+    return (
+        ", ".join(p.removeprefix("token2wav.code2wav_").removesuffix(".") for p in prefixes) or "-"
+    )
 
 
 def recipe_of(name: str, size: str) -> Recipe:
@@ -148,7 +199,9 @@ def recipe_of(name: str, size: str) -> Recipe:
     if name not in STAGES:
         raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
     if size not in RECIPES:
-        raise UserError(f"size {size!r} has no training recipe; sizes with one are {', '.join(RECIPES)}")
+        raise UserError(
+            f"size {size!r} has no training recipe; sizes with one are {', '.join(RECIPES)}"
+        )
     return RECIPES[size][name]
 
 
@@ -163,7 +216,11 @@ def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> No
         forget(folder, stage)
     elif fresh:
         clear_home(folder)
-    left = [*folder.glob(f"{stage}.safetensors"), *folder.glob(f"{stage}.resume.pt")] if stage else folder.glob("*")
+    left = (
+        [*folder.glob(f"{stage}.safetensors"), *folder.glob(f"{stage}.resume.pt")]
+        if stage
+        else folder.glob("*")
+    )
     if any(left) and not resume:
         what = f"stage {stage} of an earlier run" if stage else "an earlier run"
         raise UserError(f"{folder} holds {what}; --resume goes on with it, --fresh throws it away")
@@ -171,7 +228,8 @@ def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> No
 
 
 def graduation(size: str, home: Path, seed: int) -> None:
-    """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and voices.
+    """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and
+    voices.
 
     Its trained.json says how it came to be.
     """
@@ -180,7 +238,10 @@ def graduation(size: str, home: Path, seed: int) -> None:
     graduate(omni, home / "stages", list(STAGES))
     tokens = omni.config.thinker.tokens
     omni.tokenizer = world_tokenizer(tokens)
-    omni.voices = make_voices(corpus("speaking", home.parent / "corpus", english(tokens)), tokens.tts_text_pad + FIRST_VOICE)
+    omni.voices = make_voices(
+        corpus("speaking", home.parent / "corpus", english(tokens)),
+        tokens.tts_text_pad + FIRST_VOICE,
+    )
     weights.save(omni, home / "model")
     made = {"size": size, "seed": seed, "command": f"python -m minomni train {size} --seed {seed}"}
     made |= {"seconds": round(spent(home)), "config": fingerprint(omni.config), "commit": commit()}
@@ -203,7 +264,9 @@ def fingerprint(config: sizes.OmniConfig) -> str:
 def commit() -> str:
     """The commit of the code that runs, or 'unknown' where there is no git."""
     try:
-        answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        answer = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
     except OSError:
         return "unknown"
     return answer.stdout.strip() or "unknown"
@@ -212,7 +275,8 @@ def commit() -> str:
 def make(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> Stage:
     """A stage ready to run: the model as its predecessors left it, on its device.
 
-    Raises UserError for an unknown stage or size, a device that is not there, a predecessor that has not finished.
+    Raises UserError for an unknown stage or size, a device that is not there, a predecessor that
+    has not finished.
     """
     recipe = recipe_of(name, size)
     torch.manual_seed(seed)
@@ -221,10 +285,14 @@ def make(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> St
     return STAGES[name](omni.to(device_of(device)), recipe, home.parent / "corpus", seed)
 
 
-def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, device: str = "cpu", slot: int = 0) -> None:
-    """Run one stage in this process, on one thread: two stages share two cores better than one stage uses both.
+def run_stage(
+    name: str, size: str, home: Path, seed: int, resume: bool, device: str = "cpu", slot: int = 0
+) -> None:
+    """Run one stage in this process, on one thread: two stages share two cores better than one
+    stage uses both.
 
-    Raises UserError for what make() and train() refuse, and where the folder holds a run of other sizes.
+    Raises UserError for what make() and train() refuse, and where the folder holds a run of other
+    sizes.
     """
     folder = home / "stages"
     claim(folder, sizes.size(size))
@@ -236,18 +304,25 @@ def run_stage(name: str, size: str, home: Path, seed: int, resume: bool, device:
 
 
 def way(name: str, size: str) -> float:
-    """Seconds from a stage's start to the end of the last that waits for it; the longest way goes first.
+    """Seconds from a stage's start to the end of the last that waits for it; the longest way goes
+    first.
 
     As measured; a stage that nobody has measured counts by its steps.
     """
     seconds, _ = EXPECTED.get(size, {}).get(name, (recipe_of(name, size).steps / 4, ""))
-    return seconds + max((way(other, size) for other, stage in STAGES.items() if name in stage.needs), default=0)
+    return seconds + max(
+        (way(other, size) for other, stage in STAGES.items() if name in stage.needs), default=0
+    )
 
 
-def start_next(order: list[str], done: set[str], running: dict[str, int], lanes: int) -> tuple[str, int] | None:
-    """The stage that starts now and its lane, or None while there is none; running: stages with their lanes.
+def start_next(
+    order: list[str], done: set[str], running: dict[str, int], lanes: int
+) -> tuple[str, int] | None:
+    """The stage that starts now and its lane, or None while there is none; running: stages with
+    their lanes.
 
-    As long as others are waited for, a stage that nobody waits for keeps to a spare lane, number `lanes`.
+    As long as others are waited for, a stage that nobody waits for keeps to a spare lane, number
+    `lanes`.
     """
     awaited = {need for stage in STAGES.values() for need in stage.needs}
     left = [name for name in order if name not in done and name not in running]
@@ -261,18 +336,34 @@ def start_next(order: list[str], done: set[str], running: dict[str, int], lanes:
 
 
 def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
-    """Run every unfinished stage as soon as what it needs is there, LANES at a time; each in a process of its own.
+    """Run every unfinished stage as soon as what it needs is there, LANES at a time; each in a
+    process of its own.
 
-    One more has the lowest priority: it learns in what the others leave of the cores. A stage that fails ends the run
-    with its message; what is finished stays, and the next run goes on from there.
+    One more has the lowest priority: it learns in what the others leave of the cores. A stage that
+    fails ends the run with its message; what is finished stays, and the next run goes on from
+    there.
     """
     done = {name for name in STAGES if (home / "stages" / f"{name}.safetensors").exists()}
     running: dict[str, int] = {}
     processes: dict[str, subprocess.Popen] = {}
-    for name in ("listening", "speaking"):  # once, by all cores, before two stages miss the same recordings
+    for name in (
+        "listening",
+        "speaking",
+    ):  # once, by all cores, before two stages miss the same recordings
         corpus(name, home.parent / "corpus", english(sizes.size(size).thinker.tokens))
     order = sorted(STAGES, key=lambda name: -way(name, size))
-    command = [sys.executable, "-m", "minomni", "train", size, "--resume", "--home", str(home), "--seed", str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "minomni",
+        "train",
+        size,
+        "--resume",
+        "--home",
+        str(home),
+        "--seed",
+        str(seed),
+    ]
     lanes = LANES.get(device, LANES["cpu"])
     while len(done) < len(STAGES):
         while start := start_next(order, done, running, lanes):
@@ -288,5 +379,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
             if processes[name].returncode:
                 for other in running:
                     processes[other].terminate()
-                raise UserError(f"stage {name} stopped with exit code {processes[name].returncode}; its message stands above")
+                raise UserError(
+                    f"stage {name} stopped with exit code {processes[name].returncode}; its message stands above"
+                )
             done.add(name)

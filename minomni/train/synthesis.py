@@ -1,8 +1,8 @@
 """Speech for the generated world, by the espeak-ng synthesiser inside pip's `espeakng-loader`.
 
-espeak-ng keeps state between utterances and seeds its breath noise from the clock, so a corpus is cut into parts, each
-made in a fresh process, in a fixed order, with a fixed seed: then it is the same, bit for bit, wherever the same version
-runs, on however many cores.
+espeak-ng keeps state between utterances and seeds its breath noise from the clock, so a corpus is
+cut into parts, each made in a fresh process, in a fixed order, with a fixed seed: then it is the
+same, bit for bit, wherever the same version runs, on however many cores.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
-from ..config import LISTENING_RATE
-from ..errors import UserError
+from minomni.config import LISTENING_RATE
+from minomni.errors import UserError
 
 ESPEAK_RATE = 22_050  # Hz, what espeak-ng makes
 SILENCE = 150  # of 32767: quieter samples at both ends are cut off
@@ -33,7 +33,8 @@ class Job(NamedTuple):
 
 
 def synthesise(jobs: list[Job], seed: int) -> list[np.ndarray]:
-    """Speak jobs, PART of them to a process -> int16 arrays [samples] at 16 kHz. Same jobs and seed, same samples.
+    """Speak jobs, PART of them to a process -> int16 arrays [samples] at 16 kHz. Same jobs and
+    seed, same samples.
 
     Raises UserError where the synthesiser is not installed or lacks a voice.
     """
@@ -67,7 +68,9 @@ def _speak_all(jobs, seed):
         espeak.espeak_SetParameter(1, job.rate, 0)  # 1 = espeakRATE
         espeak.espeak_SetParameter(3, job.pitch, 0)  # 3 = espeakPITCH
         raw = job.text.encode()
-        espeak.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, 1, None, None)  # count in characters, text is UTF-8
+        espeak.espeak_Synth(
+            raw, len(raw) + 1, 0, 1, 0, 1, None, None
+        )  # count in characters, text is UTF-8
         waves.append(_trim(np.concatenate(pieces)))
     return waves
 
@@ -75,15 +78,20 @@ def _speak_all(jobs, seed):
 def _start(seed):
     """Load the library, seed its noise and let its samples fall into a list."""
     if not available():
-        raise UserError("espeak-ng is not installed: pip install espeakng-loader, or train on data_samples/ alone")
+        raise UserError(
+            "espeak-ng is not installed: pip install espeakng-loader, or train on data_samples/ alone"
+        )
     import espeakng_loader
 
     espeak = ctypes.CDLL(espeakng_loader.get_library_path())
-    # 2 = hand samples over, in the calling thread; espeak-ng's own thread would be asked every 20 ms if it is done
+    # 2 = hand samples over, in the calling thread; espeak-ng's own thread would be asked every 20
+    # ms if it is done
     if espeak.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0) < 0:
         raise UserError("espeak-ng did not start: its data folder is missing or of another version")
     pieces = []
-    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    callback_type = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+    )
 
     def collect(samples, count, _events):
         if samples and count > 0:
@@ -97,7 +105,9 @@ def _start(seed):
 
 
 def _trim(samples):
-    """Cut silence to a fixed margin, so that speech and text begin and end together -> int16 at 16 kHz."""
+    """Cut silence to a fixed margin, so that speech and text begin and end together -> int16 at 16
+    kHz.
+    """
     wave = soxr.resample(samples.astype(np.float32), ESPEAK_RATE, LISTENING_RATE)
     loud = np.flatnonzero(np.abs(wave) > SILENCE)
     wave = np.pad(wave[loud[0] : loud[-1] + 1], MARGIN)

@@ -1,4 +1,6 @@
-"""Stages that teach the Talker: next code, preference for what is understood (DPO), the voices (paper, sec. 3.3)."""
+"""Stages that teach the Talker: next code, preference for what is understood (DPO), the voices
+(paper, sec. 3.3).
+"""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -6,18 +8,18 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..config import SamplingConfig
-from ..errors import UserError
-from ..files import write_atomically
-from ..talker.codec import align, ids_to_letters, letters_to_ids
-from ..talker.talker import Script, text
-from . import losses
-from .judge import edits
-from .loop import Stage
-from .speech import FIRST_VOICE, balanced, corpus, make_voices
-from .teacher import Teacher
-from .vocabulary import english, world_tokenizer
-from .voice_stages import coded, digest, similar_lengths
+from minomni.config import SamplingConfig
+from minomni.errors import UserError
+from minomni.files import write_atomically
+from minomni.talker.codec import align, ids_to_letters, letters_to_ids
+from minomni.talker.talker import Script, text
+from minomni.train import losses
+from minomni.train.judge import edits
+from minomni.train.loop import Stage
+from minomni.train.speech import FIRST_VOICE, balanced, corpus, make_voices
+from minomni.train.teacher import Teacher
+from minomni.train.vocabulary import english, world_tokenizer
+from minomni.train.voice_stages import coded, digest, similar_lengths
 
 SPACE = int(letters_to_ids(" "))
 THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
@@ -45,15 +47,22 @@ class Lesson:
     voice: int  # token id
     codes: Tensor  # [m]
     text: str
-    words: Tensor | None = None  # [m] which word of the text each code says, counted from 0; None where unknown
+    words: Tensor | None = (
+        None  # [m] which word of the text each code says, counted from 0; None where unknown
+    )
 
 
 def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per row of a lesson: prompt [L, E], its position ids [3, L], reply states [n - 1, E]; no padding, on the CPU."""
+    """Per row of a lesson: prompt [L, E], its position ids [3, L], reply states [n - 1, E]; no
+    padding, on the CPU.
+    """
     with torch.no_grad():
         reading = thinker.read(inputs)
     total, rows = inputs.input_ids.shape[1], []
-    spoken, position_ids = (reading.hidden + reading.text_embeds).cpu(), reading.position_ids.cpu()  # [B, L, E]
+    spoken, position_ids = (
+        (reading.hidden + reading.text_embeds).cpu(),
+        reading.position_ids.cpu(),
+    )  # [B, L, E]
     for row, mask in enumerate(inputs.attention_mask):
         begin, answer = total - int(mask.sum()), int((targets[row] != losses.IGNORE).sum())
         rows.append(
@@ -67,16 +76,30 @@ def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def to_script(lessons: list[Lesson], tokens, table) -> Script:
-    """A batch of lessons as the Talker reads it, prompts padded on the left, on the device of the Thinker's table."""
+    """A batch of lessons as the Talker reads it, prompts padded on the left, on the device of the
+    Thinker's table.
+    """
     device = table.weight.device
     lengths = [len(lesson.prompt) for lesson in lessons]
     longest = max(lengths)
-    prompt = torch.stack([torch.nn.functional.pad(x.prompt, (0, 0, longest - n, 0)) for x, n in zip(lessons, lengths)])
+    prompt = torch.stack(
+        [
+            torch.nn.functional.pad(x.prompt, (0, 0, longest - n, 0))
+            for x, n in zip(lessons, lengths)
+        ]
+    )
     positions = torch.stack(
-        [torch.nn.functional.pad(x.position_ids, (longest - n, 0), value=1) for x, n in zip(lessons, lengths)], 1
+        [
+            torch.nn.functional.pad(x.position_ids, (longest - n, 0), value=1)
+            for x, n in zip(lessons, lengths)
+        ],
+        1,
     )  # [3, B, L]
     mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()  # [B, L]
-    end, pad = table.weight[tokens.tts_text_end].detach(), table.weight[tokens.tts_text_pad].detach()
+    end, pad = (
+        table.weight[tokens.tts_text_end].detach(),
+        table.weight[tokens.tts_text_pad].detach(),
+    )
     voice = table.weight[torch.tensor([x.voice for x in lessons])].detach()
     lines = [text(x.states.to(device), end, pad) for x in lessons]
     return Script(prompt.to(device), positions.to(device), mask.to(device), voice, lines)
@@ -85,12 +108,16 @@ def to_script(lessons: list[Lesson], tokens, table) -> Script:
 def code_loss(omni, lessons: list[Lesson]) -> Tensor:
     """Mean next-code loss of the Talker on some lessons."""
     script = to_script(lessons, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
-    embeds, position_ids, mask, targets = omni.talker.teacher_forced(script, [lesson.codes for lesson in lessons])
+    embeds, position_ids, mask, targets = omni.talker.teacher_forced(
+        script, [lesson.codes for lesson in lessons]
+    )
     return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
 
 
 class SpeechStage(Stage):
-    """What the three share: spoken sentences as answers, what the Thinker thinks of them, and how they sound."""
+    """What the three share: spoken sentences as answers, what the Thinker thinks of them, and how
+    they sound.
+    """
 
     learns, data = ("talker.",), "spoken sentences as answers, what the Thinker thinks of them"
     kept = "lessons"  # begins the name of the file that they are kept in
@@ -98,18 +125,27 @@ class SpeechStage(Stage):
     def __init__(self, *args):
         super().__init__(*args)
         self.speech = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
-        self.voices = make_voices(self.speech, self.omni.config.thinker.tokens.tts_text_pad + FIRST_VOICE)
+        self.voices = make_voices(
+            self.speech, self.omni.config.thinker.tokens.tts_text_pad + FIRST_VOICE
+        )
         self.table = self.omni.thinker.model.embed_tokens
         self.tokens = self.omni.config.thinker.tokens
         self.omni.eval()
         with torch.no_grad():
             self.lessons = self.prepare()
-        self.lengths = [(len(x.prompt) // 8, len(x.codes)) for x in self.lessons]  # each is padded on its own
+        self.lengths = [
+            (len(x.prompt) // 8, len(x.codes)) for x in self.lessons
+        ]  # each is padded on its own
         self.weights = balanced([x.text for x in self.lessons])
 
     def prepare(self) -> list[Lesson]:
-        """One lesson for every recording, kept in a file that is named by what made them: dpo and speakers share it."""
-        path = self.cache / f"{self.kept}-{digest([self.omni.thinker, self.omni.codec], self.seed, self.speech.utterances)}.pt"
+        """One lesson for every recording, kept in a file that is named by what made them: dpo and
+        speakers share it.
+        """
+        path = (
+            self.cache
+            / f"{self.kept}-{digest([self.omni.thinker, self.omni.codec], self.seed, self.speech.utterances)}.pt"
+        )
         if path.exists():
             return [Lesson(**row) for row in torch.load(path, weights_only=True)]
         lessons = self.make_lessons()
@@ -118,14 +154,21 @@ class SpeechStage(Stage):
         return lessons
 
     def make_lessons(self) -> list[Lesson]:
-        """For every recording a context in which its sentence is the answer, read by the finished Thinker."""
+        """For every recording a context in which its sentence is the answer, read by the finished
+        Thinker.
+        """
         teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 11)
         codes, lessons = coded(self.omni.codec, self.speech, self.cache), []
         asked = self.questions(teacher, random)
         for begin in range(0, len(self.speech), 32):
             utterances = self.speech.utterances[begin : begin + 32]
-            examples = [asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text) for u in utterances]
-            rows = hand_over(self.omni.thinker, *teacher.lesson([[example] for example in examples], random))
+            examples = [
+                asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text)
+                for u in utterances
+            ]
+            rows = hand_over(
+                self.omni.thinker, *teacher.lesson([[example] for example in examples], random)
+            )
             lessons += [
                 Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
                 for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
@@ -143,16 +186,22 @@ class SpeechStage(Stage):
         return asked
 
     def batch(self, number):
-        indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights, pool=32)
+        indices = similar_lengths(
+            self.lengths, self.recipe.batch, self.seed, number, self.weights, pool=32
+        )
         return [self.lessons[i] for i in indices]
 
     def losses(self, batch):
         return {"codes": code_loss(self.omni, batch)}
 
-    def speak(self, lessons: list[Lesson], sampling: SamplingConfig, generator=None) -> list[Tensor]:
+    def speak(
+        self, lessons: list[Lesson], sampling: SamplingConfig, generator=None
+    ) -> list[Tensor]:
         """Codes the Talker says for some lessons."""
         rows = self.omni.config.token2wav.dit.num_embeds + 1
-        return self.omni.talker.generate(to_script(lessons, self.tokens, self.table), sampling, rows, generator)
+        return self.omni.talker.generate(
+            to_script(lessons, self.tokens, self.table), sampling, rows, generator
+        )
 
     def letters(self, codes: Tensor) -> Tensor:
         """What our own codec reads in codes [m], as log-probabilities [m, classes]."""
@@ -173,51 +222,73 @@ class SpeechStage(Stage):
         return f"own reader's word error {wrong:.0%}; {chosen[0].text!r} -> {heard[0]!r}"
 
     def sound(self):
-        lesson, codec, generator = self.lessons[0], self.omni.codec, torch.Generator(self.device).manual_seed(0)
+        lesson, codec, generator = (
+            self.lessons[0],
+            self.omni.codec,
+            torch.Generator(self.device).manual_seed(0),
+        )
         codes = self.speak([lesson], self.omni.config.talker_sampling, generator)[0]
         voice = next(voice for voice in self.voices.values() if voice.bos_token == lesson.voice)
         if len(codes) == 0:
-            return lesson.text, codes.new_zeros(self.omni.config.codec.downsample, codec.config.mel_dim)
+            return lesson.text, codes.new_zeros(
+                self.omni.config.codec.downsample, codec.config.mel_dim
+            )
         return lesson.text, codec.mel(codec.fsq.values(codes)[None], voice.cond.to(self.device))[0]
 
 
 class TalkerStage(SpeechStage):
-    """Besides the next code it is asked, at each code, which word it is saying, by a head that is thrown away.
+    """Besides the next code it is asked, at each code, which word it is saying, by a head that is
+    thrown away.
 
-    That is what a Talker must know to go on, and what the codes alone tell it late: without it, it loses its place in
-    long sentences and takes new ones for those it knows.
+    That is what a Talker must know to go on, and what the codes alone tell it late: without it, it
+    loses its place in long sentences and takes new ones for those it knows.
     """
 
-    name, needs = "talker", ("codec", *THINKER[:5])  # it goes on with later Thinkers as well as with that of thinker2
+    name, needs = (
+        "talker",
+        ("codec", *THINKER[:5]),
+    )  # it goes on with later Thinkers as well as with that of thinker2
     about = "next code: from the Thinker's states and words to speech codes"
     kept = "lessons-with-words"
 
     def __init__(self, *args):
         super().__init__(*args)
         config, encode = self.omni.config, world_tokenizer(self.tokens).encode
-        self.first_tokens = lambda text: torch.tensor([encode(f" {word}")[0] for word in text.split()])
-        self.place_head = nn.Linear(config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size)
+        self.first_tokens = lambda text: torch.tensor(
+            [encode(f" {word}")[0] for word in text.split()]
+        )
+        self.place_head = nn.Linear(
+            config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size
+        )
         self.place_head.to(self.device)
 
     def make_lessons(self):
         return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().make_lessons()]
 
     def words_said(self, text: str, codes: Tensor) -> Tensor | None:
-        """Which word of a text each of its codes says [m], as our codec reads them; None where it cannot tell."""
+        """Which word of a text each of its codes says [m], as our codec reads them; None where it
+        cannot tell.
+        """
         letters = letters_to_ids(text)
         places = align(self.letters(codes), letters)
         return None if places is None else (letters == SPACE).cumsum(0)[places]
 
     def parameters(self):
-        return super().parameters() | {f"place_head.{n}": p for n, p in self.place_head.named_parameters()}
+        return super().parameters() | {
+            f"place_head.{n}": p for n, p in self.place_head.named_parameters()
+        }
 
     def losses(self, lessons):
         omni, tokens = self.omni, self.omni.config.thinker.tokens
         script = to_script(lessons, tokens, omni.thinker.model.embed_tokens)
-        embeds, position_ids, mask, targets = omni.talker.teacher_forced(script, [x.codes for x in lessons])
+        embeds, position_ids, mask, targets = omni.talker.teacher_forced(
+            script, [x.codes for x in lessons]
+        )
         hidden = omni.talker.hidden_states(embeds, position_ids, mask)  # [B, T, D]
         places, words = self.said(lessons, targets.cpu())
-        at, word = self.place_head(hidden).float().split([PLACES, omni.config.thinker.text.vocab_size], -1)
+        at, word = (
+            self.place_head(hidden).float().split([PLACES, omni.config.thinker.text.vocab_size], -1)
+        )
         return {
             "codes": losses.next_token(omni.talker.codec_head(hidden).float(), targets),
             "place": PLACE * losses.next_token(at, places),
@@ -225,13 +296,20 @@ class TalkerStage(SpeechStage):
         }
 
     def said(self, lessons: list[Lesson], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Where codes are asked for, targets [B, T]: which word of the text is said, and its first token [B, T] each."""
-        places, words = torch.full_like(targets, losses.IGNORE), torch.full_like(targets, losses.IGNORE)
+        """Where codes are asked for, targets [B, T]: which word of the text is said, and its first
+        token [B, T] each.
+        """
+        places, words = (
+            torch.full_like(targets, losses.IGNORE),
+            torch.full_like(targets, losses.IGNORE),
+        )
         for row, lesson in enumerate(lessons):
             if lesson.words is not None:
                 begin = int((targets[row] != losses.IGNORE).nonzero()[0])
                 places[row, begin : begin + len(lesson.words)] = lesson.words.clamp(max=PLACES - 1)
-                words[row, begin : begin + len(lesson.words)] = self.first_tokens(lesson.text)[lesson.words]
+                words[row, begin : begin + len(lesson.words)] = self.first_tokens(lesson.text)[
+                    lesson.words
+                ]
         return places, words
 
 
@@ -243,17 +321,25 @@ class DPOStage(SpeechStage):
     better = 0.5  # weight of the better try as a lesson: preference alone has not helped
 
     def prepare(self):
-        """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference log-probabilities."""
+        """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference
+        log-probabilities.
+        """
         lessons = super().prepare()
         generator = torch.Generator(self.device).manual_seed(self.seed + 12)
         room = max(len(lesson.codes) for lesson in lessons) * 3 // 2
-        varied = SamplingConfig(temperature=0.6, top_k=0, top_p=0.9, repetition_penalty=1.0, max_new_tokens=room)
+        varied = SamplingConfig(
+            temperature=0.6, top_k=0, top_p=0.9, repetition_penalty=1.0, max_new_tokens=room
+        )
         self.pairs = []
         for part in self.wishes():
-            tried = self.speak([lesson for lesson in part for _ in range(self.tries)], varied, generator)
+            tried = self.speak(
+                [lesson for lesson in part for _ in range(self.tries)], varied, generator
+            )
             for i, lesson in enumerate(part):
                 ours = tried[i * self.tries :][: self.tries]
-                ranked = sorted((self.faults(lesson.text, codes), number) for number, codes in enumerate(ours))
+                ranked = sorted(
+                    (self.faults(lesson.text, codes), number) for number, codes in enumerate(ours)
+                )
                 (fewest, best), (most, worst) = ranked[0], ranked[-1]
                 if most > fewest + 1 and len(ours[best]):
                     self.pairs.append((lesson, ours[best], ours[worst]))
@@ -262,28 +348,46 @@ class DPOStage(SpeechStage):
                 f"stage {self.name}: in {self.prompts} sentences no try was better than another; the talker stage needs "
                 f"more steps"
             )
-        self.pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))  # what is computed together is about as long
-        self.reference = [self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)]
+        self.pairs.sort(
+            key=lambda pair: len(pair[1]) + len(pair[2])
+        )  # what is computed together is about as long
+        self.reference = [
+            self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)
+        ]
         return lessons
 
     def wishes(self) -> list[list[Lesson]]:
         """Long sentences to say, in any voice, without codes: nobody has said them yet. In batches."""
         teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 12)
         examples = [teacher.example("say-long", random) for _ in range(self.prompts)]
-        voices, nothing = [voice.bos_token for voice in self.voices.values()], torch.zeros(0, dtype=torch.long)
+        voices, nothing = (
+            [voice.bos_token for voice in self.voices.values()],
+            torch.zeros(0, dtype=torch.long),
+        )
         parts = []
         for begin in range(0, len(examples), 32):
             part = examples[begin : begin + 32]
-            rows = hand_over(self.omni.thinker, *teacher.lesson([[example] for example in part], random))
-            parts.append([Lesson(*row, random.choice(voices), nothing, x.answer) for row, x in zip(rows, part)])
+            rows = hand_over(
+                self.omni.thinker, *teacher.lesson([[example] for example in part], random)
+            )
+            parts.append(
+                [
+                    Lesson(*row, random.choice(voices), nothing, x.answer)
+                    for row, x in zip(rows, part)
+                ]
+            )
         return parts
 
     def faults(self, text: str, codes: Tensor) -> float:
-        """What is wrong with some speech: letters that our own codec misreads, and stretches of silence within."""
+        """What is wrong with some speech: letters that our own codec misreads, and stretches of
+        silence within.
+        """
         return edits(text, self.hear(codes)) + self.stalls(codes)
 
     def stalls(self, codes: Tensor) -> float:
-        """Codes without a letter, those beyond PAUSE at a time, between the first letter and the last; two a fault."""
+        """Codes without a letter, those beyond PAUSE at a time, between the first letter and the
+        last; two a fault.
+        """
         if len(codes) == 0:
             return 0.0
         runs = torch.unique_consecutive(self.letters(codes).argmax(-1), return_counts=True)
@@ -294,7 +398,9 @@ class DPOStage(SpeechStage):
         """Log-probabilities [2, B] of the better and the worse codes."""
         lessons, better, worse = zip(*pairs)
         script = to_script([*lessons, *lessons], self.tokens, self.table)
-        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(script, [*better, *worse])
+        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(
+            script, [*better, *worse]
+        )
         logits = self.omni.talker(embeds, position_ids, mask)
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 

@@ -1,22 +1,27 @@
-"""Stages that raise the Thinker: language, three steps of pre-training, ChatML tuning (paper, sec. 3 and 4.2).
+"""Stages that raise the Thinker: language, three steps of pre-training, ChatML tuning (paper, sec.
+3 and 4.2).
 
-The release starts from Qwen2.5's weights; here `language` takes their place: a decoder that has read the world's
-sentences. The encoders' first lessons are in sense_stages.py; what all are taught is in teacher.py.
+The release starts from Qwen2.5's weights; here `language` takes their place: a decoder that has
+read the world's sentences. The encoders' first lessons are in sense_stages.py; what all are taught
+is in teacher.py.
 """
 
 from random import Random
 
 import torch
 
-from ..inputs.prompt import Inputs
-from . import losses
-from .imagination import imagine
-from .loop import Stage
-from .teacher import Teacher, about_tokens
-from .world import Example
+from minomni.inputs.prompt import Inputs
+from minomni.train import losses
+from minomni.train.imagination import imagine
+from minomni.train.loop import Stage
+from minomni.train.teacher import Teacher, about_tokens
+from minomni.train.world import Example
 
 PARTS = 2  # of a batch, so that short questions are not padded to the length of long clips
-PICTURES, CLIPS = 0.25, 0.45  # of the steps of `language`: until the first pictures alone, until the second mostly clips
+PICTURES, CLIPS = (
+    0.25,
+    0.45,
+)  # of the steps of `language`: until the first pictures alone, until the second mostly clips
 MOMENTS = 0.5  # weight of the loss on what is seen while a clip sounds
 
 
@@ -31,11 +36,16 @@ class ThinkerStage(Stage):
         self.teacher = Teacher(self.omni.config, self.cache)
 
     def batch(self, number):
-        """Parts of a batch: examples of conversations of about equal length, with inputs, targets and moments."""
+        """Parts of a batch: examples of conversations of about equal length, with inputs, targets
+        and moments.
+        """
         random = Random(f"{self.seed}-{self.name}-{number}")
         mixture = self.mixture_at(number)
         kinds = random.choices(list(mixture), weights=list(mixture.values()), k=self.recipe.batch)
-        talks = sorted((self.talk(kind, random) for kind in kinds), key=lambda talk: sum(map(about_tokens, talk)))
+        talks = sorted(
+            (self.talk(kind, random) for kind in kinds),
+            key=lambda talk: sum(map(about_tokens, talk)),
+        )
         size = -(-len(talks) // PARTS)
         parts = [talks[i : i + size] for i in range(0, len(talks), size)]
         return [(sum(part, []), *self.teacher.lesson(part, random)) for part in parts]
@@ -65,14 +75,18 @@ class ThinkerStage(Stage):
         random, shown = Random(7), []
         for kind in self.fixed:
             example = self.teacher.example(kind, random)
-            reply = self.omni.thinker.generate(self.teacher.prompt(example, random), self.omni.config.thinker_sampling)
+            reply = self.omni.thinker.generate(
+                self.teacher.prompt(example, random), self.omni.config.thinker_sampling
+            )
             text = self.teacher.processor.tokenizer.decode(reply.tokens[0], skip_special=True)
             shown.append(f"{example.answer!r} -> {text!r}")
         return "; ".join(shown)
 
 
 class LanguageStage(ThinkerStage):
-    """The table of words stays as it was drawn, so that ears and eyes can be taught to point at it meanwhile."""
+    """The table of words stays as it was drawn, so that ears and eyes can be taught to point at it
+    meanwhile.
+    """
 
     name, learns = "language", ("thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
     about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
@@ -96,12 +110,17 @@ class LanguageStage(ThinkerStage):
     def mixture_at(self, number):
         """Pictures alone, then clips with some pictures, then everything.
 
-        In a mixture, which thing has which color is not learnt at all, and what came first is a matter of luck.
+        In a mixture, which thing has which color is not learnt at all, and what came first is a
+        matter of luck.
         """
         progress = number / (self.recipe.steps * self.recipe.accumulate)
         if progress < PICTURES:
             return {"scene-alone": 1}
-        return {"sync-typed": 3, "video-typed": 2, "scene-typed": 1} if progress < CLIPS else self.mixture
+        return (
+            {"sync-typed": 3, "video-typed": 2, "scene-typed": 1}
+            if progress < CLIPS
+            else self.mixture
+        )
 
     def logits(self, examples, inputs):
         thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
@@ -112,7 +131,11 @@ class LanguageStage(ThinkerStage):
 
 
 class Thinker1Stage(ThinkerStage):
-    name, needs, learns = "thinker1", ("language", "ears", "eyes"), ("thinker.audio_tower.", "thinker.visual.")
+    name, needs, learns = (
+        "thinker1",
+        ("language", "ears", "eyes"),
+        ("thinker.audio_tower.", "thinker.visual."),
+    )
     about = "pre-training 1: the decoder is locked, the encoders learn to speak its language"
     data = "sound to write down, typed questions about pictures, digits and clips"
     mixture = {"hear": 3, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1}
@@ -137,7 +160,11 @@ class Thinker2Stage(ThinkerStage):
 
 
 class Thinker3Stage(ThinkerStage):
-    name, needs, learns = "thinker3", ("language", "ears", "eyes", "thinker1", "thinker2"), ("thinker.",)
+    name, needs, learns = (
+        "thinker3",
+        ("language", "ears", "eyes", "thinker1", "thinker2"),
+        ("thinker.",),
+    )
     about = "pre-training 3: longer sequences: sentences in a row, a minute of pictures, three things in one talk"
     data = "speech of 3 to 10 s to write down, clips of 10 to 60 s, and three of the things before in a conversation"
     mixture = {**Thinker2Stage.mixture, "hear-long": 6, "video-long": 6}
@@ -151,7 +178,11 @@ class Thinker3Stage(ThinkerStage):
 
 
 class ChatStage(ThinkerStage):
-    name, needs, learns = "chat", ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3"), ("thinker.",)
+    name, needs, learns = (
+        "chat",
+        ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3"),
+        ("thinker.",),
+    )
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
     data = "wishes and questions, typed and spoken, about all kinds of input"
     mixture = {

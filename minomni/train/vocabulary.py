@@ -1,19 +1,22 @@
-"""The vocabulary of the generated world, opened where there is room: its tokenizer, and the English words beside its own.
+"""The vocabulary of the generated world, opened where there is room: its tokenizer, and the English
+words beside its own.
 
-The tokenizer is byte-level BPE trained on every sentence the language has. English comes in pieces, so that words which
-nobody has said in training can be spelled, heard and said like the others.
+The tokenizer is byte-level BPE trained on every sentence the language has. English comes in pieces,
+so that words which nobody has said in training can be spelled, heard and said like the others.
 """
 
 from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from .. import ROOT
-from ..config import TokenIds
-from ..inputs.tokenizer import Tokenizer, special_tokens
-from . import world
+from minomni import ROOT
+from minomni.config import TokenIds
+from minomni.inputs.tokenizer import Tokenizer, special_tokens
+from minomni.train import world
 
-ENGLISH = ROOT / "data_samples" / "words.txt"  # common in the notebooks, known to the judge, each sounds like no other
+ENGLISH = (
+    ROOT / "data_samples" / "words.txt"
+)  # common in the notebooks, known to the judge, each sounds like no other
 TESTED, LONG = 40, 6  # words in a test, and letters that they have at least
 OWN, PIECES = 480, 320  # ids that the world's own words take, and those for pieces of English
 
@@ -31,7 +34,9 @@ def english(tokens: TokenIds) -> English:
     if min(special_tokens(tokens).values()) < OWN + PIECES:
         return English()
     words = ENGLISH.read_text(encoding="utf-8").split()
-    return English(*(tuple(word for word in words if world.held_out(word) == held) for held in (False, True)))
+    return English(
+        *(tuple(word for word in words if world.held_out(word) == held) for held in (False, True))
+    )
 
 
 def told_apart(words: tuple[str, ...]) -> list[str]:
@@ -42,11 +47,22 @@ def told_apart(words: tuple[str, ...]) -> list[str]:
 
 @cache
 def world_tokenizer(tokens: TokenIds) -> Tokenizer:
-    """A tokenizer whose ordinary ids end below the first special one. Trained anew each time: it takes a second."""
+    """A tokenizer whose ordinary ids end below the first special one. Trained anew each time: it
+    takes a second.
+    """
     texts = [t for s in world.STATEMENTS + world.QUESTIONS for t in world.expand(s)]
     texts = texts + list(world.QUESTIONS) * 100
-    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "write what you hear"] * 400
-    texts += [f"say {word} {word}s" for words in (world.COLORS, world.SHAPES, world.NUMBERS) for word in words]
+    texts += [
+        "system\nYou are a helpful assistant.",
+        "user\n",
+        "assistant\n",
+        "write what you hear",
+    ] * 400
+    texts += [
+        f"say {word} {word}s"
+        for words in (world.COLORS, world.SHAPES, world.NUMBERS)
+        for word in words
+    ]
     texts += [f"say {word}" for word in english(tokens).trained] * 3
     room = min(OWN + PIECES, *special_tokens(tokens).values())
     return Tokenizer.train(texts, vocab_size=room, special_tokens=special_tokens(tokens))

@@ -1,6 +1,8 @@
-"""The generated world: its language, its pictures and clips, and what can be asked about them. Seeded; no download.
+"""The generated world: its language, its pictures and clips, and what can be asked about them.
+Seeded; no download.
 
-Sentences are told apart by their text alone: one in ten is held out for ever, by a hash that no seed can move.
+Sentences are told apart by their text alone: one in ten is held out for ever, by a hash that no
+seed can move.
 """
 
 import re
@@ -13,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..config import LISTENING_RATE
+from minomni.config import LISTENING_RATE
 
 COLORS = {
     "red": (214, 40, 40),
@@ -28,12 +30,21 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SCENE_SIZE, CLIP_SIZE = 112, 84  # pixels
-PAIR_SECONDS = 0.6, 1.4  # how long two frames of a clip that belong together last: each pair another time
+PAIR_SECONDS = (
+    0.6,
+    1.4,
+)  # how long two frames of a clip that belong together last: each pair another time
 LONG_PAIR_SECONDS, LONG_PAIRS = (1.0, 1.85), 32  # in long clips, and how many they have at most
 
 # How each voice is made: espeak-ng voice. The first four are the voices the model speaks with.
 VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
-LISTENING_VOICES = {**VOICES, "Mike": "en-us+m1", "Max": "en-us+m3", "Nora": "en-us+f4", "Paul": "en-us"}
+LISTENING_VOICES = {
+    **VOICES,
+    "Mike": "en-us+m1",
+    "Max": "en-us+m3",
+    "Nora": "en-us+f4",
+    "Paul": "en-us",
+}
 UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # heard in tests only
 
 # Every sentence the language has, as a grammar: the judge of speech listens with the same one.
@@ -56,8 +67,12 @@ STATEMENTS = (
     "it was the <color> <shape>",
 )
 WORDS = (*COLORS, *SHAPES, *NUMBERS, *MOVES)
-FRAMES = (*(re.sub(r"<\w+>", "<>", statement) for statement in STATEMENTS if statement != "<count>"), "there is one <>",
-          "there are two <>", "there are three <>")
+FRAMES = (
+    *(re.sub(r"<\w+>", "<>", statement) for statement in STATEMENTS if statement != "<count>"),
+    "there is one <>",
+    "there are two <>",
+    "there are three <>",
+)
 QUESTIONS = (
     "what color is the <shape>",
     "which shape is <color>",
@@ -76,28 +91,37 @@ ASKED = ("color", "shape", "count", "relation", "describe")  # kinds of question
 
 @dataclass
 class Example:
-    """One thing to learn: what is asked (typed, or spoken where a voice is named), what is seen, what is right."""
+    """One thing to learn: what is asked (typed, or spoken where a voice is named), what is seen,
+    what is right.
+    """
 
     question: str
     answer: str
     voice: str | None = None  # who speaks the question; None is typed
     image: Image.Image | None = None
-    clip: tuple | None = None  # frames uint8 [n, H, W, 3] and when each is shown, float32 [n] in seconds
+    clip: tuple | None = (
+        None  # frames uint8 [n, H, W, 3] and when each is shown, float32 [n] in seconds
+    )
     sound: np.ndarray | None = None  # the clip's sound track, float32 [samples] at 16 kHz
     heard: str | None = None  # what the recording says, where it is not the question
-    wave: Tensor | None = None  # the recording, where it is none of the corpus, float32 [samples] at 16 kHz
+    wave: Tensor | None = (
+        None  # the recording, where it is none of the corpus, float32 [samples] at 16 kHz
+    )
     objects: list[list[tuple]] = field(
         default_factory=list
     )  # by grid step: color, shape, (x, y), radius of what is seen
     sound_at: float | None = None  # seconds into the clip
-    more: list[tuple[str, str]] = field(default_factory=list)  # what else can be asked about it, with the answers
+    more: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # what else can be asked about it, with the answers
     kind: str = ""
 
 
 def held_out(text: str) -> bool:
     """Whether a sentence belongs to the tenth that is never trained on.
 
-    Digits and counts never do: "six" stands in one sentence alone, and who has not heard a word cannot say it.
+    Digits and counts never do: "six" stands in one sentence alone, and who has not heard a word
+    cannot say it.
     """
     return zlib.crc32(text.encode()) % 10 == 0 and not text.startswith(("the digit is ", "there "))
 
@@ -119,7 +143,9 @@ def statement(random: Random, held: bool) -> str:
 
 
 def long_statement(random: Random, held: bool) -> str:
-    """Two statements in one breath, both from the held-out tenth or both from the rest, in which a word comes back."""
+    """Two statements in one breath, both from the held-out tenth or both from the rest, in which a
+    word comes back.
+    """
     while True:
         text = f"{statement(random, held)} and {statement(random, held)}"
         words = [word for word in text.split() if word not in ("a", "and", "is", "the")]
@@ -128,13 +154,17 @@ def long_statement(random: Random, held: bool) -> str:
 
 
 def word_string(random: Random, words=WORDS) -> str:
-    """Words in no order that means anything, few different ones, so that they come back: no statement is in them."""
+    """Words in no order that means anything, few different ones, so that they come back: no
+    statement is in them.
+    """
     few = random.sample(words, random.randint(2, 8))
     return " ".join(random.choices(few, k=random.randint(2, 14)))
 
 
 def framed_words(random: Random, words=WORDS) -> str:
-    """Words in the frame of a statement that they do not belong into: "the seven is circle". No statement either."""
+    """Words in the frame of a statement that they do not belong into: "the seven is circle". No
+    statement either.
+    """
     while True:
         text = random.choice(FRAMES)
         for _ in range(text.count("<>")):
@@ -162,10 +192,13 @@ def every_question() -> list[str]:
     return [text for template in QUESTIONS for text in expand(template)]
 
 
-# ---------------------------------------------------------------------------------------------- things to see
+# ----------------------------------------------------------------------------------------------
+# things to see
 
 
-def draw(draw_on: ImageDraw.ImageDraw, shape: str, color: str, centre: tuple[float, float], radius: float) -> None:
+def draw(
+    draw_on: ImageDraw.ImageDraw, shape: str, color: str, centre: tuple[float, float], radius: float
+) -> None:
     """Draw one shape of the world."""
     x, y = centre
     box, fill_with = (x - radius, y - radius, x + radius, y + radius), COLORS[color]
@@ -174,7 +207,9 @@ def draw(draw_on: ImageDraw.ImageDraw, shape: str, color: str, centre: tuple[flo
     elif shape == "square":
         draw_on.rectangle(box, fill=fill_with)
     elif shape == "triangle":
-        draw_on.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill_with)
+        draw_on.polygon(
+            [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill_with
+        )
     else:
         draw_on.line((x - radius, y, x + radius, y), fill=fill_with, width=int(radius * 0.7))
         draw_on.line((x, y - radius, x, y + radius), fill=fill_with, width=int(radius * 0.7))
@@ -183,12 +218,16 @@ def draw(draw_on: ImageDraw.ImageDraw, shape: str, color: str, centre: tuple[flo
 def blank(side: int, random: Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """An empty picture on a background that no shape is coloured like."""
     grey = random.randint(110, 190)
-    image = Image.new("RGB", (side, side), (grey, grey + random.randint(-8, 8), grey + random.randint(-8, 8)))
+    image = Image.new(
+        "RGB", (side, side), (grey, grey + random.randint(-8, 8), grey + random.randint(-8, 8))
+    )
     return image, ImageDraw.Draw(image)
 
 
 def things(random: Random, n: int) -> list[tuple[str, str]]:
-    """n (color, shape) pairs in which no color and no shape occurs twice, so that each names one thing."""
+    """n (color, shape) pairs in which no color and no shape occurs twice, so that each names one
+    thing.
+    """
     return list(zip(random.sample(list(COLORS), n), random.sample(SHAPES, n)))
 
 
@@ -197,19 +236,29 @@ def scene(random: Random) -> Example:
     kind = random.choices(ASKED, weights=(3, 1, 1, 2, 1))[0]
     n = 2 if kind in ("relation", "describe") else random.randint(1, 3)
     objects = things(random, n)
-    if kind in ("relation", "describe") and random.random() < 0.5:  # only the shape tells the two apart
+    if (
+        kind in ("relation", "describe") and random.random() < 0.5
+    ):  # only the shape tells the two apart
         objects[1] = (objects[0][0], objects[1][1])
     image, pen = blank(SCENE_SIZE, random)
     relation = random.choice(["left of", "right of"] if kind == "describe" else list(RELATIONS))
     dx, dy = RELATIONS[relation]
     third = SCENE_SIZE / 3
     if n == 2:
-        places = [(SCENE_SIZE / 2 + s * dx * third * 0.75, SCENE_SIZE / 2 + s * dy * third * 0.75) for s in (1, -1)]
+        places = [
+            (SCENE_SIZE / 2 + s * dx * third * 0.75, SCENE_SIZE / 2 + s * dy * third * 0.75)
+            for s in (1, -1)
+        ]
     else:
         cells = random.sample([(i, j) for i in range(3) for j in range(3)], n)
         places = [((i + 0.5) * third, (j + 0.5) * third) for i, j in cells]
     drawn = [
-        (color, shape, (x + random.uniform(-5, 5), y + random.uniform(-5, 5)), random.uniform(10, 15))
+        (
+            color,
+            shape,
+            (x + random.uniform(-5, 5), y + random.uniform(-5, 5)),
+            random.uniform(10, 15),
+        )
         for (color, shape), (x, y) in zip(objects, places)
     ]
     for color, shape, centre, radius in drawn:
@@ -221,22 +270,35 @@ def scene(random: Random) -> Example:
 
 
 def about(objects: list[tuple[str, str]], relation: str | None) -> dict[str, list[tuple[str, str]]]:
-    """All that can be asked about a picture's (color, shape) things, by kind: questions with their answers.
+    """All that can be asked about a picture's (color, shape) things, by kind: questions with their
+    answers.
 
-    relation: of the first thing to the second, where there are two. A color that two things share names neither.
+    relation: of the first thing to the second, where there are two. A color that two things share
+    names neither.
     """
     colors = [color for color, _ in objects]
     asked = {
-        "color": [(f"what color is the {shape}", f"the {shape} is {color}") for color, shape in objects],
-        "shape": [(f"which shape is {color}", f"the {color} shape is a {shape}") for color, shape in objects
-                  if colors.count(color) == 1],
+        "color": [
+            (f"what color is the {shape}", f"the {shape} is {color}") for color, shape in objects
+        ],
+        "shape": [
+            (f"which shape is {color}", f"the {color} shape is a {shape}")
+            for color, shape in objects
+            if colors.count(color) == 1
+        ],
         "count": [("how many shapes are there", GRAMMAR["count"][len(objects) - 1])],
     }
     if relation:
         there = [" ".join(thing) for thing in objects]
-        back = next(name for name, step in RELATIONS.items() if step == tuple(-x for x in RELATIONS[relation]))
-        asked["relation"] = [(f"where is the {a}", f"the {a} is {which} the {b}")
-                             for a, b, which in ((*there, relation), (*there[::-1], back))]
+        back = next(
+            name
+            for name, step in RELATIONS.items()
+            if step == tuple(-x for x in RELATIONS[relation])
+        )
+        asked["relation"] = [
+            (f"where is the {a}", f"the {a} is {which} the {b}")
+            for a, b, which in ((*there, relation), (*there[::-1], back))
+        ]
         if relation in ("left of", "right of"):
             left, right = there if relation == "left of" else there[::-1]
             asked["describe"] = [("what do you see", f"a {left} and a {right}")]
@@ -247,14 +309,21 @@ def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Exampl
     """A real handwritten digit (scikit-learn's), 8x8 grey levels enlarged to 56x56."""
     images, labels = digits
     i = random.randrange(len(labels))
-    grey = Image.fromarray((255 - images[i] * (255 / 16)).astype(np.uint8)).resize((56, 56), Image.Resampling.BICUBIC)
+    grey = Image.fromarray((255 - images[i] * (255 / 16)).astype(np.uint8)).resize(
+        (56, 56), Image.Resampling.BICUBIC
+    )
     return Example(
-        "which digit is this", f"the digit is {NUMBERS[labels[i]]}", image=grey.convert("RGB"), kind="handwriting"
+        "which digit is this",
+        f"the digit is {NUMBERS[labels[i]]}",
+        image=grey.convert("RGB"),
+        kind="handwriting",
     )
 
 
 def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits -> images [n, 8, 8] and labels [n]; every fifth is held out."""
+    """scikit-learn's 1,797 handwritten digits -> images [n, 8, 8] and labels [n]; every fifth is
+    held out.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -262,8 +331,11 @@ def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
     return data.images[chosen], data.target[chosen]
 
 
-def film(steps: list[list[tuple]], random: Random, pair_seconds=PAIR_SECONDS) -> tuple[np.ndarray, np.ndarray]:
-    """What is seen in each frame -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and when it is shown, float32 [n] in seconds.
+def film(
+    steps: list[list[tuple]], random: Random, pair_seconds=PAIR_SECONDS
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is seen in each frame -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and when it is shown,
+    float32 [n] in seconds.
 
     Frames come in pairs of chance length; within a pair the second frame is shown half-way.
     """
@@ -297,7 +369,8 @@ def moving(random: Random) -> Example:
 
 
 def in_turn(random: Random, count: int, n: int) -> tuple[list[list[tuple]], list[int]]:
-    """Things that show one after the other in n frames -> what is seen in each frame, where each thing begins.
+    """Things that show one after the other in n frames -> what is seen in each frame, where each
+    thing begins.
 
     Things change between two pairs of frames, so that none holds both.
     """
@@ -307,13 +380,17 @@ def in_turn(random: Random, count: int, n: int) -> tuple[list[list[tuple]], list
 
 
 def ordered(random: Random) -> Example:
-    """A silent clip in which two shapes show one after the other, and which of them was first, or last."""
+    """A silent clip in which two shapes show one after the other, and which of them was first, or
+    last.
+    """
     steps, _ = in_turn(random, 2, random.choice((4, 6, 8)))
     return first_or_last(steps, film(steps, random), random)
 
 
 def long_clip(random: Random, pairs: int) -> Example:
-    """The same with two to four shapes in many pairs of frames: LONG_PAIRS of them last up to a minute."""
+    """The same with two to four shapes in many pairs of frames: LONG_PAIRS of them last up to a
+    minute.
+    """
     steps, _ = in_turn(random, random.randint(2, 4), 2 * pairs)
     return first_or_last(steps, film(steps, random, LONG_PAIR_SECONDS), random)
 
@@ -362,5 +439,7 @@ def tone(random: Random, seconds: float, at: float) -> np.ndarray:
     wave = 0.003 * noise.randn(int(seconds * LISTENING_RATE))
     t = np.arange(int(0.3 * LISTENING_RATE)) / LISTENING_RATE
     start = int(at * LISTENING_RATE)
-    wave[start : start + len(t)] += 0.3 * np.sin(2 * np.pi * random.uniform(400, 1200) * t) * np.hanning(len(t))
+    wave[start : start + len(t)] += (
+        0.3 * np.sin(2 * np.pi * random.uniform(400, 1200) * t) * np.hanning(len(t))
+    )
     return wave.astype(np.float32)
