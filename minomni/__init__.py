@@ -13,8 +13,6 @@ reply = omni.respond([{"role": "user", "content": "say the red circle is above t
 
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-
 
 def load(name, device="cpu", dtype=None):
     """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
@@ -27,7 +25,7 @@ def load(name, device="cpu", dtype=None):
     """
     import torch
 
-    from minomni import weights
+    from minomni.checkpoint import weights
     from minomni.devices import dtype_of
 
     folder, dtype = folder_of(name), dtype_of(dtype)
@@ -43,7 +41,7 @@ def save(omni, folder) -> None:
     are kept. Raises UserError, and changes nothing, where folder is a file or holds something else
     than a model.
     """
-    from minomni import saving
+    from minomni.checkpoint import saving
 
     saving.save(omni, folder)
 
@@ -51,7 +49,7 @@ def save(omni, folder) -> None:
 def __getattr__(name: str):
     """make_voice(), fetched when first asked for: `import minomni` is to stay quick."""
     if name == "make_voice":
-        from minomni.token2wav.speaker import make_voice
+        from minomni.token2wav.voice import make_voice
 
         return make_voice
     raise AttributeError(f"module 'minomni' has no attribute {name!r}")
@@ -63,7 +61,7 @@ def folder_of(name) -> Path:
     """
     import os
 
-    from minomni import config
+    from minomni import config, paths
     from minomni.arguments import shown
     from minomni.errors import UserError
 
@@ -80,7 +78,7 @@ def folder_of(name) -> Path:
         raise UserError(
             f"{str(name)!a:.200} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}"
         )
-    for folder in (ROOT / "runs" / name / "model", ROOT / "data_samples" / name):
+    for folder in (paths.runs() / name / "model", paths.data_samples() / name):
         if folder.is_dir():
             return folder
     if config.SIZES[str(name)].codec is None:  # a size of the release, which is not trained here

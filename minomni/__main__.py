@@ -8,12 +8,11 @@ import time
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
-from minomni import ROOT, load
-from minomni.answer_options import OPTIONS
+from minomni import load, paths
 from minomni.arguments import shown
+from minomni.chat.generation_options import OPTIONS
 from minomni.errors import UserError
 
-QUESTIONS = ROOT / "data_samples" / "questions.json"
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 ARTICLES = {"image": "an", "audio": "some", "video": "a", "text": "some"}
 
@@ -227,7 +226,7 @@ def add_ablate(commands) -> None:
     ablate.add_argument(
         "--home",
         type=Path,
-        default=ROOT / "runs" / "tiny",
+        default=paths.runs() / "tiny",
         help="of a finished training (default runs/tiny)",
     )
     ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")
@@ -276,17 +275,17 @@ class Item(argparse.Action):
 
 def run_train(arguments) -> None:
     from minomni.devices import device_of
-    from minomni.train import stages
+    from minomni.train import pipeline, recipes
 
     if arguments.stages:
-        print(stages.timetable(arguments.size))
+        print(pipeline.timetable(arguments.size))
         return
     device = device_of(arguments.device).type
-    home = arguments.home or ROOT / "runs" / arguments.size
+    home = arguments.home or paths.runs() / arguments.size
     if arguments.data:
-        from minomni.train import own_data
+        from minomni.train import finetune
 
-        folder = own_data.tune(
+        folder = finetune.tune(
             arguments.size,
             arguments.data,
             arguments.out or home / "tuned",
@@ -301,12 +300,12 @@ def run_train(arguments) -> None:
         return
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
-    stages.recipe_of(
-        arguments.stage or next(iter(stages.STAGES)), arguments.size
+    recipes.recipe_of(
+        arguments.stage or next(iter(pipeline.STAGES)), arguments.size
     )  # before anything is written
-    stages.begin(home, arguments.resume, arguments.fresh, arguments.stage)
+    pipeline.begin(home, arguments.resume, arguments.fresh, arguments.stage)
     if arguments.stage:
-        stages.run_stage(
+        pipeline.run_stage(
             arguments.stage,
             arguments.size,
             home,
@@ -318,10 +317,10 @@ def run_train(arguments) -> None:
         return
     began = time.perf_counter()
     try:
-        stages.run_all(arguments.size, home, arguments.seed, device)
+        pipeline.run_all(arguments.size, home, arguments.seed, device)
     finally:
-        seconds = stages.spent(home, time.perf_counter() - began)
-    stages.graduation(arguments.size, home, arguments.seed)
+        seconds = pipeline.spent(home, time.perf_counter() - began)
+    pipeline.graduation(arguments.size, home, arguments.seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
 
 
@@ -384,8 +383,8 @@ def refuse_with_samples(arguments) -> None:
 
 def check_out(path: Path, stream: bool) -> None:
     """Refuse, before any work is done, a file that cannot be written."""
+    from minomni.chat.reply import SOUND_FILES, sound_file
     from minomni.files import writing
-    from minomni.reply import SOUND_FILES, sound_file
 
     with writing(path):
         if path.is_dir():
@@ -465,7 +464,7 @@ def hold_conversation(omni, arguments, voice: str | None, out: Path, options: di
 
 def numbered(path: Path, number: int) -> Path:
     """reply.wav -> reply-1.wav; a device or a pipe stays as it is."""
-    from minomni.reply import is_device
+    from minomni.chat.reply import is_device
 
     return path if is_device(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
@@ -507,8 +506,8 @@ def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
     """Print an answer's pieces as they come, each with its time, and write its sound into a wav
     that grows -> Reply.
     """
+    from minomni.chat.reply import End, SoundPiece
     from minomni.files import growing_wav
-    from minomni.reply import End, SoundPiece
 
     with growing_wav(path, sample_rate) if path else nullcontext() as wav:
         for piece in pieces:
@@ -529,10 +528,11 @@ def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
 
 def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
     """Answer every question of data_samples/questions.json and say where each wav is."""
-    folder = ROOT / "runs" / "answers"
-    for entry in json.loads(QUESTIONS.read_text(encoding="utf-8")):
+    folder = paths.runs() / "answers"
+    samples = paths.data_samples()
+    for entry in json.loads((samples / "questions.json").read_text(encoding="utf-8")):
         content = [
-            {kind: value if kind == "text" else str(QUESTIONS.parent / value)}
+            {kind: value if kind == "text" else str(samples / value)}
             for part in entry["content"]
             for kind, value in part.items()
         ]
@@ -557,7 +557,7 @@ def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
 def run_report(arguments) -> None:
     import torch
 
-    from minomni.train import report
+    from minomni.eval import report
 
     torch.set_num_threads(1)  # short replies one by one: a second thread waits more than it works
     card = report.measure(arguments.model, arguments.items, arguments.digits, arguments.device)
@@ -567,37 +567,37 @@ def run_report(arguments) -> None:
 def run_ablate(arguments) -> None:
     import torch
 
-    from minomni.train.ablations import ablate
+    from minomni.eval.ablations import ablate
 
     torch.set_num_threads(1)
     print(ablate(arguments.what, arguments.home, arguments.items, arguments.seed))
 
 
 def run_bench(arguments) -> None:
-    from minomni import bench
     from minomni.devices import device_of
+    from minomni.eval import benchmark
     from minomni.files import writing
 
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
     omni = (
-        bench.by_chance(arguments.model, device)
+        benchmark.by_chance(arguments.model, device)
         if arguments.chance
         else load(arguments.model, device)
     )
     if arguments.what == "first":
-        rows = bench.first_sound(omni)
+        rows = benchmark.first_sound(omni)
         print(
             json.dumps({name: round(value, 4) for name, (value, _) in rows.items()})
             if arguments.json
-            else bench.table(rows)
+            else benchmark.table(rows)
         )
         return
     if arguments.picture:
         with writing(arguments.picture):  # before minutes of measuring
             arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-    result = bench.measure(omni)
+    result = benchmark.measure(omni)
     if arguments.picture:
         result.draw(arguments.picture)
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())

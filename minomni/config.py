@@ -15,6 +15,7 @@ ms, a listening block 2 s.
 import math
 from dataclasses import dataclass, fields, is_dataclass
 
+IGNORE_INDEX = -100  # the target that every cross-entropy skips, as in PyTorch
 LISTENING_RATE = 16_000  # Hz, what the ears and the codec hear
 MEL_RATE = 100  # mel frames per second on both the listening and the speaking side
 

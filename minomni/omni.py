@@ -8,23 +8,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minomni.answer_options import sampling_of
 from minomni.arguments import flag, seed_of, shown, whole_number
+from minomni.chat.generate import (
+    check_flow,
+    check_schedule,
+    check_wave,
+    converse,
+    seeded,
+    think_and_talk,
+)
+from minomni.chat.generation_options import sampling_of
+from minomni.chat.reply import End, Replies, Reply, SoundPiece, Spoken, TextPiece, Trace
+from minomni.chat.session import Session
+from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.audio import SILENCE
 from minomni.inputs.prompt import Inputs, Processor, join, messages_of
 from minomni.inputs.tokenizer import Tokenizer
-from minomni.listen import Session
-from minomni.reply import End, Replies, Reply, SoundPiece, Spoken, TextPiece, Trace
-from minomni.stream import check_flow, check_schedule, check_wave, converse, seeded, think_and_talk
 from minomni.talker.codec import Codec
 from minomni.talker.talker import Talker
 from minomni.thinker.thinker import Thinker
-from minomni.token2wav.speaker import Voice
-from minomni.token2wav.stream import Schedule
+from minomni.token2wav.streaming import Schedule
 from minomni.token2wav.token2wav import Token2Wav, check_voice
-from minomni.turn import ONLY_SILENCE
+from minomni.token2wav.voice import Voice
 
 TEXT_HEAD = "thinker.lm_head.weight"
 

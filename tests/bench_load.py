@@ -44,10 +44,10 @@ def make(folder: Path) -> None:
     """
     import torch
 
-    from minomni import weights
+    from minomni.checkpoint import weights
     from minomni.config import SMALL
     from minomni.omni import Omni
-    from minomni.token2wav.speaker import Voice
+    from minomni.token2wav.voice import Voice
 
     thinker, talker = SMALL.thinker, SMALL.talker
     text = replace(

@@ -36,12 +36,12 @@ def untrained_tries(monkeypatch):
     and a worse one.
     """
     from minomni.config import SamplingConfig
-    from minomni.train import talker_stages
+    from minomni.train.stages import dpo
 
     short = lambda **sampling: SamplingConfig(**{**sampling, "max_new_tokens": 6})  # noqa: E731
-    monkeypatch.setattr(talker_stages, "SamplingConfig", short)
+    monkeypatch.setattr(dpo, "SamplingConfig", short)
     worse = count(0, 2)
-    monkeypatch.setattr(talker_stages, "edits", lambda *_: next(worse))
+    monkeypatch.setattr(dpo, "edits", lambda *_: next(worse))
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +49,11 @@ def tiny_folder(tmp_path_factory):
     """A tiny model of random weights in a folder: it answers nonsense, briefly, but through the
     real machinery.
     """
-    from minomni import weights
+    from minomni.checkpoint import weights
     from minomni.config import TINY
+    from minomni.data.vocabulary import world_tokenizer
     from minomni.omni import Omni
-    from minomni.token2wav.speaker import Voice
-    from minomni.train.vocabulary import world_tokenizer
+    from minomni.token2wav.voice import Voice
 
     torch.manual_seed(0)
     config = replace(

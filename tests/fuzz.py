@@ -197,7 +197,7 @@ def models(folder: Path) -> None:
     a tokenizer.json.
     """
     import minomni
-    from minomni import weights
+    from minomni.checkpoint import weights
 
     shutil.copytree(ROOT / "data_samples" / "tiny", folder / "whole")
     weights.save(minomni.load(str(folder / "whole")), folder / "shards", shard_bytes=10_000_000)
@@ -222,7 +222,7 @@ def models(folder: Path) -> None:
 
 
 def resume_files(folder: Path) -> None:
-    from minomni.train import run_folder
+    from minomni.train import checkpoint
 
     network, optimizers = small_stage()
     for _ in range(2):
@@ -230,7 +230,7 @@ def resume_files(folder: Path) -> None:
         network(next(network.parameters()).new_ones(4, 5)).square().sum().backward()
         for optimizer in optimizers:
             optimizer.step()
-    run_folder.keep(
+    checkpoint.keep(
         folder, "rows", 2, {"square": 0.5}, dict(network.named_parameters()), optimizers
     )
 
@@ -356,8 +356,8 @@ class Readers:
         return well_formed and (digest(silent.frames, silent.seconds), heard)
 
     def config(self, path: Path):
+        from minomni.checkpoint.hf_config import read_config
         from minomni.config import OmniConfig
-        from minomni.config_json import read_config
 
         config = read_config(path.parent)
         return isinstance(config, OmniConfig) and config
@@ -370,7 +370,7 @@ class Readers:
         return tokenizer.decode(ids) == text and ids
 
     def voices(self, path: Path):
-        from minomni.weights import load_voices
+        from minomni.checkpoint.weights import load_voices
 
         voices = load_voices(path, self.omni.config)
         well_formed = len(voices) > 0 and all(
@@ -388,10 +388,10 @@ class Readers:
         return omni.config.thinker == self.omni.config.thinker and digest(*omni.parameters())
 
     def resume(self, path: Path):
-        from minomni.train import run_folder
+        from minomni.train import checkpoint
 
         network, optimizers = small_stage()
-        step, means = run_folder.restore(
+        step, means = checkpoint.restore(
             path.parent, "rows", dict(network.named_parameters()), optimizers
         )
         return (
@@ -401,10 +401,10 @@ class Readers:
         )
 
     def data(self, path: Path):
-        from minomni.train import own_lines
+        from minomni.data import jsonl
 
         given = path.parent if path.name == "metadata.csv" else path
-        lines = own_lines.read(given, self.work / "run", self.omni)
+        lines = jsonl.read(given, self.work / "run", self.omni)
         lessons = [lines[i] for i in range(len(lines))]
         return all(lesson.answer.strip() for lesson in lessons) and lessons
 

@@ -19,11 +19,11 @@ import soundfile
 import torch
 
 import minomni
-from minomni import weights
-from minomni.config_json import read_json, write_json
+from minomni.checkpoint import weights
+from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.data import corpus, grammar, scenes, text_to_speech
 from minomni.omni import Omni
-from minomni.train import speech, synthesis, world
-from minomni.train.stages import TRAINED, fingerprint
+from minomni.train.pipeline import TRAINED, fingerprint
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
@@ -32,13 +32,15 @@ FPS = 10
 
 def say(text: str, voice: str, name: str) -> str:
     """Write one spoken question as a wav file and return its name."""
-    everyone = world.LISTENING_VOICES | world.UNSEEN_VOICES
-    wave = synthesis.synthesise([synthesis.Job(text, everyone[voice], 172, 47)], seed=99)[0]
+    everyone = grammar.LISTENING_VOICES | grammar.UNSEEN_VOICES
+    wave = text_to_speech.synthesise([text_to_speech.Job(text, everyone[voice], 172, 47)], seed=99)[
+        0
+    ]
     soundfile.write(FOLDER / name, wave, RATE)
     return name
 
 
-def film(example: world.Example, name: str) -> str:
+def film(example: scenes.Example, name: str) -> str:
     """Write an example's clip with its sound track as an mp4 file, at FPS whatever its pace, and
     return its name.
     """
@@ -66,14 +68,14 @@ def questions() -> list[dict]:
     """One question for each way of asking; seeds that training never draws."""
     random = Random("data samples")
     scene = next(
-        e for e in iter(lambda: world.scene(random), None) if e.question.startswith("where is")
+        e for e in iter(lambda: scenes.scene(random), None) if e.question.startswith("where is")
     )
     color = next(
-        e for e in iter(lambda: world.scene(random), None) if e.question.startswith("what color")
+        e for e in iter(lambda: scenes.scene(random), None) if e.question.startswith("what color")
     )
-    digit = world.handwriting(random, world.digits(held=True))
-    move, sound = world.moving(random), world.sounding(random)
-    statement = world.statement(random, held=True)
+    digit = scenes.handwriting(random, scenes.digits(held=True))
+    move, sound = scenes.moving(random), scenes.sounding(random)
+    statement = grammar.statement(random, held=True)
     for example, name in ((scene, "scene.png"), (color, "color.png"), (digit, "digit.png")):
         example.image.save(FOLDER / name)
     return [
@@ -131,13 +133,15 @@ def recordings(count: int = 32) -> None:
     then spoken wishes.
     """
     random, rows = Random("recordings"), []
-    texts = random.sample(speech.all_statements(held=False), count) + random.sample(
-        speech.all_statements(held=True), count // 4
+    texts = random.sample(corpus.all_statements(held=False), count) + random.sample(
+        corpus.all_statements(held=True), count // 4
     )
     random.shuffle(texts)
-    names = list(world.VOICES)
+    names = list(grammar.VOICES)
     jobs = [(names[i % 4], t if i % 2 else f"say {t}") for i, t in enumerate(texts)]
-    waves = synthesis.synthesise([synthesis.Job(t, world.VOICES[v]) for v, t in jobs], seed=5)
+    waves = text_to_speech.synthesise(
+        [text_to_speech.Job(t, grammar.VOICES[v]) for v, t in jobs], seed=5
+    )
     (FOLDER / "speech").mkdir(exist_ok=True)
     for i, ((voice, text), wave) in enumerate(zip(jobs, waves)):
         rows.append({"file": f"{i:02d}.flac", "text": text, "voice": voice})

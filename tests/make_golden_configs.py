@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracle  # noqa: E402
 import transformers  # noqa: E402
 
-from minomni.config_json import plain, to_json  # noqa: E402
+from minomni.checkpoint.hf_config import plain, to_json  # noqa: E402
 
 
 def keep(config, name: str) -> None:

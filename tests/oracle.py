@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minomni.checkpoint.hf_config import plain, to_json
 from minomni.config import (
     QWEN7B,
     AudioEncoderConfig,
@@ -30,9 +31,8 @@ from minomni.config import (
     TokenIds,
     VisionEncoderConfig,
 )
-from minomni.config_json import plain, to_json
 from minomni.inputs.prompt import Inputs
-from minomni.token2wav.speaker import Voice
+from minomni.token2wav.voice import Voice
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSION = "5.24.0"

@@ -8,23 +8,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minomni import load
+from minomni import load, paths
+from minomni.checkpoint.hf_config import write_json
 from minomni.config import TINY
-from minomni.config_json import write_json
+from minomni.data import text_to_speech
+from minomni.data.examples import Teacher
 from minomni.errors import UserError
+from minomni.eval import ablations, report
 from minomni.thinker.tmrope import position_ids
-from minomni.train import ablations, report, stages, synthesis
-from minomni.train.stages import STAGES, TRAINED
-from minomni.train.talker_stages import DPOStage, SpeechStage
-from minomni.train.teacher import Teacher
-from minomni.train.thinker_stages import ThinkerStage
+from minomni.train import recipes
+from minomni.train.pipeline import STAGES, TRAINED
+from minomni.train.stages.dpo import DPOStage
+from minomni.train.stages.speech import SpeechStage
+from minomni.train.stages.thinker import ThinkerStage
 
 
 @pytest.fixture
 def home(tiny_folder, monkeypatch, tmp_path):
     """The folder of a run that never learnt anything."""
-    monkeypatch.setattr(synthesis, "available", lambda: False)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
+    monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
     monkeypatch.setattr(
         ThinkerStage, "sample", lambda self: ""
     )  # who has never learnt writes until it is cut off
@@ -65,7 +68,7 @@ def test_dpo_table(home):
 
 
 def test_beta_table(home, monkeypatch):
-    monkeypatch.setitem(stages.RECIPES, "tiny", short())
+    monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     monkeypatch.setattr(ablations, "BETAS", (0.1, 1.0))
     text = ablations.ablate("beta", home, items=2, seed=0)
     assert all(text.count(f"| {name} |") == 2 for name in ("before DPO", "beta 0.1", "beta 1"))
@@ -75,7 +78,7 @@ def test_beta_table(home, monkeypatch):
 def short() -> dict:
     """Recipes of one small step."""
     return {
-        name: replace(recipe, steps=1, batch=2) for name, recipe in stages.RECIPES["tiny"].items()
+        name: replace(recipe, steps=1, batch=2) for name, recipe in recipes.RECIPES["tiny"].items()
     }
 
 
@@ -104,7 +107,7 @@ def test_stage3_table(home):
 
 
 def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
-    monkeypatch.setitem(stages.RECIPES, "tiny", short())
+    monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     text = ablations.ablate("tmrope", home, items=2, seed=0)
     assert text.count("\n| ") == 2
     assert "| plain M-RoPE |" in text
@@ -126,7 +129,7 @@ def test_unfinished_runs_are_named(home):
 
 
 def test_plain_mrope_counts_steps_where_tmrope_counts_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
     random, teacher = Random(0), Teacher(TINY, tmp_path)
     talks = [[teacher.example("sync-typed", random)], [teacher.example("say-typed", random)]]
     inputs, _ = teacher.lesson(talks, random)

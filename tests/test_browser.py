@@ -196,7 +196,9 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
     page.screenshot(path=tmp_path / f"{name}_after.png")
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
-    if "minomni.player" in (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"):
+    if "minomni.notebook.player" in (ROOT / "notebooks" / f"{name}.ipynb").read_text(
+        encoding="utf-8"
+    ):
         check_what_is_played(page)
         page.screenshot(path=tmp_path / f"{name}_heard.png")
     assert errors == []

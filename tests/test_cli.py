@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import av
 import numpy as np
@@ -19,9 +20,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from minomni import ROOT
 from minomni import __main__ as command
 from minomni.config import SIZES
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -501,7 +503,7 @@ def test_long_speech_is_encoded_in_pieces(tmp_path):
     """Five minutes of Vorbis: some versions of libsndfile crash where they get so much at once."""
     import torch
 
-    from minomni.reply import Reply, Trace
+    from minomni.chat.reply import Reply, Trace
 
     reply = Reply("", torch.from_numpy(tone(300)), 16_000, torch.zeros(0), 0.0, Trace())
     reply.save(tmp_path / "long.ogg")

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import minomni
-from minomni import weights
-from minomni.config import QWEN7B, SIZES, FlowConfig, MediaConfig, OmniConfig, SamplingConfig
-from minomni.config_json import (
+from minomni.checkpoint import weights
+from minomni.checkpoint.hf_config import (
     MEANINGLESS,
     USUAL,
     plain,
@@ -26,6 +25,7 @@ from minomni.config_json import (
     without_speech,
     write_config,
 )
+from minomni.config import QWEN7B, SIZES, FlowConfig, MediaConfig, OmniConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.omni import Omni
 

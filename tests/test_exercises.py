@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from exercises import solved, stubs
 
-from minomni.check import grade, same, show
+from minomni.notebook.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import minomni
-from minomni import weights
+from minomni.checkpoint import weights
 from minomni.inputs.media import load_audio, load_image, load_video
 from minomni.inputs.tokenizer import special_tokens
 

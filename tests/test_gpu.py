@@ -3,6 +3,7 @@
 import zlib
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -11,11 +12,19 @@ import torch
 from test_parity import ask, compare
 from test_runs import cache, make  # noqa: F401  (a fixture)
 
-from minomni import ROOT, bench, load, weights
+from minomni import load
+from minomni.checkpoint import weights
 from minomni.config import QWEN7B
+from minomni.data import text_to_speech
+from minomni.eval import benchmark
 from minomni.inputs.mel import voice_mel
 from minomni.omni import Omni
-from minomni.train import loop, stages, synthesis, talker_stages
+from minomni.train import loop, pipeline
+from minomni.train.stages import dpo as dpo_stage
+
+ROOT = Path(__file__).parents[1]
+
+pass
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 MEMORY = 100e9  # bytes that both codes take in fp32, side by side
@@ -97,7 +106,7 @@ def test_seven_billion_weights_say_what_the_official_code_says(case, seven, monk
 
 def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
     """As many weights, in the same files and precisions: loaded, every one as it was stored."""
-    omni = bench.by_chance("qwen7b", "cuda")
+    omni = benchmark.by_chance("qwen7b", "cuda")
     weights.save(omni, tmp_path / "model")
     kept = {name: tensor.cpu() for name, tensor in omni.state_dict().items()}
     del omni
@@ -107,9 +116,9 @@ def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
     for name, tensor in again.state_dict().items():
         assert tensor.is_cuda and torch.equal(tensor.cpu(), kept.pop(name)), name
     assert not kept
-    monkeypatch.setattr(bench, "ANSWER_S", 1)
-    with bench.endless(again):  # chance would go on for ever
-        assert len(again.respond(bench.QUESTION).wave)
+    monkeypatch.setattr(benchmark, "ANSWER_S", 1)
+    with benchmark.endless(again):  # chance would go on for ever
+        assert len(again.respond(benchmark.QUESTION).wave)
 
 
 def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
@@ -140,14 +149,14 @@ def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
     assert (voice_mel(waves[0]) - voice_mel(waves[1])).abs().mean() < 1e-2
 
 
-@pytest.mark.parametrize("name", list(stages.STAGES))
+@pytest.mark.parametrize("name", list(pipeline.STAGES))
 def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
     """Losses and gradients are finite, and where chance has no part in them, those of a CPU."""
-    monkeypatch.setattr(synthesis, "available", lambda: False)
-    monkeypatch.setattr(stages.STAGES["dpo"], "prompts", 4)
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
+    monkeypatch.setattr(pipeline.STAGES["dpo"], "prompts", 4)
     worse = count(0, 2)
     monkeypatch.setattr(
-        talker_stages, "edits", lambda *_: next(worse)
+        dpo_stage, "edits", lambda *_: next(worse)
     )  # every try has a better and a worse one
     stage = make(name, cache, "cuda")
     rough = loop.gradients(stage, 0)

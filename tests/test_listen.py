@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 import minomni
-from minomni import ROOT
+from minomni.chat.reply import End, SoundPiece, TextPiece
 from minomni.errors import UserError
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Processor
-from minomni.reply import End, SoundPiece, TextPiece
+
+ROOT = Path(__file__).parents[1]
 
 CLOSE = dict(rtol=0, atol=1e-5)  # hidden states of scale 1, sums in another order
 RATE = 16_000

@@ -20,8 +20,8 @@ from PIL import Image
 from refresh_notebooks import BUDGET, clean, small
 from refresh_notebooks import ROOT as CHECKOUT
 
-from minomni import viz
 from minomni.config import TINY
+from minomni.notebook import viz
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

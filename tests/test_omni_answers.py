@@ -5,15 +5,17 @@ wrong arguments.
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import minomni
-from minomni import ROOT
+from minomni.chat.reply import End
 from minomni.errors import UserError
-from minomni.reply import End
+
+ROOT = Path(__file__).parents[1]
 
 DATA = ROOT / "data_samples"
 
@@ -317,7 +319,7 @@ def test_flows_that_cannot_be_followed_are_refused(omni, changes):
     ids=str,
 )
 def test_schedules_of_the_wrong_kind_get_one_line(chunks, more):
-    from minomni.token2wav.stream import Schedule
+    from minomni.token2wav.streaming import Schedule
 
     with pytest.raises(UserError, match="a schedule of chunks"):
         Schedule(chunks, **more)

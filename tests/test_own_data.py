@@ -15,14 +15,15 @@ from PIL import Image
 
 import minomni
 from minomni import __main__ as command
+from minomni.data import corpus, jsonl
 from minomni.errors import UserError
-from minomni.train import own_data, own_lines, speech
+from minomni.train import finetune
 from minomni.train.loop import Recipe, train
 
 
 @pytest.fixture(scope="module")
 def recordings():
-    return speech.recorded(held=False)
+    return corpus.recorded(held=False)
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def omni(tiny_folder):
 def small(monkeypatch, tiny_folder):
     """tune() begins with the random model and takes two lines a step."""
     monkeypatch.setattr(
-        own_data, "load", lambda size, device: minomni.load(str(tiny_folder), device)
+        finetune, "load", lambda size, device: minomni.load(str(tiny_folder), device)
     )
-    monkeypatch.setitem(own_data.RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
-    monkeypatch.setattr(own_data.OwnChatStage, "sample", lambda self: "")
+    monkeypatch.setitem(finetune.RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
+    monkeypatch.setattr(finetune.OwnChatStage, "sample", lambda self: "")
 
 
 def line(question="say a", answer="a circle", **more) -> dict:
@@ -211,7 +212,7 @@ def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
         row for bad, _ in BAD for row in (bad if isinstance(bad, str) else json.dumps(bad), line())
     ]
     with pytest.raises(UserError) as error:
-        own_data.tune("tiny", write(tmp_path, rows), tmp_path / "tuned")
+        finetune.tune("tiny", write(tmp_path, rows), tmp_path / "tuned")
     message = str(error.value)
     assert f"{len(BAD)} bad lines, nothing was trained; line 1: not JSON" in message
     assert len(message) <= 500
@@ -232,9 +233,9 @@ def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
     def broken(messages, *_):
         raise ZeroDivisionError("of a part that is not ours\nand more")
 
-    monkeypatch.setattr(own_lines.Processor, "__call__", broken)
+    monkeypatch.setattr(jsonl.Processor, "__call__", broken)
     with pytest.raises(UserError) as error:
-        own_lines.checked(write(tmp_path, [line(), "", line()]), omni)
+        jsonl.checked(write(tmp_path, [line(), "", line()]), omni)
     text = str(error.value)
     assert "2 bad lines" in text
     assert "line 1: cannot be read (ZeroDivisionError: of a part" in text
@@ -243,7 +244,7 @@ def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
 
 def test_a_message_stays_short_and_a_hopeless_file_is_given_up(tmp_path, omni):
     with pytest.raises(UserError) as error:
-        own_lines.checked(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
+        jsonl.checked(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
     text = str(error.value)
     assert text.isprintable()
     assert len(text) <= 500
@@ -258,11 +259,11 @@ def test_a_line_without_end_is_refused_quickly(tmp_path, omni):
         file.write(json.dumps(line()).encode() + b"\n{")
         file.truncate(20_000_000_000)
     with pytest.raises(UserError, match="line 2: is longer than 64 MB"):
-        own_lines.read(path, tmp_path, omni)
+        jsonl.read(path, tmp_path, omni)
     with open(path, "r+b") as file:
         file.write(b"[\n")
     with pytest.raises(UserError, match="larger than 256 MB and not one JSON object a line"):
-        own_lines.read(path, tmp_path, omni)
+        jsonl.read(path, tmp_path, omni)
 
 
 def test_speech_wants_a_voice_that_can_be_made(tmp_path, omni, recordings):
@@ -271,12 +272,12 @@ def test_speech_wants_a_voice_that_can_be_made(tmp_path, omni, recordings):
     with pytest.raises(
         UserError, match=r"line 2: .*short.wav, of voice .*a voice needs at least 1 s"
     ):
-        own_lines.checked(path, omni)
+        jsonl.checked(path, omni)
     omni.voices = {}
     with pytest.raises(
         UserError, match='line 1: the model has no voices; give this recording a "voice"'
     ):
-        own_lines.checked(write(tmp_path, [line(speech="short.wav")]), omni)
+        jsonl.checked(write(tmp_path, [line(speech="short.wav")]), omni)
 
 
 def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
@@ -288,7 +289,7 @@ def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
         {"type": "audio", "audio": str(tmp_path / "q.wav")},
     ]
     turns = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]
-    lines = own_lines.checked(
+    lines = jsonl.checked(
         write(tmp_path, ["", {"messages": [*turns, *line(asked)["messages"]]}]), omni
     )
     question = lines[0].question
@@ -303,7 +304,7 @@ def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
         "type": "image",
         "image": str(tmp_path / "media" / "a.png"),
     }
-    inputs = own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer))
+    inputs = jsonl.prompt(lines[0], jsonl.Processor(omni.config, omni.tokenizer))
     assert len(inputs.mels) == 1
     assert len(inputs.image_grids) == 1
 
@@ -589,7 +590,7 @@ LAYOUTS = {  # a row, and its question; the answer is always "a square"
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_layouts_of_other_programs(name, tmp_path):
     row, question = LAYOUTS[name]
-    lesson = own_lines.parse(json.dumps(row), tmp_path, "be kind")
+    lesson = jsonl.parse(json.dumps(row), tmp_path, "be kind")
     wanted = json.loads(json.dumps(question).replace("@", f"{tmp_path}/"))
     if wanted[0]["role"] != "system":
         wanted = [{"role": "system", "content": "be kind"}, *wanted]
@@ -601,7 +602,7 @@ def test_layouts_of_other_programs(name, tmp_path):
 
 def test_tools_are_no_key_of_ours(tmp_path):
     with pytest.raises(UserError, match="unknown key 'tools'"):
-        own_lines.parse(json.dumps(line(tools=[{}])), tmp_path, "")
+        jsonl.parse(json.dumps(line(tools=[{}])), tmp_path, "")
 
 
 ROWS = [line("say é [a] {b}", 'a "circle"'), LAYOUTS["alpaca"][0], line("c", "a\nb")]
@@ -624,7 +625,7 @@ def test_files_of_rows(kind, tmp_path, omni):
         "utf-16 array": json.dumps(ROWS, indent=1).encode("utf-16"),
     }[kind]
     (tmp_path / "my.data").write_bytes(content)
-    lines = own_lines.read(tmp_path / "my.data", tmp_path / "run", omni)
+    lines = jsonl.read(tmp_path / "my.data", tmp_path / "run", omni)
     assert [lines[i].answer for i in range(len(lines))] == ['a "circle"', "a square", "a\nb"]
     assert lines[0].question[-1]["content"] == "say é [a] {b}"
 
@@ -633,13 +634,13 @@ def test_media_of_an_array_are_looked_for_beside_it(tmp_path, omni):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     path = tmp_path / "my.json"
     path.write_text(json.dumps([LAYOUTS["llava"][0]], indent=2))
-    lines = own_lines.read(path, tmp_path / "run", omni)
+    lines = jsonl.read(path, tmp_path / "run", omni)
     assert lines[0].question[-1]["content"][-1]["image"] == str(tmp_path / "a.png")
     path.write_text(json.dumps([line(), 5, line(answer="<|VIDEO|>")], indent=2))
     with pytest.raises(
         UserError, match=r"my.json: 2 bad entries, .*entry 2: 5; expected.*; entry 3: a text holds"
     ):
-        own_lines.read(path, tmp_path / "run", omni)
+        jsonl.read(path, tmp_path / "run", omni)
 
 
 @pytest.mark.parametrize(
@@ -659,7 +660,7 @@ def test_media_of_an_array_are_looked_for_beside_it(tmp_path, omni):
 def test_broken_arrays(text, says, tmp_path, omni):
     (tmp_path / "my.json").write_text(text)
     with pytest.raises(UserError) as error:
-        own_lines.read(tmp_path / "my.json", tmp_path / "run", omni)
+        jsonl.read(tmp_path / "my.json", tmp_path / "run", omni)
     assert says in str(error.value)
     assert "my.json" in str(error.value)
 
@@ -667,14 +668,11 @@ def test_broken_arrays(text, says, tmp_path, omni):
 @pytest.mark.parametrize("begin", ["file:", "FILE://", "fIle://localhost"])
 def test_uris_of_pictures_are_opened(begin, tmp_path, omni):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
-    lines = own_lines.checked(
+    lines = jsonl.checked(
         write(tmp_path, [line("<image> what", images=[f"{begin}{tmp_path}/b.png"])]), omni
     )
     assert (
-        len(
-            own_lines.prompt(lines[0], own_lines.Processor(omni.config, omni.tokenizer)).image_grids
-        )
-        == 1
+        len(jsonl.prompt(lines[0], jsonl.Processor(omni.config, omni.tokenizer)).image_grids) == 1
     )
 
 
@@ -692,16 +690,16 @@ def test_uris_of_pictures_are_opened(begin, tmp_path, omni):
 def test_what_is_no_file_of_data(name, says, tmp_path, omni):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as error:
-        own_lines.read(tmp_path / name, tmp_path / "run", omni)
+        jsonl.read(tmp_path / name, tmp_path / "run", omni)
     assert says in str(error.value)
     assert str(error.value).isprintable()
 
 
 def test_an_epoch_holds_every_line_once():
-    epochs = [[own_lines.in_turn(3, 50, 50 * epoch + i) for i in range(50)] for epoch in range(3)]
+    epochs = [[jsonl.in_turn(3, 50, 50 * epoch + i) for i in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != [own_lines.in_turn(4, 50, i) for i in range(50)]
+    assert epochs[0] != [jsonl.in_turn(4, 50, i) for i in range(50)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, omni):
@@ -712,8 +710,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     for count in (200, 2000):
         path = write(tmp_path, [line("a " * 500, f"{i}", voice="v" * 3000) for i in range(count)])
         tracemalloc.start()
-        lines = own_lines.checked(path, omni)
-        stage = own_data.OwnChatStage(
+        lines = jsonl.checked(path, omni)
+        stage = finetune.OwnChatStage(
             omni, Recipe(steps=1000, batch=8, lr=1e-3), tmp_path, 0, lines
         )
         seen = {row.answer for step in range(count // 8) for row in stage.batch(step)}
@@ -723,14 +721,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     assert peaks[1] - peaks[0] < 100 * 1800, peaks  # at most 100 bytes a line, of 4,000
 
 
-@pytest.mark.parametrize("name", list(own_data.STAGES))
+@pytest.mark.parametrize("name", list(finetune.STAGES))
 def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
-        lines = own_lines.checked(
-            write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh
-        )
-        stage = own_data.STAGES[name](fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines)
+        lines = jsonl.checked(write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh)
+        stage = finetune.STAGES[name](fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines)
         stage.sample = lambda: ""
         return stage
 
@@ -754,7 +750,7 @@ def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_fo
 
 def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, spoken):
     data, out = write(tmp_path, spoken), tmp_path / "tuned"
-    own_data.tune("tiny", data, out, epochs=1)
+    finetune.tune("tiny", data, out, epochs=1)
     tuned, before = minomni.load(str(out)), minomni.load(str(tiny_folder))
     changed = {
         name.split(".")[0]
@@ -767,29 +763,29 @@ def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, sp
     assert tuned.respond([{"role": "user", "content": "say a"}], voice="Me")
     assert json.loads((out / "trained.json").read_text())["stages"] == ["chat", "talker"]
     with pytest.raises(UserError, match="--resume goes on with it"):
-        own_data.tune("tiny", data, out, epochs=1)
+        finetune.tune("tiny", data, out, epochs=1)
     with pytest.raises(UserError, match="begun with other epochs"):
-        own_data.tune("tiny", data, out, epochs=2, resume=True)
+        finetune.tune("tiny", data, out, epochs=2, resume=True)
     write(tmp_path, spoken[:3])
     with pytest.raises(UserError, match="begun with other data"):
-        own_data.tune("tiny", data, out, epochs=1, resume=True)
+        finetune.tune("tiny", data, out, epochs=1, resume=True)
 
 
 def test_a_run_cut_off_between_its_stages_ends_the_same(tmp_path, small, spoken, monkeypatch):
     data = write(tmp_path, spoken)
-    own_data.tune("tiny", data, tmp_path / "whole", epochs=2)
+    finetune.tune("tiny", data, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patch:
         patch.setattr(
-            own_data,
+            finetune,
             "train",
             lambda stage, *rest, **more: train(
                 stage, *rest, **more, until=2 if stage.name == "talker" else None
             ),
         )
         with pytest.raises(UserError, match="talker.safetensors is missing"):
-            own_data.tune("tiny", data, tmp_path / "halves", epochs=2)
+            finetune.tune("tiny", data, tmp_path / "halves", epochs=2)
     assert not (tmp_path / "halves").exists()
-    own_data.tune("tiny", data, tmp_path / "halves", epochs=2, resume=True)
+    finetune.tune("tiny", data, tmp_path / "halves", epochs=2, resume=True)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")]
     assert files[0] == files[1]
 
@@ -799,14 +795,14 @@ def test_folder_of_spoken_digits(tmp_path, small, recordings):
     folder.mkdir(parents=True)
     for name in ("3_ann_0.wav", "0_bob_12.wav", "readme.wav"):
         soundfile.write(folder / name, recordings.wave(0), 8_000)
-    rows = list(own_lines.layout(tmp_path / "digits"))
+    rows = list(jsonl.layout(tmp_path / "digits"))
     assert [row["messages"][-1]["content"] for row in rows] == [
         "the digit is zero",
         "the digit is three",
     ]
-    assert own_data.tune("tiny", tmp_path / "digits", tmp_path / "tuned", epochs=1).is_dir()
+    assert finetune.tune("tiny", tmp_path / "digits", tmp_path / "tuned", epochs=1).is_dir()
     with pytest.raises(UserError, match='no line has "speech"'):
-        own_data.tune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
+        finetune.tune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
 
 
 def test_folder_of_ljspeech(tmp_path, small, recordings):
@@ -820,13 +816,13 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
     for i in range(2):
         soundfile.write(folder / "wavs" / f"LJ-{i}.wav", recordings.wave(i), 22_050)
     with pytest.raises(UserError, match=r"row 3: .*LJ-2.wav: no such file"):
-        own_data.tune("tiny", folder, tmp_path / "tuned", epochs=1)
+        finetune.tune("tiny", folder, tmp_path / "tuned", epochs=1)
     soundfile.write(folder / "wavs" / "LJ-2.wav", recordings.wave(2), 22_050)
-    own_data.tune("tiny", folder, tmp_path / "tuned", epochs=1, resume=True)
+    finetune.tune("tiny", folder, tmp_path / "tuned", epochs=1, resume=True)
     assert "LJ" in minomni.load(str(tmp_path / "tuned")).voices
     (folder / "metadata.csv").write_text("LJ-0 no columns\n")
     with pytest.raises(UserError, match="row 1 has 1 columns"):
-        list(own_lines.layout(folder))
+        list(jsonl.layout(folder))
 
 
 @pytest.mark.parametrize(
@@ -846,9 +842,9 @@ def test_metadata_in_any_encoding(encoding, tmp_path):
         with pytest.raises(
             UserError, match=r"metadata.csv: is not UTF-8 \(byte \d+, in row 2\); save it as UTF-8"
         ):
-            list(own_lines.layout(tmp_path / "LJ"))
+            list(jsonl.layout(tmp_path / "LJ"))
         return
-    rows = list(own_lines.layout(tmp_path / "LJ"))
+    rows = list(jsonl.layout(tmp_path / "LJ"))
     assert [Path(row["speech"]).name for row in rows] == ["Ü-1.wav", "U-2.wav"]
     assert [row["messages"][-1]["content"] for row in rows] == ["ein Ü", "zwei\u2028Ü"]
 
@@ -864,7 +860,7 @@ def test_metadata_in_any_encoding(encoding, tmp_path):
 def test_broken_metadata(content, says, tmp_path):
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(UserError) as error:
-        list(own_lines.layout(tmp_path))
+        list(jsonl.layout(tmp_path))
     assert says in str(error.value)
     assert "metadata.csv" in str(error.value)
 
@@ -885,12 +881,12 @@ def test_broken_metadata(content, says, tmp_path):
 def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
     """Told before the data are read or a model is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(own_data, "load", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(UserError) as error:
-        own_data.tune("tiny", tmp_path / "none.jsonl", Path(out))
+        finetune.tune("tiny", tmp_path / "none.jsonl", Path(out))
     assert says in str(error.value)
     assert (tmp_path / "file").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from minomni import player
-from minomni.reply import End, Reply, SoundPiece, TextPiece, Trace
+from minomni.chat.reply import End, Reply, SoundPiece, TextPiece, Trace
+from minomni.notebook import player
 
 WAVES = torch.rand(3), torch.rand(5)
 

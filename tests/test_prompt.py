@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from minomni.config import QWEN7B, TINY
+from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Processor, chunk_bounds, render
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.train.vocabulary import world_tokenizer
 
 TOKENS = TINY.thinker.tokens
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

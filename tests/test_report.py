@@ -8,32 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.config import SMALL
+from minomni import paths
+from minomni.config import LISTENING_RATE, SMALL
+from minomni.data import corpus, grammar, text_to_speech
+from minomni.data.vocabulary import English, english, told_apart
+from minomni.data.word_errors import edits
 from minomni.errors import UserError
-from minomni.train import report, speech, synthesis, world
-from minomni.train.judge import ENGLISH, LONG, Judge, edits, grammar
-from minomni.train.vocabulary import English, english, told_apart
+from minomni.eval import asr, evaluator, report, stats
+from minomni.eval.asr import ENGLISH, LONG, Judge
 
 
 def test_interval_by_hand():
-    low, high = report.Row("x", 0.5, 100).interval()
+    low, high = stats.Row("x", 0.5, 100).interval()
     assert (low, high) == pytest.approx(
         (0.4038, 0.5962), abs=1e-3
     )  # Wilson's interval for 50 of 100
-    assert report.Row("x", 0.0, 20).interval()[0] == 0.0
-    assert report.Row("x", 1.0, 20).interval() == pytest.approx((0.8389, 1.0), abs=1e-3)
+    assert stats.Row("x", 0.0, 20).interval()[0] == 0.0
+    assert stats.Row("x", 1.0, 20).interval() == pytest.approx((0.8389, 1.0), abs=1e-3)
 
 
 def test_card_as_markdown_and_fractions():
-    card = report.Card("m", [report.Row("a", 0.25, 8), report.Row("b", None, 0)], 1.0)
+    card = report.Card("m", [stats.Row("a", 0.25, 8), stats.Row("b", None, 0)], 1.0)
     assert card.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
     assert "| a | 25.0% |" in card.markdown()
     assert "not measurable here" in card.markdown()
 
 
 def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(synthesis, "available", lambda: False)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
+    monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
     card = report.measure(str(tiny_folder), items=2)
     values = card.fractions()
     assert json.loads(json.dumps(values)) == values
@@ -44,7 +47,7 @@ def test_every_row_is_measured(tiny_folder, monkeypatch, tmp_path):
     )
     # only where the stages are kept, and the folder says how long
     kept = "dpo_wer_before dpo_wer_after train_seconds"
-    assert set(report.ANSWERS) | set(others.split()) | set(kept.split()) == set(values)
+    assert set(evaluator.ANSWERS) | set(others.split()) | set(kept.split()) == set(values)
     assert all(values[name] is None for name in kept.split())
     assert (
         values["real_digits_accuracy"] is values["sync_accuracy_mrope"] is None
@@ -75,7 +78,7 @@ def test_a_folder_of_digits_is_looked_at_before_anything_is_measured(monkeypatch
 
 
 def test_word_errors_count_sentences_as_a_whole():
-    row = report.word_error_row("x", [(0, 4), (2, 4), (0, 8)])
+    row = stats.word_error_row("x", [(0, 4), (2, 4), (0, 8)])
     assert (row.value, row.n) == (2 / 16, 16)
     low, high = row.interval()
     assert low == 0.0
@@ -83,10 +86,10 @@ def test_word_errors_count_sentences_as_a_whole():
 
 
 def test_hard_sentences_are_long_held_out_and_repeat_a_word():
-    hard = report.hard_sentences()
+    hard = evaluator.hard_sentences()
     assert len(hard) > 20
-    assert hard == report.hard_sentences()
-    trained = set(speech.all_statements(held=False))
+    assert hard == evaluator.hard_sentences()
+    trained = set(corpus.all_statements(held=False))
     for text in hard:
         words = [word for word in text.split() if word not in ("a", "and", "is", "the")]
         assert len(text.split()) >= 9
@@ -106,11 +109,11 @@ def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
         "the garden window is above the silver number",
         "the silver garden is left of the number window",
     ]
-    speeches = speech.Speech(
+    speeches = corpus.Speech(
         np.zeros(4, np.int16),
-        [speech.Utterance(text, "Anna", i, i + 1) for i, text in enumerate(texts)],
+        [corpus.Utterance(text, "Anna", i, i + 1) for i, text in enumerate(texts)],
     )
-    examiner = object.__new__(report.Examiner)
+    examiner = object.__new__(evaluator.Examiner)
     examiner.items, examiner.teacher = (
         9,
         SimpleNamespace(speech=speeches, english=English(tuple(few), ())),
@@ -122,8 +125,8 @@ def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
     heard = iter(
         ["the garden garden window is below the silver number", texts[0], "number", texts[1]]
     )
-    monkeypatch.setattr(report, "Judge", lambda said, words: (said, words))
-    monkeypatch.setattr(report, "hear", lambda *_: next(heard).split())
+    monkeypatch.setattr(evaluator, "Judge", lambda said, words: (said, words))
+    monkeypatch.setattr(evaluator, "hear", lambda *_: next(heard).split())
     rows = {row.name: (row.value, row.n) for row in examiner.english()}
     assert rows == {
         "english_asr_wer": (2 / 8, 8),
@@ -132,17 +135,17 @@ def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
     }
 
 
-@pytest.mark.skipif(not synthesis.available(), reason="no synthesiser here")
+@pytest.mark.skipif(not text_to_speech.available(), reason="no synthesiser here")
 def test_judge_knows_english_words_apart():
     """Recordings of words, those that are trained on and those that are not: more than three in
     four are understood.
     """
     words = english(SMALL.thinker.tokens)
-    jobs = [job for _, job in speech.test_jobs(words)[-96:]][::8]
+    jobs = [job for _, job in corpus.test_jobs(words)[-96:]][::8]
     for few, said in zip((told_apart(words.trained), told_apart(words.held)), (jobs[:6], jobs[6:])):
         judge, right, wrong = Judge(ENGLISH, few), 0, 0
-        for job, wave in zip(said, synthesis.synthesise(said, 0)):
-            heard = judge.hear(torch.from_numpy(wave) / 32768, world.LISTENING_RATE).split()
+        for job, wave in zip(said, text_to_speech.synthesise(said, 0)):
+            heard = judge.hear(torch.from_numpy(wave) / 32768, LISTENING_RATE).split()
             wrong += edits(
                 [w for w in job.text.split() if w in few], [w for w in heard if w in few]
             )
@@ -151,11 +154,11 @@ def test_judge_knows_english_words_apart():
 
 
 def test_voice_classifier_knows_recordings_apart():
-    recordings = speech.recorded(held=False)
-    known = report.VoiceClassifier(recordings, each=3)
+    recordings = corpus.recorded(held=False)
+    known = evaluator.VoiceClassifier(recordings, each=3)
     others = [
         i
-        for name in world.VOICES
+        for name in grammar.VOICES
         for i in [i for i, u in enumerate(recordings.utterances) if u.voice == name][3:]
     ]
     right = sum(known.name(recordings.wave(i)) == recordings.utterances[i].voice for i in others)
@@ -164,7 +167,7 @@ def test_voice_classifier_knows_recordings_apart():
 
 
 def test_judge_hears_recordings_and_not_noise():
-    judge, recordings = Judge(), speech.recorded(held=False)
+    judge, recordings = Judge(), corpus.recorded(held=False)
     said = [i for i, u in enumerate(recordings.utterances) if not u.text.startswith("say ")]
     right = sum(
         judge.hear(recordings.wave(i), 16_000) == recordings.utterances[i].text for i in said
@@ -177,16 +180,16 @@ def test_judge_hears_recordings_and_not_noise():
 
 
 def test_judge_knows_every_statement():
-    rules = grammar()
-    for words in world.GRAMMAR.values():
+    rules = asr.jsgf_grammar()
+    for words in grammar.GRAMMAR.values():
         assert all(word in rules for word in words)
-    assert all(template in rules for template in world.STATEMENTS)
+    assert all(template in rules for template in grammar.STATEMENTS)
     assert judge_of_long_sentences_takes_two()
 
 
 def judge_of_long_sentences_takes_two() -> bool:
     """Two recordings one after the other are two statements to the judge of long sentences."""
-    recordings = speech.recorded(held=False)
+    recordings = corpus.recorded(held=False)
     said = [i for i, u in enumerate(recordings.utterances) if not u.text.startswith("say ")][:2]
     heard = Judge(LONG).hear(torch.cat([recordings.wave(i) for i in said]), 16_000)
     return len(heard.split()) > max(len(recordings.utterances[i].text.split()) for i in said)

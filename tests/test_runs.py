@@ -22,16 +22,18 @@ import torch
 from elsewhere import ELSEWHERE, Elsewhere, Factories, Functions, Generator
 from torch import nn
 
-from minomni import config_json, load
+from minomni import load
+from minomni.checkpoint import hf_config
 from minomni.config import SMALL, TINY
+from minomni.data import corpus, text_to_speech
+from minomni.data.word_errors import edits
 from minomni.devices import device_of, has_bf16
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.omni import Omni
-from minomni.train import loop, run_folder, samples, speech, stages, synthesis
-from minomni.train.judge import edits
+from minomni.train import checkpoint, loop, pipeline, recipes, samples
 from minomni.train.loop import Recipe, Stage
-from minomni.train.talker_stages import DPOStage
+from minomni.train.stages.dpo import DPOStage
 
 ROOT = Path(__file__).parents[1]
 BRIEF = replace(
@@ -57,7 +59,7 @@ sys.exit(__main__.main())
 
 @pytest.fixture(autouse=True)
 def recordings_only(monkeypatch):
-    monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def cache(tmp_path_factory) -> Path:
 def make(name: str, cache: Path, device="cpu", config=BRIEF, **recipe) -> Stage:
     torch.manual_seed(0)
     recipe = Recipe(**{"steps": 4, "batch": 3, "lr": 1e-3, "warmup": 1, **recipe})
-    return stages.STAGES[name](Omni(config).to(device), recipe, cache, 0)
+    return pipeline.STAGES[name](Omni(config).to(device), recipe, cache, 0)
 
 
 def command(home: Path, *options: str, prelude: str = "") -> list[str]:
@@ -103,7 +105,7 @@ def test_run_folder_can_be_looked_into(tmp_path):
     )
     wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
     assert rate == 16_000
-    assert len(wave) == len(speech.recorded(held=False).wave(0))
+    assert len(wave) == len(corpus.recorded(held=False).wave(0))
     assert abs(wave).max() > 0.001
     said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
     assert said.startswith("said  'say the")
@@ -122,7 +124,7 @@ def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
     stage = make("vocoder", tmp_path)
     assert samples.trained_codec(stage, tmp_path) is None
     learnt = {n: p for n, p in stage.omni.named_parameters() if n.startswith("codec.")}
-    run_folder.finish(tmp_path, "codec", learnt)
+    checkpoint.finish(tmp_path, "codec", learnt)
     reader = samples.trained_codec(stage, tmp_path)
     assert all(torch.equal(p, learnt[f"codec.{n}"]) for n, p in reader.named_parameters())
 
@@ -131,7 +133,7 @@ def test_a_mel_made_audible_still_says_the_same():
     """The trained codec reads in the wave that is made of a mel what was said, but for a letter or
     two.
     """
-    codec, spoken = load("data_samples/tiny").codec, speech.recorded(held=False)
+    codec, spoken = load("data_samples/tiny").codec, corpus.recorded(held=False)
     for i in (1, 3):
         mel = voice_mel(spoken.wave(i))
         wave = samples.griffin_lim(mel)
@@ -144,32 +146,32 @@ def test_a_mel_made_audible_still_says_the_same():
 
 
 def test_config_is_kept_and_guards(tmp_path):
-    run_folder.claim(tmp_path, TINY)
-    assert config_json.read_config(tmp_path) == TINY
-    run_folder.claim(tmp_path, TINY)
+    checkpoint.claim(tmp_path, TINY)
+    assert hf_config.read_config(tmp_path) == TINY
+    checkpoint.claim(tmp_path, TINY)
     with pytest.raises(UserError, match="holds a run of other sizes; --fresh"):
-        run_folder.claim(tmp_path, SMALL)
+        checkpoint.claim(tmp_path, SMALL)
 
 
 def test_one_stage_starts_over_alone(tmp_path):
-    stages.begin(tmp_path, resume=False, fresh=False, stage="codec")
+    pipeline.begin(tmp_path, resume=False, fresh=False, stage="codec")
     left = [
         tmp_path / "stages" / name
         for name in ("codec.safetensors", "dit.safetensors", "dit.resume.pt")
     ]
     for path in left:
         path.write_bytes(b"x")
-    stages.begin(tmp_path, resume=False, fresh=False, stage="vocoder")
+    pipeline.begin(tmp_path, resume=False, fresh=False, stage="vocoder")
     with pytest.raises(UserError, match="holds stage dit of an earlier run; --resume"):
-        stages.begin(tmp_path, resume=False, fresh=False, stage="dit")
-    stages.begin(tmp_path, resume=False, fresh=True, stage="dit")
+        pipeline.begin(tmp_path, resume=False, fresh=False, stage="dit")
+    pipeline.begin(tmp_path, resume=False, fresh=True, stage="dit")
     assert [path.exists() for path in left] == [True, False, False]
 
 
 def test_finished_stage_is_not_done_again(tmp_path, capsys):
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "codec.safetensors").write_bytes(b"x")
-    stages.run_stage("codec", "tiny", tmp_path, 0, resume=True)
+    pipeline.run_stage("codec", "tiny", tmp_path, 0, resume=True)
     assert "stage codec is finished" in capsys.readouterr().out
 
 
@@ -225,7 +227,7 @@ def stopped_early(home: Path) -> bytes:
     """A run folder with a checkpoint at step 4 -> that checkpoint."""
     stage = make("codec", home / "corpus", config=TINY, steps=16, batch=2, warmup=2)
     stage.sample, stage.sound = lambda: "", lambda: None
-    run_folder.claim(home / "stages", TINY)
+    checkpoint.claim(home / "stages", TINY)
     loop.train(stage, home / "stages", until=4)
     return (home / "stages" / "codec.resume.pt").read_bytes()
 
@@ -273,7 +275,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert not list((out / "stages").glob("*.part"))
 
 
-def checkpoint(folder: Path) -> tuple[Stage, Path]:
+def kept_stage(folder: Path) -> tuple[Stage, Path]:
     """A stage that has learnt for two steps, and what it has kept of itself."""
     stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
     loop.train(stage, folder, until=2)
@@ -285,7 +287,7 @@ def go_back(folder: Path) -> tuple[int, dict]:
     stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
     unlocked, before = stage.parameters(), [p.detach().clone() for p in stage.parameters().values()]
     try:
-        return run_folder.restore(
+        return checkpoint.restore(
             folder, "rows", unlocked, loop.make_optimizers(unlocked, stage.recipe)
         )
     except UserError as error:
@@ -298,7 +300,7 @@ def go_back(folder: Path) -> tuple[int, dict]:
 
 def test_every_damage_of_a_resume_file_is_one_line(tmp_path):
     """A flipped bit, a cut and a splice anywhere: refused, or exactly what was kept."""
-    _, path = checkpoint(tmp_path)
+    _, path = kept_stage(tmp_path)
     whole, random, refused_ones = path.read_bytes(), Random(5), 0
     kept = torch.load(path, weights_only=True)
     for case in range(150):
@@ -322,7 +324,7 @@ def test_every_damage_of_a_resume_file_is_one_line(tmp_path):
 
 
 def test_other_files_in_the_place_of_a_resume_file(tmp_path):
-    stage, path = checkpoint(tmp_path)
+    stage, path = kept_stage(tmp_path)
     good = torch.load(path, weights_only=True)
     states = copy.deepcopy(good["optimizers"])
     states[0]["state"][0]["exp_avg"] = torch.zeros(7)
@@ -368,19 +370,19 @@ def test_other_files_in_the_place_of_a_resume_file(tmp_path):
 
 
 def test_what_a_stage_learnt_is_checked_before_it_is_used(tmp_path):
-    stage, _ = checkpoint(tmp_path)
+    stage, _ = kept_stage(tmp_path)
     path = tmp_path / "rows.safetensors"
-    run_folder.finish(tmp_path, "rows", stage.parameters())
-    run_folder.graduate(stage.omni, tmp_path, ["rows"])
+    checkpoint.finish(tmp_path, "rows", stage.parameters())
+    checkpoint.graduate(stage.omni, tmp_path, ["rows"])
     whole = path.read_bytes()
     for content in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="rows.safetensors: cut short or no safetensors file"):
-            run_folder.graduate(stage.omni, tmp_path, ["rows"])
+            checkpoint.graduate(stage.omni, tmp_path, ["rows"])
     for other in ({"0.weight": torch.zeros(2, 2)}, {"1.weight": torch.zeros(3, 5)}):
-        run_folder.finish(tmp_path, "rows", other)
+        checkpoint.finish(tmp_path, "rows", other)
         with pytest.raises(UserError, match="belongs to another model"):
-            run_folder.graduate(stage.omni, tmp_path, ["rows"])
+            checkpoint.graduate(stage.omni, tmp_path, ["rows"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -402,7 +404,7 @@ def test_a_home_that_cannot_be_is_told_before_work_begins(home, says, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as error:
-        stages.begin(Path(home), resume=False, fresh=False)
+        pipeline.begin(Path(home), resume=False, fresh=False)
     assert says in str(error.value)
     assert str(error.value).isprintable()
     assert len(str(error.value)) <= 500
@@ -415,7 +417,7 @@ def test_fresh_deletes_no_foreign_files(tmp_path):
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "chapter.txt").write_text("mine")
     with pytest.raises(UserError, match="holds 'chapter.txt', which --fresh would delete"):
-        stages.begin(tmp_path, resume=False, fresh=True)
+        pipeline.begin(tmp_path, resume=False, fresh=True)
     assert (tmp_path / "stages" / "chapter.txt").exists()
     (tmp_path / "stages" / "chapter.txt").unlink()
     for name in (
@@ -427,7 +429,7 @@ def test_fresh_deletes_no_foreign_files(tmp_path):
     ):
         (tmp_path / "stages" / name).write_text("x")
     (tmp_path / "stages" / "samples").mkdir()
-    stages.begin(tmp_path, resume=False, fresh=True)
+    pipeline.begin(tmp_path, resume=False, fresh=True)
     assert not list((tmp_path / "stages").iterdir())
 
 
@@ -440,7 +442,7 @@ def test_fresh_empties_a_linked_folder_and_keeps_the_link(tmp_path):
     (disk / "ears.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     home.mkdir()
     (home / "stages").symlink_to(disk)
-    stages.begin(home, resume=False, fresh=True)
+    pipeline.begin(home, resume=False, fresh=True)
     assert (home / "stages").is_symlink()
     assert disk.is_dir()
     assert not list(disk.iterdir())
@@ -449,8 +451,8 @@ def test_fresh_empties_a_linked_folder_and_keeps_the_link(tmp_path):
 
 def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    run_folder.log(tmp_path, {"step": 2})
-    run_folder.log(tmp_path, {"step": 3})
+    checkpoint.log(tmp_path, {"step": 2})
+    checkpoint.log(tmp_path, {"step": 3})
     assert (tmp_path / "log.jsonl").read_text().splitlines()[2:] == ['{"step": 2}', '{"step": 3}']
 
 
@@ -458,7 +460,7 @@ def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
 # devices
 
 
-@pytest.mark.parametrize("name", list(stages.STAGES))
+@pytest.mark.parametrize("name", list(pipeline.STAGES))
 def test_every_stage_learns_on_another_device(name, cache, monkeypatch, untrained_tries):
     """On a pretended device that refuses what is not on it, a stage loses and learns what it does
     on the CPU.
@@ -643,24 +645,24 @@ def test_codec_hears_sound_as_late_in_parts(tmp_path):
 
 
 def test_timetable_says_what_to_expect():
-    table = stages.timetable("tiny")
+    table = pipeline.timetable("tiny")
     rows = {line.split()[0]: line for line in table.split("\n\n")[0].splitlines()}
-    assert rows.keys() == {"stage", *stages.STAGES}
+    assert rows.keys() == {"stage", *pipeline.STAGES}
     assert "two cores" in table
     assert rows["thinker1"].index("thinker.visual") < rows["thinker1"].index(
         "thinker.lm_head, thinker.model"
     )
-    assert all(stage.data and stage.data in rows[name] for name, stage in stages.STAGES.items())
-    for name, (seconds, loss) in stages.EXPECTED["tiny"].items():
+    assert all(stage.data and stage.data in rows[name] for name, stage in pipeline.STAGES.items())
+    for name, (seconds, loss) in pipeline.EXPECTED["tiny"].items():
         assert f" {seconds} " in rows[name]
         assert loss in rows[name]
-    assert stages.EXPECTED["tiny"].keys() == stages.STAGES.keys()
-    assert " - " in stages.timetable("small")  # nobody has measured it
+    assert pipeline.EXPECTED["tiny"].keys() == pipeline.STAGES.keys()
+    assert " - " in pipeline.timetable("small")  # nobody has measured it
 
 
 def test_readme_expects_the_same():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    for name, (seconds, loss) in stages.EXPECTED["tiny"].items():
+    for name, (seconds, loss) in pipeline.EXPECTED["tiny"].items():
         said = f" | {seconds} | {loss.replace('  ', ', ')} |"
         assert [line for line in lines if line.startswith(f"| {name} |") and said in line], name
 
@@ -679,18 +681,18 @@ def test_sizes_fit_the_school(config):
     assert config.codec.mel_dim == config.token2wav.dit.mel_dim
     assert config.token2wav.dit.enc_emb_dim == 2 * config.codec.mel_dim  # speaker vectors
     tokens = config.thinker.tokens
-    assert tokens.tts_text_pad + speech.FIRST_VOICE + 4 <= config.thinker.text.vocab_size
-    for name, kind in stages.STAGES.items():
+    assert tokens.tts_text_pad + corpus.FIRST_VOICE + 4 <= config.thinker.text.vocab_size
+    for name, kind in pipeline.STAGES.items():
         there = [
             any(n.startswith(prefix) for n, _ in omni.named_parameters()) for prefix in kind.learns
         ]
         assert there and all(there), name
 
 
-@pytest.mark.parametrize("size", list(stages.RECIPES))
+@pytest.mark.parametrize("size", list(recipes.RECIPES))
 def test_recipes_can_be_followed(size):
-    for name in stages.STAGES:
-        recipe = stages.recipe_of(name, size)
+    for name in pipeline.STAGES:
+        recipe = recipes.recipe_of(name, size)
         assert 0 < recipe.warmup < recipe.steps
         assert recipe.batch > 1
         assert recipe.accumulate >= 1

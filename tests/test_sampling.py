@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.answer_options import ELSEWHERE, OPTIONS, changed, sampling_of
+from minomni.chat.generation_options import ELSEWHERE, OPTIONS, changed, sampling_of
 from minomni.config import QWEN7B, TINY, SamplingConfig
 from minomni.errors import UserError
 from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalise, sample

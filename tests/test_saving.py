@@ -17,15 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import minomni
-from minomni import saving, weights
+from minomni.checkpoint import saving, weights
+from minomni.checkpoint.processor_files import CHAT_TEMPLATE
 from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.inputs.prompt import render
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import Omni
-from minomni.processor_files import CHAT_TEMPLATE
-from minomni.token2wav.speaker import Voice
-from minomni.token2wav.stream import VocoderStream
+from minomni.token2wav.streaming import VocoderStream
+from minomni.token2wav.voice import Voice
 
 
 @pytest.fixture(scope="module")

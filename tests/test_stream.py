@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import threading
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from unittest import mock
@@ -14,19 +15,22 @@ import pytest
 import torch
 
 import minomni
-from minomni import ROOT, bench
+from minomni.chat.generate import seeded, think_and_talk
+from minomni.chat.reply import End, SoundPiece, TextPiece, waiting
 from minomni.config import TINY
+from minomni.data import grammar
+from minomni.data.word_errors import edits
 from minomni.errors import UserError
+from minomni.eval import benchmark
+from minomni.eval.asr import Judge
 from minomni.inputs.prompt import Processor
 from minomni.layers import KVCache
 from minomni.omni import until_stop
-from minomni.reply import End, SoundPiece, TextPiece, waiting
-from minomni.stream import seeded, think_and_talk
 from minomni.talker.talker import script
-from minomni.token2wav.flow_dit import Past
-from minomni.token2wav.stream import SERVING, MelStream, Schedule, StageStream
-from minomni.train import world
-from minomni.train.judge import Judge, edits
+from minomni.token2wav.dit import Past
+from minomni.token2wav.streaming import SERVING, MelStream, Schedule, StageStream
+
+ROOT = Path(__file__).parents[1]
 
 DATA, TOKENS = ROOT / "data_samples", TINY.thinker.tokens
 SHAPES = [
@@ -241,7 +245,7 @@ def machine(omni, monkeypatch):
             now[0] += frame_s * (seen - stream.done)
             return paint(stream, end, seen)
 
-        monkeypatch.setattr("minomni.reply.time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setattr("minomni.chat.reply.time", SimpleNamespace(perf_counter=lambda: now[0]))
         monkeypatch.setattr(omni.talker, "step", slow_step)
         monkeypatch.setattr(MelStream, "paint", slow_paint)
 
@@ -364,7 +368,7 @@ def test_the_outside_judge_understands_a_stream_as_well(omni):
     )
     texts = [
         text
-        for text in (world.statement(random, held=True) for _ in range(60))
+        for text in (grammar.statement(random, held=True) for _ in range(60))
         if len(text.split()) > 6
     ]
     for seed, text in enumerate(texts[:26]):
@@ -389,9 +393,9 @@ def test_bench_measures_every_row_and_leaves_the_model_as_it_was(brief, monkeypa
     """
     omni = brief(words=30, codes=60, points=3)
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1), ("SESSION_S", 3)):
-        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(benchmark, name, value)
     config = omni.config, omni.talker.config
-    result = bench.measure(omni)
+    result = benchmark.measure(omni)
     assert (omni.config, omni.talker.config) == config
     assert list(result.rows) == [
         "first_sound_ms",
@@ -429,8 +433,8 @@ def test_bench_measures_every_row_and_leaves_the_model_as_it_was(brief, monkeypa
 def test_bench_of_a_size_that_nobody_trained(monkeypatch):
     """Weights of chance speak, without an end, and every time is there."""
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1)):
-        monkeypatch.setattr(bench, name, value)
-    rows = bench.first_sound(bench.by_chance("tiny", "cpu"))
+        monkeypatch.setattr(benchmark, name, value)
+    rows = benchmark.first_sound(benchmark.by_chance("tiny", "cpu"))
     values = {name: value for name, (value, _) in rows.items()}
     assert list(values) == [
         "first_text_ms",
@@ -446,7 +450,7 @@ def test_bench_of_a_size_that_nobody_trained(monkeypatch):
     assert values["first_text_ms"] <= values["first_sound_ms"]
     assert all(value >= 0 for value in values.values())
     with pytest.raises(UserError, match="unknown size 'huge'"):
-        bench.by_chance("huge", "cpu")
-    monkeypatch.setattr(bench, "streamed", lambda omni: ([], None))
+        benchmark.by_chance("huge", "cpu")
+    monkeypatch.setattr(benchmark, "streamed", lambda omni: ([], None))
     with pytest.raises(UserError, match="answers without speech"):
-        bench.first_sound(bench.by_chance("tiny", "cpu"))
+        benchmark.first_sound(benchmark.by_chance("tiny", "cpu"))

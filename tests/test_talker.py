@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minomni.config import TINY
+from minomni.config import IGNORE_INDEX, TINY
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
-from minomni.talker.talker import IGNORE, Script, Talker, script, text
+from minomni.talker.talker import Script, Talker, script, text
 from minomni.thinker.thinker import Thinker
 
 TOKENS = TINY.thinker.tokens
@@ -164,7 +164,7 @@ def test_teacher_forced_logits_equal_spoken_ones(thinker, talker):
             talker.step(code[None], one.text[0][min(i + 1, len(one.text[0]) - 1)][None], state)
             for i, code in enumerate(spoken)
         ]
-        asked = targets[row] != IGNORE
+        asked = targets[row] != IGNORE_INDEX
         torch.testing.assert_close(logits[row, asked], torch.cat(steps), **CLOSE)
         assert targets[row, asked].tolist() == [*spoken.tolist(), TINY.talker.codec_eos]
 
@@ -187,7 +187,7 @@ def test_a_reply_of_one_token_is_silent(thinker, talker):
     assert len(both[1]) > 0
     assert talker.generate(scripts(mute, prompts(5)), GREEDY, ROWS)[0].tolist() == []
     embeds, position_ids, mask, targets = talker.teacher_forced(scripts(mute, prompts(5, 9)), both)
-    assert (targets[0] == IGNORE).all()
+    assert (targets[0] == IGNORE_INDEX).all()
     assert talker(embeds, position_ids, mask).isfinite().all()
 
 

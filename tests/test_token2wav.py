@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import Activation, AntiAliasedSnake, kaiser_taps
-from minomni.token2wav.flow_dit import BlockAttention, solve, time_grid
-from minomni.token2wav.speaker import Voice
+from minomni.token2wav.dit import BlockAttention, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav
+from minomni.token2wav.voice import Voice
 
 CONFIG = oracle.CONFIG.token2wav
 FLOW = QWEN7B.flow

@@ -13,10 +13,9 @@ from test_token2wav import CODES, CONFIG, FLOW, VOICE, filled
 from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import Activation, BigVGAN
-from minomni.token2wav.flow_dit import BlockAttention, both_branches, guided, rotate_first_head
-from minomni.token2wav.solver import looks, solve, time_grid
-from minomni.token2wav.speaker import Voice
-from minomni.token2wav.stream import (
+from minomni.token2wav.dit import BlockAttention, both_branches, guided, rotate_first_head
+from minomni.token2wav.ode_solver import looks, solve, time_grid
+from minomni.token2wav.streaming import (
     MOMENT,
     SERVING,
     MelStream,
@@ -26,6 +25,7 @@ from minomni.token2wav.stream import (
     codes_until_sound,
     eager,
 )
+from minomni.token2wav.voice import Voice
 
 SHORT = dataclasses.replace(
     FLOW, points=3

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 
 from minomni.config import QWEN7B, TINY
+from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import LETTER_OF, WORDS, Tokenizer, special_tokens
-from minomni.train.vocabulary import world_tokenizer
 
 VECTORS = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
 TEXTS = [

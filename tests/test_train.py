@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from minomni import load
-from minomni.config import SMALL, TINY
+from minomni import load, paths
+from minomni.config import IGNORE_INDEX, SMALL, TINY
+from minomni.data import codes, corpus, grammar, scenes, text_to_speech
+from minomni.data.examples import Teacher
+from minomni.data.vocabulary import english, world_tokenizer
+from minomni.data.word_errors import edits, word_error
 from minomni.errors import UserError
 from minomni.omni import Omni
 from minomni.talker.codec import FIRST_CODE, FSQ, Codec, align, ids_to_letters, letters_to_ids
-from minomni.train import losses, muon, speech, stages, synthesis, voice_stages, world
-from minomni.train.judge import edits, word_error
+from minomni.train import losses, muon, pipeline, recipes
 from minomni.train.loop import Recipe, Stage, gradients, learning_rate, train
 from minomni.train.muon import Muon, orthogonal
-from minomni.train.talker_stages import DPOStage, code_loss
-from minomni.train.teacher import Teacher
-from minomni.train.vocabulary import english, world_tokenizer
+from minomni.train.stages.dpo import DPOStage
+from minomni.train.stages.speech import code_loss
+from minomni.train.stages.thinker import LanguageStage
 
 CACHE = Path(tempfile.mkdtemp())
 FAST = dict(warmup=2, weight_decay=0.0)
@@ -49,13 +52,13 @@ OVERFIT = {
 @pytest.fixture(autouse=True)
 def recordings_only(monkeypatch):
     """Train on data_samples/ alone: quick, and what a machine without the synthesiser does."""
-    monkeypatch.setattr(synthesis, "available", lambda: False)
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(DPOStage, "prompts", 32)
 
 
 def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stage:
     torch.manual_seed(seed)
-    kind = stages.STAGES[name]
+    kind = pipeline.STAGES[name]
     stage = kind(Omni(TINY), Recipe(steps=steps, batch=batch, lr=5e-3, **FAST), CACHE, seed)
     stage.sample, stage.sound = (
         lambda: "",
@@ -67,11 +70,11 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stag
 def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
     for name in ("codec", "language", "ears", "eyes"):
-        kind = stages.STAGES[name]
+        kind = pipeline.STAGES[name]
         assert kind(Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0).sample()
 
 
-@pytest.mark.parametrize("name", list(stages.STAGES))
+@pytest.mark.parametrize("name", list(pipeline.STAGES))
 def test_every_stage_overfits_one_batch(name, tmp_path):
     stage = stage_of(name)
     batch = stage.batch(0)
@@ -92,13 +95,13 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
     """
     monkeypatch.setattr(DPOStage, "prompts", 2)
     home = tmp_path / "small"
-    for name in stages.STAGES:
-        recipe = replace(stages.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
-        monkeypatch.setitem(stages.RECIPES["small"], name, recipe)
-        stage = stages.make(name, "small", home, seed=0)
+    for name in pipeline.STAGES:
+        recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
+        monkeypatch.setitem(recipes.RECIPES["small"], name, recipe)
+        stage = pipeline.make(name, "small", home, seed=0)
         stage.sample, stage.sound = lambda: "", lambda: None
         train(stage, home / "stages")
-    stages.graduation("small", home, seed=0)
+    pipeline.graduation("small", home, seed=0)
     omni = load(home / "model")
     assert omni.config == SMALL
     assert omni.voices
@@ -150,19 +153,19 @@ def test_schedule():
 
 
 def test_needs_come_before():
-    names = list(stages.STAGES)
-    for name, stage in stages.STAGES.items():
+    names = list(pipeline.STAGES)
+    for name, stage in pipeline.STAGES.items():
         assert all(names.index(need) < names.index(name) for need in stage.needs)
 
 
 def test_a_run_is_never_lost_by_accident(tmp_path):
-    stages.begin(tmp_path, resume=False, fresh=False)
+    pipeline.begin(tmp_path, resume=False, fresh=False)
     (tmp_path / "stages" / "codec.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="--resume"):
-        stages.begin(tmp_path, resume=False, fresh=False)
-    stages.begin(tmp_path, resume=True, fresh=False)
+        pipeline.begin(tmp_path, resume=False, fresh=False)
+    pipeline.begin(tmp_path, resume=True, fresh=False)
     assert (tmp_path / "stages" / "codec.safetensors").exists()
-    stages.begin(tmp_path, resume=False, fresh=True)
+    pipeline.begin(tmp_path, resume=False, fresh=True)
     assert not (tmp_path / "stages" / "codec.safetensors").exists()
 
 
@@ -171,21 +174,21 @@ def test_a_run_is_never_lost_by_accident(tmp_path):
 
 
 def test_voice_stages_leave_long_recordings_out():
-    first, second = speech.all_statements(held=False)[:2]
+    first, second = corpus.all_statements(held=False)[:2]
     texts = [first, f"{first} and {second}", "red two up", "a red cross and a blue cross"]
-    recordings = speech.Speech(
-        np.zeros(1), [speech.Utterance(text, "Anna", 0, 1) for text in texts]
+    recordings = corpus.Speech(
+        np.zeros(1), [corpus.Utterance(text, "Anna", 0, 1) for text in texts]
     )
-    assert [u.text for u in speech.without_long(recordings).utterances] == [texts[0], *texts[2:]]
+    assert [u.text for u in corpus.without_long(recordings).utterances] == [texts[0], *texts[2:]]
 
 
 def test_lessons_are_fair_to_kinds_of_sentences():
     texts = (
         ["the red circle is above the blue cross"] * 7 + ["the digit is nine"] * 2 + ["red two up"]
     )
-    share = speech.FAIR / 3
-    rest = (1 - speech.FAIR) / 10
-    assert speech.balanced(texts) == pytest.approx(
+    share = corpus.FAIR / 3
+    rest = (1 - corpus.FAIR) / 10
+    assert corpus.balanced(texts) == pytest.approx(
         [rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share]
     )
 
@@ -194,7 +197,7 @@ def test_lessons_are_fair_to_kinds_of_sentences():
 def test_voice_stages_draw_by_weight(name):
     """With all the weight on one recording, every row of a batch is from it."""
     stage = stage_of(name)
-    assert stage.weights == speech.balanced([u.text for u in stage.speech.utterances])
+    assert stage.weights == corpus.balanced([u.text for u in stage.speech.utterances])
     longest = max(range(len(stage.speech)), key=stage.lengths.__getitem__)
     stage.weights = [float(i == longest) for i in range(len(stage.speech))]
     asked, find = [], stage.speech.wave
@@ -209,8 +212,8 @@ def test_word_strings_hold_no_statement():
     not told by them.
     """
     random = Random(0)
-    strings = [world.word_string(random) for _ in range(300)]
-    statements = {text for template in world.STATEMENTS for text in world.expand(template)}
+    strings = [grammar.word_string(random) for _ in range(300)]
+    statements = {text for template in grammar.STATEMENTS for text in grammar.expand(template)}
     assert not any(f" {text} " in f" {string} " for text in statements for string in strings)
     assert sum(len(set(string.split())) < len(string.split()) for string in strings) > 200
 
@@ -290,29 +293,29 @@ def test_the_longest_way_goes_first():
     """By hand: dpo and then speakers wait for chat; whoever is waited for has a longer way than who
     waits.
     """
-    seconds = {name: took for name, (took, _) in stages.EXPECTED["tiny"].items()}
-    assert stages.way("chat", "tiny") == seconds["chat"] + seconds["dpo"] + seconds["speakers"]
-    for name, stage in stages.STAGES.items():
-        assert all(stages.way(need, "tiny") > stages.way(name, "tiny") for need in stage.needs)
-    assert "dpo" not in stages.EXPECTED["small"]
-    assert stages.way("dpo", "small") == (80 + 40) / 4
+    seconds = {name: took for name, (took, _) in pipeline.EXPECTED["tiny"].items()}
+    assert pipeline.way("chat", "tiny") == seconds["chat"] + seconds["dpo"] + seconds["speakers"]
+    for name, stage in pipeline.STAGES.items():
+        assert all(pipeline.way(need, "tiny") > pipeline.way(name, "tiny") for need in stage.needs)
+    assert "dpo" not in pipeline.EXPECTED["small"]
+    assert pipeline.way("dpo", "small") == (80 + 40) / 4
 
 
 def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
     """By hand, two lanes: the vocoder in the third; no dit in a free lane while thinker3 will want
     it; at the end any.
     """
-    order = sorted(stages.STAGES, key=lambda name: -stages.way(name, "tiny"))
+    order = sorted(pipeline.STAGES, key=lambda name: -pipeline.way(name, "tiny"))
     running = {}
-    while start := stages.start_next(order, set(), running, 2):
+    while start := pipeline.start_next(order, set(), running, 2):
         running[start[0]] = start[1]
     assert running == {"language": 0, "eyes": 1, "vocoder": 2}
     done = {"language", "ears", "eyes", "thinker1", "codec", "vocoder"}
-    assert stages.start_next(order, done, {"thinker2": 0}, 2) == ("dit", 2)
-    assert stages.start_next(order, done, {"thinker2": 0, "dit": 2}, 2) is None
+    assert pipeline.start_next(order, done, {"thinker2": 0}, 2) == ("dit", 2)
+    assert pipeline.start_next(order, done, {"thinker2": 0, "dit": 2}, 2) is None
     done |= {"thinker2", "thinker3", "chat", "talker", "dpo"}
-    assert stages.start_next(order, done, {"dit": 2}, 2) == ("speakers", 0)
-    assert stages.start_next(order, done, {}, 1) == ("dit", 0)
+    assert pipeline.start_next(order, done, {"dit": 2}, 2) == ("speakers", 0)
+    assert pipeline.start_next(order, done, {}, 1) == ("dit", 0)
 
 
 @pytest.mark.parametrize("broken", [None, "eyes"])
@@ -334,24 +337,24 @@ def test_all_stages_run_and_the_spare_lane_yields(monkeypatch, tmp_path, broken)
         def terminate(self):
             ended.append(self.pid)
 
-    monkeypatch.setattr(stages.subprocess, "Popen", Process)
+    monkeypatch.setattr(pipeline.subprocess, "Popen", Process)
     monkeypatch.setattr(
-        stages.os,
+        pipeline.os,
         "setpriority",
         lambda kind, pid, priority: yielded.append((pid, priority)),
         raising=False,
     )
-    monkeypatch.setattr(stages, "corpus", lambda *_: None)
+    monkeypatch.setattr(pipeline, "corpus", lambda *_: None)
     if broken:
         with pytest.raises(UserError, match="stage eyes stopped with exit code 1"):
-            stages.run_all("tiny", tmp_path, seed=0)
+            pipeline.run_all("tiny", tmp_path, seed=0)
         assert sorted(ended) == ["language", "vocoder"]
         assert len(begun) == 3
         return
-    stages.run_all("tiny", tmp_path, seed=0)
-    assert sorted(begun) == sorted(stages.STAGES)
+    pipeline.run_all("tiny", tmp_path, seed=0)
+    assert sorted(begun) == sorted(pipeline.STAGES)
     assert yielded == [("vocoder", 19), ("dit", 19)]
-    for name, stage in stages.STAGES.items():
+    for name, stage in pipeline.STAGES.items():
         assert all(begun.index(need) < begun.index(name) for need in stage.needs)
 
 
@@ -359,7 +362,7 @@ def test_language_begins_with_pictures_and_then_clips():
     """Of 100 steps of two batches each, those before 25 pictures, those before 45 mostly clips,
     then everything.
     """
-    stage = object.__new__(stages.LanguageStage)
+    stage = object.__new__(LanguageStage)
     stage.recipe = Recipe(steps=100, batch=8, lr=1e-3, accumulate=2)
     assert stage.mixture_at(0) == stage.mixture_at(49) == {"scene-alone": 1}
     assert (
@@ -374,14 +377,14 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     """What is read back is what was encoded, row by row; other recordings, as many, and another
     codec do not meet it.
     """
-    spoken, codec = speech.recorded(held=True), Codec(TINY.codec)
-    fresh = voice_stages.coded(codec, spoken, tmp_path)
-    kept = voice_stages.coded(codec, spoken, tmp_path)
-    encoded = voice_stages.encode_all(codec, spoken)
+    spoken, codec = corpus.recorded(held=True), Codec(TINY.codec)
+    fresh = codes.coded(codec, spoken, tmp_path)
+    kept = codes.coded(codec, spoken, tmp_path)
+    encoded = codes.encode_all(codec, spoken)
     assert len(fresh) == len(kept) == len(spoken)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(fresh, kept, encoded))
-    others = speech.Speech(spoken.samples, spoken.utterances[::-1])
-    turned = voice_stages.coded(codec, others, tmp_path)
+    others = corpus.Speech(spoken.samples, spoken.utterances[::-1])
+    turned = codes.coded(codec, others, tmp_path)
     assert (
         [len(row) for row in turned]
         == [len(row) for row in kept[::-1]]
@@ -389,7 +392,7 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     )
     with torch.no_grad():
         next(codec.parameters()).mul_(2)
-    voice_stages.coded(codec, spoken, tmp_path)
+    codes.coded(codec, spoken, tmp_path)
     assert len(list(tmp_path.glob("codes-*.pt"))) == 3
 
 
@@ -401,9 +404,11 @@ def test_english_words_where_there_is_room_for_them():
     words, known = english(SMALL.thinker.tokens), world_tokenizer(SMALL.thinker.tokens)
     assert not set(words.trained) & set(words.held)
     assert 0.05 < len(words.held) / len(sum(words, ())) < 0.15
-    own = {word for text in [*world.statements(), *world.every_question()] for word in text.split()}
+    own = {
+        word for text in [*grammar.statements(), *grammar.every_question()] for word in text.split()
+    }
     assert not own & {*words.trained, *words.held, "say"}
-    jobs = [job.text for _, job in speech.speaking_jobs(words) + speech.listening_jobs(words)]
+    jobs = [job.text for _, job in corpus.speaking_jobs(words) + corpus.listening_jobs(words)]
     said = {word for text in jobs for word in text.split()}
     assert set(words.trained) <= said
     assert not said & set(words.held)
@@ -412,29 +417,29 @@ def test_english_words_where_there_is_room_for_them():
     assert len(foreign) < 0.05 * len(
         words.held
     )  # of the others every piece has been heard and said
-    tested = [job.text for _, job in speech.test_jobs(words)][len(speech.test_jobs()) :]
+    tested = [job.text for _, job in corpus.test_jobs(words)][len(corpus.test_jobs()) :]
     assert len(tested) == 96
     assert not set(tested) & set(jobs)
-    assert speech.test_jobs(words)[: -len(tested)] == speech.test_jobs()
+    assert corpus.test_jobs(words)[: -len(tested)] == corpus.test_jobs()
 
 
 def test_no_trained_sentence_is_held_out():
-    trained, held = set(speech.all_statements(held=False)), set(speech.all_statements(held=True))
+    trained, held = set(corpus.all_statements(held=False)), set(corpus.all_statements(held=True))
     assert not trained & held
     assert 0.05 < len(held) / len(trained | held) < 0.15
-    said = {job.text for _, job in speech.speaking_jobs()} | {
-        job.text.removeprefix("say ") for _, job in speech.listening_jobs()
+    said = {job.text for _, job in corpus.speaking_jobs()} | {
+        job.text.removeprefix("say ") for _, job in corpus.listening_jobs()
     }
     assert not said & held
     words = {word for text in trained for word in text.split()}
     assert {
         word for text in held for word in text.split()
     } <= words  # what nobody has said cannot be learnt
-    tested = {job.text.removeprefix("say ") for _, job in speech.test_jobs()} - set(
-        world.every_question()
+    tested = {job.text.removeprefix("say ") for _, job in corpus.test_jobs()} - set(
+        grammar.every_question()
     )
     assert tested <= held
-    assert not {name for name, _ in speech.listening_jobs()} & set(world.UNSEEN_VOICES)
+    assert not {name for name, _ in corpus.listening_jobs()} & set(grammar.UNSEEN_VOICES)
 
 
 def test_a_part_of_what_is_heard_cannot_be_guessed():
@@ -443,16 +448,16 @@ def test_a_part_of_what_is_heard_cannot_be_guessed():
     """
     drawn = [
         (name, job.text)
-        for name, job in speech.listening_jobs()
-        if job.text not in world.every_question()
+        for name, job in corpus.listening_jobs()
+        if job.text not in grammar.every_question()
     ]
     without = [
-        (name, text) for name, text in drawn if speech.kind_of(text.removeprefix("say ")) == "words"
+        (name, text) for name, text in drawn if corpus.kind_of(text.removeprefix("say ")) == "words"
     ]
-    assert len(without) == speech.HEARD_STRINGS + speech.HEARD_FRAMED
-    assert len(drawn) - len(without) == speech.HEARD
-    assert {name for name, _ in without} == set(world.LISTENING_VOICES)
-    assert set(world.WORDS) <= {word for _, text in without for word in text.split()}
+    assert len(without) == corpus.HEARD_STRINGS + corpus.HEARD_FRAMED
+    assert len(drawn) - len(without) == corpus.HEARD
+    assert {name for name, _ in without} == set(grammar.LISTENING_VOICES)
+    assert set(grammar.WORDS) <= {word for _, text in without for word in text.split()}
 
 
 def test_teacher_keeps_to_its_side(tmp_path):
@@ -460,9 +465,9 @@ def test_teacher_keeps_to_its_side(tmp_path):
         teacher, random = Teacher(TINY, tmp_path, held), Random(0)
         for kind in ("say-typed", "say-spoken"):
             assert all(
-                world.held_out(teacher.example(kind, random).answer) == held for _ in range(50)
+                grammar.held_out(teacher.example(kind, random).answer) == held for _ in range(50)
             )
-    train_digits, test_digits = world.digits(False)[0], world.digits(True)[0]
+    train_digits, test_digits = scenes.digits(False)[0], scenes.digits(True)[0]
     assert len(train_digits) + len(test_digits) == 1797
     seen = {digit.tobytes() for digit in train_digits}
     assert (
@@ -473,42 +478,42 @@ def test_teacher_keeps_to_its_side(tmp_path):
 def test_recordings_are_drawn_fairly_but_for_tests():
     teacher, random, drawn = Teacher(TINY, CACHE), Random(0), 4000
     kinds = [
-        speech.kind_of(teacher.recorded_text(random).removeprefix("say ")) for _ in range(drawn)
+        corpus.kind_of(teacher.recorded_text(random).removeprefix("say ")) for _ in range(drawn)
     ]
-    there = Counter(speech.kind_of(text.removeprefix("say ")) for text in teacher.spoken)
+    there = Counter(corpus.kind_of(text.removeprefix("say ")) for text in teacher.spoken)
     for kind, count in there.items():
-        share = (1 - speech.FAIR) * count / len(teacher.spoken) + speech.FAIR / len(there)
+        share = (1 - corpus.FAIR) * count / len(teacher.spoken) + corpus.FAIR / len(there)
         assert kinds.count(kind) / drawn == pytest.approx(share, abs=0.03)
     assert Teacher(TINY, CACHE, held=True).weights is None
 
 
 def test_kinds_of_sentences():
-    for template in world.STATEMENTS:
-        assert {speech.kind_of(text) for text in world.expand(template)} == {template}
-    assert speech.kind_of("the cross is red and a red cross and a blue circle") == "long"
-    assert speech.kind_of("a red cross and a blue circle and the cross is red") == "long"
+    for template in grammar.STATEMENTS:
+        assert {corpus.kind_of(text) for text in grammar.expand(template)} == {template}
+    assert corpus.kind_of("the cross is red and a red cross and a blue circle") == "long"
+    assert corpus.kind_of("a red cross and a blue circle and the cross is red") == "long"
     assert (
-        speech.kind_of("a red seven and a blue circle")
-        == speech.kind_of("cross cross nine")
+        corpus.kind_of("a red seven and a blue circle")
+        == corpus.kind_of("cross cross nine")
         == "words"
     )
 
 
 def test_words_in_frames_are_no_statements():
     random = Random(0)
-    drawn = [world.framed_words(random) for _ in range(2000)]
-    assert not set(drawn) & set(world.statements())
+    drawn = [grammar.framed_words(random) for _ in range(2000)]
+    assert not set(drawn) & set(grammar.statements())
     assert len(set(drawn)) > 1000
-    little = {word for text in world.statements() for word in text.split()}
+    little = {word for text in grammar.statements() for word in text.split()}
     assert little == {word for text in drawn for word in text.split()} | {"shape", "shapes"}
 
 
 def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
     random = Random(3)
     for made, more in (
-        (world.ordered, 1),
-        (world.sounding, 2),
-        (lambda r: world.long_clip(r, 12), 1),
+        (scenes.ordered, 1),
+        (scenes.sounding, 2),
+        (lambda r: scenes.long_clip(r, 12), 1),
     ):
         for _ in range(20):
             example = made(random)
@@ -525,7 +530,7 @@ def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
 def test_answers_agree_with_pictures():
     random = Random(3)
     for _ in range(50):
-        example = world.scene(random)
+        example = scenes.scene(random)
         if example.question.startswith("what color is the"):
             color = example.answer.split()[-1]
             pixels = (
@@ -533,13 +538,13 @@ def test_answers_agree_with_pictures():
                 if not hasattr(example.image, "get_flattened_data")
                 else set(example.image.get_flattened_data())
             )
-            assert world.COLORS[color] in pixels
+            assert grammar.COLORS[color] in pixels
 
 
 def test_a_color_that_two_things_share_is_not_asked_for():
-    for asked, pairs in world.about([("red", "circle"), ("red", "cross")], "left of").items():
+    for asked, pairs in scenes.about([("red", "circle"), ("red", "cross")], "left of").items():
         assert asked != "shape" or pairs == []
-    asked = world.about([("red", "circle"), ("blue", "cross")], "above")
+    asked = scenes.about([("red", "circle"), ("blue", "cross")], "above")
     assert ("where is the blue cross", "the blue cross is below the red circle") in asked[
         "relation"
     ]
@@ -552,10 +557,10 @@ def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
     examples = sum(talks, [])
     inputs, answers = teacher.lesson(talks, random)
     moments = teacher.moments(examples, inputs)
-    assert torch.equal(moments != losses.IGNORE, inputs.input_ids == TINY.thinker.tokens.audio)
-    assert not ((moments != losses.IGNORE) & (answers != losses.IGNORE)).any()
+    assert torch.equal(moments != IGNORE_INDEX, inputs.input_ids == TINY.thinker.tokens.audio)
+    assert not ((moments != IGNORE_INDEX) & (answers != IGNORE_INDEX)).any()
     for row, talk in ((0, talks[0]), (2, talks[2])):
-        example, said = talk[0], moments[row][moments[row] != losses.IGNORE]
+        example, said = talk[0], moments[row][moments[row] != IGNORE_INDEX]
         change = next(i for i, seen in enumerate(example.objects) if seen != example.objects[0])
         begins = example.clip[1][2 * change]
         for i, word in enumerate(said.tolist()):
@@ -570,7 +575,7 @@ def test_a_picture_is_asked_about_several_times(tmp_path):
     assert len({example.question for example in talk}) == len(talk)
     inputs, targets = teacher.lesson([talk], Random(2))
     answers = [teacher.processor.tokenizer.encode(example.answer) for example in talk]
-    assert targets[targets != losses.IGNORE].tolist() == [
+    assert targets[targets != IGNORE_INDEX].tolist() == [
         i for row in answers for i in (*row, teacher.end)
     ]
     assert (
@@ -597,20 +602,22 @@ def test_long_lessons_are_long(tmp_path):
 
 def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
     monkeypatch.undo()
-    if not synthesis.available():
+    if not text_to_speech.available():
         pytest.skip("espeakng-loader is not installed")
     jobs = [
-        synthesis.Job("the red circle is above the blue square", "en-us+f5"),
-        synthesis.Job("the digit is two", "en-us+adam"),
+        text_to_speech.Job("the red circle is above the blue square", "en-us+f5"),
+        text_to_speech.Job("the digit is two", "en-us+adam"),
     ]
-    first, second = synthesis.synthesise(jobs, seed=3), synthesis.synthesise(jobs, seed=3)
+    first, second = text_to_speech.synthesise(jobs, seed=3), text_to_speech.synthesise(jobs, seed=3)
     assert all((a == b).all() for a, b in zip(first, second))
     assert all(0.4 < len(w) / 16_000 < 4 for w in first)
     monkeypatch.setattr(
-        synthesis, "PART", 1
+        text_to_speech, "PART", 1
     )  # each in a process of its own, from a seed of its own
-    apart = synthesis.synthesise(jobs, seed=3)
-    alone = synthesis.synthesise(jobs[:1], seed=3) + synthesis.synthesise(jobs[1:], seed=4)
+    apart = text_to_speech.synthesise(jobs, seed=3)
+    alone = text_to_speech.synthesise(jobs[:1], seed=3) + text_to_speech.synthesise(
+        jobs[1:], seed=4
+    )
     assert all((a == b).all() for a, b in zip(apart, alone, strict=True))
 
 
@@ -650,12 +657,12 @@ def test_talker_is_asked_for_the_word_it_says():
     lesson = next(x for x in stage.lessons if x.words is not None and len(x.text.split()) > 3)
     assert len(lesson.words) == len(lesson.codes)
     assert (lesson.words.diff() >= 0).all()
-    targets = torch.full((1, len(lesson.codes) + 9), losses.IGNORE)
+    targets = torch.full((1, len(lesson.codes) + 9), IGNORE_INDEX)
     targets[0, 5 : 5 + len(lesson.codes)] = lesson.codes
     places, words = stage.said([lesson], targets)
     assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
-    assert (places[0, :5] == losses.IGNORE).all()
-    assert (words[0, 5 + len(lesson.codes) :] == losses.IGNORE).all()
+    assert (places[0, :5] == IGNORE_INDEX).all()
+    assert (words[0, 5 + len(lesson.codes) :] == IGNORE_INDEX).all()
     spell = Teacher(TINY, CACHE).processor.tokenizer.decode
     first = spell([int(words[0, 5])]).strip()
     assert first
@@ -693,14 +700,14 @@ def test_the_better_try_is_a_lesson_as_any_other():
 
 def test_next_token_by_hand():
     logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [5.0, 5.0]]])
-    targets = torch.tensor([[0, 1, losses.IGNORE]])
+    targets = torch.tensor([[0, 1, IGNORE_INDEX]])
     expected = (log(2) + (log(1 + torch.e**2))) / 2
     assert losses.next_token(logits, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_parts_of_a_batch_count_as_the_whole():
     logits, targets = torch.randn(4, 3, 5), torch.randint(0, 5, (4, 3))
-    targets[0, 1:] = losses.IGNORE
+    targets[0, 1:] = IGNORE_INDEX
     parts = [(logits[:1, :2], targets[:1, :2]), (logits[1:], targets[1:])]
     assert losses.in_parts(parts).item() == pytest.approx(
         losses.next_token(logits, targets).item(), rel=1e-5
@@ -725,7 +732,7 @@ def test_dpo_by_hand():
 def test_sequence_log_prob_skips_ignored():
     logits = torch.zeros(1, 3, 4)
     assert losses.sequence_log_prob(
-        logits, torch.tensor([[1, losses.IGNORE, 2]])
+        logits, torch.tensor([[1, IGNORE_INDEX, 2]])
     ).item() == pytest.approx(-2 * log(4))
 
 
@@ -809,9 +816,9 @@ def test_word_error_by_hand():
 
 
 def test_shipped_model_fits_the_code():
-    folder = stages.ROOT / "data_samples" / "tiny"
-    made = json.loads((folder / stages.TRAINED).read_text(encoding="utf-8"))
-    assert made["config"] == stages.fingerprint(TINY), (
+    folder = paths.data_samples() / "tiny"
+    made = json.loads((folder / pipeline.TRAINED).read_text(encoding="utf-8"))
+    assert made["config"] == pipeline.fingerprint(TINY), (
         "sizes have changed: train again, then make_data_samples model"
     )
     assert made["command"].startswith("python -m minomni train tiny")

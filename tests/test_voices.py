@@ -12,11 +12,11 @@ import torch
 
 import minomni
 from minomni import __main__ as command
-from minomni import weights
+from minomni.checkpoint import weights
 from minomni.config import SIZES
+from minomni.data import corpus
 from minomni.errors import UserError
-from minomni.token2wav.speaker import REFERENCE_FRAMES, free_token
-from minomni.train import speech
+from minomni.token2wav.voice import REFERENCE_FRAMES, free_token
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def omni(tiny_folder):
 
 @pytest.fixture(scope="module")
 def recordings():
-    return speech.recorded(held=False)
+    return corpus.recorded(held=False)
 
 
 def spoken_by(recordings, name: str, count: int) -> list[torch.Tensor]:

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minomni
-from minomni import make_voice, weights
+from minomni import make_voice
+from minomni.checkpoint import weights
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import TEXT_HEAD, Omni
@@ -611,7 +612,7 @@ def test_a_folder_named_like_a_size(saved, tmp_path, monkeypatch):
     """Counts if a model lies in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert minomni.folder_of("tiny") == minomni.ROOT / "data_samples" / "tiny" or "runs" in str(
+    assert minomni.folder_of("tiny") == minomni.paths.data_samples() / "tiny" or "runs" in str(
         minomni.folder_of("tiny")
     )
     shutil.copytree(saved, tmp_path / "tiny", dirs_exist_ok=True)

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from minomni.config import SamplingConfig, TalkerConfig, TokenIds
+from minomni.config import IGNORE_INDEX, SamplingConfig, TalkerConfig, TokenIds
 from minomni.decoder import Decoder, next_position
 from minomni.layers import KVCache, initialise
 from minomni.sampling import sample
 from minomni.thinker.thinker import ThinkerReply
-
-IGNORE = -100  # the target that a cross-entropy skips
 
 
 @dataclass
@@ -250,7 +248,7 @@ class Talker(nn.Module):
         positions = (next_position(position_ids, mask)[:, None] + later).expand(
             3, -1, -1
         )  # [3, B, longest m]
-        targets = mask.new_full((len(codes), embeds.shape[1] + len(later)), IGNORE)
+        targets = mask.new_full((len(codes), embeds.shape[1] + len(later)), IGNORE_INDEX)
         for row, spoken in enumerate(codes):
             if len(script.text[row]):
                 begin = embeds.shape[1] - 1

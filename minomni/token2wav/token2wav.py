@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from minomni.config import DiTConfig, FlowConfig, Token2WavConfig
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import BigVGAN
-from minomni.token2wav.flow_dit import DiT
-from minomni.token2wav.speaker import Voice
+from minomni.token2wav.dit import DiT
+from minomni.token2wav.voice import Voice
 
 
 class Token2Wav(nn.Module):

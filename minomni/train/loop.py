@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minomni.devices import has_bf16
 from minomni.errors import UserError
-from minomni.train import run_folder, samples
+from minomni.train import checkpoint, samples
 from minomni.train.muon import Muon
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
@@ -134,7 +134,7 @@ def train(
         parameter.requires_grad_(name in unlocked)
     optimizers = make_optimizers(unlocked, recipe)
     step, means = (
-        run_folder.restore(folder, stage.name, unlocked, optimizers) if resume else (0, {})
+        checkpoint.restore(folder, stage.name, unlocked, optimizers) if resume else (0, {})
     )
     stage.omni.train()
     last = recipe.steps if until is None else until
@@ -158,7 +158,7 @@ def train(
             bar.update()
             if step % every == 0 or step == last:
                 if step < recipe.steps:  # before the log speaks of it: what is logged is safe
-                    run_folder.keep(folder, stage.name, step, means, unlocked, optimizers)
+                    checkpoint.keep(folder, stage.name, step, means, unlocked, optimizers)
                 report(
                     stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar
                 )
@@ -170,7 +170,7 @@ def train(
         kept = dict(
             stage.omni.named_parameters()
         )  # a stage may have learnt with parts that it throws away
-        run_folder.finish(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
+        checkpoint.finish(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
     return means
 
 
@@ -248,4 +248,4 @@ def report(
         "ms": round(seconds * 1000),
         "items_per_s": round(speed, 1),
     }
-    run_folder.log(folder, {**entry, "sample": shown})
+    checkpoint.log(folder, {**entry, "sample": shown})

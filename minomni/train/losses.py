@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100  # a target that no loss looks at
+from minomni.config import IGNORE_INDEX
 
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, L, V] against targets [B, L], already aligned; IGNORE is
+    """Mean cross-entropy of logits [B, L, V] against targets [B, L], already aligned; IGNORE_INDEX is
     skipped.
     """
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), ignore_index=IGNORE
+        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), ignore_index=IGNORE_INDEX
     )
 
 
@@ -22,7 +22,7 @@ def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """next_token over a batch whose parts (logits [B, L, V], targets [B, L]) differ in length:
     targets count alike.
     """
-    counts = [(targets != IGNORE).sum() for _, targets in parts]
+    counts = [(targets != IGNORE_INDEX).sum() for _, targets in parts]
     return sum(next_token(*part) * count for part, count in zip(parts, counts)) / sum(counts)
 
 
@@ -88,11 +88,11 @@ def spectral(
 
 
 def sequence_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each row's targets [B, L] under logits [B, L, V], IGNORE skipped -> [B]."""
+    """Log-probability of each row's targets [B, L] under logits [B, L, V], IGNORE_INDEX skipped -> [B]."""
     picked = (
         logits.float().log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
     )  # [B, L]
-    return (picked * (targets != IGNORE)).sum(-1)
+    return (picked * (targets != IGNORE_INDEX)).sum(-1)
 
 
 def dpo(

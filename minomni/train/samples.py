@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minomni import viz
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
+from minomni.notebook import viz
 from minomni.talker.codec import Codec, ids_to_letters
-from minomni.train.run_folder import read_tensors, room_for
+from minomni.train.checkpoint import read_tensors, room_for
 
 
 def leave(stage, folder: Path, step: int, shown: str) -> None:

@@ -1,0 +1,1 @@
+"""A conversation: prompt -> text and speech, streamed; listening while it is spoken to."""

@@ -1,0 +1,1 @@
+"""Model folders in the release's layout: read, check, write."""

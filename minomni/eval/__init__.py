@@ -1,0 +1,1 @@
+"""Reports, ablations and benchmarks."""

@@ -1,0 +1,1 @@
+"""Pictures, checks and a player for the notebooks."""
