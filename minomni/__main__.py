@@ -38,7 +38,7 @@ def whole(lowest: int, below: int):
 
 
 def answer_option(name: str):
-    """A type for one of the options of answer_options.py."""
+    """A type for one of the options of generation_options.py."""
     option = OPTIONS[name]
 
     def convert(text: str):
@@ -278,14 +278,14 @@ def run_train(arguments) -> None:
     from minomni.train import pipeline, recipes
 
     if arguments.stages:
-        print(pipeline.timetable(arguments.size))
+        print(pipeline.stage_table(arguments.size))
         return
     device = device_of(arguments.device).type
     home = arguments.home or paths.runs() / arguments.size
     if arguments.data:
         from minomni.train import finetune
 
-        folder = finetune.tune(
+        folder = finetune.finetune(
             arguments.size,
             arguments.data,
             arguments.out or home / "tuned",
@@ -303,7 +303,7 @@ def run_train(arguments) -> None:
     recipes.recipe_of(
         arguments.stage or next(iter(pipeline.STAGES)), arguments.size
     )  # before anything is written
-    pipeline.begin(home, arguments.resume, arguments.fresh, arguments.stage)
+    pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,
@@ -319,8 +319,8 @@ def run_train(arguments) -> None:
     try:
         pipeline.run_all(arguments.size, home, arguments.seed, device)
     finally:
-        seconds = pipeline.spent(home, time.perf_counter() - began)
-    pipeline.graduation(arguments.size, home, arguments.seed)
+        seconds = pipeline.elapsed_s(home, time.perf_counter() - began)
+    pipeline.export_model(arguments.size, home, arguments.seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
 
 
@@ -383,20 +383,20 @@ def refuse_with_samples(arguments) -> None:
 
 def check_out(path: Path, stream: bool) -> None:
     """Refuse, before any work is done, a file that cannot be written."""
-    from minomni.chat.reply import SOUND_FILES, sound_file
+    from minomni.chat.reply import AUDIO_FILES, audio_file
     from minomni.files import writing
 
     with writing(path):
         if path.is_dir():
             raise UserError(f"{path}: is a folder; --out takes the name of a sound file")
-        kind, _ = sound_file(path)
+        kind, _ = audio_file(path)
         if not path.parent.is_dir():
             raise UserError(
                 f"{path}: cannot be written, there is no folder {path.parent}; make it first"
             )
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"{path}: cannot be written (no permission)")
-    if stream and kind != SOUND_FILES[".wav"][0]:
+    if stream and kind != AUDIO_FILES[".wav"][0]:
         raise UserError(
             f"{path}: --stream writes a wav while it grows; give --out a name that ends in .wav"
         )
@@ -488,8 +488,8 @@ def tell(omni, pieces, arguments, path: Path | None) -> None:
         }
         if arguments.stream:
             times = {
-                "first_sound_s": reply.trace.first("sound"),
-                "last_text_s": reply.trace.last("text"),
+                "first_sound_s": reply.timings.first("sound"),
+                "last_text_s": reply.timings.last("text"),
             }
             answer |= {name: time and round(time, 3) for name, time in times.items()}
         print(json.dumps(answer), flush=True)
@@ -506,18 +506,18 @@ def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
     """Print an answer's pieces as they come, each with its time, and write its sound into a wav
     that grows -> Reply.
     """
-    from minomni.chat.reply import End, SoundPiece
+    from minomni.chat.reply import AudioChunk, ReplyDone
     from minomni.files import growing_wav
 
     with growing_wav(path, sample_rate) if path else nullcontext() as wav:
         for piece in pieces:
-            if isinstance(piece, End):
+            if isinstance(piece, ReplyDone):
                 return piece.reply
-            if isinstance(piece, SoundPiece):
+            if isinstance(piece, AudioChunk):
                 wav.write(piece.wave.numpy())
                 wav.flush()
             if not quiet:
-                sound = isinstance(piece, SoundPiece)
+                sound = isinstance(piece, AudioChunk)
                 what = (
                     f"~ {len(piece.wave) / sample_rate:.2f} s of sound"
                     if sound
@@ -582,7 +582,7 @@ def run_bench(arguments) -> None:
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
     omni = (
-        benchmark.by_chance(arguments.model, device)
+        benchmark.random_model(arguments.model, device)
         if arguments.chance
         else load(arguments.model, device)
     )

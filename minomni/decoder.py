@@ -4,17 +4,25 @@ import torch
 from torch import Tensor, nn
 
 from minomni.config import DecoderConfig
-from minomni.layers import KVCache, RMSNorm, SwiGLU, attend, frequencies, initialise, rotate
+from minomni.layers import (
+    KVCache,
+    RMSNorm,
+    SwiGLU,
+    apply_rotary,
+    attention,
+    init_weights,
+    rotary_frequencies,
+)
 
 
-def turns(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of TMRoPE. position_ids [3, B, L] (time, height, width) -> two [B, 1, L,
     head_dim], fp32.
 
     Of the head_dim/2 angles the first mrope_section[0] follow time, then height, then width (spec:
     paper sec. 2.2); where the three ids are equal, as in text, this is plain rotary.
     """
-    inverse = frequencies(config.head_dim, config.rope_theta, position_ids.device)
+    inverse = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)
     angles = position_ids[..., None] * inverse  # [3, B, L, d/2]
     sections = angles.split(config.mrope_section, dim=-1)
     angles = torch.cat(
@@ -31,7 +39,7 @@ def next_position(position_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return position_ids.masked_fill(attention_mask == 0, -1).amax(dim=(0, 2)) + 1
 
 
-def visible(
+def causal_mask(
     attention_mask: Tensor | None, length: int, total: int, device: torch.device
 ) -> tuple[Tensor | None, bool]:
     """What each of the last `length` of `total` tokens may see -> (mask [B or 1, 1, length, total]
@@ -83,10 +91,10 @@ class SelfAttention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # [B, H_kv, past + L, d]
-        out = attend(q, k, v, mask, causal)
+            k, v = cache.append(layer, k, v)  # [B, H_kv, past + L, d]
+        out = attention(q, k, v, mask, causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
 
@@ -118,7 +126,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # Unit embeddings are as loud as what they are added to: media features, and the Thinker's
         # normed states.
-        initialise(self, config.num_hidden_layers, embedding_std=1.0)
+        init_weights(self, config.num_hidden_layers, embedding_std=1.0)
 
     def new_cache(self) -> KVCache:
         return KVCache(len(self.layers))
@@ -137,9 +145,9 @@ class Decoder(nn.Module):
         hidden_states [B, L, D] after the final norm.
         """
         hidden_states, length = inputs_embeds, inputs_embeds.shape[1]
-        cos, sin = (x.to(inputs_embeds.dtype) for x in turns(position_ids, self.config))
+        cos, sin = (x.to(inputs_embeds.dtype) for x in rotary_cos_sin(position_ids, self.config))
         past = 0 if cache is None else cache.length
-        mask, causal = visible(attention_mask, length, past + length, inputs_embeds.device)
+        mask, causal = causal_mask(attention_mask, length, past + length, inputs_embeds.device)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, cos, sin, mask, causal, cache, index)
         return self.norm(hidden_states)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 CACHE_STEP = 256  # a full cache grows by at least this many tokens
 # How a GPU attends. cuDNN's way is left out: it plans every new shape anew, for milliseconds, and
 # shapes are new at every token and in every batch.
-WAYS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def frequencies(size: int, theta: float, device: torch.device) -> Tensor:
+def rotary_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     """Rotary frequencies theta^(-2j / size), j = 0 .. size/2 - 1. -> [size / 2] fp32."""
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
@@ -57,14 +57,14 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-b, a), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every pair of the last axis by its angle. x and what cos and sin broadcast to: [...,
     head_dim].
     """
     return x * cos + rotate_half(x) * sin
 
 
-def attend(
+def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Attention, the fast way.
@@ -77,17 +77,17 @@ def attend(
         "cpu"
     ):  # a CPU takes its gradient 2.6 times as fast in fp32 as in bf16
         with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), mask, causal)
-    with sdpa_kernel(WAYS) if q.is_cuda else nullcontext():
+            return attention(q.float(), k.float(), v.float(), mask, causal)
+    with sdpa_kernel(SDPA_BACKENDS) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
-def attend_slowly(
+def attention_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same as attend(), spelled out. -> (output [B, H, L, d], weights [B, H, L, S] to draw
+    """The same as attention(), spelled out. -> (output [B, H, L, d], weights [B, H, L, S] to draw
     pictures of).
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [B, H, S, d]
@@ -114,7 +114,7 @@ class KVCache:
         """Tokens that all layers have seen."""
         return self.lengths[-1]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v [B, H_kv, L, d] and return all keys and values of the layer so far."""
         start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
         if self.buffers[layer] is None:
@@ -129,12 +129,12 @@ class KVCache:
         self.lengths[layer] = end
         return keys[:, :, :end], values[:, :, :end]
 
-    def cut(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         self.lengths = [min(length, seen) for seen in self.lengths]
 
 
-def initialise(module: nn.Module, depth: int, embedding_std: float = 0.02) -> None:
+def init_weights(module: nn.Module, depth: int, embedding_std: float = 0.02) -> None:
     """Start a module for training from scratch, in place; torch.manual_seed before building repeats
     it.
 

@@ -13,12 +13,20 @@ from minomni.chat.generate import (
     check_flow,
     check_schedule,
     check_wave,
-    converse,
+    generate_tokens,
     seeded,
-    think_and_talk,
+    stream_reply,
 )
-from minomni.chat.generation_options import sampling_of
-from minomni.chat.reply import End, Replies, Reply, SoundPiece, Spoken, TextPiece, Trace
+from minomni.chat.generation_options import sampling_configs
+from minomni.chat.reply import (
+    AudioChunk,
+    GenerateOutput,
+    Replies,
+    Reply,
+    ReplyDone,
+    TextChunk,
+    Timings,
+)
 from minomni.chat.session import Session
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
@@ -51,7 +59,7 @@ class Omni(nn.Module):
         self.loaded_from: Path | None = None  # the folder; saving keeps what else it holds
 
     @property
-    def table_rows(self) -> int:
+    def num_codes(self) -> int:
         """Codec ids that Token2Wav can look up."""
         return self.config.token2wav.dit.num_embeds + 1
 
@@ -117,7 +125,7 @@ class Omni(nn.Module):
 
     def generate(
         self, inputs: Inputs, voice: str | list[str] | None, seed: int | list[int] = 0, **options
-    ) -> Spoken:
+    ) -> GenerateOutput:
         """Answer a batch of prompts in text and, unless voice is None, in speech; one seed gives
         one answer.
 
@@ -140,7 +148,7 @@ class Omni(nn.Module):
                 "some rows have a voice and some have none; give all of them a voice, or none"
             )
         seeds = [seed_of(one) for one in each(seed, rows, "seed")]
-        return self.answer(inputs, speakers, seeds, sampling_of(self.config, options))
+        return self.answer(inputs, speakers, seeds, sampling_configs(self.config, options))
 
     @torch.no_grad()
     def answer(
@@ -149,12 +157,12 @@ class Omni(nn.Module):
         speakers: list[Voice | None],
         seeds: list[int],
         sampling: tuple[SamplingConfig, SamplingConfig],
-    ) -> Spoken:
+    ) -> GenerateOutput:
         """generate(), all arguments checked; speakers and seeds are those of each row."""
         config, reading = self.config, self.thinker.read(inputs, self.thinker.model.new_cache())
         bos_tokens = None if None in speakers else [speaker.bos_token for speaker in speakers]
         steps = {"text": [], "code": []}
-        for kind, ids in think_and_talk(self, reading, bos_tokens, seeds, sampling):
+        for kind, ids in generate_tokens(self, reading, bos_tokens, seeds, sampling):
             steps[kind].append(ids)
         tokens = [
             row.tolist()
@@ -163,7 +171,7 @@ class Omni(nn.Module):
             )
         ]
         if bos_tokens is None:
-            return Spoken(tokens, [], [])
+            return GenerateOutput(tokens, [], [])
         codes = until_stop(
             steps["code"], len(tokens), [config.talker.codec_pad, config.talker.codec_eos]
         )
@@ -173,7 +181,7 @@ class Omni(nn.Module):
             else torch.zeros(0)
             for row, speaker, seed in zip(codes, speakers, seeds)
         ]
-        return Spoken(tokens, codes, waves)
+        return GenerateOutput(tokens, codes, waves)
 
     def stream(
         self,
@@ -185,7 +193,7 @@ class Omni(nn.Module):
         schedule: Schedule | str | None = "eager",
         flow: FlowConfig | None = None,
         **options,
-    ) -> Iterator[TextPiece | SoundPiece | End]:
+    ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
         """Answer a conversation as respond() does, in pieces and while it is still being thought:
         text and sound in order of readiness, at last End with the reply.
 
@@ -195,19 +203,19 @@ class Omni(nn.Module):
         Text and codes are respond()'s. Closing the iterator, or letting go of it, ends all work and
         frees the memory. Raises UserError before the first piece.
         """
-        trace = Trace()
+        trace = Timings()
         if is_batch(messages):
             raise UserError(
                 "stream() answers one conversation, a list of messages; respond() takes several"
             )
-        sampling, seed = sampling_of(self.config, options), seed_of(seed)
+        sampling, seed = sampling_configs(self.config, options), seed_of(seed)
         check_schedule(schedule)
         check_flow(flow)
         speaker, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
-        trace.note("input")
+        trace.mark("input")
         with torch.no_grad():
-            reading = self.thinker.read(inputs, self.thinker.model.new_cache(), trace.note)
-        return converse(self, reading, speaker, schedule, flow, seed, trace, [], sampling)
+            reading = self.thinker.read(inputs, self.thinker.model.new_cache(), trace.mark)
+        return stream_reply(self, reading, speaker, schedule, flow, seed, trace, [], sampling)
 
     def respond(
         self,
@@ -228,10 +236,10 @@ class Omni(nn.Module):
         A conversation without a system message gets the one that this size was trained with. Same
         seed, same answer. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty
         and do_sample for the Thinker, and the same with talker_ in front for the Talker; see
-        answer_options.py. Raises UserError for what cannot be read, does not fit the context, names
+        generation_options.py. Raises UserError for what cannot be read, does not fit the context, names
         no voice, or is nothing but silence.
         """
-        sampling_of(self.config, options)  # names what is no option
+        sampling_configs(self.config, options)  # names what is no option
         if is_batch(messages):
             return self.respond_to_all(messages, voice, speech, use_audio_in_video, seed, options)
         *_, end = self.stream(
@@ -254,7 +262,11 @@ class Omni(nn.Module):
         Padding to the longest prompt takes room that a shorter one has when it is alone. Where an
         answer might need that room, the conversations are answered one by one.
         """
-        trace, count, sampling = Trace(), len(conversations), sampling_of(self.config, options)
+        trace, count, sampling = (
+            Timings(),
+            len(conversations),
+            sampling_configs(self.config, options),
+        )
         seeds = [seed_of(one) for one in each(seed, count, "seed")]
         speakers, rows = [], []
         for number, (messages, name) in enumerate(
@@ -266,7 +278,7 @@ class Omni(nn.Module):
                 raise UserError(f"conversation {number} of {count}: {error}") from None
             speakers.append(speaker)
             rows.append(row)
-        trace.note("input")
+        trace.mark("input")
         if not self.have_room(
             [row.input_ids.shape[1] for row in rows], sampling, speakers[0] is not None
         ):
@@ -283,7 +295,7 @@ class Omni(nn.Module):
                 join(rows, self.config.thinker.tokens.endoftext), speakers, seeds, sampling
             )
             tokens, codes, waves = batch.tokens, batch.codes, batch.waves
-        total_s, silence = trace.note("end"), [torch.zeros(0)] * count
+        total_s, silence = trace.mark("end"), [torch.zeros(0)] * count
         texts = [self.tokenizer.decode(row, skip_special=True) for row in tokens]
         no_codes = [torch.zeros(0, dtype=torch.long)] * count
         return Replies(
@@ -312,7 +324,7 @@ class Omni(nn.Module):
     def listen(
         self, voice: str | None = None, speech: bool = True, system: str | None = None
     ) -> Session:
-        """Begin a conversation that is read while it is being said and shown; see listen.py. Raises
+        """Begin a conversation that is read while it is being said and shown; see session.py. Raises
         UserError.
         """
         return Session(self, voice, speech, system)

@@ -13,7 +13,7 @@ from minomni.errors import UserError
 NEVER = float("-inf")
 
 
-def penalise(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Make ids that a row has had less likely: positive logits are divided by the penalty, negative
     ones multiplied.
     """
@@ -84,7 +84,7 @@ def sample(
     logits = logits.float()
     check_finite(logits)
     if history is not None and sampling.repetition_penalty != 1.0:
-        logits = penalise(logits, history, sampling.repetition_penalty)
+        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
     if len(suppress):
         logits = logits.index_fill(1, torch.as_tensor(suppress, device=logits.device), NEVER)
     if sampling.temperature == 0:

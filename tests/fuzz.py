@@ -230,7 +230,7 @@ def resume_files(folder: Path) -> None:
         network(next(network.parameters()).new_ones(4, 5)).square().sum().backward()
         for optimizer in optimizers:
             optimizer.step()
-    checkpoint.keep(
+    checkpoint.save_checkpoint(
         folder, "rows", 2, {"square": 0.5}, dict(network.named_parameters()), optimizers
     )
 
@@ -391,7 +391,7 @@ class Readers:
         from minomni.train import checkpoint
 
         network, optimizers = small_stage()
-        step, means = checkpoint.restore(
+        step, means = checkpoint.load_checkpoint(
             path.parent, "rows", dict(network.named_parameters()), optimizers
         )
         return (
@@ -582,7 +582,7 @@ class Outcome:
     file: str
     kind: str  # right (nothing known to be wrong), refused or fault
     what: str = ""  # of a fault: what happened, and where
-    trace: str = ""
+    timings: str = ""
 
 
 def check_message(error: ValueError) -> str:
@@ -861,7 +861,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.case is not None:
         outcome = again(arguments.seed, arguments.case, arguments.keep)
-        print(f"{outcome.file}: {outcome.kind}, {outcome.what}\n{outcome.trace}")
+        print(f"{outcome.file}: {outcome.kind}, {outcome.what}\n{outcome.timings}")
         return outcome.kind == "fault"
     began = time.monotonic()
     result = fuzz(

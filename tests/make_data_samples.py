@@ -23,7 +23,7 @@ from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.data import corpus, grammar, scenes, text_to_speech
 from minomni.omni import Omni
-from minomni.train.pipeline import TRAINED, fingerprint
+from minomni.train.pipeline import TRAINED, config_hash
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
@@ -33,7 +33,7 @@ FPS = 10
 def say(text: str, voice: str, name: str) -> str:
     """Write one spoken question as a wav file and return its name."""
     everyone = grammar.LISTENING_VOICES | grammar.UNSEEN_VOICES
-    wave = text_to_speech.synthesise([text_to_speech.Job(text, everyone[voice], 172, 47)], seed=99)[
+    wave = text_to_speech.synthesize([text_to_speech.Job(text, everyone[voice], 172, 47)], seed=99)[
         0
     ]
     soundfile.write(FOLDER / name, wave, RATE)
@@ -74,7 +74,7 @@ def questions() -> list[dict]:
         e for e in iter(lambda: scenes.scene(random), None) if e.question.startswith("what color")
     )
     digit = scenes.handwriting(random, scenes.digits(held=True))
-    move, sound = scenes.moving(random), scenes.sounding(random)
+    move, sound = scenes.moving_clip(random), scenes.clip_with_tone(random)
     statement = grammar.statement(random, held=True)
     for example, name in ((scene, "scene.png"), (color, "color.png"), (digit, "digit.png")):
         example.image.save(FOLDER / name)
@@ -139,7 +139,7 @@ def recordings(count: int = 32) -> None:
     random.shuffle(texts)
     names = list(grammar.VOICES)
     jobs = [(names[i % 4], t if i % 2 else f"say {t}") for i, t in enumerate(texts)]
-    waves = text_to_speech.synthesise(
+    waves = text_to_speech.synthesize(
         [text_to_speech.Job(t, grammar.VOICES[v]) for v, t in jobs], seed=5
     )
     (FOLDER / "speech").mkdir(exist_ok=True)
@@ -185,7 +185,7 @@ def convert() -> None:
     trained = read_json(FOLDER / "tiny" / TRAINED)
     omni = with_three_pairs(weights.load(FOLDER / "tiny"))
     weights.save(omni.half(), FOLDER / "tiny")
-    write_json(FOLDER / "tiny" / TRAINED, trained | {"config": fingerprint(omni.config)})
+    write_json(FOLDER / "tiny" / TRAINED, trained | {"config": config_hash(omni.config)})
 
 
 if __name__ == "__main__":

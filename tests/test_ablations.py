@@ -12,7 +12,7 @@ from minomni import load, paths
 from minomni.checkpoint.hf_config import write_json
 from minomni.config import TINY
 from minomni.data import text_to_speech
-from minomni.data.examples import Teacher
+from minomni.data.examples import ExampleBuilder
 from minomni.errors import UserError
 from minomni.eval import ablations, report
 from minomni.thinker.tmrope import position_ids
@@ -41,8 +41,8 @@ def home(tiny_folder, monkeypatch, tmp_path):
     for name in (
         "codec",
         "language",
-        "ears",
-        "eyes",
+        "audio_align",
+        "vision_align",
         "thinker1",
         "thinker2",
         "thinker3",
@@ -111,10 +111,10 @@ def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
     text = ablations.ablate("tmrope", home, items=2, seed=0)
     assert text.count("\n| ") == 2
     assert "| plain M-RoPE |" in text
-    row = report.mrope_row(home / report.MROPE)
+    row = report.mrope_metric(home / report.MROPE)
     assert row.n == 2
     assert row.value is not None
-    assert report.mrope_row(home / "nothing").value is None
+    assert report.mrope_metric(home / "nothing").value is None
 
 
 def test_fall_by_hand():
@@ -130,7 +130,7 @@ def test_unfinished_runs_are_named(home):
 
 def test_plain_mrope_counts_steps_where_tmrope_counts_time(tmp_path, monkeypatch):
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
-    random, teacher = Random(0), Teacher(TINY, tmp_path)
+    random, teacher = Random(0), ExampleBuilder(TINY, tmp_path)
     talks = [[teacher.example("sync-typed", random)], [teacher.example("say-typed", random)]]
     inputs, _ = teacher.lesson(talks, random)
     timed, plain = (f(inputs, TINY.thinker) for f in (position_ids, ablations.plain_mrope))

@@ -503,9 +503,9 @@ def test_long_speech_is_encoded_in_pieces(tmp_path):
     """Five minutes of Vorbis: some versions of libsndfile crash where they get so much at once."""
     import torch
 
-    from minomni.chat.reply import Reply, Trace
+    from minomni.chat.reply import Reply, Timings
 
-    reply = Reply("", torch.from_numpy(tone(300)), 16_000, torch.zeros(0), 0.0, Trace())
+    reply = Reply("", torch.from_numpy(tone(300)), 16_000, torch.zeros(0), 0.0, Timings())
     reply.save(tmp_path / "long.ogg")
     samples, rate = soundfile.read(tmp_path / "long.ogg")
     assert len(samples) / rate == pytest.approx(300, abs=0.2)

@@ -106,7 +106,7 @@ def test_seven_billion_weights_say_what_the_official_code_says(case, seven, monk
 
 def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
     """As many weights, in the same files and precisions: loaded, every one as it was stored."""
-    omni = benchmark.by_chance("qwen7b", "cuda")
+    omni = benchmark.random_model("qwen7b", "cuda")
     weights.save(omni, tmp_path / "model")
     kept = {name: tensor.cpu() for name, tensor in omni.state_dict().items()}
     del omni
@@ -117,7 +117,7 @@ def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
         assert tensor.is_cuda and torch.equal(tensor.cpu(), kept.pop(name)), name
     assert not kept
     monkeypatch.setattr(benchmark, "ANSWER_S", 1)
-    with benchmark.endless(again):  # chance would go on for ever
+    with benchmark.without_eos(again):  # chance would go on for ever
         assert len(again.respond(benchmark.QUESTION).wave)
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from minomni.config import QWEN7B, TINY
-from minomni.decoder import Decoder, turns
-from minomni.layers import KVCache, RMSNorm, attend, attend_slowly, rotate
+from minomni.decoder import Decoder, rotary_cos_sin
+from minomni.layers import KVCache, RMSNorm, apply_rotary, attention, attention_with_weights
 from minomni.sampling import sample
 from minomni.thinker.audio_encoder import AudioEncoder, token_count
 from minomni.thinker.vision_encoder import VisionEncoder
@@ -39,8 +39,8 @@ def test_rms_norm_casts_before_the_weight():
 def test_fast_and_slow_attention_agree(causal, masked):
     q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
     mask = (torch.rand(2, 1, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool) if masked else None
-    slow, weights = attend_slowly(q, k, v, mask, causal)
-    torch.testing.assert_close(attend(q, k, v, mask, causal), slow, **EXACT)
+    slow, weights = attention_with_weights(q, k, v, mask, causal)
+    torch.testing.assert_close(attention(q, k, v, mask, causal), slow, **EXACT)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7), **EXACT)
     if causal:
         assert weights.triu(1).abs().max() == 0
@@ -49,8 +49,11 @@ def test_fast_and_slow_attention_agree(causal, masked):
 def test_rotary_scores_depend_on_distance_only():
     config = TINY.thinker.text
     q, k = torch.randn(config.head_dim), torch.randn(config.head_dim)
-    cos, sin = turns(torch.arange(50).expand(3, 1, 50), config)
-    scores = rotate(q.expand_as(cos), cos, sin)[0, 0] @ rotate(k.expand_as(cos), cos, sin)[0, 0].T
+    cos, sin = rotary_cos_sin(torch.arange(50).expand(3, 1, 50), config)
+    scores = (
+        apply_rotary(q.expand_as(cos), cos, sin)[0, 0]
+        @ apply_rotary(k.expand_as(cos), cos, sin)[0, 0].T
+    )
     torch.testing.assert_close(
         scores[3, 1], scores[40, 38], rtol=0, atol=2e-5
     )  # angles up to 50 rad in fp32
@@ -61,7 +64,7 @@ def test_each_section_of_tmrope_follows_its_own_axis():
     config = QWEN7B.thinker.text
     position_ids = torch.zeros(3, 1, 1, dtype=torch.long)
     position_ids[1] = 5
-    _, sin = turns(position_ids, config)
+    _, sin = rotary_cos_sin(position_ids, config)
     assert sin[0, 0, 0].nonzero()[:, 0].tolist() == [*range(16, 40), *range(80, 104)]
 
 

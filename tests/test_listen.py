@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import minomni
-from minomni.chat.reply import End, SoundPiece, TextPiece
+from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk
 from minomni.errors import UserError
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Processor
@@ -80,7 +80,7 @@ def user(*content) -> dict:
 
 
 def same(session, whole) -> None:
-    reading = session.reading
+    reading = session.prefill
     assert reading.input_ids.tolist() == whole.input_ids.tolist()
     assert reading.position_ids.tolist() == whole.position_ids.tolist()
     torch.testing.assert_close(reading.hidden, whole.hidden, **CLOSE)
@@ -108,7 +108,7 @@ def pieces(wave: torch.Tensor, borders: str) -> list[torch.Tensor]:
 def test_sound_in_chunks_is_sound_at_once(omni, seconds, borders):
     wave, session = noise(seconds), omni.listen()
     for chunk in pieces(wave, borders):
-        session.hear(chunk)
+        session.add_audio(chunk)
     session.respond("what was said")
     same(session, at_once(omni, user({"audio": wave}, {"text": "what was said"})))
 
@@ -122,7 +122,7 @@ def test_a_bang_makes_what_was_read_before_it_read_again(omni, loud_at):
     tower = omni.thinker.audio_tower
     with mock.patch.object(tower, "forward", wraps=tower.forward) as ears:
         for chunk in wave.split(1600):
-            session.hear(chunk)
+            session.add_audio(chunk)
         session.respond()
     assert (ears.call_count > 3) == (loud_at > 2)  # three blocks, and again those before a bang
     same(session, at_once(omni, user({"audio": wave})))
@@ -142,7 +142,7 @@ TIMES = {
 def test_frames_one_by_one_are_a_clip(omni, times):
     clip, session = film(*TIMES[times]), omni.listen()
     for frame, at in zip(clip.frames, TIMES[times]):
-        session.see(frame.numpy(), at)
+        session.add_frame(frame.numpy(), at)
     session.respond("what happens")
     same(session, at_once(omni, user({"video": clip}, {"text": "what happens"})))
 
@@ -155,11 +155,11 @@ def test_sound_and_frames_take_turns_as_in_a_clip(omni, times, seconds):
     begin, shown = TIMES[times][0], 0
     for step, chunk in enumerate(clip.wave.split(RATE // 10)):
         while shown < len(clip.frames) and TIMES[times][shown] - begin <= step / 10:
-            session.see(clip.frames[shown].numpy(), TIMES[times][shown])
+            session.add_frame(clip.frames[shown].numpy(), TIMES[times][shown])
             shown += 1
-        session.hear(chunk)
+        session.add_audio(chunk)
     for i in range(shown, len(clip.frames)):
-        session.see(clip.frames[i].numpy(), TIMES[times][i])
+        session.add_frame(clip.frames[i].numpy(), TIMES[times][i])
     session.respond()
     same(session, at_once(omni, user({"video": clip}), use_audio_in_video=True))
 
@@ -168,7 +168,7 @@ def test_only_the_last_block_is_left_to_do(omni):
     session, tower = omni.listen(), omni.thinker.audio_tower
     empty = session.length
     for chunk in noise(7.5, loud_at=0.3).split(1000):
-        session.hear(chunk)
+        session.add_audio(chunk)
     before = session.length
     with mock.patch.object(tower, "forward", wraps=tower.forward) as ears:
         session.respond()
@@ -193,12 +193,12 @@ def test_a_second_turn_goes_on_from_the_first():
     shipped = minomni.load(str(ROOT / "data_samples" / "tiny"), dtype=torch.float64)
     question, session = ROOT / "data_samples" / "question.wav", shipped.listen(speech=False)
     wave = minomni.inputs.media.load_audio(question)
-    session.hear(wave)
+    session.add_audio(wave)
     answer = talk(session)
-    cached, session_length = session.reading.cache, session.length
-    session.hear(wave)
+    cached, session_length = session.prefill.cache, session.length
+    session.add_audio(wave)
     session.respond("say yes")
-    assert session.reading.cache is cached
+    assert session.prefill.cache is cached
     assert session.length > 2 * session_length - 40
     assert len(answer.split()) > 3
     same(
@@ -215,7 +215,7 @@ def test_a_second_turn_goes_on_from_the_first():
 def test_a_session_answers_as_respond_does(shipped):
     wave = minomni.inputs.media.load_audio(ROOT / "data_samples" / "wish.wav")
     session = shipped.listen(voice="Karl")
-    session.hear(wave)
+    session.add_audio(wave)
     *_, end = session.respond(seed=3)
     reply = shipped.respond([user({"audio": wave})], voice="Karl", seed=3)
     assert end.reply.text == reply.text
@@ -228,9 +228,9 @@ def test_an_interruption_keeps_what_was_heard(shipped, heard_s, when):
     session = shipped.listen()
     answer, sound_s, ended = "", 0.0, False
     for piece in session.respond("say the red circle is above the blue square"):
-        answer += piece.text if isinstance(piece, TextPiece) else ""
-        sound_s += len(piece.wave) / RATE if isinstance(piece, SoundPiece) else 0
-        ended = isinstance(piece, End)
+        answer += piece.text if isinstance(piece, TextChunk) else ""
+        sound_s += len(piece.wave) / RATE if isinstance(piece, AudioChunk) else 0
+        ended = isinstance(piece, ReplyDone)
         if when == "while it speaks" and sound_s > 0.3:
             break
     session.interrupt(heard_s)
@@ -257,7 +257,7 @@ def test_hearing_something_cuts_the_answer(shipped):
     session = shipped.listen()
     answer = session.respond("say the red circle")
     next(answer)
-    session.hear(noise(0.1, loud_at=0.05))
+    session.add_audio(noise(0.1, loud_at=0.05))
     assert list(answer) == []
     session.respond()
     with pytest.raises(StopIteration):
@@ -290,17 +290,17 @@ def test_hearing_something_cuts_the_answer(shipped):
 )
 def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
     session, wave = omni.listen(), noise(2.5)
-    session.hear(wave[:20_000])
+    session.add_audio(wave[:20_000])
     with pytest.raises(UserError, match=says):
-        session.hear(chunk, rate)
-    session.hear(wave[20_000:])
+        session.add_audio(chunk, rate)
+    session.add_audio(wave[20_000:])
     session.respond()
     same(session, at_once(omni, user({"audio": wave})))
 
 
 def test_bad_frames_get_one_line(omni):
     session, frame = omni.listen(), film(0).frames[0].numpy()
-    session.see(frame, 1.0)
+    session.add_frame(frame, 1.0)
     for bad, at, says in (
         (frame, 1.0, "in order of time"),
         (frame, 0.5, "in order of time"),
@@ -313,19 +313,19 @@ def test_bad_frames_get_one_line(omni):
         (frame, 10**5000, "a very large number"),
     ):
         with pytest.raises(UserError, match=says):
-            session.see(bad, at)
+            session.add_frame(bad, at)
 
 
 def test_what_a_turn_is_made_of_is_settled_early(omni):
     session = omni.listen()
-    session.hear(noise(3))
+    session.add_audio(noise(3))
     with pytest.raises(UserError, match="began without frames"):
-        session.see(film(0).frames[0].numpy(), 3.0)
+        session.add_frame(film(0).frames[0].numpy(), 3.0)
     session.respond()
     for at in (0, 1, 2, 3):
-        session.see(film(0).frames[0].numpy(), at)
+        session.add_frame(film(0).frames[0].numpy(), at)
     with pytest.raises(UserError, match="began without sound"):
-        session.hear(noise(1))
+        session.add_audio(noise(1))
 
 
 def test_nothing_and_silence_are_no_question(omni):
@@ -337,11 +337,11 @@ def test_nothing_and_silence_are_no_question(omni):
         (torch.zeros(5 * RATE), "only silence"),
         (noise(0.01), "more than 20 ms"),
     ):
-        session.hear(silence)
+        session.add_audio(silence)
         with pytest.raises(UserError, match=says):
             session.respond()
         assert session.length == empty  # and the turn is forgotten
-    session.hear(torch.zeros(3 * RATE))
+    session.add_audio(torch.zeros(3 * RATE))
     session.respond("say yes")  # silence and a text are a question
     same(session, at_once(omni, user({"audio": torch.zeros(3 * RATE)}, {"text": "say yes"})))
 
@@ -350,15 +350,15 @@ def test_a_full_context_is_said_and_bounds_the_memory(omni):
     session = omni.listen()
     with pytest.raises(UserError, match="do not fit the context of 2048; begin a new session"):
         for _ in range(90):
-            session.hear(noise(1))
+            session.add_audio(noise(1))
     length = session.length
     with pytest.raises(UserError, match="do not fit the context"):
-        session.hear(noise(1))
+        session.add_audio(noise(1))
     assert length == session.length <= 2048
     with pytest.raises(UserError, match="do not fit the context"):
         session.respond()
     assert session.length < 100  # the turn that was too long is forgotten
-    session.hear(noise(1))
+    session.add_audio(noise(1))
     session.respond()
 
 
@@ -368,10 +368,10 @@ def test_a_session_that_is_let_go_is_gone_at_once(shipped, answered):
     that.
     """
     session = shipped.listen()
-    session.hear(noise(2.5))
+    session.add_audio(noise(2.5))
     if answered:
         list(session.respond())
-    gone = weakref.ref(session.reading.cache)
+    gone = weakref.ref(session.prefill.cache)
     gc.disable()
     del session
     gc.enable()
@@ -396,14 +396,14 @@ def test_tensors_of_any_float_type_are_heard(omni):
         wave.tolist(),
     ):
         session = omni.listen()
-        session.hear(chunk)
+        session.add_audio(chunk)
         session.respond()
         assert session.turn is None
 
 
 def test_arguments_of_the_wrong_type_get_one_line_and_keep_the_turn(omni):
     session = omni.listen()
-    session.hear(noise(0.5))
+    session.add_audio(noise(0.5))
     for arguments, says in (
         ({"text": 5}, "text is 5"),
         ({"seed": 2**70}, "seed is 1180591620717411303424"),
@@ -433,7 +433,7 @@ def test_a_session_takes_the_options_of_respond(omni):
         reply = omni.respond(
             [user({"text": "say a"})], max_new_tokens=most, talker_max_new_tokens=2, temperature=0.0
         )
-        assert len(session.said) == most
+        assert len(session.reply_ids) == most
         assert end.reply.text == reply.text
         assert end.reply.codes.tolist() == reply.codes.tolist()
         assert len(reply.codes) == (0 if most == 1 else 2)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.inputs.mel import audio_tokens, hz_to_mel, log_mel, mel_filters, mel_to_hz, voice_mel
+from minomni.inputs.mel import (
+    hz_to_mel,
+    log_mel,
+    mel_filters,
+    mel_to_hz,
+    num_audio_tokens,
+    voice_mel,
+)
 from minomni.thinker.audio_encoder import AudioEncoder
 from tests.oracle import GOLDEN
 
@@ -89,7 +96,7 @@ def test_filters_equal_librosa():
 def test_tokens_of_frames(frames, tokens):
     """One per 40 ms, as the encoder makes them by two halvings (release: none for the first 20 ms)."""
     assert (
-        audio_tokens(frames)
+        num_audio_tokens(frames)
         == tokens
         == AudioEncoder.token_count(frames)
         == ((frames - 1) // 2 + 1 - 2) // 2 + 1

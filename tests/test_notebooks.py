@@ -44,10 +44,10 @@ BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside t
 TO_COME = {
     "08": ["talker/codec.py"],
     "09": ["talker/talker.py"],
-    "10": ["token2wav/flow_dit.py", "token2wav/speaker.py"],
+    "10": ["token2wav/dit.py", "token2wav/voice.py"],
     "13": ["train/*.py"],
     "14": ["train/losses.py", "train/talker_stages.py"],
-    "15": ["weights.py", "config_json.py", "files.py"],
+    "15": ["weights.py", "hf_config.py", "files.py"],
 }
 LOOSEST = 0.02  # the largest tolerance of a proof
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 400_000, range(20, 36), 300, 25, 88
@@ -425,7 +425,7 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
         "a = 2",
         "a = 3",
     ]
-    monkeypatch.setattr(viz, "somebody_is_there", lambda: True)
+    monkeypatch.setattr(viz, "is_interactive", lambda: True)
     viz.explore(draw, a=(1,))
     assert sliders == [{"a": (1,)}]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import minomni
-from minomni.chat.reply import End
+from minomni.chat.reply import ReplyDone
 from minomni.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_options_limit_and_choose(omni):
     assert cold[0] == cold[1]
     assert hot[0] != hot[1]
     *_, end = omni.stream(question, seed=1, talker_do_sample=False, max_new_tokens=4)
-    assert isinstance(end, End)
+    assert isinstance(end, ReplyDone)
     assert end.reply.codes.tolist() == cold[0]
 
 
@@ -203,7 +203,7 @@ def test_silence_alone_is_no_question_here_as_in_listen(omni, content):
     with pytest.raises(UserError, match="conversation 2 of 2: only silence"):
         omni.respond([CONVERSATIONS[0], [user(*content)]])
     session = omni.listen()
-    session.hear(QUIET)
+    session.add_audio(QUIET)
     with pytest.raises(UserError, match="only silence was heard"):
         session.respond(" ")
 

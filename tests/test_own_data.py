@@ -23,7 +23,7 @@ from minomni.train.loop import Recipe, train
 
 @pytest.fixture(scope="module")
 def recordings():
-    return corpus.recorded(held=False)
+    return corpus.sample_recordings(held=False)
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def omni(tiny_folder):
 
 @pytest.fixture
 def small(monkeypatch, tiny_folder):
-    """tune() begins with the random model and takes two lines a step."""
+    """finetune() begins with the random model and takes two lines a step."""
     monkeypatch.setattr(
         finetune, "load", lambda size, device: minomni.load(str(tiny_folder), device)
     )
     monkeypatch.setitem(finetune.RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
-    monkeypatch.setattr(finetune.OwnChatStage, "sample", lambda self: "")
+    monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
 
 
 def line(question="say a", answer="a circle", **more) -> dict:
@@ -212,7 +212,7 @@ def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
         row for bad, _ in BAD for row in (bad if isinstance(bad, str) else json.dumps(bad), line())
     ]
     with pytest.raises(UserError) as error:
-        finetune.tune("tiny", write(tmp_path, rows), tmp_path / "tuned")
+        finetune.finetune("tiny", write(tmp_path, rows), tmp_path / "tuned")
     message = str(error.value)
     assert f"{len(BAD)} bad lines, nothing was trained; line 1: not JSON" in message
     assert len(message) <= 500
@@ -696,10 +696,10 @@ def test_what_is_no_file_of_data(name, says, tmp_path, omni):
 
 
 def test_an_epoch_holds_every_line_once():
-    epochs = [[jsonl.in_turn(3, 50, 50 * epoch + i) for i in range(50)] for epoch in range(3)]
+    epochs = [[jsonl.epoch_index(3, 50, 50 * epoch + i) for i in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != [jsonl.in_turn(4, 50, i) for i in range(50)]
+    assert epochs[0] != [jsonl.epoch_index(4, 50, i) for i in range(50)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, omni):
@@ -711,7 +711,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
         path = write(tmp_path, [line("a " * 500, f"{i}", voice="v" * 3000) for i in range(count)])
         tracemalloc.start()
         lines = jsonl.checked(path, omni)
-        stage = finetune.OwnChatStage(
+        stage = finetune.FinetuneChatStage(
             omni, Recipe(steps=1000, batch=8, lr=1e-3), tmp_path, 0, lines
         )
         seen = {row.answer for step in range(count // 8) for row in stage.batch(step)}
@@ -750,7 +750,7 @@ def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_fo
 
 def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, spoken):
     data, out = write(tmp_path, spoken), tmp_path / "tuned"
-    finetune.tune("tiny", data, out, epochs=1)
+    finetune.finetune("tiny", data, out, epochs=1)
     tuned, before = minomni.load(str(out)), minomni.load(str(tiny_folder))
     changed = {
         name.split(".")[0]
@@ -763,17 +763,17 @@ def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, sp
     assert tuned.respond([{"role": "user", "content": "say a"}], voice="Me")
     assert json.loads((out / "trained.json").read_text())["stages"] == ["chat", "talker"]
     with pytest.raises(UserError, match="--resume goes on with it"):
-        finetune.tune("tiny", data, out, epochs=1)
+        finetune.finetune("tiny", data, out, epochs=1)
     with pytest.raises(UserError, match="begun with other epochs"):
-        finetune.tune("tiny", data, out, epochs=2, resume=True)
+        finetune.finetune("tiny", data, out, epochs=2, resume=True)
     write(tmp_path, spoken[:3])
     with pytest.raises(UserError, match="begun with other data"):
-        finetune.tune("tiny", data, out, epochs=1, resume=True)
+        finetune.finetune("tiny", data, out, epochs=1, resume=True)
 
 
 def test_a_run_cut_off_between_its_stages_ends_the_same(tmp_path, small, spoken, monkeypatch):
     data = write(tmp_path, spoken)
-    finetune.tune("tiny", data, tmp_path / "whole", epochs=2)
+    finetune.finetune("tiny", data, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patch:
         patch.setattr(
             finetune,
@@ -783,9 +783,9 @@ def test_a_run_cut_off_between_its_stages_ends_the_same(tmp_path, small, spoken,
             ),
         )
         with pytest.raises(UserError, match="talker.safetensors is missing"):
-            finetune.tune("tiny", data, tmp_path / "halves", epochs=2)
+            finetune.finetune("tiny", data, tmp_path / "halves", epochs=2)
     assert not (tmp_path / "halves").exists()
-    finetune.tune("tiny", data, tmp_path / "halves", epochs=2, resume=True)
+    finetune.finetune("tiny", data, tmp_path / "halves", epochs=2, resume=True)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")]
     assert files[0] == files[1]
 
@@ -800,9 +800,9 @@ def test_folder_of_spoken_digits(tmp_path, small, recordings):
         "the digit is zero",
         "the digit is three",
     ]
-    assert finetune.tune("tiny", tmp_path / "digits", tmp_path / "tuned", epochs=1).is_dir()
+    assert finetune.finetune("tiny", tmp_path / "digits", tmp_path / "tuned", epochs=1).is_dir()
     with pytest.raises(UserError, match='no line has "speech"'):
-        finetune.tune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
+        finetune.finetune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
 
 
 def test_folder_of_ljspeech(tmp_path, small, recordings):
@@ -816,9 +816,9 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
     for i in range(2):
         soundfile.write(folder / "wavs" / f"LJ-{i}.wav", recordings.wave(i), 22_050)
     with pytest.raises(UserError, match=r"row 3: .*LJ-2.wav: no such file"):
-        finetune.tune("tiny", folder, tmp_path / "tuned", epochs=1)
+        finetune.finetune("tiny", folder, tmp_path / "tuned", epochs=1)
     soundfile.write(folder / "wavs" / "LJ-2.wav", recordings.wave(2), 22_050)
-    finetune.tune("tiny", folder, tmp_path / "tuned", epochs=1, resume=True)
+    finetune.finetune("tiny", folder, tmp_path / "tuned", epochs=1, resume=True)
     assert "LJ" in minomni.load(str(tmp_path / "tuned")).voices
     (folder / "metadata.csv").write_text("LJ-0 no columns\n")
     with pytest.raises(UserError, match="row 1 has 1 columns"):
@@ -886,7 +886,7 @@ def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(UserError) as error:
-        finetune.tune("tiny", tmp_path / "none.jsonl", Path(out))
+        finetune.finetune("tiny", tmp_path / "none.jsonl", Path(out))
     assert says in str(error.value)
     assert (tmp_path / "file").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}

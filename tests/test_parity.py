@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minomni.omni import Omni
-from minomni.sampling import keep_top_k, keep_top_p, penalise
+from minomni.sampling import keep_top_k, keep_top_p, penalize_repetition
 
 # Ten times the differences that two fp32 implementations were measured to have (encoders 1e-5,
 # logits 5e-5 at a scale of 10, mel 2e-6, wave 5e-7). Whatever is not listed here is an integer, and
@@ -152,7 +152,7 @@ def test_sampling_processors_agree(transformers):
     ids = torch.randint(0, 300, (64, 20), generator=generator)
     history = torch.zeros(64, 300, dtype=torch.bool).scatter_(1, ids, True)
     expected = theirs.RepetitionPenaltyLogitsProcessor(1.05)(ids, logits.clone())
-    assert torch.equal(penalise(logits, history, 1.05), expected)
+    assert torch.equal(penalize_repetition(logits, history, 1.05), expected)
     for k in (1, 40, 299):
         assert torch.equal(keep_top_k(logits, k), theirs.TopKLogitsWarper(k)(None, logits))
     distinct = (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.chat.reply import End, Reply, SoundPiece, TextPiece, Trace
+from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk, Timings
 from minomni.notebook import player
 
 WAVES = torch.rand(3), torch.rand(5)
@@ -22,25 +22,25 @@ def page(monkeypatch):
 
 
 def pieces(waves=WAVES):
-    yield TextPiece("yes", 0.1)
+    yield TextChunk("yes", 0.1)
     for wave in waves:
-        yield SoundPiece(wave, 16_000, 0.2)
-    yield End(
-        Reply("yes", torch.cat([torch.empty(0), *waves]), 16_000, torch.empty(0), 0.3, Trace())
+        yield AudioChunk(wave, 16_000, 0.2)
+    yield ReplyDone(
+        Reply("yes", torch.cat([torch.empty(0), *waves]), 16_000, torch.empty(0), 0.3, Timings())
     )
 
 
 def test_without_a_reader_there_is_one_player_with_the_whole(page):
-    kinds = [type(piece) for piece in player.heard(pieces())]
-    assert kinds == [TextPiece, SoundPiece, SoundPiece, End]
+    kinds = [type(piece) for piece in player.seconds_heard(pieces())]
+    assert kinds == [TextChunk, AudioChunk, AudioChunk, ReplyDone]
     assert page == ["Audio"]
-    assert [type(piece) for piece in player.heard(pieces(()))] == [TextPiece, End]
+    assert [type(piece) for piece in player.seconds_heard(pieces(()))] == [TextChunk, ReplyDone]
     assert page == ["Audio"]
 
 
 def test_each_piece_is_in_the_page_before_it_is_handed_on(page, monkeypatch):
-    monkeypatch.setattr(player, "somebody_is_there", lambda: True)
-    seen = [len(page) for _ in player.heard(pieces())]
+    monkeypatch.setattr(player, "is_interactive", lambda: True)
+    seen = [len(page) for _ in player.seconds_heard(pieces())]
     assert seen == [1, 2, 3, 5]
     assert page[0] == "Player"
     assert page[-1] == "Audio"
@@ -56,11 +56,11 @@ def test_whoever_stops_listening_stops_the_stream(page):
     def endless():
         try:
             while True:
-                yield SoundPiece(WAVES[0], 16_000, 0.0)
+                yield AudioChunk(WAVES[0], 16_000, 0.0)
         finally:
             stopped.append(True)
 
-    listening = player.heard(endless())
+    listening = player.seconds_heard(endless())
     next(listening)
     listening.close()
     assert stopped == [True]

@@ -29,7 +29,7 @@ QUICK = (
 TRAINING = (
     "tests/test_train.py",
     "-k",
-    "muon or newton or resume_is_exact or overfits_one_batch and (codec or ears or language)",
+    "muon or newton or resume_is_exact or overfits_one_batch and (codec or audio_align or language)",
 )
 PROCESSORS = {
     "no AVX, no oneDNN, two threads": {

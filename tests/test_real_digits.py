@@ -26,7 +26,7 @@ DIGITS = Path(os.environ.get("MINOMNI_DIGITS", ROOT.parent / "shared" / "data" /
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Six recordings as if two speakers had said digits."""
-    recordings = corpus.recorded(held=False)
+    recordings = corpus.sample_recordings(held=False)
     for i in range(6):
         soundfile.write(tmp_path / f"{i}_{('ann', 'bob')[i % 2]}_0.wav", recordings.wave(i), 16_000)
     return tmp_path
@@ -58,16 +58,16 @@ def test_levels_by_hand(monkeypatch):
     levels = spoken_digits.band_levels([mel[:, :1], mel[:, 1:]])
     torch.testing.assert_close(levels, torch.tensor([[10 / 3], [2 / 3]]))
     monkeypatch.setattr(spoken_digits, "LEVELLED", 0.5)
-    made = spoken_digits.levelled(mel, torch.tensor([[1.0], [1.0]]))  # bands are at 5 and 1
+    made = spoken_digits.band_normalized(mel, torch.tensor([[1.0], [1.0]]))  # bands are at 5 and 1
     assert made.tolist() == [[-2.0, 2.0, 4.0], [0.0, 0.0, 2.0]]
 
 
 def test_a_microphone_is_levelled_out(folder):
     mel = spoken_digits.clips_by_speaker(folder)["ann"][0][0]
     levels, colour = torch.zeros(128, 1), torch.linspace(-0.3, 0.3, 128)[:, None]
-    apart = spoken_digits.levelled(mel + colour - colour.mean(), levels) - spoken_digits.levelled(
-        mel, levels
-    )
+    apart = spoken_digits.band_normalized(
+        mel + colour - colour.mean(), levels
+    ) - spoken_digits.band_normalized(mel, levels)
     torch.testing.assert_close(
         apart, (colour - colour.mean()).expand_as(apart) * (1 - spoken_digits.LEVELLED)
     )
@@ -75,8 +75,8 @@ def test_a_microphone_is_levelled_out(folder):
 
 def test_blur_by_hand():
     mel = torch.tensor([[0.0], [3.0], [0.0], [6.0]])
-    assert spoken_digits.blurred(mel, 3).flatten().tolist() == [1.0, 1.0, 3.0, 4.0]
-    assert torch.equal(spoken_digits.blurred(mel, 1), mel)
+    assert spoken_digits.smooth_bands(mel, 3).flatten().tolist() == [1.0, 1.0, 3.0, 4.0]
+    assert torch.equal(spoken_digits.smooth_bands(mel, 1), mel)
 
 
 def assert_levelled(mels: list[torch.Tensor], clips: list):
@@ -106,7 +106,7 @@ def test_lessons_are_blurred(folder, monkeypatch):
     monkeypatch.setattr(spoken_digits, "BLURS", (9,))
     made = spoken_digits.augment(mel, Random(0))
     monkeypatch.setattr(spoken_digits, "BLURS", (1,))
-    assert torch.equal(made, spoken_digits.augment(spoken_digits.blurred(mel, 9), Random(0)))
+    assert torch.equal(made, spoken_digits.augment(spoken_digits.smooth_bands(mel, 9), Random(0)))
     assert not torch.equal(made, spoken_digits.augment(mel, Random(0)))
 
 
@@ -139,9 +139,11 @@ def test_the_tested_speaker_is_left_out(folder, tiny_folder, tmp_path, monkeypat
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(spoken_digits, "RECIPE", replace(spoken_digits.RECIPE, steps=1, batch=2))
     monkeypatch.setattr(spoken_digits, "LEVELLED", 1.0)
-    seen, asked, count = [], [], spoken_digits.right
+    seen, asked, count = [], [], spoken_digits.count_correct
     monkeypatch.setattr(
-        spoken_digits, "right", lambda omni, clips: asked.append(clips) or count(omni, clips)
+        spoken_digits,
+        "count_correct",
+        lambda omni, clips: asked.append(clips) or count(omni, clips),
     )
     stage = spoken_digits.DigitsStage
     monkeypatch.setattr(
@@ -178,7 +180,7 @@ def test_right_answers_are_counted(folder, monkeypatch, tiny_folder):
     reply = type("Reply", (), {"tokens": [says[0], says[3], says[2]]})
     monkeypatch.setattr(omni.thinker, "generate", lambda *_: reply)
     clips = [(torch.zeros(128, 40), digit) for digit in (0, 1, 2)]
-    assert spoken_digits.right(omni, clips) == 2
+    assert spoken_digits.count_correct(omni, clips) == 2
 
 
 @pytest.mark.skipif(

@@ -12,23 +12,23 @@ from minomni import paths
 from minomni.config import LISTENING_RATE, SMALL
 from minomni.data import corpus, grammar, text_to_speech
 from minomni.data.vocabulary import English, english, told_apart
-from minomni.data.word_errors import edits
+from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
 from minomni.eval import asr, evaluator, report, stats
-from minomni.eval.asr import ENGLISH, LONG, Judge
+from minomni.eval.asr import ENGLISH, LONG, SpeechRecognizer
 
 
 def test_interval_by_hand():
-    low, high = stats.Row("x", 0.5, 100).interval()
+    low, high = stats.Metric("x", 0.5, 100).interval()
     assert (low, high) == pytest.approx(
         (0.4038, 0.5962), abs=1e-3
     )  # Wilson's interval for 50 of 100
-    assert stats.Row("x", 0.0, 20).interval()[0] == 0.0
-    assert stats.Row("x", 1.0, 20).interval() == pytest.approx((0.8389, 1.0), abs=1e-3)
+    assert stats.Metric("x", 0.0, 20).interval()[0] == 0.0
+    assert stats.Metric("x", 1.0, 20).interval() == pytest.approx((0.8389, 1.0), abs=1e-3)
 
 
 def test_card_as_markdown_and_fractions():
-    card = report.Card("m", [stats.Row("a", 0.25, 8), stats.Row("b", None, 0)], 1.0)
+    card = report.Report("m", [stats.Metric("a", 0.25, 8), stats.Metric("b", None, 0)], 1.0)
     assert card.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
     assert "| a | 25.0% |" in card.markdown()
     assert "not measurable here" in card.markdown()
@@ -78,7 +78,7 @@ def test_a_folder_of_digits_is_looked_at_before_anything_is_measured(monkeypatch
 
 
 def test_word_errors_count_sentences_as_a_whole():
-    row = stats.word_error_row("x", [(0, 4), (2, 4), (0, 8)])
+    row = stats.word_error_metric("x", [(0, 4), (2, 4), (0, 8)])
     assert (row.value, row.n) == (2 / 16, 16)
     low, high = row.interval()
     assert low == 0.0
@@ -109,11 +109,11 @@ def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
         "the garden window is above the silver number",
         "the silver garden is left of the number window",
     ]
-    speeches = corpus.Speech(
+    speeches = corpus.SpeechCorpus(
         np.zeros(4, np.int16),
         [corpus.Utterance(text, "Anna", i, i + 1) for i, text in enumerate(texts)],
     )
-    examiner = object.__new__(evaluator.Examiner)
+    examiner = object.__new__(evaluator.Evaluator)
     examiner.items, examiner.teacher = (
         9,
         SimpleNamespace(speech=speeches, english=English(tuple(few), ())),
@@ -126,7 +126,7 @@ def test_english_words_are_scored_without_the_sentence_around_them(monkeypatch):
         ["the garden garden window is below the silver number", texts[0], "number", texts[1]]
     )
     monkeypatch.setattr(evaluator, "Judge", lambda said, words: (said, words))
-    monkeypatch.setattr(evaluator, "hear", lambda *_: next(heard).split())
+    monkeypatch.setattr(evaluator, "recognized_wordsscribe", lambda *_: next(heard).split())
     rows = {row.name: (row.value, row.n) for row in examiner.english()}
     assert rows == {
         "english_asr_wer": (2 / 8, 8),
@@ -143,10 +143,10 @@ def test_judge_knows_english_words_apart():
     words = english(SMALL.thinker.tokens)
     jobs = [job for _, job in corpus.test_jobs(words)[-96:]][::8]
     for few, said in zip((told_apart(words.trained), told_apart(words.held)), (jobs[:6], jobs[6:])):
-        judge, right, wrong = Judge(ENGLISH, few), 0, 0
-        for job, wave in zip(said, text_to_speech.synthesise(said, 0)):
-            heard = judge.hear(torch.from_numpy(wave) / 32768, LISTENING_RATE).split()
-            wrong += edits(
+        judge, right, wrong = SpeechRecognizer(ENGLISH, few), 0, 0
+        for job, wave in zip(said, text_to_speech.synthesize(said, 0)):
+            heard = judge.transcribe(torch.from_numpy(wave) / 32768, LISTENING_RATE).split()
+            wrong += edit_distance(
                 [w for w in job.text.split() if w in few], [w for w in heard if w in few]
             )
             right += 4
@@ -154,7 +154,7 @@ def test_judge_knows_english_words_apart():
 
 
 def test_voice_classifier_knows_recordings_apart():
-    recordings = corpus.recorded(held=False)
+    recordings = corpus.sample_recordings(held=False)
     known = evaluator.VoiceClassifier(recordings, each=3)
     others = [
         i
@@ -167,16 +167,16 @@ def test_voice_classifier_knows_recordings_apart():
 
 
 def test_judge_hears_recordings_and_not_noise():
-    judge, recordings = Judge(), corpus.recorded(held=False)
+    judge, recordings = SpeechRecognizer(), corpus.sample_recordings(held=False)
     said = [i for i, u in enumerate(recordings.utterances) if not u.text.startswith("say ")]
     right = sum(
-        judge.hear(recordings.wave(i), 16_000) == recordings.utterances[i].text for i in said
+        judge.transcribe(recordings.wave(i), 16_000) == recordings.utterances[i].text for i in said
     )
     assert said
     assert right >= 0.7 * len(said)
     noise = torch.from_numpy((0.1 * np.random.RandomState(0).randn(24_000)).astype(np.float32))
-    assert judge.hear(torch.zeros(16_000), 16_000) == ""
-    assert judge.hear(noise, 16_000) not in {recordings.utterances[i].text for i in said}
+    assert judge.transcribe(torch.zeros(16_000), 16_000) == ""
+    assert judge.transcribe(noise, 16_000) not in {recordings.utterances[i].text for i in said}
 
 
 def test_judge_knows_every_statement():
@@ -189,7 +189,7 @@ def test_judge_knows_every_statement():
 
 def judge_of_long_sentences_takes_two() -> bool:
     """Two recordings one after the other are two statements to the judge of long sentences."""
-    recordings = corpus.recorded(held=False)
+    recordings = corpus.sample_recordings(held=False)
     said = [i for i, u in enumerate(recordings.utterances) if not u.text.startswith("say ")][:2]
-    heard = Judge(LONG).hear(torch.cat([recordings.wave(i) for i in said]), 16_000)
+    heard = SpeechRecognizer(LONG).transcribe(torch.cat([recordings.wave(i) for i in said]), 16_000)
     return len(heard.split()) > max(len(recordings.utterances[i].text.split()) for i in said)

@@ -26,7 +26,7 @@ from minomni import load
 from minomni.checkpoint import hf_config
 from minomni.config import SMALL, TINY
 from minomni.data import corpus, text_to_speech
-from minomni.data.word_errors import edits
+from minomni.data.word_errors import edit_distance
 from minomni.devices import device_of, has_bf16
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
@@ -105,7 +105,7 @@ def test_run_folder_can_be_looked_into(tmp_path):
     )
     wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
     assert rate == 16_000
-    assert len(wave) == len(corpus.recorded(held=False).wave(0))
+    assert len(wave) == len(corpus.sample_recordings(held=False).wave(0))
     assert abs(wave).max() > 0.001
     said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
     assert said.startswith("said  'say the")
@@ -124,7 +124,7 @@ def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
     stage = make("vocoder", tmp_path)
     assert samples.trained_codec(stage, tmp_path) is None
     learnt = {n: p for n, p in stage.omni.named_parameters() if n.startswith("codec.")}
-    checkpoint.finish(tmp_path, "codec", learnt)
+    checkpoint.save_stage(tmp_path, "codec", learnt)
     reader = samples.trained_codec(stage, tmp_path)
     assert all(torch.equal(p, learnt[f"codec.{n}"]) for n, p in reader.named_parameters())
 
@@ -133,38 +133,38 @@ def test_a_mel_made_audible_still_says_the_same():
     """The trained codec reads in the wave that is made of a mel what was said, but for a letter or
     two.
     """
-    codec, spoken = load("data_samples/tiny").codec, corpus.recorded(held=False)
+    codec, spoken = load("data_samples/tiny").codec, corpus.sample_recordings(held=False)
     for i in (1, 3):
         mel = voice_mel(spoken.wave(i))
         wave = samples.griffin_lim(mel)
         assert wave.shape == (len(mel) * HOP,)
         assert samples.read(codec, mel) == spoken.utterances[i].text
-        assert edits(samples.read(codec, voice_mel(wave)), spoken.utterances[i].text) <= 2
+        assert edit_distance(samples.read(codec, voice_mel(wave)), spoken.utterances[i].text) <= 2
         assert (
             voice_mel(wave) - mel
         ).abs().mean() < 0.6  # 0.39 measured; mels are 1.9 apart from their mean
 
 
 def test_config_is_kept_and_guards(tmp_path):
-    checkpoint.claim(tmp_path, TINY)
+    checkpoint.check_run_config(tmp_path, TINY)
     assert hf_config.read_config(tmp_path) == TINY
-    checkpoint.claim(tmp_path, TINY)
+    checkpoint.check_run_config(tmp_path, TINY)
     with pytest.raises(UserError, match="holds a run of other sizes; --fresh"):
-        checkpoint.claim(tmp_path, SMALL)
+        checkpoint.check_run_config(tmp_path, SMALL)
 
 
 def test_one_stage_starts_over_alone(tmp_path):
-    pipeline.begin(tmp_path, resume=False, fresh=False, stage="codec")
+    pipeline.prepare_run(tmp_path, resume=False, fresh=False, stage="codec")
     left = [
         tmp_path / "stages" / name
         for name in ("codec.safetensors", "dit.safetensors", "dit.resume.pt")
     ]
     for path in left:
         path.write_bytes(b"x")
-    pipeline.begin(tmp_path, resume=False, fresh=False, stage="vocoder")
+    pipeline.prepare_run(tmp_path, resume=False, fresh=False, stage="vocoder")
     with pytest.raises(UserError, match="holds stage dit of an earlier run; --resume"):
-        pipeline.begin(tmp_path, resume=False, fresh=False, stage="dit")
-    pipeline.begin(tmp_path, resume=False, fresh=True, stage="dit")
+        pipeline.prepare_run(tmp_path, resume=False, fresh=False, stage="dit")
+    pipeline.prepare_run(tmp_path, resume=False, fresh=True, stage="dit")
     assert [path.exists() for path in left] == [True, False, False]
 
 
@@ -227,7 +227,7 @@ def stopped_early(home: Path) -> bytes:
     """A run folder with a checkpoint at step 4 -> that checkpoint."""
     stage = make("codec", home / "corpus", config=TINY, steps=16, batch=2, warmup=2)
     stage.sample, stage.sound = lambda: "", lambda: None
-    checkpoint.claim(home / "stages", TINY)
+    checkpoint.check_run_config(home / "stages", TINY)
     loop.train(stage, home / "stages", until=4)
     return (home / "stages" / "codec.resume.pt").read_bytes()
 
@@ -283,11 +283,11 @@ def kept_stage(folder: Path) -> tuple[Stage, Path]:
 
 
 def go_back(folder: Path) -> tuple[int, dict]:
-    """restore() into a fresh stage, of which nothing may have changed where it refuses."""
+    """load_checkpoint() into a fresh stage, of which nothing may have changed where it refuses."""
     stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
     unlocked, before = stage.parameters(), [p.detach().clone() for p in stage.parameters().values()]
     try:
-        return checkpoint.restore(
+        return checkpoint.load_checkpoint(
             folder, "rows", unlocked, loop.make_optimizers(unlocked, stage.recipe)
         )
     except UserError as error:
@@ -372,17 +372,17 @@ def test_other_files_in_the_place_of_a_resume_file(tmp_path):
 def test_what_a_stage_learnt_is_checked_before_it_is_used(tmp_path):
     stage, _ = kept_stage(tmp_path)
     path = tmp_path / "rows.safetensors"
-    checkpoint.finish(tmp_path, "rows", stage.parameters())
-    checkpoint.graduate(stage.omni, tmp_path, ["rows"])
+    checkpoint.save_stage(tmp_path, "rows", stage.parameters())
+    checkpoint.load_stages(stage.omni, tmp_path, ["rows"])
     whole = path.read_bytes()
     for content in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="rows.safetensors: cut short or no safetensors file"):
-            checkpoint.graduate(stage.omni, tmp_path, ["rows"])
+            checkpoint.load_stages(stage.omni, tmp_path, ["rows"])
     for other in ({"0.weight": torch.zeros(2, 2)}, {"1.weight": torch.zeros(3, 5)}):
-        checkpoint.finish(tmp_path, "rows", other)
+        checkpoint.save_stage(tmp_path, "rows", other)
         with pytest.raises(UserError, match="belongs to another model"):
-            checkpoint.graduate(stage.omni, tmp_path, ["rows"])
+            checkpoint.load_stages(stage.omni, tmp_path, ["rows"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_home_that_cannot_be_is_told_before_work_begins(home, says, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as error:
-        pipeline.begin(Path(home), resume=False, fresh=False)
+        pipeline.prepare_run(Path(home), resume=False, fresh=False)
     assert says in str(error.value)
     assert str(error.value).isprintable()
     assert len(str(error.value)) <= 500
@@ -417,7 +417,7 @@ def test_fresh_deletes_no_foreign_files(tmp_path):
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "chapter.txt").write_text("mine")
     with pytest.raises(UserError, match="holds 'chapter.txt', which --fresh would delete"):
-        pipeline.begin(tmp_path, resume=False, fresh=True)
+        pipeline.prepare_run(tmp_path, resume=False, fresh=True)
     assert (tmp_path / "stages" / "chapter.txt").exists()
     (tmp_path / "stages" / "chapter.txt").unlink()
     for name in (
@@ -429,20 +429,20 @@ def test_fresh_deletes_no_foreign_files(tmp_path):
     ):
         (tmp_path / "stages" / name).write_text("x")
     (tmp_path / "stages" / "samples").mkdir()
-    pipeline.begin(tmp_path, resume=False, fresh=True)
+    pipeline.prepare_run(tmp_path, resume=False, fresh=True)
     assert not list((tmp_path / "stages").iterdir())
 
 
 def test_fresh_empties_a_linked_folder_and_keeps_the_link(tmp_path):
     disk, home = tmp_path / "disk", tmp_path / "home"
-    (disk / "samples" / "eyes").mkdir(parents=True)
-    (disk / "samples" / "eyes" / "7.txt").write_text("x")
-    (disk / "eyes.resume.pt").write_text("x")
+    (disk / "samples" / "vision_align").mkdir(parents=True)
+    (disk / "samples" / "vision_align" / "7.txt").write_text("x")
+    (disk / "vision_align.resume.pt").write_text("x")
     (tmp_path / "elsewhere.safetensors").write_text("mine")
-    (disk / "ears.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    (disk / "audio_align.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     home.mkdir()
     (home / "stages").symlink_to(disk)
-    pipeline.begin(home, resume=False, fresh=True)
+    pipeline.prepare_run(home, resume=False, fresh=True)
     assert (home / "stages").is_symlink()
     assert disk.is_dir()
     assert not list(disk.iterdir())
@@ -492,7 +492,9 @@ def test_the_pretended_device_refuses_to_mix():
             layer(torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("name", ["codec", "dit", "language", "ears", "eyes", "talker"])
+@pytest.mark.parametrize(
+    "name", ["codec", "dit", "language", "audio_align", "vision_align", "talker"]
+)
 def test_bf16_says_about_the_same(name, cache, monkeypatch):
     """Losses within 2 %, of three digits that bf16 has, and gradients that point the same way."""
     measured = {}
@@ -517,7 +519,7 @@ def test_a_codec_in_bf16_takes_any_length(frames):
     torch.manual_seed(0)
     codec = Omni(TINY).codec
     with torch.autocast("cpu", torch.bfloat16):
-        grid, codes = codec.quantise(torch.randn(2, frames, TINY.codec.mel_dim) - 5)
+        grid, codes = codec.quantize(torch.randn(2, frames, TINY.codec.mel_dim) - 5)
         assert codec.letters(grid).shape[:2] == codes.shape == (2, frames // TINY.codec.downsample)
 
 
@@ -645,7 +647,7 @@ def test_codec_hears_sound_as_late_in_parts(tmp_path):
 
 
 def test_timetable_says_what_to_expect():
-    table = pipeline.timetable("tiny")
+    table = pipeline.stage_table("tiny")
     rows = {line.split()[0]: line for line in table.split("\n\n")[0].splitlines()}
     assert rows.keys() == {"stage", *pipeline.STAGES}
     assert "two cores" in table
@@ -657,7 +659,7 @@ def test_timetable_says_what_to_expect():
         assert f" {seconds} " in rows[name]
         assert loss in rows[name]
     assert pipeline.EXPECTED["tiny"].keys() == pipeline.STAGES.keys()
-    assert " - " in pipeline.timetable("small")  # nobody has measured it
+    assert " - " in pipeline.stage_table("small")  # nobody has measured it
 
 
 def test_readme_expects_the_same():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.chat.generation_options import ELSEWHERE, OPTIONS, changed, sampling_of
+from minomni.chat.generation_options import ELSEWHERE, OPTIONS, changed, sampling_configs
 from minomni.config import QWEN7B, TINY, SamplingConfig
 from minomni.errors import UserError
-from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalise, sample
+from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalize_repetition, sample
 
 SETTINGS = [
     dict(temperature=1.3, top_k=0, top_p=1.0, repetition_penalty=1.0),
@@ -52,7 +52,7 @@ def test_scores_and_draws_equal_those_of_transformers(number, kind):
     history = torch.zeros(6, 900, dtype=torch.bool).scatter(1, ids, True)
     scores = theirs(logits, ids, settings, suppress)
 
-    ours = penalise(logits, history, settings["repetition_penalty"]).index_fill(
+    ours = penalize_repetition(logits, history, settings["repetition_penalty"]).index_fill(
         1, torch.tensor(suppress), NEVER
     )
     ours = ours / settings["temperature"]
@@ -105,16 +105,16 @@ def test_logits_that_are_not_finite_get_one_line(temperature, bad, says):
 # options
 def test_options_change_what_they_name_and_nothing_else():
     asked = dict(max_new_tokens=7, thinker_temperature=0.4, talker_top_k=11, talker_top_p=None)
-    thinker, talker = sampling_of(QWEN7B, asked)
+    thinker, talker = sampling_configs(QWEN7B, asked)
     assert thinker == dataclasses.replace(
         QWEN7B.thinker_sampling, max_new_tokens=7, temperature=0.4
     )
     assert talker == dataclasses.replace(QWEN7B.talker_sampling, top_k=11)
-    assert sampling_of(QWEN7B, {}) == (QWEN7B.thinker_sampling, QWEN7B.talker_sampling)
+    assert sampling_configs(QWEN7B, {}) == (QWEN7B.thinker_sampling, QWEN7B.talker_sampling)
 
 
 def test_the_longer_name_wins_as_in_transformers():
-    thinker, _ = sampling_of(TINY, dict(thinker_max_new_tokens=5, max_new_tokens=9))
+    thinker, _ = sampling_configs(TINY, dict(thinker_max_new_tokens=5, max_new_tokens=9))
     assert thinker.max_new_tokens == 5
 
 
@@ -143,7 +143,7 @@ def test_sampling_or_the_most_likely_token(stored, asked, temperature):
 
 
 def test_numbers_of_numpy_are_numbers():
-    thinker, _ = sampling_of(
+    thinker, _ = sampling_configs(
         TINY, dict(max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_k=-1)
     )
     assert (thinker.max_new_tokens, thinker.temperature, thinker.top_k) == (3, 0.5, 0)
@@ -179,6 +179,6 @@ def test_numbers_of_numpy_are_numbers():
 )
 def test_bad_options_get_one_line(options, says):
     with pytest.raises(UserError, match=says) as caught:
-        sampling_of(TINY, options)
+        sampling_configs(TINY, options)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 500

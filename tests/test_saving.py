@@ -214,7 +214,7 @@ def test_a_third_pair_of_zeros_changes_no_bit():
         assert whole.std() > 0.01
         assert torch.equal(wider(mel), whole)
         assert (
-            wider.reach == vocoder.reach
+            wider.context_frames == vocoder.context_frames
         )  # streamed, it waits for no more of the mel, and cuts it alike
         streams = VocoderStream(vocoder), VocoderStream(wider)
         for begin in range(0, 90, 15):
@@ -226,11 +226,11 @@ def test_a_third_pair_of_zeros_changes_no_bit():
 
 def test_a_pair_that_is_not_zero_is_run():
     new = with_three_pairs(two_pairs(), dilations=(1, 2, 3)).token2wav.code2wav_bigvgan_model
-    mel, reach = torch.full((1, 80, 30), -4.0), new.reach
+    mel, reach = torch.full((1, 80, 30), -4.0), new.context_frames
     before = new(mel)
     with torch.no_grad():
         new.resblocks[-1].convs2[2].bias[0] = 0.5
-    assert new.reach > reach
+    assert new.context_frames > reach
     assert not torch.equal(new(mel), before)
 
 

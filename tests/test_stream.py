@@ -15,20 +15,20 @@ import pytest
 import torch
 
 import minomni
-from minomni.chat.generate import seeded, think_and_talk
-from minomni.chat.reply import End, SoundPiece, TextPiece, waiting
+from minomni.chat.generate import generate_tokens, seeded
+from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, required_buffer_s
 from minomni.config import TINY
 from minomni.data import grammar
-from minomni.data.word_errors import edits
+from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
 from minomni.eval import benchmark
-from minomni.eval.asr import Judge
+from minomni.eval.asr import SpeechRecognizer
 from minomni.inputs.prompt import Processor
 from minomni.layers import KVCache
 from minomni.omni import until_stop
-from minomni.talker.talker import script
-from minomni.token2wav.dit import Past
-from minomni.token2wav.streaming import SERVING, MelStream, Schedule, StageStream
+from minomni.talker.talker import talker_inputs
+from minomni.token2wav.dit import BlockCache
+from minomni.token2wav.streaming import RELEASE_SCHEDULE, MelStream, Schedule, StageStream
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,15 +114,17 @@ def afterwards(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
     """Text ids and codes the old way: all of the thinking, then all of the talking."""
     with mock.patch.object(omni.thinker, "read", lambda *_: reading):
         reply = omni.thinker.generate(None, omni.config.thinker_sampling, seeded(seed))
-    lines = script(reply, bos_tokens(omni, reply.tokens), TOKENS, omni.thinker.model.embed_tokens)
-    codes = omni.talker.generate(lines, omni.config.talker_sampling, omni.table_rows, seeded(seed))
+    lines = talker_inputs(
+        reply, bos_tokens(omni, reply.tokens), TOKENS, omni.thinker.model.embed_tokens
+    )
+    codes = omni.talker.generate(lines, omni.config.talker_sampling, omni.num_codes, seeded(seed))
     return reply.tokens, [row.tolist() for row in codes]
 
 
 def meanwhile(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
     """The same from the one loop."""
     steps = {"text": [], "code": []}
-    for kind, ids in think_and_talk(omni, reading, bos_tokens(omni, reading.hidden), seed):
+    for kind, ids in generate_tokens(omni, reading, bos_tokens(omni, reading.hidden), seed):
         steps[kind].append(ids)
     tokens = until_stop(steps["text"], len(reading.hidden), [TOKENS.im_end], keep=True)
     codes = until_stop(steps["code"], len(tokens), [TINY.talker.codec_pad, TINY.talker.codec_eos])
@@ -141,7 +143,7 @@ def read(omni, *conversations):
 
 def both_ways(omni, reading, seed):
     then = afterwards(omni, reading, seed)
-    reading.cache.cut(reading.hidden.shape[1])
+    reading.cache.truncate(reading.hidden.shape[1])
     return then, meanwhile(omni, reading, seed)
 
 
@@ -189,14 +191,14 @@ def test_respond_and_stream_say_the_same(brief):
     omni = brief(codes=30, points=3)
     question = messages({"text": f"say the {SHAPES[0]} is above the {SHAPES[4]}"})
     reply = omni.respond(question, seed=4)
-    for schedule in ("eager", SERVING, None):
+    for schedule in ("eager", RELEASE_SCHEDULE, None):
         *pieces, end = omni.stream(question, seed=4, schedule=schedule)
         assert (
-            "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
+            "".join(piece.text for piece in pieces if isinstance(piece, TextChunk))
             == end.reply.text
             == reply.text
         )
-        waves = [piece.wave for piece in pieces if isinstance(piece, SoundPiece)]
+        waves = [piece.wave for piece in pieces if isinstance(piece, AudioChunk)]
         assert torch.equal(torch.cat(waves), end.reply.wave)
         assert torch.equal(end.reply.codes, reply.codes)
         assert end.reply.wave.shape == reply.wave.shape
@@ -210,7 +212,7 @@ def test_talker_takes_one_line_a_step_and_never_pads_early(brief):
     omni = brief(temperature=0.0, words=12, codes=20)
     kinds = [
         kind
-        for kind, _ in think_and_talk(omni, read(omni, questions()[0]), bos_tokens(omni, "1"), 0)
+        for kind, _ in generate_tokens(omni, read(omni, questions()[0]), bos_tokens(omni, "1"), 0)
     ]
     words = kinds.count("text")
     assert kinds == ["text", *["text", "code"] * (words - 1), *["code"] * (20 - words + 1)]
@@ -220,10 +222,12 @@ def test_talker_takes_one_line_a_step_and_never_pads_early(brief):
 def test_sound_leaves_before_the_last_word(omni):
     for question in (questions()[0], messages({"audio": str(DATA / "wish.wav")})):
         pieces = list(
-            itertools.takewhile(lambda piece: not isinstance(piece, End), omni.stream(question))
+            itertools.takewhile(
+                lambda piece: not isinstance(piece, ReplyDone), omni.stream(question)
+            )
         )
         kinds = [type(piece) for piece in pieces]
-        assert kinds.index(SoundPiece) < len(kinds) - 1 - kinds[::-1].index(TextPiece)
+        assert kinds.index(AudioChunk) < len(kinds) - 1 - kinds[::-1].index(TextChunk)
         assert [piece.at_s for piece in pieces] == sorted(piece.at_s for piece in pieces)
 
 
@@ -253,8 +257,8 @@ def machine(omni, monkeypatch):
 
 
 def player_waits(omni, **options) -> float:
-    return waiting(
-        [piece for piece in omni.stream(questions()[0], **options) if isinstance(piece, SoundPiece)]
+    return required_buffer_s(
+        [piece for piece in omni.stream(questions()[0], **options) if isinstance(piece, AudioChunk)]
     )
 
 
@@ -276,18 +280,18 @@ def test_a_player_runs_dry_on_a_machine_that_is_too_slow(omni, machine):
 
 def test_waiting_is_the_latest_piece_behind_the_player():
     def piece(at_s, seconds):
-        return SoundPiece(torch.zeros(int(100 * seconds)), 100, at_s)
+        return AudioChunk(torch.zeros(int(100 * seconds)), 100, at_s)
 
-    assert waiting([piece(3, 1), piece(3.5, 1), piece(5, 1)]) == 0
+    assert required_buffer_s([piece(3, 1), piece(3.5, 1), piece(5, 1)]) == 0
     assert (
-        waiting([piece(0, 1), piece(1.5, 1), piece(4, 1)]) == 2
+        required_buffer_s([piece(0, 1), piece(1.5, 1), piece(4, 1)]) == 2
     )  # the third is due at 2 and comes at 4
 
 
 def test_trace_tells_every_hand_over(brief):
     question = messages({"image": str(DATA / "color.png")}, {"text": "what do you see"})
     *_, end = brief(codes=12, points=3).stream(question)
-    trace = end.reply.trace
+    trace = end.reply.timings
     order = [
         trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "sound")
     ]
@@ -303,7 +307,7 @@ def held() -> tuple[int, int]:
     """Threads, and caches that something still holds."""
     gc.collect()
     return threading.active_count(), sum(
-        type(thing) in (KVCache, Past, StageStream) for thing in gc.get_objects()
+        type(thing) in (KVCache, BlockCache, StageStream) for thing in gc.get_objects()
     )
 
 
@@ -350,7 +354,7 @@ def test_questions_that_cannot_be_asked_are_refused_at_once(omni):
 
 def test_text_alone_streams_too(brief):
     pieces = list(brief().stream(messages({"text": "say yes"}), speech=False))
-    assert {type(piece) for piece in pieces} == {TextPiece, End}
+    assert {type(piece) for piece in pieces} == {TextChunk, ReplyDone}
     assert len(pieces[-1].reply.wave) == 0
 
 
@@ -361,7 +365,7 @@ def test_the_outside_judge_understands_a_stream_as_well(omni):
     By Euler's steps, its default, it is at most a point higher. It may be lower.
     """
     judge, random, wrong, words = (
-        Judge(),
+        SpeechRecognizer(),
         Random(1),
         {"stream": 0, "same solver": 0, "respond": 0},
         0,
@@ -377,7 +381,9 @@ def test_the_outside_judge_understands_a_stream_as_well(omni):
         *_, alike = omni.stream(asked, seed=seed, flow=omni.config.flow)
         replies = end.reply, alike.reply, omni.respond(asked, seed=seed)
         for name, reply in zip(wrong, replies):
-            wrong[name] += edits(right, judge.hear(reply.wave, reply.sample_rate).split())
+            wrong[name] += edit_distance(
+                right, judge.transcribe(reply.wave, reply.sample_rate).split()
+            )
         words += len(right)
     assert words >= 200
     assert abs(wrong["same solver"] - wrong["respond"]) <= 0.01 * words
@@ -434,7 +440,7 @@ def test_bench_of_a_size_that_nobody_trained(monkeypatch):
     """Weights of chance speak, without an end, and every time is there."""
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1)):
         monkeypatch.setattr(benchmark, name, value)
-    rows = benchmark.first_sound(benchmark.by_chance("tiny", "cpu"))
+    rows = benchmark.first_sound(benchmark.random_model("tiny", "cpu"))
     values = {name: value for name, (value, _) in rows.items()}
     assert list(values) == [
         "first_text_ms",
@@ -450,7 +456,7 @@ def test_bench_of_a_size_that_nobody_trained(monkeypatch):
     assert values["first_text_ms"] <= values["first_sound_ms"]
     assert all(value >= 0 for value in values.values())
     with pytest.raises(UserError, match="unknown size 'huge'"):
-        benchmark.by_chance("huge", "cpu")
+        benchmark.random_model("huge", "cpu")
     monkeypatch.setattr(benchmark, "streamed", lambda omni: ([], None))
     with pytest.raises(UserError, match="answers without speech"):
-        benchmark.first_sound(benchmark.by_chance("tiny", "cpu"))
+        benchmark.first_sound(benchmark.random_model("tiny", "cpu"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from minomni.config import IGNORE_INDEX, TINY
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
-from minomni.talker.talker import Script, Talker, script, text
+from minomni.talker.talker import Talker, TalkerInputs, reply_embeds, talker_inputs
 from minomni.thinker.thinker import Thinker
 
 TOKENS = TINY.thinker.tokens
@@ -68,7 +68,7 @@ def answers(thinker, inputs, tokens=6):
 
 def scripts(thinker, inputs, tokens=6):
     reply = answers(thinker, inputs, tokens)
-    return script(reply, [VOICE] * len(reply.tokens), TOKENS, thinker.model.embed_tokens)
+    return talker_inputs(reply, [VOICE] * len(reply.tokens), TOKENS, thinker.model.embed_tokens)
 
 
 def test_thinker_batch_equals_single_rows(thinker):
@@ -152,7 +152,7 @@ def test_teacher_forced_logits_equal_spoken_ones(thinker, talker):
     logits = talker(embeds, position_ids, mask)
     for row, spoken in enumerate(codes):
         here = slice(row, row + 1)
-        one = Script(
+        one = TalkerInputs(
             both.prompt[here],
             both.position_ids[:, here],
             both.attention_mask[here],
@@ -202,12 +202,12 @@ def test_only_codes_of_the_table_and_stops_are_spoken(thinker, talker):
     config, stops = TINY.talker, {TINY.talker.codec_pad, TINY.talker.codec_eos}
     assert set(spoken.tolist()) <= set(range(40)) | stops
     assert (
-        set(range(config.decoder.vocab_size)) - set(loud.forbidden(40).tolist())
+        set(range(config.decoder.vocab_size)) - set(loud.suppressed_ids(40).tolist())
         == set(range(40)) | stops
     )
 
 
 def test_text_lines_end_with_end_and_endless_pad():
     states, end, pad = torch.ones(3, 2), torch.full((2,), 5.0), torch.full((2,), 7.0)
-    assert text(states, end, pad)[:, 0].tolist() == [1, 1, 1, 5, 7]
-    assert text(states[:0], end, pad).shape == (0, 2)
+    assert reply_embeds(states, end, pad)[:, 0].tolist() == [1, 1, 1, 5, 7]
+    assert reply_embeds(states[:0], end, pad).shape == (0, 2)

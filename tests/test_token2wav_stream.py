@@ -14,16 +14,16 @@ from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import Activation, BigVGAN
 from minomni.token2wav.dit import BlockAttention, both_branches, guided, rotate_first_head
-from minomni.token2wav.ode_solver import looks, solve, time_grid
+from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
 from minomni.token2wav.streaming import (
-    MOMENT,
-    SERVING,
+    FIRST_CHUNK_FRAMES,
+    RELEASE_SCHEDULE,
     MelStream,
     Schedule,
     SpeechStream,
     VocoderStream,
-    codes_until_sound,
-    eager,
+    codes_until_audio,
+    low_latency_schedule,
 )
 from minomni.token2wav.voice import Voice
 
@@ -35,7 +35,7 @@ MANY = torch.randint(
     0, 8448, (1, 125), generator=torch.Generator().manual_seed(1)
 )  # 250 frames: 10 blocks and a bit
 BLOCK = CONFIG.dit.block_size
-EAGER = eager(filled())
+EAGER = low_latency_schedule(filled())
 SAME = dict(rtol=0, atol=1e-4)  # mels of scale 10, and sums in another order at every look
 
 
@@ -85,9 +85,11 @@ def test_stages_reach_no_further_than_they_say(config):
         seen = [
             f for at in range(stage.rate) for f in depends_on(stage.run, x, 100 * stage.rate + at)
         ]
-        assert 100 - min(seen) <= stage.reach
-        assert max(seen) - 100 <= stage.reach
-        assert max(100 - min(seen), max(seen) - 100) == stage.reach, "one frame less would do"
+        assert 100 - min(seen) <= stage.context_frames
+        assert max(seen) - 100 <= stage.context_frames
+        assert max(100 - min(seen), max(seen) - 100) == stage.context_frames, (
+            "one frame less would do"
+        )
 
 
 def width(config, stage) -> int:
@@ -98,7 +100,7 @@ def width(config, stage) -> int:
 def test_activation_reaches_five_frames():
     seen = depends_on(Activation(3), torch.randn(1, 40, 3), 20)
     assert seen == list(range(15, 26))
-    assert Activation.reach == 5
+    assert Activation.context_frames == 5
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def test_windows_equal_samples_of_slices(model, flow):
         expected.append(mel[:, :, done - begin : kept - begin])
         done = kept
     torch.testing.assert_close(
-        painted(model, MANY, flow, SERVING), torch.cat(expected, dim=2), **SAME
+        painted(model, MANY, flow, RELEASE_SCHEDULE), torch.cat(expected, dim=2), **SAME
     )
 
 
@@ -144,7 +146,7 @@ def unrolled(schedule, frames):
 
 def lacking(schedule) -> int:
     """Frames that a schedule's first block has less than the others."""
-    return 0 if schedule.lead is None else BLOCK - 2 * schedule.lead
+    return 0 if schedule.first_chunk_codes is None else BLOCK - 2 * schedule.first_chunk_codes
 
 
 def sees(row, other, back, ahead) -> bool:
@@ -164,8 +166,8 @@ def sees(row, other, back, ahead) -> bool:
         EAGER,
         Schedule(((2, 1),)),
         Schedule(((1, 2), (1, 0))),
-        Schedule(((1, 0), (1, 0)), lead=5),
-        Schedule(((2, 1),), lead=11),
+        Schedule(((1, 0), (1, 0)), first_chunk_codes=5),
+        Schedule(((2, 1),), first_chunk_codes=11),
     ],
     ids=str,
 )
@@ -220,17 +222,27 @@ def test_a_short_first_block_is_painted_first(model):
     """
     plain = painted(model, MANY, EULER, Schedule(((1, 0), (2, 1))))
     torch.testing.assert_close(
-        painted(model, MANY, EULER, Schedule(((1, 0), (2, 1)), lead=12)), plain, **SAME
+        painted(model, MANY, EULER, Schedule(((1, 0), (2, 1)), first_chunk_codes=12)), plain, **SAME
     )
     stream = MelStream(
-        model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0), (2, 1)), lead=5), seeded()
+        model.code2wav_dit_model,
+        VOICE,
+        EULER,
+        Schedule(((1, 0), (2, 1)), first_chunk_codes=5),
+        seeded(),
     )
     assert stream.schedule.first_codes(CONFIG.dit) == 5
     lengths = [mel.shape[2] for mel in [*stream.feed(MANY), *stream.finish()]]
     assert lengths[:2] == [10, 2 * BLOCK]
     assert sum(lengths) == 2 * MANY.shape[1]
     with pytest.raises(UserError, match="13 codes; a block of this model has 12"):
-        MelStream(model.code2wav_dit_model, VOICE, EULER, Schedule(((1, 0),), lead=13), seeded())
+        MelStream(
+            model.code2wav_dit_model,
+            VOICE,
+            EULER,
+            Schedule(((1, 0),), first_chunk_codes=13),
+            seeded(),
+        )
 
 
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
@@ -243,18 +255,20 @@ def test_eager_sounds_as_soon_as_a_moment_can_be_heard(config):
         if config is CONFIG
         else Voice("x", 0, torch.zeros(1, config.dit.enc_emb_dim), torch.zeros(1, 30, 80))
     )
-    schedule = eager(model)
-    codes = torch.zeros(1, codes_until_sound(schedule, model), dtype=torch.long)
-    moment = MOMENT * math.prod(config.bigvgan.upsample_rates)  # samples
+    schedule = low_latency_schedule(model)
+    codes = torch.zeros(1, codes_until_audio(schedule, model), dtype=torch.long)
+    moment = FIRST_CHUNK_FRAMES * math.prod(config.bigvgan.upsample_rates)  # samples
     for fewer in (0, 1):
-        shorter = dataclasses.replace(schedule, lead=schedule.lead - fewer)
+        shorter = dataclasses.replace(
+            schedule, first_chunk_codes=schedule.first_chunk_codes - fewer
+        )
         stream = SpeechStream(model, voice, EULER, shorter, seeded())
         heard = sum(map(len, stream.feed(codes[:, fewer:])))
         assert (heard >= moment) is (fewer == 0)
     assert not list(SpeechStream(model, voice, EULER, schedule, seeded()).feed(codes[:, 1:]))
 
 
-@pytest.mark.parametrize("schedule", [EAGER, SERVING], ids=["eager", "serving"])
+@pytest.mark.parametrize("schedule", [EAGER, RELEASE_SCHEDULE], ids=["eager", "serving"])
 @torch.no_grad()
 def test_when_codes_come_changes_nothing(model, schedule):
     whole = painted(model, MANY, EULER, schedule)
@@ -273,13 +287,15 @@ def test_remembering_computes_finished_blocks_once(model):
         dit, "look", lambda x, *a: blocks.append(-(-x.shape[1] // BLOCK)) or look(x, *a)
     ):
         painted(model, MANY, EULER, Schedule(((1, 0), (2, 0))))
-        assert sum(blocks) == 11 * len(looks(EULER))  # 250 frames are 11 blocks
+        assert sum(blocks) == 11 * len(evaluation_times(EULER))  # 250 frames are 11 blocks
         blocks.clear()
         painted(model, MANY, EULER, Schedule(((3, 1),)))
-        assert sum(blocks) == (11 + 3) * len(looks(EULER))  # three chunks end before the last one
+        assert sum(blocks) == (11 + 3) * len(
+            evaluation_times(EULER)
+        )  # three chunks end before the last one
         blocks.clear()
-        painted(model, MANY, EULER, SERVING)
-        assert sum(blocks) == (4 + 6 + 6 + 4) * len(looks(EULER))
+        painted(model, MANY, EULER, RELEASE_SCHEDULE)
+        assert sum(blocks) == (4 + 6 + 6 + 4) * len(evaluation_times(EULER))
 
 
 @torch.no_grad()
@@ -288,7 +304,7 @@ def test_short_speech_is_whole_utterance_speech(model):
     itself.
     """
     for codes in (CODES[:, :1], CODES):
-        stream = SpeechStream(model, VOICE, SHORT, SERVING, seeded())
+        stream = SpeechStream(model, VOICE, SHORT, RELEASE_SCHEDULE, seeded())
         wave = torch.cat([*stream.feed(codes), *stream.finish()])
         torch.testing.assert_close(wave, model(codes, VOICE, SHORT, seeded()), rtol=0, atol=1e-5)
 
@@ -330,7 +346,7 @@ def test_a_schedule_bounds_what_a_code_can_move(model):
         MANY[0, 5 * 12 + 3] + 4000
     ) % 8448  # in block 5, which the second chunk makes final
     for schedule, blocks in (
-        (SERVING, range(3, 9)),
+        (RELEASE_SCHEDULE, range(3, 9)),
         (Schedule(((3, 1),)), range(3, 11)),
         (EAGER, range(3, 11)),
     ):
@@ -338,7 +354,7 @@ def test_a_schedule_bounds_what_a_code_can_move(model):
         assert set(moved(*mels)) <= set(blocks)
         assert 5 in moved(*mels)
     before = (
-        2 * EAGER.lead + 3 * BLOCK
+        2 * EAGER.first_chunk_codes + 3 * BLOCK
     )  # frames of the chunks before the one that holds it: no whole blocks here
     assert (
         (mels[0] - mels[1])[:, :, :before].abs().max()
@@ -349,7 +365,7 @@ def test_a_schedule_bounds_what_a_code_can_move(model):
 
 @torch.no_grad()
 def test_noise_is_one_tensor(model):
-    stream = MelStream(model.code2wav_dit_model, VOICE, FLOW, SERVING, seeded(5))
+    stream = MelStream(model.code2wav_dit_model, VOICE, FLOW, RELEASE_SCHEDULE, seeded(5))
     pieces = [stream.draw(0, n) for n in (10, 34, 30, 100)]
     assert torch.equal(pieces[-1], torch.randn(1, 100, 80, generator=seeded(5)))
 

@@ -16,12 +16,12 @@ import torch
 from minomni import load, paths
 from minomni.config import IGNORE_INDEX, SMALL, TINY
 from minomni.data import codes, corpus, grammar, scenes, text_to_speech
-from minomni.data.examples import Teacher
+from minomni.data.examples import ExampleBuilder
 from minomni.data.vocabulary import english, world_tokenizer
-from minomni.data.word_errors import edits, word_error
+from minomni.data.word_errors import edit_distance, word_error_rate
 from minomni.errors import UserError
 from minomni.omni import Omni
-from minomni.talker.codec import FIRST_CODE, FSQ, Codec, align, ids_to_letters, letters_to_ids
+from minomni.talker.codec import FIRST_CODE, FSQ, Codec, ctc_align, ids_to_letters, letters_to_ids
 from minomni.train import losses, muon, pipeline, recipes
 from minomni.train.loop import Recipe, Stage, gradients, learning_rate, train
 from minomni.train.muon import Muon, orthogonal
@@ -37,8 +37,8 @@ OVERFIT = {
     "vocoder": (12, 0.9),
     "dit": (25, 0.8),
     "language": (15, 0.4),
-    "ears": (25, 0.8),
-    "eyes": (20, 0.6),
+    "audio_align": (25, 0.8),
+    "vision_align": (20, 0.6),
     "thinker1": (30, 0.8),
     "thinker2": (12, 0.4),
     "thinker3": (10, 0.6),
@@ -69,7 +69,7 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0) -> Stag
 
 def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
-    for name in ("codec", "language", "ears", "eyes"):
+    for name in ("codec", "language", "audio_align", "vision_align"):
         kind = pipeline.STAGES[name]
         assert kind(Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0).sample()
 
@@ -98,10 +98,10 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
     for name in pipeline.STAGES:
         recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
         monkeypatch.setitem(recipes.RECIPES["small"], name, recipe)
-        stage = pipeline.make(name, "small", home, seed=0)
+        stage = pipeline.make_stage(name, "small", home, seed=0)
         stage.sample, stage.sound = lambda: "", lambda: None
         train(stage, home / "stages")
-    pipeline.graduation("small", home, seed=0)
+    pipeline.export_model("small", home, seed=0)
     omni = load(home / "model")
     assert omni.config == SMALL
     assert omni.voices
@@ -159,13 +159,13 @@ def test_needs_come_before():
 
 
 def test_a_run_is_never_lost_by_accident(tmp_path):
-    pipeline.begin(tmp_path, resume=False, fresh=False)
+    pipeline.prepare_run(tmp_path, resume=False, fresh=False)
     (tmp_path / "stages" / "codec.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="--resume"):
-        pipeline.begin(tmp_path, resume=False, fresh=False)
-    pipeline.begin(tmp_path, resume=True, fresh=False)
+        pipeline.prepare_run(tmp_path, resume=False, fresh=False)
+    pipeline.prepare_run(tmp_path, resume=True, fresh=False)
     assert (tmp_path / "stages" / "codec.safetensors").exists()
-    pipeline.begin(tmp_path, resume=False, fresh=True)
+    pipeline.prepare_run(tmp_path, resume=False, fresh=True)
     assert not (tmp_path / "stages" / "codec.safetensors").exists()
 
 
@@ -176,10 +176,10 @@ def test_a_run_is_never_lost_by_accident(tmp_path):
 def test_voice_stages_leave_long_recordings_out():
     first, second = corpus.all_statements(held=False)[:2]
     texts = [first, f"{first} and {second}", "red two up", "a red cross and a blue cross"]
-    recordings = corpus.Speech(
+    recordings = corpus.SpeechCorpus(
         np.zeros(1), [corpus.Utterance(text, "Anna", 0, 1) for text in texts]
     )
-    assert [u.text for u in corpus.without_long(recordings).utterances] == [texts[0], *texts[2:]]
+    assert [u.text for u in corpus.drop_long(recordings).utterances] == [texts[0], *texts[2:]]
 
 
 def test_lessons_are_fair_to_kinds_of_sentences():
@@ -188,7 +188,7 @@ def test_lessons_are_fair_to_kinds_of_sentences():
     )
     share = corpus.FAIR / 3
     rest = (1 - corpus.FAIR) / 10
-    assert corpus.balanced(texts) == pytest.approx(
+    assert corpus.sampling_weights(texts) == pytest.approx(
         [rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share]
     )
 
@@ -197,7 +197,7 @@ def test_lessons_are_fair_to_kinds_of_sentences():
 def test_voice_stages_draw_by_weight(name):
     """With all the weight on one recording, every row of a batch is from it."""
     stage = stage_of(name)
-    assert stage.weights == corpus.balanced([u.text for u in stage.speech.utterances])
+    assert stage.weights == corpus.sampling_weights([u.text for u in stage.speech.utterances])
     longest = max(range(len(stage.speech)), key=stage.lengths.__getitem__)
     stage.weights = [float(i == longest) for i in range(len(stage.speech))]
     asked, find = [], stage.speech.wave
@@ -294,23 +294,29 @@ def test_the_longest_way_goes_first():
     waits.
     """
     seconds = {name: took for name, (took, _) in pipeline.EXPECTED["tiny"].items()}
-    assert pipeline.way("chat", "tiny") == seconds["chat"] + seconds["dpo"] + seconds["speakers"]
+    assert (
+        pipeline.critical_path_s("chat", "tiny")
+        == seconds["chat"] + seconds["dpo"] + seconds["speakers"]
+    )
     for name, stage in pipeline.STAGES.items():
-        assert all(pipeline.way(need, "tiny") > pipeline.way(name, "tiny") for need in stage.needs)
+        assert all(
+            pipeline.critical_path_s(need, "tiny") > pipeline.critical_path_s(name, "tiny")
+            for need in stage.needs
+        )
     assert "dpo" not in pipeline.EXPECTED["small"]
-    assert pipeline.way("dpo", "small") == (80 + 40) / 4
+    assert pipeline.critical_path_s("dpo", "small") == (80 + 40) / 4
 
 
 def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
     """By hand, two lanes: the vocoder in the third; no dit in a free lane while thinker3 will want
     it; at the end any.
     """
-    order = sorted(pipeline.STAGES, key=lambda name: -pipeline.way(name, "tiny"))
+    order = sorted(pipeline.STAGES, key=lambda name: -pipeline.critical_path_s(name, "tiny"))
     running = {}
     while start := pipeline.start_next(order, set(), running, 2):
         running[start[0]] = start[1]
-    assert running == {"language": 0, "eyes": 1, "vocoder": 2}
-    done = {"language", "ears", "eyes", "thinker1", "codec", "vocoder"}
+    assert running == {"language": 0, "vision_align": 1, "vocoder": 2}
+    done = {"language", "audio_align", "vision_align", "thinker1", "codec", "vocoder"}
     assert pipeline.start_next(order, done, {"thinker2": 0}, 2) == ("dit", 2)
     assert pipeline.start_next(order, done, {"thinker2": 0, "dit": 2}, 2) is None
     done |= {"thinker2", "thinker3", "chat", "talker", "dpo"}
@@ -318,7 +324,7 @@ def test_stages_that_nobody_waits_for_keep_to_the_spare_lane():
     assert pipeline.start_next(order, done, {}, 1) == ("dit", 0)
 
 
-@pytest.mark.parametrize("broken", [None, "eyes"])
+@pytest.mark.parametrize("broken", [None, "vision_align"])
 def test_all_stages_run_and_the_spare_lane_yields(monkeypatch, tmp_path, broken):
     """With processes that end at once, or one that fails while the others go on for ever: those are
     ended.
@@ -346,7 +352,7 @@ def test_all_stages_run_and_the_spare_lane_yields(monkeypatch, tmp_path, broken)
     )
     monkeypatch.setattr(pipeline, "corpus", lambda *_: None)
     if broken:
-        with pytest.raises(UserError, match="stage eyes stopped with exit code 1"):
+        with pytest.raises(UserError, match="stage vision_align stopped with exit code 1"):
             pipeline.run_all("tiny", tmp_path, seed=0)
         assert sorted(ended) == ["language", "vocoder"]
         assert len(begun) == 3
@@ -377,14 +383,14 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     """What is read back is what was encoded, row by row; other recordings, as many, and another
     codec do not meet it.
     """
-    spoken, codec = corpus.recorded(held=True), Codec(TINY.codec)
-    fresh = codes.coded(codec, spoken, tmp_path)
-    kept = codes.coded(codec, spoken, tmp_path)
-    encoded = codes.encode_all(codec, spoken)
+    spoken, codec = corpus.sample_recordings(held=True), Codec(TINY.codec)
+    fresh = codes.encode_corpus(codec, spoken, tmp_path)
+    kept = codes.encode_corpus(codec, spoken, tmp_path)
+    encoded = codes.encode_batches(codec, spoken)
     assert len(fresh) == len(kept) == len(spoken)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(fresh, kept, encoded))
-    others = corpus.Speech(spoken.samples, spoken.utterances[::-1])
-    turned = codes.coded(codec, others, tmp_path)
+    others = corpus.SpeechCorpus(spoken.samples, spoken.utterances[::-1])
+    turned = codes.encode_corpus(codec, others, tmp_path)
     assert (
         [len(row) for row in turned]
         == [len(row) for row in kept[::-1]]
@@ -392,7 +398,7 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     )
     with torch.no_grad():
         next(codec.parameters()).mul_(2)
-    codes.coded(codec, spoken, tmp_path)
+    codes.encode_corpus(codec, spoken, tmp_path)
     assert len(list(tmp_path.glob("codes-*.pt"))) == 3
 
 
@@ -405,7 +411,7 @@ def test_english_words_where_there_is_room_for_them():
     assert not set(words.trained) & set(words.held)
     assert 0.05 < len(words.held) / len(sum(words, ())) < 0.15
     own = {
-        word for text in [*grammar.statements(), *grammar.every_question()] for word in text.split()
+        word for text in [*grammar.statements(), *grammar.all_questions()] for word in text.split()
     }
     assert not own & {*words.trained, *words.held, "say"}
     jobs = [job.text for _, job in corpus.speaking_jobs(words) + corpus.listening_jobs(words)]
@@ -436,7 +442,7 @@ def test_no_trained_sentence_is_held_out():
         word for text in held for word in text.split()
     } <= words  # what nobody has said cannot be learnt
     tested = {job.text.removeprefix("say ") for _, job in corpus.test_jobs()} - set(
-        grammar.every_question()
+        grammar.all_questions()
     )
     assert tested <= held
     assert not {name for name, _ in corpus.listening_jobs()} & set(grammar.UNSEEN_VOICES)
@@ -449,10 +455,12 @@ def test_a_part_of_what_is_heard_cannot_be_guessed():
     drawn = [
         (name, job.text)
         for name, job in corpus.listening_jobs()
-        if job.text not in grammar.every_question()
+        if job.text not in grammar.all_questions()
     ]
     without = [
-        (name, text) for name, text in drawn if corpus.kind_of(text.removeprefix("say ")) == "words"
+        (name, text)
+        for name, text in drawn
+        if corpus.sentence_kind(text.removeprefix("say ")) == "words"
     ]
     assert len(without) == corpus.HEARD_STRINGS + corpus.HEARD_FRAMED
     assert len(drawn) - len(without) == corpus.HEARD
@@ -462,7 +470,7 @@ def test_a_part_of_what_is_heard_cannot_be_guessed():
 
 def test_teacher_keeps_to_its_side(tmp_path):
     for held in (False, True):
-        teacher, random = Teacher(TINY, tmp_path, held), Random(0)
+        teacher, random = ExampleBuilder(TINY, tmp_path, held), Random(0)
         for kind in ("say-typed", "say-spoken"):
             assert all(
                 grammar.held_out(teacher.example(kind, random).answer) == held for _ in range(50)
@@ -476,25 +484,26 @@ def test_teacher_keeps_to_its_side(tmp_path):
 
 
 def test_recordings_are_drawn_fairly_but_for_tests():
-    teacher, random, drawn = Teacher(TINY, CACHE), Random(0), 4000
+    teacher, random, drawn = ExampleBuilder(TINY, CACHE), Random(0), 4000
     kinds = [
-        corpus.kind_of(teacher.recorded_text(random).removeprefix("say ")) for _ in range(drawn)
+        corpus.sentence_kind(teacher.recorded_text(random).removeprefix("say "))
+        for _ in range(drawn)
     ]
-    there = Counter(corpus.kind_of(text.removeprefix("say ")) for text in teacher.spoken)
+    there = Counter(corpus.sentence_kind(text.removeprefix("say ")) for text in teacher.spoken)
     for kind, count in there.items():
         share = (1 - corpus.FAIR) * count / len(teacher.spoken) + corpus.FAIR / len(there)
         assert kinds.count(kind) / drawn == pytest.approx(share, abs=0.03)
-    assert Teacher(TINY, CACHE, held=True).weights is None
+    assert ExampleBuilder(TINY, CACHE, held=True).weights is None
 
 
 def test_kinds_of_sentences():
     for template in grammar.STATEMENTS:
-        assert {corpus.kind_of(text) for text in grammar.expand(template)} == {template}
-    assert corpus.kind_of("the cross is red and a red cross and a blue circle") == "long"
-    assert corpus.kind_of("a red cross and a blue circle and the cross is red") == "long"
+        assert {corpus.sentence_kind(text) for text in grammar.expand(template)} == {template}
+    assert corpus.sentence_kind("the cross is red and a red cross and a blue circle") == "long"
+    assert corpus.sentence_kind("a red cross and a blue circle and the cross is red") == "long"
     assert (
-        corpus.kind_of("a red seven and a blue circle")
-        == corpus.kind_of("cross cross nine")
+        corpus.sentence_kind("a red seven and a blue circle")
+        == corpus.sentence_kind("cross cross nine")
         == "words"
     )
 
@@ -511,8 +520,8 @@ def test_words_in_frames_are_no_statements():
 def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
     random = Random(3)
     for made, more in (
-        (scenes.ordered, 1),
-        (scenes.sounding, 2),
+        (scenes.ordered_clip, 1),
+        (scenes.clip_with_tone, 2),
         (lambda r: scenes.long_clip(r, 12), 1),
     ):
         for _ in range(20):
@@ -542,9 +551,11 @@ def test_answers_agree_with_pictures():
 
 
 def test_a_color_that_two_things_share_is_not_asked_for():
-    for asked, pairs in scenes.about([("red", "circle"), ("red", "cross")], "left of").items():
+    for asked, pairs in scenes.questions_about(
+        [("red", "circle"), ("red", "cross")], "left of"
+    ).items():
         assert asked != "shape" or pairs == []
-    asked = scenes.about([("red", "circle"), ("blue", "cross")], "above")
+    asked = scenes.questions_about([("red", "circle"), ("blue", "cross")], "above")
     assert ("where is the blue cross", "the blue cross is below the red circle") in asked[
         "relation"
     ]
@@ -552,11 +563,11 @@ def test_a_color_that_two_things_share_is_not_asked_for():
 
 
 def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
-    teacher, random = Teacher(TINY, tmp_path), Random(0)
-    talks = [teacher.talk(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")]
+    teacher, random = ExampleBuilder(TINY, tmp_path), Random(0)
+    talks = [teacher.dialogue(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")]
     examples = sum(talks, [])
-    inputs, answers = teacher.lesson(talks, random)
-    moments = teacher.moments(examples, inputs)
+    inputs, answers = teacher.collate(talks, random)
+    moments = teacher.frame_targets(examples, inputs)
     assert torch.equal(moments != IGNORE_INDEX, inputs.input_ids == TINY.thinker.tokens.audio)
     assert not ((moments != IGNORE_INDEX) & (answers != IGNORE_INDEX)).any()
     for row, talk in ((0, talks[0]), (2, talks[2])):
@@ -569,11 +580,11 @@ def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
 
 
 def test_a_picture_is_asked_about_several_times(tmp_path):
-    teacher = Teacher(TINY, tmp_path)
-    talk = teacher.talk("scene-typed", Random(2))
+    teacher = ExampleBuilder(TINY, tmp_path)
+    talk = teacher.dialogue("scene-typed", Random(2))
     assert 1 < len(talk) <= 4
     assert len({example.question for example in talk}) == len(talk)
-    inputs, targets = teacher.lesson([talk], Random(2))
+    inputs, targets = teacher.collate([talk], Random(2))
     answers = [teacher.processor.tokenizer.encode(example.answer) for example in talk]
     assert targets[targets != IGNORE_INDEX].tolist() == [
         i for row in answers for i in (*row, teacher.end)
@@ -586,7 +597,7 @@ def test_a_picture_is_asked_about_several_times(tmp_path):
 
 
 def test_long_lessons_are_long(tmp_path):
-    teacher, random, words = Teacher(TINY, tmp_path), Random(0), 0
+    teacher, random, words = ExampleBuilder(TINY, tmp_path), Random(0), 0
     for _ in range(5):
         dictation, clip = (teacher.example(kind, random) for kind in ("hear-long", "video-long"))
         assert 1 < len(dictation.wave) / 16_000 <= 10
@@ -608,14 +619,14 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
         text_to_speech.Job("the red circle is above the blue square", "en-us+f5"),
         text_to_speech.Job("the digit is two", "en-us+adam"),
     ]
-    first, second = text_to_speech.synthesise(jobs, seed=3), text_to_speech.synthesise(jobs, seed=3)
+    first, second = text_to_speech.synthesize(jobs, seed=3), text_to_speech.synthesize(jobs, seed=3)
     assert all((a == b).all() for a, b in zip(first, second))
     assert all(0.4 < len(w) / 16_000 < 4 for w in first)
     monkeypatch.setattr(
         text_to_speech, "PART", 1
     )  # each in a process of its own, from a seed of its own
-    apart = text_to_speech.synthesise(jobs, seed=3)
-    alone = text_to_speech.synthesise(jobs[:1], seed=3) + text_to_speech.synthesise(
+    apart = text_to_speech.synthesize(jobs, seed=3)
+    alone = text_to_speech.synthesize(jobs[:1], seed=3) + text_to_speech.synthesize(
         jobs[1:], seed=4
     )
     assert all((a == b).all() for a, b in zip(apart, alone, strict=True))
@@ -631,9 +642,9 @@ def test_letters_are_found_where_they_are_said():
     """
     log_probs = torch.full((6, 3), -5.0)
     log_probs[range(6), [1, 0, 1, 2, 2, 0]] = -0.1
-    assert align(log_probs, torch.tensor([1, 1, 2])).tolist() == [0, 0, 1, 2, 2, 2]
+    assert ctc_align(log_probs, torch.tensor([1, 1, 2])).tolist() == [0, 0, 1, 2, 2, 2]
     assert (
-        align(log_probs[:2], torch.tensor([1, 1])) is None
+        ctc_align(log_probs[:2], torch.tensor([1, 1])) is None
     )  # two of a kind need a pause between them
     random = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     letters = [3, 1, 1]
@@ -644,7 +655,7 @@ def test_letters_are_found_where_they_are_said():
         said += now not in (0, before)
         expected.append(max(said - 1, 0))
     assert len(ways) > 3
-    assert align(random, torch.tensor(letters)).tolist() == expected
+    assert ctc_align(random, torch.tensor(letters)).tolist() == expected
 
 
 def squeezed(classes) -> list[int]:
@@ -654,7 +665,7 @@ def squeezed(classes) -> list[int]:
 
 def test_talker_is_asked_for_the_word_it_says():
     stage = stage_of("talker")
-    lesson = next(x for x in stage.lessons if x.words is not None and len(x.text.split()) > 3)
+    lesson = next(x for x in stage.examples if x.words is not None and len(x.text.split()) > 3)
     assert len(lesson.words) == len(lesson.codes)
     assert (lesson.words.diff() >= 0).all()
     targets = torch.full((1, len(lesson.codes) + 9), IGNORE_INDEX)
@@ -663,7 +674,7 @@ def test_talker_is_asked_for_the_word_it_says():
     assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
     assert (places[0, :5] == IGNORE_INDEX).all()
     assert (words[0, 5 + len(lesson.codes) :] == IGNORE_INDEX).all()
-    spell = Teacher(TINY, CACHE).processor.tokenizer.decode
+    spell = ExampleBuilder(TINY, CACHE).processor.tokenizer.decode
     first = spell([int(words[0, 5])]).strip()
     assert first
     assert lesson.text.split()[int(lesson.words[0])].startswith(first)
@@ -811,14 +822,14 @@ def test_letters_round_trip():
 
 
 def test_word_error_by_hand():
-    assert edits(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
-    assert word_error([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
+    assert edit_distance(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
+    assert word_error_rate([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
 
 
 def test_shipped_model_fits_the_code():
     folder = paths.data_samples() / "tiny"
     made = json.loads((folder / pipeline.TRAINED).read_text(encoding="utf-8"))
-    assert made["config"] == pipeline.fingerprint(TINY), (
+    assert made["config"] == pipeline.config_hash(TINY), (
         "sizes have changed: train again, then make_data_samples model"
     )
     assert made["command"].startswith("python -m minomni train tiny")

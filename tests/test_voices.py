@@ -26,7 +26,7 @@ def omni(tiny_folder):
 
 @pytest.fixture(scope="module")
 def recordings():
-    return corpus.recorded(held=False)
+    return corpus.sample_recordings(held=False)
 
 
 def spoken_by(recordings, name: str, count: int) -> list[torch.Tensor]:

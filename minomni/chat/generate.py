@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from minomni.arguments import number, shown, whole_number
-from minomni.chat.generation_options import sampling_of
-from minomni.chat.reply import End, Reply, SoundPiece, TextPiece, Trace
+from minomni.chat.generation_options import sampling_configs
+from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk, Timings
 from minomni.config import FlowConfig, SamplingConfig
 from minomni.errors import UserError
-from minomni.talker.talker import Script
-from minomni.thinker.thinker import Reading
-from minomni.token2wav.ode_solver import STEPS, swift
-from minomni.token2wav.streaming import Schedule, SpeechStream, eager
+from minomni.talker.talker import TalkerInputs
+from minomni.thinker.thinker import PrefillState
+from minomni.token2wav.ode_solver import STEPS, with_euler
+from minomni.token2wav.streaming import Schedule, SpeechStream, low_latency_schedule
 from minomni.token2wav.voice import Voice
 
 
@@ -41,9 +41,9 @@ def generators(
 
 
 @torch.no_grad()
-def think_and_talk(
+def generate_tokens(
     omni,
-    reading: Reading,
+    reading: PrefillState,
     bos_tokens: list[int] | None,
     seed: int | list[int],
     sampling: tuple[SamplingConfig, SamplingConfig] | None = None,
@@ -57,7 +57,7 @@ def think_and_talk(
     codes are those of Thinker.generate and then Talker.generate.
     """
     config, tokens, device = omni.config, omni.config.thinker.tokens, omni.thinker.device
-    thinking_as, talking_as = sampling or sampling_of(config, {})
+    thinking_as, talking_as = sampling or sampling_configs(config, {})
     thoughts = omni.thinker.steps(reading, thinking_as, generators(seed, device))
     if bos_tokens is None:
         yield from (("text", ids) for ids, _ in thoughts)
@@ -68,14 +68,14 @@ def think_and_talk(
     rows: list[list[Tensor]] = [
         [] for _ in voices
     ]  # lines of text, growing while the Talker reads them
-    script = Script(
+    script = TalkerInputs(
         reading.hidden + reading.text_embeds,
         reading.position_ids,
         reading.attention_mask,
         torch.stack(voices),
         rows,
     )
-    talk = omni.talker.steps(script, talking_as, omni.table_rows, generators(seed, device))
+    talk = omni.talker.steps(script, talking_as, omni.num_codes, generators(seed, device))
     thinking = set(range(len(rows)))
     for ids, states in thoughts:
         yield "text", ids
@@ -126,17 +126,17 @@ def check_wave(wave: Tensor) -> Tensor:
     return wave
 
 
-def converse(
+def stream_reply(
     omni,
-    reading: Reading,
+    reading: PrefillState,
     voice: Voice | None,
     schedule: Schedule | str | None,
     flow: FlowConfig | None,
     seed: int,
-    trace: Trace,
+    trace: Timings,
     said: list[int],
     sampling: tuple[SamplingConfig, SamplingConfig] | None = None,
-) -> Iterator[TextPiece | SoundPiece | End]:
+) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
     """Answer one read prompt piece by piece; said is filled with the text ids as they come.
 
     schedule: how the sound is cut, or "eager"; None makes it at the end, in one go. flow: None for
@@ -145,28 +145,28 @@ def converse(
     """
     config, generator, codes, waves, text = omni.config, seeded(seed), [], [], ""
     speech, stops, sample_rate = None, (), omni.sample_rate
-    flow = flow or (config.flow if schedule is None else swift(config.flow))
+    flow = flow or (config.flow if schedule is None else with_euler(config.flow))
     if voice is not None:
         stops = config.talker.codec_pad, config.talker.codec_eos
         if schedule is not None:
-            schedule = eager(omni.token2wav) if schedule == "eager" else schedule
-            speech = SpeechStream(omni.token2wav, voice, flow, schedule, generator, trace.note)
+            schedule = low_latency_schedule(omni.token2wav) if schedule == "eager" else schedule
+            speech = SpeechStream(omni.token2wav, voice, flow, schedule, generator, trace.mark)
 
-    def sound(pieces: Iterable[Tensor]) -> Iterator[SoundPiece]:
+    def sound(pieces: Iterable[Tensor]) -> Iterator[AudioChunk]:
         for wave in pieces:
             waves.append(check_wave(wave).cpu())
-            yield SoundPiece(waves[-1], sample_rate, trace.note("sound"))
+            yield AudioChunk(waves[-1], sample_rate, trace.mark("sound"))
 
     bos_tokens = None if voice is None else [voice.bos_token]
-    for kind, ids in think_and_talk(omni, reading, bos_tokens, seed, sampling):
-        token, at = int(ids), trace.note(kind)
+    for kind, ids in generate_tokens(omni, reading, bos_tokens, seed, sampling):
+        token, at = int(ids), trace.mark(kind)
         if kind == "text":
             said.append(token)
             whole = omni.tokenizer.decode(said, skip_special=True)
             if len(whole) > len(text) and not whole.endswith(
                 "\N{REPLACEMENT CHARACTER}"
             ):  # half of a letter waits
-                yield TextPiece(whole[len(text) :], at)
+                yield TextChunk(whole[len(text) :], at)
                 text = whole
         elif token not in stops:
             codes.append(token)
@@ -177,13 +177,13 @@ def converse(
         yield from sound(speech.finish())
     elif voice is not None and codes:
         yield from sound([omni.token2wav(spoken[None], voice, flow, generator)])
-    yield End(
+    yield ReplyDone(
         Reply(
             omni.tokenizer.decode(said, skip_special=True),
             torch.cat(waves) if waves else torch.zeros(0),
             sample_rate,
             spoken,
-            trace.note("end"),
+            trace.mark("end"),
             trace,
         )
     )

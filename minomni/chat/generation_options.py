@@ -87,7 +87,7 @@ ELSEWHERE = {  # transformers' words for what has another name here
 }
 
 
-def asked_for(options: dict) -> tuple[dict, dict]:
+def require_known(options: dict) -> tuple[dict, dict]:
     """Keyword arguments -> what is asked of the Thinker and of the Talker, checked. Raises
     UserError.
     """
@@ -145,9 +145,9 @@ def changed(stored: SamplingConfig, asked: dict) -> SamplingConfig:
     return settings
 
 
-def sampling_of(config, options: dict) -> tuple[SamplingConfig, SamplingConfig]:
+def sampling_configs(config, options: dict) -> tuple[SamplingConfig, SamplingConfig]:
     """An OmniConfig and keyword arguments -> the settings of Thinker and Talker for one answer.
     Raises UserError.
     """
-    thinker, talker = asked_for(options)
+    thinker, talker = require_known(options)
     return changed(config.thinker_sampling, thinker), changed(config.talker_sampling, talker)

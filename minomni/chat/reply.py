@@ -13,7 +13,7 @@ from torch import Tensor
 from minomni.errors import UserError
 from minomni.files import write_atomically
 
-SOUND_FILES = {
+AUDIO_FILES = {
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_16"),
     ".ogg": ("OGG", "VORBIS"),
@@ -24,7 +24,7 @@ SOUND_FILES = {
 BLOCK = 65_536
 
 
-class Trace:
+class Timings:
     """When things were handed on, in seconds since the question.
 
     times: for each of input, encode, prefill, text, code, mel and sound, when its first piece was
@@ -35,7 +35,7 @@ class Trace:
         self.began = time.perf_counter()
         self.times: dict[str, list[float]] = defaultdict(list)
 
-    def note(self, what: str) -> float:
+    def mark(self, what: str) -> float:
         """One more piece is there, now -> seconds since the question."""
         now = time.perf_counter() - self.began
         self.times[what].append(now)
@@ -49,7 +49,7 @@ class Trace:
 
 
 @dataclass
-class Spoken:
+class GenerateOutput:
     """Answers to a batch, as the parts made them."""
 
     tokens: list[list[int]]  # per row the text ids, stop id included
@@ -66,7 +66,7 @@ class Reply:
     sample_rate: int  # Hz
     codes: Tensor  # the codec ids that were spoken [n]
     total_s: float  # seconds from messages to the last sample
-    trace: Trace = field(repr=False)
+    timings: Timings = field(repr=False)
 
     @property
     def seconds(self) -> float:
@@ -82,7 +82,7 @@ class Reply:
         """
         import soundfile
 
-        kind, subtype = sound_file(path)
+        kind, subtype = audio_file(path)
         if not self.sample_rate:
             raise UserError(f"{path}: nothing to write, as this model answers in text alone")
         content, samples = BytesIO(), self.wave.cpu().numpy()
@@ -118,7 +118,7 @@ class Replies(list):
         return "".join(reply._repr_html_() for reply in self)
 
 
-def sound_file(path: str | Path) -> tuple[str, str]:
+def audio_file(path: str | Path) -> tuple[str, str]:
     """Format and subtype of the sound file that a name stands for; a device or a pipe gets a wav.
 
     Raises UserError for a name that is none.
@@ -126,12 +126,12 @@ def sound_file(path: str | Path) -> tuple[str, str]:
     if not isinstance(path, (str, Path)):
         raise UserError(f"the file to write is a {type(path).__name__}; expected a path")
     path = Path(path)
-    if path.suffix.lower() in SOUND_FILES:
-        return SOUND_FILES[path.suffix.lower()]
+    if path.suffix.lower() in AUDIO_FILES:
+        return AUDIO_FILES[path.suffix.lower()]
     if is_device(path):
-        return SOUND_FILES[".wav"]
+        return AUDIO_FILES[".wav"]
     raise UserError(
-        f"{path}: speech is written as {', '.join(SOUND_FILES)}; give a name that ends so"
+        f"{path}: speech is written as {', '.join(AUDIO_FILES)}; give a name that ends so"
     )
 
 
@@ -147,7 +147,7 @@ def is_device(path: Path) -> bool:
 
 
 @dataclass
-class TextPiece:
+class TextChunk:
     """The next bit of the answer's text."""
 
     text: str
@@ -155,7 +155,7 @@ class TextPiece:
 
 
 @dataclass
-class SoundPiece:
+class AudioChunk:
     """The next bit of the answer's sound."""
 
     wave: Tensor  # float32 [samples]
@@ -164,13 +164,13 @@ class SoundPiece:
 
 
 @dataclass
-class End:
+class ReplyDone:
     """Nothing more comes; the pieces put together."""
 
     reply: Reply
 
 
-def waiting(pieces: list[SoundPiece]) -> float:
+def required_buffer_s(pieces: list[AudioChunk]) -> float:
     """Seconds that a player has to wait before it starts, counted from the first piece, lest it run
     dry later.
 

@@ -2,8 +2,8 @@
 seconds at a time.
 
     session = omni.listen(voice="Anna")
-    session.hear(chunk)  # as often as there is sound: float [samples] at 16 kHz
-    session.see(frame, at_seconds=0.5)  # as often as there is a frame: uint8 [height, width, 3]
+    session.add_audio(chunk)  # as often as there is sound: float [samples] at 16 kHz
+    session.add_frame(frame, at_seconds=0.5)  # as often as there is a frame: uint8 [height, width, 3]
     for piece in session.respond():  # only the last part of what was heard and seen is left to read
         ...
 
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from minomni.arguments import number, seed_of, shown
-from minomni.chat.generate import check_flow, check_schedule, converse
-from minomni.chat.generation_options import sampling_of
-from minomni.chat.reply import End, SoundPiece, TextPiece, Trace
-from minomni.chat.user_turn import Turn
+from minomni.chat.generate import check_flow, check_schedule, stream_reply
+from minomni.chat.generation_options import sampling_configs
+from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, Timings
+from minomni.chat.user_turn import UserTurn
 from minomni.config import LISTENING_RATE, FlowConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.prompt import Processor
-from minomni.thinker.thinker import Reading
-from minomni.thinker.tmrope import line
+from minomni.thinker.thinker import PrefillState
+from minomni.thinker.tmrope import text_positions
 from minomni.token2wav.streaming import Schedule
 
 OPENS, ENDS = "<|im_start|>user\n", "<|im_end|>\n"
@@ -56,7 +56,7 @@ class Session:
         self.processor = Processor(omni.config, omni.tokenizer)
         nowhere = torch.zeros(1, 0, dtype=torch.long, device=omni.thinker.device)
         nothing = omni.thinker.model.embed_tokens(nowhere).detach()  # [1, 0, D]
-        self.reading = Reading(
+        self.prefill = PrefillState(
             nothing,
             nothing,
             nowhere.expand(3, -1, -1),
@@ -65,10 +65,12 @@ class Session:
             omni.thinker.model.new_cache(),
         )
         self.position = 0  # of the next token of text
-        self.tell(f"<|im_start|>system\n{system}{ENDS}{OPENS}")
-        self.turn: Turn | None = Turn(self)  # None from an answer on until the next turn begins
+        self.append_text(f"<|im_start|>system\n{system}{ENDS}{OPENS}")
+        self.turn: UserTurn | None = UserTurn(
+            self
+        )  # None from an answer on until the next turn begins
         self.answering: Iterator | None = None
-        self.said, self.sound_s, self.ended, self.heard_s = (
+        self.reply_ids, self.sound_s, self.ended, self.played_s = (
             [],
             0.0,
             False,
@@ -78,16 +80,16 @@ class Session:
     @property
     def length(self) -> int:
         """Tokens read so far."""
-        return self.reading.hidden.shape[1]
+        return self.prefill.hidden.shape[1]
 
-    def hear(self, chunk, rate: int = LISTENING_RATE) -> None:
+    def add_audio(self, chunk, rate: int = LISTENING_RATE) -> None:
         """The next bit of sound, float [samples] at 16 kHz. An answer that is being given is cut.
 
         Raises UserError for another rate, shape or type, for NaN, and where the context is full.
         """
-        self.begin_turn().hear(chunk, rate)
+        self.begin_turn().add_audio(chunk, rate)
 
-    def see(self, frame, at_seconds: float) -> None:
+    def add_frame(self, frame, at_seconds: float) -> None:
         """The next frame, uint8 [height, width, 3], shown at that time on a clock of which only
         differences matter.
 
@@ -95,7 +97,7 @@ class Session:
         UserError for a frame of another size, for one that is not later than the one before it, and
         where the context is full.
         """
-        self.begin_turn().see(frame, at_seconds)
+        self.begin_turn().add_frame(frame, at_seconds)
 
     def respond(
         self,
@@ -104,7 +106,7 @@ class Session:
         schedule: Schedule | str | None = "eager",
         flow: FlowConfig | None = None,
         **options,
-    ) -> Iterator[TextPiece | SoundPiece | End]:
+    ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
         """Answer what was heard and seen, and then `text`, in pieces as omni.stream() does, with
         the same options.
 
@@ -114,21 +116,27 @@ class Session:
         text = "" if text is None else text
         if not isinstance(text, str):
             raise UserError(f"text is {shown(text)}; expected a str")
-        sampling, seed = sampling_of(self.omni.config, options), seed_of(seed)
+        sampling, seed = sampling_configs(self.omni.config, options), seed_of(seed)
         check_schedule(schedule)
         check_flow(flow)
-        turn, trace = self.begin_turn(), Trace()
-        trace.note("input")
+        turn, trace = self.begin_turn(), Timings()
+        trace.mark("input")
         try:
             turn.finish(something_said=bool(text.strip()))
-            trace.note("encode")
-            self.tell(f"{text}{ENDS}<|im_start|>assistant\n")
-            trace.note("prefill")
+            trace.mark("encode")
+            self.append_text(f"{text}{ENDS}<|im_start|>assistant\n")
+            trace.mark("prefill")
         except UserError:
-            self.keep(turn.length, turn.position)
-            self.turn = Turn(self)
+            self.truncate(turn.length, turn.position)
+            self.turn = UserTurn(self)
             raise
-        self.turn, self.said, self.sound_s, self.ended, self.heard_s = None, [], 0.0, False, None
+        self.turn, self.reply_ids, self.sound_s, self.ended, self.played_s = (
+            None,
+            [],
+            0.0,
+            False,
+            None,
+        )
         self.answering = self.answer(seed, schedule, flow, trace, sampling)
         return self.answering
 
@@ -137,16 +145,24 @@ class Session:
         seed: int,
         schedule: Schedule | str | None,
         flow: FlowConfig | None,
-        trace: Trace,
+        trace: Timings,
         sampling: tuple[SamplingConfig, SamplingConfig],
     ) -> Iterator:
-        """converse(), and note what of it the user may have heard."""
-        for piece in converse(
-            self.omni, self.reading, self.speaker, schedule, flow, seed, trace, self.said, sampling
+        """stream_reply(), and note what of it the user may have heard."""
+        for piece in stream_reply(
+            self.omni,
+            self.prefill,
+            self.speaker,
+            schedule,
+            flow,
+            seed,
+            trace,
+            self.reply_ids,
+            sampling,
         ):
-            if isinstance(piece, SoundPiece):
+            if isinstance(piece, AudioChunk):
                 self.sound_s += len(piece.wave) / piece.sample_rate
-            self.ended = isinstance(piece, End)
+            self.ended = isinstance(piece, ReplyDone)
             yield piece
 
     def interrupt(self, heard_s: float | None = None) -> None:
@@ -161,39 +177,43 @@ class Session:
             self.answering.close()
             self.answering = None
         if heard_s is not None:
-            self.heard_s = heard_s
+            self.played_s = heard_s
 
-    def understood(self) -> list[int]:
+    def played_ids(self) -> list[int]:
         """The ids of the last answer that the user has heard; a stop id is none of them.
 
         Nothing says which sound belongs to which word, so time decides: the answer's own rate where
         it has ended, or else TEXT_RATE. Without speech all was read.
         """
-        ids = [i for i in self.said if i != self.omni.config.thinker.tokens.im_end]
-        heard_s = self.sound_s if self.heard_s is None else min(self.heard_s, self.sound_s)
+        ids = [i for i in self.reply_ids if i != self.omni.config.thinker.tokens.im_end]
+        heard_s = self.sound_s if self.played_s is None else min(self.played_s, self.sound_s)
         if self.speaker is None or self.ended and heard_s == self.sound_s:
             return ids
         return ids[: ceil(heard_s * (len(ids) / self.sound_s if self.ended else TEXT_RATE))]
 
-    def begin_turn(self) -> Turn:
+    def begin_turn(self) -> UserTurn:
         """The turn that is going on; if there is none, the last answer is put on record and one
         begins.
         """
         self.interrupt()
         if self.turn is None:
-            self.tell(f"{ENDS}{OPENS}", before=self.understood())
-            self.turn = Turn(self)
+            self.append_text(f"{ENDS}{OPENS}", before=self.played_ids())
+            self.turn = UserTurn(self)
         return self.turn
 
     # ----------------------------------------------------------------------------------------------------
     # the reading
-    def tell(self, text: str, before: list[int] = ()) -> None:
+    def append_text(self, text: str, before: list[int] = ()) -> None:
         """Read ids and then text."""
         ids = torch.tensor([*before, *self.processor.encode(text)])
-        self.take(ids, None, line(self.position, len(ids)), self.position + len(ids))
+        self.append_tokens(
+            ids, None, text_positions(self.position, len(ids)), self.position + len(ids)
+        )
 
     @torch.no_grad()
-    def take(self, ids: Tensor, features: Tensor | None, places: Tensor, then: int) -> None:
+    def append_tokens(
+        self, ids: Tensor, features: Tensor | None, places: Tensor, then: int
+    ) -> None:
         """Read tokens: ids [n], features [n, D] of media or None for text, places [3, n]; then: the
         next position.
 
@@ -201,7 +221,7 @@ class Session:
         """
         thinker, old, context = (
             self.omni.thinker,
-            self.reading,
+            self.prefill,
             self.omni.config.thinker.text.max_position_embeddings,
         )
         if self.length + len(ids) > context:
@@ -214,11 +234,11 @@ class Session:
         embeds, text_embeds = (
             (words, words) if features is None else (features[None], torch.zeros_like(words))
         )
-        old.cache.cut(
+        old.cache.truncate(
             self.length
         )  # forget what an answer, or a part that is read again, has left there
         hidden = thinker.model(embeds.to(words.dtype), places, None, old.cache)
-        self.reading = Reading(
+        self.prefill = PrefillState(
             torch.cat((old.hidden, hidden), 1),
             torch.cat((old.text_embeds, text_embeds), 1),
             torch.cat((old.position_ids, places), 2),
@@ -228,10 +248,10 @@ class Session:
         )
         self.position = then
 
-    def keep(self, length: int, position: int) -> None:
+    def truncate(self, length: int, position: int) -> None:
         """Forget all but the first tokens; position: where the next one goes."""
-        old = self.reading
-        self.reading = Reading(
+        old = self.prefill
+        self.prefill = PrefillState(
             old.hidden[:, :length],
             old.text_embeds[:, :length],
             old.position_ids[:, :, :length],

@@ -23,11 +23,11 @@ from minomni.config import LISTENING_RATE
 from minomni.errors import UserError
 from minomni.inputs.audio import LOUDEST, SHORTEST, SILENCE
 from minomni.inputs.image import load_image
-from minomni.inputs.mel import HOP, audio_tokens, log_power, loudness
+from minomni.inputs.mel import HOP, log_power, normalize_log_mel, num_audio_tokens
 from minomni.inputs.patches import video_patches
 from minomni.inputs.prompt import video_times
 from minomni.inputs.source import array_of
-from minomni.thinker.tmrope import line, moving
+from minomni.thinker.tmrope import text_positions, video_positions
 
 SAMPLES_PER_TOKEN = 4 * HOP  # 40 ms
 SIDE = 3  # mel frames that are computed before and after a stretch, lest its borders be heard
@@ -45,7 +45,7 @@ class Part:
     position: int
 
 
-class Turn:
+class UserTurn:
     """One turn of a Session, which it makes read what comes in."""
 
     def __init__(self, session):
@@ -73,17 +73,17 @@ class Turn:
 
     # ------------------------------------------------------------------------------------------------
     # what comes in
-    def hear(self, chunk, rate: int) -> None:
+    def add_audio(self, chunk, rate: int) -> None:
         """Session.hear()."""
         self.expect("sound")
         self.read()  # where the context is full, here is the end of it: nothing is heaped up
         most = self.config.thinker.text.max_position_embeddings * SAMPLES_PER_TOKEN
         self.wave = torch.cat([self.wave, checked(chunk, rate, most)])
         while len(self.wave) >= HOP * ((len(self.powers) + 1) * self.block + SIDE):
-            self.measure(len(self.powers) * self.block, (len(self.powers) + 1) * self.block)
+            self.add_mel(len(self.powers) * self.block, (len(self.powers) + 1) * self.block)
         self.read()
 
-    def see(self, frame, at_seconds: float) -> None:
+    def add_frame(self, frame, at_seconds: float) -> None:
         """Session.see()."""
         self.expect("frames")
         at_seconds = number(at_seconds, "at_seconds", -1e12, 1e12)
@@ -107,7 +107,7 @@ class Turn:
         if self.odd is None:
             self.odd = pixels, at_seconds - self.began_at
         else:
-            self.look(pixels)
+            self.encode_frames(pixels)
             self.read()
 
     def expect(self, kind: str) -> None:
@@ -124,7 +124,7 @@ class Turn:
         frames, samples = bool(self.views or self.odd), len(self.wave)
         if not (samples or frames or something_said):
             raise UserError(
-                "nothing was heard or seen yet; hear() and see() come before respond(), or give it text"
+                "nothing was heard or seen yet; recognized_words() and see() come before respond(), or give it text"
             )
         if 0 < samples <= SHORTEST:
             raise UserError(
@@ -133,11 +133,11 @@ class Turn:
         if samples and not frames and not something_said and self.wave.abs().max() < SILENCE:
             raise UserError(ONLY_SILENCE)
         if self.odd is not None:
-            self.look(self.odd[0])  # an odd last frame is doubled
+            self.encode_frames(self.odd[0])  # an odd last frame is doubled
         total = -(-samples // HOP)
         for start in range(len(self.powers) * self.block, total, self.block):
-            self.measure(start, min(start + self.block, total), last=start + self.block >= total)
-        if self.powers and not audio_tokens(self.powers[-1].shape[1]):
+            self.add_mel(start, min(start + self.block, total), last=start + self.block >= total)
+        if self.powers and not num_audio_tokens(self.powers[-1].shape[1]):
             self.powers.pop()  # too short for a token
         if self.views or self.powers:
             self.read(last=True)
@@ -145,7 +145,7 @@ class Turn:
 
     # ------------------------------------------------------------------------------------- encoding
     # it, part by part
-    def measure(self, start: int, end: int, last: bool = False) -> None:
+    def add_mel(self, start: int, end: int, last: bool = False) -> None:
         """Mel frames start to end, not yet scaled; if they are the loudest so far, see who has to
         be read again.
         """
@@ -162,11 +162,11 @@ class Turn:
                 if part.kind == "sound" and self.powers[part.index].min() < peak - 8.0
             ]
             if again:
-                self.session.keep(self.parts[again[0]].length, self.parts[again[0]].position)
+                self.session.truncate(self.parts[again[0]].length, self.parts[again[0]].position)
                 del self.parts[again[0] :]
         self.powers.append(power[:, : end - start])
 
-    def look(self, second: Tensor) -> None:
+    def encode_frames(self, second: Tensor) -> None:
         """A pair of frames is complete: encode it, and put it into its part."""
         (first, at), self.odd, thinker = self.odd, None, self.config.thinker
         patches, grid = video_patches(
@@ -209,7 +209,7 @@ class Turn:
             ]
             if not ready:
                 return
-            self.take(*ready[0])
+            self.append_tokens(*ready[0])
 
     def open(self) -> None:
         """Settle what the turn is made of and read the opening markers, which share one position."""
@@ -219,41 +219,45 @@ class Turn:
             bool(self.views or self.odd),
         )
         self.kinds = ("frames",) * frames + ("sound",) * sound
-        self.mark([tokens.vision_bos] * frames + [tokens.audio_bos] * sound)
+        self.append_markers([tokens.vision_bos] * frames + [tokens.audio_bos] * sound)
         self.base = self.session.position
 
     def close(self) -> None:
         tokens = self.config.thinker.tokens
-        self.mark(
+        self.append_markers(
             [tokens.audio_eos] * ("sound" in self.kinds)
             + [tokens.vision_eos] * ("frames" in self.kinds)
         )
 
-    def mark(self, ids: list[int]) -> None:
+    def append_markers(self, ids: list[int]) -> None:
         place = torch.full((3, len(ids)), self.session.position)
-        self.session.take(torch.tensor(ids), None, place, self.session.position + 1)
+        self.session.append_tokens(torch.tensor(ids), None, place, self.session.position + 1)
 
     @torch.no_grad()
-    def take(self, kind: str, index: int) -> None:
+    def append_tokens(self, kind: str, index: int) -> None:
         """Read one part."""
         session, config = self.session, self.config.thinker
         part = Part(kind, index, session.length, session.position)
         if kind == "sound":
             token, features = (
                 config.tokens.audio,
-                session.omni.thinker.audio_tower([loudness(self.powers[index], self.peak)]),
+                session.omni.thinker.audio_tower(
+                    [normalize_log_mel(self.powers[index], self.peak)]
+                ),
             )  # [n, D]
-            places = line(self.base + index * audio_tokens(self.block), len(features))
+            places = text_positions(self.base + index * num_audio_tokens(self.block), len(features))
         else:
             views, times, grids = zip(*self.views[index])
             token, features = config.tokens.video, torch.cat(views)  # [n, D]
-            places = moving(self.base, (len(views), *grids[0][1:]), torch.tensor(times), config)
+            places = video_positions(
+                self.base, (len(views), *grids[0][1:]), torch.tensor(times), config
+            )
         then = int(places.max()) + 1
         if self.kinds == ("frames",):
             then = max(
                 then, session.position
             )  # a silent clip is one segment, and its largest id counts
-        session.take(torch.full((len(features),), token), features, places, then)
+        session.append_tokens(torch.full((len(features),), token), features, places, then)
         self.parts.append(part)
 
 

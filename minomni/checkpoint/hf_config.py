@@ -66,7 +66,7 @@ CODEC_KEYS = {
 # The release's spelling of three DiT sizes, and the one that transformers reads and writes.
 DIT_SPELLINGS = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 # Keys that the release leaves out, with the values it is run with.
-UNSAID = {
+HF_DEFAULTS = {
     ("thinker_config", "vision_config"): {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6},
     ("token2wav_config", "dit_config"): {
         "block_size": 24,
@@ -76,7 +76,7 @@ UNSAID = {
     },
 }
 # Keys of the release, or of what transformers saves, that say nothing about the model.
-MEANINGLESS = frozenset(
+IGNORED_KEYS = frozenset(
     (
         "architectures",
         "_name_or_path",
@@ -175,7 +175,7 @@ def read_config(folder: Path) -> OmniConfig:
     data = read_json(file)
     refuse_quantized(data, file)
     try:
-        given = spell_as_release(whole_model(data, file), file)
+        given = normalize_hf_keys(whole_model(data, file), file)
         config = parse(given, folder)
     except UserError:
         raise
@@ -186,7 +186,7 @@ def read_config(folder: Path) -> OmniConfig:
     except ValueError as error:  # sizes that contradict each other
         raise UserError(f"{where(file)}: {shorten(error, 260)}") from None
     given.pop("codec_config", None)  # of older folders, checked by parse_codec
-    compare(given, spell_as_release(plain(to_json(config)), file), where(file))
+    compare(given, normalize_hf_keys(plain(to_json(config)), file), where(file))
     return config
 
 
@@ -284,7 +284,7 @@ def plain(data: dict) -> dict:
     return json.loads(json.dumps(data))
 
 
-def spell_as_release(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict:
+def normalize_hf_keys(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict:
     """The same settings with the release's keys, unsaid ones filled in, nulls left out."""
     data = {key: value for key, value in data.items() if value is not None}
     here = f"{where(file)}: {'.'.join(path)}"
@@ -313,11 +313,11 @@ def spell_as_release(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict
     for key in MEANINGLESS_IN.get("".join(path[-1:]), ()):
         data.pop(key, None)
     inner = {
-        key: spell_as_release(value, file, (*path, key))
+        key: normalize_hf_keys(value, file, (*path, key))
         for key, value in data.items()
         if isinstance(value, dict)
     }
-    data = UNSAID.get(path, {}) | data | inner
+    data = HF_DEFAULTS.get(path, {}) | data | inner
     return spell_tying(data, file) if path == ("thinker_config",) else data
 
 
@@ -515,7 +515,7 @@ def compare(given: dict, written: dict, where: str) -> None:
     the first key.
     """
     for key, value in given.items():
-        if key in MEANINGLESS:
+        if key in IGNORED_KEYS:
             continue
         if key not in written:
             if key in USUAL and value == USUAL[key]:

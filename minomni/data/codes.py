@@ -10,23 +10,23 @@ from minomni.files import write_atomically
 from minomni.inputs.mel import voice_mel
 
 
-def coded(codec, speech, cache: Path) -> list[torch.Tensor]:
+def encode_corpus(codec, speech, cache: Path) -> list[torch.Tensor]:
     """Codes [C] of every utterance of a corpus. Dit and the Talker's stages share them in a file.
 
     It is named by the codec and by what the recordings are, so that neither others nor another
     codec meet it.
     """
-    path = cache / f"codes-{digest([codec], speech.utterances)}.pt"
+    path = cache / f"codes-{cache_key([codec], speech.utterances)}.pt"
     if path.exists():
         kept = torch.load(path, weights_only=True)
         return list(kept["codes"].split(kept["lengths"].tolist()))
-    codes = encode_all(codec, speech)
+    codes = encode_batches(codec, speech)
     kept = {"codes": torch.cat(codes), "lengths": torch.tensor([len(row) for row in codes])}
     write_atomically(path, lambda f: torch.save(kept, f))
     return codes
 
 
-def digest(parts: list, *others) -> str:
+def cache_key(parts: list, *others) -> str:
     """Stands for the weights of some parts of a model, and for whatever else is given."""
     made_by = hashlib.sha256(str(others).encode())
     for part in parts:
@@ -35,7 +35,7 @@ def digest(parts: list, *others) -> str:
     return made_by.hexdigest()[:12]
 
 
-def encode_all(codec, speech) -> list[torch.Tensor]:
+def encode_batches(codec, speech) -> list[torch.Tensor]:
     """Codes [C] of every utterance of a corpus, encoded in batches of about equal length; on the
     CPU.
     """

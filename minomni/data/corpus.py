@@ -123,7 +123,7 @@ class Utterance:
     end: int
 
 
-class Speech:
+class SpeechCorpus:
     """A corpus of recordings: `utterances` and, by index, float32 waves at 16 kHz."""
 
     def __init__(self, samples: np.ndarray, utterances: list[Utterance]):
@@ -199,7 +199,7 @@ def listening_jobs(english=English()) -> list[tuple[str, text_to_speech.Job]]:
     said = random.sample(all_statements(held=False), HEARD)
     said += [grammar.word_string(random, words) for _ in range(strings)]
     said += [grammar.framed_words(random, words) for _ in range(HEARD_FRAMED)]
-    jobs = [(name, q) for name in voices for q in grammar.every_question() for _ in range(4)]
+    jobs = [(name, q) for name in voices for q in grammar.all_questions() for _ in range(4)]
     jobs += [(random.choice(voices), "say " + text) for text in said]
     return [
         (
@@ -227,7 +227,7 @@ def test_jobs(english=English()) -> list[tuple[str, text_to_speech.Job]]:
         for t, name in zip(texts, list(grammar.VOICES) * 25)
     ]
     for names in (grammar.LISTENING_VOICES, grammar.UNSEEN_VOICES):
-        for t in ["say " + t for t in texts] + grammar.every_question():
+        for t in ["say " + t for t in texts] + grammar.all_questions():
             name = random.choice(list(names))
             jobs.append(
                 (
@@ -263,7 +263,7 @@ def digit_jobs() -> list[tuple[str, text_to_speech.Job]]:
     ]
 
 
-def corpus(name: str, cache: Path, english=English(), seed: int = 0) -> Speech:
+def corpus(name: str, cache: Path, english=English(), seed: int = 0) -> SpeechCorpus:
     """The "speaking", "listening", "test" or "digits" corpus, synthesised on first use into the
     cache folder.
 
@@ -271,13 +271,13 @@ def corpus(name: str, cache: Path, english=English(), seed: int = 0) -> Speech:
     of all jobs, so a changed recipe never meets an old recording.
     """
     if not text_to_speech.available():
-        return recorded(held=name == "test")
+        return sample_recordings(held=name == "test")
     makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs}
     jobs = digit_jobs() if name == "digits" else makers[name](english)
     key = hashlib.sha256(json.dumps([seed, text_to_speech.PART, jobs]).encode()).hexdigest()[:12]
     path = cache / f"{name}-{key}.npy"
     if not path.exists():
-        waves = text_to_speech.synthesise([job for _, job in jobs], seed)
+        waves = text_to_speech.synthesize([job for _, job in jobs], seed)
         ends = np.cumsum([len(w) for w in waves]).tolist()
         index = [
             (job.text, who, end - len(w), end) for (who, job), w, end in zip(jobs, waves, ends)
@@ -285,15 +285,17 @@ def corpus(name: str, cache: Path, english=English(), seed: int = 0) -> Speech:
         write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(index).encode()))
         write_atomically(path, lambda f: np.save(f, np.concatenate(waves)))
     index = json.loads(path.with_suffix(".json").read_text())
-    return Speech(np.load(path, mmap_mode="r"), [Utterance(*row) for row in index])
+    return SpeechCorpus(np.load(path, mmap_mode="r"), [Utterance(*row) for row in index])
 
 
-def without_long(speech: Speech) -> Speech:
+def drop_long(speech: SpeechCorpus) -> SpeechCorpus:
     """The recordings of a corpus but those of two statements in one breath."""
-    return Speech(speech.samples, [u for u in speech.utterances if kind_of(u.text) != "long"])
+    return SpeechCorpus(
+        speech.samples, [u for u in speech.utterances if sentence_kind(u.text) != "long"]
+    )
 
 
-def kind_of(text: str) -> str:
+def sentence_kind(text: str) -> str:
     """The template of a statement; "long" for two of them in one breath, "words" for words without
     sense.
     """
@@ -306,19 +308,19 @@ def kind_of(text: str) -> str:
     return statements.get(text, other)
 
 
-def balanced(texts: list[str]) -> list[float]:
+def sampling_weights(texts: list[str]) -> list[float]:
     """How often each recording of these texts is drawn: all alike, or, in a share FAIR of the
     draws, all kinds alike.
 
     Three quarters of all sentences say where something is; of "the digit is nine" there are four
     recordings.
     """
-    kinds = [kind_of(text) for text in texts]
+    kinds = [sentence_kind(text) for text in texts]
     counts = Counter(kinds)
     return [(1 - FAIR) / len(texts) + FAIR / (len(counts) * counts[kind]) for kind in kinds]
 
 
-def recorded(held: bool) -> Speech:
+def sample_recordings(held: bool) -> SpeechCorpus:
     """The committed recordings of data_samples/speech: those of held-out sentences, or the rest."""
     import soundfile
 
@@ -327,7 +329,7 @@ def recorded(held: bool) -> Speech:
     rows = [row for row in rows if grammar.held_out(row["text"].removeprefix("say ")) == held]
     waves = [soundfile.read(folder / row["file"], dtype="int16")[0] for row in rows]
     ends = np.cumsum([len(w) for w in waves]).tolist()
-    return Speech(
+    return SpeechCorpus(
         np.concatenate(waves),
         [
             Utterance(row["text"], row["voice"], e - len(w), e)
@@ -336,7 +338,7 @@ def recorded(held: bool) -> Speech:
     )
 
 
-def make_voices(speech: Speech, first_bos: int) -> dict[str, Voice]:
+def make_voices(speech: SpeechCorpus, first_bos: int) -> dict[str, Voice]:
     """A Voice for each of the model's speakers from its first recordings: reference mel and speaker
     vector.
     """

@@ -10,7 +10,7 @@ import torch
 
 from minomni.config import IGNORE_INDEX, LISTENING_RATE
 from minomni.data import grammar, scenes
-from minomni.data.corpus import balanced, corpus
+from minomni.data.corpus import corpus, sampling_weights
 from minomni.data.oracle_features import AUDIO_TOKENS_PER_SECOND
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english, world_tokenizer
@@ -20,8 +20,8 @@ from minomni.inputs.prompt import Inputs, Processor, join
 TRANSCRIBE = "write what you hear"
 SHOWN = {
     "scene": [scenes.scene],
-    "video": [scenes.moving, scenes.ordered],
-    "sync": [scenes.sounding],
+    "video": [scenes.moving_clip, scenes.ordered_clip],
+    "sync": [scenes.clip_with_tone],
 }
 # questions about one picture, at most, each in a turn of its own: a picture costs more than a
 # question
@@ -53,7 +53,7 @@ def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def about_tokens(example: Example) -> int:
+def estimated_tokens(example: Example) -> int:
     """About how many tokens the media of an example take."""
     frames = 0 if example.clip is None else len(example.clip[0])
     return (
@@ -65,7 +65,7 @@ def about_tokens(example: Example) -> int:
     )
 
 
-class Teacher:
+class ExampleBuilder:
     """Makes examples of every kind, from trained or from held-out material, and turns them into
     model inputs.
     """
@@ -79,7 +79,7 @@ class Teacher:
         self.spoken = [u.text for u in self.speech.utterances]
         # Kinds of sentences fairly, in training; in a test as they are.
         self.weights = (
-            None if held else balanced([text.removeprefix("say ") for text in self.spoken])
+            None if held else sampling_weights([text.removeprefix("say ") for text in self.spoken])
         )
         self.recorded = set(self.spoken)
         self.end = config.thinker.tokens.im_end
@@ -174,7 +174,7 @@ class Teacher:
         """The typed wish to hear a sentence."""
         return Example(f"say {text}", text)
 
-    def talk(self, kind: str, random: Random) -> list[Example]:
+    def dialogue(self, kind: str, random: Random) -> list[Example]:
         """A conversation: one example, and where its kind has more to ask, some of that in further
         turns.
 
@@ -187,7 +187,7 @@ class Teacher:
         later = [Example(question, answer, kind=first.kind) for question, answer in more]
         return [first, *later]
 
-    def lesson(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
+    def collate(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
         """Inputs of conversations of some turns, and targets [B, L] that look at the answers, at
         every one.
         """
@@ -203,7 +203,7 @@ class Teacher:
                     else torch.cat([row.input_ids, self._next_turn(part)], 1)
                 )
                 wanted += [IGNORE_INDEX] * (before.shape[1] - len(wanted) - 1) + answer
-                row = follow(
+                row = append_turn(
                     row, part if turn else None, torch.cat([before, torch.tensor([answer])], 1)
                 )
             rows.append(row)
@@ -214,7 +214,7 @@ class Teacher:
             targets[row, -len(wanted) :] = wanted
         return inputs, targets
 
-    def moments(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
+    def frame_targets(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
         """Targets [B, L] at the sound of clips: a word for what is seen just then, its color or its
         shape by chance.
 
@@ -252,7 +252,7 @@ class Teacher:
         )[None]
 
 
-def answered(
+def append_answer(
     prompts: list[Inputs], answers: list[list[int]], pad: int
 ) -> tuple[Inputs, torch.Tensor]:
     """One batch of single prompts with their answers' ids behind them, and targets [B, L] that look
@@ -271,7 +271,7 @@ def answered(
     return inputs, targets
 
 
-def follow(row: Inputs, part: Inputs | None, input_ids: torch.Tensor) -> Inputs:
+def append_turn(row: Inputs, part: Inputs | None, input_ids: torch.Tensor) -> Inputs:
     """One row that goes on with the media of another; input_ids [1, L] are those of both."""
     media = row if part is None else join([row, part], pad=0)
     return replace(media, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))

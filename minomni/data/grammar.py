@@ -78,7 +78,7 @@ def held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 10 == 0 and not text.startswith(("the digit is ", "there "))
 
 
-def fill(template: str, random: Random) -> str:
+def fill_template(template: str, random: Random) -> str:
     """Replace every <name> of a template by one of its words."""
     while "<" in template:
         name = template[template.index("<") + 1 : template.index(">")]
@@ -89,7 +89,9 @@ def fill(template: str, random: Random) -> str:
 def statement(random: Random, held: bool) -> str:
     """A statement of the language, from the held-out tenth or from the rest."""
     while True:
-        text = fill(random.choices(STATEMENTS, weights=(6, 3, 1, 1, 4, 1, 1, 1))[0], random)
+        text = fill_template(
+            random.choices(STATEMENTS, weights=(6, 3, 1, 1, 4, 1, 1, 1))[0], random
+        )
         if held_out(text) == held:
             return text
 
@@ -139,6 +141,6 @@ def expand(template: str) -> list[str]:
     return [t for word in GRAMMAR[name] for t in expand(template.replace(f"<{name}>", word, 1))]
 
 
-def every_question() -> list[str]:
+def all_questions() -> list[str]:
     """All questions there are; few, so none is held out: what is asked about is."""
     return [text for template in QUESTIONS for text in expand(template)]

@@ -4,7 +4,7 @@
     "reply.wav", "voice": "Me"}
 
 One JSON object a line, or an array of such objects, in this layout or in one of those in
-own_formats.py. Media paths are relative to the file. Two well-known folder layouts are written down
+jsonl_layouts.py. Media paths are relative to the file. Two well-known folder layouts are written down
 as such lines: free-spoken-digit-dataset and LJSpeech.
 """
 
@@ -46,7 +46,7 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass
-class Line:
+class JsonlRow:
     """One lesson: what is asked, what is answered, and the recording of the answer where there is
     one.
     """
@@ -58,7 +58,7 @@ class Line:
     use_audio_in_video: bool
 
 
-def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
+def parse(text: str | bytes, folder: Path, system_prompt: str) -> JsonlRow:
     """A line of the file -> its lesson, paths made whole. Raises UserError saying what is wrong
     with it.
     """
@@ -73,7 +73,7 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> Line:
     *question, last = row["messages"]
     if question[0]["role"] != "system":  # as respond() does it
         question = [{"role": "system", "content": system_prompt}, *question]
-    return Line(
+    return JsonlRow(
         question,
         answer_of(last),
         row.get("speech"),
@@ -110,7 +110,7 @@ def require_no_marks(message: dict) -> None:
         )
 
 
-class Lines:
+class JsonlRows:
     """The lessons of a file, read from disk one by one: in memory are 8 bytes for each, where it
     begins.
 
@@ -135,13 +135,13 @@ class Lines:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int) -> Line:
+    def __getitem__(self, i: int) -> JsonlRow:
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
             return parse(file.readline(LONGEST_LINE), self.folder, self.system_prompt)
 
 
-def read(data: Path, run: Path, omni) -> Lines:
+def read(data: Path, run: Path, omni) -> JsonlRows:
     """A file of rows, or a folder in a known layout -> checked lessons.
 
     What is not one row a line already is written so to run/. Every medium is opened and every
@@ -184,14 +184,14 @@ def checked(
     unit: str = "line",
     data: Path | None = None,
     folder: Path | None = None,
-) -> Lines:
+) -> JsonlRows:
     """Go through a whole file of one row a line -> its lessons.
 
     run: where a list of the bad lines goes. unit: what a line is called in messages. data: the file
     or folder that was given, of which `path` was made; folder: what media are relative to. Raises
     one UserError that names the first bad lines and their causes.
     """
-    lines = Lines(path, omni.config.media.system_prompt, folder, data)
+    lines = JsonlRows(path, omni.config.media.system_prompt, folder, data)
     processor, bad, place, number = Processor(omni.config, omni.tokenizer), [], 0, 0
     with (
         open_regular(path, "the data") as file,
@@ -209,7 +209,7 @@ def checked(
             try:
                 if text.strip():
                     lesson = parse(text, lines.folder, lines.system_prompt)
-                    try_out(lesson, processor, lines, omni, f"{unit} {number}")
+                    dry_run(lesson, processor, lines, omni, f"{unit} {number}")
                     if lesson.speech:
                         lines.spoken.append(len(lines))
                     lines.starts.append(place)
@@ -222,13 +222,13 @@ def checked(
             place += len(text)
     bad += [] if bad else bad_voices(lines, omni)
     if bad:
-        raise UserError(complaint(lines.shown, bad, run, unit))
+        raise UserError(row_error(lines.shown, bad, run, unit))
     if not len(lines):
         raise UserError(f"{lines.shown}: holds no line; each is a JSON object with messages")
     return lines
 
 
-def complaint(shown: str, bad: list[str], run: Path | None, unit: str) -> str:
+def row_error(shown: str, bad: list[str], run: Path | None, unit: str) -> str:
     """One message about all bad lines: the first few, how many there are, and where all of them
     stand.
     """
@@ -248,7 +248,7 @@ def complaint(shown: str, bad: list[str], run: Path | None, unit: str) -> str:
     return f"{shorten(shown, 80)}: {count}, nothing was trained; {'; '.join(few)}{where}"
 
 
-def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "") -> None:
+def dry_run(line: JsonlRow, processor: Processor, lines: JsonlRows, omni, place: str = "") -> None:
     """Do once with a lesson all that training will do with it. Raises UserError for what would stop
     it there.
     """
@@ -280,7 +280,7 @@ def try_out(line: Line, processor: Processor, lines: Lines, omni, place: str = "
     lines.voices[voice] = torch.cat([heard, wave])[: VOICE_SECONDS * 16_000]
 
 
-def bad_voices(lines: Lines, omni) -> list[str]:
+def bad_voices(lines: JsonlRows, omni) -> list[str]:
     """What keeps the new voices of a file from being made, each with the place of its first
     recording.
     """
@@ -375,7 +375,7 @@ def elements(text: str, path: Path) -> Iterator[dict | str]:
         )
 
 
-def prompt(line: Line, processor: Processor) -> Inputs:
+def prompt(line: JsonlRow, processor: Processor) -> Inputs:
     """Model inputs of the question alone."""
     return processor([line.question], line.use_audio_in_video)
 
@@ -446,13 +446,13 @@ def dialogue(question, answer: str) -> dict:
 
 
 @lru_cache(maxsize=2)
-def order(seed: int, epoch: int, count: int) -> np.ndarray:
+def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """In which order an epoch goes through `count` lessons [count]: each once, and the same for the
     same seed.
     """
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def in_turn(seed: int, count: int, place: int) -> int:
+def epoch_index(seed: int, count: int, place: int) -> int:
     """Which of `count` lessons comes at a place (0, 1, ...) of endlessly many epochs."""
-    return int(order(seed, place // count, count)[place % count])
+    return int(epoch_permutation(seed, place // count, count)[place % count])

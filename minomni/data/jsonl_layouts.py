@@ -130,7 +130,7 @@ def standard(row, folder: Path) -> dict:
     if unknown := sorted(row.keys() - allowed - NOTES):
         raise UserError(
             f"unknown key {shorten(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, and those of other "
-            f"layouts (own_formats.py lists them)"
+            f"layouts (jsonl_layouts.py lists them)"
         )
     for key in ("speech", "voice"):
         if key in row:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minomni.config import IGNORE_INDEX
 from minomni.data.scenes import Example
-from minomni.inputs.mel import audio_tokens
+from minomni.inputs.mel import num_audio_tokens
 from minomni.inputs.prompt import Inputs
 
 AUDIO_TOKENS_PER_SECOND = 25
@@ -21,12 +21,12 @@ HAIR = 1.5  # pixels
 NOISE = 0.3  # of an embedding's own spread: real senses are never this exact
 
 
-def heard_words(example: Example, encode) -> list[int]:
+def audio_words(example: Example, encode) -> list[int]:
     """Token ids of what the recording of an example says, or [] where nothing is said."""
     return [] if example.voice is None else encode(example.heard or example.question)
 
 
-def beep(encode) -> int:
+def tone_token(encode) -> int:
     """The token that stands for a sound that is no speech."""
     return encode(" sound")[0]
 
@@ -69,14 +69,14 @@ def place(pixels_a_cell: float, vision, low: str, high: str) -> str | None:
     return low if share < 0.4 else high if share > 0.6 else None
 
 
-def imagine(examples: list[Example], inputs: Inputs, thinker, encode) -> Tensor:
+def oracle_embeds(examples: list[Example], inputs: Inputs, thinker, encode) -> Tensor:
     """Input embeddings [B, L, D] of a batch whose media are given as ideal senses would give them.
 
     Words and noise fall as torch's seed has it.
     """
     random = Random(int(torch.randint(1 << 62, ())))
     table, tokens, config = thinker.model.embed_tokens.weight, thinker.config.tokens, thinker.config
-    counts = iter([audio_tokens(mel.shape[-1]) for mel in inputs.mels])
+    counts = iter([num_audio_tokens(mel.shape[-1]) for mel in inputs.mels])
     sounds, images, videos = [], [], []
     grids = {"image": iter(inputs.image_grids), "video": iter(inputs.video_grids)}
     for example in examples:
@@ -88,10 +88,12 @@ def imagine(examples: list[Example], inputs: Inputs, thinker, encode) -> Tensor:
                 seen.append(cell_words(example, next(grids[kind]), config.vision, encode))
         if example.sound is not None:
             sounds.append(
-                _spread([beep(encode)], next(counts), tokens.audio, random, at=example.sound_at)
+                _spread(
+                    [tone_token(encode)], next(counts), tokens.audio, random, at=example.sound_at
+                )
             )
         if example.voice is not None:
-            sounds.append(_spread(heard_words(example, encode), next(counts), tokens.audio, random))
+            sounds.append(_spread(audio_words(example, encode), next(counts), tokens.audio, random))
     embeds = table[inputs.input_ids]  # [B, L, D]
     for token, ids in ((tokens.audio, sounds), (tokens.image, images), (tokens.video, videos)):
         if ids:

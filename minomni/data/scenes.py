@@ -80,7 +80,7 @@ def blank(side: int, random: Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def things(random: Random, n: int) -> list[tuple[str, str]]:
+def random_objects(random: Random, n: int) -> list[tuple[str, str]]:
     """n (color, shape) pairs in which no color and no shape occurs twice, so that each names one
     thing.
     """
@@ -91,7 +91,7 @@ def scene(random: Random) -> Example:
     """A picture with one to three shapes and a question about it."""
     kind = random.choices(ASKED, weights=(3, 1, 1, 2, 1))[0]
     n = 2 if kind in ("relation", "describe") else random.randint(1, 3)
-    objects = things(random, n)
+    objects = random_objects(random, n)
     if (
         kind in ("relation", "describe") and random.random() < 0.5
     ):  # only the shape tells the two apart
@@ -119,13 +119,15 @@ def scene(random: Random) -> Example:
     ]
     for color, shape, centre, radius in drawn:
         draw(pen, shape, color, centre, radius)
-    asked = about(objects, relation if n == 2 else None)
+    asked = questions_about(objects, relation if n == 2 else None)
     question, answer = random.choice(asked[kind])
     more = [pair for pairs in asked.values() for pair in pairs if pair[0] != question]
     return Example(question, answer, image=image, objects=[drawn], more=more, kind="scene")
 
 
-def about(objects: list[tuple[str, str]], relation: str | None) -> dict[str, list[tuple[str, str]]]:
+def questions_about(
+    objects: list[tuple[str, str]], relation: str | None
+) -> dict[str, list[tuple[str, str]]]:
     """All that can be asked about a picture's (color, shape) things, by kind: questions with their
     answers.
 
@@ -187,7 +189,7 @@ def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
     return data.images[chosen], data.target[chosen]
 
 
-def film(
+def draw_clip(
     steps: list[list[tuple]], random: Random, pair_seconds=PAIR_SECONDS
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is seen in each frame -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and when it is shown,
@@ -205,9 +207,9 @@ def film(
     return np.stack(frames), np.concatenate([[0.0], np.cumsum(halves)[:-1]]).astype(np.float32)
 
 
-def moving(random: Random) -> Example:
+def moving_clip(random: Random) -> Example:
     """A silent clip of one shape that moves."""
-    (color, shape), move = things(random, 1)[0], random.choice(list(MOVES))
+    (color, shape), move = random_objects(random, 1)[0], random.choice(list(MOVES))
     dx, dy = MOVES[move]
     n, middle, off = random.choice((4, 6, 8)), CLIP_SIZE / 2, random.uniform(-14, 14)
     along = [(i / (n - 1) - 0.5) * CLIP_SIZE * 0.5 for i in range(n)]
@@ -218,37 +220,39 @@ def moving(random: Random) -> Example:
     return Example(
         "where does the shape go",
         f"the {color} {shape} moves {move}",
-        clip=film([[(color, shape, place, 12)] for place in places], random),
+        clip=draw_clip([[(color, shape, place, 12)] for place in places], random),
         objects=[[(color, shape, place, 12)] for place in halfway],
         kind="video",
     )
 
 
-def in_turn(random: Random, count: int, n: int) -> tuple[list[list[tuple]], list[int]]:
+def shown_in_order(random: Random, count: int, n: int) -> tuple[list[list[tuple]], list[int]]:
     """Things that show one after the other in n frames -> what is seen in each frame, where each
     thing begins.
 
     Things change between two pairs of frames, so that none holds both.
     """
-    shown = [(*thing, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16) for thing in things(random, count)]
+    shown = [
+        (*thing, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16) for thing in random_objects(random, count)
+    ]
     begins = [0, *sorted(2 * pair for pair in random.sample(range(1, n // 2), count - 1))]
     return [[shown[sum(i >= begin for begin in begins) - 1]] for i in range(n)], begins
 
 
-def ordered(random: Random) -> Example:
+def ordered_clip(random: Random) -> Example:
     """A silent clip in which two shapes show one after the other, and which of them was first, or
     last.
     """
-    steps, _ = in_turn(random, 2, random.choice((4, 6, 8)))
-    return first_or_last(steps, film(steps, random), random)
+    steps, _ = shown_in_order(random, 2, random.choice((4, 6, 8)))
+    return first_or_last(steps, draw_clip(steps, random), random)
 
 
 def long_clip(random: Random, pairs: int) -> Example:
     """The same with two to four shapes in many pairs of frames: LONG_PAIRS of them last up to a
     minute.
     """
-    steps, _ = in_turn(random, random.randint(2, 4), 2 * pairs)
-    return first_or_last(steps, film(steps, random, LONG_PAIR_SECONDS), random)
+    steps, _ = shown_in_order(random, random.randint(2, 4), 2 * pairs)
+    return first_or_last(steps, draw_clip(steps, random, LONG_PAIR_SECONDS), random)
 
 
 def first_or_last(steps: list[list[tuple]], clip: tuple, random: Random) -> Example:
@@ -265,13 +269,13 @@ def order_of(steps: list[list[tuple]]) -> list[tuple[str, str]]:
     return list(zip(("what was there first", "what was there last"), said))
 
 
-def sounding(random: Random) -> Example:
+def clip_with_tone(random: Random) -> Example:
     """A clip in which two shapes show one after the other, with a sound while one of them is there.
 
     What is asked is which; what was first and what was last is left to ask.
     """
-    steps, (_, change) = in_turn(random, 2, random.choice((4, 6, 8)))
-    frames, seconds = film(steps, random)
+    steps, (_, change) = shown_in_order(random, 2, random.choice((4, 6, 8)))
+    frames, seconds = draw_clip(steps, random)
     whole = seconds[-1] + (seconds[-1] - seconds[-2])
     second = random.random() < 0.5
     begin, end = (seconds[change], whole) if second else (0.0, seconds[change])

@@ -32,7 +32,7 @@ class Job(NamedTuple):
     pitch: int = 50  # espeak-ng's scale from 0 to 99
 
 
-def synthesise(jobs: list[Job], seed: int) -> list[np.ndarray]:
+def synthesize(jobs: list[Job], seed: int) -> list[np.ndarray]:
     """Speak jobs, PART of them to a process -> int16 arrays [samples] at 16 kHz. Same jobs and
     seed, same samples.
 

@@ -1,7 +1,7 @@
 """Edit distance and word error rate."""
 
 
-def edits(right, heard) -> int:
+def edit_distance(right, heard) -> int:
     """Fewest insertions, deletions and substitutions between two sequences."""
     row = list(range(len(heard) + 1))
     for i, a in enumerate(right, 1):
@@ -11,8 +11,8 @@ def edits(right, heard) -> int:
     return row[-1]
 
 
-def word_error(pairs: list[tuple[str, str]]) -> float:
+def word_error_rate(pairs: list[tuple[str, str]]) -> float:
     """Word error rate of (right, heard) sentences: edits over right words."""
-    return sum(edits(r.split(), h.split()) for r, h in pairs) / sum(
+    return sum(edit_distance(r.split(), h.split()) for r, h in pairs) / sum(
         len(r.split()) for r, _ in pairs
     )

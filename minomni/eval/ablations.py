@@ -17,15 +17,15 @@ from minomni.config import ThinkerConfig
 from minomni.data.grammar import statements
 from minomni.errors import UserError
 from minomni.eval.asr import LONG
-from minomni.eval.evaluator import ANSWERS, Examiner, hard_sentences
+from minomni.eval.evaluator import ANSWERS, Evaluator, hard_sentences
 from minomni.eval.report import MROPE
-from minomni.eval.stats import bootstrap, word_error, word_error_row
+from minomni.eval.stats import bootstrap, word_error_metric, word_error_rate
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
-from minomni.train.checkpoint import graduate
+from minomni.train.checkpoint import load_stages
 from minomni.train.loop import train
-from minomni.train.pipeline import STAGES, TRAINED, make
+from minomni.train.pipeline import STAGES, TRAINED, make_stage
 from minomni.train.recipes import recipe_of
 
 BETAS = 0.03, 0.1, 0.3, 1.0
@@ -42,12 +42,12 @@ def dpo(home: Path, items: int, seed: int) -> str:
     Beside it, habits by which a reward is cheated: speech that gets short, silent, or says a code
     again and again.
     """
-    examiner, sentences = Examiner(load(str(home / "model")), items), hard_sentences()[:items]
+    examiner, sentences = Evaluator(load(str(home / "model")), items), hard_sentences()[:items]
     rows, replies = {}, {}
     for stage, name in (("talker", "before DPO"), ("dpo", "after DPO")):
-        graduate(examiner.omni, home / "stages", [stage])
+        load_stages(examiner.omni, home / "stages", [stage])
         replies[name] = examiner.spoken(sentences)
-        rows[name] = examiner.understood(sentences, replies[name], LONG)
+        rows[name] = examiner.preference_metrics(sentences, replies[name], LONG)
     return "\n\n".join((table(rows), relative_fall(*rows.values()), habits(replies)))
 
 
@@ -58,21 +58,21 @@ def beta(home: Path, items: int, seed: int) -> str:
     Scored on sentences of the training's side, since the stage's beta is chosen by this table.
     """
     examiner, sentences = (
-        Examiner(load(str(home / "model")), items),
+        Evaluator(load(str(home / "model")), items),
         hard_sentences(held=False)[:items],
     )
-    stage = make("dpo", read_json(home / "model" / TRAINED)["size"], home, seed)
+    stage = make_stage("dpo", read_json(home / "model" / TRAINED)["size"], home, seed)
     rows, replies, falls = {}, {}, []
     for value in (None, *BETAS):
         name = "before DPO" if value is None else f"beta {value:g}"
-        graduate(stage.omni, home / "stages", ["talker"])
+        load_stages(stage.omni, home / "stages", ["talker"])
         if value is not None:
             stage.beta = value
             with TemporaryDirectory() as run:
                 train(stage, Path(run))
         examiner.omni.talker.load_state_dict(stage.omni.talker.state_dict())
         replies[name] = examiner.spoken(sentences)
-        rows[name] = examiner.understood(sentences, replies[name], LONG)
+        rows[name] = examiner.preference_metrics(sentences, replies[name], LONG)
         falls.append(f"{name}: {relative_fall(rows['before DPO'], rows[name])}")
     return "\n\n".join((table(rows), "\n".join(falls[1:]), habits(replies)))
 
@@ -111,7 +111,7 @@ def fall(pairs: list[tuple]) -> float:
     """Relative fall of word error over pairs of (edits, words) before and after; 0 where nothing
     was wrong before.
     """
-    before, after = (word_error([pair[i] for pair in pairs]) for i in (0, 1))
+    before, after = (word_error_rate([pair[i] for pair in pairs]) for i in (0, 1))
     return (before - after) / before if before else 0.0
 
 
@@ -122,10 +122,10 @@ def tuning(home: Path, items: int, seed: int) -> str:
     the Talker reads them for some steps.
     """
     omni, size = load(str(home / "model")), read_json(home / "model" / TRAINED)["size"]
-    examiner, folder, rows = Examiner(omni, items), home.parent / "ablate-tuning", {}
+    examiner, folder, rows = Evaluator(omni, items), home.parent / "ablate-tuning", {}
     said = sorted({u.text for u in examiner.teacher.speech.utterances} & statements().keys())
     sentences = said[:: max(1, len(said) // items)][:items]
-    rows["as trained"] = examiner.understood(sentences, examiner.spoken(sentences))
+    rows["as trained"] = examiner.preference_metrics(sentences, examiner.spoken(sentences))
     for name, row in (
         ("chat", "after tuning the Thinker"),
         ("talker", "after tuning the Talker to it"),
@@ -133,7 +133,7 @@ def tuning(home: Path, items: int, seed: int) -> str:
         recipe = replace(recipe_of(name, size), **TUNING[name])
         train(STAGES[name](omni, recipe, home.parent / "corpus", seed + 1), folder)
         omni.eval()
-        rows[row] = examiner.understood(sentences, examiner.spoken(sentences))
+        rows[row] = examiner.preference_metrics(sentences, examiner.spoken(sentences))
     return table(rows)
 
 
@@ -143,11 +143,11 @@ def stage3(home: Path, items: int, seed: int) -> str:
 
     Short ones stand beside them. Fewer items than a row of the card: each is long.
     """
-    examiner, count = Examiner(load(str(home / "model")), items), max(2, items // 2)
+    examiner, count = Evaluator(load(str(home / "model")), items), max(2, items // 2)
     lines = ["| what | before stage 3 | after it | 95 % interval | n |", "|---|---|---|---|---|"]
     columns = []
     for stage in ("thinker2", "thinker3"):
-        graduate(examiner.omni, home / "stages", [stage])
+        load_stages(examiner.omni, home / "stages", [stage])
         columns.append(examiner.long_rows(count))
     for before, after in zip(*columns):
         low, high = after.interval()
@@ -166,10 +166,10 @@ def tmrope(home: Path, items: int, seed: int) -> str:
     size, model = read_json(home / "model" / TRAINED)["size"], str(home / "model")
     run = home.parent / f"{home.name}-mrope"
     (run / "stages").mkdir(parents=True, exist_ok=True)
-    for name in ("ears", "eyes"):
+    for name in ("audio_align", "vision_align"):
         shutil.copy(home / "stages" / f"{name}.safetensors", run / "stages")
     for name in ("language", "thinker1", "thinker2", "thinker3", "chat"):
-        stage = make(name, size, run, seed)
+        stage = make_stage(name, size, run, seed)
         stage.omni.thinker.position_ids = plain_mrope
         if not (run / "stages" / f"{name}.safetensors").exists():
             train(stage, run / "stages", resume=True)
@@ -178,8 +178,8 @@ def tmrope(home: Path, items: int, seed: int) -> str:
         ("TMRoPE", position_ids, home),
         ("plain M-RoPE", plain_mrope, run),
     ):
-        examiner = Examiner(load(model), items)
-        graduate(examiner.omni, stages / "stages", ["chat"])
+        examiner = Evaluator(load(model), items)
+        load_stages(examiner.omni, stages / "stages", ["chat"])
         examiner.omni.thinker.position_ids = places
         rows.append((what, examiner.answers("sync_accuracy", ANSWERS["sync_accuracy"])))
     write_json(home / MROPE, {"sync_accuracy_mrope": rows[1][1].value, "items": items})
@@ -214,7 +214,7 @@ def table(rows: dict[str, list[tuple[int, int]]]) -> str:
     """(edits, words) of the same sentences by name -> a Markdown table of word errors."""
     lines = ["| speech | word error by the judge | 95 % interval | words |", "|---|---|---|---|"]
     for name, items in rows.items():
-        row = word_error_row(name, items)
+        row = word_error_metric(name, items)
         low, high = row.interval()
         lines.append(f"| {name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def jsgf_grammar(said: str = STATEMENT, words=grammar.WORDS) -> str:
     return "#JSGF V1.0;\ngrammar world;\n" + "\n".join(rules) + "\n"
 
 
-class Judge:
+class SpeechRecognizer:
     """Writes down what it hears: a statement, or what else `said` allows. UserError where there is
     no pocketsphinx.
     """
@@ -46,7 +46,7 @@ class Judge:
         self.decoder.add_jsgf_string("world", jsgf_grammar(said, words))
         self.decoder.activate_search("world")
 
-    def hear(self, wave: Tensor, sample_rate: int) -> str:
+    def transcribe(self, wave: Tensor, sample_rate: int) -> str:
         """Float wave [samples] -> the sentence heard, or '' where none is."""
         samples = soxr.resample(wave.detach().numpy(), sample_rate, LISTENING_RATE)
         quiet = np.zeros(

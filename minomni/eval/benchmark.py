@@ -20,20 +20,20 @@ from statistics import median
 import torch
 
 from minomni import config as sizes
-from minomni.chat.generate import seeded, think_and_talk
-from minomni.chat.reply import Reply, SoundPiece, waiting
+from minomni.chat.generate import generate_tokens, seeded
+from minomni.chat.reply import AudioChunk, Reply, required_buffer_s
 from minomni.config import FlowConfig
 from minomni.errors import UserError
 from minomni.files import write_atomically
 from minomni.omni import Omni
-from minomni.token2wav.ode_solver import swift
+from minomni.token2wav.ode_solver import with_euler
 from minomni.token2wav.streaming import (
-    SERVING,
+    RELEASE_SCHEDULE,
     MelStream,
     Schedule,
     SpeechStream,
-    codes_until_sound,
-    eager,
+    codes_until_audio,
+    low_latency_schedule,
 )
 from minomni.token2wav.voice import Voice
 
@@ -48,7 +48,7 @@ STAGES = {
     "sound": "first sound",
 }
 SCHEDULES = {
-    "serving: 3 blocks, 2 back computed again, 1 ahead": SERVING,
+    "serving: 3 blocks, 2 back computed again, 1 ahead": RELEASE_SCHEDULE,
     "3 blocks, the past remembered, 0 ahead": Schedule(((3, 0),)),
     "3 blocks, the past remembered, 1 ahead": Schedule(((3, 1),)),
     "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
@@ -121,7 +121,7 @@ def table(rows: dict[str, tuple[float, str]]) -> str:
 
 
 @contextmanager
-def endless(omni) -> Iterator[None]:
+def without_eos(omni) -> Iterator[None]:
     """Within it an answer's speech does not end of itself, but after ANSWER_S seconds; its text
     within them.
     """
@@ -150,9 +150,9 @@ def timed(work: Callable[[], object]) -> tuple[float, float, object]:
     return time.perf_counter() - clock, time.process_time() - cpu, result
 
 
-def streamed(omni, flow: FlowConfig | None = None) -> tuple[list[SoundPiece], Reply]:
+def streamed(omni, flow: FlowConfig | None = None) -> tuple[list[AudioChunk], Reply]:
     pieces = list(omni.stream(QUESTION, flow=flow))
-    return [piece for piece in pieces if isinstance(piece, SoundPiece)], pieces[-1].reply
+    return [piece for piece in pieces if isinstance(piece, AudioChunk)], pieces[-1].reply
 
 
 def measure(omni) -> Streaming:
@@ -161,18 +161,18 @@ def measure(omni) -> Streaming:
     """
     rows = {}
     omni.respond(QUESTION)  # warm up
-    with endless(omni):
+    with without_eos(omni):
         whole, live, alike = [], [], []
         for _ in range(ROUNDS):
             whole.append(timed(lambda: omni.respond(QUESTION)))
             live.append(timed(lambda: streamed(omni)))
             alike.append(timed(lambda: streamed(omni, omni.config.flow)))
-        predicted = predict(omni, swift(omni.config.flow))
+        predicted = predict(omni, with_euler(omni.config.flow))
     offline_s, offline_cpu = (min(run[i] for run in whole) for i in (0, 1))
     stream_s, stream_cpu, (sounds, reply) = min(live, key=lambda run: run[0])
     alike_cpu = min(run[1] for run in alike)
-    first = min(run[2][1].trace.first("sound") for run in live)
-    text, codes = (reply.trace.times[kind] for kind in ("text", "code"))
+    first = min(run[2][1].timings.first("sound") for run in live)
+    text, codes = (reply.timings.times[kind] for kind in ("text", "code"))
     words, rate = len(text), omni.config.token2wav.codes_per_second
     needed = words * (text[-1] - text[0]) / (words - 1) - words / rate
     rows["first_sound_ms"] = 1e3 * first, "from the question to the first sound"
@@ -193,7 +193,7 @@ def measure(omni) -> Streaming:
         "seconds of work for a second of streamed speech",
     )
     rows["player_waits_ms"] = (
-        1e3 * waiting(sounds),
+        1e3 * required_buffer_s(sounds),
         "how long a player must hold the first sound to play without gap",
     )
     rows["buffer_by_rule_ms"] = (
@@ -203,20 +203,24 @@ def measure(omni) -> Streaming:
             f"tokens at r a second, R = {rate} codes a second"
         ),
     )
-    late = sum(at > reply.trace.first("sound") for at in text)
+    late = sum(at > reply.timings.first("sound") for at in text)
     rows["words_after_first_sound"] = late, "text tokens that come after it"
     rows["prediction_ratio"] = (
         predicted["sound"] / first,
         "predicted : measured time to the first sound",
     )
     rows["session_growth_mb"] = (
-        session_growth(omni),
+        session_memory_growth(omni),
         f"memory that {SESSION_S} s of listening add to the first context",
     )
     stages = {
-        name: (predicted[name], min(run[2][1].trace.first(name) for run in live)) for name in STAGES
+        name: (predicted[name], min(run[2][1].timings.first(name) for run in live))
+        for name in STAGES
     }
-    schedules = {"eager, the default of stream()": eager(omni.token2wav), **SCHEDULES}
+    schedules = {
+        "eager, the default of stream()": low_latency_schedule(omni.token2wav),
+        **SCHEDULES,
+    }
     return Streaming(
         rows, stages, {name: distance(omni, schedule) for name, schedule in schedules.items()}
     )
@@ -228,14 +232,14 @@ def first_sound(omni) -> dict[str, tuple[float, str]]:
 
     Raises UserError for a model that says nothing.
     """
-    with endless(omni):
+    with without_eos(omni):
         if not streamed(omni)[0]:  # which also warms up
             raise UserError("the model answers without speech; there is no first sound to wait for")
         sounds, reply = min(
-            (streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].trace.first("sound")
+            (streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].timings.first("sound")
         )
-    text, code, sound = (reply.trace.times[kind] for kind in ("text", "code", "sound"))
-    needed = codes_until_sound(eager(omni.token2wav), omni.token2wav)
+    text, code, sound = (reply.timings.times[kind] for kind in ("text", "code", "sound"))
+    needed = codes_until_audio(low_latency_schedule(omni.token2wav), omni.token2wav)
     alone = [later - earlier for earlier, later in zip(code, code[1:]) if earlier > text[-1]]
     return {
         "first_text_ms": (1e3 * text[0], "from the question to the first word"),
@@ -255,13 +259,13 @@ def first_sound(omni) -> dict[str, tuple[float, str]]:
             "seconds of work for a second of streamed speech",
         ),
         "player_waits_ms": (
-            1e3 * waiting(sounds),
+            1e3 * required_buffer_s(sounds),
             "how long a player must hold the first sound to play without gap",
         ),
     }
 
 
-def by_chance(size: str, device: str) -> Omni:
+def random_model(size: str, device: str) -> Omni:
     """A model of a size with weights of chance, as fast as a trained one: it answers nonsense in a
     voice of noise.
 
@@ -297,16 +301,16 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
         with torch.no_grad():
             return omni.thinker.read(inputs, omni.thinker.model.new_cache())
 
-    prefill, reading = best(lambda: omni.prepare(QUESTION, None, True, False))[0], None
-    seconds, reading = best(read)
+    prefill, reading = fastest(lambda: omni.prepare(QUESTION, None, True, False))[0], None
+    seconds, reading = fastest(read)
     then = time.perf_counter()
-    for kind, _ in think_and_talk(omni, reading, [voice.bos_token], 0):
+    for kind, _ in generate_tokens(omni, reading, [voice.bos_token], 0):
         now = time.perf_counter()
         cost[kind].append(now - then)
         then = now
-    schedule = eager(omni.token2wav)
-    codes = torch.zeros(1, codes_until_sound(schedule, omni.token2wav), dtype=torch.long)
-    painting, _ = best(
+    schedule = low_latency_schedule(omni.token2wav)
+    codes = torch.zeros(1, codes_until_audio(schedule, omni.token2wav), dtype=torch.long)
+    painting, _ = fastest(
         lambda: next(
             MelStream(omni.token2wav.code2wav_dit_model, voice, flow, schedule, seeded(0)).feed(
                 codes
@@ -317,8 +321,8 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
     def speech():
         return SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
 
-    setting_up, _ = best(speech)
-    sounding, _ = best(lambda: next(wave for wave in speech().feed(codes) if len(wave)))
+    setting_up, _ = fastest(speech)
+    sounding, _ = fastest(lambda: next(wave for wave in speech().feed(codes) if len(wave)))
     early = codes.shape[1]  # later steps have more to look back at
     step = median(cost["text"][2 : early + 1]) + median(cost["code"][1:early])
     until = {"prefill": prefill + seconds}
@@ -334,7 +338,7 @@ def predict(omni, flow: FlowConfig) -> dict[str, float]:
     return until
 
 
-def best(work: Callable[[], object], times: int = 7) -> tuple[float, object]:
+def fastest(work: Callable[[], object], times: int = 7) -> tuple[float, object]:
     """The least of several times, in seconds, and what the work gives."""
     runs = [timed(work) for _ in range(times)]
     return min(run[0] for run in runs), runs[-1][2]
@@ -353,10 +357,10 @@ def distance(omni, schedule: Schedule) -> tuple[int, float]:
     for cut in (schedule, Schedule(((10_000, 0),))):
         stream = MelStream(dit, voice, omni.config.flow, cut, seeded(0))
         mels.append(torch.cat([*stream.feed(codes), *stream.finish()], dim=2))
-    return codes_until_sound(schedule, omni.token2wav), float((mels[0] - mels[1]).abs().mean())
+    return codes_until_audio(schedule, omni.token2wav), float((mels[0] - mels[1]).abs().mean())
 
 
-def session_growth(omni) -> float:
+def session_memory_growth(omni) -> float:
     """Megabytes that SESSION_S seconds of listening add to the process after its first full
     context.
 
@@ -374,7 +378,7 @@ def session_growth(omni) -> float:
         session = omni.listen()
         try:
             while heard < SESSION_S:
-                session.hear(second)
+                session.add_audio(second)
                 heard += 1
         except UserError:
             first = first or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

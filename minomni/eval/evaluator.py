@@ -13,14 +13,14 @@ from minomni.chat.reply import Reply
 from minomni.config import LISTENING_RATE
 from minomni.data import grammar, scenes
 from minomni.data.corpus import corpus
-from minomni.data.examples import TRANSCRIBE, Teacher
+from minomni.data.examples import TRANSCRIBE, ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import told_apart
-from minomni.data.word_errors import edits
-from minomni.eval.asr import ENGLISH, LONG, STATEMENT, Judge
-from minomni.eval.stats import Row, bootstrap, word_error_row
+from minomni.data.word_errors import edit_distance
+from minomni.eval.asr import ENGLISH, LONG, STATEMENT, SpeechRecognizer
+from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import voice_mel
-from minomni.train.checkpoint import graduate
+from minomni.train.checkpoint import load_stages
 
 BATCH = 16  # questions that are answered together
 FRAME = {"the", "is", *" ".join(grammar.RELATIONS).split()}  # around the English words of a test
@@ -37,7 +37,7 @@ ANSWERS = {
 SPOKEN = ("say-spoken", "scene-spoken", "handwriting-spoken", "video-spoken")
 
 
-class Examiner:
+class Evaluator:
     """Asks one model and counts. Its examples come from seeds and sentences that training never
     draws.
     """
@@ -45,7 +45,7 @@ class Examiner:
     def __init__(self, omni, items: int):
         self.omni, self.items = omni, items
         self.cache = paths.runs() / "corpus"
-        self.teacher = Teacher(omni.config, self.cache, held=True)
+        self.teacher = ExampleBuilder(omni.config, self.cache, held=True)
 
     @torch.no_grad()
     def replies(
@@ -67,13 +67,13 @@ class Examiner:
         texts = self.replies(asked, use_audio_in_video=examples[0].sound is not None)
         return [text == example.answer for text, example in zip(texts, examples)]
 
-    def answers(self, name: str, kinds: tuple[str, ...]) -> Row:
+    def answers(self, name: str, kinds: tuple[str, ...]) -> Metric:
         """Share of answers that are right."""
         random = Random(f"held-out-{name}")
         examples = [self.teacher.example(kinds[i % len(kinds)], random) for i in range(self.items)]
-        return Row(name, sum(self.right(examples, random)) / self.items, self.items)
+        return Metric(name, sum(self.right(examples, random)) / self.items, self.items)
 
-    def spoken_over_typed(self) -> Row:
+    def spoken_over_typed(self) -> Metric:
         """Right answers to spoken questions over right answers to the same questions typed (paper,
         table 2).
         """
@@ -82,9 +82,9 @@ class Examiner:
         typed = [replace(example, voice=None) for example in spoken]
         pairs = list(zip(self.right(spoken, random), self.right(typed, random)))
         ratio = lambda rows: sum(a for a, _ in rows) / max(1, sum(b for _, b in rows))  # noqa: E731
-        return Row("spoken_over_typed", ratio(pairs), self.items, bootstrap(ratio, pairs))
+        return Metric("spoken_over_typed", ratio(pairs), self.items, bootstrap(ratio, pairs))
 
-    def hearing(self, name: str, voices: dict) -> Row:
+    def hearing(self, name: str, voices: dict) -> Metric:
         """Word error of writing down held-out spoken sentences."""
         speech = self.teacher.speech
         chosen = [
@@ -93,12 +93,15 @@ class Examiner:
             if u.voice in voices and u.text.startswith("say ")
         ]
         chosen = chosen[: self.items]
-        texts = self.written_down(chosen)
+        texts = self.transcribe_recordings(chosen)
         sentences = [speech.utterances[i].text.split() for i in chosen]
-        items = [(edits(right, text.split()), len(right)) for right, text in zip(sentences, texts)]
-        return word_error_row(name, items)
+        items = [
+            (edit_distance(right, text.split()), len(right))
+            for right, text in zip(sentences, texts)
+        ]
+        return word_error_metric(name, items)
 
-    def written_down(self, chosen: list[int]) -> list[str]:
+    def transcribe_recordings(self, chosen: list[int]) -> list[str]:
         """What the model writes of some recordings of the test."""
         waves = [self.teacher.speech.wave(i) for i in chosen]
         asked = [
@@ -107,7 +110,7 @@ class Examiner:
         ]
         return self.replies([[{"role": "user", "content": content}] for content in asked])
 
-    def english(self) -> list[Row]:
+    def english(self) -> list[Metric]:
         """English words in a sentence, written down and said; nothing where a model knows the
         world's words alone.
 
@@ -117,34 +120,36 @@ class Examiner:
         groups = {"": told_apart(words.trained), "_new": told_apart(words.held)}
         return [row for end, few in groups.items() if few for row in self.english_words(end, few)]
 
-    def english_words(self, end: str, few: list[str]) -> list[Row]:
+    def english_words(self, end: str, few: list[str]) -> list[Metric]:
         """Error of some words, the sentence around them aside: written down by the Thinker, said by
         it, and recorded.
         """
         speech, errors, judge = (
             self.teacher.speech,
             {"asr": [], "speech": [], "natural_speech": []},
-            Judge(ENGLISH, few),
+            SpeechRecognizer(ENGLISH, few),
         )
         chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(few)][
             : self.items
         ]
-        for i, text in zip(chosen, self.written_down(chosen)):
+        for i, text in zip(chosen, self.transcribe_recordings(chosen)):
             utterance = speech.utterances[i]
             reply = self.say(utterance.text, utterance.voice, seed=i)
             right = [word for word in utterance.text.split() if word in few]
             heard = {
                 "asr": text.split(),
-                "speech": hear(judge, reply.wave, reply.sample_rate),
-                "natural_speech": hear(judge, speech.wave(i), LISTENING_RATE),
+                "speech": recognized_words(judge, reply.wave, reply.sample_rate),
+                "natural_speech": recognized_words(judge, speech.wave(i), LISTENING_RATE),
             }
             for name, said in heard.items():
                 errors[name].append(
-                    (edits(right, [word for word in said if word not in FRAME]), len(right))
+                    (edit_distance(right, [word for word in said if word not in FRAME]), len(right))
                 )
-        return [word_error_row(f"english_{name}_wer{end}", items) for name, items in errors.items()]
+        return [
+            word_error_metric(f"english_{name}_wer{end}", items) for name, items in errors.items()
+        ]
 
-    def long_rows(self, count: int) -> list[Row]:
+    def long_rows(self, count: int) -> list[Metric]:
         """Half a minute of speech and a minute of pictures; and the same of short ones, for
         comparison.
         """
@@ -155,24 +160,25 @@ class Examiner:
             texts = self.replies([self.teacher.conversation(example, random) for example in asked])
             right = [example.answer.split() for example in asked]
             rows.append(
-                word_error_row(
-                    name, [(edits(r, text.split()), len(r)) for r, text in zip(right, texts)]
+                word_error_metric(
+                    name,
+                    [(edit_distance(r, text.split()), len(r)) for r, text in zip(right, texts)],
                 )
             )
         long = [scenes.long_clip(random, scenes.LONG_PAIRS) for _ in range(count)]
-        short = [scenes.ordered(random) for _ in range(count)]
+        short = [scenes.ordered_clip(random) for _ in range(count)]
         for name, asked in (
             ("right, clips of about 45 s", long),
             ("right, clips of about 3 s", short),
         ):
-            rows.append(Row(name, sum(self.right(asked, random)) / count, count))
+            rows.append(Metric(name, sum(self.right(asked, random)) / count, count))
         return rows
 
-    def speech(self) -> list[Row]:
+    def speech(self) -> list[Metric]:
         """Word error of spoken held-out sentences by the outside judge, beside that of recordings;
         and the voice.
         """
-        judge, recordings = Judge(), self.teacher.speech
+        judge, recordings = SpeechRecognizer(), self.teacher.speech
         made, streamed, natural, stopped, voices = [], [], [], 0, []
         said = [
             i
@@ -191,11 +197,23 @@ class Examiner:
             utterance = recordings.utterances[i]
             reply = self.say(utterance.text, utterance.voice if own_voices else None, seed=i)
             right = utterance.text.split()
-            made.append((edits(right, hear(judge, reply.wave, reply.sample_rate)), len(right)))
+            made.append(
+                (
+                    edit_distance(right, recognized_words(judge, reply.wave, reply.sample_rate)),
+                    len(right),
+                )
+            )
             live = self.say_live(utterance.text, utterance.voice if own_voices else None, seed=i)
-            streamed.append((edits(right, hear(judge, live, reply.sample_rate)), len(right)))
+            streamed.append(
+                (edit_distance(right, recognized_words(judge, live, reply.sample_rate)), len(right))
+            )
             natural.append(
-                (edits(right, hear(judge, recordings.wave(i), LISTENING_RATE)), len(right))
+                (
+                    edit_distance(
+                        right, recognized_words(judge, recordings.wave(i), LISTENING_RATE)
+                    ),
+                    len(right),
+                )
             )
             longest = self.omni.config.talker_sampling.max_new_tokens
             pace = reply.seconds / (len(recordings.wave(i)) / LISTENING_RATE)
@@ -204,29 +222,31 @@ class Examiner:
                 own_voices and len(reply.wave) > 0 and known.name(reply.wave) == utterance.voice
             )
         return [
-            word_error_row("speech_wer", made),
-            word_error_row("streamed_speech_wer", streamed),
-            word_error_row("natural_speech_wer", natural),
-            Row("stop_errors", stopped / len(said), len(said)),
-            Row("voice_accuracy", sum(voices) / len(said) if own_voices else None, len(said)),
+            word_error_metric("speech_wer", made),
+            word_error_metric("streamed_speech_wer", streamed),
+            word_error_metric("natural_speech_wer", natural),
+            Metric("stop_errors", stopped / len(said), len(said)),
+            Metric("voice_accuracy", sum(voices) / len(said) if own_voices else None, len(said)),
         ]
 
-    def preference(self, stages: Path) -> list[Row]:
+    def preference(self, stages: Path) -> list[Metric]:
         """Word error on hard sentences before and after DPO, the same seeds; None where the stages
         are not kept.
         """
         names = "dpo_wer_before", "dpo_wer_after"
         if not all((stages / f"{stage}.safetensors").exists() for stage in ("talker", "dpo")):
-            return [Row(name, None) for name in names]
+            return [Metric(name, None) for name in names]
         rows, kept = (
             [],
             {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()},
         )
         for name, stage in zip(names, ("talker", "dpo")):
-            graduate(self.omni, stages, [stage])
+            load_stages(self.omni, stages, [stage])
             sentences = hard_sentences()[: self.items]
             rows.append(
-                word_error_row(name, self.understood(sentences, self.spoken(sentences), LONG))
+                word_error_metric(
+                    name, self.preference_metrics(sentences, self.spoken(sentences), LONG)
+                )
             )
         self.omni.talker.load_state_dict(kept)
         return rows
@@ -236,14 +256,15 @@ class Examiner:
         voices = list(self.omni.voices)
         return [self.say(text, voices[i % len(voices)], seed=i) for i, text in enumerate(sentences)]
 
-    def understood(
+    def preference_metrics(
         self, sentences: list[str], replies: list[Reply], said: str = STATEMENT
     ) -> list[tuple[int, int]]:
         """What the judge makes of the sentences' replies -> (edits, words) each."""
-        judge = Judge(said)
-        heard = [hear(judge, reply.wave, reply.sample_rate) for reply in replies]
+        judge = SpeechRecognizer(said)
+        heard = [recognized_words(judge, reply.wave, reply.sample_rate) for reply in replies]
         return [
-            (edits(text.split(), words), len(text.split())) for text, words in zip(sentences, heard)
+            (edit_distance(text.split(), words), len(text.split()))
+            for text, words in zip(sentences, heard)
         ]
 
     def say(self, text: str, voice: str | None, seed: int):
@@ -262,9 +283,9 @@ class Examiner:
         return end.reply.wave
 
 
-def hear(judge: Judge, wave: Tensor, sample_rate: int) -> list[str]:
+def recognized_words(judge: SpeechRecognizer, wave: Tensor, sample_rate: int) -> list[str]:
     """The words the judge hears; none in silence."""
-    return judge.hear(wave, sample_rate).split() if len(wave) else []
+    return judge.transcribe(wave, sample_rate).split() if len(wave) else []
 
 
 def hard_sentences(held: bool = True, count: int = 400) -> list[str]:

@@ -13,9 +13,9 @@ import torch
 
 from minomni import folder_of, load, paths
 from minomni.data import grammar
-from minomni.eval.evaluator import ANSWERS, Examiner
+from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.spoken_digits import check_recordings, leave_one_out
-from minomni.eval.stats import Row, bootstrap
+from minomni.eval.stats import Metric, bootstrap
 from minomni.files import write_atomically
 from minomni.train.pipeline import TRAINED, commit
 
@@ -23,11 +23,11 @@ MROPE = "sync_mrope.json"  # in the run folder: what `ablate tmrope` measured
 
 
 @dataclass
-class Card:
+class Report:
     """All rows of one measurement."""
 
     model: str
-    rows: list[Row]
+    rows: list[Metric]
     seconds: float  # that measuring took
     train_seconds: float | None = None  # that training took, where the model's folder says so
     device: str = "cpu"  # where it was measured
@@ -62,7 +62,9 @@ def hardware(device: str = "cpu") -> str:
     return f"{gpu}{cores} cores ({platform.system()}, {platform.machine()})"
 
 
-def measure(model: str, items: int = 100, digits: Path | None = None, device: str = "cpu") -> Card:
+def measure(
+    model: str, items: int = 100, digits: Path | None = None, device: str = "cpu"
+) -> Report:
     """Score a model by name or folder on held-out material, and on a folder of real spoken digits
     where one is given.
 
@@ -73,42 +75,42 @@ def measure(model: str, items: int = 100, digits: Path | None = None, device: st
     if digits is not None:
         check_recordings(digits)  # before an hour is spent on the other rows
     omni = load(model, device)
-    examiner = Examiner(omni, items)
+    examiner = Evaluator(omni, items)
     rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]
     rows += [
-        mrope_row(folder.parent / MROPE),
+        mrope_metric(folder.parent / MROPE),
         examiner.spoken_over_typed(),
         examiner.hearing("asr_wer", grammar.LISTENING_VOICES),
         examiner.hearing("asr_wer_unseen_voices", grammar.UNSEEN_VOICES),
     ]
-    rows.append(real_digits_row(model, digits))
+    rows.append(spoken_digits_metric(model, digits))
     rows += examiner.speech() + examiner.preference(folder.parent / "stages") + examiner.english()
     trained = folder / TRAINED
     spent = json.loads(trained.read_text(encoding="utf-8"))["seconds"] if trained.exists() else None
-    card = Card(model, rows, time.perf_counter() - began, spent, omni.thinker.device.type)
+    card = Report(model, rows, time.perf_counter() - began, spent, omni.thinker.device.type)
     write_atomically(paths.runs() / "report.md", lambda f: f.write(card.markdown().encode()))
     return card
 
 
-def mrope_row(file: Path) -> Row:
+def mrope_metric(file: Path) -> Metric:
     """What the same model answers about sounds in clips where it was raised without absolute time;
     None if unknown.
     """
     if not file.exists():
-        return Row("sync_accuracy_mrope", None)
+        return Metric("sync_accuracy_mrope", None)
     measured = json.loads(file.read_text(encoding="utf-8"))
-    return Row("sync_accuracy_mrope", measured["sync_accuracy_mrope"], measured["items"])
+    return Metric("sync_accuracy_mrope", measured["sync_accuracy_mrope"], measured["items"])
 
 
-def real_digits_row(model: str, digits: Path | None) -> Row:
+def spoken_digits_metric(model: str, digits: Path | None) -> Metric:
     """Right answers about real spoken digits; the interval draws speakers anew: those of one go
     wrong together.
     """
     if digits is None:
-        return Row("real_digits_accuracy", None)
+        return Metric("real_digits_accuracy", None)
     speakers = list(leave_one_out(model, digits, paths.runs() / "corpus").values())
     share = lambda rows: sum(right for right, _ in rows) / sum(count for _, count in rows)  # noqa: E731
-    return Row(
+    return Metric(
         "real_digits_accuracy",
         share(speakers),
         sum(n for _, n in speakers),

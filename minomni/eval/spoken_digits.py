@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from minomni import load
 from minomni.data import text_to_speech
 from minomni.data.corpus import corpus
-from minomni.data.examples import answered
+from minomni.data.examples import append_answer
 from minomni.data.grammar import NUMBERS
 from minomni.data.jsonl import DIGIT_NAME, WHICH_DIGIT, digit_files
 from minomni.errors import UserError
@@ -38,7 +38,7 @@ ANSWERED = (
 )
 WARP, EQUALISE, STRETCH, HURRY = 0.15, 0.3, 0.5, 0.3  # how far augment() goes
 BLURS = 1, 1, 3, 5, 7, 9  # widths in bands, of which augment() draws one
-LEVELLED = 0.8  # share of a clip's own level that levelled() takes away
+LEVELLED = 0.8  # share of a clip's own level that band_normalized() takes away
 QUIET = 1600  # samples (100 ms) of silence around a recording: many are cut within the first sound
 RANGE = 2.0  # log_mel's units from a clip's loudest point to its floor (80 dB)
 
@@ -74,7 +74,7 @@ def clips_by_speaker(folder: Path) -> dict[str, list[tuple[Tensor, int]]]:
     }
 
 
-def bend(size: int, spread: float, knots: int, random: Random) -> Tensor:
+def random_curve(size: int, spread: float, knots: int, random: Random) -> Tensor:
     """A smooth curve of chance [size] between -spread and spread."""
     heights = torch.tensor([[[random.uniform(-spread, spread) for _ in range(knots)]]])
     return F.interpolate(heights, size=size, mode="linear", align_corners=True)[0, 0]
@@ -92,7 +92,7 @@ def band_levels(mels: list[Tensor]) -> Tensor:
     return torch.cat(mels, dim=1).mean(1, keepdim=True)
 
 
-def levelled(mel: Tensor, levels: Tensor) -> Tensor:
+def band_normalized(mel: Tensor, levels: Tensor) -> Tensor:
     """A log-mel [128, F] with its bands drawn to `levels` [128, 1], by their means over the louder
     half of the frames.
 
@@ -104,7 +104,7 @@ def levelled(mel: Tensor, levels: Tensor) -> Tensor:
     return mel + LEVELLED * (levels - own)
 
 
-def blurred(mel: Tensor, width: int) -> Tensor:
+def smooth_bands(mel: Tensor, width: int) -> Tensor:
     """Every band of a log-mel [128, F] as the mean of the `width` (odd) around it: formants stay,
     the pitch goes.
     """
@@ -115,12 +115,14 @@ def augment(mel: Tensor, random: Random) -> Tensor:
     """A log-mel [128, F] as another throat, another pace, another microphone and another room would
     have it.
     """
-    mel = blurred(mel, random.choice(BLURS))
+    mel = smooth_bands(mel, random.choice(BLURS))
     bands, frames = mel.shape
     throat = (torch.arange(bands) * (1 + random.uniform(-WARP, WARP))).clamp(max=bands - 1)
     mel = resample(mel.T, throat).T  # formants move
     hurry = (
-        bend(max(8, round(frames * exp(random.uniform(-STRETCH, STRETCH)))), HURRY, 5, random)
+        random_curve(
+            max(8, round(frames * exp(random.uniform(-STRETCH, STRETCH)))), HURRY, 5, random
+        )
         .exp()
         .cumsum(0)
     )
@@ -128,7 +130,7 @@ def augment(mel: Tensor, random: Random) -> Tensor:
         mel, (hurry - hurry[0]) / (hurry[-1] - hurry[0]) * (frames - 1)
     )  # some parts faster than others
     mel = F.pad(mel, (random.randint(0, 10), random.randint(0, 10)), value=float(mel.min()))
-    mel = mel + bend(bands, EQUALISE, 6, random)[:, None]
+    mel = mel + random_curve(bands, EQUALISE, 6, random)[:, None]
     if (
         random.random() < 0.8
     ):  # noise fills what is quieter than it; a factor of ten is a quarter of a unit
@@ -136,7 +138,7 @@ def augment(mel: Tensor, random: Random) -> Tensor:
             mel.max()
             - RANGE
             + random.uniform(0, 0.6 * RANGE)
-            + bend(bands, 0.25, 4, random)[:, None]
+            + random_curve(bands, 0.25, 4, random)[:, None]
         )
         noise = level + 0.12 * torch.randn(
             mel.shape, generator=torch.Generator().manual_seed(random.getrandbits(48))
@@ -175,7 +177,7 @@ class DigitsStage(Stage):
         chosen = random.choices(self.people, k=self.recipe.batch - many)
         chosen += random.choices(self.crowd, k=many) if many else []
         random.shuffle(chosen)
-        return [levelled(augment(mel, random), self.levels) for mel, _ in chosen], [
+        return [band_normalized(augment(mel, random), self.levels) for mel, _ in chosen], [
             digit for _, digit in chosen
         ]
 
@@ -184,7 +186,7 @@ class DigitsStage(Stage):
         heard = word_log_probs(self.omni.thinker, mels, self.omni.thinker.audio_tower(mels))
         ctc = losses.ctc(*heard, [self.words[digit] for digit in digits])
         prompts = [question(mel, self.processor) for mel in mels[:ANSWERED]]
-        inputs, targets = answered(
+        inputs, targets = append_answer(
             prompts, [self.answers[digit] for digit in digits[:ANSWERED]], self.tokens.endoftext
         )
         return {"ctc": ctc, "text": losses.next_token(self.omni.thinker(inputs), targets)}
@@ -203,7 +205,7 @@ def question(mel: Tensor, processor: Processor) -> Inputs:
 
 
 @torch.no_grad()
-def right(omni, clips: list[tuple[Tensor, int]], batch: int = 50) -> int:
+def count_correct(omni, clips: list[tuple[Tensor, int]], batch: int = 50) -> int:
     """How many clips are answered right to the letter."""
     processor, texts = Processor(omni.config, omni.tokenizer), []
     for begin in range(0, len(clips), batch):
@@ -214,7 +216,7 @@ def right(omni, clips: list[tuple[Tensor, int]], batch: int = 50) -> int:
     return sum(text == answer(digit) for text, (_, digit) in zip(texts, clips))
 
 
-def crowd(cache: Path) -> list[tuple[Tensor, int]]:
+def synthetic_speakers(cache: Path) -> list[tuple[Tensor, int]]:
     """Log-mels and digits of synthetic voices, without what is above 4 kHz, where the real
     recordings end as well.
 
@@ -235,7 +237,7 @@ def leave_one_out(
     """For every speaker of a folder, how many recordings a model tuned on all others answers right,
     and of how many.
     """
-    clips, others, scores = clips_by_speaker(folder), crowd(cache), {}
+    clips, others, scores = clips_by_speaker(folder), synthetic_speakers(cache), {}
     for speaker, held in clips.items():
         omni = load(model, dtype=torch.float32)  # whatever the folder stores: it is to be trained
         heard = [clip for name in clips if name != speaker for clip in clips[name]]
@@ -243,6 +245,6 @@ def leave_one_out(
         stage = DigitsStage(omni, RECIPE, cache, seed, heard, others)
         with TemporaryDirectory() as run:
             train(stage, Path(run))
-        asked = [(levelled(mel, stage.levels), digit) for mel, digit in held]
-        scores[speaker] = right(omni.eval(), asked), len(held)
+        asked = [(band_normalized(mel, stage.levels), digit) for mel, digit in held]
+        scores[speaker] = count_correct(omni.eval(), asked), len(held)
     return scores

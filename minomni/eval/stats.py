@@ -8,7 +8,7 @@ RESAMPLED = 1000  # draws of the bootstrap
 
 
 @dataclass
-class Row:
+class Metric:
     """One line of the card: a share of `n` items, or of `n` words where it is a word error."""
 
     name: str
@@ -34,17 +34,20 @@ def bootstrap(value, items: list) -> tuple[float, float]:
     return values[int(0.025 * RESAMPLED)], values[int(0.975 * RESAMPLED)]
 
 
-def word_error(items: list[tuple[int, int]]) -> float:
+def word_error_rate(items: list[tuple[int, int]]) -> float:
     """Word error of (edits, words) pairs."""
     return sum(wrong for wrong, _ in items) / max(1, sum(words for _, words in items))
 
 
-def word_error_row(name: str, items: list[tuple[int, int]]) -> Row:
+def word_error_metric(name: str, items: list[tuple[int, int]]) -> Metric:
     """A row of (edits, words) a sentence; its interval draws sentences, since words of one go wrong
     together.
     """
     if not items:
-        return Row(name, None)
-    return Row(
-        name, word_error(items), sum(words for _, words in items), bootstrap(word_error, items)
+        return Metric(name, None)
+    return Metric(
+        name,
+        word_error_rate(items),
+        sum(words for _, words in items),
+        bootstrap(word_error_rate, items),
     )

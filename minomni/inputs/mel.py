@@ -46,7 +46,7 @@ def mel_filters(n_fft: int, bands: int) -> Tensor:
     return (triangles * 2 / (edges[2:] - edges[:-2])).float()
 
 
-def audio_tokens(frames: int) -> int:
+def num_audio_tokens(frames: int) -> int:
     """How many tokens the Thinker's ears make of mel frames: two halvings, one token per 40 ms."""
     return (frames + 1) // 4
 
@@ -69,7 +69,7 @@ def log_power(wave: Tensor) -> Tensor:
     return (mel_filters(LOG_FFT, LOG_BANDS).to(wave.device) @ power).clamp_min(1e-10).log10()
 
 
-def loudness(power: Tensor, peak: Tensor) -> Tensor:
+def normalize_log_mel(power: Tensor, peak: Tensor) -> Tensor:
     """log_power() -> cut 8 (80 dB) below the peak, the clip's loudest point, and scaled to about -1
     ... 1.
     """
@@ -83,7 +83,9 @@ def log_mel(wave: Tensor) -> Tensor:
     Source: release feature extractor; Whisper's recipe with 128 bands.
     """
     power = log_power(wave)
-    return loudness(power, power.amax((-2, -1), keepdim=True))[..., : -(-wave.shape[-1] // HOP)]
+    return normalize_log_mel(power, power.amax((-2, -1), keepdim=True))[
+        ..., : -(-wave.shape[-1] // HOP)
+    ]
 
 
 def voice_mel(wave: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def frame_size(
     return smart_resize(height, width, cell, least, most, name, at_least_a_cell=any_size)
 
 
-def video_tokens(n: int, size: tuple[int, int], vision: VisionEncoderConfig) -> int:
+def num_video_tokens(n: int, size: tuple[int, int], vision: VisionEncoderConfig) -> int:
     """Tokens of n frames, or of one picture (n = 1), of a size in pixels (height, width)."""
     return ceil(n / vision.temporal_patch_size) * size[0] * size[1] // vision.cell_size**2
 

@@ -14,14 +14,14 @@ from minomni.config import OmniConfig
 from minomni.errors import UserError
 from minomni.inputs.item import Item, kind_and_source, parse_item
 from minomni.inputs.media import load_audio, load_image, load_video, name_of
-from minomni.inputs.mel import audio_tokens, log_mel
+from minomni.inputs.mel import log_mel, num_audio_tokens
 from minomni.inputs.patches import (
     Grid,
     frame_size,
     image_patches,
     image_size,
+    num_video_tokens,
     video_patches,
-    video_tokens,
 )
 from minomni.inputs.tokenizer import Tokenizer, special_tokens, valid_unicode
 
@@ -331,7 +331,7 @@ class Processor:
         """Raise UserError where n frames of a size (height, width) are more tokens than fit, before
         they are made.
         """
-        tokens = video_tokens(n, size, self.config.thinker.vision)
+        tokens = num_video_tokens(n, size, self.config.thinker.vision)
         if tokens > self.context:
             frames = f" in {n} frames" if n > 1 else ""
             raise UserError(
@@ -343,7 +343,7 @@ class Processor:
         """Note a wave's mel and return how many tokens it makes."""
         inputs.mels.append(log_mel(wave))
         inputs.peaks.append(float(wave.abs().max()))
-        return audio_tokens(inputs.mels[-1].shape[-1])
+        return num_audio_tokens(inputs.mels[-1].shape[-1])
 
     def _interleave(self, seconds, cells, sound_tokens) -> list[int]:
         """Ids of a video with its sound: both cut every 2 seconds, picture first (paper, sec. 2.2;

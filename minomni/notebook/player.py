@@ -7,8 +7,8 @@ import anywidget
 from IPython.display import Audio, display
 from torch import Tensor
 
-from minomni.chat.reply import End, SoundPiece, TextPiece
-from minomni.notebook.viz import somebody_is_there
+from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk
+from minomni.notebook.viz import is_interactive
 
 
 class Player(anywidget.AnyWidget):
@@ -27,20 +27,22 @@ class Player(anywidget.AnyWidget):
         self.send({"over": True})
 
 
-def heard(pieces: Iterable[TextPiece | SoundPiece | End]) -> Iterator[TextPiece | SoundPiece | End]:
+def seconds_heard(
+    pieces: Iterable[TextChunk | AudioChunk | ReplyDone],
+) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
     """The pieces of a reply once more, each of them heard as it passes by where somebody is there
     to hear it.
 
     At the end comes an ordinary player with the whole, which also works on a page that nobody runs.
     """
-    player = Player() if somebody_is_there() else None
+    player = Player() if is_interactive() else None
     if player:
         display(player)
     for piece in pieces:
-        if player and isinstance(piece, SoundPiece):
+        if player and isinstance(piece, AudioChunk):
             player.feed(piece.wave, piece.sample_rate)
-        if player and isinstance(piece, End):
+        if player and isinstance(piece, ReplyDone):
             player.finish()
-        if isinstance(piece, End) and len(piece.reply.wave):
+        if isinstance(piece, ReplyDone) and len(piece.reply.wave):
             display(Audio(piece.reply.wave.cpu().numpy(), rate=piece.reply.sample_rate))
         yield piece

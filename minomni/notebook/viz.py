@@ -278,11 +278,11 @@ def explore(draw: Callable, size: float = 2.6, **ranges) -> None:
     if middle:
         fixed = ", ".join(f"{name} = {value}" for name, value in middle.items())
         plots[0].figure.suptitle(fixed, x=0.01, ha="left", fontsize=8, color=COLORS["text"])
-    if somebody_is_there():
+    if is_interactive():
         _sliders(draw, size, ranges)
 
 
-def somebody_is_there() -> bool:
+def is_interactive() -> bool:
     """Whether a person's front-end asked for this cell: JupyterLab and its like name the cell,
     programs do not.
     """

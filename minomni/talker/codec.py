@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minomni.config import CodecConfig
-from minomni.layers import attend
+from minomni.layers import attention
 
 FIRST_CODE = 1  # code 0 is the one the DiT sees where guidance drops the condition
 MEL_CENTRE, MEL_SPREAD = -5.0, 3.0  # brings natural-log mels (about -11.5 ... 2) near unit scale
@@ -35,7 +35,7 @@ def ids_to_letters(classes: Tensor) -> str:
     return "".join(LETTERS[c - 1] for c in collapsed if 0 < c <= len(LETTERS))
 
 
-def align(log_probs: Tensor, letters: Tensor) -> Tensor | None:
+def ctc_align(log_probs: Tensor, letters: Tensor) -> Tensor | None:
     """Which letter is being said when: the likeliest way of CTC through a text (Viterbi).
 
     log_probs [T, classes], letters [n] -> index of a letter for each of T moments [T], that of the
@@ -130,7 +130,7 @@ class Block(nn.Module):
         q, k, v = (
             self.qkv(self.attn_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         )  # [N, H, T, D/H] each
-        x = x + self.out(attend(q, k, v, mask=mask).transpose(1, 2).reshape(n, t, d))
+        x = x + self.out(attention(q, k, v, mask=mask).transpose(1, 2).reshape(n, t, d))
         return x + self.ff(self.ff_norm(x))
 
 
@@ -161,9 +161,9 @@ class Codec(nn.Module):
         """Voice mel [B, T, mel_dim], T a multiple of downsample -> codes [B, T / downsample],
         FIRST_CODE and up.
         """
-        return self.quantise(mel)[1]
+        return self.quantize(mel)[1]
 
-    def quantise(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Voice mel [B, T, mel_dim] -> grid values [B, T / downsample, channels] and codes [B, T /
         downsample].
         """

@@ -18,26 +18,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minomni.config import IGNORE_INDEX, SamplingConfig, TalkerConfig, TokenIds
 from minomni.decoder import Decoder, next_position
-from minomni.layers import KVCache, initialise
+from minomni.layers import KVCache, init_weights
 from minomni.sampling import sample
-from minomni.thinker.thinker import ThinkerReply
+from minomni.thinker.thinker import ThinkerOutput
 
 
 @dataclass
-class Script:
+class TalkerInputs:
     """What the Talker speaks from; all in the Thinker's width E."""
 
     prompt: Tensor  # [B, L, E] final states plus embeddings, media embeddings left out
     position_ids: Tensor  # [3, B, L]
     attention_mask: Tensor  # [B, L]
     voice: Tensor  # [B, E] embedding of the voice's token
-    text: list[
+    reply_embeds: list[
         Tensor
-    ]  # per row what text() makes, one line for each step and the last one for ever
+    ]  # per row what reply_embeds() makes, one line for each step and the last one for ever
 
 
 @dataclass
-class Speaking:
+class TalkerState:
     """Where a Talker is in its sequence."""
 
     cache: KVCache
@@ -45,7 +45,7 @@ class Speaking:
     position: Tensor  # [B] id of the next input
 
 
-def text(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
+def reply_embeds(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
     """The text a Talker speaks: r_0 ... r_{n-2} [n - 1, E], then `end` [E], then `pad` [E]. -> [n +
     1, E].
 
@@ -54,7 +54,9 @@ def text(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
     return torch.cat((states, end[None], pad[None])) if len(states) else states
 
 
-def script(reply: ThinkerReply, voices: list[int], tokens: TokenIds, table: nn.Embedding) -> Script:
+def talker_inputs(
+    reply: ThinkerOutput, voices: list[int], tokens: TokenIds, table: nn.Embedding
+) -> TalkerInputs:
     """Turn an answer into a script. voices: token id of the voice of each row; table: the Thinker's
     embeddings.
     """
@@ -62,12 +64,12 @@ def script(reply: ThinkerReply, voices: list[int], tokens: TokenIds, table: nn.E
         [tokens.tts_text_end, tokens.tts_text_pad, *voices], device=table.weight.device
     )
     end, pad, *voices = table(ids)  # [E] each
-    return Script(
+    return TalkerInputs(
         reply.prompt_hidden + reply.prompt_text_embeds,
         reply.position_ids,
         reply.attention_mask,
         torch.stack(voices),
-        [text(row, end, pad) for row in reply.reply_states],
+        [reply_embeds(row, end, pad) for row in reply.reply_states],
     )
 
 
@@ -82,8 +84,8 @@ class Talker(nn.Module):
         self.codec_head = nn.Linear(
             config.decoder.hidden_size, config.decoder.vocab_size, bias=False
         )
-        initialise(self.thinker_to_talker_proj, depth=1)
-        initialise(self.codec_head, depth=1)
+        init_weights(self.thinker_to_talker_proj, depth=1)
+        init_weights(self.codec_head, depth=1)
 
     def forward(
         self,
@@ -113,7 +115,7 @@ class Talker(nn.Module):
         """Codec ids -> their embeddings [..., E]."""
         return self.model.embed_tokens(torch.as_tensor(codes, device=self.codec_head.weight.device))
 
-    def opening(self, script: Script) -> tuple[Tensor, Tensor, Tensor]:
+    def prefill_inputs(self, script: TalkerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Prompt, voice, line 0 -> (embeds [B, L + 2, E], position_ids [3, B, L + 2],
         attention_mask [B, L + 2]).
         """
@@ -132,14 +134,14 @@ class Talker(nn.Module):
             ),
         )
 
-    def prefill(self, script: Script) -> tuple[Tensor, Speaking]:
+    def prefill(self, script: TalkerInputs) -> tuple[Tensor, TalkerState]:
         """Read prompt, voice and first line -> (logits [B, V] of the first code, state)."""
-        embeds, position_ids, mask = self.opening(script)
+        embeds, position_ids, mask = self.prefill_inputs(script)
         cache = self.model.new_cache()
         logits = self(embeds, position_ids, mask, cache)[:, -1]
-        return logits, Speaking(cache, mask, next_position(position_ids, mask))
+        return logits, TalkerState(cache, mask, next_position(position_ids, mask))
 
-    def step(self, codes: Tensor, line: Tensor, state: Speaking) -> Tensor:
+    def step(self, codes: Tensor, line: Tensor, state: TalkerState) -> Tensor:
         """Feed the codes just spoken [B] with the next line of text [B, E] -> logits [B, V]; the
         state moves on.
         """
@@ -153,7 +155,7 @@ class Talker(nn.Module):
         state.position = state.position + 1
         return logits
 
-    def forbidden(self, table_rows: int) -> Tensor:
+    def suppressed_ids(self, table_rows: int) -> Tensor:
         """Ids that are never spoken: bos, and all beyond the DiT's table but the two that end
         speech.
         """
@@ -164,7 +166,7 @@ class Talker(nn.Module):
     @torch.no_grad()
     def steps(
         self,
-        script: Script,
+        script: TalkerInputs,
         sampling: SamplingConfig,
         table_rows: int,
         generator: torch.Generator | None = None,
@@ -176,7 +178,7 @@ class Talker(nn.Module):
         mask, pad and bos. script.text is read one line a step, so a caller may make it longer
         between steps.
         """
-        config, suppress = self.config, self.forbidden(table_rows)
+        config, suppress = self.config, self.suppressed_ids(table_rows)
         done = torch.tensor([not len(row) for row in script.text], device=script.prompt.device)
         history = done.new_zeros(len(done), config.decoder.vocab_size)
         history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
@@ -205,7 +207,7 @@ class Talker(nn.Module):
 
     def generate(
         self,
-        script: Script,
+        script: TalkerInputs,
         sampling: SamplingConfig,
         table_rows: int,
         generator: torch.Generator | None = None,
@@ -226,7 +228,7 @@ class Talker(nn.Module):
         ]
 
     def teacher_forced(
-        self, script: Script, codes: list[Tensor]
+        self, script: TalkerInputs, codes: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The layout at the top of this file for spoken codes [m] per row, rows padded on the
         right.
@@ -234,7 +236,7 @@ class Talker(nn.Module):
         -> (embeds [B, T, E], position_ids [3, B, T], attention_mask [B, T], targets [B, T] with -100 where nothing is
         asked), T = L + 2 + the longest m. forward() on the first three gives the logits of generate(), step by step.
         """
-        embeds, position_ids, mask = self.opening(script)
+        embeds, position_ids, mask = self.prefill_inputs(script)
         device, lengths = (
             embeds.device,
             torch.tensor([len(row) for row in codes], device=embeds.device),

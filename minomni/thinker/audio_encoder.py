@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import AudioEncoderConfig
-from minomni.layers import attend, initialise
+from minomni.layers import attention, init_weights
 
 
 def token_count(frames: int) -> int:
@@ -46,7 +46,7 @@ class AudioAttention(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [blocks, H, T, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # [blocks, T, D]
+        return self.out_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # [blocks, T, D]
 
 
 class AudioLayer(nn.Module):
@@ -83,7 +83,7 @@ class AudioEncoder(nn.Module):
         self.audio_bos_eos_token = nn.Embedding(
             2, config.output_dim
         )  # in the release, and used by nothing
-        initialise(self, config.encoder_layers)
+        init_weights(self, config.encoder_layers)
 
     def blocks(self, mels: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Cut clips [bands, F] into blocks, padded to the longest -> [blocks, bands, W], frames of

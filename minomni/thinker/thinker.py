@@ -12,7 +12,7 @@ from minomni.config import SamplingConfig, ThinkerConfig
 from minomni.decoder import Decoder, next_position
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
-from minomni.layers import KVCache, initialise
+from minomni.layers import KVCache, init_weights
 from minomni.sampling import sample
 from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.tmrope import position_ids as tmrope_ids
@@ -20,7 +20,7 @@ from minomni.thinker.vision_encoder import VisionEncoder
 
 
 @dataclass
-class Reading:
+class PrefillState:
     """What reading a prompt leaves behind: enough to answer, and to give the Talker its context."""
 
     hidden: Tensor  # [B, L, D] after the final norm
@@ -32,7 +32,7 @@ class Reading:
 
 
 @dataclass
-class ThinkerReply:
+class ThinkerOutput:
     """An answer, and all that the Talker is given of it."""
 
     tokens: list[list[int]]  # per row n ids, the stop id included where there is one
@@ -45,7 +45,7 @@ class ThinkerReply:
     attention_mask: Tensor  # [B, L] of the prompt
 
 
-def place(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
+def scatter_features(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
     """Put features [n, D] in order into the n places where [B, L] is true of embeds [B, L, D]."""
     places = int(where.sum())
     if places != len(features):
@@ -68,7 +68,7 @@ class Thinker(nn.Module):
         self.visual = VisionEncoder(config.vision)
         self.model = Decoder(config.text, config.text.hidden_size)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        initialise(self.lm_head, depth=1)
+        init_weights(self.lm_head, depth=1)
         self.tie_head()
 
     def tie_head(self) -> None:
@@ -102,7 +102,7 @@ class Thinker(nn.Module):
             (tokens.image, "images", pictures),
             (tokens.video, "videos", videos),
         ):
-            embeds = place(embeds, ids == token, features, name)
+            embeds = scatter_features(embeds, ids == token, features, name)
             media = media | (ids == token)
         return embeds, words.masked_fill(media[..., None], 0)
 
@@ -111,7 +111,7 @@ class Thinker(nn.Module):
         inputs: Inputs,
         cache: KVCache | None = None,
         note: Callable[[str], object] = lambda what: None,
-    ) -> Reading:
+    ) -> PrefillState:
         """Run the decoder over a batch of prompts, or of whole conversations in training.
 
         note("encode") is called when all has been heard and seen, note("prefill") when all has been
@@ -129,7 +129,7 @@ class Thinker(nn.Module):
         position_ids = self.position_ids(inputs, self.config).to(self.device)
         hidden = self.model(embeds, position_ids, mask, cache)
         note("prefill")
-        return Reading(hidden, text_embeds, position_ids, mask, ids, cache)
+        return PrefillState(hidden, text_embeds, position_ids, mask, ids, cache)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """-> logits [B, L, V], row i for token i + 1."""
@@ -137,7 +137,10 @@ class Thinker(nn.Module):
 
     @torch.no_grad()
     def steps(
-        self, reading: Reading, sampling: SamplingConfig, generator: torch.Generator | None = None
+        self,
+        reading: PrefillState,
+        sampling: SamplingConfig,
+        generator: torch.Generator | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Answer token by token, extending the reading's cache.
 
@@ -176,7 +179,7 @@ class Thinker(nn.Module):
     @torch.no_grad()
     def generate(
         self, inputs: Inputs, sampling: SamplingConfig, generator: torch.Generator | None = None
-    ) -> ThinkerReply:
+    ) -> ThinkerOutput:
         """Answer a batch of prompts. Raises UserError for a prompt that is longer than the context."""
         reading, end = self.read(inputs, self.model.new_cache()), self.config.tokens.im_end
         steps = list(self.steps(reading, sampling, generator))
@@ -190,7 +193,7 @@ class Thinker(nn.Module):
         states = torch.cat(
             [nothing, *(state[:, None] for _, state in steps[1:])], dim=1
         )  # [B, n - 1, D]
-        return ThinkerReply(
+        return ThinkerOutput(
             tokens,
             reading.hidden,
             reading.text_embeds,

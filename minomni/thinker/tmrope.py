@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minomni.config import ThinkerConfig
 from minomni.errors import UserError
-from minomni.inputs.mel import audio_tokens
+from minomni.inputs.mel import num_audio_tokens
 from minomni.inputs.prompt import Inputs, chunk_bounds, video_times
 
 
@@ -24,7 +24,7 @@ def position_ids(inputs: Inputs, config: ThinkerConfig) -> Tensor:
     Raises UserError where the markers and the media do not match.
     """
     ids = torch.ones(3, *inputs.input_ids.shape, dtype=torch.long)
-    sounds = iter([audio_tokens(mel.shape[-1]) for mel in inputs.mels])
+    sounds = iter([num_audio_tokens(mel.shape[-1]) for mel in inputs.mels])
     images, videos = iter(inputs.image_grids), iter(zip(inputs.video_grids, inputs.video_seconds))
     for row, (tokens, mask) in enumerate(
         zip(inputs.input_ids.tolist(), inputs.attention_mask.bool())
@@ -56,47 +56,50 @@ def _row(tokens: list[int], sounds, images, videos, config: ThinkerConfig) -> Te
             both = torch.full((3, 1), start)
             parts += [both, both]  # the two opening markers share one id
             at, start = at + 2, start + 1
-            for segment in video_with_sound(start, grid, seconds, next(sounds), config):
+            for segment in audio_video_positions(start, grid, seconds, next(sounds), config):
                 add(segment)
             both = torch.full((3, 1), start)
             parts += [both, both]  # so do the two closing ones
             at, start = at + 2, start + 1
         elif token == special.audio:
-            add(line(start, next(sounds)))
+            add(text_positions(start, next(sounds)))
         elif token == special.image:
-            add(still(start, next(images), config))
+            add(image_positions(start, next(images), config))
         elif token == special.video:
             grid, seconds = next(videos)
-            add(moving(start, grid, seconds, config))
+            add(video_positions(start, grid, seconds, config))
         else:
-            add(line(start, 1))  # text, one token at a time: the same ids as a run of it
+            add(text_positions(start, 1))  # text, one token at a time: the same ids as a run of it
     return torch.cat(parts, 1)
 
 
-def line(start: int, n: int) -> Tensor:
+def text_positions(start: int, n: int) -> Tensor:
     """Text or sound: t = h = w = start, start + 1, ... -> [3, n]."""
     return torch.arange(start, start + n).expand(3, -1)
 
 
-def still(start: int, grid, config: ThinkerConfig) -> Tensor:
+def image_positions(start: int, grid, config: ThinkerConfig) -> Tensor:
     """A picture: one moment, rows and columns of its merge cells -> [3, cells]."""
     return _cells(start, torch.zeros(1, dtype=torch.long), grid, config)
 
 
-def moving(start: int, grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
+def video_positions(start: int, grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
     """A video: grid step k at trunc(seconds[k] * 25), every step with the same rows and columns ->
     [3, t * cells].
     """
     return _cells(start, video_times(seconds, config.position_id_per_seconds).long(), grid, config)
 
 
-def video_with_sound(
+def audio_video_positions(
     start: int, grid, seconds: Tensor, audio_tokens: int, config: ThinkerConfig
 ) -> list[Tensor]:
     """Both tracks count from the same start and take turns in 2-second chunks, picture first ->
     segments [3, n].
     """
-    picture, sound = moving(start, grid, seconds, config), line(start, audio_tokens)
+    picture, sound = (
+        video_positions(start, grid, seconds, config),
+        text_positions(start, audio_tokens),
+    )
     per_chunk = config.seconds_per_chunk * config.position_id_per_seconds
     times = video_times(seconds, config.position_id_per_seconds)
     cells = picture.shape[1] // len(times)

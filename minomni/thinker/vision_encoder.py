@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import VisionEncoderConfig
-from minomni.layers import RMSNorm, SwiGLU, attend, frequencies, initialise, rotate
+from minomni.layers import (
+    RMSNorm,
+    SwiGLU,
+    apply_rotary,
+    attention,
+    init_weights,
+    rotary_frequencies,
+)
 
 Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
 THETA, EPS = 10_000.0, 1e-6  # not in the release's config.json
@@ -31,7 +38,7 @@ class Segments:
     sin: Tensor
 
 
-def patch_places(grid: Grid, merge: int) -> Tensor:
+def patch_positions(grid: Grid, merge: int) -> Tensor:
     """Frame pair, row and column of each patch in reading order: cell by cell, row by row inside a
     cell -> [N, 3].
     """
@@ -76,10 +83,10 @@ class VisionAttention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q, self.k, self.v)
         )  # [N, H, d]
-        q, k = (rotate(y.float(), segments.cos, segments.sin).to(x.dtype) for y in (q, k))
+        q, k = (apply_rotary(y.float(), segments.cos, segments.sin).to(x.dtype) for y in (q, k))
         sizes = [rows * length for rows, length in segments.shapes]
         parts = [
-            attend(*(y.view(*shape, *y.shape[1:]).transpose(1, 2) for y in qkv))
+            attention(*(y.view(*shape, *y.shape[1:]).transpose(1, 2) for y in qkv))
             .transpose(1, 2)
             .flatten(0, 1)
             for shape, qkv in zip(segments.shapes, zip(*(y.split(sizes) for y in (q, k, v))))
@@ -147,7 +154,7 @@ class VisionEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
-        initialise(self, config.depth)
+        init_weights(self, config.depth)
 
     def plan(self, grids: list[Grid], device: torch.device) -> tuple[Segments, Segments]:
         """Segments of the window blocks and of the whole-frame blocks, for all pictures and frames
@@ -156,11 +163,13 @@ class VisionEncoder(nn.Module):
         config = self.config
         places = torch.cat(
             [
-                F.pad(patch_places(grid, config.spatial_merge_size), (1, 0), value=item)
+                F.pad(patch_positions(grid, config.spatial_merge_size), (1, 0), value=item)
                 for item, grid in enumerate(grids)
             ]
         ).to(device)  # [N, 4]: item, frame pair, row, column
-        inverse = frequencies(config.hidden_size // config.num_heads // 2, THETA, device)  # [d / 4]
+        inverse = rotary_frequencies(
+            config.hidden_size // config.num_heads // 2, THETA, device
+        )  # [d / 4]
         angles = (
             (places[:, 2:, None] * inverse).flatten(1).repeat(1, 2)
         )  # [N, d]: row and column angles, twice

@@ -65,7 +65,7 @@ class AntiAliasedSnake(torch.autograd.Function):
         return double_rate_adjoint(torch.addcmul(grad, grad_angle, a, out=spare)), grad_a, grad_b
 
 
-def continued(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+def pad_edges(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """[B, T, C] -> wide [B, T + 6, C]."""
     return torch.cat([first.expand(-1, 3, -1), x, last.expand(-1, 3, -1)], dim=1)
 
@@ -85,7 +85,7 @@ def add_filtered_adjoint(wide: Tensor, grad: Tensor, phase: int, gain: float = 1
 
 def double_rate(x: Tensor) -> Tensor:
     """[B, T, C] -> even and odd samples at twice the rate, [2, B, T, C]."""
-    wide = continued(x, x[:, :1], x[:, -1:])
+    wide = pad_edges(x, x[:, :1], x[:, -1:])
     halves = x.new_zeros(2, *x.shape)
     add_filtered(halves[0], wide, phase=0, gain=2)
     add_filtered(halves[1], wide, phase=1, gain=2)
@@ -107,8 +107,8 @@ def halve_rate(halves: Tensor) -> Tensor:
     even, odd = halves
     first, last = even[:, :1], odd[:, -1:]
     x = torch.zeros_like(even)
-    add_filtered(x, continued(odd, first, last), phase=0)
-    add_filtered(x, continued(even, first, last), phase=1)
+    add_filtered(x, pad_edges(odd, first, last), phase=0)
+    add_filtered(x, pad_edges(even, first, last), phase=1)
     return x
 
 
@@ -197,10 +197,11 @@ class AMPBlock(nn.Module):
             return list(numbers)
         return [i for i in numbers if self.convs2[i].weight.any() or self.convs2[i].bias.any()]
 
-    def reach(self, pairs: list[int]) -> int:
+    def context_frames(self, pairs: list[int]) -> int:
         """Frames on either side that an output depends on."""
         return sum(
-            reach(self.convs1[i]) + reach(self.convs2[i]) + 2 * Activation.reach for i in pairs
+            reach(self.convs1[i]) + reach(self.convs2[i]) + 2 * Activation.context_frames
+            for i in pairs
         )
 
     def forward(self, x: Tensor, pairs: list[int] | None = None) -> Tensor:
@@ -211,13 +212,13 @@ class AMPBlock(nn.Module):
 
 
 @dataclass(frozen=True)
-class Stage:
+class UpsampleStage:
     """One step of the vocoder: [B, T, C] -> [B, rate * T, C'], an output frame seeing `reach`
     inputs on either side.
     """
 
     run: Callable[[Tensor], Tensor]
-    reach: int
+    context_frames: int
     rate: int = 1
 
 
@@ -251,18 +252,18 @@ class BigVGAN(nn.Module):
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding="same", bias=False)
 
-    def stages(self) -> list["Stage"]:
+    def stages(self) -> list["UpsampleStage"]:
         """What a mel goes through, in order. forward() runs them on a whole one,
-        token2wav/stream.py piece by piece.
+        token2wav/streaming.py piece by piece.
         """
-        stages = [Stage(lambda x: convolve(self.conv_pre, x), reach(self.conv_pre))]
+        stages = [UpsampleStage(lambda x: convolve(self.conv_pre, x), reach(self.conv_pre))]
         for i, (up,) in enumerate(self.ups):
             blocks, rate = self.resblocks[self.kinds * i : self.kinds * (i + 1)], up.stride[0]
             beyond = (
                 up.kernel_size[0] - 1 - up.padding[0]
             )  # samples that an input adds to after its own first one
             stages.append(
-                Stage(
+                UpsampleStage(
                     lambda x, up=up: up(x.transpose(1, 2)).transpose(1, 2).contiguous(),
                     beyond // rate,
                     rate,
@@ -270,35 +271,35 @@ class BigVGAN(nn.Module):
             )  # [B, rate * T, C/2]
             blocks = [(block, block.pairs()) for block in blocks]
             stages.append(
-                Stage(
+                UpsampleStage(
                     lambda x, blocks=blocks: (
                         sum(block(x, pairs) for block, pairs in blocks) / self.kinds
                     ),
-                    max(block.reach(pairs) for block, pairs in blocks),
+                    max(block.context_frames(pairs) for block, pairs in blocks),
                 )
             )
 
         def speak(x):
             return convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
 
-        return [*stages, Stage(speak, Activation.reach + reach(self.conv_post))]
+        return [*stages, UpsampleStage(speak, Activation.context_frames + reach(self.conv_post))]
 
     @property
-    def reach(self) -> float:
+    def context_frames(self) -> float:
         """Mel frames on either side that a sample depends on."""
         frames, rate = 0.0, 1
         for stage in self.stages():
-            frames, rate = frames + stage.reach / rate, rate * stage.rate
+            frames, rate = frames + stage.context_frames / rate, rate * stage.rate
         return frames
 
     def forward(self, mel: Tensor) -> Tensor:
-        x = normalise(mel).transpose(1, 2).contiguous()  # [B, T, C]
+        x = normalize(mel).transpose(1, 2).contiguous()  # [B, T, C]
         for stage in self.stages():
             x = stage.run(x)
         return x.squeeze(-1)  # [B, samples]
 
 
-def normalise(mel: Tensor) -> Tensor:
+def normalize(mel: Tensor) -> Tensor:
     """Natural-log magnitudes to decibels, and those from -115 dB .. 0 dB to -1 .. 1."""
     decibels = 20 * torch.log10(mel.exp().clamp(min=10 ** (-115 / 20))) - 20
     return (2 * (decibels + 115) / 115 - 1).clamp(-1, 1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import DiTConfig, FlowConfig
-from minomni.layers import attend, frequencies
+from minomni.layers import attention, rotary_frequencies
 from minomni.token2wav.ode_solver import solve, time_grid
 from minomni.token2wav.speaker_encoder import SpeakerEncoder
 
@@ -116,7 +116,7 @@ def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass
-class Past:
+class BlockCache:
     """What a layer keeps of the last finished blocks in one look at the field; nothing before the
     first.
     """
@@ -177,7 +177,7 @@ class BlockAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         exists: Tensor | None,
-        past: Past | None = None,
+        past: BlockCache | None = None,
         finished: int = 0,
     ) -> Tensor:
         """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the
@@ -217,7 +217,7 @@ class BlockAttention(nn.Module):
         q, k, v = (
             x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)
         )  # [B * blocks, H, size or seen, d]
-        out = attend(q, k, v, mask)
+        out = attention(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).reshape(*h.shape[:2], -1))  # [B, T, D]
 
 
@@ -317,7 +317,7 @@ class DiT(nn.Module):
     def velocity(self, x: Tensor, time: Tensor, context: Tensor, lacking: int = 0) -> Tensor:
         """forward() with what context() made: x [B, T, 80], time [B] or one number -> [B, T, 80]."""
         time = torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1)  # [B or 1]
-        return self.look(x, context, self.modulations(time), lacking=lacking)
+        return self.look(x, context, self.modulations(time), first_block_missing=lacking)
 
     def look(
         self,
@@ -325,7 +325,7 @@ class DiT(nn.Module):
         context: Tensor,
         modulations: list[tuple[Tensor, ...]],
         start: int = 0,
-        pasts: Sequence[Past | None] | None = None,
+        pasts: Sequence[BlockCache | None] | None = None,
         finished: int = 0,
         lacking: int = 0,
     ) -> Tensor:
@@ -355,7 +355,7 @@ class DiT(nn.Module):
         """cos and sin [T, 1, d/2]; computed at each call, so that a model built on the meta device
         needs no fixing.
         """
-        angles = positions[:, None, None] * frequencies(
+        angles = positions[:, None, None] * rotary_frequencies(
             self.config.head_dim, self.config.rope_theta, positions.device
         )
         return angles.cos(), angles.sin()

@@ -32,12 +32,12 @@ def solve(
     return y
 
 
-def swift(flow: FlowConfig) -> FlowConfig:
+def with_euler(flow: FlowConfig) -> FlowConfig:
     """The same grid by Euler's steps: a quarter of the looks, for speech that must not wait."""
     return replace(flow, solver="euler")
 
 
-def looks(flow: FlowConfig) -> list[Tensor]:
+def evaluation_times(flow: FlowConfig) -> list[Tensor]:
     """The times, each of shape [], at which a solve looks at the field, in its order."""
     times = []
     solve(lambda time, y: times.append(time) or y, torch.zeros(()), time_grid(flow), flow.solver)

@@ -20,9 +20,9 @@ from torch import Tensor
 from minomni.arguments import shown, whole_number
 from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError
-from minomni.token2wav.bigvgan import BigVGAN, Stage, normalise
-from minomni.token2wav.dit import DiT, Past, both_branches, guided
-from minomni.token2wav.ode_solver import looks, solve, time_grid
+from minomni.token2wav.bigvgan import BigVGAN, UpsampleStage, normalize
+from minomni.token2wav.dit import BlockCache, DiT, both_branches, guided
+from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav, check_codes, check_voice
 from minomni.token2wav.voice import Voice
 
@@ -42,7 +42,7 @@ class Schedule:
 
     chunks: tuple[tuple[int, int], ...]
     back: int | None = None
-    lead: int | None = None
+    first_chunk_codes: int | None = None
 
     def __post_init__(self):
         pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
@@ -58,55 +58,60 @@ class Schedule:
             whole_number(
                 ahead, "a schedule of chunks: the blocks that one looks ahead", 0, MOST_BLOCKS
             )
-        for name, value in (("back", self.back), ("lead", self.lead)):
+        for name, value in (("back", self.back), ("lead", self.first_chunk_codes)):
             if value is not None:
                 whole_number(value, f"a schedule of chunks: {name}", 0, MOST_BLOCKS)
 
-    def lacking(self, dit: DiTConfig) -> int:
+    def first_block_missing(self, dit: DiTConfig) -> int:
         """Frames that the first block has less than the others. Raises UserError for a lead that
         fits into no block.
         """
         whole = dit.block_size // dit.repeats
-        if self.lead is not None and not 1 <= self.lead <= whole:
+        if self.first_chunk_codes is not None and not 1 <= self.first_chunk_codes <= whole:
             raise UserError(
-                f"a schedule whose first block has {self.lead} codes; a block of this model has {whole}, "
+                f"a schedule whose first block has {self.first_chunk_codes} codes; a block of this model has {whole}, "
                 f"give 1 to that many"
             )
-        return 0 if self.lead is None else (whole - self.lead) * dit.repeats
+        return (
+            0 if self.first_chunk_codes is None else (whole - self.first_chunk_codes) * dit.repeats
+        )
 
     def first_codes(self, dit: DiTConfig) -> int:
         """How many codes must be there before the first piece of mel."""
-        return (sum(self.chunks[0]) * dit.block_size - self.lacking(dit)) // dit.repeats
+        return (sum(self.chunks[0]) * dit.block_size - self.first_block_missing(dit)) // dit.repeats
 
 
-SERVING = Schedule(chunks=((3, 1),), back=2)  # how the release is served
-MOMENT = (
+RELEASE_SCHEDULE = Schedule(chunks=((3, 1),), back=2)  # how the release is served
+FIRST_CHUNK_FRAMES = (
     5  # frames of sound in the first piece at least: while they are played the next piece is made
 )
 
 
-def eager(token2wav: Token2Wav) -> Schedule:
+def low_latency_schedule(token2wav: Token2Wav) -> Schedule:
     """Soon, then well, then cheaply: no more codes in the first block than the vocoder needs to
     sound for a MOMENT.
     """
     dit = token2wav.config.dit
     frames = (
-        math.ceil(token2wav.code2wav_bigvgan_model.reach + MOMENT) % dit.block_size
+        math.ceil(token2wav.code2wav_bigvgan_model.context_frames + FIRST_CHUNK_FRAMES)
+        % dit.block_size
         or dit.block_size
     )
-    return Schedule(chunks=((1, 0), (1, 0), (2, 1), (4, 1), (8, 1)), lead=-(-frames // dit.repeats))
+    return Schedule(
+        chunks=((1, 0), (1, 0), (2, 1), (4, 1), (8, 1)), first_chunk_codes=-(-frames // dit.repeats)
+    )
 
 
-def codes_until_sound(schedule: Schedule, token2wav: Token2Wav) -> int:
+def codes_until_audio(schedule: Schedule, token2wav: Token2Wav) -> int:
     """How many codes must be there before the first piece of sound: the vocoder may want more than
     one chunk's mel.
     """
     dit, chunks = token2wav.config.dit, [*schedule.chunks]
-    end = -schedule.lacking(dit)
+    end = -schedule.first_block_missing(dit)
     while True:
         blocks, ahead = chunks.pop(0) if len(chunks) > 1 else chunks[0]
         end += blocks * dit.block_size
-        if end > token2wav.code2wav_bigvgan_model.reach:
+        if end > token2wav.code2wav_bigvgan_model.context_frames:
             return (end + ahead * dit.block_size) // dit.repeats
 
 
@@ -131,7 +136,7 @@ class MelStream:
         )
         with torch.no_grad():
             self.speaker = cond, dit.input_embed.spk_encoder(ref_mel)
-            times = torch.stack(looks(flow)).to(device)
+            times = torch.stack(evaluation_times(flow)).to(device)
             parts = [
                 torch.stack(norm, dim=1) for norm in dit.modulations(times)
             ]  # [looks, parts, 1, D] each
@@ -139,9 +144,9 @@ class MelStream:
         self.pasts = (
             None
             if schedule.back is not None
-            else [[Past() for _ in dit.transformer_blocks] for _ in times]
+            else [[BlockCache() for _ in dit.transformer_blocks] for _ in times]
         )
-        self.lacking = schedule.lacking(size)
+        self.first_block_missing = schedule.first_block_missing(size)
         self.codes = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.noise = torch.zeros(1, 0, size.mel_dim, device=device)
         self.chunk = self.done = 0  # chunks and frames that are out
@@ -152,7 +157,7 @@ class MelStream:
         frames, block = self.codes.shape[1] * self.dit.config.repeats, self.dit.config.block_size
         while True:
             blocks, ahead = self.schedule.chunks[min(self.chunk, len(self.schedule.chunks) - 1)]
-            end = self.done + blocks * block - (self.lacking if self.done == 0 else 0)
+            end = self.done + blocks * block - (self.first_block_missing if self.done == 0 else 0)
             if end + ahead * block > frames:
                 return
             yield self.paint(end, end + ahead * block)
@@ -174,7 +179,7 @@ class MelStream:
             self.schedule.back,
         )
         begin = max(self.done - (back or 0) * block, 0)
-        lacking = self.lacking if begin == 0 else 0
+        lacking = self.first_block_missing if begin == 0 else 0
         finished = (lacking + end - begin) // block
         codes = both_branches(self.codes[:, begin // repeats : seen // repeats], self.flow)
         context = self.dit.input_embed.context(
@@ -212,7 +217,7 @@ class StageStream:
     out.
     """
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: UpsampleStage):
         self.stage = stage
         self.tail: Tensor | None = None  # inputs that are needed again
         self.out = 0  # outputs that are out, in inputs of the tail
@@ -223,12 +228,12 @@ class StageStream:
         if not pieces:
             return None
         x = torch.cat(pieces, dim=1)
-        final = x.shape[1] if last else x.shape[1] - self.stage.reach
+        final = x.shape[1] if last else x.shape[1] - self.stage.context_frames
         if final <= self.out:
             self.tail = x
             return None
         y = self.stage.run(x)[:, self.out * self.stage.rate : final * self.stage.rate]
-        dropped = max(final - self.stage.reach, 0)
+        dropped = max(final - self.stage.context_frames, 0)
         self.tail, self.out = x[:, dropped:], final - dropped
         return y
 
@@ -246,7 +251,7 @@ class VocoderStream:
         """The next piece [1, 80, T], or None -> samples [n] that are final now; last: nothing comes
         after it.
         """
-        x = None if mel is None else normalise(mel).transpose(1, 2).contiguous()  # [1, T, 80]
+        x = None if mel is None else normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
         for stage in self.stages:
             x = stage(x, last)
         return torch.zeros(0) if x is None else x[0, :, 0]
@@ -267,7 +272,7 @@ class SpeechStream:
         """note("mel") is called for each piece of mel. Raises UserError for a voice that does not
         fit the model.
         """
-        self.config, self.note = token2wav.config.dit, note
+        self.config, self.mark = token2wav.config.dit, note
         check_voice(voice, self.config)
         self.mel = MelStream(token2wav.code2wav_dit_model, voice, flow, schedule, generator)
         self.vocoder = VocoderStream(token2wav.code2wav_bigvgan_model)
@@ -280,7 +285,7 @@ class SpeechStream:
         """
         check_codes(codes, self.config)
         for mel in self.mel.feed(codes):
-            self.note("mel")
+            self.mark("mel")
             wave = self.vocoder.feed(mel)
             if len(wave):
                 yield wave
@@ -289,7 +294,7 @@ class SpeechStream:
         """No more codes come -> the rest of the waveform, in one piece if there is any."""
         mel = next(self.mel.finish(), None)
         if mel is not None:
-            self.note("mel")
+            self.mark("mel")
         wave = self.vocoder.feed(mel, last=True)
         if len(wave):
             yield wave

@@ -37,7 +37,7 @@ RUN_FILES = (
 
 
 @contextmanager
-def room_for(what: Path):
+def disk_errors(what: Path):
     """Add to the one line about a file that cannot be written how to go on."""
     try:
         with writing(what):
@@ -89,7 +89,7 @@ def clear_home(folder: Path) -> None:
                 entry.unlink()
 
 
-def claim(folder: Path, config: OmniConfig) -> None:
+def check_run_config(folder: Path, config: OmniConfig) -> None:
     """Write the sizes of the model into a new run folder. Raises UserError where a run of other
     sizes lies in it.
     """
@@ -99,7 +99,7 @@ def claim(folder: Path, config: OmniConfig) -> None:
                 f"{folder} holds a run of other sizes; --fresh throws it away, --home works elsewhere"
             )
         return
-    with room_for(folder / "config.json"):
+    with disk_errors(folder / "config.json"):
         write_config(config, folder)
 
 
@@ -108,14 +108,14 @@ def log(folder: Path, entry: dict) -> None:
     own.
     """
     path = folder / "log.jsonl"
-    with room_for(path):
+    with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             cut = file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n"
             file.write(b"\n" * cut + json.dumps(entry).encode() + b"\n")
 
 
-def keep(
+def save_checkpoint(
     folder: Path, name: str, step: int, means: dict, unlocked: dict[str, Tensor], optimizers: list
 ) -> None:
     """Write all that a stage needs to go on."""
@@ -123,11 +123,11 @@ def keep(
     states = [optimizer.state_dict() for optimizer in optimizers]
     state = {"step": step, "means": means, "parameters": parameters, "optimizers": states}
     path = folder / f"{name}.resume.pt"
-    with room_for(path):
+    with disk_errors(path):
         write_atomically(path, lambda f: torch.save(state, f))
 
 
-def restore(
+def load_checkpoint(
     folder: Path, name: str, unlocked: dict[str, Tensor], optimizers: list
 ) -> tuple[int, dict]:
     """Go back to where a stage was kept -> (step, mean losses), (0, {}) where it was not.
@@ -145,9 +145,9 @@ def restore(
         n: p.shape for n, p in unlocked.items()
     }:
         raise UserError(f"{path} belongs to another model; {start_over}")
-    if not all(map(suits, state["optimizers"], optimizers)) or len(state["optimizers"]) != len(
-        optimizers
-    ):
+    if not all(map(matches_optimizer, state["optimizers"], optimizers)) or len(
+        state["optimizers"]
+    ) != len(optimizers):
         raise UserError(f"{path} was kept by other optimizers; {start_over}")
     for key, parameter in unlocked.items():
         parameter.data.copy_(state["parameters"][key])
@@ -183,7 +183,7 @@ def read_checked(path: Path):
 
 
 def is_state(state) -> bool:
-    """Whether this is what keep() writes, for whatever model."""
+    """Whether this is what save_checkpoint() writes, for whatever model."""
     keys = {"step": int, "means": dict, "parameters": dict, "optimizers": list}
     if not isinstance(state, dict) or not all(
         type(state.get(key)) is kind for key, kind in keys.items()
@@ -199,7 +199,7 @@ def is_state(state) -> bool:
     )
 
 
-def suits(kept, optimizer: torch.optim.Optimizer) -> bool:
+def matches_optimizer(kept, optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer can go on from a kept state: the same groups, and for each parameter
     tensors of its shape.
     """
@@ -224,25 +224,25 @@ def suits(kept, optimizer: torch.optim.Optimizer) -> bool:
     return True
 
 
-def finish(folder: Path, name: str, learnt: dict[str, Tensor]) -> None:
+def save_stage(folder: Path, name: str, learnt: dict[str, Tensor]) -> None:
     """Write what a stage learnt and clear away what it needed on its way, halves that a kill left
     behind too.
     """
     tensors = {n: p.detach().cpu().contiguous() for n, p in learnt.items()}
     path = folder / f"{name}.safetensors"
-    with room_for(path):
+    with disk_errors(path):
         write_atomically(path, lambda f: f.write(save(tensors)))
     for left in (folder / f"{name}.resume.pt", *folder.glob(f"{name}.*.part")):
         left.unlink(missing_ok=True)
 
 
-def forget(folder: Path, name: str) -> None:
+def delete_stage(folder: Path, name: str) -> None:
     """Throw away what one stage has left, so that it starts over."""
     for left in (folder / f"{name}.resume.pt", folder / f"{name}.safetensors"):
         left.unlink(missing_ok=True)
 
 
-def graduate(omni: nn.Module, folder: Path, stages: list[str]) -> None:
+def load_stages(omni: nn.Module, folder: Path, stages: list[str]) -> None:
     """Give a model what the named finished stages learnt, in their order.
 
     Raises UserError for one that is missing or damaged, or belongs to another model.

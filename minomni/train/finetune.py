@@ -1,8 +1,8 @@
 """Tuning a trained model on people's own data: `chat` learns the answers, `talker` their
 recordings.
 
-The same loop, losses and hand-over as in stages.py; only where the lessons come from differs
-(own_lines.py).
+The same loop, losses and hand-over as in pipeline.py; only where the lessons come from differs
+(jsonl.py).
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from minomni import load
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.data.batching import pad_mels
-from minomni.data.examples import answered
-from minomni.data.jsonl import Line, Lines, in_turn, prompt, read
+from minomni.data.examples import append_answer
+from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt, read
 from minomni.errors import UserError, shorten
 from minomni.files import writing
 from minomni.inputs.media import load_audio
@@ -26,10 +26,10 @@ from minomni.inputs.mel import HOP, voice_mel
 from minomni.inputs.prompt import Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses
-from minomni.train.checkpoint import graduate
+from minomni.train.checkpoint import load_stages
 from minomni.train.loop import Recipe, Stage, to_device, train
-from minomni.train.pipeline import TRAINED, begin, commit, fingerprint
-from minomni.train.stages.speech import Lesson, code_loss, hand_over
+from minomni.train.pipeline import TRAINED, commit, config_hash, prepare_run
+from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import PARTS
 
 LEAST_STEPS, LEAST_EPOCHS = (
@@ -39,31 +39,31 @@ LEAST_STEPS, LEAST_EPOCHS = (
 MADE_OF = "made_of.json"  # in the run's folder: what is being tuned on what
 
 
-class OwnStage(Stage):
+class FinetuneStage(Stage):
     """Lessons from a file, each once an epoch."""
 
-    def __init__(self, omni, recipe: Recipe, cache: Path, seed: int, lines: Lines):
+    def __init__(self, omni, recipe: Recipe, cache: Path, seed: int, lines: JsonlRows):
         super().__init__(omni, recipe, cache, seed)
         self.lines, self.tokens = lines, omni.config.thinker.tokens
         self.processor = Processor(omni.config, omni.tokenizer)
 
     def chosen(self, place: int) -> int:
         """Which line comes at a place of the epochs."""
-        return in_turn(self.seed, len(self.lines), place)
+        return epoch_index(self.seed, len(self.lines), place)
 
     def batch(self, number):
         first = number * self.recipe.batch
         return [self.lines[self.chosen(place)] for place in range(first, first + self.recipe.batch)]
 
-    def lesson(self, prompts: list, lines: list[Line]):
+    def collate(self, prompts: list, lines: list[JsonlRow]):
         """Inputs and targets [B, L] of prompts and the answers of their lines."""
         answers = [
             self.processor.tokenizer.encode(line.answer) + [self.tokens.im_end] for line in lines
         ]
-        return to_device(answered(prompts, answers, self.tokens.endoftext), self.device)
+        return to_device(append_answer(prompts, answers, self.tokens.endoftext), self.device)
 
 
-class OwnChatStage(OwnStage):
+class FinetuneChatStage(FinetuneStage):
     """Next-token loss on the answers, the whole Thinker unlocked."""
 
     name, learns = "chat", ("thinker.",)
@@ -72,7 +72,7 @@ class OwnChatStage(OwnStage):
         rows = [(prompt(line, self.processor), line) for line in batch]
         rows.sort(key=lambda row: row[0].input_ids.shape[1])
         size = ceil(len(rows) / PARTS)  # rows of like length together, so that little is padding
-        parts = [self.lesson(*zip(*rows[i : i + size])) for i in range(0, len(rows), size)]
+        parts = [self.collate(*zip(*rows[i : i + size])) for i in range(0, len(rows), size)]
         return {
             "text": losses.in_parts(
                 [(self.omni.thinker(inputs), targets) for inputs, targets in parts]
@@ -87,7 +87,7 @@ class OwnChatStage(OwnStage):
         return f"{line.answer!r} -> {self.processor.tokenizer.decode(reply.tokens[0], skip_special=True)!r}"
 
 
-class OwnTalkerStage(OwnStage):
+class FinetuneTalkerStage(FinetuneStage):
     """Next-code loss on the recordings of the answers, spoken from the states of the Thinker as it
     is.
     """
@@ -95,21 +95,22 @@ class OwnTalkerStage(OwnStage):
     name, learns = "talker", ("talker.",)
 
     def chosen(self, place):
-        return self.lines.spoken[in_turn(self.seed, len(self.lines.spoken), place)]
+        return self.lines.spoken[epoch_index(self.seed, len(self.lines.spoken), place)]
 
     def losses(self, batch):
-        rows = hand_over(
-            self.omni.thinker, *self.lesson([prompt(line, self.processor) for line in batch], batch)
+        rows = talker_prompts(
+            self.omni.thinker,
+            *self.collate([prompt(line, self.processor) for line in batch], batch),
         )
         voices = [
             self.omni.voice(line.voice or next(iter(self.omni.voices))).bos_token for line in batch
         ]
         spoken = zip(rows, voices, self.codes(batch), batch)
-        lessons = [Lesson(*row, bos, codes, line.answer) for row, bos, codes, line in spoken]
+        lessons = [TalkerExample(*row, bos, codes, line.answer) for row, bos, codes, line in spoken]
         return {"codes": code_loss(self.omni, lessons)}
 
     @torch.no_grad()
-    def codes(self, lines: list[Line]) -> list[torch.Tensor]:
+    def codes(self, lines: list[JsonlRow]) -> list[torch.Tensor]:
         """What our codec makes of the recordings: codes [m] of each line."""
         hop = HOP * self.omni.config.codec.downsample  # samples a code
         waves = [load_audio(line.speech) for line in lines]
@@ -120,14 +121,14 @@ class OwnTalkerStage(OwnStage):
         ]
 
 
-STAGES = {stage.name: stage for stage in (OwnChatStage, OwnTalkerStage)}
+STAGES = {stage.name: stage for stage in (FinetuneChatStage, FinetuneTalkerStage)}
 RECIPES = {  # rate and batch; the steps follow from the epochs
     "tiny": {"chat": (2e-3, 16), "talker": (2e-3, 16)},
     "small": {"chat": (5e-4, 32), "talker": (5e-4, 32)},
 }
 
 
-def tune(
+def finetune(
     size: str,
     data: Path,
     out: Path,
@@ -154,13 +155,13 @@ def tune(
         raise UserError(f"own data has no stage {stage!r}; its stages are {', '.join(STAGES)}")
     torch.set_num_threads(1)
     run, began = run_of(out), time.perf_counter()
-    begin(run, resume, fresh)
+    prepare_run(run, resume, fresh)
     omni = load(size, device)
     lines = read(data, run, omni)
     if stage == "talker" and not lines.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
     names = [stage] if stage else [name for name in STAGES if name == "chat" or lines.spoken]
-    belongs(
+    check_same_run(
         run,
         {
             "data": lines.digest.hexdigest(),
@@ -175,9 +176,9 @@ def tune(
     for name in names:
         if not (run / "stages" / f"{name}.safetensors").exists():
             train(
-                own_stage(name, size, omni, run, seed, lines, epochs), run / "stages", resume=True
+                make_stage(name, size, omni, run, seed, lines, epochs), run / "stages", resume=True
             )
-        graduate(omni, run / "stages", [name])
+        load_stages(omni, run / "stages", [name])
     omni.eval().requires_grad_(False)
     weights.save(omni, out)
     write_json(
@@ -189,7 +190,7 @@ def tune(
             "stages": names,
             "epochs": epochs,
             "seconds": round(time.perf_counter() - began),
-            "config": fingerprint(omni.config),
+            "config": config_hash(omni.config),
             "commit": commit(),
         },
     )
@@ -217,9 +218,9 @@ def run_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.run")
 
 
-def own_stage(
-    name: str, size: str, omni, run: Path, seed: int, lines: Lines, epochs: int | None
-) -> OwnStage:
+def make_stage(
+    name: str, size: str, omni, run: Path, seed: int, lines: JsonlRows, epochs: int | None
+) -> FinetuneStage:
     """A stage whose steps go through its lines `epochs` times; without a number, as long as is
     sensible.
     """
@@ -242,7 +243,7 @@ def content(omni) -> str:
     return digest.hexdigest()
 
 
-def belongs(run: Path, made_of: dict) -> None:
+def check_same_run(run: Path, made_of: dict) -> None:
     """Note what a run is made of, or raise UserError where it already is made of something else."""
     kept = read_json(run / MADE_OF, optional=True)
     changed = [key for key, value in made_of.items() if kept.get(key, value) != value]

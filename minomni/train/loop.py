@@ -3,7 +3,7 @@ resume.
 
 A batch is a function of (seed, number) alone, so a run that stops and goes on sees what an
 uninterrupted one would have seen, and the checkpoint needs no position in the data. What a run
-leaves on disk is in run_folder.py.
+leaves on disk is in train/checkpoint.py.
 """
 
 import math
@@ -134,7 +134,7 @@ def train(
         parameter.requires_grad_(name in unlocked)
     optimizers = make_optimizers(unlocked, recipe)
     step, means = (
-        checkpoint.restore(folder, stage.name, unlocked, optimizers) if resume else (0, {})
+        checkpoint.load_checkpoint(folder, stage.name, unlocked, optimizers) if resume else (0, {})
     )
     stage.omni.train()
     last = recipe.steps if until is None else until
@@ -158,7 +158,9 @@ def train(
             bar.update()
             if step % every == 0 or step == last:
                 if step < recipe.steps:  # before the log speaks of it: what is logged is safe
-                    checkpoint.keep(folder, stage.name, step, means, unlocked, optimizers)
+                    checkpoint.save_checkpoint(
+                        folder, stage.name, step, means, unlocked, optimizers
+                    )
                 report(
                     stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar
                 )
@@ -170,7 +172,7 @@ def train(
         kept = dict(
             stage.omni.named_parameters()
         )  # a stage may have learnt with parts that it throws away
-        checkpoint.finish(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
+        checkpoint.save_stage(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
     return means
 
 
@@ -233,7 +235,7 @@ def report(
     stage.omni.eval()
     with torch.no_grad():
         shown = stage.sample()
-        samples.leave(stage, folder, step, shown)
+        samples.write_samples(stage, folder, step, shown)
     stage.omni.train()
     speed = stage.recipe.batch * stage.recipe.accumulate / seconds
     left = seconds * (stage.recipe.steps - step)

@@ -20,10 +20,16 @@ from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
 from minomni.errors import UserError
 from minomni.omni import Omni
-from minomni.train.checkpoint import claim, clear_home, forget, graduate, make_home
+from minomni.train.checkpoint import (
+    check_run_config,
+    clear_home,
+    delete_stage,
+    load_stages,
+    make_home,
+)
 from minomni.train.loop import Stage, train
 from minomni.train.recipes import recipe_of
-from minomni.train.stages.audio_align import EarsStage
+from minomni.train.stages.audio_align import AudioAlignStage
 from minomni.train.stages.codec import CodecStage
 from minomni.train.stages.dit import DiTStage
 from minomni.train.stages.dpo import DPOStage
@@ -36,10 +42,10 @@ from minomni.train.stages.thinker import (
     Thinker2Stage,
     Thinker3Stage,
 )
-from minomni.train.stages.vision_align import EyesStage
+from minomni.train.stages.vision_align import VisionAlignStage
 from minomni.train.stages.vocoder import VocoderStage
 
-LANES = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
+WORKERS = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
 TRAINED = "trained.json"  # beside the weights: size, seed, command, seconds, config, commit
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
@@ -48,8 +54,8 @@ STAGES: dict[str, type[Stage]] = {
         VocoderStage,
         DiTStage,
         LanguageStage,
-        EarsStage,
-        EyesStage,
+        AudioAlignStage,
+        VisionAlignStage,
         Thinker1Stage,
         Thinker2Stage,
         Thinker3Stage,
@@ -72,8 +78,8 @@ EXPECTED = {
         "vocoder": (224, "mel 1.013  stft 1.629"),
         "dit": (441, "flow 0.592"),
         "language": (453, "text 0.158  moments 0.348"),
-        "ears": (146, "ctc 0.105  plain 0.125"),
-        "eyes": (150, "cells 0.339  plain 0.067"),
+        "audio_align": (146, "ctc 0.105  plain 0.125"),
+        "vision_align": (150, "cells 0.339  plain 0.067"),
         "thinker1": (18, "text 0.092"),
         "thinker2": (246, "text 0.088  moments 0.348"),
         "thinker3": (78, "text 0.912"),
@@ -87,8 +93,8 @@ EXPECTED = {
         "vocoder": (213, "mel 0.749  stft 1.350"),
         "dit": (226, "flow 0.474"),
         "language": (155, "text 0.835"),
-        "ears": (118, "ctc 1.086"),
-        "eyes": (105, "cells 0.320"),
+        "audio_align": (118, "ctc 1.086"),
+        "vision_align": (105, "cells 0.320"),
         "thinker1": (36, "text 0.259"),
         "thinker2": (65, "text 0.522"),
         "thinker3": (38, "text 1.785"),
@@ -98,7 +104,7 @@ EXPECTED = {
 }
 
 
-def timetable(size: str) -> str:
+def stage_table(size: str) -> str:
     """The stages as a table: what learns and what is locked meanwhile, how long and from what, what
     is to be expected.
 
@@ -157,7 +163,7 @@ def in_short(prefixes) -> str:
     )
 
 
-def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> None:
+def prepare_run(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> None:
     """Make room for a run, or for one stage of it.
 
     Raises UserError where earlier work would be lost, or mixed up, without being asked.
@@ -165,7 +171,7 @@ def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> No
     folder = home / "stages"
     make_home(folder)
     if fresh and stage:
-        forget(folder, stage)
+        delete_stage(folder, stage)
     elif fresh:
         clear_home(folder)
     left = (
@@ -179,7 +185,7 @@ def begin(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> No
     make_home(folder)
 
 
-def graduation(size: str, home: Path, seed: int) -> None:
+def export_model(size: str, home: Path, seed: int) -> None:
     """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and
     voices.
 
@@ -187,7 +193,7 @@ def graduation(size: str, home: Path, seed: int) -> None:
     """
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
-    graduate(omni, home / "stages", list(STAGES))
+    load_stages(omni, home / "stages", list(STAGES))
     tokens = omni.config.thinker.tokens
     omni.tokenizer = world_tokenizer(tokens)
     omni.voices = make_voices(
@@ -196,11 +202,15 @@ def graduation(size: str, home: Path, seed: int) -> None:
     )
     weights.save(omni, home / "model")
     made = {"size": size, "seed": seed, "command": f"python -m minomni train {size} --seed {seed}"}
-    made |= {"seconds": round(spent(home)), "config": fingerprint(omni.config), "commit": commit()}
+    made |= {
+        "seconds": round(elapsed_s(home)),
+        "config": config_hash(omni.config),
+        "commit": commit(),
+    }
     write_json(home / "model" / TRAINED, made)
 
 
-def spent(home: Path, more: float = 0.0) -> float:
+def elapsed_s(home: Path, more: float = 0.0) -> float:
     """Seconds that all calls together have trained in this folder, after adding some."""
     file = home / "stages" / "seconds.json"
     total = read_json(file, optional=True).get("seconds", 0.0) + more
@@ -208,7 +218,7 @@ def spent(home: Path, more: float = 0.0) -> float:
     return total
 
 
-def fingerprint(config: sizes.OmniConfig) -> str:
+def config_hash(config: sizes.OmniConfig) -> str:
     """Stands for all sizes of a model: another config, another fingerprint."""
     return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
 
@@ -227,7 +237,7 @@ def commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def make(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> Stage:
+def make_stage(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> Stage:
     """A stage ready to run: the model as its predecessors left it, on its device.
 
     Raises UserError for an unknown stage or size, a device that is not there, a predecessor that
@@ -236,7 +246,7 @@ def make(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> St
     recipe = recipe_of(name, size)
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
-    graduate(omni, home / "stages", list(STAGES[name].needs))
+    load_stages(omni, home / "stages", list(STAGES[name].needs))
     return STAGES[name](omni.to(device_of(device)), recipe, home.parent / "corpus", seed)
 
 
@@ -246,19 +256,19 @@ def run_stage(
     """Run one stage in this process, on one thread: two stages share two cores better than one
     stage uses both.
 
-    Raises UserError for what make() and train() refuse, and where the folder holds a run of other
+    Raises UserError for what make_stage() and train() refuse, and where the folder holds a run of other
     sizes.
     """
     folder = home / "stages"
-    claim(folder, sizes.size(size))
+    check_run_config(folder, sizes.size(size))
     if resume and (folder / f"{name}.safetensors").exists():
         print(f"stage {name} is finished; --stage {name} --fresh starts it over")
         return
     torch.set_num_threads(1)
-    train(make(name, size, home, seed, device), folder, resume, slot=slot)
+    train(make_stage(name, size, home, seed, device), folder, resume, slot=slot)
 
 
-def way(name: str, size: str) -> float:
+def critical_path_s(name: str, size: str) -> float:
     """Seconds from a stage's start to the end of the last that waits for it; the longest way goes
     first.
 
@@ -266,7 +276,8 @@ def way(name: str, size: str) -> float:
     """
     seconds, _ = EXPECTED.get(size, {}).get(name, (recipe_of(name, size).steps / 4, ""))
     return seconds + max(
-        (way(other, size) for other, stage in STAGES.items() if name in stage.needs), default=0
+        (critical_path_s(other, size) for other, stage in STAGES.items() if name in stage.needs),
+        default=0,
     )
 
 
@@ -306,7 +317,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
         "speaking",
     ):  # once, by all cores, before two stages miss the same recordings
         corpus(name, home.parent / "corpus", english(sizes.size(size).thinker.tokens))
-    order = sorted(STAGES, key=lambda name: -way(name, size))
+    order = sorted(STAGES, key=lambda name: -critical_path_s(name, size))
     command = [
         sys.executable,
         "-m",
@@ -319,7 +330,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
         "--seed",
         str(seed),
     ]
-    lanes = LANES.get(device, LANES["cpu"])
+    lanes = WORKERS.get(device, WORKERS["cpu"])
     while len(done) < len(STAGES):
         while start := start_next(order, done, running, lanes):
             name, lane = start

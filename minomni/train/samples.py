@@ -12,10 +12,10 @@ from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
 from minomni.notebook import viz
 from minomni.talker.codec import Codec, ids_to_letters
-from minomni.train.checkpoint import read_tensors, room_for
+from minomni.train.checkpoint import disk_errors, read_tensors
 
 
-def leave(stage, folder: Path, step: int, shown: str) -> None:
+def write_samples(stage, folder: Path, step: int, shown: str) -> None:
     """Write what a stage can do by now: its line as text; where it makes sound, a wav, a picture
     and what is read.
     """
@@ -24,7 +24,7 @@ def leave(stage, folder: Path, step: int, shown: str) -> None:
         stage.sound(),
         [shown] if shown else [],
     )
-    with room_for(place):
+    with disk_errors(place):
         if sound is not None:
             text, made = sound
             mel, wave = both(made.float().cpu())
@@ -91,7 +91,7 @@ def read(codec, mel: Tensor) -> str:
     whole = len(mel) // codec.config.downsample * codec.config.downsample
     if not whole:
         return ""
-    grid, _ = codec.quantise(mel[None, :whole].to(codec.ctc_head.weight.device))
+    grid, _ = codec.quantize(mel[None, :whole].to(codec.ctc_head.weight.device))
     return ids_to_letters(codec.letters(grid)[0].argmax(-1))
 
 

@@ -4,15 +4,21 @@ from random import Random
 
 import torch
 
-from minomni.data.oracle_features import beep, heard_words
+from minomni.data.oracle_features import audio_words, tone_token
 from minomni.data.scenes import Example
 from minomni.inputs.mel import log_mel
 from minomni.train import losses
-from minomni.train.stages.alignment import PLAIN, SenseStage, classes_of, plainness, word_log_probs
+from minomni.train.stages.alignment import (
+    PLAIN,
+    AlignStage,
+    classes_of,
+    embedding_mse,
+    word_log_probs,
+)
 
 
-class EarsStage(SenseStage):
-    name, learns = "ears", ("thinker.audio_tower.",)
+class AudioAlignStage(AlignStage):
+    name, learns = "audio_align", ("thinker.audio_tower.",)
     about = "the audio encoder learns to point at the words it hears, by CTC (in place of Whisper's weights)"
     data = "spoken questions and sentences, sounds"
 
@@ -33,7 +39,7 @@ class EarsStage(SenseStage):
             )
             mels.append(log_mel(wave))
             words.append(
-                torch.tensor(heard_words(example, self.encode) or [beep(self.encode)]) + 1
+                torch.tensor(audio_words(example, self.encode) or [tone_token(self.encode)]) + 1
             )  # class 0 is silence
         progress = number / (self.recipe.steps * self.recipe.accumulate)
         return (
@@ -52,7 +58,8 @@ class EarsStage(SenseStage):
         )  # [sum of tokens, classes]
         return {
             "ctc": losses.ctc(log_probs, counts, words),
-            "plain": weight * plainness(features, found @ classes_of(thinker, self.tokens.audio)),
+            "plain": weight
+            * embedding_mse(features, found @ classes_of(thinker, self.tokens.audio)),
         }
 
     def sample(self):

@@ -4,13 +4,13 @@ import torch
 
 from minomni.config import MEL_RATE
 from minomni.data.batching import pad_mels, similar_lengths
-from minomni.data.word_errors import edits
+from minomni.data.word_errors import edit_distance
 from minomni.talker.codec import ids_to_letters, letters_to_ids
 from minomni.train import losses
-from minomni.train.stages.mel_stage import VoiceStage
+from minomni.train.stages.mel_stage import MelStage
 
 
-class CodecStage(VoiceStage):
+class CodecStage(MelStage):
     name, learns = "codec", ("codec.",)
     about = "speech tokenizer: reads letters (CTC) and restores the mel from FSQ codes"
 
@@ -25,7 +25,7 @@ class CodecStage(VoiceStage):
     def losses(self, batch):
         mels, frames, letters, conds, mel_weight = batch
         codec = self.omni.codec
-        grid, _ = codec.quantise(mels)
+        grid, _ = codec.quantize(mels)
         mel, lengths = codec.mel(grid, conds), frames // codec.config.downsample
         return {
             "ctc": losses.ctc(codec.letters(grid), lengths, letters),
@@ -45,7 +45,7 @@ class CodecStage(VoiceStage):
                 codec.fsq.values(codes[-1])[None], self.conds([i]).to(self.device)
             )  # [1, T, bands]
             text = self.speech.utterances[i].text.split()
-            wrong, words = wrong + edits(text, self.read(again).split()), words + len(text)
+            wrong, words = wrong + edit_distance(text, self.read(again).split()), words + len(text)
         _, counts = torch.cat(codes).unique(return_counts=True)
         share = counts / counts.sum()
         bits = -(share * share.log2()).sum().item() * MEL_RATE / codec.config.downsample
@@ -56,9 +56,9 @@ class CodecStage(VoiceStage):
 
     def read(self, mel: torch.Tensor) -> str:
         """What the codec reads in a mel [1, T, bands]."""
-        grid, _ = self.omni.codec.quantise(mel)
+        grid, _ = self.omni.codec.quantize(mel)
         return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
 
     def sound(self):
-        grid, _ = self.omni.codec.quantise(self.mel(0)[None].to(self.device))
+        grid, _ = self.omni.codec.quantize(self.mel(0)[None].to(self.device))
         return self.text, self.omni.codec.mel(grid, self.conds([0]).to(self.device))[0]

@@ -5,25 +5,27 @@ from random import Random
 import torch
 from torch.nn import functional as F
 
-from minomni.data.codes import coded
-from minomni.data.corpus import kind_of
+from minomni.data.codes import encode_corpus
+from minomni.data.corpus import sentence_kind
 from minomni.talker.codec import MEL_CENTRE, MEL_SPREAD
 from minomni.train import losses
-from minomni.train.stages.mel_stage import CROP_BLOCKS, VoiceStage
+from minomni.train.stages.mel_stage import CROP_BLOCKS, MelStage
 
 DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
 
 
-class DiTStage(VoiceStage):
+class DiTStage(MelStage):
     name, learns, needs = "dit", ("token2wav.code2wav_dit_model.",), ("codec",)
     about = "flow-matching DiT: codes to mel in sliding blocks"
 
     def __init__(self, *args):
         super().__init__(*args)
         with torch.no_grad():
-            codes = coded(self.omni.codec, self.spoken, self.cache)
+            codes = encode_corpus(self.omni.codec, self.spoken, self.cache)
             self.codes = [
-                row for row, u in zip(codes, self.spoken.utterances) if kind_of(u.text) != "long"
+                row
+                for row, u in zip(codes, self.spoken.utterances)
+                if sentence_kind(u.text) != "long"
             ]
             self.start_from_sounds()
 

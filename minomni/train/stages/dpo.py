@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from minomni.config import SamplingConfig
-from minomni.data.examples import Teacher
-from minomni.data.word_errors import edits
+from minomni.data.examples import ExampleBuilder
+from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
 from minomni.train import losses
-from minomni.train.stages.speech import THINKER, Lesson, SpeechStage, hand_over, to_script
+from minomni.train.stages.speech import THINKER, SpeechStage, TalkerExample, collate, talker_prompts
 
 PAUSE = 8  # codes (a third of a second) without a letter that are no pause yet
 
@@ -33,14 +33,15 @@ class DPOStage(SpeechStage):
             temperature=0.6, top_k=0, top_p=0.9, repetition_penalty=1.0, max_new_tokens=room
         )
         self.pairs = []
-        for part in self.wishes():
+        for part in self.dpo_prompts():
             tried = self.speak(
                 [lesson for lesson in part for _ in range(self.tries)], varied, generator
             )
             for i, lesson in enumerate(part):
                 ours = tried[i * self.tries :][: self.tries]
                 ranked = sorted(
-                    (self.faults(lesson.text, codes), number) for number, codes in enumerate(ours)
+                    (self.error_score(lesson.text, codes), number)
+                    for number, codes in enumerate(ours)
                 )
                 (fewest, best), (most, worst) = ranked[0], ranked[-1]
                 if most > fewest + 1 and len(ours[best]):
@@ -58,9 +59,9 @@ class DPOStage(SpeechStage):
         ]
         return lessons
 
-    def wishes(self) -> list[list[Lesson]]:
+    def dpo_prompts(self) -> list[list[TalkerExample]]:
         """Long sentences to say, in any voice, without codes: nobody has said them yet. In batches."""
-        teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 12)
+        teacher, random = ExampleBuilder(self.omni.config, self.cache), Random(self.seed + 12)
         examples = [teacher.example("say-long", random) for _ in range(self.prompts)]
         voices, nothing = (
             [voice.bos_token for voice in self.voices.values()],
@@ -69,24 +70,24 @@ class DPOStage(SpeechStage):
         parts = []
         for begin in range(0, len(examples), 32):
             part = examples[begin : begin + 32]
-            rows = hand_over(
-                self.omni.thinker, *teacher.lesson([[example] for example in part], random)
+            rows = talker_prompts(
+                self.omni.thinker, *teacher.collate([[example] for example in part], random)
             )
             parts.append(
                 [
-                    Lesson(*row, random.choice(voices), nothing, x.answer)
+                    TalkerExample(*row, random.choice(voices), nothing, x.answer)
                     for row, x in zip(rows, part)
                 ]
             )
         return parts
 
-    def faults(self, text: str, codes: Tensor) -> float:
+    def error_score(self, text: str, codes: Tensor) -> float:
         """What is wrong with some speech: letters that our own codec misreads, and stretches of
         silence within.
         """
-        return edits(text, self.hear(codes)) + self.stalls(codes)
+        return edit_distance(text, self.transcribe(codes)) + self.long_pauses(codes)
 
-    def stalls(self, codes: Tensor) -> float:
+    def long_pauses(self, codes: Tensor) -> float:
         """Codes without a letter, those beyond PAUSE at a time, between the first letter and the
         last; two a fault.
         """
@@ -99,7 +100,7 @@ class DPOStage(SpeechStage):
     def _log_probs(self, pairs):
         """Log-probabilities [2, B] of the better and the worse codes."""
         lessons, better, worse = zip(*pairs)
-        script = to_script([*lessons, *lessons], self.tokens, self.table)
+        script = collate([*lessons, *lessons], self.tokens, self.table)
         embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(
             script, [*better, *worse]
         )

@@ -4,7 +4,7 @@ from random import Random
 
 import torch
 
-from minomni.data.corpus import balanced, corpus, make_voices, without_long
+from minomni.data.corpus import corpus, drop_long, make_voices, sampling_weights
 from minomni.data.vocabulary import english
 from minomni.inputs.mel import voice_mel
 from minomni.train.loop import Stage
@@ -15,7 +15,7 @@ CROP_BLOCKS = (
 )  # attention blocks of mel in a training crop of the DiT; short sentences have no more than three
 
 
-class VoiceStage(Stage):
+class MelStage(Stage):
     """What the three stages share: the speaking corpus and the voices in it."""
 
     data = "spoken sentences"
@@ -23,8 +23,8 @@ class VoiceStage(Stage):
     def __init__(self, *args):
         super().__init__(*args)
         self.spoken = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
-        self.speech = without_long(self.spoken)  # long ones would take steps and teach nothing new
-        self.weights = balanced([u.text for u in self.speech.utterances])
+        self.speech = drop_long(self.spoken)  # long ones would take steps and teach nothing new
+        self.weights = sampling_weights([u.text for u in self.speech.utterances])
         self.voices = make_voices(self.speech, first_bos=0)
         self.lengths = [u.end - u.start for u in self.speech.utterances]
         self.text = self.speech.utterances[0].text  # of the utterance that is sampled

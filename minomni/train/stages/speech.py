@@ -8,18 +8,18 @@ from torch import Tensor
 
 from minomni.config import IGNORE_INDEX, SamplingConfig
 from minomni.data.batching import similar_lengths
-from minomni.data.codes import coded, digest
-from minomni.data.corpus import FIRST_VOICE, balanced, corpus, make_voices
-from minomni.data.examples import Teacher
+from minomni.data.codes import cache_key, encode_corpus
+from minomni.data.corpus import FIRST_VOICE, corpus, make_voices, sampling_weights
+from minomni.data.examples import ExampleBuilder
 from minomni.data.vocabulary import english
-from minomni.data.word_errors import edits
+from minomni.data.word_errors import edit_distance
 from minomni.files import write_atomically
 from minomni.talker.codec import ids_to_letters
-from minomni.talker.talker import Script, text
+from minomni.talker.talker import TalkerInputs, reply_embeds
 from minomni.train import losses
 from minomni.train.loop import Stage
 
-THINKER = ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3", "chat")
+THINKER = ("language", "audio_align", "vision_align", "thinker1", "thinker2", "thinker3", "chat")
 CONTEXTS = {
     "say-typed": 6,
     "say-spoken": 1,
@@ -32,7 +32,7 @@ CONTEXTS = {
 
 
 @dataclass
-class Lesson:
+class TalkerExample:
     """One answer to speak: what the Thinker hands over, and the codes that say it."""
 
     prompt: Tensor  # [L, E] final states plus text embeddings
@@ -40,13 +40,13 @@ class Lesson:
     states: Tensor  # [n - 1, E] of the reply
     voice: int  # token id
     codes: Tensor  # [m]
-    text: str
+    reply_embeds: str
     words: Tensor | None = (
         None  # [m] which word of the text each code says, counted from 0; None where unknown
     )
 
 
-def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
+def talker_prompts(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Per row of a lesson: prompt [L, E], its position ids [3, L], reply states [n - 1, E]; no
     padding, on the CPU.
     """
@@ -69,7 +69,7 @@ def hand_over(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
     return rows
 
 
-def to_script(lessons: list[Lesson], tokens, table) -> Script:
+def collate(lessons: list[TalkerExample], tokens, table) -> TalkerInputs:
     """A batch of lessons as the Talker reads it, prompts padded on the left, on the device of the
     Thinker's table.
     """
@@ -95,13 +95,13 @@ def to_script(lessons: list[Lesson], tokens, table) -> Script:
         table.weight[tokens.tts_text_pad].detach(),
     )
     voice = table.weight[torch.tensor([x.voice for x in lessons])].detach()
-    lines = [text(x.states.to(device), end, pad) for x in lessons]
-    return Script(prompt.to(device), positions.to(device), mask.to(device), voice, lines)
+    lines = [reply_embeds(x.states.to(device), end, pad) for x in lessons]
+    return TalkerInputs(prompt.to(device), positions.to(device), mask.to(device), voice, lines)
 
 
-def code_loss(omni, lessons: list[Lesson]) -> Tensor:
+def code_loss(omni, lessons: list[TalkerExample]) -> Tensor:
     """Mean next-code loss of the Talker on some lessons."""
-    script = to_script(lessons, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
+    script = collate(lessons, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
     embeds, position_ids, mask, targets = omni.talker.teacher_forced(
         script, [lesson.codes for lesson in lessons]
     )
@@ -126,33 +126,33 @@ class SpeechStage(Stage):
         self.tokens = self.omni.config.thinker.tokens
         self.omni.eval()
         with torch.no_grad():
-            self.lessons = self.prepare()
+            self.examples = self.prepare()
         self.lengths = [
-            (len(x.prompt) // 8, len(x.codes)) for x in self.lessons
+            (len(x.prompt) // 8, len(x.codes)) for x in self.examples
         ]  # each is padded on its own
-        self.weights = balanced([x.text for x in self.lessons])
+        self.weights = sampling_weights([x.text for x in self.examples])
 
-    def prepare(self) -> list[Lesson]:
+    def prepare(self) -> list[TalkerExample]:
         """One lesson for every recording, kept in a file that is named by what made them: dpo and
         speakers share it.
         """
         path = (
             self.cache
-            / f"{self.kept}-{digest([self.omni.thinker, self.omni.codec], self.seed, self.speech.utterances)}.pt"
+            / f"{self.kept}-{cache_key([self.omni.thinker, self.omni.codec], self.seed, self.speech.utterances)}.pt"
         )
         if path.exists():
-            return [Lesson(**row) for row in torch.load(path, weights_only=True)]
-        lessons = self.make_lessons()
+            return [TalkerExample(**row) for row in torch.load(path, weights_only=True)]
+        lessons = self.make_examples()
         rows = [vars(lesson) for lesson in lessons]
         write_atomically(path, lambda f: torch.save(rows, f))
         return lessons
 
-    def make_lessons(self) -> list[Lesson]:
+    def make_examples(self) -> list[TalkerExample]:
         """For every recording a context in which its sentence is the answer, read by the finished
         Thinker.
         """
-        teacher, random = Teacher(self.omni.config, self.cache), Random(self.seed + 11)
-        codes, lessons = coded(self.omni.codec, self.speech, self.cache), []
+        teacher, random = ExampleBuilder(self.omni.config, self.cache), Random(self.seed + 11)
+        codes, lessons = encode_corpus(self.omni.codec, self.speech, self.cache), []
         asked = self.questions(teacher, random)
         for begin in range(0, len(self.speech), 32):
             utterances = self.speech.utterances[begin : begin + 32]
@@ -160,11 +160,11 @@ class SpeechStage(Stage):
                 asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text)
                 for u in utterances
             ]
-            rows = hand_over(
-                self.omni.thinker, *teacher.lesson([[example] for example in examples], random)
+            rows = talker_prompts(
+                self.omni.thinker, *teacher.collate([[example] for example in examples], random)
             )
             lessons += [
-                Lesson(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
+                TalkerExample(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
                 for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
             ]
         return lessons
@@ -183,41 +183,41 @@ class SpeechStage(Stage):
         indices = similar_lengths(
             self.lengths, self.recipe.batch, self.seed, number, self.weights, pool=32
         )
-        return [self.lessons[i] for i in indices]
+        return [self.examples[i] for i in indices]
 
     def losses(self, batch):
         return {"codes": code_loss(self.omni, batch)}
 
     def speak(
-        self, lessons: list[Lesson], sampling: SamplingConfig, generator=None
+        self, lessons: list[TalkerExample], sampling: SamplingConfig, generator=None
     ) -> list[Tensor]:
         """Codes the Talker says for some lessons."""
         rows = self.omni.config.token2wav.dit.num_embeds + 1
         return self.omni.talker.generate(
-            to_script(lessons, self.tokens, self.table), sampling, rows, generator
+            collate(lessons, self.tokens, self.table), sampling, rows, generator
         )
 
     def letters(self, codes: Tensor) -> Tensor:
         """What our own codec reads in codes [m], as log-probabilities [m, classes]."""
         return self.omni.codec.letters(self.omni.codec.fsq.values(codes.to(self.device))[None])[0]
 
-    def hear(self, codes: Tensor) -> str:
+    def transcribe(self, codes: Tensor) -> str:
         """What our own codec reads in codes; the outside judge is kept for the report."""
         return ids_to_letters(self.letters(codes).argmax(-1)) if len(codes) else ""
 
     def sample(self):
         generator = torch.Generator(self.device).manual_seed(0)
-        chosen = self.lessons[:: max(1, len(self.lessons) // 16)][:16]
+        chosen = self.examples[:: max(1, len(self.examples) // 16)][:16]
         said = self.speak(chosen, self.omni.config.talker_sampling, generator)
-        heard = [self.hear(codes) for codes in said]
-        wrong = sum(edits(x.text.split(), h.split()) for x, h in zip(chosen, heard)) / sum(
+        heard = [self.transcribe(codes) for codes in said]
+        wrong = sum(edit_distance(x.text.split(), h.split()) for x, h in zip(chosen, heard)) / sum(
             len(x.text.split()) for x in chosen
         )
         return f"own reader's word error {wrong:.0%}; {chosen[0].text!r} -> {heard[0]!r}"
 
     def sound(self):
         lesson, codec, generator = (
-            self.lessons[0],
+            self.examples[0],
             self.omni.codec,
             torch.Generator(self.device).manual_seed(0),
         )

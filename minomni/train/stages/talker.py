@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from minomni.config import IGNORE_INDEX
 from minomni.data.vocabulary import world_tokenizer
-from minomni.talker.codec import align, letters_to_ids
+from minomni.talker.codec import ctc_align, letters_to_ids
 from minomni.train import losses
-from minomni.train.stages.speech import THINKER, Lesson, SpeechStage, to_script
+from minomni.train.stages.speech import THINKER, SpeechStage, TalkerExample, collate
 
 SPACE = int(letters_to_ids(" "))
 PLACES = 32  # words of an answer that are told apart by their number
@@ -42,15 +42,15 @@ class TalkerStage(SpeechStage):
         )
         self.place_head.to(self.device)
 
-    def make_lessons(self):
-        return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().make_lessons()]
+    def make_examples(self):
+        return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().make_examples()]
 
     def words_said(self, text: str, codes: Tensor) -> Tensor | None:
         """Which word of a text each of its codes says [m], as our codec reads them; None where it
         cannot tell.
         """
         letters = letters_to_ids(text)
-        places = align(self.letters(codes), letters)
+        places = ctc_align(self.letters(codes), letters)
         return None if places is None else (letters == SPACE).cumsum(0)[places]
 
     def parameters(self):
@@ -60,7 +60,7 @@ class TalkerStage(SpeechStage):
 
     def losses(self, lessons):
         omni, tokens = self.omni, self.omni.config.thinker.tokens
-        script = to_script(lessons, tokens, omni.thinker.model.embed_tokens)
+        script = collate(lessons, tokens, omni.thinker.model.embed_tokens)
         embeds, position_ids, mask, targets = omni.talker.teacher_forced(
             script, [x.codes for x in lessons]
         )
@@ -75,7 +75,7 @@ class TalkerStage(SpeechStage):
             "word": PLACE * losses.next_token(word, words),
         }
 
-    def said(self, lessons: list[Lesson], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def said(self, lessons: list[TalkerExample], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Where codes are asked for, targets [B, T]: which word of the text is said, and its first
         token [B, T] each.
         """

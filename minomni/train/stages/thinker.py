@@ -2,8 +2,8 @@
 3 and 4.2).
 
 The release starts from Qwen2.5's weights; here `language` takes their place: a decoder that has
-read the world's sentences. The encoders' first lessons are in sense_stages.py; what all are taught
-is in teacher.py.
+read the world's sentences. The encoders' first lessons are in alignment.py; what all are taught
+is in examples.py.
 """
 
 from random import Random
@@ -11,8 +11,8 @@ from random import Random
 import torch
 
 from minomni.config import IGNORE_INDEX
-from minomni.data.examples import Teacher, about_tokens
-from minomni.data.oracle_features import imagine
+from minomni.data.examples import ExampleBuilder, estimated_tokens
+from minomni.data.oracle_features import oracle_embeds
 from minomni.data.scenes import Example
 from minomni.inputs.prompt import Inputs
 from minomni.train import losses
@@ -34,7 +34,7 @@ class ThinkerStage(Stage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.teacher = Teacher(self.omni.config, self.cache)
+        self.teacher = ExampleBuilder(self.omni.config, self.cache)
 
     def batch(self, number):
         """Parts of a batch: examples of conversations of about equal length, with inputs, targets
@@ -44,25 +44,28 @@ class ThinkerStage(Stage):
         mixture = self.mixture_at(number)
         kinds = random.choices(list(mixture), weights=list(mixture.values()), k=self.recipe.batch)
         talks = sorted(
-            (self.talk(kind, random) for kind in kinds),
-            key=lambda talk: sum(map(about_tokens, talk)),
+            (self.dialogue(kind, random) for kind in kinds),
+            key=lambda talk: sum(map(estimated_tokens, talk)),
         )
         size = -(-len(talks) // PARTS)
         parts = [talks[i : i + size] for i in range(0, len(talks), size)]
-        return [(sum(part, []), *self.teacher.lesson(part, random)) for part in parts]
+        return [(sum(part, []), *self.teacher.collate(part, random)) for part in parts]
 
     def mixture_at(self, number: int) -> dict[str, float]:
         """The mixture from which a batch is drawn."""
         return self.mixture
 
-    def talk(self, kind: str, random: Random) -> list[Example]:
+    def dialogue(self, kind: str, random: Random) -> list[Example]:
         """One conversation of a batch."""
-        return self.teacher.talk(kind, random)
+        return self.teacher.dialogue(kind, random)
 
     def losses(self, batch):
         answers, seen = [], []
         for examples, inputs, targets in batch:
-            logits, moments = self.logits(examples, inputs), self.teacher.moments(examples, inputs)
+            logits, moments = (
+                self.logits(examples, inputs),
+                self.teacher.frame_targets(examples, inputs),
+            )
             answers.append((logits, targets))
             seen += [(logits, moments)] if (moments != IGNORE_INDEX).any() else []
         text = {"text": losses.in_parts(answers)}
@@ -125,7 +128,7 @@ class LanguageStage(ThinkerStage):
 
     def logits(self, examples, inputs):
         thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
-        embeds = imagine(examples, inputs, thinker, encode)
+        embeds = oracle_embeds(examples, inputs, thinker, encode)
         positions = thinker.position_ids(inputs, thinker.config).to(self.device)
         hidden = thinker.model(embeds, positions, inputs.attention_mask.to(self.device))
         return thinker.lm_head(hidden)
@@ -134,7 +137,7 @@ class LanguageStage(ThinkerStage):
 class Thinker1Stage(ThinkerStage):
     name, needs, learns = (
         "thinker1",
-        ("language", "ears", "eyes"),
+        ("language", "audio_align", "vision_align"),
         ("thinker.audio_tower.", "thinker.visual."),
     )
     about = "pre-training 1: the decoder is locked, the encoders learn to speak its language"
@@ -144,7 +147,11 @@ class Thinker1Stage(ThinkerStage):
 
 
 class Thinker2Stage(ThinkerStage):
-    name, needs, learns = "thinker2", ("language", "ears", "eyes", "thinker1"), ("thinker.",)
+    name, needs, learns = (
+        "thinker2",
+        ("language", "audio_align", "vision_align", "thinker1"),
+        ("thinker.",),
+    )
     about = "pre-training 2: everything unlocked, all kinds of input"
     data = "the same, sentences to say, and clips with sound"
     mixture = {
@@ -163,7 +170,7 @@ class Thinker2Stage(ThinkerStage):
 class Thinker3Stage(ThinkerStage):
     name, needs, learns = (
         "thinker3",
-        ("language", "ears", "eyes", "thinker1", "thinker2"),
+        ("language", "audio_align", "vision_align", "thinker1", "thinker2"),
         ("thinker.",),
     )
     about = "pre-training 3: longer sequences: sentences in a row, a minute of pictures, three things in one talk"
@@ -171,7 +178,7 @@ class Thinker3Stage(ThinkerStage):
     mixture = {**Thinker2Stage.mixture, "hear-long": 6, "video-long": 6}
     fixed = ("hear-long", "video-long")
 
-    def talk(self, kind, random):
+    def dialogue(self, kind, random):
         if kind.endswith("-long"):
             return [self.teacher.example(kind, random)]
         others = [name for name in self.mixture if not name.endswith("-long")]
@@ -181,7 +188,7 @@ class Thinker3Stage(ThinkerStage):
 class ChatStage(ThinkerStage):
     name, needs, learns = (
         "chat",
-        ("language", "ears", "eyes", "thinker1", "thinker2", "thinker3"),
+        ("language", "audio_align", "vision_align", "thinker1", "thinker2", "thinker3"),
         ("thinker.",),
     )
     about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"

@@ -9,11 +9,17 @@ from minomni.config import IGNORE_INDEX
 from minomni.data.oracle_features import cell_words
 from minomni.inputs.patches import image_patches, video_patches
 from minomni.train.loop import to_device
-from minomni.train.stages.alignment import PLAIN, SenseStage, classes_of, likeness, plainness
+from minomni.train.stages.alignment import (
+    PLAIN,
+    AlignStage,
+    classes_of,
+    embedding_mse,
+    embedding_similarity,
+)
 
 
-class EyesStage(SenseStage):
-    name, learns = "eyes", ("thinker.visual.",)
+class VisionAlignStage(AlignStage):
+    name, learns = "vision_align", ("thinker.visual.",)
     about = "the vision encoder learns to point at the words for what it sees (in place of Qwen2.5-VL's weights)"
     data = "generated pictures and clips, handwritten digits"
 
@@ -42,7 +48,7 @@ class EyesStage(SenseStage):
     def losses(self, batch):
         patches, grids, classes = batch
         features = self.omni.thinker.visual(patches, grids)
-        scores = likeness(features, self.omni.thinker, self.tokens.image)
+        scores = embedding_similarity(features, self.omni.thinker, self.tokens.image)
         repeated = scores.repeat(classes.shape[1], 1)  # each word of a cell is a target of its own
         said = (classes != IGNORE_INDEX)[..., None]  # [N, 4, 1]
         meant = (classes_of(self.omni.thinker, self.tokens.image)[classes.clamp_min(0)] * said).sum(
@@ -54,12 +60,15 @@ class EyesStage(SenseStage):
                 repeated, classes.T.flatten(), ignore_index=IGNORE_INDEX
             ),
             "plain": PLAIN
-            * (plainness(features[full], meant[full]) + plainness(features[clear], meant[clear])),
+            * (
+                embedding_mse(features[full], meant[full])
+                + embedding_mse(features[clear], meant[clear])
+            ),
         }
 
     def sample(self):
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
-        scores = likeness(
+        scores = embedding_similarity(
             self.omni.thinker.visual(patches, grids), self.omni.thinker, self.tokens.image
         )
         best = scores.topk(classes.shape[1]).indices

@@ -6,12 +6,12 @@ import torch
 
 from minomni.inputs.mel import voice_mel
 from minomni.train import losses
-from minomni.train.stages.mel_stage import VoiceStage
+from minomni.train.stages.mel_stage import MelStage
 
 VOCODER_FRAMES = 32  # mel frames in one training crop of the vocoder
 
 
-class VocoderStage(VoiceStage):
+class VocoderStage(MelStage):
     name, learns = "vocoder", ("token2wav.code2wav_bigvgan_model.",)
     about = "BigVGAN: mel to waveform by mel and spectrogram distance"
     bf16 = False  # spectra of quiet sounds want all digits
