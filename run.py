@@ -42,6 +42,8 @@ PYTEST = [
 
 def main() -> int:
     """Set up, run the command, and hand its exit code on."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (an old Python must be told, not crash)
+        sys.exit("run.py: needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])  # noqa: UP031
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

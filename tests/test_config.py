@@ -564,9 +564,8 @@ def test_no_model_file_knows_a_size():
     of a size.
     """
     package = Path(minomni.__file__).parent
-    files = [
-        package / f"{name}.py" for name in ("layers", "decoder", "sampling", "omni", "weights")
-    ]
+    names = ("layers", "decoder", "sampling", "omni", "checkpoint/weights")
+    files = [package / f"{name}.py" for name in names]
     files += [
         file
         for part in ("thinker", "talker", "token2wav")

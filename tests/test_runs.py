@@ -47,11 +47,14 @@ BRIEF = replace(
 COMMAND = """
 import os, sys
 from minomni import __main__, files
-from minomni.train import stages, synthesis
+from minomni.data import text_to_speech
+from minomni.train import recipes
 from minomni.train.loop import Recipe
-synthesis.available = lambda: False
-stages.CodecStage.sample, stages.CodecStage.sound = lambda self: "", lambda self: None
-stages.RECIPES["tiny"]["codec"] = Recipe(steps=16, batch=2, lr=1e-3, warmup=2)
+from minomni.train.stages.codec import CodecStage
+text_to_speech.available = lambda: False
+CodecStage.sample = lambda self: ""
+CodecStage.sound = lambda self: None
+recipes.RECIPES["tiny"]["codec"] = Recipe(steps=16, batch=2, lr=1e-3, warmup=2)
 {}
 sys.exit(__main__.main())
 """

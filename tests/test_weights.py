@@ -162,7 +162,7 @@ def test_loading_draws_no_numbers(folder):
     """
     code = f"""
 import sys, torch
-from minomni import weights
+from minomni.checkpoint import weights
 state = torch.get_rng_state()
 weights.load({str(folder)!r})
 assert torch.equal(state, torch.get_rng_state()) and "torch._dynamo" not in sys.modules
@@ -769,5 +769,5 @@ def test_same_seed_same_wave(omni):
 
 
 def test_importing_needs_no_transformers():
-    code = "import minomni.omni, minomni.weights, sys; assert 'transformers' not in sys.modules"
+    code = "import minomni.omni, minomni.checkpoint.weights, sys; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -336,7 +336,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
             name, lane = start
             running[name] = lane
             options = ["--stage", name, "--slot", str(lane), "--device", device]
-            processes[name] = subprocess.Popen([*command, *options])
+            processes[name] = subprocess.Popen([*command, *options], cwd=paths.PACKAGE.parent)
             if lane == lanes and hasattr(os, "setpriority"):  # not on Windows
                 os.setpriority(os.PRIO_PROCESS, processes[name].pid, 19)
         time.sleep(0.2)
