@@ -1,4 +1,4 @@
-"""Draw the figure of the README: python tests/make_readme_figure.py
+"""Draw the figure of the README: python tests/make_readme_figure.py (after pip install -e .)
 
 The model in data_samples/tiny answers a spoken question about a picture with stream(). The figure
 shows the question, and on one time axis of speech the words, the speech codes and the audio chunks

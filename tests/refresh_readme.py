@@ -9,6 +9,8 @@
     python tests/refresh_readme.py --first first.json --size tiny --device "two cores"
         take the rows of `python -m minomni bench first --json` first
 
+Needs the package: pip install -e .
+
 A generated table stands between <!-- NAME --> and <!-- end of NAME -->. Measured numbers come from
 data_samples/tiny/results.json, sizes and stages from the package, chapters from the notebooks.
 """
@@ -128,8 +130,9 @@ SIZE_ROWS = {  # row -> prefixes of the tensors that it counts
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [head, *rows]
+    text = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([text[0], "|---" * len(head) + "|\n", *text[1:]])
 
 
 def percent(value: float | None) -> str:
@@ -271,6 +274,15 @@ def ablate_beta(language: str) -> str:
     return table(head, [["word error rate", *values]])
 
 
+def ablate_dpo(language: str) -> str:
+    measured = results()["ablations"]["dpo"]
+    fall = measured["relative_fall"]
+    head = ["sentences", "WER before DPO", "WER after DPO", "relative fall", "95 % interval"]
+    values = [measured["before"], measured["after"], fall["value"]]
+    row = [str(measured["items"]), *map(percent, values), interval(fall)]
+    return table(head, [row])
+
+
 def spoken_digits(language: str) -> str:
     measured = results()["spoken_digits"]
     speakers = [name for name in measured if name != "recordings"]
@@ -350,16 +362,16 @@ def facts(language: str) -> str:
             f"- **与官方结构相同。** 同样的类可以构建 7B（{release:,} 个参数）并读入其检查点目录，"
             f"测试逐一与官方代码比对。\n"
         )
-    return f"""\
-- **It trains on a laptop.** {parameters:,} parameters, every part from random weights,
-  in {minutes} minutes on two CPU cores: encoders, language model, speech codec, Talker, DiT,
-  vocoder, then DPO on speech.
-- **It streams.** Text and speech are generated together. After a typed question the first
-  audio is there in {first} ms, on those two cores.
-- **It is the release's architecture.** The same classes build the 7B model
-  ({release:,} parameters) and read its checkpoint folder. The tests compare every part
-  with the official code.
-"""
+    return (
+        f"- **It trains on a laptop.** {parameters:,} parameters, every part from random weights, "
+        f"in {minutes} minutes on two CPU cores: encoders, language model, speech codec, Talker, "
+        f"DiT, vocoder, then DPO on speech.\n"
+        f"- **It streams.** Text and speech are generated together. After a typed question the "
+        f"first audio is there in {first} ms, on two cores like those.\n"
+        f"- **It is the release's architecture.** The same classes build the 7B model ({release:,} "
+        f"parameters) and read its checkpoint folder. The tests compare every part with the "
+        f"official code.\n"
+    )
 
 
 def chapter_table(language: str) -> str:
@@ -380,6 +392,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "ablate_stage3": ablate_stage3,
     "ablate_tuning": ablate_tuning,
     "ablate_beta": ablate_beta,
+    "ablate_dpo": ablate_dpo,
     "spoken_digits": spoken_digits,
     "loading": loading,
     "stages": stages,
