@@ -36,8 +36,8 @@ BEGIN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
 
 # The rows of the report that stand in the READMEs: metric -> (English, Chinese)
 HEADLINE_METRICS = {
-    "typed_accuracy": ("typed questions, correct", "文字提问，答对"),
-    "spoken_accuracy": ("spoken questions, correct", "语音提问，答对"),
+    "typed_accuracy": ("typed requests, correct", "文字请求，答对"),
+    "spoken_accuracy": ("spoken requests and questions, correct", "语音请求与提问，答对"),
     "scene_accuracy": ("questions about images, correct", "图片问题，答对"),
     "video_accuracy": ("questions about clips, correct", "短片问题，答对"),
     "asr_wer": ("transcripts of speech, word error rate", "听写，词错误率"),
@@ -168,7 +168,10 @@ def report_rows(size: str) -> dict[str, dict]:
 
 def headline(language: str) -> str:
     """Eight rows of tiny's report."""
-    heads = ("tiny | value | 95 % interval | items", "tiny | 数值 | 95 % 区间 | 题数或词数")
+    heads = (
+        "tiny | value | 95 % interval | items or words",
+        "tiny | 数值 | 95 % 区间 | 题数或词数",
+    )
     rows = []
     for name, texts in HEADLINE_METRICS.items():
         row = report_rows("tiny")[name]
@@ -185,7 +188,7 @@ def report(language: str) -> str:
         [f"`{name}`", percent(row["value"]), interval(row), items(row)]
         for name, row in measured["rows"].items()
     ]
-    head = ["tiny", "value", "95 % interval", "items"]
+    head = ["tiny", "value", "95 % interval", "items or words"]
     trained, spent = measured["train_seconds"], measured["measured_seconds"]
     times = f"Trained in {trained} s; measured in {spent} s on {measured['hardware']}"
     return f"{table(head, rows)}\n{times}, shared with other work.\n"
@@ -366,8 +369,8 @@ def facts(language: str) -> str:
         f"- **It trains on a laptop.** {parameters:,} parameters, every part from random weights, "
         f"in {minutes} minutes on two CPU cores: encoders, language model, speech codec, Talker, "
         f"DiT, vocoder, then DPO on speech.\n"
-        f"- **It streams.** Text and speech are generated together. After a typed question the "
-        f"first audio is there in {first} ms, on two cores like those.\n"
+        f"- **It streams.** Text and speech are generated together. The first audio of the answer "
+        f"to a typed question is there after {first} ms, on two CPU cores.\n"
         f"- **It is the release's architecture.** The same classes build the 7B model ({release:,} "
         f"parameters) and read its checkpoint folder. The tests compare every part with the "
         f"official code.\n"
