@@ -1,213 +1,145 @@
-"""The READMEs hold what they promise: the tree is the disk, commands exist, links lead somewhere,
-both say the same.
-"""
+"""The documents: commands exist, links lead somewhere, generated tables are current."""
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
-import chapters
 import pytest
-import torch
+import refresh_readme
 
 from minomni.__main__ import parser
-from minomni.config import SIZES
-from minomni.omni import Omni
 
 ROOT = Path(__file__).parents[1]
-README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
-# sections whose first tables say the same
-SECTIONS = {
-    "The course": "课程",
-    "Report card": "成绩单",
-    "Speaking while thinking": "边想边说",
-    "Three sizes": "三种大小",
-    "What is often told about the release, and what it does": "常见说法与官方发布的实际做法",
-}
-WHOLE_FOLDERS = ("tests/golden/", "data_samples/*/")  # one line for all that is in them
-BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?: +(?P<phrase>\S.*))?")
+READMES = ["README.md", "README_zh.md"]
+DOCUMENTS = [
+    *READMES,
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "notebooks/glossary.md",
+    "notebooks/lab_log.md",
+    "notebooks/results.md",
+    "notebooks/usage.md",
+]
+README_LINES = 200  # at most
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
+SHELLS = ("bash", "sh", "shell", "console")
+LINK = re.compile(r"\]\((?!https?://|mailto:)(?P<path>[^)#\s]*)(?:#(?P<section>[^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
-def fences(*languages: str, readme: Path = README) -> list[str]:
-    """The README's code blocks in any of the languages."""
-    blocks = FENCE.finditer(readme.read_text(encoding="utf-8"))
-    return [block["body"] for block in blocks if block["language"] in languages]
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
 
 
-def read_tree(block: str) -> dict[str, str]:
-    """A drawn tree -> {path: phrase}, folders with a / at their end."""
-    tree, folders = {}, []
-    for line in block.splitlines():
-        if match := BRANCH.fullmatch(line.rstrip()):
-            folders = folders[: len(match["indent"]) // 4]
-            path = "".join(folders) + match["name"]
-            assert path not in tree, f"{path} stands twice in the README's tree"
-            tree[path] = match["phrase"] or ""
-            if path.endswith("/"):
-                folders = [*folders, match["name"]]
-    return tree
+def prose(text: str) -> str:
+    """A document without its code blocks."""
+    return FENCE.sub("", text)
 
 
-@pytest.fixture(scope="module")
-def tree() -> dict[str, str]:
-    blocks = [block for block in fences("", "text") if re.search(r"[├└]── minomni/", block)]
-    assert len(blocks) == 1, (
-        f"the README has {len(blocks)} trees that begin in minomni/; expected one"
-    )
-    return read_tree(blocks[0])
+def commands(text: str) -> list[list[str]]:
+    """The commands in a document's shell blocks, as lists of words."""
+    blocks = [block["body"] for block in FENCE.finditer(text) if block["language"] in SHELLS]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [words for words in found if words]
 
 
-@pytest.fixture(scope="module")
-def tracked() -> list[str]:
-    try:
-        listing = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no git checkout here, so nothing says which files belong to the project")
-    return [name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
+def anchors(text: str) -> set[str]:
+    """The names by which GitHub links to the sections of a document."""
+    headings = [heading.lower() for heading in HEADING.findall(prose(text))]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
 
 
-def whole_folder(path: str) -> str | None:
-    """The folder that is one line of the tree and holds this path."""
-    for pattern in WHOLE_FOLDERS:
-        if match := re.match(pattern.replace("*", "[^/]+"), path):
-            return match[0]
-    return None
+def test_the_readme_is_one_page():
+    assert len(read("README.md").splitlines()) <= README_LINES
 
 
-def expected(tracked: list[str]) -> set[str]:
-    """What the tree has to name: every file but those of whole folders, and every folder.
-
-    A folder's phrase speaks for its __init__.py too, except for the package's own, which holds
-    load().
-    """
-    files = [
-        path
-        for path in tracked
-        if not path.endswith("/__init__.py") or path == "minomni/__init__.py"
-    ]
-    names = {whole_folder(path) or path for path in files}
-    folders = {
-        f"{folder.as_posix()}/"
-        for name in names
-        for folder in Path(name).parents
-        if folder != Path(".")
-    }
-    return names | folders
+@pytest.mark.parametrize("readme", READMES)
+def test_the_readme_begins_with_the_main_commands(readme):
+    found = commands(read(readme))
+    for arguments in ([], ["test"], ["hear"]):
+        assert ["python", "run.py", *arguments] in found
 
 
-def test_tree_is_the_disk(tree, tracked):
-    wanted = expected(tracked)
-    assert sorted(wanted - tree.keys()) == [], "on disk, not in the README's tree"
-    assert sorted(tree.keys() - wanted) == [], "in the README's tree, not on disk"
-
-
-def test_every_line_of_the_tree_has_a_phrase(tree):
-    assert [path for path, phrase in tree.items() if len(phrase) < 8] == []
-
-
-def commands(readme: Path) -> list[list[str]]:
-    """The commands in a README's shell blocks, as lists of words."""
-    lines = (
-        "\n".join(fences("bash", "sh", "shell", "console", readme=readme))
-        .replace("\\\n", " ")
-        .splitlines()
-    )
-    return [
-        words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))
-    ]
-
-
-@pytest.mark.parametrize("readme", [README, CHINESE], ids=lambda path: path.stem)
-def test_commands_exist(readme):
-    found = commands(readme)
-    assert ["python", "run.py"] in found
-    assert ["python", "run.py", "test"] in found
-    for words in found:
-        if words[0] in ("python", "python3") and words[1:3] == ["-m", "minomni"]:
-            parser().parse_args(words[3:])  # raises for options and commands that are not there
-        elif words[0] in ("python", "python3") and words[1] != "-m":
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_exist(document):
+    for words in commands(read(document)):
+        program = Path(words[0]).name
+        if program == "minomni":
+            parser().parse_args(words[1:])  # raises for options and commands that do not exist
+        elif program == "python" and words[1:3] == ["-m", "minomni"]:
+            parser().parse_args(words[3:])
+        elif program == "python" and words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
-        elif words[0] == "make":
-            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
-        for option, value in zip(words, words[1:]):
-            assert option != "-r" or (ROOT / value).is_file(), words
+        for option, value in zip(words, words[1:], strict=False):
+            if option == "-r":
+                assert (ROOT / value).is_file(), words
 
 
-@pytest.mark.parametrize("readme", [README, CHINESE], ids=lambda path: path.stem)
-def test_links_lead_somewhere(readme):
-    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", readme.read_text(encoding="utf-8"))
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for link in LINK.finditer(prose(read(document))):
+        target = (ROOT / document).parent / link["path"] if link["path"] else ROOT / document
+        assert target.exists(), link[0]
+        if link["section"]:
+            assert link["section"] in anchors(target.read_text(encoding="utf-8")), link[0]
 
 
-@pytest.mark.parametrize("readme", chapters.HEADS)
-def test_the_table_of_chapters_is_what_the_notebooks_say(readme):
-    """Otherwise: python tests/refresh_notebooks.py README."""
-    assert chapters.TABLE.search((ROOT / readme).read_text(encoding="utf-8"))[0] == chapters.table(
-        readme
+@pytest.mark.parametrize("document", refresh_readme.DOCUMENTS)
+def test_generated_tables_are_current(document):
+    """If not: python tests/refresh_readme.py."""
+    text = read(document)
+    assert refresh_readme.BEGIN.search(text)
+    assert refresh_readme.refreshed(text, refresh_readme.DOCUMENTS[document]) == text
+
+
+def test_every_table_is_in_a_document():
+    texts = [read(document) for document in refresh_readme.DOCUMENTS]
+    used = {name for text in texts for name in refresh_readme.BEGIN.findall(text)}
+    assert used == set(refresh_readme.BLOCKS)
+
+
+def test_results_are_stored_as_the_script_writes_them():
+    stored = refresh_readme.RESULTS.read_text(encoding="utf-8")
+    assert refresh_readme.pretty(refresh_readme.results()) + "\n" == stored
+
+
+def test_a_new_report_replaces_the_old_one():
+    old = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 100}
+    stored = {"report": {"tiny": {"rows": {"same": old, "other": old, "full": old}}}}
+    full = {"value": 0.9, "low": 0.8, "high": 1.0, "items": 200}
+    measured = {"same": 0.5, "other": 0.7, "full": full, "train_seconds": 10}
+    refresh_readme.take_report(measured, "tiny", stored)
+    rows = stored["report"]["tiny"]["rows"]
+    # the interval of a value that changed would be wrong, so it is dropped
+    assert rows == {"same": old, "other": {"value": 0.7}, "full": full}
+    assert stored["report"]["tiny"]["train_seconds"] == 10
+
+
+@pytest.mark.parametrize("device", ["two cores", "H200"])
+def test_a_new_latency_replaces_its_column_or_adds_one(device):
+    old = {"model": "tiny", "device": "two cores", **dict.fromkeys(refresh_readme.LATENCY_ROWS, 1)}
+    stored = {"first": [old]}
+    measured = {**dict.fromkeys(refresh_readme.LATENCY_ROWS, 2), "talker_ms": 3}
+    refresh_readme.take_first(measured, "tiny", device, stored)
+    assert len(stored["first"]) == (1 if device == "two cores" else 2)
+    assert stored["first"][-1]["first_sound_ms"] == 2
+    assert "talker_ms" not in stored["first"][-1]
+
+
+def test_an_unknown_table_is_named():
+    with pytest.raises(SystemExit, match="unknown_name"):
+        refresh_readme.refreshed("<!-- unknown_name -->\n<!-- end of unknown_name -->\n", "en")
+
+
+def test_anchors_are_those_of_github():
+    text = "# Real speakers\n```bash\n# a comment\n```\n## What `x.py` is, and why\n"
+    assert anchors(text) == {"real-speakers", "what-xpy-is-and-why"}
+
+
+def test_parameters_of_the_releases_size():
+    """Those of the official checkpoint, counted by transformers on the meta device."""
+    assert sum(refresh_readme.parameter_counts("qwen7b").values()) == 10_732_225_408
+    assert "| parameters | 7,451,380 | 91,299,477 | 10,732,225,408 |" in read(
+        "notebooks/results.md"
     )
-
-
-def rows(readme: Path, section: str) -> list[list[str]]:
-    """The rows of the first table under a heading, its head left out."""
-    text = readme.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
-    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0]
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
-    ]
-
-
-def facts(row: list[str]) -> tuple[str, list[str]]:
-    """What a row says in any language: the name that code gives it, if it has one, and its numbers."""
-    name = row[0] if re.fullmatch(r"[a-z]+(_[a-z]+)+|\[\d\d\].*", row[0]) else ""
-    return name, sorted(re.findall(r"\d[\d,.]*\d|\d", " ".join(row)))
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_the_chinese_readme_says_the_same(section):
-    english, chinese = rows(README, section), rows(CHINESE, SECTIONS[section])
-    if section == "The course":  # what is built may name a number in one language alone
-        english, chinese = ([row[:1] + row[3:] for row in table] for table in (english, chinese))
-    if section == "Speaking while thinking":  # its last column is said in the text
-        english = [row[:2] for row in english]
-    assert len(english) > 5
-    assert list(map(facts, chinese)) == list(map(facts, english))
-
-
-def test_facts_of_a_row():
-    assert facts(["asr_wer", "12.8%", "11.6% to 14.4%"]) == ("asr_wer", ["11.6", "12.8", "14.4"])
-    assert facts(["DiT，层数 x 宽度", "6 x 1,024"]) == ("", ["1,024", "6"])
-
-
-def test_reading_a_tree():
-    drawn = "x/\n├── a/   phrase a\n│   ├── b.py   phrase b\n│   └── c/   phrase c\n│       └── d.py   phrase d\n└── e   phrase e\n"
-    assert read_tree(drawn) == {
-        "a/": "phrase a",
-        "a/b.py": "phrase b",
-        "a/c/": "phrase c",
-        "a/c/d.py": "phrase d",
-        "e": "phrase e",
-    }
-    assert expected(["tests/golden/a.npz", "tests/x.py", "data_samples/speech/0.flac"]) == {
-        "tests/",
-        "tests/golden/",
-        "tests/x.py",
-        "data_samples/",
-        "data_samples/speech/",
-    }
-
-
-def test_parameters_are_those_of_the_sizes():
-    names = {"parameters": "", "Talker": "talker.", "BigVGAN": "token2wav.code2wav_bigvgan_model."}
-    for column, config in enumerate(SIZES.values(), start=1):
-        with torch.device("meta"):
-            parameters = dict(Omni(config).named_parameters())
-        for row, prefix in names.items():
-            line = re.search(rf"^\| {row} \|.*$", README.read_text(encoding="utf-8"), re.MULTILINE)[
-                0
-            ]
-            count = sum(p.numel() for name, p in parameters.items() if name.startswith(prefix))
-            assert line.split("|")[column + 1].strip() == f"{count:,}"

@@ -1,0 +1,489 @@
+"""Write the generated tables of README.md, README_zh.md and notebooks/results.md.
+
+    python tests/refresh_readme.py
+        write all tables again
+    python tests/refresh_readme.py --report report.json --size tiny
+        take the rows of `python -m minomni report --json` first
+    python tests/refresh_readme.py --stream stream.json
+        take the rows of `python -m minomni bench stream --json` first
+    python tests/refresh_readme.py --first first.json --size tiny --device "two cores"
+        take the rows of `python -m minomni bench first --json` first
+
+Needs the package: pip install -e .
+
+A generated table stands between <!-- NAME --> and <!-- end of NAME -->. Measured numbers come from
+data_samples/tiny/results.json, sizes and stages from the package, chapters from the notebooks.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import chapters
+import torch
+
+from minomni import config
+from minomni.omni import Omni
+from minomni.train import pipeline, recipes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "data_samples" / "tiny" / "results.json"
+DOCUMENTS = {"README.md": "en", "README_zh.md": "zh", "notebooks/results.md": "en"}
+BEGIN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
+
+# The rows of the report that stand in the READMEs: metric -> (English, Chinese)
+HEADLINE_METRICS = {
+    "typed_accuracy": ("typed requests, correct", "文字请求，答对"),
+    "spoken_accuracy": ("spoken requests and questions, correct", "语音请求与提问，答对"),
+    "scene_accuracy": ("questions about images, correct", "图片问题，答对"),
+    "video_accuracy": ("questions about clips, correct", "短片问题，答对"),
+    "asr_wer": ("transcripts of speech, word error rate", "听写，词错误率"),
+    "speech_wer": ("its own speech, word error rate", "模型的语音，词错误率"),
+    "streamed_speech_wer": ("its own speech when streamed", "流式语音，词错误率"),
+    "natural_speech_wer": ("recordings of the same sentences", "同样句子的录音，词错误率"),
+}
+STREAM_ROWS = {
+    "first_sound_ms": "from the question to the first audio",
+    "first_sound_ratio": "the same, divided by the time of a reply of 10 s that is not streamed",
+    "streamed_cost_ratio": "CPU time of a streamed reply, divided by that of one not streamed",
+    "streamed_cost_ratio_same_solver": "the same, with the ODE solver of `respond`, not Euler",
+    "realtime_factor": "seconds of work for a second of streamed speech",
+    "player_waits_ms": "buffer that a player needs to play without a gap",
+    "buffer_by_rule_ms": "buffer that a slow Thinker would need: N / r - N / R "
+    "for N = 9 text tokens at r a second and R = 25 codes a second",
+    "words_after_first_sound": "text tokens that come after the first audio",
+    "prediction_ratio": "predicted time to the first audio, divided by the measured one",
+    "session_growth_mb": "memory that 600 s of listening add after the first full context",
+}
+STREAM_STAGES = {
+    "prefill": "prefill",
+    "text": "first text token",
+    "code": "first speech code",
+    "mel": "first mel frames",
+    "sound": "first audio",
+}
+SCHEDULES = {
+    "eager, the default of stream()": "low latency (`eager`), the default of `stream()`",
+    "serving: 3 blocks, 2 back computed again, 1 ahead": "the release's: 3 blocks, "
+    "2 blocks of left context recomputed, 1 block of look-ahead",
+    "3 blocks, the past remembered, 0 ahead": "3 blocks, cached left context, no look-ahead",
+    "3 blocks, the past remembered, 1 ahead": "3 blocks, cached left context, look-ahead of 1",
+    "3 blocks, the past remembered, 2 ahead": "3 blocks, cached left context, look-ahead of 2",
+    "6 blocks, the past remembered, 1 ahead": "6 blocks, cached left context, look-ahead of 1",
+}
+# Rows of the latency table: key -> (English, Chinese)
+LATENCY_ROWS = {
+    "codes_before_sound": ("codes before the first audio", "第一段音频所需的编码数"),
+    "thinker_and_talker_ms": ("one step of Thinker and Talker, ms", "Thinker 与 Talker 一步，毫秒"),
+    "mel_and_sound_ms": ("mel and audio of the first chunk, ms", "第一段的梅尔谱与波形，毫秒"),
+    "first_sound_ms": ("first audio, ms", "第一段音频，毫秒"),
+    "realtime_factor": ("seconds of work for a second of speech", "每秒语音所需的计算时间，秒"),
+}
+DEVICES_IN_CHINESE = {"two cores": "双核", "one core": "单核", "H200": "H200"}
+# What each stage trains, in words: stage -> (English, Chinese)
+STAGES = {
+    "codec": (
+        "speech tokenizer (FSQ): reads letters by CTC and restores the mel from its codes",
+        "语音编解码器（FSQ）",
+    ),
+    "vocoder": ("BigVGAN: mel to waveform, by mel and STFT distance", "声码器 BigVGAN"),
+    "dit": ("flow-matching DiT: codes to mel in sliding blocks", "流匹配 DiT"),
+    "language": (
+        "decoder, on text with ideal encoder outputs (in place of Qwen2.5's weights)",
+        "解码器",
+    ),
+    "audio_align": ("audio encoder, by CTC (in place of Whisper's weights)", "音频编码器"),
+    "vision_align": (
+        "vision encoder, word for each image cell (in place of Qwen2.5-VL's weights)",
+        "视觉编码器",
+    ),
+    "thinker1": ("pre-training 1: encoders, decoder frozen", "预训练一：编码器"),
+    "thinker2": ("pre-training 2: whole Thinker, all kinds of input", "预训练二：整个 Thinker"),
+    "thinker3": ("pre-training 3: long sequences", "预训练三：长序列"),
+    "chat": ("instruction tuning in ChatML, typed and spoken", "ChatML 指令微调"),
+    "talker": ("next-code prediction from Thinker states and words", "Talker"),
+    "dpo": ("DPO: best of four samples of a long sentence over the worst", "DPO"),
+    "speakers": ("speaker tuning: all voices at a low rate", "说话人微调"),
+}
+SIZE_ROWS = {  # row -> prefixes of the tensors that it counts
+    ("parameters", "参数"): ("",),
+    ("audio encoder", "音频编码器"): ("thinker.audio_tower.",),
+    ("vision encoder", "视觉编码器"): ("thinker.visual.",),
+    ("Thinker's decoder and head", "Thinker 的解码器与输出头"): (
+        "thinker.model.",
+        "thinker.lm_head.",
+    ),
+    ("Talker", "Talker"): ("talker.",),
+    ("DiT with ECAPA", "DiT 与 ECAPA"): ("token2wav.code2wav_dit_model.",),
+    ("BigVGAN", "BigVGAN"): ("token2wav.code2wav_bigvgan_model.",),
+    ("codec (ours)", "编解码器（自制）"): ("codec.",),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Markdown
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, *rows]
+    text = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([text[0], "|---" * len(head) + "|\n", *text[1:]])
+
+
+def percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"
+
+
+def interval(row: dict, to: str = "to") -> str:
+    return f"{row['low']:.1%} {to} {row['high']:.1%}" if "low" in row else ""
+
+
+def items(row: dict) -> str:
+    return f"{row['items']:,}" if "items" in row else ""
+
+
+def in_language(texts: tuple[str, str], language: str) -> str:
+    english, chinese = texts
+    return chinese if language == "zh" else english
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables
+
+
+@cache
+def results() -> dict:
+    """All measured numbers."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def report_rows(size: str) -> dict[str, dict]:
+    return results()["report"][size]["rows"]
+
+
+def headline(language: str) -> str:
+    """Eight rows of tiny's report."""
+    heads = (
+        "tiny | value | 95 % interval | items or words",
+        "tiny | 数值 | 95 % 区间 | 题数或词数",
+    )
+    rows = []
+    for name, texts in HEADLINE_METRICS.items():
+        row = report_rows("tiny")[name]
+        to = in_language(("to", "至"), language)
+        label = f"{in_language(texts, language)} (`{name}`)"
+        rows.append([label, percent(row["value"]), interval(row, to), items(row)])
+    return table(in_language(heads, language).split(" | "), rows)
+
+
+def report(language: str) -> str:
+    """All rows of tiny's report."""
+    measured = results()["report"]["tiny"]
+    rows = [
+        [f"`{name}`", percent(row["value"]), interval(row), items(row)]
+        for name, row in measured["rows"].items()
+    ]
+    head = ["tiny", "value", "95 % interval", "items or words"]
+    trained, spent = measured["train_seconds"], measured["measured_seconds"]
+    times = f"Trained in {trained} s; measured in {spent} s on {measured['hardware']}"
+    return f"{table(head, rows)}\n{times}, shared with other work.\n"
+
+
+def report_small(language: str) -> str:
+    """The report of small beside tiny's."""
+    rows = []
+    for name, small in report_rows("small").items():
+        tiny = report_rows("tiny").get(name)
+        value = percent(tiny["value"]) if tiny else ""
+        rows.append([f"`{name}`", value, percent(small["value"]), interval(small)])
+    return table(["", "tiny", "small", "95 % interval of small"], rows)
+
+
+def stream(language: str) -> str:
+    """What bench stream measured."""
+    measured = results()["stream"]
+    rows = [[f"`{name}`", f"{measured[name]:.3g}", text] for name, text in STREAM_ROWS.items()]
+    return table(["streaming", "value", "meaning"], rows)
+
+
+def stream_stages(language: str) -> str:
+    rows = [
+        [STREAM_STAGES[name], str(times["predicted"]), str(times["measured"])]
+        for name, times in results()["stream_stages_ms"].items()
+    ]
+    return table(["until", "predicted, ms", "measured, ms"], rows)
+
+
+def stream_schedules(language: str) -> str:
+    rows = [
+        [SCHEDULES[name], str(row["codes"]), f"{row['mel_distance']:.3f}"]
+        for name, row in results()["stream_schedules"].items()
+    ]
+    head = ["schedule", "codes before the first audio", "mel distance to the whole utterance"]
+    return table(head, rows)
+
+
+def latency(language: str) -> str:
+    """What bench first measured, one column a model and device."""
+    columns = results()["first"]
+    head = [""]
+    for column in columns:
+        device = column["device"]
+        device = DEVICES_IN_CHINESE[device] if language == "zh" else device
+        head.append(
+            in_language((f"{column['model']}, {device}", f"{column['model']}，{device}"), language)
+        )
+    rows = []
+    for key, texts in LATENCY_ROWS.items():
+        values = [str(column[key]) for column in columns]
+        rows.append([in_language(texts, language), *values])
+    return table(head, rows)
+
+
+def ablate_tmrope(language: str) -> str:
+    rows = [
+        [name, percent(row["value"]), interval(row), items(row)]
+        for name, row in results()["ablations"]["tmrope"].items()
+    ]
+    return table(["which thing was there at the sound", "right", "95 % interval", "n"], rows)
+
+
+def ablate_stage3(language: str) -> str:
+    rows = []
+    for name, row in results()["ablations"]["stage3"].items():
+        after = row["after"]
+        values = [percent(row["before"]), percent(after["value"])]
+        rows.append([name, *values, interval(after), items(after)])
+    return table(["what", "before stage 3", "after it", "95 % interval", "n"], rows)
+
+
+def ablate_tuning(language: str) -> str:
+    rows = [
+        [name, percent(row["value"]), interval(row), items(row)]
+        for name, row in results()["ablations"]["tuning"].items()
+    ]
+    return table(["speech", "word error rate", "95 % interval", "words"], rows)
+
+
+def ablate_beta(language: str) -> str:
+    measured = results()["ablations"]["beta"]
+    head = ["", *(name if name == "before DPO" else f"beta {name}" for name in measured)]
+    values = [percent(row["word_error"]) for row in measured.values()]
+    return table(head, [["word error rate", *values]])
+
+
+def ablate_dpo(language: str) -> str:
+    measured = results()["ablations"]["dpo"]
+    fall = measured["relative_fall"]
+    head = ["sentences", "WER before DPO", "WER after DPO", "relative fall", "95 % interval"]
+    values = [measured["before"], measured["after"], fall["value"]]
+    row = [str(measured["items"]), *map(percent, values), interval(fall)]
+    return table(head, [row])
+
+
+def spoken_digits(language: str) -> str:
+    measured = results()["spoken_digits"]
+    speakers = [name for name in measured if name != "recordings"]
+    values = [percent(measured[name]) for name in speakers]
+    head = ["speaker left out", *(f"**{name}**" if name == "all" else name for name in speakers)]
+    return table(head, [["right", *values]])
+
+
+def loading(language: str) -> str:
+    rows = [
+        [name, *(str(row[key]) for key in ("minomni", "transformers", "ratio"))]
+        for name, row in results()["loading"].items()
+    ]
+    return table(["", "minomni", '`transformers`, `dtype="auto"`', "ratio"], rows)
+
+
+def stages(language: str) -> str:
+    """Steps, seconds and last losses of the stages of tiny."""
+    heads = ("stage | trains | steps | seconds | last loss", "阶段 | 训练 | 步数 | 秒 | 最后的损失")
+    rows = []
+    for name, (seconds, loss) in pipeline.EXPECTED["tiny"].items():
+        steps = recipes.recipe_of(name, "tiny").steps
+        losses = loss.replace("  ", ", ")
+        rows.append([name, in_language(STAGES[name], language), str(steps), str(seconds), losses])
+    return table(in_language(heads, language).split(" | "), rows)
+
+
+@cache
+def parameter_counts(size: str) -> dict[str, int]:
+    """Tensor name -> its number of parameters."""
+    with torch.device("meta"):
+        omni = Omni(config.SIZES[size])
+    return {name: parameter.numel() for name, parameter in omni.named_parameters()}
+
+
+def sizes(language: str) -> str:
+    """Parameters and shapes of the three sizes."""
+    none = in_language(("none released", "未发布"), language)
+    rows = []
+    for texts, prefixes in SIZE_ROWS.items():
+        row = [in_language(texts, language)]
+        for size in config.SIZES:
+            counts = parameter_counts(size)
+            count = sum(n for name, n in counts.items() if name.startswith(prefixes))
+            row.append(f"{count:,}" if count else none)
+        rows.append(row)
+    trees = config.SIZES.values()
+    layers = in_language(("layers x width", "层数 x 宽度"), language)
+    shapes = {
+        "Thinker": [tree.thinker.text for tree in trees],
+        "Talker": [tree.talker.decoder for tree in trees],
+        "DiT": [tree.token2wav.dit for tree in trees],
+    }
+    for name, parts in shapes.items():
+        comma = in_language((", ", "，"), language)
+        values = [f"{part.num_hidden_layers} x {part.hidden_size}" for part in parts]
+        rows.append([f"{name}{comma}{layers}", *values])
+    codes = [str(tree.token2wav.codes_per_second) for tree in trees]
+    rates = [f"{tree.token2wav.sample_rate:,}" for tree in trees]
+    rows.append([in_language(("codes per second", "每秒编码数"), language), *codes])
+    rows.append([in_language(("speech, Hz", "语音，Hz"), language), *rates])
+    return table(["", *config.SIZES], rows)
+
+
+def facts(language: str) -> str:
+    """The numbers of the first screen."""
+    parameters = sum(parameter_counts("tiny").values())
+    release = sum(parameter_counts("qwen7b").values())
+    minutes = round(results()["report"]["tiny"]["train_seconds"] / 60)
+    first = round(results()["stream"]["first_sound_ms"])
+    if language == "zh":
+        return (
+            f"- **笔记本电脑即可训练。** {parameters:,} 个参数，所有部件从随机权重开始，"
+            f"双核 CPU 上 {minutes} 分钟。\n"
+            f"- **流式输出。** 文字与语音同时生成；文字提问后 {first} 毫秒得到第一段音频"
+            f"（同样的双核 CPU）。\n"
+            f"- **与官方结构相同。** 同样的类可以构建 7B（{release:,} 个参数）并读入其检查点目录，"
+            f"测试逐一与官方代码比对。\n"
+        )
+    return (
+        f"- **It trains on a laptop.** {parameters:,} parameters, every part from random weights, "
+        f"in {minutes} minutes on two CPU cores: encoders, language model, speech codec, Talker, "
+        f"DiT, vocoder, then DPO on speech.\n"
+        f"- **It streams.** Text and speech are generated together. The first audio of the answer "
+        f"to a typed question is there after {first} ms, on two CPU cores.\n"
+        f"- **It is the release's architecture.** The same classes build the 7B model ({release:,} "
+        f"parameters) and read its checkpoint folder. The tests compare every part with the "
+        f"official code.\n"
+    )
+
+
+def chapter_table(language: str) -> str:
+    return chapters.table("README_zh.md" if language == "zh" else "README.md")
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "facts": facts,
+    "chapters": chapter_table,
+    "headline": headline,
+    "report": report,
+    "report_small": report_small,
+    "stream": stream,
+    "stream_stages": stream_stages,
+    "stream_schedules": stream_schedules,
+    "latency": latency,
+    "ablate_tmrope": ablate_tmrope,
+    "ablate_stage3": ablate_stage3,
+    "ablate_tuning": ablate_tuning,
+    "ablate_beta": ablate_beta,
+    "ablate_dpo": ablate_dpo,
+    "spoken_digits": spoken_digits,
+    "loading": loading,
+    "stages": stages,
+    "sizes": sizes,
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents
+
+
+def refreshed(text: str, language: str) -> str:
+    """A document with all of its generated tables as they should be now."""
+    for name in BEGIN.findall(text):
+        if name not in BLOCKS:
+            raise SystemExit(f"refresh_readme.py: no table is called {name!r}")
+        old = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+        new = BLOCKS[name](language)
+        text = old.sub(lambda _, new=new: new, text)
+    return text
+
+
+def write_documents() -> None:
+    for name, language in DOCUMENTS.items():
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        path.write_text(refreshed(text, language), encoding="utf-8")
+
+
+def take_report(measured: dict, size: str, stored: dict) -> None:
+    """New values of a report. A metric is a fraction, or an object of value, low, high and items.
+
+    Where a fraction changes, its old interval is dropped, since it belongs to the old value.
+    """
+    rows = stored["report"].setdefault(size, {"rows": {}})["rows"]
+    for name, value in measured.items():
+        if name == "train_seconds":
+            stored["report"][size][name] = value
+        elif isinstance(value, dict):
+            rows[name] = value
+        elif rows.get(name, {}).get("value") != value:
+            rows[name] = {"value": value}
+
+
+def take_first(measured: dict, size: str, device: str, stored: dict) -> None:
+    """New values of one column of the latency table."""
+    column = {"model": size, "device": device, **{key: measured[key] for key in LATENCY_ROWS}}
+    for i, known in enumerate(stored["first"]):
+        if (known["model"], known["device"]) == (size, device):
+            stored["first"][i] = column
+            return
+    stored["first"].append(column)
+
+
+def pretty(value, indent: int = 0) -> str:
+    """JSON in which an object stands on one line where it fits."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or len(flat) + indent < 96:
+        return flat
+    pad = " " * (indent + 1)
+    if isinstance(value, dict):
+        lines = [f"{pad}{json.dumps(key)}: {pretty(x, indent + 1)}" for key, x in value.items()]
+        opening, closing = "{", "}"
+    else:
+        lines = [f"{pad}{pretty(x, indent + 1)}" for x in value]
+        opening, closing = "[", "]"
+    return "\n".join([opening, ",\n".join(lines), " " * indent + closing])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated tables of the documents.")
+    parser.add_argument("--report", type=Path, help="output of `minomni report --json`")
+    parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
+    parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
+    parser.add_argument("--size", default="tiny", help="of --report and --first")
+    parser.add_argument("--device", default="two cores", help="of --first, as its column says it")
+    arguments = parser.parse_args()
+    stored = results()
+    if arguments.report:
+        take_report(json.loads(arguments.report.read_text()), arguments.size, stored)
+    if arguments.stream:
+        stored["stream"].update(json.loads(arguments.stream.read_text()))
+    if arguments.first:
+        measured = json.loads(arguments.first.read_text())
+        take_first(measured, arguments.size, arguments.device, stored)
+    RESULTS.write_text(pretty(stored) + "\n", encoding="utf-8")
+    write_documents()
+
+
+if __name__ == "__main__":
+    main()
