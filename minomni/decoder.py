@@ -54,7 +54,8 @@ def causal_mask(
     right_padded = attention_mask is None
     if attention_mask is not None:
         no_padding = bool(attention_mask.all())
-        right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        falling = attention_mask[:, 1:] <= attention_mask[:, :-1]
+        right_padded = bool(falling.all())
     if right_padded and length == total:
         return None, True
     if no_padding and length == 1:

@@ -96,9 +96,11 @@ def attention_with_weights(
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)  # [B, H, S, d]
     v = v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, H, L, S]
+    scale = q.shape[-1] ** 0.5
+    scores = q @ k.transpose(2, 3) / scale  # [B, H, L, S]
     if causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+        ones = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device)
+        mask = ones.tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -127,7 +129,9 @@ class KVCache:
         elif end > buffers[0].shape[2]:
             # Grow by half of the new length at least, so that copies stay rare.
             room = end - start + max(CACHE_STEP, end // 2)
-            keys, values = (F.pad(x[:, :, :start], (0, 0, 0, room)) for x in buffers)
+            keys, values = buffers
+            keys = F.pad(keys[:, :, :start], (0, 0, 0, room))
+            values = F.pad(values[:, :, :start], (0, 0, 0, room))
             buffers = (keys, values)
         self.buffers[layer] = buffers
         self.lengths[layer] = end
@@ -155,8 +159,10 @@ def init_weights(module: nn.Module, depth: int, embedding_std: float = 0.02) -> 
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=embedding_std)
         elif isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv3d)):
-            scale = (2 * depth) ** -0.5 if name.endswith(residual) else 1.0
             fan_in = part.weight[0].numel()
-            nn.init.normal_(part.weight, std=scale * fan_in**-0.5)
+            std = fan_in**-0.5
+            if name.endswith(residual):
+                std = (2 * depth) ** -0.5 * std
+            nn.init.normal_(part.weight, std=std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

@@ -28,7 +28,9 @@ def penalize_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tens
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Mask all but the k largest logits of each row: [B, V] -> [B, V]."""
-    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
+    k = min(k, logits.shape[-1])
+    largest = logits.topk(k, dim=-1).values  # [B, k], descending
+    smallest = largest[:, -1:]  # [B, 1]
     return logits.masked_fill(logits < smallest, NEVER)
 
 
@@ -49,7 +51,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def check_finite(logits: Tensor) -> None:
     """Raise UserError if a row of logits [B, V] is constant or not finite: broken weights."""
     # NaN where a row has one. aminmax() would be much slower.
-    ranges = (logits.amax(-1) - logits.amin(-1)).tolist()  # [B]
+    differences = logits.amax(-1) - logits.amin(-1)  # [B]
+    ranges = differences.tolist()
     if all(0 < value < float("inf") for value in ranges):
         return
     what = "only one number" if 0 in ranges else "NaN or infinite numbers"
@@ -67,8 +70,9 @@ def draw(probabilities: Tensor, generator: Generators) -> Tensor:
     """
     if not isinstance(generator, list):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    rows = zip(probabilities.split(1), generator, strict=True)
-    ids = [torch.multinomial(row, 1, generator=own)[:, 0] for row, own in rows]
+    ids = []
+    for row, row_generator in zip(probabilities.split(1), generator, strict=True):
+        ids.append(torch.multinomial(row, 1, generator=row_generator)[:, 0])
     return torch.cat(ids)
 
 

@@ -34,8 +34,11 @@ def letters_to_ids(text: str) -> Tensor:
 
 def ids_to_letters(classes: Tensor) -> str:
     """Greedy CTC decoding: best classes per frame [T] -> text without repeats and blanks (0)."""
-    collapsed = torch.unique_consecutive(classes).tolist()
-    return "".join(LETTERS[c - 1] for c in collapsed if 0 < c <= len(LETTERS))
+    text = ""
+    for index in torch.unique_consecutive(classes).tolist():
+        if 0 < index <= len(LETTERS):
+            text += LETTERS[index - 1]
+    return text
 
 
 def ctc_align(log_probs: Tensor, letters: Tensor) -> Tensor | None:
@@ -55,27 +58,32 @@ def ctc_align(log_probs: Tensor, letters: Tensor) -> Tensor | None:
     # Trellis: log-probability of the best path that ends in each state. It starts in either the
     # first blank or the first letter.
     emission = log_probs.cpu().float()[:, states]  # [T, states]
-    trellis = torch.full((len(states),), -torch.inf)
+    never = -torch.inf
+    trellis = torch.full((len(states),), never)
     trellis[:2] = emission[0, :2]
     backpointers = []  # per frame and state: how many states the best path moved on
     for frame in emission[1:]:
         stay = trellis
-        move = F.pad(trellis[:-1], (1, 0), value=-torch.inf)
-        skip = F.pad(trellis[:-2], (2, 0), value=-torch.inf).masked_fill(~can_skip, -torch.inf)
+        move = F.pad(trellis[:-1], (1, 0), value=never)
+        skip = F.pad(trellis[:-2], (2, 0), value=never)
+        skip = skip.masked_fill(~can_skip, never)
         best, moved = torch.stack([stay, move, skip]).max(0)
         trellis = best + frame
         backpointers.append(moved)
 
     # The path ends in the last letter or in the blank after it; from there it is traced back.
-    state = len(states) - 2 + int(trellis[-1] > trellis[-2])
-    if trellis[state] == -torch.inf:
+    state = len(states) - 2
+    if trellis[state + 1] > trellis[state]:
+        state += 1
+    if trellis[state] == never:
         return None
     path = [state]
     for moved in reversed(backpointers):
         state -= int(moved[state])
         path.append(state)
     path.reverse()
-    return ((torch.tensor(path) - 1) // 2).clamp_min(0)
+    letter = (torch.tensor(path) - 1) // 2
+    return letter.clamp_min(0)  # the blank before the first letter counts as that letter
 
 
 class FSQ(nn.Module):
@@ -85,7 +93,8 @@ class FSQ(nn.Module):
         super().__init__()
         self.levels = levels
         # A code is a number in mixed radix; these are the values of its digits.
-        self.strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+        strides = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.strides = tuple(strides)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features [..., channels] -> (grid values [..., channels], codes [...]).
@@ -136,7 +145,8 @@ class Block(nn.Module):
         x = x + self.near(real.transpose(1, 2)).transpose(1, 2)
 
         n, t, d = x.shape
-        qkv = self.qkv(self.attn_norm(x)).view(n, t, 3, self.heads, -1)
+        qkv = self.qkv(self.attn_norm(x))
+        qkv = qkv.view(n, t, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
         attended = attention(q, k, v, mask=mask)
         x = x + self.out(attended.transpose(1, 2).reshape(n, t, d))
@@ -213,7 +223,8 @@ class Codec(nn.Module):
         size = min(self.config.block_frames // self.config.downsample, c)
         padding = -c % size
         blocks = F.pad(x, (0, 0, 0, padding)).reshape(-1, size, d)  # [B * blocks, size, D]
-        mask = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, padding)).view(-1, 1, 1, size)
+        mask = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, padding))
+        mask = mask.view(-1, 1, 1, size)
         for layer in layers:
             blocks = layer(blocks, mask)
         return blocks.view(b, -1, d)[:, :c]
@@ -227,4 +238,5 @@ def speaker_vector(mel: Tensor) -> Tensor:
     a handful of voices.
     """
     x = (mel - MEL_CENTRE) / MEL_SPREAD
-    return F.normalize(torch.cat([x.mean(0), x.std(0)]), dim=0)
+    statistics = torch.cat([x.mean(0), x.std(0)])
+    return F.normalize(statistics, dim=0)

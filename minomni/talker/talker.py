@@ -63,7 +63,8 @@ def talker_inputs(
     voices: token id of the voice of each row; table: the Thinker's embedding table.
     """
     ids = [tokens.tts_text_end, tokens.tts_text_pad, *voices]
-    end, pad, *voice_embeds = table(torch.tensor(ids, device=table.weight.device))  # [E] each
+    embeds = table(torch.tensor(ids, device=table.weight.device))
+    end, pad, *voice_embeds = embeds  # [E] each
     return TalkerInputs(
         prompt=reply.prompt_hidden + reply.prompt_text_embeds,
         position_ids=reply.position_ids,
@@ -126,7 +127,8 @@ class Talker(nn.Module):
         first_text = [row[0] if len(row) else zeros for row in inputs.reply_embeds]
         voice = inputs.voice + self.code_embeds(self.config.codec_pad)  # [B, E]
         start = torch.stack(first_text) + self.code_embeds(self.config.codec_bos)  # [B, E]
-        embeds = torch.cat((inputs.prompt, voice[:, None], start[:, None]), dim=1)
+        parts = [inputs.prompt, voice[:, None], start[:, None]]
+        embeds = torch.cat(parts, dim=1)
 
         # The prompt ends in text, so the next two positions follow its last one.
         last = inputs.position_ids[:, :, -1:]
@@ -237,7 +239,8 @@ class Talker(nn.Module):
         lengths = torch.tensor([len(row) for row in codes], device=device)
         steps = torch.arange(int(lengths.max()), device=device)
 
-        targets = mask.new_full((len(codes), embeds.shape[1] + len(steps)), IGNORE_INDEX)
+        total = embeds.shape[1] + len(steps)
+        targets = mask.new_full((len(codes), total), IGNORE_INDEX)
         begin = embeds.shape[1] - 1  # the last input of the prefill predicts the first code
         code_embeds = []  # [m, E] each
         for row, (row_codes, text) in enumerate(zip(codes, inputs.reply_embeds, strict=True)):

@@ -21,9 +21,11 @@ def token_count(frames: int) -> int:
 
 def sinusoids(length: int, size: int, device: torch.device) -> Tensor:
     """Whisper's sinusoidal position embeddings, sines first. -> [length, size]."""
-    step = math.log(10_000) / (size // 2 - 1)
-    frequencies = torch.exp(-step * torch.arange(size // 2, device=device))
-    angles = torch.arange(length, device=device)[:, None] * frequencies
+    half = size // 2
+    step = math.log(10_000) / (half - 1)
+    frequencies = torch.exp(-step * torch.arange(half, device=device))
+    positions = torch.arange(length, device=device)
+    angles = positions[:, None] * frequencies  # [length, size / 2]
     return torch.cat((angles.sin(), angles.cos()), dim=1)  # [length, size]
 
 
@@ -99,9 +101,12 @@ class AudioEncoder(nn.Module):
 
         frames = [piece.shape[1] for piece in pieces]
         longest = max(frames)
-        padded = [F.pad(piece, (0, longest - piece.shape[1])) for piece in pieces]
+        padded = []
+        for piece, length in zip(pieces, frames, strict=True):
+            padded.append(F.pad(piece, (0, longest - length)))
         weight = self.proj.weight
-        return torch.stack(padded).to(weight), torch.tensor(frames, device=weight.device)
+        blocks = torch.stack(padded).to(weight)
+        return blocks, torch.tensor(frames, device=weight.device)
 
     def stem(self, mel: Tensor, frames: Tensor) -> Tensor:
         """Two convolutions, the second with stride two; each block is padded with zeros.
@@ -110,10 +115,13 @@ class AudioEncoder(nn.Module):
         """
         x = F.gelu(self.conv1(mel))  # [blocks, D, W]
         # Padding frames become zeros again, so that a short block ends like a full one.
-        valid = torch.arange(x.shape[2], device=x.device) < frames[:, None]  # [blocks, W]
+        index = torch.arange(x.shape[2], device=x.device)
+        valid = index < frames[:, None]  # [blocks, W]
         x = x * valid[:, None]
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # [blocks, T, D]
-        return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
+        _, length, size = x.shape
+        positions = sinusoids(length, size, x.device)
+        return x + positions.to(x.dtype)
 
     def forward(self, mels: list[Tensor]) -> Tensor:
         """Encode clips [num_mel_bins, F] -> packed tokens [sum of token_count(F), output_dim].
@@ -129,13 +137,18 @@ class AudioEncoder(nn.Module):
         steps = torch.arange(x.shape[1], device=x.device)
         mask = None
         if bool((frames < mel.shape[2]).any()):
-            mask = (steps < (frames[:, None] + 1) // 2)[:, None, None]  # [blocks, 1, 1, T]
+            lengths = (frames[:, None] + 1) // 2  # [blocks, 1]
+            mask = (steps < lengths)[:, None, None]  # [blocks, 1, 1, T]
         for layer in self.layers:
             x = layer(x, mask)
 
         # Pool pairs of steps; an odd last step is dropped.
         pairs = x.shape[1] // 2
-        x = x[:, : 2 * pairs].unflatten(1, (pairs, 2)).mean(2)  # [blocks, pairs, D]
+        x = x[:, : 2 * pairs]
+        x = x.unflatten(1, (pairs, 2)).mean(2)  # [blocks, pairs, D]
+
+        # Keep the tokens of real audio.
         counts = (frames + 1) // 4  # [blocks], token_count() of each
-        x = x[steps[:pairs] < counts[:, None]]  # [N, D]
+        valid = steps[:pairs] < counts[:, None]  # [blocks, pairs]
+        x = x[valid]  # [N, D]
         return self.proj(self.ln_post(x))  # [N, output_dim]

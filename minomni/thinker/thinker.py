@@ -104,10 +104,13 @@ class Thinker(nn.Module):
             videos = self.visual(inputs.video_patches, inputs.video_grids)
 
         # Write the features over the embeddings of their placeholder tokens.
-        embeds = scatter_features(text_embeds, ids == tokens.audio, audio, "audio")
-        embeds = scatter_features(embeds, ids == tokens.image, images, "images")
-        embeds = scatter_features(embeds, ids == tokens.video, videos, "videos")
-        is_media = (ids == tokens.audio) | (ids == tokens.image) | (ids == tokens.video)
+        is_audio = ids == tokens.audio
+        is_image = ids == tokens.image
+        is_video = ids == tokens.video
+        embeds = scatter_features(text_embeds, is_audio, audio, "audio")
+        embeds = scatter_features(embeds, is_image, images, "images")
+        embeds = scatter_features(embeds, is_video, videos, "videos")
+        is_media = is_audio | is_image | is_video
         return embeds, text_embeds.masked_fill(is_media[..., None], 0)
 
     def read(
@@ -172,7 +175,8 @@ class Thinker(nn.Module):
 
             # Run the decoder on it.
             embeds = self.model.embed_tokens(ids)[:, None]  # [B, 1, D]
-            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)  # [B, L + step]
+            ones = torch.ones_like(mask[:, :1])
+            mask = torch.cat((mask, ones), dim=1)  # [B, L + step]
             position_ids = position.expand(3, -1)[..., None]  # [3, B, 1]
             hidden = self.model(embeds, position_ids, mask, prompt.cache)[:, 0]  # [B, D]
             state = hidden + embeds[:, 0]
@@ -205,7 +209,9 @@ class Thinker(nn.Module):
                 states.append(state[:, None])
 
         # Cut each row after its stop id.
-        rows = torch.stack(ids, dim=1).tolist() if ids else [[] for _ in prompt.hidden]
+        rows: list[list[int]] = [[] for _ in prompt.hidden]
+        if ids:
+            rows = torch.stack(ids, dim=1).tolist()
         tokens = [up_to(self.config.tokens.im_end, row) for row in rows]
         all_states = torch.cat(states, dim=1)  # [B, n - 1, D]
         reply_states = [

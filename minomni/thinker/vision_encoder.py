@@ -46,9 +46,10 @@ def patch_positions(grid: Grid, merge: int) -> Tensor:
 
     Reading order is merge cell by merge cell, and row by row inside a cell.
     """
-    t, gh, gw = grid
-    positions = torch.cartesian_prod(torch.arange(t), torch.arange(gh), torch.arange(gw))  # [N, 3]
-    cells = positions.view(t, gh // merge, merge, gw // merge, merge, 3)
+    t, rows, columns = grid
+    axes = [torch.arange(n) for n in grid]
+    positions = torch.cartesian_prod(*axes)  # [N, 3]
+    cells = positions.view(t, rows // merge, merge, columns // merge, merge, 3)
     return cells.transpose(2, 3).reshape(-1, 3)
 
 
@@ -59,13 +60,15 @@ def segment(keys: Tensor, angles: Tensor) -> Segments:
     """
     _, labels, counts = keys.unique(dim=0, return_inverse=True, return_counts=True)
     # Sort by length of the segment, then by segment.
-    order = (counts[labels] * len(counts) + labels).argsort(stable=True)
+    sort_keys = counts[labels] * len(counts) + labels
+    order = sort_keys.argsort(stable=True)
     lengths, segments = counts.unique(return_counts=True)
+    shapes = zip(segments.tolist(), lengths.tolist(), strict=True)
     angles = angles[order][:, None]  # [N, 1, d]
     return Segments(
         order=order,
         back=order.argsort(),
-        shapes=list(zip(segments.tolist(), lengths.tolist(), strict=True)),
+        shapes=list(shapes),
         cos=angles.cos(),
         sin=angles.sin(),
     )

@@ -72,7 +72,9 @@ class AntiAliasedSnake(torch.autograd.Function):
 
 def pad_edges(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """x [B, T, C] between three copies of first and of last [B, 1, C] -> wide [B, T + 6, C]."""
-    return torch.cat([first.expand(-1, 3, -1), x, last.expand(-1, 3, -1)], dim=1)
+    left = first.expand(-1, 3, -1)
+    right = last.expand(-1, 3, -1)
+    return torch.cat([left, x, right], dim=1)
 
 
 def add_filtered(out: Tensor, wide: Tensor, phase: int, gain: float = 1.0) -> None:
@@ -80,14 +82,18 @@ def add_filtered(out: Tensor, wide: Tensor, phase: int, gain: float = 1.0) -> No
 
     The first tap lies 3 frames before the output in phase 0, and 2 frames before it in phase 1.
     """
+    frames = out.shape[1]
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
-        out.add_(wide[:, i : i + out.shape[1]], alpha=gain * tap)
+        shifted = wide[:, i : i + frames]
+        out.add_(shifted, alpha=gain * tap)
 
 
 def add_filtered_adjoint(wide: Tensor, grad: Tensor, phase: int, gain: float = 1.0) -> None:
     """Adjoint of add_filtered(): adds the gradient [B, T, C] of its output to that of wide."""
+    frames = grad.shape[1]
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
-        wide[:, i : i + grad.shape[1]].add_(grad, alpha=gain * tap)
+        shifted = wide[:, i : i + frames]
+        shifted.add_(grad, alpha=gain * tap)
 
 
 def double_rate(x: Tensor) -> Tensor:
@@ -207,10 +213,11 @@ class AMPBlock(nn.Module):
         from two pairs to three has a pair of zeros, which adds exactly nothing and costs a third of
         the time.
         """
-        indices = range(len(self.convs2))
-        if self.training:
-            return list(indices)
-        return [i for i in indices if self.convs2[i].weight.any() or self.convs2[i].bias.any()]
+        indices = []
+        for i, conv in enumerate(self.convs2):
+            if self.training or conv.weight.any() or conv.bias.any():
+                indices.append(i)
+        return indices
 
     def context_frames(self, pairs: list[int]) -> int:
         """Frames on each side that an output depends on."""
@@ -224,8 +231,10 @@ class AMPBlock(nn.Module):
         if pairs is None:
             pairs = self.pairs()
         for i in pairs:
-            y = convolve(self.convs1[i], self.activations[2 * i](x))
-            x = x + convolve(self.convs2[i], self.activations[2 * i + 1](y))
+            y = self.activations[2 * i](x)
+            y = convolve(self.convs1[i], y)
+            y = self.activations[2 * i + 1](y)
+            x = x + convolve(self.convs2[i], y)
         return x
 
 
@@ -277,7 +286,8 @@ class BigVGAN(nn.Module):
 
         forward() runs them on a whole mel, token2wav/streaming.py on one chunk after the other.
         """
-        stages = [UpsampleStage(partial(convolve, self.conv_pre), conv_context(self.conv_pre))]
+        first = partial(convolve, self.conv_pre)
+        stages = [UpsampleStage(first, conv_context(self.conv_pre))]
         for i, (up,) in enumerate(self.ups):
             blocks = list(self.resblocks[self.kinds * i : self.kinds * (i + 1)])
             stages += [upsampling_stage(up), amp_stage(blocks)]
@@ -287,7 +297,8 @@ class BigVGAN(nn.Module):
 
     def output(self, x: Tensor) -> Tensor:
         """Last activation and convolution: [B, samples, C] -> [B, samples, 1] in [-1, 1]."""
-        return convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)
+        x = convolve(self.conv_post, self.activation_post(x))
+        return x.clamp(-1, 1)
 
     @property
     def context_frames(self) -> float:
@@ -332,5 +343,6 @@ def amp_stage(blocks: list[AMPBlock]) -> UpsampleStage:
 
 def normalize(mel: Tensor) -> Tensor:
     """Natural-log magnitudes -> decibels, then -115 dB .. 0 dB -> -1 .. 1."""
-    decibels = 20 * torch.log10(mel.exp().clamp(min=10 ** (-115 / 20))) - 20
+    magnitudes = mel.exp().clamp(min=10 ** (-115 / 20))
+    decibels = 20 * torch.log10(magnitudes) - 20
     return (2 * (decibels + 115) / 115 - 1).clamp(-1, 1)

@@ -105,7 +105,8 @@ class AdaptiveNorm(nn.Module):
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without own weights, then scale and shift from the time: [B, T, D] -> same."""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
+    normalized = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normalized, 1 + scale)
 
 
 def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, rest = x[:, :, :1], x[:, :, 1:]
     even, odd = first[..., 0::2], first[..., 1::2]  # [B, T, 1, d/2]
     rotated = [even * cos - odd * sin, odd * cos + even * sin]
-    first = torch.stack(rotated, dim=-1).flatten(-2)  # [B, T, 1, d]
+    first = torch.stack(rotated, dim=-1).flatten(-2)  # pairs interleaved again: [B, T, 1, d]
     return torch.cat([first, rest], dim=2)
 
 
@@ -140,9 +141,10 @@ class BlockCache:
         joined = new
         if self.entries is not None:
             finished += self.entries[0].shape[1]
-            keys, values, valid = (
-                torch.cat(pair, dim=1) for pair in zip(self.entries, new, strict=True)
-            )
+            keys, values, valid = self.entries
+            keys = torch.cat([keys, new[0]], dim=1)
+            values = torch.cat([values, new[1]], dim=1)
+            valid = torch.cat([valid, new[2]], dim=1)
             joined = (keys, values, valid)
         begin = max(finished - limit, 0)
         keys, values, valid = (x[:, begin:finished] for x in joined)
@@ -169,9 +171,10 @@ class BlockAttention(nn.Module):
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> queries, keys and values, each [B, blocks, size, H, d]."""
-        q = self.to_q(h).unflatten(-1, (self.heads, -1))  # [B, T, H, d]
-        k = self.to_k(h).unflatten(-1, (self.heads, -1))
-        v = self.to_v(h).unflatten(-1, (self.heads, -1))
+        heads = (self.heads, -1)
+        q = self.to_q(h).unflatten(-1, heads)  # [B, T, H, d]
+        k = self.to_k(h).unflatten(-1, heads)
+        v = self.to_v(h).unflatten(-1, heads)
         q = rotate_first_head(q, cos, sin)
         k = rotate_first_head(k, cos, sin)
         blocks = (-1, self.block_size)
@@ -185,10 +188,14 @@ class BlockAttention(nn.Module):
         """
         if not self.back and not self.ahead:
             return x
-        # [B, back + new + ahead, size, ...]; F.pad takes the last axis first.
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (missing, self.ahead))
-        new = x.shape[1] - self.back - self.ahead
-        shifted = [x[:, i : i + new] for i in range(self.back + 1 + self.ahead)]
+        # Blocks of zeros at both ends; F.pad lists the padding of the last axis first.
+        other_axes = (0, 0) * (x.ndim - 2)
+        x = F.pad(x, other_axes + (missing, self.ahead))  # [B, back + new + ahead, size, ...]
+
+        # Shifted copies side by side: the window of each new block.
+        size = self.back + 1 + self.ahead
+        new = x.shape[1] - size + 1
+        shifted = [x[:, i : i + new] for i in range(size)]
         return torch.cat(shifted, dim=2)
 
     def forward(
@@ -223,10 +230,13 @@ class BlockAttention(nn.Module):
         mask = None
         if needs_mask:
             valid = self.neighbourhood(valid, missing)  # [1, blocks, seen]
-            mask = valid.expand(len(h), -1, -1).flatten(0, 1)[:, None, None]
+            mask = valid.expand(len(h), -1, -1).flatten(0, 1)  # [B * blocks, seen]
+            mask = mask[:, None, None]
 
         # Blocks are independent now: fold them into the batch. [B * blocks, H, size or seen, d]
-        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+        q = q.flatten(0, 1).transpose(1, 2)
+        k = k.flatten(0, 1).transpose(1, 2)
+        v = v.flatten(0, 1).transpose(1, 2)
         out = attention(q, k, v, mask)
         out = out.transpose(1, 2).reshape(*h.shape[:2], -1)  # [B, T, H * d]
         return self.to_out(out)
@@ -263,8 +273,10 @@ class DiTBlock(nn.Module):
 
     def forward(self, h: Tensor, modulation: tuple[Tensor, ...], *attention_inputs) -> Tensor:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
-        h = torch.addcmul(h, gate, self.attn(modulate(h, shift, scale), *attention_inputs))
-        return torch.addcmul(h, gate_ff, self.ff(modulate(h, shift_ff, scale_ff)))
+        attended = self.attn(modulate(h, shift, scale), *attention_inputs)
+        h = torch.addcmul(h, gate, attended)
+        transformed = self.ff(modulate(h, shift_ff, scale_ff))
+        return torch.addcmul(h, gate_ff, transformed)
 
 
 class DiT(nn.Module):

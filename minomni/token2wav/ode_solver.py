@@ -20,7 +20,8 @@ def time_grid(flow: FlowConfig, device: torch.device | None = None) -> Tensor:
     (F5-TTS sec. 3.3).
     """
     u = torch.linspace(0, 1, flow.points, device=device)
-    return u + flow.sway * (torch.cos(math.pi / 2 * u) - 1 + u)
+    sway = torch.cos(math.pi / 2 * u) - 1 + u
+    return u + flow.sway * sway
 
 
 def solve(velocity_fn: VelocityFn, y: Tensor, grid: Tensor, solver: str) -> Tensor:

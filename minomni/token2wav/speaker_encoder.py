@@ -113,16 +113,18 @@ class SpeakerEncoder(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        channels = config.enc_channels
-        kernels = config.enc_kernel_sizes
-        dilations = config.enc_dilations
-        self.blocks = nn.ModuleList([TDNN(config.mel_dim, channels[0], kernels[0], dilations[0])])
-        for i in range(1, len(channels) - 1):
-            self.blocks.append(SERes2Net(channels[i], kernels[i], dilations[i], config))
+        sizes = zip(
+            config.enc_channels, config.enc_kernel_sizes, config.enc_dilations, strict=True
+        )  # (channels, kernel size, dilation) of each layer
+        first, *middle, last = sizes
+        channels = last[0]
+        self.blocks = nn.ModuleList([TDNN(config.mel_dim, *first)])
+        for layer in middle:
+            self.blocks.append(SERes2Net(*layer, config))
         # Multi-layer feature aggregation, attentive statistics pooling, output layer.
-        self.mfa = TDNN(channels[-1], channels[-1], kernels[-1], dilations[-1])
-        self.asp = AttentiveStatistics(channels[-1], config.enc_attention_channels)
-        self.fc = nn.Conv1d(2 * channels[-1], config.enc_dim, 1)
+        self.mfa = TDNN(channels, *last)
+        self.asp = AttentiveStatistics(channels, config.enc_attention_channels)
+        self.fc = nn.Conv1d(2 * channels, config.enc_dim, 1)
 
     def forward(self, ref_mel: Tensor) -> Tensor:
         x = self.blocks[0](ref_mel.transpose(1, 2))  # [B, C, R]

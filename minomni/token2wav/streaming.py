@@ -46,8 +46,7 @@ class Schedule:
 
     def __post_init__(self):
         pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
-        valid = [isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs]
-        if not pairs or not all(valid):
+        if not pairs or not all(is_pair(value) for value in pairs):
             raise UserError(
                 f"a schedule of chunks {shown(self.chunks)}; expected pairs of blocks, such as "
                 f"((1, 0), (2, 1)): how many a chunk adds, and how many it looks ahead"
@@ -85,6 +84,10 @@ class Schedule:
         blocks, ahead = self.chunks[0]
         frames = (blocks + ahead) * dit.block_size - self.first_block_missing(dit)
         return frames // dit.repeats
+
+
+def is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 RELEASE_SCHEDULE = Schedule(chunks=((3, 1),), back=2)  # how the release is served
@@ -213,7 +216,8 @@ class MelStream:
         finished = (first_block_missing + end - begin) // block
 
         # Everything but the noisy mel is fixed during the solve.
-        codes = both_branches(self.codes[:, begin // repeats : seen // repeats], self.flow)
+        codes = self.codes[:, begin // repeats : seen // repeats]
+        codes = both_branches(codes, self.flow)
         code_embeds = self.dit.text_embed(codes)
         context = self.dit.input_embed.context(code_embeds, *self.speaker)  # [1 or 2, frames, D]
         evaluations = iter(self.evaluations)  # in the order in which solve() evaluates the field
