@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder with TMRoPE: the Thinker's, and smaller, the Talker's."""
+"""The Qwen2.5 decoder with TMRoPE, used by the Thinker and, smaller, by the Talker."""
 
 import torch
 from torch import Tensor, nn
@@ -16,66 +16,76 @@ from minomni.layers import (
 
 
 def rotary_cos_sin(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of TMRoPE. position_ids [3, B, L] (time, height, width) -> two [B, 1, L,
-    head_dim], fp32.
+    """Cosines and sines of TMRoPE.
 
-    Of the head_dim/2 angles the first mrope_section[0] follow time, then height, then width (spec:
-    paper sec. 2.2); where the three ids are equal, as in text, this is plain rotary.
+    position_ids [3, B, L] (time, height, width) -> two of [B, 1, L, head_dim], fp32. Of the
+    head_dim/2 angles the first mrope_section[0] follow time, then height, then width (source: paper
+    sec. 2.2). Where the three ids are equal, as in text, this is plain rotary embedding.
     """
-    inverse = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)
-    angles = position_ids[..., None] * inverse  # [3, B, L, d/2]
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)
+    angles = position_ids[..., None] * frequencies  # [3, B, L, d/2]
     sections = angles.split(config.mrope_section, dim=-1)
-    angles = torch.cat(
-        [section[axis] for axis, section in enumerate(sections)], dim=-1
-    )  # [B, L, d/2]
+    by_axis = [section[axis] for axis, section in enumerate(sections)]
+    angles = torch.cat(by_axis, dim=-1)  # [B, L, d/2]
     angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, L, d]
     return angles.cos(), angles.sin()
 
 
 def next_position(position_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The id after all those of a row's real tokens. position_ids [3, B, L], attention_mask [B, L]
-    -> [B].
+    """The position id after the largest one of a row's real tokens.
+
+    position_ids [3, B, L], attention_mask [B, L] -> [B].
     """
-    return position_ids.masked_fill(attention_mask == 0, -1).amax(dim=(0, 2)) + 1
+    real = position_ids.masked_fill(attention_mask == 0, -1)
+    return real.amax(dim=(0, 2)) + 1
 
 
 def causal_mask(
     attention_mask: Tensor | None, length: int, total: int, device: torch.device
 ) -> tuple[Tensor | None, bool]:
-    """What each of the last `length` of `total` tokens may see -> (mask [B or 1, 1, length, total]
-    or None, causal).
+    """The attention mask of the last `length` of `total` tokens.
 
-    attention_mask [B, total] is 0 at padding. The common cases need no mask at all: one new token
-    sees everything, and padding on the right is hidden from real tokens by causality. A padding
-    token sees itself, lest its row be empty.
+    attention_mask [B, total] is 0 at padding -> (mask [B or 1, 1, length, total] or None, causal),
+    as attention() takes them. The common cases need no mask: one new token attends to everything,
+    and padding on the right is hidden from real tokens by causality. A padding token attends to
+    itself, so that no row of the mask is empty.
     """
-    ends = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-    if ends and length == total:
+    no_padding = attention_mask is None
+    right_padded = attention_mask is None
+    if attention_mask is not None:
+        no_padding = bool(attention_mask.all())
+        falling = attention_mask[:, 1:] <= attention_mask[:, :-1]
+        right_padded = bool(falling.all())
+    if right_padded and length == total:
         return None, True
-    full = attention_mask is None or bool(attention_mask.all())
-    if full and length == 1:
+    if no_padding and length == 1:
         return None, False
+
+    # The general case: causal, and without the padding.
     rows = torch.arange(total - length, total, device=device)[:, None]
     columns = torch.arange(total, device=device)
     mask = (columns <= rows)[None]  # [1, length, total]
-    if not full:
-        mask = mask & attention_mask[:, None].bool() | (columns == rows)  # [B, length, total]
+    if attention_mask is not None and not no_padding:
+        real = attention_mask[:, None].bool()  # [B, 1, total]
+        mask = (mask & real) | (columns == rows)  # [B, length, total]
     return mask[:, None], False
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; q, k and v have biases, the output has none. [B, L, D] -> [B, L, D]."""
+    """Grouped-query attention; q, k and v have biases, the output has none.
+
+    [B, L, D] -> [B, L, D].
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        inner, shared = (
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, inner)
-        self.k_proj = nn.Linear(config.hidden_size, shared)
-        self.v_proj = nn.Linear(config.hidden_size, shared)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -87,19 +97,23 @@ class SelfAttention(nn.Module):
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, d]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q = self.split_heads(self.q_proj(x))  # [B, H, L, d]
+        k = self.split_heads(self.k_proj(x))  # [B, H_kv, L, d]
+        v = self.split_heads(self.v_proj(x))
+        q = apply_rotary(q, cos, sin)
+        k = apply_rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, H_kv, past + L, d]
         out = attention(q, k, v, mask, causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, L, heads * d] -> [B, heads, L, d]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP, each on the normalised stream and added to it. [B, L, D] -> [B, L, D]."""
+    """Pre-norm transformer layer: attention, then MLP. [B, L, D] -> [B, L, D]."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -114,8 +128,9 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding table, layers and final norm; the embeddings may be wider than the stream (the
-    Talker's are).
+    """Embedding table, layers and final norm.
+
+    The embeddings may be wider than the hidden states, as they are in the Talker.
     """
 
     def __init__(self, config: DecoderConfig, embedding_size: int):
@@ -124,8 +139,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Unit embeddings are as loud as what they are added to: media features, and the Thinker's
-        # normed states.
+        # Embeddings of unit variance match what they are added to: media features and the Thinker's
+        # normalized hidden states.
         init_weights(self, config.num_hidden_layers, embedding_std=1.0)
 
     def new_cache(self) -> KVCache:
@@ -141,13 +156,18 @@ class Decoder(nn.Module):
         """Run the layers on new tokens.
 
         inputs_embeds [B, L, D]; position_ids [3, B, L]; attention_mask [B, past + L], 0 at padding,
-        None where there is no padding; cache: holds the past and is extended in place. ->
+        None without padding; cache: holds past positions and is extended in place. ->
         hidden_states [B, L, D] after the final norm.
         """
-        hidden_states, length = inputs_embeds, inputs_embeds.shape[1]
-        cos, sin = (x.to(inputs_embeds.dtype) for x in rotary_cos_sin(position_ids, self.config))
+        # Rotary angles and the mask are the same in every layer.
+        dtype, device = inputs_embeds.dtype, inputs_embeds.device
+        cos, sin = rotary_cos_sin(position_ids, self.config)
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        length = inputs_embeds.shape[1]
         past = 0 if cache is None else cache.length
-        mask, causal = causal_mask(attention_mask, length, past + length, inputs_embeds.device)
+        mask, causal = causal_mask(attention_mask, length, past + length, device)
+
+        hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, cos, sin, mask, causal, cache, index)
         return self.norm(hidden_states)

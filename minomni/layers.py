@@ -1,6 +1,4 @@
-"""What every tower shares: norm, rotary turns, attention, the key/value cache, the gated MLP and
-the initialisation.
-"""
+"""Shared layers: RMSNorm, SwiGLU, rotary embeddings, attention, the KV cache, initialization."""
 
 from contextlib import nullcontext
 
@@ -9,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CACHE_STEP = 256  # a full cache grows by at least this many tokens
-# How a GPU attends. cuDNN's way is left out: it plans every new shape anew, for milliseconds, and
-# shapes are new at every token and in every batch.
+CACHE_STEP = 256  # a full KV cache grows by at least this many positions
+# SDPA backends on CUDA. cuDNN is excluded: it plans for milliseconds whenever a shape is new, and
+# the shape changes at every token and in every batch.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, times a learned weight. [..., D] -> [..., D].
+    """Divide by the root mean square and multiply by a learned weight. [..., D] -> [..., D].
 
-    Normalised in fp32 and cast back before the weight is applied, as the release does (it matters
+    Normalized in fp32 and cast back before the weight is applied, as the release does (it matters
     in bf16).
     """
 
@@ -28,7 +26,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        normalized = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return self.weight * normalized.to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -41,25 +40,29 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 def rotary_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     """Rotary frequencies theta^(-2j / size), j = 0 .. size/2 - 1. -> [size / 2] fp32."""
-    return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+    return 1.0 / theta**exponents
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), a and b being the halves of the last axis: a quarter turn of each pair
-    x[j], x[j + half].
+    """(a, b) -> (-b, a) for the halves a and b of the last axis.
+
+    This rotates each pair x[j], x[j + half] by 90 degrees.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair of the last axis by its angle. x and what cos and sin broadcast to: [...,
-    head_dim].
+    """Rotate each pair x[j], x[j + half] of the last axis by its angle.
+
+    x [..., head_dim]; cos and sin broadcast to it. -> [..., head_dim]
     """
     return x * cos + rotate_half(x) * sin
 
@@ -67,33 +70,37 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Attention, the fast way.
+    """Scaled dot-product attention.
 
-    q [B, H, L, d]; k, v [B, H_kv, S, d], where H is a multiple of H_kv; mask bool, True = may be
-    seen, broadcastable to [B, H, L, S]; causal: query i sees keys 0 .. i (needs L = S and no mask).
+    q [B, H, L, d]; k, v [B, H_kv, S, d], where H is a multiple of H_kv; mask bool, True = attend,
+    broadcastable to [B, H, L, S]; causal: query i attends to keys 0 .. i (needs L = S and no mask).
     -> [B, H, L, d]
     """
-    if q.is_cpu and torch.is_autocast_enabled(
-        "cpu"
-    ):  # a CPU takes its gradient 2.6 times as fast in fp32 as in bf16
+    # On a CPU the backward pass is 2.6 times as fast in fp32 as in bf16.
+    if q.is_cpu and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), mask, causal)
-    with sdpa_kernel(SDPA_BACKENDS) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    backends = sdpa_kernel(SDPA_BACKENDS) if q.is_cuda else nullcontext()
+    grouped = q.shape[1] != k.shape[1]
+    with backends:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
 def attention_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same as attention(), spelled out. -> (output [B, H, L, d], weights [B, H, L, S] to draw
-    pictures of).
+    """attention() written out, for tests and plots.
+
+    -> (output [B, H, L, d], weights [B, H, L, S])
     """
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [B, H, S, d]
-    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, H, L, S]
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1)  # [B, H, S, d]
+    v = v.repeat_interleave(groups, dim=1)
+    scale = q.shape[-1] ** 0.5
+    scores = q @ k.transpose(2, 3) / scale  # [B, H, L, S]
     if causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+        ones = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device)
+        mask = ones.tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -101,9 +108,7 @@ def attention_with_weights(
 
 
 class KVCache:
-    """Keys and values of the tokens a decoder has seen, [B, H_kv, length, d] per layer, in buffers
-    that grow.
-    """
+    """Keys and values of past positions, [B, H_kv, length, d] per layer, in buffers that grow."""
 
     def __init__(self, layers: int):
         self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
@@ -111,44 +116,53 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens that all layers have seen."""
+        """Positions that all layers hold."""
         return self.lengths[-1]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, H_kv, L, d] and return all keys and values of the layer so far."""
-        start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
-        if self.buffers[layer] is None:
-            self.buffers[layer] = (k, v)
-        elif end > self.buffers[layer][0].shape[2]:
+        """Append k, v [B, H_kv, L, d] and return all keys and values of the layer."""
+        start = self.lengths[layer]
+        end = start + k.shape[2]
+        buffers = self.buffers[layer]
+        if buffers is None:
+            buffers = (k, v)
+        elif end > buffers[0].shape[2]:
+            # Grow by half of the new length at least, so that copies stay rare.
             room = end - start + max(CACHE_STEP, end // 2)
-            self.buffers[layer] = tuple(
-                F.pad(x[:, :, :start], (0, 0, 0, room)) for x in self.buffers[layer]
-            )
-        keys, values = self.buffers[layer]
-        keys[:, :, start:end], values[:, :, start:end] = k, v
+            keys, values = buffers
+            keys = F.pad(keys[:, :, :start], (0, 0, 0, room))
+            values = F.pad(values[:, :, :start], (0, 0, 0, room))
+            buffers = (keys, values)
+        self.buffers[layer] = buffers
         self.lengths[layer] = end
+
+        keys, values = buffers
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        self.lengths = [min(length, seen) for seen in self.lengths]
+        """Drop all but the first `length` positions."""
+        self.lengths = [min(length, current) for current in self.lengths]
 
 
 def init_weights(module: nn.Module, depth: int, embedding_std: float = 0.02) -> None:
-    """Start a module for training from scratch, in place; torch.manual_seed before building repeats
-    it.
+    """Initialize a module for training from scratch, in place.
 
-    Linears and convolutions keep the variance of what goes through them (std 0.017 at width 3584,
-    the usual 0.02); whatever writes into the residual stream is scaled by 1/sqrt(2 depth), so that
-    the stream's variance does not grow with the number of layers (spec: GPT-2 paper sec. 2.3).
-    Biases start at zero; norms keep their ones.
+    Linear and convolution layers keep the variance of their input (std 0.017 at width 3584, the
+    usual 0.02). Layers that write into the residual stream are scaled by 1/sqrt(2 depth), so that
+    its variance does not grow with the number of layers (source: GPT-2 paper sec. 2.3). Biases
+    start at zero, norms at one. torch.manual_seed before building makes it repeatable.
     """
-    writers = ("o_proj", "out_proj", "down_proj", "fc2", "attn.proj")
+    residual = ("o_proj", "out_proj", "down_proj", "fc2", "attn.proj")
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=embedding_std)
         elif isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv3d)):
-            scale = (2 * depth) ** -0.5 if name.endswith(writers) else 1.0
-            nn.init.normal_(part.weight, std=scale * part.weight[0].numel() ** -0.5)
+            fan_in = part.weight[0].numel()
+            std = fan_in**-0.5
+            if name.endswith(residual):
+                std = (2 * depth) ** -0.5 * std
+            nn.init.normal_(part.weight, std=std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

@@ -1,5 +1,6 @@
-"""From logits to the next id: repetition penalty, suppression, temperature, top-k, top-p, in the
-release's order.
+"""Sampling the next id from logits.
+
+Repetition penalty, suppression, temperature, top-k and top-p are applied in the release's order.
 """
 
 from collections.abc import Sequence
@@ -10,61 +11,69 @@ from torch import Tensor
 from minomni.config import SamplingConfig
 from minomni.errors import UserError
 
-NEVER = float("-inf")
+NEVER = float("-inf")  # logit of an id that is never sampled
+
+# One generator for a whole batch, one for each row, or None for torch's global one.
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def penalize_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Make ids that a row has had less likely: positive logits are divided by the penalty, negative
-    ones multiplied.
+    """Make the ids of a row's history [B, V] (bool) less likely in logits [B, V] -> [B, V].
+
+    Positive logits are divided by the penalty, negative ones are multiplied.
     """
-    return torch.where(history, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(history, penalized, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Rule out all but the k largest logits of each row."""
-    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
+    """Mask all but the k largest logits of each row: [B, V] -> [B, V]."""
+    k = min(k, logits.shape[-1])
+    largest = logits.topk(k, dim=-1).values  # [B, k], descending
+    smallest = largest[:, -1:]  # [B, 1]
     return logits.masked_fill(logits < smallest, NEVER)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest most likely ids whose probabilities reach p, at least one.
+    """Keep the smallest set of most likely ids whose probabilities reach p, at least one.
 
-    Sorted and summed from the least likely on, as transformers does it: rounding and ties then fall
-    alike.
+    logits [B, V] -> [B, V]. Sorted and summed from the least likely id up, as transformers does, so
+    that rounding and ties give the same result.
     """
     ascending, order = logits.sort(dim=-1)
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    cumulative = ascending.softmax(-1).cumsum(-1)
+    drop = cumulative <= 1 - p
     drop[:, -1] = False
-    return logits.masked_fill(
-        drop.scatter(1, order, drop), NEVER
-    )  # back from sorted order to id order
+    drop = drop.scatter(1, order, drop)  # from sorted order back to id order
+    return logits.masked_fill(drop, NEVER)
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise UserError where a row of logits [B, V] is not finite or of one value throughout: the
-    weights are broken.
-    """
-    spreads = (
-        logits.amax(-1) - logits.amin(-1)
-    ).tolist()  # [B], NaN where a row holds one; aminmax() is much slower
-    if not all(0 < spread < float("inf") for spread in spreads):
-        what = "only one number" if 0 in spreads else "NaN or infinite numbers"
-        raise UserError(
-            f"the model's weights give {what} instead of scores for the next token; its files are damaged, "
-            f"or its half precision overflows: copy them again, or load with dtype=torch.float32"
-        )
+    """Raise UserError if a row of logits [B, V] is constant or not finite: broken weights."""
+    # NaN where a row has one. aminmax() would be much slower.
+    differences = logits.amax(-1) - logits.amin(-1)  # [B]
+    ranges = differences.tolist()
+    if all(0 < value < float("inf") for value in ranges):
+        return
+    what = "only one number" if 0 in ranges else "NaN or infinite numbers"
+    raise UserError(
+        f"the model's weights give {what} instead of scores for the next token; its files are "
+        f"damaged, or its half precision overflows: copy them again, or load with "
+        f"dtype=torch.float32"
+    )
 
 
-def draw(
-    probabilities: Tensor, generator: torch.Generator | list[torch.Generator] | None
-) -> Tensor:
-    """One id of each row by its probabilities [B, V] -> [B]; with a list, row i draws from
-    generator i.
+def draw(probabilities: Tensor, generator: Generators) -> Tensor:
+    """Sample one id per row from probabilities [B, V] -> [B].
+
+    With a list, row i uses generator i.
     """
     if not isinstance(generator, list):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    rows = zip(probabilities.split(1), generator, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=own)[:, 0] for row, own in rows])
+    ids = []
+    for row, row_generator in zip(probabilities.split(1), generator, strict=True):
+        ids.append(torch.multinomial(row, 1, generator=row_generator)[:, 0])
+    return torch.cat(ids)
 
 
 def sample(
@@ -72,21 +81,22 @@ def sample(
     history: Tensor | None,
     sampling: SamplingConfig,
     suppress: Sequence[int] | Tensor = (),
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
 ) -> Tensor:
-    """Choose the next id of every row. logits [B, V] -> ids [B] long.
+    """Sample the next id of every row: logits [B, V] -> ids [B] long.
 
     history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty);
-    suppress: ids never chosen; temperature 0 takes the largest logit. The generator lives on the
-    logits' device; with one for each row, a row draws the same whatever else is in its batch.
-    Raises UserError for logits that are not finite.
+    suppress: ids never chosen; temperature 0 takes the largest logit. The generator is on the
+    device of the logits; with one for each row, the result of a row does not depend on the rest of
+    its batch. Raises UserError for logits that are not finite.
     """
     logits = logits.float()
     check_finite(logits)
     if history is not None and sampling.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, history, sampling.repetition_penalty)
     if len(suppress):
-        logits = logits.index_fill(1, torch.as_tensor(suppress, device=logits.device), NEVER)
+        suppressed = torch.as_tensor(suppress, device=logits.device)
+        logits = logits.index_fill(1, suppressed, NEVER)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits / sampling.temperature

@@ -83,7 +83,7 @@ def test_cache_equals_full_pass_and_grows():
     assert cache.length == 9
     big = KVCache(1)
     for i in range(700):
-        keys, values = big.extend(
+        keys, values = big.append(
             0, torch.full((1, 1, 1, 2), float(i)), torch.full((1, 1, 1, 2), -float(i))
         )
     assert torch.equal(keys[0, 0, :, 0], torch.arange(700.0))

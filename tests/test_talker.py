@@ -157,11 +157,11 @@ def test_teacher_forced_logits_equal_spoken_ones(thinker, talker):
             both.position_ids[:, here],
             both.attention_mask[here],
             both.voice[here],
-            both.text[here],
+            both.reply_embeds[here],
         )
         first, state = talker.prefill(one)
         steps = [first] + [
-            talker.step(code[None], one.text[0][min(i + 1, len(one.text[0]) - 1)][None], state)
+            talker.step(code[None], one.reply_embeds[0][min(i + 1, len(one.reply_embeds[0]) - 1)][None], state)
             for i, code in enumerate(spoken)
         ]
         asked = targets[row] != IGNORE_INDEX

@@ -1,1 +1,1 @@
-"""3. Turns thoughts into speech codes (checkpoint prefix `talker.`)."""
+"""3. Generates speech codes from hidden states and text (checkpoint prefix `talker.`)."""

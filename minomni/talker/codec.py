@@ -1,15 +1,16 @@
-"""Our speech tokenizer: mel -> one code per 40 ms -> letters and mel. The release ships no encoder;
-its codes differ.
+"""Our speech tokenizer: mel -> one code per 40 ms -> letters and mel.
 
-A mel is shortened by strided convolutions, understood by a small transformer in 2-second blocks (so
-that encoding can stream), and rounded to a grid by finite scalar quantisation (FSQ, arXiv
-2309.15505). Two readers behind the grid decide what the codes must keep: a CTC head reads letters
-(the words), a convolutional mel decoder that is *told the speaker* reads the sound (melody and
-timing), so that the codes need not carry the voice. The idea of teaching a tokenizer by transcripts
-is that of the supervised tokenizers (CosyVoice, Qwen3-TTS); the shape here is our own.
+The release ships no encoder; its codes differ from ours. A mel is downsampled by strided
+convolutions, encoded by a small transformer in 2-second blocks (so that encoding can stream), and
+quantized by finite scalar quantization (FSQ, arXiv 2309.15505). Two decoders determine what the
+codes keep: a CTC head predicts letters (the words), and a convolutional mel decoder *conditioned on
+the speaker* predicts the mel (pitch and timing), so that the codes need not carry the voice.
+Supervision by transcripts follows the supervised tokenizers (CosyVoice, Qwen3-TTS); the
+architecture is our own.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from torch.nn import functional as F
 from minomni.config import CodecConfig
 from minomni.layers import attention
 
-FIRST_CODE = 1  # code 0 is the one the DiT sees where guidance drops the condition
-MEL_CENTRE, MEL_SPREAD = -5.0, 3.0  # brings natural-log mels (about -11.5 ... 2) near unit scale
+FIRST_CODE = 1  # code 0 is the DiT's "no code" in classifier-free guidance
+# Mean and scale that bring natural-log mels (about -11.5 ... 2) near unit scale.
+MEL_CENTRE = -5.0
+MEL_SPREAD = 3.0
 LETTERS = " abcdefghijklmnopqrstuvwxyz"  # CTC class i + 1; class 0 is blank
 
 
@@ -30,93 +33,106 @@ def letters_to_ids(text: str) -> Tensor:
 
 
 def ids_to_letters(classes: Tensor) -> str:
-    """Best CTC classes per frame [T] -> text: repeats collapse, blanks (0) vanish."""
-    collapsed = torch.unique_consecutive(classes).tolist()
-    return "".join(LETTERS[c - 1] for c in collapsed if 0 < c <= len(LETTERS))
+    """Greedy CTC decoding: best classes per frame [T] -> text without repeats and blanks (0)."""
+    text = ""
+    for index in torch.unique_consecutive(classes).tolist():
+        if 0 < index <= len(LETTERS):
+            text += LETTERS[index - 1]
+    return text
 
 
 def ctc_align(log_probs: Tensor, letters: Tensor) -> Tensor | None:
-    """Which letter is being said when: the likeliest way of CTC through a text (Viterbi).
+    """Forced alignment: the most likely CTC path through a text (Viterbi).
 
-    log_probs [T, classes], letters [n] -> index of a letter for each of T moments [T], that of the
-    one before in a pause; None where there are too few moments for the letters.
+    log_probs [T, classes], letters [n] -> index of the letter at each frame [T], in a blank that of
+    the letter before it; None if there are too few frames for the letters. Names as in torchaudio's
+    tutorial on forced alignment.
     """
-    states = torch.zeros(
-        2 * len(letters) + 1, dtype=torch.long
-    )  # blank, letter, blank, letter, ... blank
+    # The states of the path: blank, letter, blank, letter, ..., blank.
+    states = torch.zeros(2 * len(letters) + 1, dtype=torch.long)
     states[1::2] = letters
-    leap = torch.zeros(len(states), dtype=torch.bool)  # over a blank, between letters that differ
-    leap[3::2] = states[3::2] != states[1:-2:2]
-    heard = log_probs.cpu().float()[:, states]  # [T, states]
-    never = torch.full((2,), -torch.inf)
-    score, came = torch.cat([heard[0, :2], never.new_full((len(states) - 2,), -torch.inf)]), []
-    for row in heard[1:]:
-        ways = torch.stack(
-            [
-                score,
-                torch.cat([never[:1], score[:-1]]),
-                torch.cat([never, score[:-2]]).where(leap, never[0]),
-            ]
-        )  # stay, step, leap
-        best, way = ways.max(0)
-        score = best + row
-        came.append(way)
-    place = len(states) - 2 + int(score[-1] > score[-2])
-    if score[place] == -torch.inf:
+    # The blank between two letters can be skipped if they differ.
+    can_skip = torch.zeros(len(states), dtype=torch.bool)
+    can_skip[3::2] = states[3::2] != states[1:-2:2]
+
+    # Trellis: log-probability of the best path that ends in each state. It starts in either the
+    # first blank or the first letter.
+    emission = log_probs.cpu().float()[:, states]  # [T, states]
+    never = -torch.inf
+    trellis = torch.full((len(states),), never)
+    trellis[:2] = emission[0, :2]
+    backpointers = []  # per frame and state: how many states the best path moved on
+    for frame in emission[1:]:
+        stay = trellis
+        move = F.pad(trellis[:-1], (1, 0), value=never)
+        skip = F.pad(trellis[:-2], (2, 0), value=never)
+        skip = skip.masked_fill(~can_skip, never)
+        best, moved = torch.stack([stay, move, skip]).max(0)
+        trellis = best + frame
+        backpointers.append(moved)
+
+    # The path ends in the last letter or in the blank after it; from there it is traced back.
+    state = len(states) - 2
+    if trellis[state + 1] > trellis[state]:
+        state += 1
+    if trellis[state] == never:
         return None
-    places = [place]
-    for way in reversed(came):
-        places.append(places[-1] - int(way[places[-1]]))
-    return ((torch.tensor(places[::-1]) - 1) // 2).clamp_min(0)
+    path = [state]
+    for moved in reversed(backpointers):
+        state -= int(moved[state])
+        path.append(state)
+    path.reverse()
+    letter = (torch.tensor(path) - 1) // 2
+    return letter.clamp_min(0)  # the blank before the first letter counts as that letter
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation: every channel is squashed to (-1, 1) and rounded to one of
-    `levels` values.
-    """
+    """Finite scalar quantization: each channel is bounded and rounded to one of `levels` values."""
 
     def __init__(self, levels: tuple[int, ...]):
         super().__init__()
         self.levels = levels
-        self.strides = tuple(
-            math.prod(levels[:i]) for i in range(len(levels))
-        )  # a code is a number in mixed radix
+        # A code is a number in mixed radix; these are the values of its digits.
+        strides = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.strides = tuple(strides)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [..., channels] -> the same rounded (gradient straight through), codes [...]
-        from FIRST_CODE on.
+        """Features [..., channels] -> (grid values [..., channels], codes [...]).
+
+        Values are in [-1, 1] with straight-through gradients, codes start at FIRST_CODE.
         """
         scale = self._scale(x)
         steps = (torch.tanh(x) + 1) * scale  # 0 ... levels - 1
-        rounded = steps + (steps.round() - steps).detach()
-        codes = (steps.round().long() * torch.tensor(self.strides, device=x.device)).sum(
-            -1
-        ) + FIRST_CODE
+        digits = steps.round()
+        rounded = steps + (digits - steps).detach()  # straight-through estimator
+        strides = torch.tensor(self.strides, device=x.device)
+        codes = (digits.long() * strides).sum(-1) + FIRST_CODE
         return rounded / scale - 1, codes
 
     def values(self, codes: Tensor) -> Tensor:
         """Codes [...] -> grid values [..., channels] in [-1, 1]; the inverse of forward."""
-        digits = torch.stack(
-            [(codes - FIRST_CODE) // s % n for s, n in zip(self.strides, self.levels)], -1
-        )
-        return digits / self._scale(codes) - 1
+        digits = []
+        for stride, levels in zip(self.strides, self.levels, strict=True):
+            digits.append((codes - FIRST_CODE) // stride % levels)
+        return torch.stack(digits, -1) / self._scale(codes) - 1
 
     def _scale(self, like: Tensor) -> Tensor:
         return torch.tensor([(n - 1) / 2 for n in self.levels], device=like.device)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer whose attention stays inside one block of time."""
+    """Pre-norm transformer layer with attention inside one block of time."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.attn_norm, self.ff_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.near = nn.Conv1d(
-            width, width, 5, padding=2, groups=width
-        )  # order inside a block comes from here
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attn_norm = nn.LayerNorm(width)
+        self.ff_norm = nn.LayerNorm(width)
+        # A depthwise convolution takes the place of position embeddings.
+        self.near = nn.Conv1d(width, width, 5, padding=2, groups=width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.ff = nn.Sequential(
             nn.Linear(width, config.intermediate_size),
             nn.GELU(),
@@ -124,23 +140,27 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [N, T, D] blocks of time, mask [N, 1, 1, T] true where a frame is real -> [N, T, D]."""
-        x = x + self.near((x * mask[:, 0, 0, :, None]).transpose(1, 2)).transpose(1, 2)
+        """x [N, T, D] blocks of time, mask [N, 1, 1, T] true at real frames -> [N, T, D]."""
+        real = x * mask[:, 0, 0, :, None]
+        x = x + self.near(real.transpose(1, 2)).transpose(1, 2)
+
         n, t, d = x.shape
-        q, k, v = (
-            self.qkv(self.attn_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # [N, H, T, D/H] each
-        x = x + self.out(attention(q, k, v, mask=mask).transpose(1, 2).reshape(n, t, d))
+        qkv = self.qkv(self.attn_norm(x))
+        qkv = qkv.view(n, t, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
+        attended = attention(q, k, v, mask=mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(n, t, d))
         return x + self.ff(self.ff_norm(x))
 
 
 class Codec(nn.Module):
-    """Speech tokenizer of CodecConfig: encode() for codes, forward() for training both readers."""
+    """Speech tokenizer of CodecConfig: encode() for codes, letters() and mel() for decoding."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.config = config
-        width, halvings = config.hidden_size, config.downsample.bit_length() - 1
+        width = config.hidden_size
+        halvings = config.downsample.bit_length() - 1
         self.stem = nn.Conv1d(config.mel_dim, width, 5, padding=2)
         self.down = nn.ModuleList(
             nn.Conv1d(width, width, 4, stride=2, padding=1) for _ in range(halvings)
@@ -149,8 +169,10 @@ class Codec(nn.Module):
         self.to_grid = nn.Linear(width, len(config.levels))
         self.fsq = FSQ(config.levels)
         self.from_grid = nn.Linear(len(config.levels), width)
+        # CTC decoder
         self.reader = Block(config)
         self.ctc_head = nn.Linear(width, config.ctc_vocab)
+        # Mel decoder
         self.speaker = nn.Linear(2 * config.mel_dim, width)
         self.mel_layers = nn.ModuleList(
             nn.Conv1d(width, width, 5, padding=2) for _ in range(halvings + 2)
@@ -158,53 +180,63 @@ class Codec(nn.Module):
         self.mel_out = nn.Conv1d(width, config.mel_dim, 5, padding=2)
 
     def encode(self, mel: Tensor) -> Tensor:
-        """Voice mel [B, T, mel_dim], T a multiple of downsample -> codes [B, T / downsample],
-        FIRST_CODE and up.
+        """Voice mel [B, T, mel_dim] -> codes [B, T / downsample], FIRST_CODE and up.
+
+        T is a multiple of downsample.
         """
-        return self.quantize(mel)[1]
+        _, codes = self.quantize(mel)
+        return codes
 
     def quantize(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Voice mel [B, T, mel_dim] -> grid values [B, T / downsample, channels] and codes [B, T /
-        downsample].
+        """Voice mel [B, T, mel_dim] -> (grid values [B, C, channels], codes [B, C]).
+
+        C = T / downsample.
         """
-        x = F.gelu(self.stem(((mel - MEL_CENTRE) / MEL_SPREAD).transpose(1, 2)))
+        x = ((mel - MEL_CENTRE) / MEL_SPREAD).transpose(1, 2)  # [B, mel_dim, T]
+        x = F.gelu(self.stem(x))
         for layer in self.down:
             x = F.gelu(layer(x))  # halves T
-        x = self._in_blocks(x.transpose(1, 2), self.encoder)  # [B, T / downsample, D]
+        x = self._in_blocks(x.transpose(1, 2), self.encoder)  # [B, C, D]
         return self.fsq(self.to_grid(x))
 
     def letters(self, grid: Tensor) -> Tensor:
         """Grid values [B, C, channels] -> CTC log-probabilities [B, C, ctc_vocab]."""
-        return self.ctc_head(self._in_blocks(self.from_grid(grid), [self.reader])).log_softmax(-1)
+        x = self._in_blocks(self.from_grid(grid), [self.reader])
+        return self.ctc_head(x).log_softmax(-1)
 
     def mel(self, grid: Tensor, cond: Tensor) -> Tensor:
-        """Grid values [B, C, channels] and speaker vectors [B, 2 * mel_dim] -> mel [B, C *
-        downsample, mel_dim].
+        """Grid values [B, C, channels], speaker vectors [B, 2 * mel_dim] -> mel [B, T, mel_dim].
+
+        T = C * downsample.
         """
-        x = (self.from_grid(grid) + self.speaker(cond)[:, None]).transpose(1, 2)
+        speaker = self.speaker(cond)[:, None]  # [B, 1, D]
+        x = (self.from_grid(grid) + speaker).transpose(1, 2)  # [B, D, C]
         for i, layer in enumerate(self.mel_layers):
             x = x + F.gelu(layer(x))
             if i < len(self.down):
                 x = x.repeat_interleave(2, -1)  # doubles T
         return self.mel_out(x).transpose(1, 2) * MEL_SPREAD + MEL_CENTRE
 
-    def _in_blocks(self, x: Tensor, layers) -> Tensor:
-        """Run layers over x [B, C, D] cut into blocks of time that do not see each other."""
+    def _in_blocks(self, x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
+        """Run layers on x [B, C, D], split into blocks of time that do not attend to each other."""
         b, c, d = x.shape
         size = min(self.config.block_frames // self.config.downsample, c)
-        blocks = F.pad(x, (0, 0, 0, -c % size)).reshape(-1, size, d)  # [B * blocks, size, D]
-        real = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, -c % size)).view(-1, 1, 1, size)
+        padding = -c % size
+        blocks = F.pad(x, (0, 0, 0, padding)).reshape(-1, size, d)  # [B * blocks, size, D]
+        mask = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, padding))
+        mask = mask.view(-1, 1, 1, size)
         for layer in layers:
-            blocks = layer(blocks, real)
+            blocks = layer(blocks, mask)
         return blocks.view(b, -1, d)[:, :c]
 
 
 def speaker_vector(mel: Tensor) -> Tensor:
-    """Voice mel [T, mel_dim] of a few seconds of one voice -> unit vector [2 * mel_dim]: mean and
-    spread of every band.
+    """Voice mel [T, mel_dim] of a few seconds of one voice -> unit vector [2 * mel_dim].
 
-    Plain statistics instead of a trained network: the release's extractor was never published, and
-    for telling a handful of voices apart the long-term spectrum is enough.
+    It holds the mean and standard deviation of each band: statistics instead of a trained network.
+    The release's extractor was never published, and the long-term spectrum is enough to distinguish
+    a handful of voices.
     """
     x = (mel - MEL_CENTRE) / MEL_SPREAD
-    return F.normalize(torch.cat([x.mean(0), x.std(0)]), dim=0)
+    statistics = torch.cat([x.mean(0), x.std(0)])
+    return F.normalize(statistics, dim=0)

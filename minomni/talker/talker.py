@@ -1,12 +1,13 @@
-"""The Talker: reads the Thinker's states and words, speaks in codec ids (spec: paper sec. 2.4;
-hand-over: release).
+"""The Talker: reads the Thinker's hidden states and text, and generates speech codes.
 
-    position   0 ... L-1          L                  L+1            L+2             ...
-    input      state + embedding  voice + pad code   r_0 + bos code r_1 + code_0    ... end + code, pad + code, ...
-    output                                           code_0         code_1          ... codec_eos
+Source: paper sec. 2.4; the input layout is that of the release.
 
-r_i is the Thinker's final state at reply token i plus that token's embedding; `end` and `pad` are
-text embeddings.
+    position  0 ... L-1          L                 L+1             L+2           ...
+    input     state + embedding  voice + pad code  r_0 + bos code  r_1 + code_0  ... pad + code
+    output                                         code_0          code_1        ... codec_eos
+
+r_i is the Thinker's final hidden state at reply token i plus that token's embedding. After the last
+r_i comes the text embedding `end` once, then the text embedding `pad`, each plus the last code.
 """
 
 from collections.abc import Iterator
@@ -19,62 +20,62 @@ from torch.nn.utils.rnn import pad_sequence
 from minomni.config import IGNORE_INDEX, SamplingConfig, TalkerConfig, TokenIds
 from minomni.decoder import Decoder, next_position
 from minomni.layers import KVCache, init_weights
-from minomni.sampling import sample
+from minomni.sampling import Generators, sample
 from minomni.thinker.thinker import ThinkerOutput
 
 
 @dataclass
 class TalkerInputs:
-    """What the Talker speaks from; all in the Thinker's width E."""
+    """What the Talker generates speech from; all in the Thinker's width E."""
 
-    prompt: Tensor  # [B, L, E] final states plus embeddings, media embeddings left out
+    prompt: Tensor  # [B, L, E] final hidden states plus text embeddings, which are 0 at media
     position_ids: Tensor  # [3, B, L]
     attention_mask: Tensor  # [B, L]
     voice: Tensor  # [B, E] embedding of the voice's token
-    reply_embeds: list[
-        Tensor
-    ]  # per row what reply_embeds() makes, one line for each step and the last one for ever
+    # Per row the result of reply_embeds(): one embedding per step, the last one repeats.
+    reply_embeds: list[Tensor]
 
 
 @dataclass
 class TalkerState:
-    """Where a Talker is in its sequence."""
+    """The state of a Talker between two steps."""
 
     cache: KVCache
-    attention_mask: Tensor  # [B, seen so far]
-    position: Tensor  # [B] id of the next input
+    attention_mask: Tensor  # [B, positions so far]
+    position: Tensor  # [B] position id of the next input
 
 
 def reply_embeds(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
-    """The text a Talker speaks: r_0 ... r_{n-2} [n - 1, E], then `end` [E], then `pad` [E]. -> [n +
-    1, E].
+    """The text input of the Talker: r_0 ... r_{n-2} [n - 1, E], `end` [E], `pad` [E] -> [n + 1, E].
 
-    A reply of one token has no states: nothing to say, no line at all [0, E].
+    A reply of one token has no states, so nothing is spoken: [0, E].
     """
-    return torch.cat((states, end[None], pad[None])) if len(states) else states
+    if not len(states):
+        return states
+    return torch.cat((states, end[None], pad[None]))
 
 
 def talker_inputs(
     reply: ThinkerOutput, voices: list[int], tokens: TokenIds, table: nn.Embedding
 ) -> TalkerInputs:
-    """Turn an answer into a script. voices: token id of the voice of each row; table: the Thinker's
-    embeddings.
+    """The Talker's inputs for a reply.
+
+    voices: token id of the voice of each row; table: the Thinker's embedding table.
     """
-    ids = torch.tensor(
-        [tokens.tts_text_end, tokens.tts_text_pad, *voices], device=table.weight.device
-    )
-    end, pad, *voices = table(ids)  # [E] each
+    ids = [tokens.tts_text_end, tokens.tts_text_pad, *voices]
+    embeds = table(torch.tensor(ids, device=table.weight.device))
+    end, pad, *voice_embeds = embeds  # [E] each
     return TalkerInputs(
-        reply.prompt_hidden + reply.prompt_text_embeds,
-        reply.position_ids,
-        reply.attention_mask,
-        torch.stack(voices),
-        [reply_embeds(row, end, pad) for row in reply.reply_states],
+        prompt=reply.prompt_hidden + reply.prompt_text_embeds,
+        position_ids=reply.position_ids,
+        attention_mask=reply.attention_mask,
+        voice=torch.stack(voice_embeds),
+        reply_embeds=[reply_embeds(states, end, pad) for states in reply.reply_states],
     )
 
 
 class Talker(nn.Module):
-    """A decoder over codec ids whose inputs live in the Thinker's width and are projected down."""
+    """A decoder over codec ids. Its inputs have the Thinker's width and are projected down."""
 
     def __init__(self, config: TalkerConfig):
         super().__init__()
@@ -94,12 +95,12 @@ class Talker(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """embeds [B, L, E], position_ids [3, B, L], attention_mask [B, past + L] -> logits [B, L,
-        V] in fp32.
+        """Logits [B, L, V] in fp32.
+
+        embeds [B, L, E], position_ids [3, B, L], attention_mask [B, past + L].
         """
-        return self.codec_head(
-            self.hidden_states(embeds, position_ids, attention_mask, cache)
-        ).float()
+        hidden = self.hidden_states(embeds, position_ids, attention_mask, cache)
+        return self.codec_head(hidden).float()
 
     def hidden_states(
         self,
@@ -108,154 +109,163 @@ class Talker(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What forward() makes its logits of [B, L, D]."""
-        return self.model(self.thinker_to_talker_proj(embeds), position_ids, attention_mask, cache)
+        """The hidden states [B, L, D] from which forward() computes its logits."""
+        projected = self.thinker_to_talker_proj(embeds)  # [B, L, D]
+        return self.model(projected, position_ids, attention_mask, cache)
 
     def code_embeds(self, codes: Tensor | int) -> Tensor:
-        """Codec ids -> their embeddings [..., E]."""
+        """Codec ids [...] -> their embeddings [..., E]."""
         return self.model.embed_tokens(torch.as_tensor(codes, device=self.codec_head.weight.device))
 
-    def prefill_inputs(self, script: TalkerInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompt, voice, line 0 -> (embeds [B, L + 2, E], position_ids [3, B, L + 2],
-        attention_mask [B, L + 2]).
-        """
-        silence = torch.zeros_like(script.voice[0])
-        first = torch.stack([row[0] if len(row) else silence for row in script.text])  # [B, E]
-        voice = script.voice + self.code_embeds(self.config.codec_pad)  # [B, E]
-        start = first + self.code_embeds(self.config.codec_bos)  # [B, E]
-        last = script.position_ids[
-            :, :, -1:
-        ]  # the prompt ends in text, and the two go on from there
-        return (
-            torch.cat((script.prompt, voice[:, None], start[:, None]), dim=1),
-            torch.cat((script.position_ids, last + 1, last + 2), dim=2),
-            torch.cat(
-                (script.attention_mask, script.attention_mask.new_ones(len(voice), 2)), dim=1
-            ),
-        )
+    def prefill_inputs(self, inputs: TalkerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt, voice and first reply embedding, as the decoder reads them.
 
-    def prefill(self, script: TalkerInputs) -> tuple[Tensor, TalkerState]:
-        """Read prompt, voice and first line -> (logits [B, V] of the first code, state)."""
-        embeds, position_ids, mask = self.prefill_inputs(script)
+        -> (embeds [B, L + 2, E], position_ids [3, B, L + 2], attention_mask [B, L + 2])
+        """
+        # A row without text is never spoken; zeros take the place of its first embedding.
+        zeros = torch.zeros_like(inputs.voice[0])
+        first_text = [row[0] if len(row) else zeros for row in inputs.reply_embeds]
+        voice = inputs.voice + self.code_embeds(self.config.codec_pad)  # [B, E]
+        start = torch.stack(first_text) + self.code_embeds(self.config.codec_bos)  # [B, E]
+        parts = [inputs.prompt, voice[:, None], start[:, None]]
+        embeds = torch.cat(parts, dim=1)
+
+        # The prompt ends in text, so the next two positions follow its last one.
+        last = inputs.position_ids[:, :, -1:]
+        position_ids = torch.cat((inputs.position_ids, last + 1, last + 2), dim=2)
+        ones = inputs.attention_mask.new_ones(len(voice), 2)
+        attention_mask = torch.cat((inputs.attention_mask, ones), dim=1)
+        return embeds, position_ids, attention_mask
+
+    def prefill(self, inputs: TalkerInputs) -> tuple[Tensor, TalkerState]:
+        """Run the prefill -> (logits [B, V] of the first code, state)."""
+        embeds, position_ids, mask = self.prefill_inputs(inputs)
         cache = self.model.new_cache()
         logits = self(embeds, position_ids, mask, cache)[:, -1]
         return logits, TalkerState(cache, mask, next_position(position_ids, mask))
 
-    def step(self, codes: Tensor, line: Tensor, state: TalkerState) -> Tensor:
-        """Feed the codes just spoken [B] with the next line of text [B, E] -> logits [B, V]; the
-        state moves on.
+    def step(self, codes: Tensor, text: Tensor, state: TalkerState) -> Tensor:
+        """One decoding step: updates state.
+
+        The last codes [B] and the text embeddings of this step [B, E] -> logits [B, V].
         """
-        embeds = (self.code_embeds(codes) + line)[:, None]  # [B, 1, E]
-        state.attention_mask = torch.cat(
-            (state.attention_mask, torch.ones_like(codes)[:, None]), dim=1
-        )
-        logits = self(
-            embeds, state.position.expand(3, -1)[..., None], state.attention_mask, state.cache
-        )[:, -1]
+        embeds = (self.code_embeds(codes) + text)[:, None]  # [B, 1, E]
+        position_ids = state.position.expand(3, -1)[..., None]  # [3, B, 1]
+        ones = torch.ones_like(codes)[:, None]
+        state.attention_mask = torch.cat((state.attention_mask, ones), dim=1)
+        logits = self(embeds, position_ids, state.attention_mask, state.cache)[:, -1]
         state.position = state.position + 1
         return logits
 
-    def suppressed_ids(self, table_rows: int) -> Tensor:
-        """Ids that are never spoken: bos, and all beyond the DiT's table but the two that end
-        speech.
-        """
+    def suppressed_ids(self, num_codes: int) -> Tensor:
+        """Ids that are never sampled: bos, and all from num_codes on except the two stop ids."""
         ids = torch.arange(self.config.decoder.vocab_size)
-        stops = (ids == self.config.codec_pad) | (ids == self.config.codec_eos)
-        return ids[(ids == self.config.codec_bos) | ((ids >= table_rows) & ~stops)]
+        outside = (ids >= num_codes) & ~self.is_stop(ids)
+        return ids[(ids == self.config.codec_bos) | outside]
+
+    def is_stop(self, ids: Tensor) -> Tensor:
+        """Which ids end speech: codec_pad and codec_eos."""
+        return (ids == self.config.codec_pad) | (ids == self.config.codec_eos)
 
     @torch.no_grad()
     def steps(
         self,
-        script: TalkerInputs,
+        inputs: TalkerInputs,
         sampling: SamplingConfig,
-        table_rows: int,
-        generator: torch.Generator | None = None,
+        num_codes: int,
+        generator: Generators = None,
     ) -> Iterator[Tensor]:
-        """Speak code by code: yields ids [B]; rows that have stopped, or have no text, yield
-        codec_pad.
+        """Generate code by code: yields ids [B]; rows that stopped or have no text yield codec_pad.
 
-        The repetition penalty also sees what stands in for the prompt in the release's id history:
-        mask, pad and bos. script.text is read one line a step, so a caller may make it longer
-        between steps.
+        The repetition penalty also applies to the ids that stand for the prompt in the release's id
+        history: mask, pad and bos. inputs.reply_embeds is read one embedding per step, so a caller
+        may extend its rows between steps.
         """
-        config, suppress = self.config, self.suppressed_ids(table_rows)
-        done = torch.tensor([not len(row) for row in script.text], device=script.prompt.device)
-        history = done.new_zeros(len(done), config.decoder.vocab_size)
+        config = self.config
+        suppressed = self.suppressed_ids(num_codes)
+        silent = [len(row) == 0 for row in inputs.reply_embeds]
+        done = torch.tensor(silent, device=inputs.prompt.device)
+        history = done.new_zeros(len(done), config.decoder.vocab_size)  # [B, V] bool
         history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
-        room = config.decoder.max_position_embeddings - script.prompt.shape[1] - 2
-        for step in range(min(sampling.max_new_tokens, room)):
-            if done.all():
-                return
-            if step:
-                line = torch.stack(
-                    [
-                        row[min(step, len(row) - 1)]
-                        if len(row)
-                        else voice  # any vector: the row is silent
-                        for row, voice in zip(script.text, script.voice)
-                    ]
-                )
-                logits = self.step(codes, line, state)
-            else:
-                logits, state = self.prefill(script)
-            codes = sample(logits, history, sampling, suppress, generator).masked_fill(
-                done, config.codec_pad
-            )
+
+        context_left = config.decoder.max_position_embeddings - inputs.prompt.shape[1] - 2
+        limit = min(sampling.max_new_tokens, context_left)
+        if limit <= 0 or done.all():
+            return
+
+        logits, state = self.prefill(inputs)
+        for step in range(1, limit + 1):
+            codes = sample(logits, history, sampling, suppressed, generator)
+            codes = codes.masked_fill(done, config.codec_pad)
             history.scatter_(1, codes[:, None], True)
             yield codes
-            done = done | (codes == config.codec_pad) | (codes == config.codec_eos)
+            done = done | self.is_stop(codes)
+            if step == limit or done.all():
+                return
+            logits = self.step(codes, text_at(inputs, step), state)
 
     def generate(
         self,
-        script: TalkerInputs,
+        inputs: TalkerInputs,
         sampling: SamplingConfig,
-        table_rows: int,
-        generator: torch.Generator | None = None,
+        num_codes: int,
+        generator: Generators = None,
     ) -> list[Tensor]:
-        """Speak a batch of scripts -> per row codes before the stop id [n], all below table_rows;
-        none without text.
+        """Generate a batch -> per row its codes before the stop id [n], all below num_codes.
+
+        A row without text has none.
         """
-        steps = list(self.steps(script, sampling, table_rows, generator))
-        rows = (
-            torch.stack(steps, dim=1)
-            if steps
-            else torch.zeros(len(script.text), 0, dtype=torch.long)
-        )  # [B, n]
-        ends = (rows == self.config.codec_pad) | (rows == self.config.codec_eos)
-        return [
-            row[: int(end.long().argmax()) if end.any() else len(row)]
-            for row, end in zip(rows, ends)
-        ]
+        steps = list(self.steps(inputs, sampling, num_codes, generator))
+        if not steps:
+            return [torch.zeros(0, dtype=torch.long) for _ in inputs.reply_embeds]
+        rows = torch.stack(steps, dim=1)  # [B, n]
+        codes = []
+        for row, stops in zip(rows, self.is_stop(rows), strict=True):
+            length = int(stops.long().argmax()) if stops.any() else len(row)
+            codes.append(row[:length])
+        return codes
 
     def teacher_forced(
-        self, script: TalkerInputs, codes: list[Tensor]
+        self, inputs: TalkerInputs, codes: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The layout at the top of this file for spoken codes [m] per row, rows padded on the
-        right.
+        """Inputs and targets for given codes [m] per row, rows padded on the right.
 
-        -> (embeds [B, T, E], position_ids [3, B, T], attention_mask [B, T], targets [B, T] with -100 where nothing is
-        asked), T = L + 2 + the longest m. forward() on the first three gives the logits of generate(), step by step.
+        -> (embeds [B, T, E], position_ids [3, B, T], attention_mask [B, T], targets [B, T]), with
+        T = L + 2 + the longest m and targets -100 where there is no loss. The layout is that at the
+        top of this file: forward() on the first three gives the logits of generate(), step by step.
         """
-        embeds, position_ids, mask = self.prefill_inputs(script)
-        device, lengths = (
-            embeds.device,
-            torch.tensor([len(row) for row in codes], device=embeds.device),
-        )
-        tails = [
-            lines[torch.arange(1, len(row) + 1, device=device).clamp(max=len(lines) - 1)]
-            + self.code_embeds(row)
-            for lines, row in zip(script.text, codes)
-        ]  # [m, E] each
-        later = torch.arange(int(lengths.max()), device=device)
-        positions = (next_position(position_ids, mask)[:, None] + later).expand(
-            3, -1, -1
-        )  # [3, B, longest m]
-        targets = mask.new_full((len(codes), embeds.shape[1] + len(later)), IGNORE_INDEX)
-        for row, spoken in enumerate(codes):
-            if len(script.text[row]):
-                begin = embeds.shape[1] - 1
-                targets[row, begin : begin + len(spoken)] = spoken.to(device)
-                targets[row, begin + len(spoken)] = self.config.codec_eos
-        embeds = torch.cat((embeds, pad_sequence(tails, batch_first=True)), dim=1)  # [B, T, E]
-        mask = torch.cat((mask, (later < lengths[:, None]).to(mask.dtype)), dim=1)  # [B, T]
-        return embeds, torch.cat((position_ids, positions), dim=2), mask, targets
+        embeds, position_ids, mask = self.prefill_inputs(inputs)
+        device = embeds.device
+        lengths = torch.tensor([len(row) for row in codes], device=device)
+        steps = torch.arange(int(lengths.max()), device=device)
+
+        total = embeds.shape[1] + len(steps)
+        targets = mask.new_full((len(codes), total), IGNORE_INDEX)
+        begin = embeds.shape[1] - 1  # the last input of the prefill predicts the first code
+        code_embeds = []  # [m, E] each
+        for row, (row_codes, text) in enumerate(zip(codes, inputs.reply_embeds, strict=True)):
+            # Input i + 1 is code i plus the text of step i + 1, the last of which repeats.
+            text_steps = torch.arange(1, len(row_codes) + 1, device=device)
+            text_steps = text_steps.clamp(max=len(text) - 1)
+            code_embeds.append(text[text_steps] + self.code_embeds(row_codes))
+            if len(text):
+                end = begin + len(row_codes)
+                targets[row, begin:end] = row_codes.to(device)
+                targets[row, end] = self.config.codec_eos
+
+        positions = next_position(position_ids, mask)[:, None] + steps  # [B, longest m]
+        position_ids = torch.cat((position_ids, positions.expand(3, -1, -1)), dim=2)
+        embeds = torch.cat((embeds, pad_sequence(code_embeds, batch_first=True)), dim=1)
+        code_mask = (steps < lengths[:, None]).to(mask.dtype)
+        return embeds, position_ids, torch.cat((mask, code_mask), dim=1), targets
+
+
+def text_at(inputs: TalkerInputs, step: int) -> Tensor:
+    """The text embedding of every row at a step [B, E]; the last one of a row repeats."""
+    embeds = []
+    for row, voice in zip(inputs.reply_embeds, inputs.voice, strict=True):
+        if len(row):
+            embeds.append(row[min(step, len(row) - 1)])
+        else:
+            embeds.append(voice)  # any vector: a row without text yields only padding
+    return torch.stack(embeds)

@@ -1,7 +1,7 @@
-"""Ears: log-mel spectrogram in, one token per 40 ms out, heard in independent blocks of 2 seconds.
+"""Audio encoder: log-mel spectrogram in, one token per 40 ms out.
 
-The blocks are what makes listening streamable: nothing ever looks across a border (spec: paper sec.
-2.3).
+Audio is encoded in independent blocks of 2 seconds. Nothing crosses a block border, so audio can be
+encoded while it arrives (source: paper sec. 2.3).
 """
 
 import math
@@ -15,23 +15,22 @@ from minomni.layers import attention, init_weights
 
 
 def token_count(frames: int) -> int:
-    """Audio tokens of a clip of that many mel frames: one per four frames, none for one or two
-    frames.
-    """
+    """Audio tokens of a clip of `frames` mel frames: one per four, none for one or two frames."""
     return (frames + 1) // 4
 
 
 def sinusoids(length: int, size: int, device: torch.device) -> Tensor:
-    """Whisper's position vectors, sines first. -> [length, size]."""
-    steps = math.log(10_000) / (size // 2 - 1)
-    angles = torch.arange(length, device=device)[:, None] * torch.exp(
-        -steps * torch.arange(size // 2, device=device)
-    )
+    """Whisper's sinusoidal position embeddings, sines first. -> [length, size]."""
+    half = size // 2
+    step = math.log(10_000) / (half - 1)
+    frequencies = torch.exp(-step * torch.arange(half, device=device))
+    positions = torch.arange(length, device=device)
+    angles = positions[:, None] * frequencies  # [length, size / 2]
     return torch.cat((angles.sin(), angles.cos()), dim=1)  # [length, size]
 
 
 class AudioAttention(nn.Module):
-    """Attention inside one block of sound; the keys have no bias. [blocks, T, D] -> [blocks, T, D]."""
+    """Attention within each block of audio; the keys have no bias. [blocks, T, D] -> same."""
 
     def __init__(self, size: int, heads: int):
         super().__init__()
@@ -42,11 +41,15 @@ class AudioAttention(nn.Module):
         self.out_proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [blocks, H, T, d]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # [blocks, T, D]
+        q = self.split_heads(self.q_proj(x))  # [blocks, H, T, d]
+        k = self.split_heads(self.k_proj(x))
+        v = self.split_heads(self.v_proj(x))
+        out = attention(q, k, v, mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [blocks, T, D]
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[blocks, T, H * d] -> [blocks, H, T, d]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class AudioLayer(nn.Module):
@@ -62,12 +65,14 @@ class AudioLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        h = F.gelu(self.fc1(self.final_layer_norm(x)))
+        return x + self.fc2(h)
 
 
 class AudioEncoder(nn.Module):
-    """Whisper-large-v3's encoder, cut into blocks, plus pooling by two and a projection to the
-    Thinker's width.
+    """Whisper-large-v3's encoder on blocks, then pooling by two and a projection.
+
+    The projection maps to the Thinker's width.
     """
 
     token_count = staticmethod(token_count)
@@ -80,60 +85,70 @@ class AudioEncoder(nn.Module):
         self.layers = nn.ModuleList(AudioLayer(config) for _ in range(config.encoder_layers))
         self.ln_post = nn.LayerNorm(config.d_model)
         self.proj = nn.Linear(config.d_model, config.output_dim)
-        self.audio_bos_eos_token = nn.Embedding(
-            2, config.output_dim
-        )  # in the release, and used by nothing
+        # Part of the released checkpoint, but unused.
+        self.audio_bos_eos_token = nn.Embedding(2, config.output_dim)
         init_weights(self, config.encoder_layers)
 
     def blocks(self, mels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Cut clips [bands, F] into blocks, padded to the longest -> [blocks, bands, W], frames of
-        each [blocks].
+        """Split clips [bands, F] into blocks, padded to the longest block.
+
+        -> (blocks [blocks, bands, W], frames of each [blocks])
         """
-        pieces = [
-            piece
-            for mel in mels
-            for piece in mel.split(2 * self.config.n_window, dim=1)
-            if piece.shape[1]
-        ]
-        lengths = [piece.shape[1] for piece in pieces]
-        padded = [F.pad(piece, (0, max(lengths) - piece.shape[1])) for piece in pieces]
-        return torch.stack(padded).to(self.proj.weight), torch.tensor(
-            lengths, device=self.proj.weight.device
-        )
+        pieces: list[Tensor] = []
+        for mel in mels:
+            pieces += mel.split(2 * self.config.n_window, dim=1)
+        pieces = [piece for piece in pieces if piece.shape[1]]
+
+        frames = [piece.shape[1] for piece in pieces]
+        longest = max(frames)
+        padded = []
+        for piece, length in zip(pieces, frames, strict=True):
+            padded.append(F.pad(piece, (0, longest - length)))
+        weight = self.proj.weight
+        blocks = torch.stack(padded).to(weight)
+        return blocks, torch.tensor(frames, device=weight.device)
 
     def stem(self, mel: Tensor, frames: Tensor) -> Tensor:
-        """Two convolutions, the second halving the rate; each block sees zeros beyond its borders.
+        """Two convolutions, the second with stride two; each block is padded with zeros.
 
         mel [blocks, bands, W], frames [blocks] -> [blocks, T, D] with T = (W + 1) // 2.
         """
         x = F.gelu(self.conv1(mel))  # [blocks, D, W]
-        x = (
-            x * (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None]
-        )  # padding is zeros again
+        # Padding frames become zeros again, so that a short block ends like a full one.
+        index = torch.arange(x.shape[2], device=x.device)
+        valid = index < frames[:, None]  # [blocks, W]
+        x = x * valid[:, None]
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # [blocks, T, D]
-        return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
+        _, length, size = x.shape
+        positions = sinusoids(length, size, x.device)
+        return x + positions.to(x.dtype)
 
     def forward(self, mels: list[Tensor]) -> Tensor:
-        """Listen to clips: list of [num_mel_bins, F] -> tokens of all, packed [sum of
-        token_count(F), output_dim].
+        """Encode clips [num_mel_bins, F] -> packed tokens [sum of token_count(F), output_dim].
 
-        Positions restart in every block. Release behaviour: pool, then ln_post, then proj.
+        Positions restart in every block. As in the release: pool, then ln_post, then proj.
         """
         if not any(mel.shape[1] for mel in mels):
             return self.proj.weight.new_zeros(0, self.config.output_dim)
         mel, frames = self.blocks(mels)
-        x = self.stem(mel, frames)
+        x = self.stem(mel, frames)  # [blocks, T, D]
+
+        # Keys beyond the end of a short block are masked.
         steps = torch.arange(x.shape[1], device=x.device)
-        mask = (
-            None
-            if bool((frames == mel.shape[2]).all())
-            else (steps < (frames[:, None] + 1) // 2)[:, None, None]
-        )
+        mask = None
+        if bool((frames < mel.shape[2]).any()):
+            lengths = (frames[:, None] + 1) // 2  # [blocks, 1]
+            mask = (steps < lengths)[:, None, None]  # [blocks, 1, 1, T]
         for layer in self.layers:
             x = layer(x, mask)
+
+        # Pool pairs of steps; an odd last step is dropped.
         pairs = x.shape[1] // 2
-        x = (
-            x[:, : 2 * pairs].unflatten(1, (pairs, 2)).mean(2)
-        )  # [blocks, pairs, D]; an odd last step is dropped
-        x = x[steps[:pairs] < ((frames + 1) // 4)[:, None]]  # [N, D]
+        x = x[:, : 2 * pairs]
+        x = x.unflatten(1, (pairs, 2)).mean(2)  # [blocks, pairs, D]
+
+        # Keep the tokens of real audio.
+        counts = (frames + 1) // 4  # [blocks], token_count() of each
+        valid = steps[:pairs] < counts[:, None]  # [blocks, pairs]
+        x = x[valid]  # [N, D]
         return self.proj(self.ln_post(x))  # [N, output_dim]

@@ -1,5 +1,6 @@
-"""The Thinker: text, sound and pictures in one sequence, and a decoder that answers in text (spec:
-paper sec. 2.1).
+"""The Thinker: text, audio, images and video in one sequence, and a decoder that replies in text.
+
+Source: paper sec. 2.1.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from minomni.decoder import Decoder, next_position
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
 from minomni.layers import KVCache, init_weights
-from minomni.sampling import sample
+from minomni.sampling import Generators, sample
 from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.tmrope import position_ids as tmrope_ids
 from minomni.thinker.vision_encoder import VisionEncoder
@@ -21,10 +22,10 @@ from minomni.thinker.vision_encoder import VisionEncoder
 
 @dataclass
 class PrefillState:
-    """What reading a prompt leaves behind: enough to answer, and to give the Talker its context."""
+    """The result of a prefill: enough to generate a reply and the Talker's context."""
 
     hidden: Tensor  # [B, L, D] after the final norm
-    text_embeds: Tensor  # [B, L, D] input embeddings, zero where media are
+    text_embeds: Tensor  # [B, L, D] input embeddings, zero at media positions
     position_ids: Tensor  # [3, B, L]
     attention_mask: Tensor  # [B, L]
     input_ids: Tensor  # [B, L]
@@ -33,33 +34,36 @@ class PrefillState:
 
 @dataclass
 class ThinkerOutput:
-    """An answer, and all that the Talker is given of it."""
+    """A reply, and all that the Talker gets of it."""
 
-    tokens: list[list[int]]  # per row n ids, the stop id included where there is one
+    tokens: list[list[int]]  # per row n ids, including the stop id if there is one
     prompt_hidden: Tensor  # [B, L, D]
     prompt_text_embeds: Tensor  # [B, L, D]
-    reply_states: list[
-        Tensor
-    ]  # per row [n - 1, D], final state + embedding of each token but the last
+    # Per row [n - 1, D]: final hidden state plus embedding of each token but the last.
+    reply_states: list[Tensor]
     position_ids: Tensor  # [3, B, L] of the prompt
     attention_mask: Tensor  # [B, L] of the prompt
 
 
 def scatter_features(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
-    """Put features [n, D] in order into the n places where [B, L] is true of embeds [B, L, D]."""
-    places = int(where.sum())
-    if places != len(features):
+    """Write features [n, D] in order to the n positions of embeds [B, L, D] where the mask is true.
+
+    where [B, L] bool -> [B, L, D]. Raises UserError if the number of positions is not n.
+    """
+    positions = int(where.sum())
+    if positions != len(features):
         raise UserError(
-            f"the prompt has {places} places for {name}, and the {name} given make {len(features)} tokens; "
-            f"build prompts with Processor, or give exactly the media that the prompt names"
+            f"the prompt has {positions} places for {name}, and the {name} given make "
+            f"{len(features)} tokens; build prompts with Processor, or give exactly the media that "
+            f"the prompt names"
         )
     return embeds.masked_scatter(where[..., None], features.to(embeds.dtype))  # [B, L, D]
 
 
 class Thinker(nn.Module):
-    """Ears, eyes, decoder and text head."""
+    """Audio encoder, vision encoder, decoder and text head."""
 
-    position_ids = staticmethod(tmrope_ids)  # an ablation puts plain M-RoPE in its place
+    position_ids = staticmethod(tmrope_ids)  # an attribute, so that an ablation can replace it
 
     def __init__(self, config: ThinkerConfig):
         super().__init__()
@@ -72,7 +76,7 @@ class Thinker(nn.Module):
         self.tie_head()
 
     def tie_head(self) -> None:
-        """Make the embedding table the weight of the text head, where the configuration says so."""
+        """Share the embedding table with the text head, if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -81,55 +85,60 @@ class Thinker(nn.Module):
         return self.lm_head.weight.device
 
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Token embeddings with media in their places -> (inputs_embeds [B, L, D], the same with
-        media rows zero).
+        """Token embeddings with the media features at their positions.
 
-        Raises UserError where places and media do not match.
+        -> (inputs_embeds [B, L, D], the same with zeros at media positions). Raises UserError if
+        positions and media do not match.
         """
-        tokens, ids = self.config.tokens, inputs.input_ids.to(self.device)
-        words = self.model.embed_tokens(ids)  # [B, L, D]
-        nothing = words.new_zeros(0, words.shape[2])
-        heard = self.audio_tower(inputs.mels) if inputs.mels else nothing  # [N, D]
-        pictures = (
-            self.visual(inputs.image_patches, inputs.image_grids) if inputs.image_grids else nothing
-        )
-        videos = (
-            self.visual(inputs.video_patches, inputs.video_grids) if inputs.video_grids else nothing
-        )
-        embeds, media = words, torch.zeros_like(ids, dtype=torch.bool)
-        for token, name, features in (
-            (tokens.audio, "audio", heard),
-            (tokens.image, "images", pictures),
-            (tokens.video, "videos", videos),
-        ):
-            embeds = scatter_features(embeds, ids == token, features, name)
-            media = media | (ids == token)
-        return embeds, words.masked_fill(media[..., None], 0)
+        tokens = self.config.tokens
+        ids = inputs.input_ids.to(self.device)
+        text_embeds = self.model.embed_tokens(ids)  # [B, L, D]
+
+        # Encode the media of each kind, packed over the batch: [N, D]
+        audio = images = videos = text_embeds.new_zeros(0, text_embeds.shape[2])
+        if inputs.mels:
+            audio = self.audio_tower(inputs.mels)
+        if inputs.image_grids:
+            images = self.visual(inputs.image_patches, inputs.image_grids)
+        if inputs.video_grids:
+            videos = self.visual(inputs.video_patches, inputs.video_grids)
+
+        # Write the features over the embeddings of their placeholder tokens.
+        is_audio = ids == tokens.audio
+        is_image = ids == tokens.image
+        is_video = ids == tokens.video
+        embeds = scatter_features(text_embeds, is_audio, audio, "audio")
+        embeds = scatter_features(embeds, is_image, images, "images")
+        embeds = scatter_features(embeds, is_video, videos, "videos")
+        is_media = is_audio | is_image | is_video
+        return embeds, text_embeds.masked_fill(is_media[..., None], 0)
 
     def read(
         self,
         inputs: Inputs,
         cache: KVCache | None = None,
-        note: Callable[[str], object] = lambda what: None,
+        mark: Callable[[str], object] = lambda event: None,
     ) -> PrefillState:
         """Run the decoder over a batch of prompts, or of whole conversations in training.
 
-        note("encode") is called when all has been heard and seen, note("prefill") when all has been
-        read. Raises UserError for a prompt that is longer than the context.
+        mark("encode") is called after the encoders, mark("prefill") after the decoder. Raises
+        UserError for a prompt that is longer than the context.
         """
-        length, context = inputs.input_ids.shape[1], self.config.text.max_position_embeddings
+        length = inputs.input_ids.shape[1]
+        context = self.config.text.max_position_embeddings
         if length > context:
             raise UserError(
                 f"the prompt has {length} tokens and the context holds {context}; "
                 f"shorten the text or the media"
             )
         embeds, text_embeds = self.embed(inputs)
-        note("encode")
-        mask, ids = inputs.attention_mask.to(self.device), inputs.input_ids.to(self.device)
+        mark("encode")
+        mask = inputs.attention_mask.to(self.device)
         position_ids = self.position_ids(inputs, self.config).to(self.device)
         hidden = self.model(embeds, position_ids, mask, cache)
-        note("prefill")
-        return PrefillState(hidden, text_embeds, position_ids, mask, ids, cache)
+        mark("prefill")
+        input_ids = inputs.input_ids.to(self.device)
+        return PrefillState(hidden, text_embeds, position_ids, mask, input_ids, cache)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """-> logits [B, L, V], row i for token i + 1."""
@@ -137,67 +146,90 @@ class Thinker(nn.Module):
 
     @torch.no_grad()
     def steps(
-        self,
-        reading: PrefillState,
-        sampling: SamplingConfig,
-        generator: torch.Generator | None = None,
+        self, prompt: PrefillState, sampling: SamplingConfig, generator: Generators = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Answer token by token, extending the reading's cache.
+        """Generate a reply token by token; extends the cache of the prompt.
 
-        Yields ids [B] as soon as they are known, and what the Talker gets for the ids *before*
-        them: final state plus embedding [B, D], None in the first step. Rows that have stopped
-        yield `endoftext`. Ends when all rows have.
+        Yields ids [B] as soon as they are known, with the Talker's input for the ids *before* them:
+        final hidden state plus embedding [B, D], None in the first step. Rows that have stopped
+        yield `endoftext`. Ends when all rows have stopped.
         """
-        tokens, mask = self.config.tokens, reading.attention_mask
-        position = next_position(reading.position_ids, mask)  # [B]
-        history = mask.new_zeros(len(mask), self.config.text.vocab_size, dtype=torch.bool)
-        history.scatter_(1, reading.input_ids, True)
-        said = reading.input_ids.eq(tokens.endoftext) & mask.bool()  # padding is not history
-        history[:, tokens.endoftext] = said.any(1)
-        done, hidden, state = (
-            torch.zeros_like(position, dtype=torch.bool),
-            reading.hidden[:, -1],
-            None,
-        )
-        for step in range(
-            min(sampling.max_new_tokens, self.config.text.max_position_embeddings - mask.shape[1])
-        ):
-            if step:
-                words = self.model.embed_tokens(ids)[:, None]  # [B, 1, D]
-                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)  # [B, L + step]
-                here = (position + step - 1).expand(3, -1)[..., None]  # [3, B, 1]
-                hidden = self.model(words, here, mask, reading.cache)[:, 0]  # [B, D]
-                state = hidden + words[:, 0]
+        tokens, text = self.config.tokens, self.config.text
+        mask = prompt.attention_mask
+        position = next_position(prompt.position_ids, mask)  # [B]
+        history = self._id_history(prompt)  # [B, V]
+        done = torch.zeros_like(position, dtype=torch.bool)
+        limit = min(sampling.max_new_tokens, text.max_position_embeddings - mask.shape[1])
+
+        hidden = prompt.hidden[:, -1]  # [B, D]
+        state = None
+        for step in range(1, limit + 1):
+            # Choose the next id of every row.
             ids = sample(self.lm_head(hidden), history, sampling, generator=generator)  # [B]
             ids = ids.masked_fill(done, tokens.endoftext)
             history.scatter_(1, ids[:, None], True)
             yield ids, state
             done = done | (ids == tokens.im_end)
-            if done.all():
+            if step == limit or done.all():
                 return
+
+            # Run the decoder on it.
+            embeds = self.model.embed_tokens(ids)[:, None]  # [B, 1, D]
+            ones = torch.ones_like(mask[:, :1])
+            mask = torch.cat((mask, ones), dim=1)  # [B, L + step]
+            position_ids = position.expand(3, -1)[..., None]  # [3, B, 1]
+            hidden = self.model(embeds, position_ids, mask, prompt.cache)[:, 0]  # [B, D]
+            state = hidden + embeds[:, 0]
+            position = position + 1
+
+    def _id_history(self, prompt: PrefillState) -> Tensor:
+        """The ids of each prompt without its padding, for the repetition penalty -> bool [B, V]."""
+        mask, endoftext = prompt.attention_mask, self.config.tokens.endoftext
+        history = mask.new_zeros(len(mask), self.config.text.vocab_size, dtype=torch.bool)
+        history.scatter_(1, prompt.input_ids, True)
+        # Padding is endoftext too: only a real one counts.
+        is_real = prompt.input_ids.eq(endoftext) & mask.bool()
+        history[:, endoftext] = is_real.any(1)
+        return history
 
     @torch.no_grad()
     def generate(
-        self, inputs: Inputs, sampling: SamplingConfig, generator: torch.Generator | None = None
+        self, inputs: Inputs, sampling: SamplingConfig, generator: Generators = None
     ) -> ThinkerOutput:
-        """Answer a batch of prompts. Raises UserError for a prompt that is longer than the context."""
-        reading, end = self.read(inputs, self.model.new_cache()), self.config.tokens.im_end
-        steps = list(self.steps(reading, sampling, generator))
-        rows = (
-            torch.stack([ids for ids, _ in steps], dim=1).tolist()
-            if steps
-            else [[]] * len(reading.hidden)
-        )
-        tokens = [row[: row.index(end) + 1] if end in row else row for row in rows]
-        nothing = reading.hidden[:, 0, None][:, :0]  # [B, 0, D]
-        states = torch.cat(
-            [nothing, *(state[:, None] for _, state in steps[1:])], dim=1
-        )  # [B, n - 1, D]
+        """Reply to a batch of prompts.
+
+        Raises UserError for a prompt that is longer than the context.
+        """
+        prompt = self.read(inputs, self.model.new_cache())
+        ids: list[Tensor] = []  # [B] each
+        states = [prompt.hidden[:, :0]]  # [B, 0 or 1, D] each
+        for step_ids, state in self.steps(prompt, sampling, generator):
+            ids.append(step_ids)
+            if state is not None:
+                states.append(state[:, None])
+
+        # Cut each row after its stop id.
+        rows: list[list[int]] = [[] for _ in prompt.hidden]
+        if ids:
+            rows = torch.stack(ids, dim=1).tolist()
+        tokens = [up_to(self.config.tokens.im_end, row) for row in rows]
+        all_states = torch.cat(states, dim=1)  # [B, n - 1, D]
+        reply_states = [
+            row_states[: max(len(row) - 1, 0)]
+            for row_states, row in zip(all_states, tokens, strict=True)
+        ]
         return ThinkerOutput(
-            tokens,
-            reading.hidden,
-            reading.text_embeds,
-            [row[: max(len(ids) - 1, 0)] for row, ids in zip(states, tokens)],
-            reading.position_ids,
-            reading.attention_mask,
+            tokens=tokens,
+            prompt_hidden=prompt.hidden,
+            prompt_text_embeds=prompt.text_embeds,
+            reply_states=reply_states,
+            position_ids=prompt.position_ids,
+            attention_mask=prompt.attention_mask,
         )
+
+
+def up_to(stop: int, row: list[int]) -> list[int]:
+    """The ids of a row up to and including the first stop id."""
+    if stop not in row:
+        return row
+    return row[: row.index(stop) + 1]

@@ -1,8 +1,8 @@
-"""Eyes: patches of 14 x 14 pixels and two frames in, one token per 28 x 28 pixels out, at any
-picture size.
+"""Vision encoder: patches of 14 x 14 pixels and two frames in, one token per 28 x 28 pixels out.
 
-Most blocks attend inside windows, a few over the whole frame; rows and columns turn the heads (2-D
-rotary); at the end 2 x 2 patches merge into one token (spec: paper sec. 2.3, Qwen2.5-VL).
+Images may have any size. Most layers use window attention, a few attend to the whole frame.
+Positions are 2-D rotary embeddings of rows and columns. At the end 2 x 2 patches are merged into
+one token (source: paper sec. 2.3, Qwen2.5-VL).
 """
 
 from dataclasses import dataclass
@@ -22,53 +22,60 @@ from minomni.layers import (
 )
 
 Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
-THETA, EPS = 10_000.0, 1e-6  # not in the release's config.json
+# Not in the release's config.json:
+THETA = 10_000.0
+EPS = 1e-6
 
 
 @dataclass
 class Segments:
-    """Which patches attend to each other: equal lengths are put side by side, so that no call pads
-    or masks.
+    """Groups of patches that attend to each other.
+
+    Segments of equal length are batched together, so that attention needs no padding or mask.
     """
 
-    order: Tensor  # [N], brings the patches into segments, shortest first
-    back: Tensor  # [N], and back to reading order
+    order: Tensor  # [N], sorts the patches into segments, shortest first
+    back: Tensor  # [N], the inverse: back to reading order
     shapes: list[tuple[int, int]]  # (segments, patches in each), one entry per length
-    cos: Tensor  # [N, 1, d], of the rotary angles, already in that order
-    sin: Tensor
+    cos: Tensor  # [N, 1, d] of the rotary angles, sorted into segments
+    sin: Tensor  # [N, 1, d]
 
 
 def patch_positions(grid: Grid, merge: int) -> Tensor:
-    """Frame pair, row and column of each patch in reading order: cell by cell, row by row inside a
-    cell -> [N, 3].
+    """Frame pair, row and column of each patch -> [N, 3].
+
+    Reading order is merge cell by merge cell, and row by row inside a cell.
     """
-    t, gh, gw = grid
-    places = torch.cartesian_prod(torch.arange(t), torch.arange(gh), torch.arange(gw))  # [N, 3]
-    places = places.view(t, gh // merge, merge, gw // merge, merge, 3)
-    return places.transpose(2, 3).reshape(-1, 3)  # [N, 3]
+    t, rows, columns = grid
+    axes = [torch.arange(n) for n in grid]
+    positions = torch.cartesian_prod(*axes)  # [N, 3]
+    cells = positions.view(t, rows // merge, merge, columns // merge, merge, 3)
+    return cells.transpose(2, 3).reshape(-1, 3)
 
 
 def segment(keys: Tensor, angles: Tensor) -> Segments:
-    """Patches with equal rows of keys [N, k] attend to each other; angles [N, d] are their rotary
-    angles.
+    """Group patches with equal keys.
+
+    keys [N, k]: patches with equal rows attend to each other; angles [N, d]: rotary angles.
     """
     _, labels, counts = keys.unique(dim=0, return_inverse=True, return_counts=True)
-    order = (counts[labels] * len(counts) + labels).argsort(
-        stable=True
-    )  # by length, then by segment
+    # Sort by length of the segment, then by segment.
+    sort_keys = counts[labels] * len(counts) + labels
+    order = sort_keys.argsort(stable=True)
     lengths, segments = counts.unique(return_counts=True)
-    turned = angles[order][:, None]  # [N, 1, d]
+    shapes = zip(segments.tolist(), lengths.tolist(), strict=True)
+    angles = angles[order][:, None]  # [N, 1, d]
     return Segments(
-        order,
-        order.argsort(),
-        list(zip(segments.tolist(), lengths.tolist())),
-        turned.cos(),
-        turned.sin(),
+        order=order,
+        back=order.argsort(),
+        shapes=list(shapes),
+        cos=angles.cos(),
+        sin=angles.sin(),
     )
 
 
 class VisionAttention(nn.Module):
-    """Attention inside segments, both ways. Packed [N, D] -> [N, D]."""
+    """Bidirectional attention within segments. Packed [N, D] -> [N, D]."""
 
     def __init__(self, size: int, heads: int):
         super().__init__()
@@ -80,18 +87,27 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         x = x.index_select(0, segments.order)
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q, self.k, self.v)
-        )  # [N, H, d]
-        q, k = (apply_rotary(y.float(), segments.cos, segments.sin).to(x.dtype) for y in (q, k))
-        sizes = [rows * length for rows, length in segments.shapes]
-        parts = [
-            attention(*(y.view(*shape, *y.shape[1:]).transpose(1, 2) for y in qkv))
-            .transpose(1, 2)
-            .flatten(0, 1)
-            for shape, qkv in zip(segments.shapes, zip(*(y.split(sizes) for y in (q, k, v))))
-        ]
-        return self.proj(torch.cat(parts).flatten(1).index_select(0, segments.back))  # [N, D]
+        q = self.q(x).unflatten(-1, (self.heads, -1))  # [N, H, d]
+        k = self.k(x).unflatten(-1, (self.heads, -1))
+        v = self.v(x).unflatten(-1, (self.heads, -1))
+        q = apply_rotary(q.float(), segments.cos, segments.sin).to(x.dtype)
+        k = apply_rotary(k.float(), segments.cos, segments.sin).to(x.dtype)
+
+        # One call for all segments of a length, as a batch [segments, H, length, d].
+        outputs = []
+        begin = 0
+        for count, length in segments.shapes:
+            end = begin + count * length
+            batch = [
+                packed[begin:end].unflatten(0, (count, length)).transpose(1, 2)
+                for packed in (q, k, v)
+            ]
+            out = attention(*batch)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, d]
+            begin = end
+
+        out = torch.cat(outputs).flatten(1)  # [N, D]
+        return self.proj(out.index_select(0, segments.back))
 
 
 class VisionBlock(nn.Module):
@@ -110,9 +126,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One linear map of a patch, stored as the 3-D convolution that it also is. [N, patch_dim] ->
-    [N, D].
-    """
+    """A linear layer on patches, stored as a 3-D convolution. [N, patch_dim] -> [N, D]."""
 
     def __init__(self, config: VisionEncoderConfig):
         super().__init__()
@@ -122,12 +136,14 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches.to(self.proj.weight), self.proj.weight.flatten(1))  # [N, D]
+        weight = self.proj.weight.flatten(1)  # [D, patch_dim]
+        return F.linear(patches.to(weight), weight)
 
 
 class PatchMerger(nn.Module):
-    """The patches of one merge cell become one token of the Thinker's width. [N, D] -> [N /
-    merge^2, out].
+    """The patches of a merge cell become one token of the Thinker's width.
+
+    [N, D] -> [N / merge^2, out].
     """
 
     def __init__(self, config: VisionEncoderConfig):
@@ -140,12 +156,14 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.inner))  # [N / merge^2, out]
+        cells = self.ln_q(x).view(-1, self.inner)  # [N / merge^2, merge^2 * D]
+        return self.mlp(cells)
 
 
 class VisionEncoder(nn.Module):
-    """Qwen2.5-VL's vision transformer. Frames never attend to each other; time is left to the
-    Thinker's positions.
+    """Qwen2.5-VL's vision transformer.
+
+    Frames never attend to each other; time enters through the Thinker's positions.
     """
 
     def __init__(self, config: VisionEncoderConfig):
@@ -157,34 +175,36 @@ class VisionEncoder(nn.Module):
         init_weights(self, config.depth)
 
     def plan(self, grids: list[Grid], device: torch.device) -> tuple[Segments, Segments]:
-        """Segments of the window blocks and of the whole-frame blocks, for all pictures and frames
-        of a batch.
-        """
+        """Segments of window attention and of whole-frame attention, for a batch of items."""
         config = self.config
-        places = torch.cat(
-            [
-                F.pad(patch_positions(grid, config.spatial_merge_size), (1, 0), value=item)
-                for item, grid in enumerate(grids)
-            ]
-        ).to(device)  # [N, 4]: item, frame pair, row, column
-        inverse = rotary_frequencies(
-            config.hidden_size // config.num_heads // 2, THETA, device
-        )  # [d / 4]
-        angles = (
-            (places[:, 2:, None] * inverse).flatten(1).repeat(1, 2)
-        )  # [N, d]: row and column angles, twice
-        window = config.window_size // config.patch_size  # patches along one side
-        windows = torch.cat((places[:, :2], places[:, 2:] // window), dim=1)  # [N, 4]
-        return segment(windows, angles), segment(places[:, :2], angles)
+        # Item of the batch, frame pair, row and column of each patch.
+        positions = []
+        for item, grid in enumerate(grids):
+            patches = patch_positions(grid, config.spatial_merge_size)
+            positions.append(F.pad(patches, (1, 0), value=item))
+        position = torch.cat(positions).to(device)  # [N, 4]
+        frame, row_column = position[:, :2], position[:, 2:]
+
+        # 2-D rotary: half of the angles follow the row, half the column.
+        head_dim = config.hidden_size // config.num_heads
+        frequencies = rotary_frequencies(head_dim // 2, THETA, device)  # [d / 4]
+        angles = (row_column[..., None] * frequencies).flatten(1)  # [N, d / 2]
+        angles = angles.repeat(1, 2)  # [N, d]
+
+        patches_per_side = config.window_size // config.patch_size
+        window = torch.cat((frame, row_column // patches_per_side), dim=1)  # [N, 4]
+        return segment(window, angles), segment(frame, angles)
 
     def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
-        """Look at pictures or clips: patches [N, patch_dim] in reading order, grids whose products
-        add up to N.
+        """Encode images or clips.
 
-        -> tokens [N / spatial_merge_size^2, out_hidden_size], in reading order of the merge cells.
+        patches [N, patch_dim] in reading order; grids: frame pairs, rows and columns, whose
+        products sum to N. -> tokens [N / spatial_merge_size^2, out_hidden_size], in reading order
+        of the merge cells.
         """
-        x = self.patch_embed(patches)
+        x = self.patch_embed(patches)  # [N, D]
         windows, frames = self.plan(grids, x.device)
         for index, block in enumerate(self.blocks):
-            x = block(x, frames if index in self.config.fullatt_block_indexes else windows)
+            is_full = index in self.config.fullatt_block_indexes
+            x = block(x, frames if is_full else windows)
         return self.merger(x)

@@ -1,1 +1,1 @@
-"""4. Turns speech codes into mel and mel into sound (checkpoint prefix `token2wav.`)."""
+"""4. Codes to mel, and mel to waveform (checkpoint prefix `token2wav.`)."""

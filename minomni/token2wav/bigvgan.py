@@ -1,16 +1,14 @@
-"""Mel to sound: BigVGAN, a stack of upsampling convolutions with periodic activations that do not
-alias.
+"""Mel to waveform: BigVGAN, upsampling convolutions with anti-aliased periodic activations.
 
-Inside, sound is [B, T, C]: with the channels of one moment side by side, convolutions of few
-channels train on a CPU in 60 % of the time, and a shift in time is a shift of whole rows. Source:
-BigVGAN (arXiv 2206.04658), SnakeBeta in log scale, modified by the release (no tanh, mean of the
-blocks).
+Tensors are [B, T, C], channels last: convolutions with few channels then train on a CPU in 60 % of
+the time, and a shift in time is a shift of whole rows. Source: BigVGAN (arXiv 2206.04658),
+SnakeBeta in log scale, modified by the release (no tanh, mean of the blocks).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +19,31 @@ from minomni.config import BigVGANConfig
 
 @cache
 def kaiser_taps() -> tuple[float, ...]:
-    """The 12 taps of the low-pass around every activation: Kaiser-windowed sinc, cutoff a quarter
-    of the doubled rate.
+    """The 12 taps of the low-pass filter around every activation.
 
-    Plain numbers and no buffer: they are in no checkpoint, and so a model built on the meta device
-    has nothing to fix.
+    A Kaiser-windowed sinc with its cutoff at a quarter of the doubled rate. The taps are Python
+    numbers, not a buffer: no checkpoint has them, and a model built on the meta device then has no
+    buffer to fill.
     """
     attenuation = 2.285 * 5 * math.pi * 4 * 0.3 + 7.95  # dB, for 12 taps and a transition 0.3 wide
-    exact = {"dtype": torch.float64, "device": "cpu"}
-    window = torch.kaiser_window(12, periodic=False, beta=0.1102 * (attenuation - 8.7), **exact)
-    taps = window * torch.sinc(0.5 * (torch.arange(12, **exact) - 5.5))
-    return tuple((taps / taps.sum()).tolist())
+    beta = 0.1102 * (attenuation - 8.7)
+    window = torch.kaiser_window(
+        12, periodic=False, beta=beta, dtype=torch.float64, device=torch.device("cpu")
+    )
+    offsets = torch.arange(12, dtype=torch.float64, device="cpu") - 5.5
+    taps = window * torch.sinc(0.5 * offsets)
+    taps = taps / taps.sum()
+    return tuple(taps.tolist())
 
 
 class AntiAliasedSnake(torch.autograd.Function):
-    """Double the rate, x + b sin^2(a x), halve the rate, with the gradient written by hand.
+    """Upsample by two, x + b sin^2(a x), downsample by two; the backward pass is written by hand.
 
-    A vocoder spends most of its time here; this trains twice as fast as padding and depthwise
-    convolutions. Both rate changes are the same 12 taps, of which a sample ever meets six: the even
-    samples of the doubled signal and the odd ones stay apart, [2, B, T, C], and a filter is six
-    shifted additions of whole tensors. Beyond its ends a signal goes on with its first and last
-    value, kept as three more rows on each side of a `wide` tensor, [B, T + 6, C].
+    The vocoder spends most of its time here. This trains twice as fast as padding and depthwise
+    convolutions. Both resamplers use the same 12 taps, of which each sample needs six (polyphase):
+    even and odd samples of the upsampled signal are stored apart, [2, B, T, C], and a filter is six
+    shifted additions of whole tensors. Edges are replicated: a `wide` tensor [B, T + 6, C] repeats
+    the first and the last value three times.
     """
 
     @staticmethod
@@ -56,35 +58,46 @@ class AntiAliasedSnake(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         halves, sine, a, b = ctx.saved_tensors
         grad = halve_rate_adjoint(grad)  # [2, B, T, C]
-        spare = sine.square().mul_(
-            grad
-        )  # fresh memory is what costs here, so one tensor serves three times
-        grad_b = spare.sum((0, 1))  # [T, C]
-        grad_angle = (halves * a).cos_().mul_(sine).mul_(grad).mul_(2 * b)  # d sin^2 = 2 sin cos
-        grad_a = torch.mul(grad_angle, halves, out=spare).sum((0, 1))
-        return double_rate_adjoint(torch.addcmul(grad, grad_angle, a, out=spare)), grad_a, grad_b
+
+        # Memory allocation dominates here, so one scratch tensor is used three times.
+        scratch = sine.square().mul_(grad)
+        grad_b = scratch.sum((0, 1))  # [T, C]
+
+        # d sin^2(angle) = 2 sin(angle) cos(angle), with angle = a x
+        grad_angle = (halves * a).cos_().mul_(sine).mul_(grad).mul_(2 * b)
+        grad_a = torch.mul(grad_angle, halves, out=scratch).sum((0, 1))
+        grad_halves = torch.addcmul(grad, grad_angle, a, out=scratch)
+        return double_rate_adjoint(grad_halves), grad_a, grad_b
 
 
 def pad_edges(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """[B, T, C] -> wide [B, T + 6, C]."""
-    return torch.cat([first.expand(-1, 3, -1), x, last.expand(-1, 3, -1)], dim=1)
+    """x [B, T, C] between three copies of first and of last [B, 1, C] -> wide [B, T + 6, C]."""
+    left = first.expand(-1, 3, -1)
+    right = last.expand(-1, 3, -1)
+    return torch.cat([left, x, right], dim=1)
 
 
 def add_filtered(out: Tensor, wide: Tensor, phase: int, gain: float = 1.0) -> None:
-    """Add to out [B, T, C] the wide tensor seen through every second tap, from -3 frames on in
-    phase 0, -2 in 1.
+    """Add to out [B, T, C] the wide tensor filtered with every second tap.
+
+    The first tap lies 3 frames before the output in phase 0, and 2 frames before it in phase 1.
     """
+    frames = out.shape[1]
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
-        out.add_(wide[:, i : i + out.shape[1]], alpha=gain * tap)
+        shifted = wide[:, i : i + frames]
+        out.add_(shifted, alpha=gain * tap)
 
 
 def add_filtered_adjoint(wide: Tensor, grad: Tensor, phase: int, gain: float = 1.0) -> None:
+    """Adjoint of add_filtered(): adds the gradient [B, T, C] of its output to that of wide."""
+    frames = grad.shape[1]
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
-        wide[:, i : i + grad.shape[1]].add_(grad, alpha=gain * tap)
+        shifted = wide[:, i : i + frames]
+        shifted.add_(grad, alpha=gain * tap)
 
 
 def double_rate(x: Tensor) -> Tensor:
-    """[B, T, C] -> even and odd samples at twice the rate, [2, B, T, C]."""
+    """Upsample by two: [B, T, C] -> even and odd samples [2, B, T, C]."""
     wide = pad_edges(x, x[:, :1], x[:, -1:])
     halves = x.new_zeros(2, *x.shape)
     add_filtered(halves[0], wide, phase=0, gain=2)
@@ -93,19 +106,21 @@ def double_rate(x: Tensor) -> Tensor:
 
 
 def double_rate_adjoint(grad: Tensor) -> Tensor:
+    """Gradient [2, B, T, C] of double_rate()'s output -> that of its input [B, T, C]."""
     _, rows, frames, channels = grad.shape
     wide = grad.new_zeros(rows, frames + 6, channels)
     add_filtered_adjoint(wide, grad[0], phase=0, gain=2)
     add_filtered_adjoint(wide, grad[1], phase=1, gain=2)
+    # The copies at the edges add to the samples that they were copied from.
     wide[:, 3] += wide[:, :3].sum(1)
     wide[:, -4] += wide[:, -3:].sum(1)
     return wide[:, 3:-3].contiguous()
 
 
 def halve_rate(halves: Tensor) -> Tensor:
-    """Even and odd samples [2, B, T, C] -> [B, T, C]."""
+    """Downsample by two: even and odd samples [2, B, T, C] -> [B, T, C]."""
     even, odd = halves
-    first, last = even[:, :1], odd[:, -1:]
+    first, last = even[:, :1], odd[:, -1:]  # the ends of the upsampled signal
     x = torch.zeros_like(even)
     add_filtered(x, pad_edges(odd, first, last), phase=0)
     add_filtered(x, pad_edges(even, first, last), phase=1)
@@ -113,17 +128,20 @@ def halve_rate(halves: Tensor) -> Tensor:
 
 
 def halve_rate_adjoint(grad: Tensor) -> Tensor:
+    """Gradient [B, T, C] of halve_rate()'s output -> that of its input [2, B, T, C]."""
     rows, frames, channels = grad.shape
-    even, odd = wide = grad.new_zeros(2, rows, frames + 6, channels)
+    wide = grad.new_zeros(2, rows, frames + 6, channels)
+    even, odd = wide
     add_filtered_adjoint(odd, grad, phase=0)
     add_filtered_adjoint(even, grad, phase=1)
+    # All copies at the edges are of the first even and of the last odd sample.
     even[:, 3] += wide[:, :, :3].sum((0, 2))
     odd[:, -4] += wide[:, :, -3:].sum((0, 2))
     return wide[:, :, 3:-3]
 
 
 class SnakeBeta(nn.Module):
-    """The two numbers of x + sin^2(a x) / b for each channel, stored as logarithms."""
+    """The parameters a and b of x + sin^2(a x) / b, per channel, stored as logarithms."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -131,54 +149,57 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, frames: int) -> tuple[Tensor, Tensor]:
-        """a and 1/b, [T, C]: written out for each frame, as a loop over C channels alone is too
-        short to be quick.
+        """a and 1/b, each [T, C].
+
+        They are copied for each frame: an inner loop over C channels alone is too short to be fast.
         """
-        a, b = self.alpha.exp(), 1 / (self.beta.exp() + 1e-9)
-        return a.expand(frames, -1).contiguous(), b.expand(frames, -1).contiguous()
+        a = self.alpha.exp()
+        inverse_b = 1 / (self.beta.exp() + 1e-9)
+        return a.expand(frames, -1).contiguous(), inverse_b.expand(frames, -1).contiguous()
 
 
 class Activation(nn.Module):
-    """SnakeBeta at twice the rate, so that the harmonics it makes do not fold back: [B, T, C] ->
-    same.
-    """
+    """SnakeBeta at twice the rate, so that its harmonics do not alias: [B, T, C] -> same."""
 
-    # frames each way: a tap of twelve at twice the rate sees three, and so does the one after it
-    reach = 5
+    # Frames on each side: each of the two filters of 12 taps at twice the rate spans three.
+    context_frames = 5
 
     def __init__(self, channels: int):
         super().__init__()
         self.act = SnakeBeta(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return AntiAliasedSnake.apply(x, *self.act(x.shape[1]))
+        a, inverse_b = self.act(x.shape[1])
+        return AntiAliasedSnake.apply(x, a, inverse_b)
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A length-keeping convolution of [B, T, C], run as a picture one pixel high: those kernels
-    take channels last.
+    """A length-preserving convolution: [B, T, C] -> [B, T, C'].
+
+    It runs as a 2-D convolution of height 1, whose kernels accept channels-last tensors.
     """
-    picture = x.transpose(1, 2)[:, :, None]  # [B, C, 1, T]
-    picture = F.conv2d(
-        picture, conv.weight[:, :, None], conv.bias, padding="same", dilation=(1, *conv.dilation)
-    )
-    return picture[:, :, 0].transpose(1, 2)  # [B, T, C']
+    image = x.transpose(1, 2)[:, :, None]  # [B, C, 1, T]
+    weight = conv.weight[:, :, None]  # [C', C, 1, kernel]
+    dilation = (1, conv.dilation[0])
+    image = F.conv2d(image, weight, conv.bias, padding="same", dilation=dilation)
+    return image[:, :, 0].transpose(1, 2)  # [B, T, C']
 
 
-def reach(conv: nn.Conv1d) -> int:
-    """Frames on either side that a length-keeping convolution looks at."""
+def conv_context(conv: nn.Conv1d) -> int:
+    """Frames on each side that an output of a length-preserving convolution depends on."""
     return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2
 
 
 class AMPBlock(nn.Module):
-    """Anti-aliased multi-periodicity block: three residual pairs of convolutions, [B, T, C] ->
-    same.
+    """Anti-aliased multi-periodicity block: three residual pairs of convolutions.
+
+    [B, T, C] -> same.
     """
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
         super().__init__()
 
-        def conv(dilation):
+        def conv(dilation: int) -> nn.Conv1d:
             return nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding="same")
 
         self.convs1 = nn.ModuleList(conv(dilation) for dilation in dilations)
@@ -186,35 +207,42 @@ class AMPBlock(nn.Module):
         self.activations = nn.ModuleList(Activation(channels) for _ in range(2 * len(dilations)))
 
     def pairs(self) -> list[int]:
-        """The numbers of the pairs that are run: all in training, else those whose second
-        convolution is not zero.
+        """Indices of the pairs to run.
 
-        A model converted from two pairs to three has a pair of zeros. It adds exactly nothing and
-        costs a third.
+        All of them in training, else those whose second convolution is not zero. A model converted
+        from two pairs to three has a pair of zeros, which adds exactly nothing and costs a third of
+        the time.
         """
-        numbers = range(len(self.convs2))
-        if self.training:
-            return list(numbers)
-        return [i for i in numbers if self.convs2[i].weight.any() or self.convs2[i].bias.any()]
+        indices = []
+        for i, conv in enumerate(self.convs2):
+            if self.training or conv.weight.any() or conv.bias.any():
+                indices.append(i)
+        return indices
 
     def context_frames(self, pairs: list[int]) -> int:
-        """Frames on either side that an output depends on."""
-        return sum(
-            reach(self.convs1[i]) + reach(self.convs2[i]) + 2 * Activation.context_frames
-            for i in pairs
-        )
+        """Frames on each side that an output depends on."""
+        frames = 0
+        for i in pairs:
+            frames += conv_context(self.convs1[i]) + conv_context(self.convs2[i])
+            frames += 2 * Activation.context_frames
+        return frames
 
     def forward(self, x: Tensor, pairs: list[int] | None = None) -> Tensor:
-        for i in self.pairs() if pairs is None else pairs:
-            y = convolve(self.convs1[i], self.activations[2 * i](x))
-            x = x + convolve(self.convs2[i], self.activations[2 * i + 1](y))
+        if pairs is None:
+            pairs = self.pairs()
+        for i in pairs:
+            y = self.activations[2 * i](x)
+            y = convolve(self.convs1[i], y)
+            y = self.activations[2 * i + 1](y)
+            x = x + convolve(self.convs2[i], y)
         return x
 
 
 @dataclass(frozen=True)
 class UpsampleStage:
-    """One step of the vocoder: [B, T, C] -> [B, rate * T, C'], an output frame seeing `reach`
-    inputs on either side.
+    """One step of the vocoder: [B, T, C] -> [B, rate * T, C'].
+
+    An output frame depends on `context_frames` inputs on each side.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -223,73 +251,63 @@ class UpsampleStage:
 
 
 class BigVGAN(nn.Module):
-    """Natural-log mel [B, 80, T] -> waveform [B, T * prod(upsample_rates)] within [-1, 1]. Keep it
-    in float32.
+    """Natural-log mel [B, 80, T] -> waveform [B, T * prod(upsample_rates)] in [-1, 1].
+
+    Keep it in float32.
     """
 
     def __init__(self, config: BigVGANConfig):
         super().__init__()
-        channels = [
-            config.upsample_initial_channel // 2**i for i in range(len(config.upsample_rates) + 1)
-        ]
+        rates, kernels = config.upsample_rates, config.upsample_kernel_sizes
+        channels = [config.upsample_initial_channel // 2**i for i in range(len(rates) + 1)]
         self.conv_pre = nn.Conv1d(config.mel_dim, channels[0], 7, padding="same")
-        self.ups = nn.ModuleList(
-            nn.ModuleList(
-                [nn.ConvTranspose1d(wide, narrow, kernel, rate, padding=(kernel - rate) // 2)]
-            )
-            for wide, narrow, rate, kernel in zip(
-                channels, channels[1:], config.upsample_rates, config.upsample_kernel_sizes
-            )
-        )
-        self.kinds = len(config.resblock_kernel_sizes)  # of AMP blocks, side by side in each stage
-        self.resblocks = nn.ModuleList(
-            AMPBlock(width, kernel, dilations)
-            for width in channels[1:]
+
+        # Upsampling layers; each is a list of one, as the checkpoint names them.
+        self.ups = nn.ModuleList()
+        for i, (rate, kernel) in enumerate(zip(rates, kernels, strict=True)):
+            padding = (kernel - rate) // 2
+            up = nn.ConvTranspose1d(channels[i], channels[i + 1], kernel, rate, padding=padding)
+            self.ups.append(nn.ModuleList([up]))
+
+        # AMP blocks with different kernels run in parallel after each upsampling layer.
+        self.kinds = len(config.resblock_kernel_sizes)
+        self.resblocks = nn.ModuleList()
+        for width in channels[1:]:
             for kernel, dilations in zip(
-                config.resblock_kernel_sizes, config.resblock_dilation_sizes
-            )
-        )
+                config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True
+            ):
+                self.resblocks.append(AMPBlock(width, kernel, dilations))
+
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding="same", bias=False)
 
-    def stages(self) -> list["UpsampleStage"]:
-        """What a mel goes through, in order. forward() runs them on a whole one,
-        token2wav/streaming.py piece by piece.
+    def stages(self) -> list[UpsampleStage]:
+        """The steps from mel to waveform, in order.
+
+        forward() runs them on a whole mel, token2wav/streaming.py on one chunk after the other.
         """
-        stages = [UpsampleStage(lambda x: convolve(self.conv_pre, x), reach(self.conv_pre))]
+        first = partial(convolve, self.conv_pre)
+        stages = [UpsampleStage(first, conv_context(self.conv_pre))]
         for i, (up,) in enumerate(self.ups):
-            blocks, rate = self.resblocks[self.kinds * i : self.kinds * (i + 1)], up.stride[0]
-            beyond = (
-                up.kernel_size[0] - 1 - up.padding[0]
-            )  # samples that an input adds to after its own first one
-            stages.append(
-                UpsampleStage(
-                    lambda x, up=up: up(x.transpose(1, 2)).transpose(1, 2).contiguous(),
-                    beyond // rate,
-                    rate,
-                )
-            )  # [B, rate * T, C/2]
-            blocks = [(block, block.pairs()) for block in blocks]
-            stages.append(
-                UpsampleStage(
-                    lambda x, blocks=blocks: (
-                        sum(block(x, pairs) for block, pairs in blocks) / self.kinds
-                    ),
-                    max(block.context_frames(pairs) for block, pairs in blocks),
-                )
-            )
+            blocks = list(self.resblocks[self.kinds * i : self.kinds * (i + 1)])
+            stages += [upsampling_stage(up), amp_stage(blocks)]
+        context_frames = Activation.context_frames + conv_context(self.conv_post)
+        stages.append(UpsampleStage(self.output, context_frames))
+        return stages
 
-        def speak(x):
-            return convolve(self.conv_post, self.activation_post(x)).clamp(-1, 1)  # [B, samples, 1]
-
-        return [*stages, UpsampleStage(speak, Activation.context_frames + reach(self.conv_post))]
+    def output(self, x: Tensor) -> Tensor:
+        """Last activation and convolution: [B, samples, C] -> [B, samples, 1] in [-1, 1]."""
+        x = convolve(self.conv_post, self.activation_post(x))
+        return x.clamp(-1, 1)
 
     @property
     def context_frames(self) -> float:
-        """Mel frames on either side that a sample depends on."""
-        frames, rate = 0.0, 1
+        """Mel frames on each side that a sample depends on."""
+        frames = 0.0
+        rate = 1  # of the stage's input, relative to the mel
         for stage in self.stages():
-            frames, rate = frames + stage.context_frames / rate, rate * stage.rate
+            frames += stage.context_frames / rate
+            rate *= stage.rate
         return frames
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -299,7 +317,32 @@ class BigVGAN(nn.Module):
         return x.squeeze(-1)  # [B, samples]
 
 
+def upsampling_stage(up: nn.ConvTranspose1d) -> UpsampleStage:
+    """A transposed convolution: [B, T, C] -> [B, rate * T, C / 2]."""
+    rate = up.stride[0]
+    # Samples that an input adds to after the first sample of its own frame.
+    after = up.kernel_size[0] - 1 - up.padding[0]
+
+    def run(x: Tensor) -> Tensor:
+        return up(x.transpose(1, 2)).transpose(1, 2).contiguous()
+
+    return UpsampleStage(run, after // rate, rate)
+
+
+def amp_stage(blocks: list[AMPBlock]) -> UpsampleStage:
+    """The mean of parallel AMP blocks: [B, T, C] -> same."""
+    pairs = [block.pairs() for block in blocks]
+
+    def run(x: Tensor) -> Tensor:
+        total = sum(block(x, indices) for block, indices in zip(blocks, pairs, strict=True))
+        return total / len(blocks)
+
+    contexts = [block.context_frames(indices) for block, indices in zip(blocks, pairs, strict=True)]
+    return UpsampleStage(run, max(contexts))
+
+
 def normalize(mel: Tensor) -> Tensor:
-    """Natural-log magnitudes to decibels, and those from -115 dB .. 0 dB to -1 .. 1."""
-    decibels = 20 * torch.log10(mel.exp().clamp(min=10 ** (-115 / 20))) - 20
+    """Natural-log magnitudes -> decibels, then -115 dB .. 0 dB -> -1 .. 1."""
+    magnitudes = mel.exp().clamp(min=10 ** (-115 / 20))
+    decibels = 20 * torch.log10(magnitudes) - 20
     return (2 * (decibels + 115) / 115 - 1).clamp(-1, 1)

@@ -1,11 +1,10 @@
-"""Codes to mel: a diffusion transformer that turns noise into speech along a learned flow, 24
-frames at a time.
+"""Codes to mel: a diffusion transformer (DiT) that turns noise into a mel by flow matching.
 
-A block of frames attends to itself; single layers also let it look one block back or ahead, so that
-one call of the network hears two blocks of past and one of future and speech can be made while
-codes still arrive. Source: paper sec. 3.3 (flow matching, sliding window) and sec. 2.4 (streaming);
-F5-TTS (arXiv 2410.06885) for adaptive norms and sway sampling; the release for everything the paper
-leaves open.
+Attention is local to blocks of 24 frames. A few layers also attend to one block before or after, so
+one forward pass sees two blocks of past and one block of future. This lets the mel be generated
+while codes still arrive. Source: paper sec. 3.3 (flow matching, sliding window) and sec. 2.4
+(streaming); F5-TTS (arXiv 2410.06885) for adaptive norms and sway sampling; the release for
+everything the paper leaves open.
 """
 
 import math
@@ -25,7 +24,7 @@ TIME_FREQUENCIES = 128
 
 
 class TimeEmbedding(nn.Module):
-    """Where on the way from noise (0) to speech (1): time [B] -> [B, D]."""
+    """Sinusoidal embedding of the flow time, 0 noise to 1 speech, and an MLP: [B] -> [B, D]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -34,16 +33,16 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, time: Tensor) -> Tensor:
-        steps = torch.arange(TIME_FREQUENCIES, device=time.device, dtype=time.dtype)
-        angles = (
-            1000 * time[:, None] * torch.exp(steps * (-math.log(10_000) / (TIME_FREQUENCIES - 1)))
-        )  # [B, 128]
+        index = torch.arange(TIME_FREQUENCIES, device=time.device, dtype=time.dtype)
+        frequencies = torch.exp(index * (-math.log(10_000) / (TIME_FREQUENCIES - 1)))
+        angles = 1000 * time[:, None] * frequencies  # [B, 128]
         return self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
 
 class CodeEmbedding(nn.Module):
-    """Speech codes [B, n] -> [B, n, emb_dim]. Row 0 doubles as "no code" of the unguided branch, as
-    in the release.
+    """Speech codes [B, n] -> [B, n, emb_dim].
+
+    Row 0 is also the "no code" of the unconditional branch, as in the release.
     """
 
     def __init__(self, config: DiTConfig):
@@ -55,38 +54,42 @@ class CodeEmbedding(nn.Module):
 
 
 class InputEmbedding(nn.Module):
-    """One linear map of [noisy mel, timbre, code, speaker vector], in two halves: the solver
-    changes only the mel.
+    """One linear map of [noisy mel, timbre, code, speaker vector].
+
+    It is computed in two parts: the solver changes only the mel, so the rest is computed once.
     """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.mel_dim, self.repeats = config.mel_dim, config.repeats
-        self.proj = nn.Linear(
-            config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim,
-            config.hidden_size,
-        )
+        self.mel_dim = config.mel_dim
+        self.repeats = config.repeats
+        width = config.mel_dim + config.enc_dim + config.emb_dim + config.enc_emb_dim
+        self.proj = nn.Linear(width, config.hidden_size)
         self.spk_encoder = SpeakerEncoder(config)
 
     def context(self, code_embeds: Tensor, cond: Tensor, timbre: Tensor) -> Tensor:
-        """[B, n, emb_dim], [B, E], [B, enc_dim] -> [B, n * repeats, D], computed at code rate and
-        repeated after it.
+        """The part that does not depend on the noisy mel.
+
+        code_embeds [B, n, emb_dim], cond [B, E], timbre [B, enc_dim] -> [B, n * repeats, D].
         """
-
-        def at_each_code(vector):
-            return vector[:, None].expand(-1, code_embeds.shape[1], -1)  # [B, n, .]
-
-        fixed = torch.cat([at_each_code(timbre), code_embeds, at_each_code(cond)], dim=-1)
-        fixed = F.linear(fixed, self.proj.weight[:, self.mel_dim :], self.proj.bias)  # [B, n, D]
-        return fixed.repeat_interleave(self.repeats, dim=1)  # [B, T, D]
+        # Computed once per code, then repeated for each mel frame of the code.
+        length = code_embeds.shape[1]
+        timbre = timbre[:, None].expand(-1, length, -1)  # [B, n, enc_dim]
+        cond = cond[:, None].expand(-1, length, -1)  # [B, n, E]
+        features = torch.cat([timbre, code_embeds, cond], dim=-1)
+        weight = self.proj.weight[:, self.mel_dim :]
+        context = F.linear(features, weight, self.proj.bias)  # [B, n, D]
+        return context.repeat_interleave(self.repeats, dim=1)  # [B, T, D]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Noisy mel x [B, T, mel_dim] and context [B, T, D] -> [B, T, D]."""
         return F.linear(x, self.proj.weight[:, : self.mel_dim]) + context
 
 
 class AdaptiveNorm(nn.Module):
-    """Holds the map from time to the shifts, scales and gates around a LayerNorm: [B, D] -> parts
-    of [B, 1, D].
+    """Maps the time embedding to the shifts, scales and gates around a LayerNorm.
+
+    [B, D] -> `parts` tensors of [B, 1, D].
     """
 
     def __init__(self, width: int, parts: int):
@@ -101,56 +104,63 @@ class AdaptiveNorm(nn.Module):
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights of its own, scaled and shifted by the time: [B, T, D] -> same."""
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
+    """LayerNorm without own weights, then scale and shift from the time: [B, T, D] -> same."""
+    normalized = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normalized, 1 + scale)
 
 
 def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary on neighbouring pairs (0,1), (2,3), ... of head 0 alone, a quirk of the release. x [B,
-    T, H, d].
+    """Rotary embedding of head 0 only, on pairs (0, 1), (2, 3), ...; a quirk of the release.
+
+    x [B, T, H, d], cos and sin [T, 1, d/2] -> [B, T, H, d].
     """
     first, rest = x[:, :, :1], x[:, :, 1:]
     even, odd = first[..., 0::2], first[..., 1::2]  # [B, T, 1, d/2]
-    first = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    rotated = [even * cos - odd * sin, odd * cos + even * sin]
+    first = torch.stack(rotated, dim=-1).flatten(-2)  # pairs interleaved again: [B, T, 1, d]
     return torch.cat([first, rest], dim=2)
 
 
 @dataclass
 class BlockCache:
-    """What a layer keeps of the last finished blocks in one look at the field; nothing before the
-    first.
+    """Keys and values of the last finished blocks, for one layer and one evaluation time.
+
+    Empty (None) before the first finished block.
     """
 
-    kept: tuple[Tensor, Tensor, Tensor] | None = (
-        None  # keys and values [B, blocks, size, H, d], what exists of them
-    )
+    # Keys and values [B, blocks, size, H, d]; which of their frames are valid [1, blocks, size].
+    entries: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def join(
-        self, new: tuple[Tensor, Tensor, Tensor], finished: int, back: int
+    def prepend(
+        self, new: tuple[Tensor, Tensor, Tensor], finished: int, limit: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the past before new blocks, of which the first `finished` become the past, `back` of
-        them at most.
+        """Cached blocks followed by new blocks; at most `limit` finished ones stay in the cache.
+
+        The first `finished` of the new blocks are final and enter the cache.
         """
-        if self.kept is not None:
-            finished += self.kept[0].shape[1]
-            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.kept, new))
-        self.kept = tuple(x[:, max(finished - back, 0) : finished] for x in new)
-        return new
+        joined = new
+        if self.entries is not None:
+            finished += self.entries[0].shape[1]
+            keys, values, valid = self.entries
+            keys = torch.cat([keys, new[0]], dim=1)
+            values = torch.cat([values, new[1]], dim=1)
+            valid = torch.cat([valid, new[2]], dim=1)
+            joined = (keys, values, valid)
+        begin = max(finished - limit, 0)
+        keys, values, valid = (x[:, begin:finished] for x in joined)
+        self.entries = (keys, values, valid)
+        return joined
 
 
 class BlockAttention(nn.Module):
-    """Attention of each block of frames to `back` blocks before it, itself and `ahead` blocks after
-    it.
-    """
+    """Block-local attention: itself, `back` blocks before it and `ahead` blocks after it."""
 
     def __init__(self, config: DiTConfig, back: int, ahead: int):
         super().__init__()
-        self.heads, self.block_size, self.back, self.ahead = (
-            config.num_attention_heads,
-            config.block_size,
-            back,
-            ahead,
-        )
+        self.heads = config.num_attention_heads
+        self.block_size = config.block_size
+        self.back = back
+        self.ahead = ahead
         inner = config.num_attention_heads * config.head_dim
         self.to_q = nn.Linear(config.hidden_size, inner)
         self.to_k = nn.Linear(config.hidden_size, inner)
@@ -159,66 +169,77 @@ class BlockAttention(nn.Module):
             nn.Linear(inner, config.hidden_size), nn.Dropout(config.dropout)
         )
 
-    def neighbourhood(self, x: Tensor, missing: int) -> Tensor:
-        """What each new block sees: [B, known blocks, size, ...] -> [B, new blocks, seen, ...],
-        zeros beyond the ends.
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, D] -> queries, keys and values, each [B, blocks, size, H, d]."""
+        heads = (self.heads, -1)
+        q = self.to_q(h).unflatten(-1, heads)  # [B, T, H, d]
+        k = self.to_k(h).unflatten(-1, heads)
+        v = self.to_v(h).unflatten(-1, heads)
+        q = rotate_first_head(q, cos, sin)
+        k = rotate_first_head(k, cos, sin)
+        blocks = (-1, self.block_size)
+        return q.unflatten(1, blocks), k.unflatten(1, blocks), v.unflatten(1, blocks)
 
-        missing: how many of the blocks that the first new one looks back to do not exist.
+    def neighbourhood(self, x: Tensor, missing: int) -> Tensor:
+        """The frames that each new block attends to, zeros beyond the ends.
+
+        [B, known blocks, size, ...] -> [B, new blocks, seen, ...]. missing: how many of the `back`
+        blocks before the first new block do not exist.
         """
-        x = F.pad(
-            x, (0, 0) * (x.ndim - 2) + (missing, self.ahead)
-        )  # [B, back + new + ahead, size, ...]
-        blocks = x.shape[1] - self.back - self.ahead
-        return torch.cat([x[:, i : i + blocks] for i in range(self.back + 1 + self.ahead)], dim=2)
+        if not self.back and not self.ahead:
+            return x
+        # Blocks of zeros at both ends; F.pad lists the padding of the last axis first.
+        other_axes = (0, 0) * (x.ndim - 2)
+        x = F.pad(x, other_axes + (missing, self.ahead))  # [B, back + new + ahead, size, ...]
+
+        # Shifted copies side by side: the window of each new block.
+        size = self.back + 1 + self.ahead
+        new = x.shape[1] - size + 1
+        shifted = [x[:, i : i + new] for i in range(size)]
+        return torch.cat(shifted, dim=2)
 
     def forward(
         self,
         h: Tensor,
         cos: Tensor,
         sin: Tensor,
-        exists: Tensor | None,
-        past: BlockCache | None = None,
+        valid: Tensor | None,
+        cache: BlockCache | None = None,
         finished: int = 0,
     ) -> Tensor:
-        """h [B, T, D] with T whole blocks; exists [1, T] is False at frames that only fill the
-        first or the last one.
+        """h [B, T, D] with T whole blocks -> [B, T, D].
 
-        None if all are there. past: what earlier blocks left behind, and where the first `finished`
-        leave theirs.
+        valid [1, T] is False at padding frames of the first or last block; None without padding.
+        cache: keys and values of earlier blocks; the first `finished` blocks of h are added to it.
         """
-        q, k, v = (
-            to(h).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v)
-        )  # [B, T, H, d]
-        q, k = rotate_first_head(q, cos, sin), rotate_first_head(k, cos, sin)
-        q, k, v = (
-            x.unflatten(1, (-1, self.block_size)) for x in (q, k, v)
-        )  # [B, blocks, size, H, d]
-        new = q.shape[1]
-        there = (
-            k.new_ones(1, new, self.block_size, dtype=torch.bool)
-            if exists is None
-            else exists.view(1, new, -1)
-        )
-        if past is not None and self.back:
-            k, v, there = past.join(
-                (k, v, there), finished, self.back
-            )  # [B or 1, known blocks, size, ...]
-        missing, mask = self.back + new - k.shape[1], None
-        if exists is not None or missing or self.ahead or k.shape[1] > new:
-            there = self.neighbourhood(there, missing)
-            mask = there.expand(len(h), -1, -1).flatten(0, 1)[
-                :, None, None
-            ]  # [B * blocks, 1, 1, seen]
-        if self.back or self.ahead:
-            k, v = (
-                self.neighbourhood(k, missing),
-                self.neighbourhood(v, missing),
-            )  # [B, blocks, seen, H, d]
-        q, k, v = (
-            x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)
-        )  # [B * blocks, H, size or seen, d]
+        q, k, v = self.project(h, cos, sin)  # [B, blocks, size, H, d]
+        new_blocks = q.shape[1]
+        needs_mask = valid is not None or self.back > 0 or self.ahead > 0
+        if valid is None:
+            valid = h.new_ones(1, h.shape[1], dtype=torch.bool)
+        valid = valid.view(1, new_blocks, self.block_size)
+
+        # Earlier blocks come from the cache, if this layer attends to any.
+        if cache is not None and self.back:
+            k, v, valid = cache.prepend((k, v, valid), finished, self.back)
+        missing = self.back + new_blocks - k.shape[1]
+
+        # Each block gets the keys and values of its own window.
+        k = self.neighbourhood(k, missing)  # [B, blocks, seen, H, d]
+        v = self.neighbourhood(v, missing)
+        mask = None
+        if needs_mask:
+            valid = self.neighbourhood(valid, missing)  # [1, blocks, seen]
+            mask = valid.expand(len(h), -1, -1).flatten(0, 1)  # [B * blocks, seen]
+            mask = mask[:, None, None]
+
+        # Blocks are independent now: fold them into the batch. [B * blocks, H, size or seen, d]
+        q = q.flatten(0, 1).transpose(1, 2)
+        k = k.flatten(0, 1).transpose(1, 2)
+        v = v.flatten(0, 1).transpose(1, 2)
         out = attention(q, k, v, mask)
-        return self.to_out(out.transpose(1, 2).reshape(*h.shape[:2], -1))  # [B, T, D]
+        out = out.transpose(1, 2).reshape(*h.shape[:2], -1)  # [B, T, H * d]
+        return self.to_out(out)
 
 
 class FeedForward(nn.Module):
@@ -239,10 +260,9 @@ class FeedForward(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention, then the feed-forward, each with shift, scale and gate that attn_norm makes from
-    the time.
+    """Attention, then feed-forward, each with shift, scale and gate from the time.
 
-    [B, T, D] -> same.
+    attn_norm makes all six from the time embedding. [B, T, D] -> [B, T, D].
     """
 
     def __init__(self, config: DiTConfig, back: int, ahead: int):
@@ -253,13 +273,16 @@ class DiTBlock(nn.Module):
 
     def forward(self, h: Tensor, modulation: tuple[Tensor, ...], *attention_inputs) -> Tensor:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
-        h = torch.addcmul(h, gate, self.attn(modulate(h, shift, scale), *attention_inputs))
-        return torch.addcmul(h, gate_ff, self.ff(modulate(h, shift_ff, scale_ff)))
+        attended = self.attn(modulate(h, shift, scale), *attention_inputs)
+        h = torch.addcmul(h, gate, attended)
+        transformed = self.ff(modulate(h, shift_ff, scale_ff))
+        return torch.addcmul(h, gate_ff, transformed)
 
 
 class DiT(nn.Module):
-    """The velocity field between noise and mel, and how to follow it. Keep it in float32, as the
-    release does.
+    """The velocity field from noise to mel, and its integration.
+
+    Keep it in float32, as the release does.
     """
 
     def __init__(self, config: DiTConfig):
@@ -268,14 +291,11 @@ class DiT(nn.Module):
         self.time_embed = TimeEmbedding(config.hidden_size)
         self.text_embed = CodeEmbedding(config)
         self.input_embed = InputEmbedding(config)
-        self.transformer_blocks = nn.ModuleList(
-            DiTBlock(
-                config,
-                back=int(i in config.look_backward_layers),
-                ahead=int(i in config.look_ahead_layers),
-            )
-            for i in range(config.num_hidden_layers)
-        )
+        self.transformer_blocks = nn.ModuleList()
+        for i in range(config.num_hidden_layers):
+            back = int(i in config.look_backward_layers)
+            ahead = int(i in config.look_ahead_layers)
+            self.transformer_blocks.append(DiTBlock(config, back, ahead))
         self.norm_out = AdaptiveNorm(config.hidden_size, parts=2)
         self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
 
@@ -283,41 +303,48 @@ class DiT(nn.Module):
         self,
         x: Tensor,
         codes: Tensor,
-        time: Tensor,
+        time: Tensor | float,
         cond: Tensor,
         ref_mel: Tensor,
-        lacking: int = 0,
+        first_block_missing: int = 0,
     ) -> Tensor:
-        """Velocity [B, T, 80] of the noisy mel x [B, T, 80] at time [B] or one number for all, 0
-        noise to 1 speech.
+        """Velocity [B, T, 80] at the noisy mel x [B, T, 80] and time [B] or one number for all.
 
-        codes [B, n] with T = n * repeats, cond [B, E], ref_mel [B, R, 80]. Zeros in codes, cond and
-        ref_mel are the unconditional branch of classifier-free guidance. lacking: see look().
+        Time runs from 0 (noise) to 1 (speech). codes [B, n] with T = n * repeats, cond [B, E],
+        ref_mel [B, R, 80]. Zeros in codes, cond and ref_mel are the unconditional branch of
+        classifier-free guidance. first_block_missing: see look().
         """
-        return self.velocity(x, time, self.context(codes, cond, ref_mel), lacking)
+        context = self.context(codes, cond, ref_mel)
+        return self.velocity(x, time, context, first_block_missing)
 
     def context(self, codes: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
-        """All of the input that does not depend on x or time, [B, T, D]: computed once per
-        utterance.
+        """The part of the input that depends on neither x nor time: [B, T, D].
+
+        It is computed once per utterance.
         """
-        return self.input_embed.context(
-            self.text_embed(codes), cond, self.input_embed.spk_encoder(ref_mel)
-        )
+        timbre = self.input_embed.spk_encoder(ref_mel)  # [B, enc_dim]
+        return self.input_embed.context(self.text_embed(codes), cond, timbre)
 
     def modulations(self, time: Tensor) -> list[tuple[Tensor, ...]]:
-        """Shifts, scales and gates of every block, and scale and shift of the end, for time [B]:
-        each [B, 1, D].
-        """
-        time = self.time_embed(time)  # [B, D]
-        return [
-            norm(time)
-            for norm in (*(block.attn_norm for block in self.transformer_blocks), self.norm_out)
-        ]
+        """Shifts, scales and gates for time [B]: of every block, then of the output norm.
 
-    def velocity(self, x: Tensor, time: Tensor, context: Tensor, lacking: int = 0) -> Tensor:
-        """forward() with what context() made: x [B, T, 80], time [B] or one number -> [B, T, 80]."""
+        Each is [B, 1, D].
+        """
+        embedding = self.time_embed(time)  # [B, D]
+        norms = [block.attn_norm for block in self.transformer_blocks]
+        norms.append(self.norm_out)
+        return [norm(embedding) for norm in norms]
+
+    def velocity(
+        self, x: Tensor, time: Tensor | float, context: Tensor, first_block_missing: int = 0
+    ) -> Tensor:
+        """forward() with the result of context().
+
+        x [B, T, 80], time [B] or one number for all -> [B, T, 80].
+        """
         time = torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1)  # [B or 1]
-        return self.look(x, context, self.modulations(time), first_block_missing=lacking)
+        modulations = self.modulations(time)
+        return self.look(x, context, modulations, first_block_missing=first_block_missing)
 
     def look(
         self,
@@ -325,66 +352,78 @@ class DiT(nn.Module):
         context: Tensor,
         modulations: list[tuple[Tensor, ...]],
         start: int = 0,
-        pasts: Sequence[BlockCache | None] | None = None,
+        caches: Sequence[BlockCache] | None = None,
         finished: int = 0,
-        lacking: int = 0,
+        first_block_missing: int = 0,
     ) -> Tensor:
-        """velocity() with what modulations() made, from frame `start` of an utterance on.
+        """velocity() with the result of modulations(), for frames from `start` of the utterance on.
 
-        pasts: a Past for each block of the network; the first `finished` blocks of frames are added
-        to them. lacking: frames that the first block has less than the others.
+        caches: one BlockCache per layer; the first `finished` blocks of frames are added to them.
+        first_block_missing: how many frames shorter the first block is than the others.
         """
-        frames = x.shape[1]
+        # Pad on both sides to whole blocks.
+        frames, left = x.shape[1], first_block_missing
+        right = -(left + frames) % self.config.block_size
         h = self.input_embed(x, context)  # [B, T, D]
-        h = F.pad(
-            h, (0, 0, lacking, -(lacking + frames) % self.config.block_size)
-        )  # [B, T in whole blocks, D]
-        positions = torch.arange(-lacking, h.shape[1] - lacking, device=x.device)
+        h = F.pad(h, (0, 0, left, right))  # [B, T in whole blocks, D]
+        positions = torch.arange(-left, frames + right, device=x.device)
+        valid = None
+        if left or right:
+            valid = ((positions >= 0) & (positions < frames))[None]
+
         cos, sin = self.rotary(start + positions)
-        exists = (
-            None if len(positions) == frames else ((positions >= 0) & (positions < frames))[None]
-        )
         for i, block in enumerate(self.transformer_blocks):
-            h = block(h, modulations[i], cos, sin, exists, pasts and pasts[i], finished)
-        scale, shift = modulations[
-            -1
-        ]  # in this order here, shift before scale inside the blocks: as released
-        return self.proj_out(modulate(h[:, lacking : lacking + frames], shift, scale))  # [B, T, 80]
+            cache = None if caches is None else caches[i]
+            h = block(h, modulations[i], cos, sin, valid, cache, finished)
+
+        # The output norm has scale before shift, the blocks have shift before scale: as released.
+        scale, shift = modulations[-1]
+        h = h[:, left : left + frames]
+        return self.proj_out(modulate(h, shift, scale))  # [B, T, 80]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, d/2]; computed at each call, so that a model built on the meta device
-        needs no fixing.
+        """cos and sin [T, 1, d/2] of positions [T].
+
+        Computed at each call instead of kept in a buffer, so that a model built on the meta device
+        has no buffer to fill.
         """
-        angles = positions[:, None, None] * rotary_frequencies(
-            self.config.head_dim, self.config.rope_theta, positions.device
-        )
+        config = self.config
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, positions.device)
+        angles = positions[:, None, None] * frequencies
         return angles.cos(), angles.sin()
 
     @torch.no_grad()
     def sample(
         self, codes: Tensor, cond: Tensor, ref_mel: Tensor, flow: FlowConfig, noise: Tensor
     ) -> Tensor:
-        """Follow the flow from noise [1, T, 80] to a natural-log mel [1, 80, T] for codes [1, n], T
-        = n * repeats.
+        """Integrate from noise [1, T, 80] to a natural-log mel [1, 80, T].
 
-        Guidance g moves along conditional + g * (conditional - unconditional); 0 costs half the
-        work.
+        codes [1, n] with T = n * repeats. Guidance g follows conditional + g * (conditional -
+        unconditional); g = 0 skips the unconditional branch, which halves the work.
         """
-        context = self.context(*(both_branches(x, flow) for x in (codes, cond, ref_mel)))
+        branches = [both_branches(x, flow) for x in (codes, cond, ref_mel)]
+        context = self.context(*branches)  # [1 or 2, T, D]
 
-        def field(time: Tensor, x: Tensor) -> Tensor:
-            return guided(self.velocity(x.expand(len(context), -1, -1), time, context), flow)
+        def velocity_fn(time: Tensor, x: Tensor) -> Tensor:
+            x = x.expand(len(context), -1, -1)
+            return guided(self.velocity(x, time, context), flow)
 
-        return solve(field, noise, time_grid(flow, noise.device), flow.solver).transpose(1, 2)
+        grid = time_grid(flow, noise.device)
+        mel = solve(velocity_fn, noise, grid, flow.solver)  # [1, T, 80]
+        return mel.transpose(1, 2)
 
 
 def both_branches(x: Tensor, flow: FlowConfig) -> Tensor:
-    """An input as asked and, where there is guidance, zeros for the unconditional branch: [1, ...]
-    -> [1 or 2, ...].
+    """The conditional input and, with guidance, zeros for the unconditional branch.
+
+    [1, ...] -> [1 or 2, ...].
     """
-    return torch.cat([x, torch.zeros_like(x)]) if flow.guidance else x
+    if not flow.guidance:
+        return x
+    return torch.cat([x, torch.zeros_like(x)])
 
 
 def guided(velocity: Tensor, flow: FlowConfig) -> Tensor:
-    """Velocities of both branches [1 or 2, T, 80] -> the one to follow [1, T, 80]."""
-    return velocity[:1] + flow.guidance * (velocity[:1] - velocity[-1:])
+    """Velocities of both branches [1 or 2, T, 80] -> the guided velocity [1, T, 80]."""
+    conditional, unconditional = velocity[:1], velocity[-1:]
+    return conditional + flow.guidance * (conditional - unconditional)

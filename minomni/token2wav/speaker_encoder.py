@@ -1,5 +1,4 @@
-"""Who is speaking: the Voice a reply is spoken in, how to make one, and the ECAPA-TDNN that hears
-its timbre.
+"""Speaker encoder: an ECAPA-TDNN that maps a reference mel to a timbre vector for the DiT.
 
 Source: ECAPA-TDNN (arXiv 2005.07143) as the release ships it: no batch norm, reflect padding, one
 vector per voice.
@@ -30,9 +29,7 @@ class TDNN(nn.Module):
 
 
 class Res2Net(nn.Module):
-    """Channel groups, each hearing a wider stretch of time than the one before it: [B, C, R] ->
-    same.
-    """
+    """Channel groups with growing receptive fields: [B, C, R] -> same."""
 
     def __init__(self, channels: int, kernel_size: int, dilation: int, scale: int):
         super().__init__()
@@ -43,17 +40,18 @@ class Res2Net(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *rest = x.chunk(self.scale, dim=1)
-        done = [first]
-        for i, (block, group) in enumerate(zip(self.blocks, rest)):
-            done.append(
-                block(group + done[-1] if i else group)
-            )  # the untouched first group is not passed on
-        return torch.cat(done, dim=1)
+        first, *groups = x.chunk(self.scale, dim=1)
+        outputs = [first]
+        for i, (block, group) in enumerate(zip(self.blocks, groups, strict=True)):
+            # Each output is added to the next group, but the unprocessed first group is not.
+            if i > 0:
+                group = group + outputs[-1]
+            outputs.append(block(group))
+        return torch.cat(outputs, dim=1)
 
 
 class SqueezeExcitation(nn.Module):
-    """One gate per channel, decided from the channel means over time: [B, C, R] -> same."""
+    """One gate per channel, computed from the channel means over time: [B, C, R] -> same."""
 
     def __init__(self, channels: int, bottleneck: int):
         super().__init__()
@@ -66,7 +64,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class SERes2Net(nn.Module):
-    """The block of ECAPA, with a residual connection: [B, C, R] -> same."""
+    """The residual block of ECAPA-TDNN: [B, C, R] -> same."""
 
     def __init__(self, channels: int, kernel_size: int, dilation: int, config: DiTConfig):
         super().__init__()
@@ -76,12 +74,14 @@ class SERes2Net(nn.Module):
         self.se_block = SqueezeExcitation(channels, config.enc_se_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.se_block(self.tdnn2(self.res2net_block(self.tdnn1(x))))
+        h = self.res2net_block(self.tdnn1(x))
+        return x + self.se_block(self.tdnn2(h))
 
 
 class AttentiveStatistics(nn.Module):
-    """Mean and deviation over time, weighted by attention over frames for each channel: [B, C, R]
-    -> [B, 2C, 1].
+    """Mean and standard deviation over time, weighted by per-channel attention over frames.
+
+    [B, C, R] -> [B, 2C, 1].
     """
 
     def __init__(self, channels: int, bottleneck: int):
@@ -90,15 +90,18 @@ class AttentiveStatistics(nn.Module):
         self.conv = nn.Conv1d(bottleneck, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, deviation = statistics(x, torch.full_like(x[:1, :1], 1 / x.shape[-1]))
-        seen = torch.cat([x, mean.expand_as(x), deviation.expand_as(x)], dim=1)  # [B, 3C, R]
-        weights = self.conv(self.tdnn(seen).tanh()).softmax(-1)  # [B, C, R]
+        # Attention sees each frame beside the unweighted statistics of all frames.
+        uniform = torch.full_like(x[:1, :1], 1 / x.shape[-1])  # [1, 1, R]
+        mean, std = statistics(x, uniform)
+        features = torch.cat([x, mean.expand_as(x), std.expand_as(x)], dim=1)  # [B, 3C, R]
+        weights = self.conv(self.tdnn(features).tanh()).softmax(-1)  # [B, C, R]
         return torch.cat(statistics(x, weights), dim=1)  # [B, 2C, 1]
 
 
 def statistics(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean and deviation over time, [B, C, R] -> two of [B, C, 1]. The weights of a
-    channel add up to one.
+    """Weighted mean and standard deviation over time: [B, C, R] -> two of [B, C, 1].
+
+    The weights [B, C, R] of a channel sum to one.
     """
     mean = (weights * x).sum(-1, keepdim=True)
     variance = (weights * (x - mean).square()).sum(-1, keepdim=True)
@@ -110,23 +113,24 @@ class SpeakerEncoder(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        channels, kernels, dilations = (
-            config.enc_channels,
-            config.enc_kernel_sizes,
-            config.enc_dilations,
-        )
-        self.blocks = nn.ModuleList([TDNN(config.mel_dim, channels[0], kernels[0], dilations[0])])
-        middle = list(zip(channels, kernels, dilations))[1:-1]
-        self.blocks.extend(SERes2Net(*sizes, config) for sizes in middle)
-        self.mfa = TDNN(channels[-1], channels[-1], kernels[-1], dilations[-1])
-        self.asp = AttentiveStatistics(channels[-1], config.enc_attention_channels)
-        self.fc = nn.Conv1d(2 * channels[-1], config.enc_dim, 1)
+        sizes = zip(
+            config.enc_channels, config.enc_kernel_sizes, config.enc_dilations, strict=True
+        )  # (channels, kernel size, dilation) of each layer
+        first, *middle, last = sizes
+        channels = last[0]
+        self.blocks = nn.ModuleList([TDNN(config.mel_dim, *first)])
+        for layer in middle:
+            self.blocks.append(SERes2Net(*layer, config))
+        # Multi-layer feature aggregation, attentive statistics pooling, output layer.
+        self.mfa = TDNN(channels, *last)
+        self.asp = AttentiveStatistics(channels, config.enc_attention_channels)
+        self.fc = nn.Conv1d(2 * channels, config.enc_dim, 1)
 
     def forward(self, ref_mel: Tensor) -> Tensor:
         x = self.blocks[0](ref_mel.transpose(1, 2))  # [B, C, R]
-        levels = []
+        outputs = []
         for block in self.blocks[1:]:
             x = block(x)
-            levels.append(x)
-        x = self.mfa(torch.cat(levels, dim=1))  # [B, sum of the levels' C, R]
+            outputs.append(x)
+        x = self.mfa(torch.cat(outputs, dim=1))  # [B, sum of the outputs' C, R]
         return self.fc(self.asp(x)).squeeze(-1)  # [B, enc_dim]

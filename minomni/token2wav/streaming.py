@@ -1,15 +1,15 @@
-"""Sound while codes still arrive: the DiT paints the mel chunk by chunk, and BigVGAN follows,
-losing nothing.
+"""Streaming Token2Wav: mel and waveform are generated chunk by chunk while codes still arrive.
 
-The vocoder's part is exact: its convolutions see a fixed stretch of mel, so a sample is made as
-soon as that stretch is there, and the pieces together are the waveform of the whole mel. The DiT's
-part cannot be: in one look at the field a block sees one block ahead, in the next look that block
-has seen another, and after all looks of a solve the first frame depends on everything that follows.
-A schedule says where the looking ends, and what it makes depends on the codes, the noise and the
-schedule alone, never on when the codes came. Source: paper sec. 2.4 (sliding window); the serving
-recipe that goes with the release (3 blocks, 2 back, 1 ahead).
+The vocoder is exact: its convolutions have a finite receptive field, so each sample is computed as
+soon as its mel context is there, and the chunks together equal the waveform of the whole mel. The
+DiT cannot be exact. In one evaluation of the velocity field a block sees one block ahead, in the
+next one that block has seen another, and after a whole solve the first frame depends on everything
+that follows. A schedule limits this look-ahead. Its output depends on the codes, the noise and the
+schedule alone, never on when the codes arrive. Source: paper sec. 2.4 (sliding window); the serving
+recipe of the release (3 blocks, 2 back, 1 ahead).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav, check_codes, check_voice
 from minomni.token2wav.voice import Voice
 
-MOST_BLOCKS = 1_000_000  # of a schedule's numbers: days of speech
+MAX_BLOCKS = 1_000_000  # largest number in a schedule: days of speech
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How an utterance is cut, counted in the DiT's blocks of frames.
+    """How an utterance is cut into chunks, counted in the DiT's blocks of frames.
 
-    chunks: for each chunk the blocks that it adds and the blocks beyond them that it looks at; the
-    last pair goes on for ever. back: how many blocks before a chunk are computed again with it, as
-    if nothing had been before them; None computes none again: what they were to each look at the
-    field is remembered. lead: codes in the first block, fewer than in the others, so that sound
-    begins sooner; None for as many.
+    chunks: for each chunk, the blocks that it adds and the blocks of look-ahead after them; the
+    last pair repeats. back: how many blocks before a chunk are recomputed with it, without any
+    context before them; None recomputes none and keeps a cache of their keys and values for each
+    evaluation of the velocity field instead. first_chunk_codes: codes in the first block, fewer
+    than in the others, so that audio starts earlier; None for as many.
     """
 
     chunks: tuple[tuple[int, int], ...]
@@ -46,77 +46,97 @@ class Schedule:
 
     def __post_init__(self):
         pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
-        if not pairs or not all(
-            isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
-        ):
+        if not pairs or not all(is_pair(value) for value in pairs):
             raise UserError(
-                f"a schedule of chunks {shown(self.chunks)}; expected pairs of blocks, such as ((1, 0), "
-                f"(2, 1)): how many a chunk adds, and how many it looks ahead"
+                f"a schedule of chunks {shown(self.chunks)}; expected pairs of blocks, such as "
+                f"((1, 0), (2, 1)): how many a chunk adds, and how many it looks ahead"
             )
         for blocks, ahead in pairs:
-            whole_number(blocks, "a schedule of chunks: the blocks of one", 1, MOST_BLOCKS)
-            whole_number(
-                ahead, "a schedule of chunks: the blocks that one looks ahead", 0, MOST_BLOCKS
-            )
-        for name, value in (("back", self.back), ("lead", self.first_chunk_codes)):
-            if value is not None:
-                whole_number(value, f"a schedule of chunks: {name}", 0, MOST_BLOCKS)
+            whole_number(blocks, "a schedule of chunks: the blocks of one", 1, MAX_BLOCKS)
+            whole_number(ahead, "a schedule of chunks: the look-ahead of one", 0, MAX_BLOCKS)
+        if self.back is not None:
+            whole_number(self.back, "a schedule of chunks: back", 0, MAX_BLOCKS)
+        if self.first_chunk_codes is not None:
+            name = "a schedule of chunks: first_chunk_codes"
+            whole_number(self.first_chunk_codes, name, 0, MAX_BLOCKS)
+
+    def chunk(self, index: int) -> tuple[int, int]:
+        """Blocks and look-ahead blocks of a chunk; the last pair repeats."""
+        return self.chunks[min(index, len(self.chunks) - 1)]
 
     def first_block_missing(self, dit: DiTConfig) -> int:
-        """Frames that the first block has less than the others. Raises UserError for a lead that
-        fits into no block.
+        """How many frames shorter the first block is than the others.
+
+        Raises UserError if first_chunk_codes does not fit into a block.
         """
-        whole = dit.block_size // dit.repeats
-        if self.first_chunk_codes is not None and not 1 <= self.first_chunk_codes <= whole:
+        if self.first_chunk_codes is None:
+            return 0
+        codes_per_block = dit.block_size // dit.repeats
+        if not 1 <= self.first_chunk_codes <= codes_per_block:
             raise UserError(
-                f"a schedule whose first block has {self.first_chunk_codes} codes; a block of this model has {whole}, "
-                f"give 1 to that many"
+                f"a schedule whose first block has {self.first_chunk_codes} codes; a block of this "
+                f"model has {codes_per_block}, give 1 to that many"
             )
-        return (
-            0 if self.first_chunk_codes is None else (whole - self.first_chunk_codes) * dit.repeats
-        )
+        return (codes_per_block - self.first_chunk_codes) * dit.repeats
 
     def first_codes(self, dit: DiTConfig) -> int:
-        """How many codes must be there before the first piece of mel."""
-        return (sum(self.chunks[0]) * dit.block_size - self.first_block_missing(dit)) // dit.repeats
+        """How many codes must arrive before the first chunk of mel."""
+        blocks, ahead = self.chunks[0]
+        frames = (blocks + ahead) * dit.block_size - self.first_block_missing(dit)
+        return frames // dit.repeats
+
+
+def is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 RELEASE_SCHEDULE = Schedule(chunks=((3, 1),), back=2)  # how the release is served
-FIRST_CHUNK_FRAMES = (
-    5  # frames of sound in the first piece at least: while they are played the next piece is made
-)
+# Least length of the first chunk of audio in mel frames: while it plays, the next one is generated.
+FIRST_CHUNK_FRAMES = 5
 
 
 def low_latency_schedule(token2wav: Token2Wav) -> Schedule:
-    """Soon, then well, then cheaply: no more codes in the first block than the vocoder needs to
-    sound for a MOMENT.
+    """Chunks of 1, 1, 2, 4, 8, 8, ... blocks: early, then good, then cheap.
+
+    The first block holds only the codes that the vocoder needs for FIRST_CHUNK_FRAMES of audio.
     """
     dit = token2wav.config.dit
-    frames = (
-        math.ceil(token2wav.code2wav_bigvgan_model.context_frames + FIRST_CHUNK_FRAMES)
-        % dit.block_size
-        or dit.block_size
-    )
+    context_frames = token2wav.code2wav_bigvgan_model.context_frames
+    frames = math.ceil(context_frames + FIRST_CHUNK_FRAMES) % dit.block_size
+    if frames == 0:
+        frames = dit.block_size
     return Schedule(
-        chunks=((1, 0), (1, 0), (2, 1), (4, 1), (8, 1)), first_chunk_codes=-(-frames // dit.repeats)
+        chunks=((1, 0), (1, 0), (2, 1), (4, 1), (8, 1)),
+        first_chunk_codes=math.ceil(frames / dit.repeats),
     )
 
 
 def codes_until_audio(schedule: Schedule, token2wav: Token2Wav) -> int:
-    """How many codes must be there before the first piece of sound: the vocoder may want more than
-    one chunk's mel.
+    """How many codes must arrive before the first chunk of audio.
+
+    The vocoder may need the mel of more than one chunk.
     """
-    dit, chunks = token2wav.config.dit, [*schedule.chunks]
+    dit = token2wav.config.dit
+    context_frames = token2wav.code2wav_bigvgan_model.context_frames
     end = -schedule.first_block_missing(dit)
-    while True:
-        blocks, ahead = chunks.pop(0) if len(chunks) > 1 else chunks[0]
+    for index in itertools.count():
+        blocks, ahead = schedule.chunk(index)
         end += blocks * dit.block_size
-        if end > token2wav.code2wav_bigvgan_model.context_frames:
-            return (end + ahead * dit.block_size) // dit.repeats
+        if end > context_frames:
+            break
+    return (end + ahead * dit.block_size) // dit.repeats
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation of the velocity field needs besides the noisy mel."""
+
+    modulations: list[tuple[Tensor, ...]]  # shifts, scales and gates at its time, of every layer
+    caches: list[BlockCache] | None  # one per layer; None where blocks are recomputed instead
 
 
 class MelStream:
-    """Codes of one utterance in, pieces of its mel out."""
+    """Codes of one utterance in, chunks of its mel out."""
 
     def __init__(
         self,
@@ -126,139 +146,165 @@ class MelStream:
         schedule: Schedule,
         generator: torch.Generator,
     ):
-        """generator: on the CPU, draws the utterance's noise, the same however the utterance is
-        cut.
-        """
-        self.dit, self.flow, self.schedule, self.generator = dit, flow, schedule, generator
-        device, size = dit.proj_out.weight.device, dit.config
-        cond, ref_mel = (
-            both_branches(x.float().to(device), flow) for x in (voice.cond, voice.ref_mel)
-        )
+        """generator: on the CPU, draws the noise of the utterance, the same for every schedule."""
+        self.dit = dit
+        self.flow = flow
+        self.schedule = schedule
+        self.generator = generator
+        device = dit.proj_out.weight.device
+        self.first_block_missing = schedule.first_block_missing(dit.config)
+
+        # Speaker inputs and modulations do not depend on the codes: computed once.
+        cond = both_branches(voice.cond.float().to(device), flow)
+        ref_mel = both_branches(voice.ref_mel.float().to(device), flow)
         with torch.no_grad():
-            self.speaker = cond, dit.input_embed.spk_encoder(ref_mel)
-            times = torch.stack(evaluation_times(flow)).to(device)
-            parts = [
-                torch.stack(norm, dim=1) for norm in dit.modulations(times)
-            ]  # [looks, parts, 1, D] each
-        self.looks = [[tuple(norm[i][:, None]) for norm in parts] for i in range(len(times))]
-        self.pasts = (
-            None
-            if schedule.back is not None
-            else [[BlockCache() for _ in dit.transformer_blocks] for _ in times]
-        )
-        self.first_block_missing = schedule.first_block_missing(size)
+            self.speaker = (cond, dit.input_embed.spk_encoder(ref_mel))
+            self.evaluations = self._evaluations(device)
+
         self.codes = torch.zeros(1, 0, dtype=torch.long, device=device)
-        self.noise = torch.zeros(1, 0, size.mel_dim, device=device)
-        self.chunk = self.done = 0  # chunks and frames that are out
+        self.noise = torch.zeros(1, 0, dit.config.mel_dim, device=device)
+        self.chunk = 0  # chunks that were returned
+        self.done = 0  # frames that were returned
+
+    def _evaluations(self, device: torch.device) -> list[Evaluation]:
+        """One Evaluation for each time at which solve() evaluates the velocity field."""
+        times = torch.stack(evaluation_times(self.flow)).to(device)  # [evaluations]
+        # One batched call for all times: of each layer [evaluations, parts, 1, D].
+        layers = [torch.stack(parts, dim=1) for parts in self.dit.modulations(times)]
+        evaluations = []
+        for i in range(len(times)):
+            modulations = [tuple(parts[i][:, None]) for parts in layers]
+            caches = None
+            if self.schedule.back is None:
+                caches = [BlockCache() for _ in self.dit.transformer_blocks]
+            evaluations.append(Evaluation(modulations, caches))
+        return evaluations
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
-        """The next codes [1, n] -> the mel [1, 80, frames] of each chunk that they complete."""
+        """Append codes [1, n] -> the mel [1, 80, frames] of each chunk that they complete."""
         self.codes = torch.cat([self.codes, codes.to(self.codes.device)], dim=1)
-        frames, block = self.codes.shape[1] * self.dit.config.repeats, self.dit.config.block_size
+        frames = self.codes.shape[1] * self.dit.config.repeats
+        block = self.dit.config.block_size
         while True:
-            blocks, ahead = self.schedule.chunks[min(self.chunk, len(self.schedule.chunks) - 1)]
-            end = self.done + blocks * block - (self.first_block_missing if self.done == 0 else 0)
-            if end + ahead * block > frames:
+            blocks, ahead = self.schedule.chunk(self.chunk)
+            end = self.done + blocks * block
+            if self.done == 0:
+                end -= self.first_block_missing
+            seen = end + ahead * block
+            if seen > frames:
                 return
-            yield self.paint(end, end + ahead * block)
+            yield self.paint(end, seen)
 
     def finish(self) -> Iterator[Tensor]:
-        """No more codes come -> the rest of the mel, if there is one."""
+        """After the last codes -> the rest of the mel, if any."""
         frames = self.codes.shape[1] * self.dit.config.repeats
         if self.done < frames:
             yield self.paint(frames, frames)
 
     @torch.no_grad()
     def paint(self, end: int, seen: int) -> Tensor:
-        """The mel [1, 80, frames] from the last chunk's end to frame `end`, looking as far as frame
-        `seen`.
+        """Generate the next chunk of mel [1, 80, frames].
+
+        It ends at frame `end`, and the DiT sees context up to frame `seen`.
         """
-        block, repeats, back = (
-            self.dit.config.block_size,
-            self.dit.config.repeats,
-            self.schedule.back,
-        )
-        begin = max(self.done - (back or 0) * block, 0)
-        lacking = self.first_block_missing if begin == 0 else 0
-        finished = (lacking + end - begin) // block
-        codes = both_branches(self.codes[:, begin // repeats : seen // repeats], self.flow)
-        context = self.dit.input_embed.context(
-            self.dit.text_embed(codes), *self.speaker
-        )  # [1 or 2, seen - begin, D]
-        ahead = iter(zip(self.looks, self.pasts or [None] * len(self.looks)))
+        block, repeats = self.dit.config.block_size, self.dit.config.repeats
 
-        def field(_, x: Tensor) -> Tensor:
-            modulations, pasts = next(ahead)
+        # A schedule without caches starts `back` blocks earlier and drops their mel afterwards.
+        recomputed = (self.schedule.back or 0) * block
+        begin = max(self.done - recomputed, 0)
+        first_block_missing = self.first_block_missing if begin == 0 else 0
+        finished = (first_block_missing + end - begin) // block
+
+        # Everything but the noisy mel is fixed during the solve.
+        codes = self.codes[:, begin // repeats : seen // repeats]
+        codes = both_branches(codes, self.flow)
+        code_embeds = self.dit.text_embed(codes)
+        context = self.dit.input_embed.context(code_embeds, *self.speaker)  # [1 or 2, frames, D]
+        evaluations = iter(self.evaluations)  # in the order in which solve() evaluates the field
+
+        def velocity_fn(_: Tensor, x: Tensor) -> Tensor:
+            at = next(evaluations)
             x = x.expand(len(context), -1, -1)
-            return guided(
-                self.dit.look(x, context, modulations, begin, pasts, finished, lacking), self.flow
+            velocity = self.dit.look(
+                x, context, at.modulations, begin, at.caches, finished, first_block_missing
             )
+            return guided(velocity, self.flow)
 
-        mel = solve(
-            field, self.draw(begin, seen), time_grid(self.flow, self.noise.device), self.flow.solver
-        )
+        noise = self.draw(begin, seen)
+        grid = time_grid(self.flow, noise.device)
+        mel = solve(velocity_fn, noise, grid, self.flow.solver)  # [1, seen - begin, 80]
         mel = mel[:, self.done - begin : end - begin].transpose(1, 2)
-        self.chunk, self.done = self.chunk + 1, end
+        self.chunk += 1
+        self.done = end
         return mel
 
     def draw(self, begin: int, end: int) -> Tensor:
-        """Frames begin to end of the utterance's one noise tensor, of which no more is drawn than
-        is needed.
+        """Noise [1, end - begin, 80] of frames begin to end.
+
+        It is one tensor for the utterance, extended only as far as needed.
         """
-        more = end - self.noise.shape[1]
-        if more > 0:
-            noise = torch.randn(1, more, self.noise.shape[2], generator=self.generator)
+        missing = end - self.noise.shape[1]
+        if missing > 0:
+            noise = torch.randn(1, missing, self.noise.shape[2], generator=self.generator)
             self.noise = torch.cat([self.noise, noise.to(self.noise.device)], dim=1)
         return self.noise[:, begin:end]
 
 
 class StageStream:
-    """One stage of the vocoder, piece by piece: pieces [B, T, C] in, what of the output is final
-    out.
-    """
+    """One stage of the vocoder, streamed: chunks [B, T, C] in, final output frames out."""
 
     def __init__(self, stage: UpsampleStage):
         self.stage = stage
-        self.tail: Tensor | None = None  # inputs that are needed again
-        self.out = 0  # outputs that are out, in inputs of the tail
+        self.tail: Tensor | None = None  # inputs that later outputs still depend on
+        self.out = 0  # inputs of the tail whose outputs were returned
 
     def __call__(self, x: Tensor | None, last: bool) -> Tensor | None:
-        """x, or None for no new input -> [B, rate * (0 and more), C'], or None for nothing yet."""
-        pieces = [piece for piece in (self.tail, x) if piece is not None]
-        if not pieces:
+        """x, or None for no new input -> [B, rate * (0 or more), C'], or None for no output."""
+        if self.tail is not None:
+            x = self.tail if x is None else torch.cat([self.tail, x], dim=1)
+        if x is None:
             return None
-        x = torch.cat(pieces, dim=1)
-        final = x.shape[1] if last else x.shape[1] - self.stage.context_frames
+
+        # Without its full right context an output is not final, except at the end.
+        context = self.stage.context_frames
+        final = x.shape[1] if last else x.shape[1] - context
         if final <= self.out:
             self.tail = x
             return None
-        y = self.stage.run(x)[:, self.out * self.stage.rate : final * self.stage.rate]
-        dropped = max(final - self.stage.context_frames, 0)
-        self.tail, self.out = x[:, dropped:], final - dropped
+        rate = self.stage.rate
+        y = self.stage.run(x)[:, self.out * rate : final * rate]
+
+        # Keep the left context of the next output.
+        dropped = max(final - context, 0)
+        self.tail = x[:, dropped:]
+        self.out = final - dropped
         return y
 
 
 class VocoderStream:
-    """Pieces of a mel in, pieces of its waveform out; together they are the waveform of the whole
-    mel.
-    """
+    """Chunks of a mel in, chunks of its waveform out; joined, they equal that of the whole mel."""
 
     def __init__(self, vocoder: BigVGAN):
         self.stages = [StageStream(stage) for stage in vocoder.stages()]
 
     @torch.no_grad()
     def feed(self, mel: Tensor | None, last: bool = False) -> Tensor:
-        """The next piece [1, 80, T], or None -> samples [n] that are final now; last: nothing comes
-        after it.
+        """The next chunk [1, 80, T], or None -> samples [n] that are final now.
+
+        last: no more mel follows.
         """
-        x = None if mel is None else normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
+        x = None
+        if mel is not None:
+            x = normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
         for stage in self.stages:
             x = stage(x, last)
-        return torch.zeros(0) if x is None else x[0, :, 0]
+        if x is None:
+            return torch.zeros(0)
+        return x[0, :, 0]
 
 
 class SpeechStream:
-    """Codes of one utterance in, pieces of its waveform out."""
+    """Codes of one utterance in, chunks of its waveform out."""
 
     def __init__(
         self,
@@ -267,21 +313,22 @@ class SpeechStream:
         flow: FlowConfig,
         schedule: Schedule,
         generator: torch.Generator,
-        note: Callable[[str], object] = lambda what: None,
+        mark: Callable[[str], object] = lambda event: None,
     ):
-        """note("mel") is called for each piece of mel. Raises UserError for a voice that does not
-        fit the model.
+        """mark("mel") is called for each chunk of mel.
+
+        Raises UserError for a voice that does not fit the model.
         """
-        self.config, self.mark = token2wav.config.dit, note
+        self.config = token2wav.config.dit
+        self.mark = mark
         check_voice(voice, self.config)
         self.mel = MelStream(token2wav.code2wav_dit_model, voice, flow, schedule, generator)
         self.vocoder = VocoderStream(token2wav.code2wav_bigvgan_model)
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
-        """The next codes [1, n] -> waveforms [samples], one for each chunk that makes something
-        audible of them.
+        """Append codes [1, n] -> a waveform [samples] for each chunk that makes samples final.
 
-        Raises UserError.
+        Raises UserError for codes that the model does not have.
         """
         check_codes(codes, self.config)
         for mel in self.mel.feed(codes):
@@ -291,7 +338,7 @@ class SpeechStream:
                 yield wave
 
     def finish(self) -> Iterator[Tensor]:
-        """No more codes come -> the rest of the waveform, in one piece if there is any."""
+        """After the last codes -> the rest of the waveform in one chunk, if any."""
         mel = next(self.mel.finish(), None)
         if mel is not None:
             self.mark("mel")
