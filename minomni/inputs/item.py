@@ -6,6 +6,7 @@ read.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minomni.arguments import shown
 from minomni.errors import UserError
@@ -49,7 +50,7 @@ class Item:
     """One content item of a message."""
 
     kind: str  # image, audio, video or text
-    source: object  # a text, or whatever the loader of this kind reads
+    source: Any  # a text, or whatever the loader of this kind reads
     options: MediaOptions = MediaOptions()
 
 
