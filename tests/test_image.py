@@ -229,7 +229,7 @@ def test_sizes_are_bounded_before_pixels_are_made():
         "30000x30000 pixels",
         str(MOST_PIXELS),
     )
-    refused(torch.zeros(1, 1, 3).expand(10**6, 10**6, 3), "pixels; at most")
+    refused(torch.zeros(1, 1, 3).expand(10**6, 10**6, 3), "pixels; expected at most")
     for side in (11_000, 13_000, 60_000, 2**31 - 1):
         small = png(1, 0, np.zeros((1, 1, 1), np.uint8))
         refused(small.replace(struct.pack(">II", 1, 1), struct.pack(">II", side, side)), "pi")

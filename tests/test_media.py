@@ -401,7 +401,7 @@ def test_films_cut_short(tmp_path, kept):
 
 def test_stretched_films():
     frames = load_video(np.zeros((4, 2, 402, 3), np.uint8), MEDIA, with_audio=False).frames
-    with pytest.raises(UserError, match="the video: 402x2 pixels; an aspect ratio"):
+    with pytest.raises(UserError, match="the video: 402x2 pixels; expected an aspect ratio"):
         video_patches(frames, TINY.thinker.vision, MEDIA)
 
 

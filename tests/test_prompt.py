@@ -14,8 +14,9 @@ from PIL import Image
 from minomni.config import QWEN7B, TINY
 from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
+from minomni.inputs.interleave import chunk_bounds
 from minomni.inputs.media import Clip
-from minomni.inputs.prompt import Processor, chunk_bounds, render
+from minomni.inputs.prompt import Processor, render
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 
 TOKENS = TINY.thinker.tokens

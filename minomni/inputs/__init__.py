@@ -1,1 +1,1 @@
-"""1. Files and messages become token ids, mels and patches."""
+"""1. Files and messages to token ids, mels and patches."""

@@ -1,6 +1,7 @@
-"""Pictures: files, bytes, arrays and PIL images to RGB, upright."""
+"""Images: files, bytes, arrays and PIL images to upright RGB."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,10 +10,9 @@ from torch import Tensor
 from minomni.errors import UserError, shorten
 from minomni.inputs.source import array_of, first_line, name_of, open_source
 
-MOST_PIXELS = (
-    120_000_000  # a telephone's 108 megapixels; conversions hold a few copies of 4 bytes per pixel
-)
-ORIENTATION = 0x0112  # EXIF: how to turn the stored picture to view it
+# The largest phone cameras have 108 megapixels; conversions hold a few copies of 4 bytes per pixel.
+MOST_PIXELS = 120_000_000
+ORIENTATION = 0x0112  # EXIF tag: how to transpose the stored image to view it
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -22,19 +22,21 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TWELVE_BITS = (
-    4_095  # uint16 levels up to here are those of a camera of 8 to 12 bits that were not scaled
-)
-BITS_PER_SAMPLE, PHOTOMETRIC, MIN_IS_WHITE = 258, 262, 0  # TIFF
+TWELVE_BITS = 4_095  # uint16 levels up to here are values of 8 to 12 bits that were not scaled
+
+# TIFF tags, and a value of PHOTOMETRIC.
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262
+MIN_IS_WHITE = 0
 
 
-def load_image(source) -> Image.Image:
-    """Anything that holds a picture -> RGB picture, upright, transparency on white.
+def load_image(source: Any) -> Image.Image:
+    """Any source of an image -> RGB image, upright, transparency on white.
 
     source: a path, a file:// or data: URI, bytes, an open file, {"bytes", "path"}, a PIL image, or
     an array [h, w], [h, w, channels] or [channels, h, w] of 1, 3 or 4 channels, as uint8, uint16
-    over its full range, or floats from 0 to 1. Of moving pictures the first one is taken. Raises
-    UserError for what is missing, unreadable, too large, or of unknown scale.
+    over its full range, or floats from 0 to 1. Of an animation, the first frame is taken. Raises
+    UserError for an image that is missing, unreadable, too large, or of unknown scale.
     """
     name = name_of(source, "image")
     if isinstance(source, (np.ndarray, Tensor)):
@@ -45,37 +47,40 @@ def load_image(source) -> Image.Image:
         try:
             with warnings.catch_warnings(action="ignore"):
                 image = Image.open(stream)
-        except (
-            Exception
-        ) as error:  # readers of some formats raise whatever broken bytes lead them to
+        except Exception as error:  # on broken bytes, the readers of some formats raise anything
             raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
         with image:
             return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image, perhaps not decoded yet -> RGB, upright."""
+    """A PIL image, which may not be decoded yet -> RGB, upright."""
     _require_size(*image.size, name)
     try:
         with warnings.catch_warnings(action="ignore"):
             image.load()
-            image = _upright(image)
-            if image.mode.startswith(("I", "F")):
-                image = Image.fromarray(_eight_bits(*_deep_levels(image), name))
-            if image.mode == "La":  # premultiplied gray, which PIL turns into nothing else
-                image = image.convert("LA")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGB", image.size, "white")
-                white.paste(image, mask=image.getchannel("A"))
-                return white
-            return image.convert("RGB")
+            return _converted(image, name)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # truncated or closed files that the caller opened, broken blocks, unknown modes
+    except Exception as error:  # truncated or closed files of the caller, broken blocks, odd modes
         raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
+
+
+def _converted(image: Image.Image, name: str) -> Image.Image:
+    """A decoded PIL image of any mode -> RGB, upright, transparency on white."""
+    image = _upright(image)
+    if image.mode.startswith(("I", "F")):
+        levels, white = _deep_levels(image)
+        image = Image.fromarray(_eight_bits(levels, white, name))
+    if image.mode == "La":  # premultiplied gray; PIL converts it only to LA
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+
+    image = image.convert("RGBA")
+    background = Image.new("RGB", image.size, "white")
+    background.paste(image, mask=image.getchannel("A"))
+    return background
 
 
 def _require_size(width: int, height: int, name: str) -> None:
@@ -83,81 +88,90 @@ def _require_size(width: int, height: int, name: str) -> None:
         raise UserError(f"{name}: {width}x{height} pixels; expected at least one")
     if width * height > MOST_PIXELS:
         raise UserError(
-            f"{name}: {width}x{height} pixels; at most {MOST_PIXELS} are read, make it smaller"
+            f"{name}: {width}x{height} pixels; expected at most {MOST_PIXELS}, make it smaller"
         )
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as EXIF tells; as it is stored where that cannot be read."""
+    """Rotated and flipped as EXIF says; as it is stored if EXIF cannot be read."""
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except (
-        Exception
-    ):  # EXIF is written by everybody and wrongly by many; struct, TIFF and text errors alike
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        orientation = image.getexif().get(ORIENTATION, 1)
+        transpose = TURNS.get(orientation)
+    except Exception:  # EXIF is often broken: struct, TIFF and text errors alike
+        return image
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _deep_levels(image: Image.Image) -> tuple[np.ndarray, int]:
-    """Gray levels deeper than 8 bits [h, w], and the level of white (0 if the number type tells
-    it).
-    """
-    levels, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    """Gray levels of more than 8 bits [h, w], and the level of white; 0 for that of the type."""
+    levels = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
     white = 0
-    if image.mode == "I" and image.format == "PPM":  # PIL stretches every depth above 8 bits to 16
+    if image.mode == "I" and image.format == "PPM":  # PIL scales every depth above 8 bits to 16
         levels = levels.astype(np.uint16)
     if image.mode == "I;16" and tags.get(BITS_PER_SAMPLE) == (12,):
-        white = 4095
+        white = TWELVE_BITS
     if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
-        levels = (1 if levels.dtype.kind == "f" else white or 65_535) - levels
+        highest = 1 if levels.dtype.kind == "f" else (white or 65_535)
+        levels = highest - levels
     return levels, white
 
 
 def _eight_bits(levels: np.ndarray, white: int, name: str) -> np.ndarray:
-    """uint8, uint16 or floats from 0 to 1 -> uint8 of the same shape."""
+    """uint8, uint16 or floats from 0 to 1 -> uint8 of the same shape.
+
+    white: the level of white in uint16; 0 for 65535.
+    """
     if levels.dtype == np.uint8:
         return levels
-    if levels.dtype.kind == "u" and levels.dtype.itemsize == 2:  # of both byte orders
-        return (levels // 257 if not white else levels.astype(np.uint32) * 255 // white).astype(
-            np.uint8
-        )
+    if _is_uint16(levels):
+        scaled = levels.astype(np.uint32) * 255 // white if white else levels // 257
+        return scaled.astype(np.uint8)
     if levels.dtype.kind != "f":
         raise UserError(
-            f"{name}: levels of type {levels.dtype}, which does not tell their scale; expected uint8, "
-            f"uint16 over its full range, or floats from 0 to 1"
+            f"{name}: levels of type {levels.dtype}, which does not tell their scale; expected "
+            f"uint8, uint16 over its full range, or floats from 0 to 1"
         )
-    low, high = float(levels.min()), float(levels.max())
+    low = float(levels.min())
+    high = float(levels.max())
     if not (low >= 0 and high <= 1):
         raise UserError(
             f"{name}: floats from {low:g} to {high:g}; expected 0 to 1, scale them or give uint8"
         )
-    scaled = np.empty(levels.shape, np.uint8)
-    for i in range(0, len(levels), 256):  # rows at once: floats of a large picture take a gigabyte
-        scaled[i : i + 256] = np.rint(levels[i : i + 256] * np.float32(255))
-    return scaled
+    # In blocks of rows: the floats of a large image would take a gigabyte.
+    result = np.empty(levels.shape, np.uint8)
+    for i in range(0, len(levels), 256):
+        result[i : i + 256] = np.rint(levels[i : i + 256] * np.float32(255))
+    return result
 
 
-def _to_pil(source, name: str) -> Image.Image:
-    """An array of one picture -> PIL image."""
+def _is_uint16(levels: np.ndarray) -> bool:
+    """Whether levels are uint16 of either byte order."""
+    return levels.dtype.kind == "u" and levels.dtype.itemsize == 2
+
+
+def _to_pil(source: Any, name: str) -> Image.Image:
+    """An array of one image -> PIL image."""
     shape = tuple(source.shape)
-    if len(shape) == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
-        source = (
-            source.permute(1, 2, 0) if isinstance(source, Tensor) else source.transpose(1, 2, 0)
-        )
-    if len(shape) not in (2, 3) or (len(shape) == 3 and source.shape[2] not in (1, 3, 4)):
+    channels = (1, 3, 4)
+    if len(shape) == 3 and shape[2] not in channels and shape[0] in channels:
+        is_tensor = isinstance(source, Tensor)
+        source = source.permute(1, 2, 0) if is_tensor else source.transpose(1, 2, 0)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and source.shape[2] not in channels):
         raise UserError(
             f"{name}: array of shape {shorten(shape, 60)}; expected [h, w], [h, w, 3] or [3, h, w]"
         )
-    _require_size(
-        source.shape[1], source.shape[0], name
-    )  # before anything is computed: broadcast arrays claim any
+    # Checked before anything is computed: a broadcast array may have any size.
+    height, width = source.shape[:2]
+    _require_size(width, height, name)
+
     levels = array_of(source, name)
-    if levels.dtype.kind == "u" and levels.dtype.itemsize == 2 and 0 < levels.max() <= TWELVE_BITS:
+    if _is_uint16(levels) and 0 < levels.max() <= TWELVE_BITS:
         raise UserError(
-            f"{name}: uint16 levels that reach {levels.max()} at most; expected the full range, to 65535; "
-            f"divide them by their white (255, 1023, 4095) and give floats from 0 to 1"
+            f"{name}: uint16 levels that reach {levels.max()} at most; expected the full range, to "
+            f"65535; divide them by their white (255, 1023, 4095) and give floats from 0 to 1"
         )
     levels = _eight_bits(levels, 0, name)
-    return Image.fromarray(
-        np.ascontiguousarray(levels[:, :, 0] if levels.shape[2:] == (1,) else levels)
-    )
+    if levels.shape[2:] == (1,):
+        levels = levels[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(levels))

@@ -1,15 +1,16 @@
-"""One content item of a message: what it is, what it holds, and what it asks for.
+"""One content item of a message: its kind, its source and its options.
 
-Spellings of Qwen's and transformers' users, and of OpenAI's chat and Responses interfaces, are all
-read.
+Accepts the spellings of Qwen, of transformers, and of OpenAI's chat and Responses APIs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minomni.arguments import shown
 from minomni.errors import UserError
-from minomni.inputs.options import MediaOptions, options_of, with_article
+from minomni.inputs.options import NO_OPTIONS, MediaOptions, options_of, with_article
 from minomni.inputs.source import decode_base64
 
 KINDS = ("image", "audio", "video", "text")
@@ -25,21 +26,20 @@ SOURCE_KEYS = {
     "video": ("video", "video_url", "path", "url", "base64"),
     "text": ("text",),
 }
-WITHOUT_MEANING = (
-    frozenset(  # written by other programs, and nothing that could change an answer here
-        (
-            "type",
-            "annotations",
-            "cache_control",
-            "detail",
-            "filename",
-            "format",
-            "id",
-            "logprobs",
-            "mime_type",
-            "raw_fps",
-            "uuid",
-        )
+# Keys that other programs write and that could not change a reply here.
+WITHOUT_MEANING = frozenset(
+    (
+        "type",
+        "annotations",
+        "cache_control",
+        "detail",
+        "filename",
+        "format",
+        "id",
+        "logprobs",
+        "mime_type",
+        "raw_fps",
+        "uuid",
     )
 )
 
@@ -49,95 +49,115 @@ class Item:
     """One content item of a message."""
 
     kind: str  # image, audio, video or text
-    source: object  # a text, or whatever the loader of this kind reads
-    options: MediaOptions = MediaOptions()
+    source: Any  # a text, or anything that the loader of this kind reads
+    options: MediaOptions = NO_OPTIONS
 
 
 def parse_item(item: dict) -> Item:
     """A content item as users write it -> Item. A key whose value is None counts as absent.
 
-    Raises UserError for what is no dictionary, has no or an unknown type, more than one source, or
-    an unknown key.
+    Raises UserError for an item that is no dictionary, has no type or an unknown one, more than one
+    source, or an unknown key.
     """
     if not isinstance(item, dict):
         raise UserError(
-            f"a content item is a {type(item).__name__}; expected a dictionary with one of image, audio, "
-            f"video, text"
+            f"a content item is a {type(item).__name__}; expected a dictionary with one of image, "
+            f"audio, video, text"
         )
     item = {key: value for key, value in item.items() if value is not None}
     kind = _kind(item)
-    places = [key for key in SOURCE_KEYS[kind] if key in item]
-    if not places:
+    source_key = _source_key(kind, item)
+
+    # The remaining keys are options.
+    given = {}
+    for key, value in item.items():
+        if key != source_key and key not in WITHOUT_MEANING:
+            given[key] = value
+    other_kinds = sorted(key for key in given if key in KIND_OF_TYPE)
+    if other_kinds:
         raise UserError(
-            f"{with_article(kind)} item has the keys {listed(item)}; expected one of "
-            f"{', '.join(SOURCE_KEYS[kind])}, and not None"
+            f"a content item holds {source_key} and {other_kinds[0]}; give two items, or None for "
+            f"the other key"
         )
-    if len(places) > 1:
-        raise UserError(f"a content item has both {places[0]} and {places[1]}; give one of them")
-    given = {
-        key: value for key, value in item.items() if key not in WITHOUT_MEANING and key != places[0]
-    }
-    if other := sorted(key for key in given if key in KIND_OF_TYPE):
-        raise UserError(
-            f"a content item holds {places[0]} and {other[0]}; give two items, or None for the other key"
-        )
-    return Item(kind, _source(kind, places[0], item[places[0]]), options_of(kind, given))
+    source = _source(kind, source_key, item[source_key])
+    return Item(kind, source, options_of(kind, given))
 
 
-def kind_and_source(item: dict) -> tuple[str, object]:
-    """What a content item is (image, audio, video or text), and what it holds. Raises UserError as
-    parse_item.
+def kind_and_source(item: dict) -> tuple[str, Any]:
+    """The kind of a content item (image, audio, video or text) and its source.
+
+    Raises UserError as parse_item.
     """
     parsed = parse_item(item)
     return parsed.kind, parsed.source
 
 
 def _kind(item: dict) -> str:
-    """The type decides; where there is none, the first source key."""
-    if "type" in item:
-        kind = KIND_OF_TYPE.get(item["type"]) if isinstance(item["type"], str) else None
-    else:
-        kind = next(
-            (
-                kind
-                for kind in KINDS
-                for key in SOURCE_KEYS[kind]
-                if key in KIND_OF_TYPE and key in item
-            ),
-            None,
-        )
+    """The kind by the type, or, where there is none, by the first source key."""
+    kind = None
+    if "type" not in item:
+        kind = _kind_by_source(item)
+    elif isinstance(item["type"], str):
+        kind = KIND_OF_TYPE.get(item["type"])
     if kind is None:
         of_type = f" of type {shown(item['type'])}" if "type" in item else ""
         raise UserError(
-            f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, video, "
-            f"text"
+            f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, "
+            f"video, text"
         )
     return kind
 
 
-def _source(kind: str, key: str, value):
+def _kind_by_source(item: dict) -> str | None:
+    """The first kind one of whose own source keys the item has."""
+    for kind in KINDS:
+        for key in SOURCE_KEYS[kind]:
+            if key in KIND_OF_TYPE and key in item:
+                return kind
+    return None
+
+
+def _source_key(kind: str, item: dict) -> str:
+    """The key of an item that holds its source. Raises UserError for none and for two."""
+    found = [key for key in SOURCE_KEYS[kind] if key in item]
+    if not found:
+        raise UserError(
+            f"{with_article(kind)} item has the keys {listed(item)}; expected one of "
+            f"{', '.join(SOURCE_KEYS[kind])}, and not None"
+        )
+    if len(found) > 1:
+        raise UserError(f"a content item has both {found[0]} and {found[1]}; give one of them")
+    return found[0]
+
+
+def _source(kind: str, key: str, value: Any) -> Any:
     """The value of a source key, without the dictionary that OpenAI's clients put around it."""
     if kind == "text":
         if not isinstance(value, str):
             raise UserError(f"a text item holds {shown(value)}; expected a text")
         return value
-    inner = "data" if key == "input_audio" else "url"
-    if isinstance(value, dict) and (key.endswith("_url") or key == "input_audio" or inner in value):
-        held = {name: x for name, x in value.items() if x is not None}
-        if unknown := [name for name in held if name != inner and name not in WITHOUT_MEANING]:
-            raise UserError(f"{key} has the unknown key {shown(unknown[0])}; expected {inner}")
-        if inner not in held:
-            raise UserError(f"{key} has the keys {listed(held)}; expected {inner}")
-        value = held[inner]
-    if (
-        key in ("base64", "input_audio")
-        and isinstance(value, str)
-        and not value.startswith("data:")
-    ):
+    inner_key = "data" if key == "input_audio" else "url"
+    if isinstance(value, dict):
+        is_wrapped = key.endswith("_url") or key == "input_audio" or inner_key in value
+        if is_wrapped:
+            value = _unwrapped(value, key, inner_key)
+    is_base64 = key in ("base64", "input_audio") and isinstance(value, str)
+    if is_base64 and not value.startswith("data:"):
         return _decoded(value, key)
     if key == "path" and not isinstance(value, (str, Path)):
         raise UserError(f"path is a {type(value).__name__}; expected a text")
     return value
+
+
+def _unwrapped(wrapper: dict, key: str, inner_key: str) -> Any:
+    """The value of inner_key. Raises UserError for other keys in the dictionary under `key`."""
+    wrapper = {name: value for name, value in wrapper.items() if value is not None}
+    for name in wrapper:
+        if name != inner_key and name not in WITHOUT_MEANING:
+            raise UserError(f"{key} has the unknown key {shown(name)}; expected {inner_key}")
+    if inner_key not in wrapper:
+        raise UserError(f"{key} has the keys {listed(wrapper)}; expected {inner_key}")
+    return wrapper[inner_key]
 
 
 def _decoded(text: str, key: str) -> bytes:
@@ -147,7 +167,8 @@ def _decoded(text: str, key: str) -> bytes:
         raise UserError(f"{key} is no base64; expected the bytes of a file in base64") from None
 
 
-def listed(keys) -> str:
-    """The first keys, in order of their spelling, which may be of any type."""
-    spellings = sorted(map(shown, keys))
-    return f"[{', '.join(spellings[:8])}{', ...' if len(spellings) > 8 else ''}]"
+def listed(keys: Iterable) -> str:
+    """The first eight keys, which may have any type, sorted by their spelling."""
+    spellings = sorted(shown(key) for key in keys)
+    more = ", ..." if len(spellings) > 8 else ""
+    return f"[{', '.join(spellings[:8])}{more}]"

@@ -1,5 +1,6 @@
-"""Files, bytes and arrays to sound, pictures and films. What cannot be read is one clear line,
-never a guess.
+"""Files, bytes and arrays to audio, images and videos: the loaders of the other modules.
+
+A source that cannot be read raises UserError, one line; nothing is guessed.
 """
 
 from minomni.inputs.audio import SHORTEST, load_audio

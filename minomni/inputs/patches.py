@@ -1,4 +1,4 @@
-"""Pictures and frames to rows of flattened patches, four rows of one merge cell in a row."""
+"""Images and video frames to flattened patches; the four patches of a merge cell are adjacent."""
 
 from math import ceil, floor, sqrt
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from minomni.config import MediaConfig, VisionEncoderConfig
 from minomni.errors import UserError
-from minomni.inputs.options import SIZES, MediaOptions
+from minomni.inputs.options import NO_OPTIONS, SIZES, MediaOptions
 
 # CLIP's, which the release keeps.
 CHANNEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 CHANNEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-MOST_STRETCHED = 200  # the aspect ratio the release still accepts
-VIDEO_FLOOR = 1.05  # a frame of a long clip keeps at least this many times frame_min_pixels
+MAX_ASPECT_RATIO = 200  # the largest one that the release accepts
+# A frame of a long clip keeps at least this many times frame_min_pixels.
+MIN_FRAME_FACTOR = 1.05
 
 Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
 
@@ -29,34 +30,37 @@ def smart_resize(
     name: str = "the picture",
     at_least_a_cell: bool = False,
 ) -> tuple[int, int]:
-    """The size nearest to height x width whose sides are multiples of `cell` and whose area lies
-    within the limits.
+    """The size nearest to height x width whose sides are multiples of `cell`, within the limits.
 
-    A side of less than half a cell is rounded to nothing before the area is looked at (the
-    release's processor), or to one cell (at_least_a_cell: qwen-omni-utils). Raises UserError for no
-    pixels, for an aspect ratio above 200 and for limits that leave nothing between them.
+    The limits are for the area. A side of less than half a cell is rounded to zero before the area
+    is compared (the release's processor), or to one cell (at_least_a_cell: qwen-omni-utils). Raises
+    UserError for images without pixels, for an aspect ratio above 200, and for max_pixels below
+    min_pixels.
     """
     short, long = sorted((height, width))
-    if not 0 < long <= MOST_STRETCHED * short:
+    if not 0 < long <= MAX_ASPECT_RATIO * short:
         raise UserError(
-            f"{name}: {width}x{height} pixels; an aspect ratio of at most {MOST_STRETCHED} is read, "
-            f"cut the picture"
+            f"{name}: {width}x{height} pixels; expected an aspect ratio of at most "
+            f"{MAX_ASPECT_RATIO}, crop the picture"
         )
     if max_pixels < min_pixels:
         raise UserError(
-            f"{name}: max_pixels is {max_pixels:.0f} and min_pixels {min_pixels:.0f}; give a larger "
-            f"max_pixels or a smaller min_pixels"
+            f"{name}: max_pixels is {max_pixels:.0f} and min_pixels {min_pixels:.0f}; give a "
+            f"larger max_pixels or a smaller min_pixels"
         )
-    least = cell if at_least_a_cell else 0
-    new_height, new_width = (max(least, round(side / cell) * cell) for side in (height, width))
+
+    # Round both sides to cells. Then shrink or grow them if the area is out of the limits.
+    min_side = cell if at_least_a_cell else 0
+    new_height = max(min_side, round(height / cell) * cell)
+    new_width = max(min_side, round(width / cell) * cell)
     if new_height * new_width > max_pixels:
         shrink = sqrt(height * width / max_pixels)
-        new_height, new_width = (
-            max(cell, floor(side / shrink / cell) * cell) for side in (height, width)
-        )
+        new_height = max(cell, floor(height / shrink / cell) * cell)
+        new_width = max(cell, floor(width / shrink / cell) * cell)
     elif new_height * new_width < min_pixels:
         grow = sqrt(min_pixels / (height * width))
-        new_height, new_width = (ceil(side * grow / cell) * cell for side in (height, width))
+        new_height = ceil(height * grow / cell) * cell
+        new_width = ceil(width * grow / cell) * cell
     return new_height, new_width
 
 
@@ -66,28 +70,25 @@ def image_size(
     cell: int,
     media: MediaConfig,
     name: str = "the picture",
-    options: MediaOptions = MediaOptions(),
+    options: MediaOptions = NO_OPTIONS,
 ) -> tuple[int, int]:
-    """The size that a picture of height x width is brought to (release; with any size option:
-    qwen-omni-utils).
+    """The size (height, width) that an image of height x width is resized to.
 
-    Raises UserError as smart_resize.
+    Source: release processor; with any size option, qwen-omni-utils. Raises UserError as
+    smart_resize.
     """
-    if options.resized_height is not None:
-        return smart_resize(
-            options.resized_height,
-            options.resized_width,
-            cell,
-            media.image_min_pixels,
-            media.image_max_pixels,
-            name,
-            at_least_a_cell=True,
-        )
-    least = media.image_min_pixels if options.min_pixels is None else options.min_pixels
-    most = media.image_max_pixels if options.max_pixels is None else options.max_pixels
-    return smart_resize(
-        height, width, cell, least, most, name, at_least_a_cell=bool(options.given(SIZES))
-    )
+    min_pixels: float = media.image_min_pixels
+    max_pixels: float = media.image_max_pixels
+    if options.resized_height is not None and options.resized_width is not None:
+        height = options.resized_height
+        width = options.resized_width
+    else:
+        if options.min_pixels is not None:
+            min_pixels = options.min_pixels
+        if options.max_pixels is not None:
+            max_pixels = options.max_pixels
+    at_least_a_cell = bool(options.given(SIZES))
+    return smart_resize(height, width, cell, min_pixels, max_pixels, name, at_least_a_cell)
 
 
 def frame_size(
@@ -97,27 +98,37 @@ def frame_size(
     cell: int,
     media: MediaConfig,
     name: str,
-    options: MediaOptions = MediaOptions(),
+    options: MediaOptions = NO_OPTIONS,
 ) -> tuple[int, int]:
-    """The size that each of n frames is brought to: pairs of frames share media.clip_max_pixels, so
-    long clips get smaller ones (release: qwen-omni-utils, also for the options). Raises UserError
-    as smart_resize.
+    """The size (height, width) that each of n frames is resized to.
+
+    Pairs of frames share media.clip_max_pixels, so the frames of long clips become smaller. Source:
+    qwen-omni-utils, also for the options. Raises UserError as smart_resize.
     """
-    if (
-        options.resized_height is not None
-    ):  # the limits of pictures: qwen-omni-utils looks at no others here
+    if options.resized_height is not None:
+        # qwen-omni-utils applies only the limits of images here.
         return image_size(height, width, cell, media, name, options)
-    least = media.frame_min_pixels if options.min_pixels is None else options.min_pixels
-    shared = media.clip_max_pixels if options.total_pixels is None else options.total_pixels
-    most = max(min(media.frame_max_pixels, shared / n * 2), int(least * VIDEO_FLOOR))
-    most = most if options.max_pixels is None else min(options.max_pixels, most)
-    any_size = bool(options.given((*SIZES, "total_pixels")))
-    return smart_resize(height, width, cell, least, most, name, at_least_a_cell=any_size)
+
+    min_pixels: float = media.frame_min_pixels
+    if options.min_pixels is not None:
+        min_pixels = options.min_pixels
+    total_pixels: float = media.clip_max_pixels
+    if options.total_pixels is not None:
+        total_pixels = options.total_pixels
+
+    # The share of one frame, but not below its floor and not above its own maximum.
+    share = min(media.frame_max_pixels, total_pixels / n * 2)
+    max_pixels = max(share, int(min_pixels * MIN_FRAME_FACTOR))
+    if options.max_pixels is not None:
+        max_pixels = min(options.max_pixels, max_pixels)
+    at_least_a_cell = bool(options.given((*SIZES, "total_pixels")))
+    return smart_resize(height, width, cell, min_pixels, max_pixels, name, at_least_a_cell)
 
 
 def num_video_tokens(n: int, size: tuple[int, int], vision: VisionEncoderConfig) -> int:
-    """Tokens of n frames, or of one picture (n = 1), of a size in pixels (height, width)."""
-    return ceil(n / vision.temporal_patch_size) * size[0] * size[1] // vision.cell_size**2
+    """Tokens of n frames, or of one image (n = 1), of a size in pixels (height, width)."""
+    height, width = size
+    return ceil(n / vision.temporal_patch_size) * height * width // vision.cell_size**2
 
 
 def image_patches(
@@ -125,16 +136,16 @@ def image_patches(
     vision: VisionEncoderConfig,
     media: MediaConfig,
     name: str = "the picture",
-    options: MediaOptions = MediaOptions(),
+    options: MediaOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Grid]:
-    """An RGB picture -> patches [gh * gw, patch_dim] and grid (1, gh, gw); it stands in for both
-    frames of a pair.
+    """An RGB image -> patches [gh * gw, patch_dim] and grid (1, gh, gw).
 
-    Raises UserError for sizes that smart_resize refuses.
+    The image is both frames of a pair. Raises UserError for sizes that smart_resize refuses.
     """
     height, width = image_size(image.height, image.width, vision.cell_size, media, name, options)
-    pixels = _resized(image, height, width)
-    return to_patches(pixels.expand(vision.temporal_patch_size, -1, -1, -1), vision)
+    pixels = _resize(image, height, width)
+    pair = pixels.expand(vision.temporal_patch_size, -1, -1, -1)
+    return to_patches(pair, vision)
 
 
 def video_patches(
@@ -144,39 +155,41 @@ def video_patches(
     name: str = "the video",
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Grid]:
-    """Frames uint8 [n, height, width, 3] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw),
-    t = ceil(n / 2).
+    """Frames uint8 [n, height, width, 3] -> patches [t * gh * gw, patch_dim] and grid (t, gh, gw).
 
-    An odd last frame is doubled. size: in pixels (height, width), by default frame_size without
-    options. Raises UserError for sizes that smart_resize refuses.
+    t = ceil(n / 2); an odd last frame is repeated. size: in pixels (height, width), by default
+    frame_size without options. Raises UserError for sizes that smart_resize refuses.
     """
-    size = size or frame_size(*frames.shape[:3], vision.cell_size, media, name)
-    pixels = torch.cat(
-        [_resized(Image.fromarray(frame.numpy()), *size) for frame in frames]
-    )  # [n, 3, height, width]
-    missing = -len(pixels) % vision.temporal_patch_size
-    return to_patches(torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]), vision)
+    n, height, width = frames.shape[:3]
+    if size is None:
+        size = frame_size(n, height, width, vision.cell_size, media, name)
+    resized = [_resize(Image.fromarray(frame.numpy()), *size) for frame in frames]
+    missing = -n % vision.temporal_patch_size
+    repeated = resized[-1:] * missing
+    return to_patches(torch.cat(resized + repeated), vision)
 
 
 def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Grid]:
-    """Normalised frames [n, 3, height, width] -> patches [t * gh * gw, patch_dim] and grid (t, gh,
-    gw).
+    """Normalized frames [n, 3, height, width] -> patches [t * gh * gw, patch_dim] and grid.
 
-    Rows go by frame pair, then by merge cell, then row-major inside the cell; columns by (channel,
-    frame, row, column).
+    The grid is (t, gh, gw). Order of the rows: by frame pair, then by merge cell, then row-major
+    inside the cell. Order of the columns: by (channel, frame, row, column).
     """
     n, channels, height, width = pixels.shape
-    pair, merge, patch = vision.temporal_patch_size, vision.spatial_merge_size, vision.patch_size
+    pair = vision.temporal_patch_size
+    merge = vision.spatial_merge_size
+    patch = vision.patch_size
     t, gh, gw = n // pair, height // patch, width // patch
+
     x = pixels.reshape(t, pair, channels, gh // merge, merge, patch, gw // merge, merge, patch)
-    x = x.permute(
-        0, 3, 6, 4, 7, 2, 1, 5, 8
-    )  # t, row and column of the cell, those inside it, C, pair, patch, patch
+    # -> [t, row and column of the cell, row and column inside it, channels, pair, patch, patch]
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(t * gh * gw, vision.patch_dim), (t, gh, gw)
 
 
-def _resized(image: Image.Image, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, then scaled and normalised -> [1, 3, height, width]."""
+def _resize(image: Image.Image, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, then scaled and normalized -> [1, 3, height, width]."""
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)  # [height, width, 3]
-    return ((pixels - CHANNEL_MEAN) / CHANNEL_STD).permute(2, 0, 1)[None]
+    normalized = (pixels - CHANNEL_MEAN) / CHANNEL_STD
+    return normalized.permute(2, 0, 1)[None]

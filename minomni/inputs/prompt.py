@@ -1,17 +1,17 @@
-"""Messages to one sequence of ids: ChatML, places for media, a video's sound and picture in turns
-of 2 seconds.
-"""
+"""Messages to one sequence of token ids: ChatML with placeholder tokens for media."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minomni.arguments import shown
 from minomni.config import OmniConfig
 from minomni.errors import UserError
+from minomni.inputs.interleave import chunk_bounds, interleave, video_times
 from minomni.inputs.item import Item, kind_and_source, parse_item
 from minomni.inputs.media import load_audio, load_image, load_video, name_of
 from minomni.inputs.mel import log_mel, num_audio_tokens
@@ -29,54 +29,66 @@ __all__ = [
     "DEFAULT_SYSTEM",
     "Inputs",
     "Processor",
+    "chunk_bounds",
     "join",
     "kind_and_source",
     "messages_of",
     "parts_of",
     "render",
+    "video_times",
 ]
 
 ROLES = ("system", "user", "assistant")
 SAME_ROLE = {"developer": "system"}  # OpenAI's newer name
-# Keys of a message that other programs write, and that could not change an answer here.
+# Keys of a message that other programs write and that could not change a reply here.
 WITHOUT_MEANING = frozenset(
     ("annotations", "date", "id", "loss", "metadata", "name", "refusal", "timestamp", "weight")
 )
 DEFAULT_SYSTEM = "You are a helpful assistant."
-MARKS = {
+PLACEHOLDERS = {
     "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
     "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
     "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
 }
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the special tokens that a text may hold
-COUNTED_AS = {"image": "Picture", "audio": "Audio", "video": "Video"}
+LABELS = {"image": "Picture", "audio": "Audio", "video": "Video"}  # of numbered media
 
 
 @dataclass
 class Inputs:
-    """What the Thinker reads. Media lists go in reading order over the whole batch."""
+    """What the Thinker reads. Media lists are in reading order over the whole batch."""
 
-    input_ids: Tensor  # [B, L], padded on the left
-    attention_mask: Tensor  # [B, L], 1 where a token is real
+    input_ids: Tensor  # [B, L], left-padded
+    attention_mask: Tensor  # [B, L], 0 for padding and 1 for all other tokens
     mels: list[Tensor] = field(default_factory=list)  # each [128, F]
     image_patches: Tensor | None = None  # [N, patch_dim]
     image_grids: list[Grid] = field(default_factory=list)
     video_patches: Tensor | None = None  # [N, patch_dim]
     video_grids: list[Grid] = field(default_factory=list)
-    video_seconds: list[Tensor] = field(
-        default_factory=list
-    )  # each [t] float32, when a grid step begins
-    peaks: list[float] = field(
-        default_factory=list
-    )  # of each sound, its loudest sample: 1 is full scale
+    # Of each video [t] float32: when each grid step begins.
+    video_seconds: list[Tensor] = field(default_factory=list)
+    # Of each audio, the largest absolute sample; 1 is full scale.
+    peaks: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Media:
+    """The features of the media of one conversation, in reading order."""
+
+    mels: list[Tensor] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    image_patches: list[Tensor] = field(default_factory=list)
+    image_grids: list[Grid] = field(default_factory=list)
+    video_patches: list[Tensor] = field(default_factory=list)
+    video_grids: list[Grid] = field(default_factory=list)
+    video_seconds: list[Tensor] = field(default_factory=list)
 
 
 def messages_of(messages: list[dict]) -> list[dict]:
-    """Messages as users write them -> the same with role and content alone, developer messages as
-    system messages.
+    """Messages as users write them -> the same with role and content alone.
 
-    Contents are a text or a list of items, not looked at here. Raises UserError for everything
-    else.
+    Developer messages become system messages. A content is a text or a list of items; the items are
+    not checked here. Raises UserError for everything else.
     """
     if not isinstance(messages, (list, tuple)):
         raise UserError(
@@ -87,19 +99,14 @@ def messages_of(messages: list[dict]) -> list[dict]:
 
 
 def _message(message: dict, number: int) -> dict:
+    """One checked message; number counts from 1."""
     if not isinstance(message, dict):
         raise UserError(
             f"message {number} is {shown(message)}; expected a dictionary with role and content"
         )
     message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if role in ("tool", "function"):
-        raise UserError(
-            f"the role {role!r} is not known to this model; put what the tool answered into a user message"
-        )
-    role = SAME_ROLE.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise UserError(f"unknown role {shown(role)}; roles are {', '.join(ROLES)}")
+    role = _role(message.get("role"))
+
     for key, value in message.items():
         is_empty = isinstance(value, (list, dict)) and not value
         if key not in ("role", "content") and key not in WITHOUT_MEANING and not is_empty:
@@ -114,36 +121,70 @@ def _message(message: dict, number: int) -> dict:
     return {"role": role, "content": content}
 
 
+def _role(role: object) -> str:
+    """A role of ROLES. Raises UserError for others."""
+    if role in ("tool", "function"):
+        raise UserError(
+            f"the role {role!r} is not known to this model; put the result of the tool into a user "
+            f"message"
+        )
+    if isinstance(role, str):
+        role = SAME_ROLE.get(role, role)
+    if role not in ROLES:
+        raise UserError(f"unknown role {shown(role)}; roles are {', '.join(ROLES)}")
+    return role
+
+
 def parts_of(
     messages: list[dict],
     add_generation_prompt: bool,
     add_vision_id: bool = False,
     add_audio_id: bool = False,
 ) -> list[str | Item]:
-    """The release's ChatML as a list of texts and of media items, in reading order.
+    """The release's ChatML as a list of texts and media items, in reading order.
 
-    A conversation that does not begin with a system message gets the template's own. Raises
-    UserError for what are no messages, unknown roles and unknown items.
+    A conversation that does not begin with a system message gets the template's default. Raises
+    UserError for wrong messages, unknown roles and unknown items.
     """
-    counts, parts = dict.fromkeys(COUNTED_AS, 0), []
     messages = messages_of(messages)
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
+
+    parts: list[str | Item] = []
+    counts = dict.fromkeys(LABELS, 0)
     for message in messages:
         parts.append(f"<|im_start|>{message['role']}\n")
-        content = message["content"]
-        for item in (
-            [Item("text", content)] if isinstance(content, str) else map(parse_item, content)
-        ):
+        for item in _items_of(message["content"]):
             if item.kind == "text":
                 parts.append(item.source)
                 continue
             counts[item.kind] += 1
-            if add_audio_id if item.kind == "audio" else add_vision_id:
-                parts.append(f"{COUNTED_AS[item.kind]} {counts[item.kind]}: ")
+            is_numbered = add_audio_id if item.kind == "audio" else add_vision_id
+            if is_numbered:
+                parts.append(f"{LABELS[item.kind]} {counts[item.kind]}: ")
             parts.append(item)
         parts.append("<|im_end|>\n")
-    return parts + (["<|im_start|>assistant\n"] if add_generation_prompt else [])
+    if add_generation_prompt:
+        parts.append("<|im_start|>assistant\n")
+    return parts
+
+
+def _items_of(content: str | list) -> list[Item]:
+    """The items of one message; a text is one item."""
+    if isinstance(content, str):
+        return [Item("text", content)]
+    return [parse_item(item) for item in content]
+
+
+def _joined_texts(parts: list[str | Item]) -> list[str | Item]:
+    """The parts with adjacent texts joined, since a token may reach across their border."""
+    joined: list[str | Item] = []
+    for part in parts:
+        if joined and isinstance(part, str) and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def render(
@@ -152,47 +193,26 @@ def render(
     add_vision_id: bool = False,
     add_audio_id: bool = False,
 ) -> str:
-    """Messages -> the release's ChatML text, with one placeholder for each picture, sound and
-    video.
-    """
+    """Messages -> the release's ChatML text, with one placeholder per image, audio and video."""
     parts = parts_of(messages, add_generation_prompt, add_vision_id, add_audio_id)
-    return "".join(part if isinstance(part, str) else MARKS[part.kind] for part in parts)
-
-
-def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
-    """Cut increasing times [n], in position ids, into chunks -> (begin, end) index pairs.
-
-    A new chunk begins where a time reaches the next multiple of ids_per_chunk. The threshold moves
-    on by one step a crossing even if a time jumps over several (release behaviour), so sparse
-    videos make one chunk for each grid step.
-    """
-    bounds, begin, chunk = [], 0, 1
-    for i, time in enumerate(times.tolist()):
-        if time >= chunk * ids_per_chunk:
-            bounds.append((begin, i))
-            begin, chunk = i, chunk + 1
-    return bounds + [(begin, len(times))]
-
-
-def video_times(seconds: Tensor, ids_per_second: int) -> Tensor:
-    """Seconds [t] of the grid steps -> their times in position ids [t], not yet truncated (fp32
-    like the release).
-    """
-    return seconds.float() * ids_per_second
+    texts = [part if isinstance(part, str) else PLACEHOLDERS[part.kind] for part in parts]
+    return "".join(texts)
 
 
 class Processor:
     """Turns conversations into Inputs for one size of the model."""
 
     def __init__(self, config: OmniConfig, tokenizer: Tokenizer):
-        """Raises UserError where tokenizer and config disagree on a special token."""
-        for name, i in special_tokens(config.thinker.tokens).items():
-            if tokenizer.special_tokens.get(name) != i:
+        """Raises UserError if tokenizer and config disagree on a special token."""
+        for name, expected in special_tokens(config.thinker.tokens).items():
+            found = tokenizer.special_tokens.get(name)
+            if found != expected:
                 raise UserError(
-                    f"{name} is {tokenizer.special_tokens.get(name)} in the tokenizer and {i} in the "
-                    f"configuration; use files of one model"
+                    f"{name} is {found} in the tokenizer and {expected} in the configuration; use "
+                    f"files of one model"
                 )
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
 
     @property
     def context(self) -> int:
@@ -207,185 +227,216 @@ class Processor:
     ) -> Inputs:
         """Conversations -> one left-padded batch.
 
-        use_audio_in_video: every video brings its sound track along, in prompt, features and
-        positions alike; a video item's own key of this name decides for that video. Raises
-        UserError for unreadable media, unknown roles, items or keys, and prompts longer than the
-        context.
+        use_audio_in_video: every video includes its audio track, in prompt, features and positions
+        alike. A video item's own key of this name takes precedence for that video. Raises UserError
+        for unreadable media, unknown roles, items or keys, and prompts longer than the context.
         """
         if not isinstance(conversations, (list, tuple)) or not conversations:
             raise UserError(
-                f"the conversations are {shown(conversations)}; expected a list of at least one, each a "
-                f"list of messages"
+                f"the conversations are {shown(conversations)}; expected a list of at least one, "
+                f"each a list of messages"
             )
-        rows = [
-            self._row(messages, use_audio_in_video, add_generation_prompt)
-            for messages in conversations
-        ]
+        rows = []
+        for messages in conversations:
+            rows.append(self._row(messages, use_audio_in_video, add_generation_prompt))
         return join(rows, pad=self.config.thinker.tokens.endoftext)
 
-    def _row(self, messages, use_audio_in_video, add_generation_prompt):
-        inputs, pieces, images, videos = Inputs(torch.empty(0), torch.empty(0)), [], [], []
-        for is_text, parts in groupby(
-            parts_of(messages, add_generation_prompt), lambda part: isinstance(part, str)
-        ):
-            if is_text:  # neighbours merge before they are encoded: words reach over their border
-                pieces.append(("a text", self.encode("".join(parts))))
-                continue
-            for item in parts:
-                filled = self._fill(item, use_audio_in_video, inputs, images, videos)
-                pieces.append((name_of(item.source, item.kind), filled))
-        ids = [i for _, piece in pieces for i in piece]
+    def _row(
+        self, messages: list[dict], use_audio_in_video: bool, add_generation_prompt: bool
+    ) -> Inputs:
+        """One conversation -> a batch of one row."""
+        media = _Media()
+        ids: list[int] = []
+        pieces: list[tuple[int, str]] = []  # number of tokens and name of each piece of the prompt
+
+        for part in _joined_texts(parts_of(messages, add_generation_prompt)):
+            if isinstance(part, str):
+                name = "a text"
+                part_ids = self.encode(part)
+            else:
+                name = name_of(part.source, part.kind)
+                part_ids = self._fill(part, use_audio_in_video, media)
+            pieces.append((len(part_ids), name))
+            ids += part_ids
+
         if len(ids) > self.context:
-            name, longest = max(pieces, key=lambda piece: len(piece[1]))
+            longest, name = max(pieces, key=lambda piece: piece[0])
             raise UserError(
-                f"the prompt has {len(ids)} tokens and the context holds {self.context}; the longest item "
-                f"is {name} with {len(longest)} tokens, shorten it"
+                f"the prompt has {len(ids)} tokens and the context holds {self.context}; the "
+                f"longest item is {name} with {longest} tokens, shorten it"
             )
-        inputs.input_ids = torch.tensor([ids])
-        inputs.attention_mask = torch.ones_like(inputs.input_ids)
-        inputs.image_patches, inputs.video_patches = _packed(images), _packed(videos)
-        return inputs
+        input_ids = torch.tensor([ids])
+        return Inputs(
+            input_ids,
+            torch.ones_like(input_ids),
+            mels=media.mels,
+            image_patches=_concatenate(media.image_patches),
+            image_grids=media.image_grids,
+            video_patches=_concatenate(media.video_patches),
+            video_grids=media.video_grids,
+            video_seconds=media.video_seconds,
+            peaks=media.peaks,
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text, in which placeholders of media are refused: positions and features would go
-        astray.
+        """Text -> token ids.
 
-        Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for media's
-        tokens, and for texts that cannot fit the context: those are not tokenized first.
+        Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for tokens of
+        media in the text, since positions and features would no longer match them, and for texts
+        that cannot fit into the context: those are refused before they are tokenized.
         """
         text = valid_unicode(text)
         if len(text) > self.context and self._cannot_fit(text):
             raise UserError(
-                f"the prompt has too many tokens and the context holds {self.context}; the longest item is "
-                f"a text with {len(text)} characters, shorten it"
+                f"the prompt has too many tokens and the context holds {self.context}; the longest "
+                f"item is a text with {len(text)} characters, shorten it"
             )
-        ids, special = self.tokenizer.encode(text), special_tokens(self.config.thinker.tokens)
-        typed = [name for name, i in special.items() if name not in CHATML and i in ids]
-        if typed:
-            raise UserError(
-                f"a text holds {typed[0]}, which only media may put there; give the item instead"
-            )
+        ids = self.tokenizer.encode(text)
+        for name, token in special_tokens(self.config.thinker.tokens).items():
+            if name not in CHATML and token in ids:
+                raise UserError(
+                    f"a text holds {name}, which only media may put there; give the item instead"
+                )
         return ids
 
     def _cannot_fit(self, text: str) -> bool:
-        """Whether a text surely makes more tokens than the context holds, told without tokenizing
-        it.
+        """Whether a text surely has more tokens than the context holds, without tokenizing it.
 
-        A byte takes at least the share 1 / n of a token, n the length of the longest token that it
-        occurs in.
+        One byte takes at least 1 / n of a token, where n is the length of the longest token that
+        contains the byte.
         """
+        tokens = list(self.tokenizer.bytes_of.values())
+        tokens += [name.encode() for name in self.tokenizer.special_tokens]
         longest = np.ones(256)
-        for token in [
-            *self.tokenizer.bytes_of.values(),
-            *map(str.encode, self.tokenizer.special_tokens),
-        ]:
+        for token in tokens:
             for byte in set(token):
                 longest[byte] = max(longest[byte], len(token))
-        counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
-        return bool((counts / longest).sum() > self.context)
 
-    def _fill(self, item, use_audio_in_video, inputs, images, videos) -> list[int]:
-        """Load one item, note its features in `inputs`, and return the ids that stand for it."""
-        ids, vision, media = (
-            self.config.thinker.tokens,
-            self.config.thinker.vision,
-            self.config.media,
-        )
-        name, options = name_of(item.source, item.kind), item.options
-        merge = vision.spatial_merge_size**2
+        text_bytes = np.frombuffer(text.encode(), np.uint8)
+        counts = np.bincount(text_bytes, minlength=256)
+        fewest_tokens = (counts / longest).sum()
+        return bool(fewest_tokens > self.context)
+
+    def _fill(self, item: Item, use_audio_in_video: bool, media: _Media) -> list[int]:
+        """Load one item, append its features to `media`, and return its token ids."""
         if item.kind == "audio":
-            tokens = self._listen(load_audio(item.source, options), inputs)
-            return [ids.audio_bos] + [ids.audio] * tokens + [ids.audio_eos]
+            return self._fill_audio(item, media)
         if item.kind == "image":
-            image = load_image(item.source)
-            self._require_room(
-                1,
-                image_size(image.height, image.width, vision.cell_size, media, name, options),
-                name,
-            )
-            patches, grid = image_patches(image, vision, media, name, options)
-            images.append(patches)
-            inputs.image_grids.append(grid)
-            return [ids.vision_bos] + [ids.image] * (len(patches) // merge) + [ids.vision_eos]
-        with_sound = (
-            use_audio_in_video if options.use_audio_in_video is None else options.use_audio_in_video
-        )
+            return self._fill_image(item, media)
+        return self._fill_video(item, use_audio_in_video, media)
+
+    def _fill_audio(self, item: Item, media: _Media) -> list[int]:
+        tokens = self.config.thinker.tokens
+        n = self._add_audio(load_audio(item.source, item.options), media)
+        return [tokens.audio_bos] + [tokens.audio] * n + [tokens.audio_eos]
+
+    def _fill_image(self, item: Item, media: _Media) -> list[int]:
+        tokens = self.config.thinker.tokens
+        vision = self.config.thinker.vision
+        limits = self.config.media
+        name = name_of(item.source, item.kind)
+
+        image = load_image(item.source)
+        size = image_size(image.height, image.width, vision.cell_size, limits, name, item.options)
+        self._require_room(1, size, name)
+        patches, grid = image_patches(image, vision, limits, name, item.options)
+        media.image_patches.append(patches)
+        media.image_grids.append(grid)
+
+        n = len(patches) // vision.spatial_merge_size**2
+        return [tokens.vision_bos] + [tokens.image] * n + [tokens.vision_eos]
+
+    def _fill_video(self, item: Item, use_audio_in_video: bool, media: _Media) -> list[int]:
+        tokens = self.config.thinker.tokens
+        vision = self.config.thinker.vision
+        limits = self.config.media
+        name = name_of(item.source, item.kind)
+        options = item.options
+        with_audio = use_audio_in_video
+        if options.use_audio_in_video is not None:
+            with_audio = options.use_audio_in_video
+
+        # Decode the video. Its frames may have their final size already.
         clip = load_video(
-            item.source, media, with_sound, vision.cell_size, options, most_tokens=self.context
+            item.source, limits, with_audio, vision.cell_size, options, most_tokens=self.context
         )
-        size = tuple(clip.frames.shape[1:3])
+        num_frames, height, width = clip.frames.shape[:3]
+        size = (height, width)
         if not clip.sized:
-            size = frame_size(len(clip.frames), *size, vision.cell_size, media, name, options)
-        self._require_room(len(clip.frames), size, name)
-        patches, grid = video_patches(clip.frames, vision, media, name, size)
-        videos.append(patches)
-        inputs.video_grids.append(grid)
+            size = frame_size(num_frames, height, width, vision.cell_size, limits, name, options)
+        self._require_room(num_frames, size, name)
+
+        # Cut it into patches. The time of a grid step is that of its first frame.
+        patches, grid = video_patches(clip.frames, vision, limits, name, size)
         seconds = clip.seconds[:: vision.temporal_patch_size] - clip.seconds[0]
-        inputs.video_seconds.append(seconds)
-        cells = grid[1] * grid[2] // merge
-        if not with_sound:
-            return [ids.vision_bos] + [ids.video] * (grid[0] * cells) + [ids.vision_eos]
-        return self._interleave(seconds, cells, self._listen(load_audio(clip.wave), inputs))
+        media.video_patches.append(patches)
+        media.video_grids.append(grid)
+        media.video_seconds.append(seconds)
+
+        cells = grid[1] * grid[2] // vision.spatial_merge_size**2
+        if not with_audio:
+            return [tokens.vision_bos] + [tokens.video] * (grid[0] * cells) + [tokens.vision_eos]
+        audio_tokens = self._add_audio(load_audio(clip.wave), media)
+        return self._interleave(seconds, cells, audio_tokens)
+
+    def _interleave(self, seconds: Tensor, cells: int, audio_tokens: int) -> list[int]:
+        """Ids of a video with its audio track, in the order of interleave()."""
+        tokens = self.config.thinker.tokens
+        ids = [tokens.vision_bos, tokens.audio_bos]
+        for kind, begin, end in interleave(seconds, audio_tokens, self.config.thinker):
+            if kind == "video":
+                ids += [tokens.video] * ((end - begin) * cells)
+            else:
+                ids += [tokens.audio] * (end - begin)
+        return ids + [tokens.audio_eos, tokens.vision_eos]
+
+    def _add_audio(self, wave: Tensor, media: _Media) -> int:
+        """Append the mel of a waveform to `media` and return its number of tokens."""
+        mel = log_mel(wave)
+        media.mels.append(mel)
+        media.peaks.append(float(wave.abs().max()))
+        return num_audio_tokens(mel.shape[-1])
 
     def _require_room(self, n: int, size: tuple[int, int], name: str) -> None:
-        """Raise UserError where n frames of a size (height, width) are more tokens than fit, before
-        they are made.
+        """Raise UserError if n frames of a size (height, width) have more tokens than fit.
+
+        To be called before the frames are resized.
         """
         tokens = num_video_tokens(n, size, self.config.thinker.vision)
         if tokens > self.context:
             frames = f" in {n} frames" if n > 1 else ""
             raise UserError(
-                f"{name}: {size[1]}x{size[0]} pixels{frames} are {tokens} tokens and the context holds "
-                f"{self.context}; shorten it, or set max_pixels"
+                f"{name}: {size[1]}x{size[0]} pixels{frames} are {tokens} tokens and the context "
+                f"holds {self.context}; shorten it, or set max_pixels"
             )
-
-    def _listen(self, wave, inputs) -> int:
-        """Note a wave's mel and return how many tokens it makes."""
-        inputs.mels.append(log_mel(wave))
-        inputs.peaks.append(float(wave.abs().max()))
-        return num_audio_tokens(inputs.mels[-1].shape[-1])
-
-    def _interleave(self, seconds, cells, sound_tokens) -> list[int]:
-        """Ids of a video with its sound: both cut every 2 seconds, picture first (paper, sec. 2.2;
-        release order).
-        """
-        thinker, ids = self.config.thinker, self.config.thinker.tokens
-        per_chunk = thinker.seconds_per_chunk * thinker.position_id_per_seconds
-        pictures = chunk_bounds(video_times(seconds, thinker.position_id_per_seconds), per_chunk)
-        sounds = chunk_bounds(torch.arange(sound_tokens), per_chunk)
-        body = []
-        for seen, heard in zip_longest(pictures, sounds, fillvalue=(0, 0)):
-            body += [ids.video] * ((seen[1] - seen[0]) * cells) + [ids.audio] * (
-                heard[1] - heard[0]
-            )
-        return [ids.vision_bos, ids.audio_bos, *body, ids.audio_eos, ids.vision_eos]
 
 
 def join(rows: list[Inputs], pad: int) -> Inputs:
-    """Put single rows into one batch, shorter ones padded on the left with the id `pad`."""
+    """Collate single rows into one batch. Shorter rows are left-padded with the id `pad`."""
     longest = max(row.input_ids.shape[1] for row in rows)
-    lefts = [longest - row.input_ids.shape[1] for row in rows]
-    return Inputs(
-        torch.cat(
-            [
-                torch.nn.functional.pad(row.input_ids, (n, 0), value=pad)
-                for row, n in zip(rows, lefts)
-            ]
-        ),
-        torch.cat(
-            [torch.nn.functional.pad(row.attention_mask, (n, 0)) for row, n in zip(rows, lefts)]
-        ),
-        mels=[mel for row in rows for mel in row.mels],
-        image_patches=_packed([row.image_patches for row in rows]),
-        image_grids=[grid for row in rows for grid in row.image_grids],
-        video_patches=_packed([row.video_patches for row in rows]),
-        video_grids=[grid for row in rows for grid in row.video_grids],
-        video_seconds=[seconds for row in rows for seconds in row.video_seconds],
-        peaks=[peak for row in rows for peak in row.peaks],
+    input_ids = []
+    attention_masks = []
+    for row in rows:
+        padding = (longest - row.input_ids.shape[1], 0)
+        input_ids.append(F.pad(row.input_ids, padding, value=pad))
+        attention_masks.append(F.pad(row.attention_mask, padding))
+
+    batch = Inputs(
+        torch.cat(input_ids),
+        torch.cat(attention_masks),
+        image_patches=_concatenate([row.image_patches for row in rows]),
+        video_patches=_concatenate([row.video_patches for row in rows]),
     )
+    for row in rows:
+        batch.mels += row.mels
+        batch.image_grids += row.image_grids
+        batch.video_grids += row.video_grids
+        batch.video_seconds += row.video_seconds
+        batch.peaks += row.peaks
+    return batch
 
 
-def _packed(patches: list[Tensor | None]) -> Tensor | None:
-    """Those that are there, one after another [N, patch_dim]; None where there are none."""
-    there = [x for x in patches if x is not None]
-    return torch.cat(there) if there else None
+def _concatenate(patches: Sequence[Tensor | None]) -> Tensor | None:
+    """Patches [n, patch_dim] of each entry that has some -> [N, patch_dim]; None if none has."""
+    present = [x for x in patches if x is not None]
+    return torch.cat(present) if present else None

@@ -1,6 +1,4 @@
-"""Where media come from: paths, bytes and open files to a seekable stream, and decoders' complaints
-to one line.
-"""
+"""Sources of media: paths, bytes and open files to a seekable stream; errors to one line."""
 
 import base64
 import io
@@ -8,8 +6,10 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
@@ -19,38 +19,34 @@ from torch import Tensor
 from minomni.errors import UserError, shorten
 
 LONGEST_NAME = 120  # characters of a path in a message
-LONGEST_REASON = 160  # characters of a library's complaint
-DATA_URI, FILE_URI = (re.compile(start, re.IGNORECASE) for start in ("data:", "file:/"))
-ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+LONGEST_REASON = 160  # characters of a library's error message
+DATA_URI = re.compile("data:", re.IGNORECASE)
+FILE_URI = re.compile("file:/", re.IGNORECASE)
+WEB_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def is_uri(text: str) -> bool:
     """Whether a text is a data: URI, a file: URI or a web address, and no plain path."""
-    return any(kind.match(text) for kind in (DATA_URI, FILE_URI, ADDRESS))
+    return any(pattern.match(text) for pattern in (DATA_URI, FILE_URI, WEB_ADDRESS))
 
 
 @contextmanager
-def open_source(source, name: str):
-    """A seekable binary stream of a path, a file:// or data: URI, bytes, or a file that is open
-    already.
+def open_source(source: Any, name: str) -> Iterator[Any]:
+    """A seekable binary stream of a path, a file:// or data: URI, bytes, or an open file.
 
-    A dictionary of Hugging Face datasets, {"bytes", "path"}, is taken too. The stream stands at its
-    beginning; what the caller opened stays open. Raises UserError for what is not there or no
-    regular file; nothing is ever fetched.
+    A dictionary of Hugging Face datasets, {"bytes", "path"}, is accepted too. The stream is at its
+    beginning; a file that the caller opened stays open. Raises UserError for sources that are
+    missing or no regular file. Nothing is ever downloaded.
     """
     if isinstance(source, dict) and ("bytes" in source or "path" in source):
-        content = source.get("bytes")
-        source = source.get("path") if content is None else content
-        if source is None:
-            raise UserError(
-                f"{name}: a dictionary whose bytes and path are both empty; give one of them"
-            )
+        source = _source_of_dict(source, name)
     if isinstance(source, os.PathLike):
-        source = os.fspath(source) if isinstance(os.fspath(source), str) else os.fsdecode(source)
+        source = os.fsdecode(source)
     if isinstance(source, str) and DATA_URI.match(source):
-        source = _data_of_uri(source, name)
+        source = _bytes_of_data_uri(source, name)
     if isinstance(source, memoryview):
         source = _bytes_of_view(source, name)
+
     if isinstance(source, (bytes, bytearray)):
         yield io.BytesIO(source)
     elif isinstance(source, str):
@@ -60,13 +56,24 @@ def open_source(source, name: str):
         _rewind(source, name)
         yield source
     else:
+        kind = shorten(type(source).__name__)
+        raise UserError(f"{name}: a {kind} cannot be read; give a path, bytes or an array")
+
+
+def _source_of_dict(source: dict, name: str) -> Any:
+    """The bytes of a dictionary, or else its path."""
+    content = source.get("bytes")
+    if content is None:
+        content = source.get("path")
+    if content is None:
         raise UserError(
-            f"{name}: a {shorten(type(source).__name__)} cannot be read; give a path, bytes or an array"
+            f"{name}: a dictionary whose bytes and path are both empty; give one of them"
         )
+    return content
 
 
 def _bytes_of_view(view: memoryview, name: str) -> bytes:
-    """The bytes in a view, which may skip some of its buffer's."""
+    """The bytes in a view, which may be strided."""
     try:
         return view.tobytes()
     except ValueError:
@@ -75,17 +82,17 @@ def _bytes_of_view(view: memoryview, name: str) -> bytes:
         ) from None
 
 
-def _open_file(spelling: str, name: str):
+def _open_file(spelling: str, name: str) -> IO[bytes]:
     """A path or a file:// URI -> its open file."""
     is_file_uri = FILE_URI.match(spelling)
-    if not is_file_uri and ADDRESS.match(spelling):
+    if not is_file_uri and WEB_ADDRESS.match(spelling):
         raise UserError(f"{name}: no such file; web addresses are not fetched, download it")
     try:
         path = _path_of_uri(spelling) if is_file_uri else Path(spelling)
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name}: not a file, but a {_kind_of(status.st_mode)}")
-        if status.st_size == 0:  # /proc/kmsg too, which would be waited for
+        if status.st_size == 0:  # includes /proc/kmsg, where reading would block
             return io.BytesIO()
         return open(path, "rb")
     except FileNotFoundError:
@@ -97,22 +104,24 @@ def _open_file(spelling: str, name: str):
 
 
 def _kind_of(mode: int) -> str:
+    """The name of a kind of file that is not regular."""
     kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
     return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def _path_of_uri(uri: str) -> Path:
-    """file:///a%20b -> /a b. What people write by hand, as file:///a b or file://a, is taken as it
-    stands.
-    """
+    """file:///a%20b -> /a b. URIs written by hand, such as file:///a b or file://a, also work."""
     rest = re.sub("^file:(//(localhost(?=/))?)?", "", uri, flags=re.IGNORECASE)
     if os.name == "nt":
         rest = re.sub("^/(?=[A-Za-z]:)", "", rest)
     decoded = Path(unquote(rest, errors="surrogateescape"))
-    return decoded if decoded.exists() or not Path(rest).exists() else Path(rest)
+    literal = Path(rest)
+    if not decoded.exists() and literal.exists():
+        return literal
+    return decoded
 
 
-def _data_of_uri(uri: str, name: str) -> bytes:
+def _bytes_of_data_uri(uri: str, name: str) -> bytes:
     """data:[type][;base64],content -> the bytes."""
     header, comma, content = uri.partition(",")
     if not comma:
@@ -128,19 +137,20 @@ def _data_of_uri(uri: str, name: str) -> bytes:
 
 
 def decode_base64(text: str) -> bytes:
-    """Base64 of either alphabet, the usual one or that for URLs, with or without padding -> the
-    bytes.
+    """Base64 in the standard or the URL alphabet, with or without padding -> the bytes.
 
-    Raises ValueError for what is none.
+    Raises ValueError for other texts.
     """
-    text = re.sub(r"\s", "", text).rstrip("=").replace("-", "+").replace("_", "/")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    text = re.sub(r"\s", "", text).rstrip("=")
+    text = text.replace("-", "+").replace("_", "/")
+    padding = "=" * (-len(text) % 4)
+    return base64.b64decode(text + padding, validate=True)
 
 
-def _rewind(stream, name: str) -> None:
-    """Put a caller's stream to its beginning, or say why it cannot be read."""
+def _rewind(stream: Any, name: str) -> None:
+    """Seek to the beginning of a caller's stream. Raises UserError if it cannot be read."""
     try:
-        getattr(stream, "name", None)  # decoders look at it
+        getattr(stream, "name", None)  # decoders read it
         if hasattr(stream, "fileno"):
             _require_regular(stream, name)
         stream.seek(0)
@@ -150,44 +160,31 @@ def _rewind(stream, name: str) -> None:
         raise
     except Exception as error:  # any class may stand for a file
         raise UserError(
-            f"{name}: an open file that cannot be read from its beginning ({first_line(error)}); give its "
-            f"bytes"
+            f"{name}: an open file that cannot be read from its beginning ({first_line(error)}); "
+            f"give its bytes"
         ) from None
     if not isinstance(content, bytes):
         raise UserError(f"{name}: a file opened as text; open it with mode 'rb'")
 
 
-def _require_regular(stream, name: str) -> None:
+def _require_regular(stream: Any, name: str) -> None:
     try:
         mode = os.fstat(stream.fileno()).st_mode
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # BytesIO and its like have no number; closed files are told later
-        return
+    except (OSError, ValueError, TypeError):
+        return  # BytesIO and the like have no descriptor; closed files are refused later
     if not stat.S_ISREG(mode):
         raise UserError(f"{name}: an open {_kind_of(mode)}; give a file, or the bytes read from it")
 
 
-def array_of(source, name: str) -> np.ndarray:
-    """An array, tensor or list of numbers -> array of the same shape, in numpy's types (bfloat16 as
-    float32).
+def array_of(source: Any, name: str) -> np.ndarray:
+    """An array, tensor or list of numbers -> array of the same shape, in numpy's types.
 
-    Nothing is copied where it need not be: look at the shape before anything is computed from a
-    huge one. Raises UserError for tensors that hold no values (meta), and for what is no array of
-    numbers.
+    bfloat16 and float16 tensors become float32. Values are copied only where needed, but check the
+    shape before anything is computed from a huge array. Raises UserError for tensors without values
+    (meta), and for sources that are no array of numbers.
     """
     try:
-        if isinstance(source, Tensor):
-            source = source.detach().cpu()
-            source = (
-                source.float()
-                if source.is_floating_point() and source.element_size() < 4
-                else source
-            )
-            source = source.resolve_conj().resolve_neg().numpy()
-        array = np.asarray(source)
+        array = _numpy(source) if isinstance(source, Tensor) else np.asarray(source)
     except Exception as error:  # meta, sparse and quantized tensors, ragged lists: many kinds
         kind = shorten(type(source).__name__)
         raise UserError(
@@ -200,16 +197,20 @@ def array_of(source, name: str) -> np.ndarray:
     return array
 
 
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor; floats of less than 32 bits become float32."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        tensor = tensor.float()
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
 @contextmanager
-def complaints(name: str, what: str):
-    """What a decoder raises becomes one line that names the file."""
+def complaints(name: str, what: str) -> Iterator[None]:
+    """Turn the errors of a decoder into one UserError: the file, what is wrong, and the reason."""
     import av
 
-    try:
-        yield
-    except UserError:
-        raise
-    except (
+    decoder_errors = (
         av.error.FFmpegError,
         OSError,
         EOFError,
@@ -218,34 +219,35 @@ def complaints(name: str, what: str):
         ArithmeticError,
         MemoryError,
         struct.error,
-    ) as error:
+    )
+    try:
+        yield
+    except UserError:
+        raise
+    except decoder_errors as error:
         raise UserError(f"{name}: {what} ({first_line(error)})") from None
 
 
-def name_of(source, kind: str) -> str:
-    """What to call a source in a message: its path, on one line and shortened, or "the KIND given"."""
+def name_of(source: Any, kind: str) -> str:
+    """The name of a source in a message: its path, shortened to one line, or "the KIND given"."""
     if isinstance(source, dict):
         source = source.get("path")
     if isinstance(source, os.PathLike):
         source = str(source)
     try:
-        source = (
-            getattr(source, "name", None) if hasattr(source, "read") else source
-        )  # an open file
+        if hasattr(source, "read"):  # an open file
+            source = getattr(source, "name", None)
     except Exception:  # a property of the caller's own class may raise anything
         source = None
-    if not isinstance(source, str):
-        return f"the {kind} given"
-    if DATA_URI.match(source):
+    if not isinstance(source, str) or DATA_URI.match(source):
         return f"the {kind} given"
     return shorten(source, LONGEST_NAME) or "an empty path"
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's complaint, without numbers and addresses that mean nothing to a
-    reader.
-    """
+    """The first line of a library's error message, without numbers and addresses."""
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
     lines = str(getattr(error, "strerror", None) or error).splitlines()
-    return shorten(lines[0] if lines else type(error).__name__, LONGEST_REASON)
+    line = lines[0] if lines else type(error).__name__
+    return shorten(line, LONGEST_REASON)

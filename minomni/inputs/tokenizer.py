@@ -3,7 +3,8 @@
 import json
 import unicodedata
 from collections import Counter
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -13,21 +14,22 @@ from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
 from minomni.model_files import MOST_JSON, check_file, is_pointer, quote, read_object, reason, where
 
-# How the release cuts text into words before merging: contractions, letters, single digits, signs,
-# line ends, spaces.
+# How the release splits text into words before merging: contractions, letters, single digits,
+# punctuation, line breaks, spaces.
 WORDS = regex.compile(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-MARKS = regex.compile(
-    r"\p{M}{101,}"
-)  # no script stacks so many on a letter, and sorting them takes their square
-MOST_TOKENS, MOST_ADDED = 500_000, 10_000  # the release has 151,643 and 22
+# No script puts so many combining marks on a letter, and normalizing n of them takes O(n^2) time.
+TOO_MANY_MARKS = regex.compile(r"\p{M}{101,}")
+# The release has 151,643 ordinary and 22 added tokens.
+MOST_TOKENS = 500_000
+MOST_ADDED = 10_000
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte, in the order that fixes the first 256 ids."""
+    """GPT-2's printable character for each byte, in the order that defines the first 256 ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     hidden = [byte for byte in range(256) if byte not in letters]
@@ -40,7 +42,7 @@ FIRST_IDS = [bytes([byte]) for byte in LETTER_OF]  # the token of each id below 
 
 
 def special_tokens(tokens: TokenIds) -> dict[str, int]:
-    """The release's spelling of every special token that can stand in a text, with its id."""
+    """The release's names of all special tokens that can occur in a text, with their ids."""
     return {
         "<|endoftext|>": tokens.endoftext,
         "<|im_start|>": tokens.im_start,
@@ -57,105 +59,117 @@ def special_tokens(tokens: TokenIds) -> dict[str, int]:
 
 
 class Tokenizer:
-    """A list of merges is the whole tokenizer: the token of merge number r has id 256 + r."""
+    """Byte-level BPE, defined by its list of merges: merge number r makes the token 256 + r."""
 
     def __init__(self, merges: list[tuple[bytes, bytes]], special_tokens: dict[str, int]):
+        """Raises UserError for special tokens that have the ids of ordinary tokens."""
         self.merges = merges
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.special_tokens = special_tokens
-        self.bytes_of = dict(enumerate(FIRST_IDS + [a + b for a, b in merges]))
+        self.bytes_of = dict(enumerate(FIRST_IDS + [left + right for left, right in merges]))
         self.id_of = {token: i for i, token in self.bytes_of.items()}
+        self._require_free(special_tokens)
+        self._special = _pattern_of(special_tokens)
+        self._word_ids: dict[str, list[int]] = {}  # cache of _encode_word
+
+    def _require_free(self, special_tokens: dict[str, int]) -> None:
         taken = sorted(i for i in special_tokens.values() if i in self.bytes_of)
         if taken:
+            first = ", ".join(str(i) for i in taken[:3])
             more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
             raise UserError(
-                f"special token ids {', '.join(map(str, taken[:3]))}{more} are taken by ordinary tokens; "
-                f"put them at {len(self.bytes_of)} or above"
+                f"special token ids {first}{more} are taken by ordinary tokens; put them at "
+                f"{len(self.bytes_of)} or above"
             )
-        names = sorted(special_tokens, key=len, reverse=True)
-        self._special = (
-            regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
-        )
-        self._known: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self.bytes_of) + len(self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Special tokens spelled in the text become their ids; the rest is normalised
-        (NFC) and merged.
+        """Text -> ids.
 
-        Unpaired surrogates become U+FFFD. Raises UserError for a
-        letter with more than a hundred combining marks.
+        Special tokens that are spelled out in the text become their ids; the rest is normalized
+        (NFC) and merged. Unpaired surrogates become U+FFFD. Raises UserError for a letter with more
+        than a hundred combining marks.
         """
         text = valid_unicode(text)
-        marks = MARKS.search(text)
+        marks = TOO_MANY_MARKS.search(text)
         if marks:
             raise UserError(
-                f"the text has {len(marks[0]):,} combining marks on one letter, expected at most 100"
+                f"the text has {len(marks[0]):,} combining marks on one letter, expected at most "
+                f"100"
             )
         parts = self._special.split(text) if self._special else [text]
         ids = []
         for part in parts:
             if part in self.special_tokens:
                 ids.append(self.special_tokens[part])
-            else:
-                for word in WORDS.findall(unicodedata.normalize("NFC", part)):
-                    ids += self._encode_word(word)
+                continue
+            for word in _words_of(part):
+                ids += self._encode_word(word)
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        """Ids of one word; remembered, since words repeat."""
-        if word not in self._known:
-            self._known[word] = [self.id_of[piece] for piece in self._merged(word.encode())]
-        return self._known[word]
+        """Ids of one word; cached, since words repeat."""
+        if word not in self._word_ids:
+            pieces = self._merged(word.encode())
+            self._word_ids[word] = [self.id_of[piece] for piece in pieces]
+        return self._word_ids[word]
 
     def _merged(self, word: bytes) -> list[bytes]:
-        """Merge the bytes of a word, always the pair of lowest rank first, the left one of equals.
+        """Merge the bytes of a word: always the pair of lowest rank, the leftmost one first.
 
-        A heap of pairs and links to the neighbours keep a "word" of 100,000 letters from taking
-        hours. A merge leaves outdated pairs in the heap; they are known by their rank, which is no
-        longer that of their place.
+        A heap of pairs and a linked list of pieces keep the cost at O(n log n), so a "word" of
+        100,000 letters takes no hours. A merge leaves outdated entries in the heap; they are
+        recognized by their rank, which differs from the current rank at their index.
         """
-        pieces = [bytes([b]) for b in word]
-        before, after = list(range(-1, len(pieces) - 1)), list(range(1, len(pieces) + 1))
+        # Piece i is followed by piece following[i] and preceded by piece preceding[i]. A piece
+        # that was merged into its left neighbor is empty.
+        pieces = [bytes([byte]) for byte in word]
+        end = len(pieces)
+        preceding = list(range(-1, end - 1))
+        following = list(range(1, end + 1))
 
-        def rank_at(i: int) -> int | None:
-            return (
-                self.ranks.get((pieces[i], pieces[after[i]]))
-                if i >= 0 and after[i] < len(pieces)
-                else None
-            )
+        def rank_at(left: int) -> int | None:
+            """The rank of the pair that begins with piece `left`; None if it is no merge."""
+            if left < 0 or following[left] >= end:
+                return None
+            return self.ranks.get((pieces[left], pieces[following[left]]))
 
-        heap = [(rank, i) for i in range(len(pieces)) if (rank := rank_at(i)) is not None]
-        heapify(heap)
+        heap: list[tuple[int, int]] = []
+
+        def push(left: int) -> None:
+            rank = rank_at(left)
+            if rank is not None:
+                heappush(heap, (rank, left))
+
+        for left in range(end):
+            push(left)
         while heap:
-            rank, i = heappop(heap)
-            if rank_at(i) != rank:
-                continue
-            swallowed = after[i]
-            pieces[i], pieces[swallowed], after[i] = (
-                pieces[i] + pieces[swallowed],
-                b"",
-                after[swallowed],
-            )
-            if after[i] < len(pieces):
-                before[after[i]] = i
-            for place in (before[i], i):
-                if (rank := rank_at(place)) is not None:
-                    heappush(heap, (rank, place))
+            rank, left = heappop(heap)
+            if rank_at(left) != rank:
+                continue  # outdated
+
+            # Merge the right piece into the left one and unlink it.
+            right = following[left]
+            pieces[left] += pieces[right]
+            pieces[right] = b""
+            following[left] = following[right]
+            if following[left] < end:
+                preceding[following[left]] = left
+
+            # Both pairs with the new piece may be merges.
+            push(preceding[left])
+            push(left)
         return [piece for piece in pieces if piece]
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Ids -> text; bytes that are no UTF-8 become the replacement sign, ids of nothing become
-        nothing.
-        """
-        names = {
-            i: ("" if skip_special else name).encode() for name, i in self.special_tokens.items()
-        }
-        return b"".join(self.bytes_of.get(i, names.get(i, b"")) for i in ids).decode(
-            "utf-8", errors="replace"
-        )
+        """Ids -> text. Invalid UTF-8 becomes the replacement character; unknown ids are skipped."""
+        special = {}
+        if not skip_special:
+            special = {i: name.encode() for name, i in self.special_tokens.items()}
+        content = b"".join(self.bytes_of.get(i, special.get(i, b"")) for i in ids)
+        return content.decode("utf-8", errors="replace")
 
     @classmethod
     def train(
@@ -163,22 +177,26 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn merges until there are vocab_size ordinary tokens, or no pair occurs twice.
 
-        Ties go to the smaller pair, so the same texts make the same tokenizer.
+        Ties go to the smaller pair, so the same texts always give the same tokenizer.
         """
-        words = Counter(
-            word for text in texts for word in WORDS.findall(unicodedata.normalize("NFC", text))
-        )
-        pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
+        words: Counter[str] = Counter()
+        for text in texts:
+            words.update(_words_of(text))
+        pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
+
         merges: list[tuple[bytes, bytes]] = []
         while len(FIRST_IDS) + len(merges) < vocab_size:
-            pairs = Counter()
+            # Count all pairs of adjacent pieces.
+            pairs: Counter[tuple[bytes, bytes]] = Counter()
             for word, parts in pieces.items():
-                for pair in zip(parts, parts[1:]):
+                for pair in pairwise(parts):
                     pairs[pair] += words[word]
-            often = [(-count, pair) for pair, count in pairs.items() if count > 1]
-            if not often:
+
+            # Merge the most frequent pair in all words.
+            candidates = [(-count, pair) for pair, count in pairs.items() if count > 1]
+            if not candidates:
                 break
-            best = min(often)[1]
+            best = min(candidates)[1]
             merges.append(best)
             for parts in pieces.values():
                 _merge(parts, best)
@@ -187,154 +205,60 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write vocab.json, merges.txt and added_tokens.json.
 
-        The special tokens are in the vocabulary too: transformers would number those that are not
-        there by itself, from the vocabulary's end on.
+        The vocabulary includes the special tokens, since transformers gives those that it does not
+        find there new ids at the end of the vocabulary.
         """
         vocab = {_spell(token): i for i, token in self.bytes_of.items()} | self.special_tokens
-        lines = "".join(f"{_spell(a)} {_spell(b)}\n" for a, b in self.merges)
+        lines = [f"{_spell(left)} {_spell(right)}\n" for left, right in self.merges]
         files = {
             "vocab.json": json.dumps(vocab, ensure_ascii=False),
-            "merges.txt": "#version: 0.2\n" + lines,
+            "merges.txt": "#version: 0.2\n" + "".join(lines),
             "added_tokens.json": json.dumps(self.special_tokens, indent=2),
         }
-        for name, content in files.items():
-            write_atomically(Path(folder) / name, lambda f, c=content: f.write(c.encode()))
+        for name, text in files.items():
+            _write(Path(folder) / name, text)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json, or vocab.json + merges.txt (+ added_tokens.json). Raises UserError
-        naming the fault.
+        """Read tokenizer.json, or vocab.json + merges.txt (+ added_tokens.json).
+
+        Raises UserError that names what is wrong.
         """
         folder = Path(folder)
-        merges, vocab, added = _stored(folder)
+        merges, vocab, added = _read_files(folder)
         try:
-            tokenizer = cls([(_bytes(a), _bytes(b)) for a, b in merges], added)
-            vocab = {_bytes(token): i for token, i in vocab.items() if token not in added}
+            tokenizer = cls([(_bytes(left), _bytes(right)) for left, right in merges], added)
+            stored = {_bytes(token): i for token, i in vocab.items() if token not in added}
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{where(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})"
             ) from None
-        wrong = set(vocab.items()) ^ set(tokenizer.id_of.items()) if vocab else set()
-        if wrong:
+
+        # Where there is a vocabulary, it has to agree with the merges.
+        differing = set()
+        if stored:
+            differing = set(stored.items()) ^ set(tokenizer.id_of.items())
+        if differing:
+            tokens = {token for token, _ in differing}
             raise UserError(
-                f"{where(folder)}: vocabulary and merges disagree on {len({t for t, _ in wrong})} tokens, "
-                f"first {quote(_spell(min(wrong)[0]))}; use files of one model"
+                f"{where(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, first "
+                f"{quote(_spell(min(tokens)))}; use files of one model"
             )
         return tokenizer
 
 
-def _stored(folder: Path) -> tuple[list, dict[str, int], dict[str, int]]:
-    """Merges, vocabulary (empty where there is none) and added tokens, as the files of a folder
-    spell them.
-
-    Raises UserError for files that are none of a tokenizer.
-    """
-    whole, lines = folder / "tokenizer.json", folder / "merges.txt"
-    if whole.exists() and not (lines.exists() and is_pointer(whole)):
-        return _stored_whole(whole)
-    if lines.exists():
-        check_file(lines, MOST_JSON)
-        try:
-            rows = lines.read_text(encoding="utf-8").split("\n", MOST_TOKENS + 1)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{where(lines)}: cannot be read ({reason(error)}); copy it again"
-            ) from None
-        merges = _pairs([row for row in rows if row and not row.startswith("#version")], lines)
-        vocab, added = (_read_json(folder / name) for name in ("vocab.json", "added_tokens.json"))
-        return (
-            merges,
-            _table(vocab, folder / "vocab.json"),
-            _names(added, folder / "added_tokens.json"),
-        )
-    raise UserError(
-        f"{where(folder)}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json"
-    )
+def _words_of(text: str) -> list[str]:
+    """The words of a text, normalized (NFC)."""
+    return WORDS.findall(unicodedata.normalize("NFC", text))
 
 
-def _stored_whole(file: Path) -> tuple[list, dict[str, int], dict[str, int]]:
-    """What a tokenizer.json says."""
-    data = _read_json(file)
-    model, extra = data.get("model"), data.get("added_tokens", [])
-    if (
-        not isinstance(model, dict)
-        or not isinstance(model.get("vocab"), dict)
-        or "merges" not in model
-    ):
-        raise UserError(
-            f"{where(file)}: holds no byte-level BPE: model with vocab and merges; use the release's file"
-        )
-    if not isinstance(extra, list) or not all(isinstance(token, dict) for token in extra):
-        raise UserError(
-            f"{where(file)}: 'added_tokens' is {quote(extra)}, expected a list of objects"
-        )
-    added = {}
-    for token in extra:
-        name = token.get("content")
-        if not isinstance(name, str):
-            raise UserError(
-                f"{where(file)}: an added token is {quote(token)}, expected an object with content and id"
-            )
-        added[name] = token.get("id")
-    return _pairs(model["merges"], file), _table(model["vocab"], file), _names(added, file)
-
-
-def _pairs(merges: list, file: Path) -> list:
-    """Merges as pairs of texts; each is one already, or a line with a blank between its two. Raises
-    UserError.
-    """
-    if not isinstance(merges, list) or len(merges) > MOST_TOKENS:
-        raise UserError(
-            f"{where(file)}: its merges are {quote(merges)}, expected a list of at most {MOST_TOKENS:,}"
-        )
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    for number, pair in enumerate(pairs):
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(part, str) for part in pair)
-        ):
-            raise UserError(
-                f"{where(file)}: holds no byte-level BPE: merge {number + 1} is {quote(merges[number])}, "
-                f"expected two tokens"
-            )
-    return pairs
-
-
-def _table(vocab: dict, file: Path) -> dict[str, int]:
-    """A vocabulary whose ids are ids. Raises UserError naming the first that is none."""
-    if len(vocab) > MOST_TOKENS:
-        raise UserError(
-            f"{where(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}"
-        )
-    for token, i in vocab.items():
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
-            raise UserError(
-                f"{where(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number from 0"
-            )
-    return vocab
-
-
-def _names(added: dict, file: Path) -> dict[str, int]:
-    """Added tokens, which have names. Raises UserError for too many and for one without."""
-    if len(added) > MOST_ADDED or "" in added:
-        raise UserError(
-            f"{where(file)}: has {len(added):,} added tokens, expected at most {MOST_ADDED:,}, none of "
-            f"them empty"
-        )
-    return _table(added, file)
-
-
-def valid_unicode(text: str) -> str:
-    """The text with surrogate pairs joined, and U+FFFD for unpaired surrogates, which cut texts and
-    file names have.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+def _pattern_of(special_tokens: dict[str, int]) -> "regex.Pattern[str] | None":
+    """Matches any of the special tokens, the longest one first; None where there are none."""
+    if not special_tokens:
+        return None
+    names = sorted(special_tokens, key=len, reverse=True)
+    return regex.compile("(" + "|".join(regex.escape(name) for name in names) + ")")
 
 
 def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -347,13 +271,143 @@ def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
 
 
 def _spell(token: bytes) -> str:
-    return "".join(LETTER_OF[b] for b in token)
+    return "".join(LETTER_OF[byte] for byte in token)
 
 
 def _bytes(spelling: str) -> bytes:
     return bytes(BYTE_OF[letter] for letter in spelling)
 
 
+# ------------------------------------------------------------------------------------- files
+
+Files = tuple[list, dict[str, int], dict[str, int]]  # merges, vocabulary, added tokens
+
+
+def _read_files(folder: Path) -> Files:
+    """Merges, vocabulary (empty where there is none) and added tokens, as the files spell them.
+
+    Raises UserError for files that do not belong to a tokenizer.
+    """
+    single_file = folder / "tokenizer.json"
+    merges_file = folder / "merges.txt"
+    if single_file.exists() and not (merges_file.exists() and is_pointer(single_file)):
+        return _read_single_file(single_file)
+    if not merges_file.exists():
+        raise UserError(
+            f"{where(folder)}: no tokenizer here; expected vocab.json with merges.txt, or "
+            f"tokenizer.json"
+        )
+    vocab_file = folder / "vocab.json"
+    added_file = folder / "added_tokens.json"
+    merges = _read_merges(merges_file)
+    vocab = _read_json(vocab_file)
+    added = _read_json(added_file)
+    return merges, _checked_vocab(vocab, vocab_file), _checked_added(added, added_file)
+
+
+def _read_merges(file: Path) -> list:
+    """The merges in a merges.txt."""
+    check_file(file, MOST_JSON)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n", MOST_TOKENS + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where(file)}: cannot be read ({reason(error)}); copy it again") from None
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return _checked_merges(merges, file)
+
+
+def _read_single_file(file: Path) -> Files:
+    """The content of a tokenizer.json."""
+    data = _read_json(file)
+    model = data.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(vocab, dict) or "merges" not in model:
+        raise UserError(
+            f"{where(file)}: holds no byte-level BPE: model with vocab and merges; use the "
+            f"release's file"
+        )
+    entries = data.get("added_tokens", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(
+            f"{where(file)}: 'added_tokens' is {quote(entries)}, expected a list of objects"
+        )
+    added = {}
+    for entry in entries:
+        name = entry.get("content")
+        if not isinstance(name, str):
+            raise UserError(
+                f"{where(file)}: an added token is {quote(entry)}, expected an object with "
+                f"content and id"
+            )
+        added[name] = entry.get("id")
+
+    merges = _checked_merges(model["merges"], file)
+    return merges, _checked_vocab(vocab, file), _checked_added(added, file)
+
+
+def _write(path: Path, text: str) -> None:
+    content = text.encode()
+    write_atomically(path, lambda file: file.write(content))
+
+
 def _read_json(path: Path) -> dict:
     """The object in a file; an empty one where there is no file."""
     return read_object(path) if path.exists() else {}
+
+
+def _checked_merges(merges: list, file: Path) -> list:
+    """Merges as pairs of texts: each is a pair already, or a line "left right".
+
+    Raises UserError for others, and for too many.
+    """
+    if not isinstance(merges, list) or len(merges) > MOST_TOKENS:
+        raise UserError(
+            f"{where(file)}: its merges are {quote(merges)}, expected a list of at most "
+            f"{MOST_TOKENS:,}"
+        )
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for number, pair in enumerate(pairs, 1):
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(part, str) for part in pair):
+            raise UserError(
+                f"{where(file)}: holds no byte-level BPE: merge {number} is "
+                f"{quote(merges[number - 1])}, expected two tokens"
+            )
+    return pairs
+
+
+def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
+    """A vocabulary with valid ids. Raises UserError that names the first invalid one."""
+    if len(vocab) > MOST_TOKENS:
+        raise UserError(
+            f"{where(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}"
+        )
+    for token, i in vocab.items():
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
+            raise UserError(
+                f"{where(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number "
+                f"from 0"
+            )
+    return vocab
+
+
+def _checked_added(added: dict, file: Path) -> dict[str, int]:
+    """Added tokens with valid names and ids. Raises UserError for others, and for too many."""
+    if len(added) > MOST_ADDED or "" in added:
+        raise UserError(
+            f"{where(file)}: has {len(added):,} added tokens, expected at most {MOST_ADDED:,}, "
+            f"none of them empty"
+        )
+    return _checked_vocab(added, file)
+
+
+def valid_unicode(text: str) -> str:
+    """The text with surrogate pairs joined and unpaired surrogates replaced by U+FFFD.
+
+    Truncated texts and file names contain unpaired ones.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,13 +1,16 @@
-"""Films: files, bytes, arrays and lists of frames to a few frames with their times, and the sound
-track where it is wanted.
+"""Videos: files, bytes, arrays and lists of frames to sampled frames with their times.
+
+The audio track is decoded where it is asked for.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil, floor, inf, isfinite
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,26 +22,26 @@ from minomni.errors import UserError, shorten
 from minomni.inputs.audio import audio_track
 from minomni.inputs.containers import require_whole
 from minomni.inputs.image import load_image
-from minomni.inputs.options import SAMPLING, SIZES, MediaOptions
+from minomni.inputs.options import NO_OPTIONS, SAMPLING, SIZES, MediaOptions
 from minomni.inputs.patches import frame_size, smart_resize
 from minomni.inputs.source import complaints, name_of, open_source
 
-MOST_PIXELS = (
-    36_000_000  # of one frame; 8K television has 33 million, and a decoder holds up to 16 frames
-)
-LONGEST = 1_000_000  # seconds of a film; a header or a rate that claims more is broken
-# s that a frame of a film of constant rate may be off its place; matroska rounds to 1 ms
+# Pixels of one frame. 8K television has 33 million, and a decoder holds up to 16 frames.
+MOST_PIXELS = 36_000_000
+LONGEST = 1_000_000  # seconds of a video; a header or a rate that says more is broken
+# Seconds that a frame of a video of constant rate may be off its time. Matroska rounds to 1 ms.
 STEADY = 0.0015
-# s that the time has to fall for a new piece to begin; avi files put frames a few places wrong
+# Seconds that the time has to fall for a new recording to begin. In avi files, single frames are
+# stored out of order.
 FELL_BACK = 1.0
-# ffmpeg's names of formats that it shows as films, though they are none. Its formats of single
-# pictures end in _pipe.
-PICTURES = ("image2", "ico", "alias_pix", "brender_pix")
-TEXTS = ("tty", "bin", "xbin", "adf", "idf")
-LIKELY = 1.1  # of the tokens that fit: packets tell the number of frames roughly
-CELLS_OF_LISTED = (
-    2  # qwen-omni-utils 0.0.9 first brings frames of a list to multiples of twice the merge cell
-)
+# ffmpeg's names of formats that it reads as video, though they are none. Its other formats of
+# single images end in _pipe.
+IMAGE_FORMATS = ("image2", "ico", "alias_pix", "brender_pix")
+TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
+# Factor on the tokens that fit, for a check by packets: their number is about that of the frames.
+TOLERANCE = 1.1
+# qwen-omni-utils 0.0.9 first resizes frames of a list to multiples of twice the merge cell.
+CELLS_OF_LISTED = 2
 
 
 @dataclass
@@ -47,91 +50,138 @@ class Clip:
 
     frames: Tensor  # uint8 [n, height, width, 3]
     seconds: Tensor  # float32 [n], when each frame is shown, counted from the first one
-    wave: Tensor | None  # float32 [samples] at 16 kHz, the sound track where it was asked for
-    # The frames have the size of their patches, multiples of the merge cell; otherwise they are
-    # brought to frame_size.
+    wave: Tensor | None  # float32 [samples] at 16 kHz, the audio track where it was asked for
+    # Whether the frames have the size of their patches, multiples of the merge cell. Otherwise they
+    # will be resized to frame_size.
     sized: bool = False
 
 
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of load_video that most steps need."""
+
+    name: str  # of the video in messages
+    media: MediaConfig
+    cell: int  # side of a merge cell in pixels
+    options: MediaOptions
+    most_tokens: int | None
+
+    def size_of(self, n: int, height: int, width: int, tolerance: float = 1.0) -> tuple[int, int]:
+        """The size (height, width) that n frames of height x width are resized to.
+
+        Raises UserError for frames that are too large, and for more than most_tokens * tolerance.
+        """
+        _require_pixels(height, width, self.name)
+        new_height, new_width = frame_size(
+            n, height, width, self.cell, self.media, self.name, self.options
+        )
+        tokens = ceil(n / 2) * new_height * new_width // self.cell**2
+        if self.most_tokens is not None and tokens > self.most_tokens * tolerance:
+            raise UserError(
+                f"{self.name}: {n} frames of {new_width}x{new_height} pixels are {tokens} tokens, "
+                f"more than the context holds; shorten it, or set fps, nframes or max_pixels"
+            )
+        return new_height, new_width
+
+    def refuse(self, keys: tuple[str, ...], what: str) -> None:
+        """Raise UserError if an option of video files was given for something else."""
+        given = self.options.given(keys)
+        if given:
+            raise UserError(
+                f"{self.name}: {given[0]} is for video files, and this is {what}; leave it out"
+            )
+
+
 def load_video(
-    source,
+    source: Any,
     media: MediaConfig,
     with_audio: bool,
     cell: int = 28,
-    options: MediaOptions = MediaOptions(),
+    options: MediaOptions = NO_OPTIONS,
     most_tokens: int | None = None,
 ) -> Clip:
     """A path or bytes (mp4, webm, avi, mkv ...), a Clip, frames, or (frames, fps) -> Clip.
 
-    Frames are an array [n, height, width, 3], or a list of whatever load_image takes; without a
-    rate they are taken as options.sample_fps, options.fps or media.fps. Files are sampled at
-    options.fps or media.fps, keep the real times of the chosen frames, and come at the size that
-    patches of merge cells of `cell` pixels want: a long clip at full size would fill the memory.
-    They stand upright as their display matrix says, and all have the size of the first. The sample
-    aspect ratio is not looked at (release behavior). with_audio decides about the sound track,
-    whatever the options say. most_tokens: what needs more of them is refused before it is decoded.
-    Raises UserError for what cannot be read or done, and where with_audio asks for a sound track
-    that is not there.
+    Frames are an array [n, height, width, 3], or a list of anything that load_image takes. Without
+    a rate, options.sample_fps, options.fps or media.fps is taken. Files are sampled at options.fps
+    or media.fps. Their frames keep their real times, are upright according to the display matrix,
+    all have the size of the first one, and are resized for patches of merge cells of `cell` pixels:
+    a long clip at full size would fill the memory. The sample aspect ratio is ignored (release
+    behavior).
+
+    with_audio decides about the audio track, whatever the options say. most_tokens: a video that
+    needs more is refused before it is decoded. Raises UserError for a source that cannot be read,
+    for options that cannot be applied, and if with_audio asks for an audio track that is missing.
     """
-    name = name_of(source, "video")
+    request = _Request(name_of(source, "video"), media, cell, options, most_tokens)
+    name = request.name
     if isinstance(source, Clip):
-        clip = _checked(source, name, cell, options)
+        clip = _checked_clip(source, request)
     elif isinstance(source, (np.ndarray, Tensor, list, tuple)):
-        clip = _given_frames(source, name, media, cell, options, most_tokens)
+        clip = _given_frames(source, request)
     else:
         with open_source(source, name) as stream:
-            clip = _decode_video(stream, name, media, with_audio, cell, options, most_tokens)
-    if not (
-        torch.isfinite(clip.seconds).all() and float(clip.seconds[-1] - clip.seconds[0]) < LONGEST
-    ):
+            clip = _decode_video(stream, with_audio, request)
+
+    length = float(clip.seconds[-1] - clip.seconds[0])
+    if not torch.isfinite(clip.seconds).all() or not length < LONGEST:
         raise UserError(
-            f"{name}: lasts {float(clip.seconds[-1] - clip.seconds[0]):.3g} s by its times; expected less "
-            f"than {LONGEST} s, its times or its rate are wrong"
+            f"{name}: lasts {length:.3g} s by its times; expected less than {LONGEST} s, its times "
+            f"or its rate are wrong"
         )
     if with_audio and clip.wave is None:
         raise UserError(
-            f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or set it in "
-            f"each video item"
+            f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or "
+            f"set it in each video item"
         )
     return clip
 
 
-# ------------------------------------------------------------------------------------------------
-# which frames are seen
+# ------------------------------------------------------------------------------------- sampling
+
+
 def sample_indices(
     total: int,
     rate: float,
     media: MediaConfig,
-    options: MediaOptions = MediaOptions(),
+    options: MediaOptions = NO_OPTIONS,
     first: int = 0,
     name: str = "the video",
 ) -> list[int]:
-    """Which of `total` frames, from the number `first` on, at `rate` per second to look at: evenly
-    spread, an even number (release: smart_nframes of qwen-omni-utils, but a film of a single frame
-    is seen).
+    """Indices of the sampled frames, of `total` frames at `rate` per second that begin at `first`.
 
-    Raises UserError where the options ask for fewer than 2 frames, or for more than there are.
+    Evenly spaced and of even number (release: smart_nframes of qwen-omni-utils, but a video of a
+    single frame is accepted). Raises UserError if the options ask for fewer than 2 frames, or for
+    more than there are.
     """
     if options.nframes is not None:
         n = round(options.nframes / 2) * 2
     else:
-        least = media.min_frames if options.min_frames is None else ceil(options.min_frames / 2) * 2
-        most = min(media.max_frames, total) if options.max_frames is None else options.max_frames
-        wanted = total / rate * (options.fps or media.fps)
-        n = int(min(max(wanted, least), floor(most / 2) * 2, total)) // 2 * 2
-    if not 2 <= n <= total and (total > 1 or options.nframes is not None):
+        min_frames: float = media.min_frames
+        if options.min_frames is not None:
+            min_frames = ceil(options.min_frames / 2) * 2
+        max_frames: float = min(media.max_frames, total)
+        if options.max_frames is not None:
+            max_frames = options.max_frames
+        max_frames = floor(max_frames / 2) * 2
+
+        by_rate = total / rate * (options.fps or media.fps)
+        n = int(min(max(by_rate, min_frames), max_frames, total)) // 2 * 2
+
+    is_even_required = total > 1 or options.nframes is not None
+    if is_even_required and not 2 <= n <= total:
         raise UserError(
-            f"{name}: {n} frames are asked for; expected an even number from 2 to {total}, the frames that "
-            f"there are"
+            f"{name}: {n} frames are asked for; expected an even number from 2 to {total}, the "
+            f"number of frames"
         )
     return torch.linspace(first, first + total - 1, max(1, n)).round().long().tolist()
 
 
 def true_rate(times: list[float], last_duration: float, header: float) -> float:
-    """Frames per second by the times [n] at which frames are shown, in seconds, rising.
+    """Frames per second by the increasing times [n] in seconds at which frames are shown.
 
-    The last frame is shown for last_duration, but at least for as long as the others on average:
-    decoders fill a missing duration from the header. The header's rate where it agrees to 1 %, so
+    The last frame lasts last_duration, but at least as long as the others on average: decoders fill
+    in a missing duration from the header. Where the header's rate agrees to 1 %, it is returned, so
     that rounded times do not matter.
     """
     span = times[-1] - times[0]
@@ -139,109 +189,114 @@ def true_rate(times: list[float], last_duration: float, header: float) -> float:
         return header
     step = span / (len(times) - 1)
     rate = len(times) / (span + max(step, last_duration))
-    return header if abs(rate - header) < 0.01 * header else rate
+    agrees = abs(rate - header) < 0.01 * header
+    return header if agrees else rate
 
 
 def frame_range(
     times: list[float], rate: float, options: MediaOptions, name: str
 ) -> tuple[int, int]:
-    """Numbers of the first and the last frame from video_start to video_end, both counted from the
-    first frame.
+    """Indices of the first and the last frame from video_start to video_end.
 
-    At a constant rate by the frames' numbers (release: calculate_video_frame_range of
-    qwen-omni-utils), otherwise by their times. Raises UserError where less than two frames lie
-    there.
+    Both are counted from the first frame. At a constant rate the indices follow from the rate
+    (release: calculate_video_frame_range of qwen-omni-utils), otherwise from the times. Raises
+    UserError for a range of less than two frames.
     """
     if options.video_start is None and options.video_end is None:
         return 0, len(times) - 1
-    shown = [time - times[0] for time in times]
+    seconds = [time - times[0] for time in times]
     length = len(times) / rate
     start = max(0.0, options.video_start or 0.0)
     end = length if options.video_end is None else max(0.0, options.video_end)
-    if all(abs(time - i / rate) <= STEADY for i, time in enumerate(shown)):
+
+    if all(abs(time - index / rate) <= STEADY for index, time in enumerate(seconds)):
         first = ceil(min(start, length) * rate)
         last = min(floor(min(end, length) * rate), len(times) - 1)
     else:
-        first = sum(time < start for time in shown)
-        last = sum(time <= end for time in shown) - 1
+        first = bisect_left(seconds, start)
+        last = bisect_right(seconds, end) - 1
     if first >= last:
         raise UserError(
-            f"{name}: less than two frames lie from video_start {start:g} s to video_end {end:g} s; it "
-            f"lasts {length:.2f} s"
+            f"{name}: less than two frames lie from video_start {start:g} s to video_end {end:g} "
+            f"s; it lasts {length:.2f} s"
         )
     return first, last
 
 
-# -----------------------------------------------------------------------------------------------------
-# frames as given
-def _checked(clip: Clip, name: str, cell: int, options: MediaOptions) -> Clip:
-    """A clip as it is. Raises UserError for fields that are not what they should be, and for
-    options about files.
-    """
-    frames, seconds, wave = clip.frames, clip.seconds, clip.wave
-    is_clip = isinstance(frames, Tensor) and frames.dtype == torch.uint8 and frames.ndim == 4
-    is_clip = is_clip and frames.shape[-1] == 3 and len(frames) > 0 and frames.device.type == "cpu"
-    is_clip = (
-        is_clip
-        and isinstance(seconds, Tensor)
-        and seconds.shape == frames.shape[:1]
-        and bool(torch.isfinite(seconds).all() and (seconds.diff() >= 0).all())
-    )
-    if not is_clip:
+# ------------------------------------------------------------------------------------- given frames
+
+
+def _checked_clip(clip: Clip, request: _Request) -> Clip:
+    """A clip as it is. Raises UserError for wrong fields and for options of video files."""
+    name = request.name
+    cell = request.cell
+    if not _are_frames(clip.frames) or not _are_times(clip.seconds, clip.frames):
         raise UserError(
-            f"{name}: expected a Clip of frames uint8 [n, height, width, 3], n > 0, and rising seconds [n]"
+            f"{name}: expected a Clip of frames uint8 [n, height, width, 3], n > 0, and rising "
+            f"seconds [n]"
         )
-    if wave is not None and not (
-        isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()
-    ):
+    if clip.wave is not None and not _is_wave(clip.wave):
         raise UserError(
             f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None"
         )
-    _refuse(options, ("fps", "sample_fps", *SAMPLING), name, "a Clip")
+    request.refuse(("fps", "sample_fps", *SAMPLING), "a Clip")
     if not clip.sized:
         return clip
-    if given := options.given((*SIZES, "total_pixels")):
+
+    given = request.options.given((*SIZES, "total_pixels"))
+    if given:
         raise UserError(
-            f"{name}: {given[0]} is for frames that are to be resized, and this is a Clip with sized=True; "
-            f"leave it out"
+            f"{name}: {given[0]} is for frames that are to be resized, and this is a Clip with "
+            f"sized=True; leave it out"
         )
-    height, width = frames.shape[1:3]
-    if not (height > 0 and width > 0 and height % cell == 0 and width % cell == 0):
+    height, width = clip.frames.shape[1:3]
+    if height == 0 or width == 0 or height % cell != 0 or width % cell != 0:
         raise UserError(
-            f"{name}: a Clip with sized=True of {width}x{height} pixels; expected multiples of {cell}, "
-            f"resize it or give sized=False"
+            f"{name}: a Clip with sized=True of {width}x{height} pixels; expected multiples of "
+            f"{cell}, resize it or give sized=False"
         )
     return clip
 
 
-def _refuse(options: MediaOptions, keys: tuple[str, ...], name: str, what: str) -> None:
-    if given := options.given(keys):
-        raise UserError(f"{name}: {given[0]} is for video files, and this is {what}; leave it out")
+def _are_frames(frames: object) -> bool:
+    """Whether frames are a uint8 tensor [n, height, width, 3] on the CPU, n > 0."""
+    if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4:
+        return False
+    return frames.shape[-1] == 3 and len(frames) > 0 and frames.device.type == "cpu"
 
 
-def _given_frames(source, name, media, cell, options, most_tokens) -> Clip:
-    """Frames without a file -> Clip, all of them; an odd number of listed frames gets the last one
-    twice.
-    """
-    rate = options.sample_fps or options.fps or media.fps
+def _are_times(seconds: object, frames: Tensor) -> bool:
+    """Whether seconds are finite, do not decrease, and are as many as the frames."""
+    if not isinstance(seconds, Tensor) or seconds.shape != frames.shape[:1]:
+        return False
+    return bool(torch.isfinite(seconds).all() and (seconds.diff() >= 0).all())
+
+
+def _is_wave(wave: object) -> bool:
+    return isinstance(wave, Tensor) and wave.ndim == 1 and wave.is_floating_point()
+
+
+def _given_frames(source: Any, request: _Request) -> Clip:
+    """Frames without a file -> Clip of all of them. An odd last frame of a list is repeated."""
+    options = request.options
+    rate: Any = options.sample_fps or options.fps or request.media.fps
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (Real, np.bool_)):
         source, rate = source
-        _refuse(options, ("fps", "sample_fps"), name, "(frames, fps)")
-    _refuse(options, SAMPLING, name, "a number of frames")
-    rate = _checked_fps(rate, name)
-    listed = isinstance(source, (list, tuple))
-    if listed:
-        frames = _listed_frames(source, name, media, cell, options, most_tokens)
-    else:
-        frames = _frame_array(source, name, media, cell, options, most_tokens)
-    return Clip(frames, torch.arange(len(frames), dtype=torch.float32) / rate, None, sized=listed)
+        request.refuse(("fps", "sample_fps"), "(frames, fps)")
+    request.refuse(SAMPLING, "a number of frames")
+    rate = _checked_fps(rate, request.name)
+
+    is_list = isinstance(source, (list, tuple))
+    frames = _listed_frames(source, request) if is_list else _frame_array(source, request)
+    seconds = torch.arange(len(frames), dtype=torch.float32) / rate
+    return Clip(frames, seconds, None, sized=is_list)
 
 
-def _checked_fps(rate, name: str) -> float:
-    """Frames per second as float. Raises UserError for those that are none: zero, infinite, True."""
+def _checked_fps(rate: Any, name: str) -> float:
+    """Frames per second as float. Raises UserError for zero, infinity, bools and the like."""
     try:
         given = 0.0 if isinstance(rate, (bool, np.bool_)) else float(rate)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer beyond all floats
         given = inf
     if not (isfinite(given) and given > 0):
         raise UserError(
@@ -250,7 +305,9 @@ def _checked_fps(rate, name: str) -> float:
     return given
 
 
-def _frame_array(source, name, media, cell, options, most_tokens) -> Tensor:
+def _frame_array(source: Any, request: _Request) -> Tensor:
+    """An array or tensor of frames -> uint8 [n, height, width, 3]."""
+    name = request.name
     try:
         array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
     except (TypeError, RuntimeError, NotImplementedError):  # bfloat16, tensors without values
@@ -262,225 +319,220 @@ def _frame_array(source, name, media, cell, options, most_tokens) -> Tensor:
             f"{name}: frames of shape {array.shape[:8]} and type {array.dtype}; expected uint8 "
             f"[n, height, width, 3], n > 0"
         )
-    _require_pixels(*array.shape[1:3], name)
-    if most_tokens is not None:
-        _require_room(len(array), array.shape[1:3], name, media, cell, options, most_tokens)
-    return torch.from_numpy(
-        np.require(array, requirements=("C", "W"))
-    )  # copies what torch cannot look at
+    n, height, width = array.shape[:3]
+    _require_pixels(height, width, name)
+    if request.most_tokens is not None:
+        request.size_of(n, height, width)
+    # torch takes neither read-only arrays nor negative strides: those are copied.
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
-def _listed_frames(source, name, media, cell, options, most_tokens) -> Tensor:
-    """A list of pictures -> frames uint8 [n, height, width, 3], brought to their size as
-    qwen-omni-utils does it.
+def _listed_frames(source: list | tuple, request: _Request) -> Tensor:
+    """A list of images -> frames uint8 [n, height, width, 3].
+
+    Each image is resized twice, like in qwen-omni-utils.
     """
+    name = request.name
     if not source:
         raise UserError(f"{name}: a list of no frames; expected at least one")
-    n, frames = ceil(len(source) / 2) * 2, []
-    for i, listed in enumerate(source):
+    n = ceil(len(source) / 2) * 2
+    frames: list[np.ndarray] = []
+    for number, listed in enumerate(source, 1):
         try:
             image = load_image(listed)
         except UserError as error:
-            raise UserError(f"{name}: frame {i + 1}: {error}") from None
-        height, width = _listed_size(image, media, CELLS_OF_LISTED * cell, options, name)
-        size = _require_room(n, (height, width), name, media, cell, options, most_tokens)
+            raise UserError(f"{name}: frame {number}: {error}") from None
+        height, width = _listed_size(image, request)
+        new_height, new_width = request.size_of(n, height, width)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        frames.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
-        if frames[i].shape != frames[0].shape:
+        image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+        frames.append(np.asarray(image))
+
+        first_height, first_width = frames[0].shape[:2]
+        if (new_height, new_width) != (first_height, first_width):
             raise UserError(
-                f"{name}: frame {i + 1} comes at {size[1]}x{size[0]} pixels and frame 1 at "
-                f"{frames[0].shape[1]}x{frames[0].shape[0]}; frames of one video have one size"
+                f"{name}: frame {number} comes at {new_width}x{new_height} pixels and frame 1 at "
+                f"{first_width}x{first_height}; frames of one video have one size"
             )
-    return torch.from_numpy(np.stack(frames + frames[-1:] * (n - len(frames))))
+    if len(frames) < n:
+        frames.append(frames[-1])
+    return torch.from_numpy(np.stack(frames))
 
 
-def _listed_size(image, media, cell, options, name) -> tuple[int, int]:
-    """What fetch_image of qwen-omni-utils 0.0.9 makes of a frame; its limits are in cells, so they
-    are larger too.
+def _listed_size(image: Image.Image, request: _Request) -> tuple[int, int]:
+    """The size (height, width) that fetch_image of qwen-omni-utils 0.0.9 gives a listed frame.
+
+    Its limits count cells. The cells are larger here, and so are the limits.
     """
-    most, least = (
-        limit * CELLS_OF_LISTED**2 for limit in (media.image_max_pixels, media.image_min_pixels)
-    )
+    options = request.options
     height, width = image.height, image.width
-    if options.resized_height is not None:
-        height, width = options.resized_height, options.resized_width
+    min_pixels: float = request.media.image_min_pixels * CELLS_OF_LISTED**2
+    max_pixels: float = request.media.image_max_pixels * CELLS_OF_LISTED**2
+    if options.resized_height is not None and options.resized_width is not None:
+        height = options.resized_height
+        width = options.resized_width
     else:
-        least = least if options.min_pixels is None else options.min_pixels
-        most = most if options.max_pixels is None else options.max_pixels
-    return smart_resize(height, width, cell, least, most, name, at_least_a_cell=True)
+        if options.min_pixels is not None:
+            min_pixels = options.min_pixels
+        if options.max_pixels is not None:
+            max_pixels = options.max_pixels
+    cell = CELLS_OF_LISTED * request.cell
+    return smart_resize(
+        height, width, cell, min_pixels, max_pixels, request.name, at_least_a_cell=True
+    )
 
 
 def _require_pixels(height: int, width: int, name: str) -> None:
     if height * width > MOST_PIXELS:
         raise UserError(
-            f"{name}: frames of {width}x{height} pixels; at most {MOST_PIXELS} pixels are read, shrink it"
+            f"{name}: frames of {width}x{height} pixels; expected at most {MOST_PIXELS} pixels, "
+            f"make them smaller"
         )
 
 
-def _require_room(n, shape, name, media, cell, options, most_tokens) -> tuple[int, int]:
-    """The size (height, width) that n frames of a shape come at. Raises UserError where they are
-    too many or large.
-    """
-    _require_pixels(*shape, name)
-    size = frame_size(n, *shape, cell, media, name, options)
-    tokens = ceil(n / 2) * size[0] * size[1] // cell**2
-    if most_tokens is not None and tokens > most_tokens:
-        raise UserError(
-            f"{name}: {n} frames of {size[1]}x{size[0]} pixels are {tokens} tokens, more than the context "
-            f"holds; shorten it, or set fps, nframes or max_pixels"
-        )
-    return size
+# ------------------------------------------------------------------------------------- files
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# files
-def _decode_video(stream, name, media, with_audio, cell, options, most_tokens) -> Clip:
-    """Two passes: the first learns every frame's time without keeping pixels, the second keeps the
-    chosen frames.
-    """
+def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
+    """Decode a file in two passes: first the times of all frames, then the sampled frames."""
+    name = request.name
     require_whole(stream, name)
-    if options.sample_fps is not None:
+    if request.options.sample_fps is not None:
         raise UserError(
             f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead"
         )
     with complaints(name, "not a readable video"):
-        _refuse_picture(stream, name)
-        if most_tokens is not None:
-            _require_likely_room(stream, name, media, cell, options, most_tokens)
-        times, rate = _times(stream, name, media.fps)
-        origin = times[0]
-        first, last = frame_range(times, rate, options, name)
-        chosen = sample_indices(last - first + 1, rate, media, options, first, name)
-        size, frames = None, []
-        for i, (frame, _) in enumerate(_frames(stream, name)):
-            if i == chosen[len(frames)]:
-                image = upright(frame)
-                if size is None:
-                    size = _require_room(
-                        len(chosen),
-                        (image.height, image.width),
-                        name,
-                        media,
-                        cell,
-                        options,
-                        most_tokens,
-                    )
-                frames.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
-            if len(frames) == len(chosen):
-                break
-    seconds = torch.tensor([times[i] - times[first] for i in chosen])
-    wave = _sound(stream, name, origin, options) if with_audio else None
-    return Clip(torch.from_numpy(np.stack(frames)), seconds, wave, sized=True)
+        _refuse_image(stream, name)
+        if request.most_tokens is not None:
+            _refuse_long_video(stream, request)
+        times, rate = _times(stream, name, request.media.fps)
+        first, last = frame_range(times, rate, request.options, name)
+        indices = sample_indices(
+            last - first + 1, rate, request.media, request.options, first, name
+        )
+        frames = _sampled_frames(stream, indices, request)
+
+    seconds = torch.tensor([times[index] - times[first] for index in indices])
+    wave = _audio_of(stream, name, times[0], request.options) if with_audio else None
+    return Clip(frames, seconds, wave, sized=True)
+
+
+def _sampled_frames(stream: Any, indices: list[int], request: _Request) -> Tensor:
+    """Decode the frames at increasing indices -> uint8 [n, height, width, 3], resized."""
+    size = None
+    frames: list[np.ndarray] = []
+    for index, (frame, _) in enumerate(_frames(stream, request.name)):
+        if index == indices[len(frames)]:
+            image = upright(frame)
+            if size is None:  # the first frame decides
+                size = request.size_of(len(indices), image.height, image.width)
+            height, width = size
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            frames.append(np.asarray(image))
+        if len(frames) == len(indices):
+            break
+    return torch.from_numpy(np.stack(frames))
 
 
 @contextmanager
-def _opened(stream, name):
-    """The container in a stream. Raises UserError where it holds no video, and for frames that are
-    too large.
-    """
+def _opened(stream: Any, name: str) -> Iterator[Any]:
+    """The container in a stream. Raises UserError if it holds no video, or frames too large."""
     import av
 
-    limit = {"max_pixels": str(MOST_PIXELS)}  # before a decoder takes memory for them
+    limit = {"max_pixels": str(MOST_PIXELS)}  # checked before a decoder allocates memory
     stream.seek(0)
     with av.open(stream, options=limit) as container:
-        if not container.streams.video or container.format.name in TEXTS:
+        if not container.streams.video or container.format.name in TEXT_FORMATS:
             raise UserError(f"{name}: holds no video")
         codec = container.streams.video[0].codec_context
         if codec is None:
-            raise UserError(
-                f"{name}: its pictures are in a format that is not known here; save them as mp4 with h264"
-            )
+            raise UserError(f"{name}: no decoder is known for its frames; save it as mp4 with h264")
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
         yield container
 
 
-def _refuse_picture(stream, name) -> None:
-    """Raise UserError for a single picture. Pictures behind each other are a film, as some cameras
-    write it.
-    """
+def _refuse_image(stream: Any, name: str) -> None:
+    """Raise UserError for a single image. Some cameras store videos as concatenated images."""
     with _opened(stream, name) as container:
-        kind = container.format.name
-        if not (kind.endswith("_pipe") or kind in PICTURES):
+        format_name = container.format.name
+        if not format_name.endswith("_pipe") and format_name not in IMAGE_FORMATS:
             return
         packets = (packet for packet in container.demux(video=0) if packet.size)
         if len(list(islice(packets, 2))) < 2:
             raise UserError(f"{name}: is a picture; give it as image")
 
 
-def _require_likely_room(stream, name, media, cell, options, most_tokens) -> None:
-    """Raise UserError for a film that is far too long by its packets: decoding it only to refuse it
-    takes minutes.
+def _refuse_long_video(stream: Any, request: _Request) -> None:
+    """Raise UserError for a video that is far too long by its packets.
+
+    To decode it first and then refuse it would take minutes.
     """
-    with _opened(stream, name) as container:
+    times = []
+    with _opened(stream, request.name) as container:
         codec = container.streams.video[0].codec_context
-        times = sorted(
-            float(packet.pts * packet.time_base)
-            for packet in container.demux(video=0)
-            if packet.pts is not None
-        )
-    if len(times) < 2 or not times[-1] > times[0] or options.given(SAMPLING):
+        for packet in container.demux(video=0):
+            if packet.pts is not None:
+                times.append(float(packet.pts * packet.time_base))
+    times.sort()
+    if len(times) < 2 or not times[-1] > times[0] or request.options.given(SAMPLING):
         return
     rate = (len(times) - 1) / (times[-1] - times[0])
-    n = len(sample_indices(len(times), rate, media, options))
-    _require_room(n, (codec.height, codec.width), name, media, cell, options, most_tokens * LIKELY)
+    n = len(sample_indices(len(times), rate, request.media, request.options))
+    request.size_of(n, codec.height, codec.width, TOLERANCE)
 
 
-def _frames(stream, name) -> Iterator[tuple]:
-    """Every frame of the first video stream in the order they are shown, each with the header's
-    rate, or None.
-    """
+def _frames(stream: Any, name: str) -> Iterator[tuple]:
+    """Each frame of the first video stream in display order, with the header's rate or None."""
     with _opened(stream, name) as container:
         rate = container.streams.video[0].average_rate
-        yield from ((frame, rate) for frame in container.decode(video=0))
+        for frame in container.decode(video=0):
+            yield frame, rate
 
 
-def _times(stream, name, usual_rate) -> tuple[list[float], float]:
-    """When each frame is shown, in seconds of the file, rising, and how many there are per second.
+def _times(stream: Any, name: str, default_rate: float) -> tuple[list[float], float]:
+    """The increasing times in seconds at which the frames of a file are shown, and their rate.
 
-    Where the time falls back by more than FELL_BACK, the recording began anew: the new piece
-    follows the one before.
+    Where the time falls by more than FELL_BACK, a new recording begins; it is appended to the one
+    before.
     """
-    header = last_duration = None
-    times, shift, latest = [], 0.0, -inf
+    times: list[float] = []
+    header = default_rate
+    last_duration = 0.0
+    shift = 0.0
+    latest = -inf
     for frame, stream_rate in _frames(stream, name):
-        header = float(stream_rate or usual_rate)
+        header = float(stream_rate or default_rate)
         time = len(times) / header if frame.time is None else frame.time
-        last_duration = (
-            float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
-        )
+        last_duration = 0.0
+        if frame.duration and frame.time_base:
+            last_duration = float(frame.duration * frame.time_base)
         if time + shift < latest - FELL_BACK:
             shift = latest + 1 / header - time
         times.append(time + shift)
         latest = max(latest, times[-1])
     if not times:
         raise UserError(f"{name}: not one frame could be decoded")
-    # frames come in the order they are shown; avi files number them as they are stored
+    # Frames come in display order, but the times of avi files are in the order of storage.
     times.sort()
     return times, true_rate(times, last_duration, header)
 
 
-def upright(frame) -> Image.Image:
-    """A decoded frame -> RGB picture as players show it: turned and mirrored by its display matrix,
-    on white.
+def upright(frame: Any) -> Image.Image:
+    """A decoded frame -> RGB image as players show it: rotated and flipped by its display matrix.
+
+    Transparency is on white.
     """
-    has_alpha = frame.format.name == "pal8" or any(
-        part.is_alpha for part in frame.format.components
-    )
-    image = (
-        load_image(Image.fromarray(frame.to_ndarray(format="rgba")))
-        if has_alpha
-        else frame.to_image()
-    )
+    image = _to_image(frame)
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV lists none of them where one is of a type that it does not know
+    except ValueError:  # PyAV lists no side data where one entry has a type that it does not know
         return image.rotate(frame.rotation, expand=True)
     if matrix is None:
         return image
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[
-        :5
-    ].tolist()  # x, y are shown at a x + c y, b x + d y
+
+    # The pixel at x, y is shown at a x + c y, b x + d y.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         image = image.transpose(Image.Transpose.TRANSPOSE)
         a, d = c, b
@@ -491,12 +543,18 @@ def upright(frame) -> Image.Image:
     return image
 
 
-def _sound(stream, name, origin, options) -> Tensor | None:
-    """The sound track from video_start to video_end, float32 [samples] at 16 kHz; None where there
-    is none.
+def _to_image(frame: Any) -> Image.Image:
+    """A decoded frame -> RGB image as it is stored, transparency on white."""
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    if has_alpha or frame.format.name == "pal8":
+        return load_image(Image.fromarray(frame.to_ndarray(format="rgba")))
+    return frame.to_image()
 
-    Both are counted from the first frame of the film, which is shown at `origin` seconds of the
-    file.
+
+def _audio_of(stream: Any, name: str, origin: float, options: MediaOptions) -> Tensor | None:
+    """The audio track from video_start to video_end, float32 [samples] at 16 kHz; None if missing.
+
+    Both are counted from the first frame, which is shown at `origin` seconds of the file.
     """
     start = origin + max(0.0, options.video_start or 0.0)
     end = None if options.video_end is None else origin + options.video_end

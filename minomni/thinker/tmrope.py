@@ -1,116 +1,142 @@
-"""TMRoPE: every token's place in time, height and width (paper, sec. 2.2).
+"""TMRoPE: the position of every token in time, height and width (paper, sec. 2.2).
 
-A sequence is a row of segments: runs of text, markers, sounds, pictures, parts of videos. Each
-begins one after the largest id of the segment before it. Sound and text count t = h = w in steps of
-40 ms or one token; pictures stand still in time and count rows and columns; videos tick with the
-real time of their frames.
+A sequence consists of segments: text, markers, audio, images and parts of videos. Each segment
+starts one after the largest id of the segment before it. Text and audio count t = h = w in steps of
+one token, which is 40 ms of audio. The time of an image is constant, and its tokens count rows and
+columns. The time of a video follows the real time of its frames.
 """
 
-from itertools import zip_longest
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minomni.config import ThinkerConfig
 from minomni.errors import UserError
+from minomni.inputs.interleave import interleave, video_times
 from minomni.inputs.mel import num_audio_tokens
-from minomni.inputs.prompt import Inputs, chunk_bounds, video_times
+from minomni.inputs.patches import Grid
+from minomni.inputs.prompt import Inputs
+
+
+@dataclass
+class _Media:
+    """The media of a batch in reading order. The rows share the iterators: each takes its own."""
+
+    audio_lengths: Iterator[int]  # tokens of each audio
+    image_grids: Iterator[Grid]
+    videos: Iterator[tuple[Grid, Tensor]]  # grid (t, rows, columns) and seconds [t] of each video
 
 
 def position_ids(inputs: Inputs, config: ThinkerConfig) -> Tensor:
-    """Inputs of B rows -> position ids [3, B, L] (time, height, width); padding holds 1.
+    """Inputs of B rows -> position ids [3, B, L] (time, height, width). Padding has the id 1.
 
-    Whether a video carries its sound is read off its markers, so silent and sounding ones may mix.
-    Raises UserError where the markers and the media do not match.
+    The markers of a video tell whether it has an audio track, so a batch may mix both kinds. Raises
+    UserError if the placeholder tokens do not match the media.
     """
+    audio_lengths = [num_audio_tokens(mel.shape[-1]) for mel in inputs.mels]
+    videos = zip(inputs.video_grids, inputs.video_seconds, strict=False)
+    media = _Media(iter(audio_lengths), iter(inputs.image_grids), videos)
+
     ids = torch.ones(3, *inputs.input_ids.shape, dtype=torch.long)
-    sounds = iter([num_audio_tokens(mel.shape[-1]) for mel in inputs.mels])
-    images, videos = iter(inputs.image_grids), iter(zip(inputs.video_grids, inputs.video_seconds))
-    for row, (tokens, mask) in enumerate(
-        zip(inputs.input_ids.tolist(), inputs.attention_mask.bool())
-    ):
-        real = [token for token, there in zip(tokens, mask.tolist()) if there]
+    for row, mask in enumerate(inputs.attention_mask.bool()):
+        tokens = inputs.input_ids[row, mask].tolist()
         try:
-            ids[:, row, mask] = _row(real, sounds, images, videos, config)
+            ids[:, row, mask] = _row(tokens, media, config)
         except (StopIteration, IndexError, RuntimeError):
             raise UserError(
-                f"row {row}: the prompt's places for media do not match the media; build it with "
-                f"Processor"
+                f"row {row}: the placeholder tokens of the prompt do not match the media; build "
+                f"the prompt with Processor"
             ) from None
     return ids
 
 
-def _row(tokens: list[int], sounds, images, videos, config: ThinkerConfig) -> Tensor:
-    """Position ids [3, L] of one unpadded row; takes its media from the iterators."""
-    special, parts, at, start = config.tokens, [], 0, 0
+def _row(tokens: list[int], media: _Media, config: ThinkerConfig) -> Tensor:
+    """Position ids [3, L] of one unpadded row."""
+    segments: list[Tensor] = []
+    index = 0  # of the first token of the next segment
+    start = 0  # its position id
+    while index < len(tokens):
+        for segment in _next_segments(tokens, index, start, media, config):
+            segments.append(segment)
+            index += segment.shape[1]
+            start = _id_after(segment)
+    return torch.cat(segments, 1)
 
-    def add(segment: Tensor) -> None:
-        nonlocal at, start
-        parts.append(segment)
-        at, start = at + segment.shape[1], int(segment.max()) + 1
 
-    while at < len(tokens):
-        token = tokens[at]
-        if token == special.vision_bos and tokens[at + 1] == special.audio_bos:
-            grid, seconds = next(videos)
-            both = torch.full((3, 1), start)
-            parts += [both, both]  # the two opening markers share one id
-            at, start = at + 2, start + 1
-            for segment in audio_video_positions(start, grid, seconds, next(sounds), config):
-                add(segment)
-            both = torch.full((3, 1), start)
-            parts += [both, both]  # so do the two closing ones
-            at, start = at + 2, start + 1
-        elif token == special.audio:
-            add(text_positions(start, next(sounds)))
-        elif token == special.image:
-            add(image_positions(start, next(images), config))
-        elif token == special.video:
-            grid, seconds = next(videos)
-            add(video_positions(start, grid, seconds, config))
-        else:
-            add(text_positions(start, 1))  # text, one token at a time: the same ids as a run of it
-    return torch.cat(parts, 1)
+def _next_segments(
+    tokens: list[int], index: int, start: int, media: _Media, config: ThinkerConfig
+) -> list[Tensor]:
+    """The segments [3, n] of the item that begins at tokens[index], from position id `start` on."""
+    special = config.tokens
+    token = tokens[index]
+    if token == special.vision_bos and tokens[index + 1] == special.audio_bos:
+        grid, seconds = next(media.videos)
+        audio_tokens = next(media.audio_lengths)
+        # The two opening markers share one id, and so do the two closing markers.
+        opening = torch.full((3, 2), start)
+        body = audio_video_positions(start + 1, grid, seconds, audio_tokens, config)
+        closing = torch.full((3, 2), _id_after(body[-1]))
+        return [opening, *body, closing]
+    if token == special.audio:
+        return [text_positions(start, next(media.audio_lengths))]
+    if token == special.image:
+        return [image_positions(start, next(media.image_grids), config)]
+    if token == special.video:
+        grid, seconds = next(media.videos)
+        return [video_positions(start, grid, seconds, config)]
+    return [text_positions(start, 1)]  # one text token; a run of text gets the same ids this way
+
+
+def _id_after(segment: Tensor) -> int:
+    """Where the segment after this one [3, n] starts."""
+    return int(segment.max()) + 1
 
 
 def text_positions(start: int, n: int) -> Tensor:
-    """Text or sound: t = h = w = start, start + 1, ... -> [3, n]."""
+    """Text or audio: t = h = w = start, start + 1, ... -> [3, n]."""
     return torch.arange(start, start + n).expand(3, -1)
 
 
-def image_positions(start: int, grid, config: ThinkerConfig) -> Tensor:
-    """A picture: one moment, rows and columns of its merge cells -> [3, cells]."""
-    return _cells(start, torch.zeros(1, dtype=torch.long), grid, config)
+def image_positions(start: int, grid: Grid, config: ThinkerConfig) -> Tensor:
+    """An image: one time, and the rows and columns of its merge cells -> [3, cells]."""
+    times = torch.zeros(1, dtype=torch.long)
+    return _cells(start, times, grid, config)
 
 
-def video_positions(start: int, grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
-    """A video: grid step k at trunc(seconds[k] * 25), every step with the same rows and columns ->
-    [3, t * cells].
+def video_positions(start: int, grid: Grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
+    """A video: grid step k at time trunc(seconds[k] * 25) -> [3, t * cells].
+
+    Every step has the same rows and columns.
     """
-    return _cells(start, video_times(seconds, config.position_id_per_seconds).long(), grid, config)
+    times = video_times(seconds, config.position_id_per_seconds).long()
+    return _cells(start, times, grid, config)
 
 
 def audio_video_positions(
-    start: int, grid, seconds: Tensor, audio_tokens: int, config: ThinkerConfig
+    start: int, grid: Grid, seconds: Tensor, audio_tokens: int, config: ThinkerConfig
 ) -> list[Tensor]:
-    """Both tracks count from the same start and take turns in 2-second chunks, picture first ->
-    segments [3, n].
+    """A video with its audio track -> segments [3, n] in the order of interleave().
+
+    Both tracks count from the same start.
     """
-    picture, sound = (
-        video_positions(start, grid, seconds, config),
-        text_positions(start, audio_tokens),
-    )
-    per_chunk = config.seconds_per_chunk * config.position_id_per_seconds
-    times = video_times(seconds, config.position_id_per_seconds)
-    cells = picture.shape[1] // len(times)
-    pictures = [picture[:, a * cells : b * cells] for a, b in chunk_bounds(times, per_chunk)]
-    sounds = [sound[:, a:b] for a, b in chunk_bounds(torch.arange(audio_tokens), per_chunk)]
-    turns = [part for turn in zip_longest(pictures, sounds) for part in turn]
-    return [part for part in turns if part is not None and part.shape[1]]
+    video = video_positions(start, grid, seconds, config)
+    audio = text_positions(start, audio_tokens)
+    cells = video.shape[1] // len(seconds)
+
+    segments = []
+    for kind, begin, end in interleave(seconds, audio_tokens, config):
+        if kind == "video":
+            segments.append(video[:, begin * cells : end * cells])
+        else:
+            segments.append(audio[:, begin:end])
+    return segments
 
 
-def _cells(start, times, grid, config):
-    """Ids of t steps of merge cells, row-major inside a step -> [3, t * rows * columns]."""
-    rows, columns = (n // config.vision.spatial_merge_size for n in grid[1:])
-    axes = (times, torch.arange(rows), torch.arange(columns))
-    return start + torch.stack([x.flatten() for x in torch.meshgrid(*axes, indexing="ij")])
+def _cells(start: int, times: Tensor, grid: Grid, config: ThinkerConfig) -> Tensor:
+    """Ids of merge cells at the times [t], row-major inside a step -> [3, t * rows * columns]."""
+    rows = grid[1] // config.vision.spatial_merge_size
+    columns = grid[2] // config.vision.spatial_merge_size
+    axes = torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij")
+    return start + torch.stack([axis.flatten() for axis in axes])

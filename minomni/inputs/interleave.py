@@ -1,0 +1,61 @@
+"""The order of frames and audio in a video with an audio track (paper, sec. 2.2).
+
+Both tracks are cut every 2 seconds, and their chunks alternate, video first. This module is the one
+place of that rule: inputs/prompt.py lays out token ids by it and thinker/tmrope.py position ids.
+chat/user_turn.py applies it incrementally, while the two tracks are still arriving.
+"""
+
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from minomni.config import ThinkerConfig
+
+
+def video_times(seconds: Tensor, ids_per_second: int) -> Tensor:
+    """Seconds [t] of the grid steps -> their times in position ids [t], not yet truncated.
+
+    fp32 like the release.
+    """
+    return seconds.float() * ids_per_second
+
+
+def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
+    """Cut increasing times [n], in position ids, into chunks -> (begin, end) index pairs.
+
+    A new chunk begins where a time reaches the next multiple of ids_per_chunk. Each crossing raises
+    the threshold by one step only, even if a time jumps over several (release behavior). So a video
+    with steps longer than a chunk gets one chunk per grid step.
+    """
+    bounds = []
+    begin = 0
+    threshold = ids_per_chunk
+    for index, time in enumerate(times.tolist()):
+        if time >= threshold:
+            bounds.append((begin, index))
+            begin = index
+            threshold += ids_per_chunk
+    bounds.append((begin, len(times)))
+    return bounds
+
+
+def interleave(
+    seconds: Tensor, num_audio_tokens: int, config: ThinkerConfig
+) -> list[tuple[str, int, int]]:
+    """Seconds [t] of the grid steps and the number of audio tokens -> segments in sequence order.
+
+    A segment is (kind, begin, end). Indices of kind "video" count grid steps, each of which has
+    rows * columns tokens; indices of kind "audio" count audio tokens. No segment is empty. When one
+    track ends, the chunks of the other one follow each other.
+    """
+    ids_per_second = config.position_id_per_seconds
+    ids_per_chunk = config.seconds_per_chunk * ids_per_second
+    video_chunks = chunk_bounds(video_times(seconds, ids_per_second), ids_per_chunk)
+    audio_chunks = chunk_bounds(torch.arange(num_audio_tokens), ids_per_chunk)
+
+    segments = []
+    for video_chunk, audio_chunk in zip_longest(video_chunks, audio_chunks, fillvalue=(0, 0)):
+        segments.append(("video", *video_chunk))
+        segments.append(("audio", *audio_chunk))
+    return [(kind, begin, end) for kind, begin, end in segments if begin < end]
