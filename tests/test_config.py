@@ -18,7 +18,7 @@ import minomni
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import (
     IGNORED_KEYS,
-    USUAL,
+    LEGACY_DEFAULTS,
     plain,
     read_config,
     to_json,
@@ -175,7 +175,7 @@ def test_what_we_write_is_the_release_but_for_what_says_nothing():
                 yield key
 
     silent = set(differences(plain(to_json(QWEN7B)), RELEASE))
-    assert silent - set(USUAL) == {
+    assert silent - set(LEGACY_DEFAULTS) == {
         "architectures",
         "torch_dtype",
         "transformers_version",
@@ -206,7 +206,7 @@ def test_what_we_write_is_the_release_but_for_what_says_nothing():
         "output_hidden_states",
         "return_dict",
     }
-    assert silent - {"num_hidden_layers"} <= IGNORED_KEYS | set(USUAL)
+    assert silent - {"num_hidden_layers"} <= IGNORED_KEYS | set(LEGACY_DEFAULTS)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minomni.checkpoint.hf_config import BASE, CODEC_FOLDER, read_json, write_config, write_json
+from minomni.checkpoint.hf_config import (
+    CODEC_FOLDER,
+    MODEL_TYPE,
+    read_json,
+    write_config,
+    write_json,
+)
 from minomni.checkpoint.processor_files import (
     generation_ids,
     processor_settings,
@@ -183,7 +189,7 @@ def holds_model(folder: Path) -> bool:
         kind = read_json(folder / "config.json").get("model_type")
     except UserError:
         return False
-    return isinstance(kind, str) and kind.startswith(BASE)
+    return isinstance(kind, str) and kind.startswith(MODEL_TYPE)
 
 
 def holds_speech(folder: Path) -> bool:
