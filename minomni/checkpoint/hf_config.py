@@ -193,7 +193,7 @@ def read_config(folder: Path) -> OmniConfig:
     # Whatever was not read is found by writing the configuration and comparing.
     given.pop("codec_config", None)  # of older folders, checked by parse_codec
     written = normalize_hf_keys(plain(to_json(config)), file)
-    check_round_trip(given, written, where(file))
+    compare(given, written, where(file))
     return config
 
 
@@ -586,7 +586,7 @@ def image_settings(folder: Path) -> Section:
     return processor
 
 
-def check_round_trip(given: dict, written: dict, name: str) -> None:
+def compare(given: dict, written: dict, name: str) -> None:
     """Raise UserError naming the first given key that we would not write, or with another value."""
     for key, value in given.items():
         if key in IGNORED_KEYS:
@@ -599,7 +599,7 @@ def check_round_trip(given: dict, written: dict, name: str) -> None:
                 f"for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
-            check_round_trip(value, written[key], f"{name}, {key}")
+            compare(value, written[key], f"{name}, {key}")
         elif value != written[key]:
             raise UserError(
                 f"{name}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} "
