@@ -1,4 +1,4 @@
-# Short names for the commands; run.py does the work, with or without make.
+# Short names for the commands of run.py.
 PYTHON ?= python3
 
 .PHONY: run hear test

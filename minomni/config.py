@@ -1,34 +1,31 @@
-"""Every size of the model as data: one tree of frozen dataclasses, three literal rows, no defaults,
-no branches.
+"""Every size of the model as data: frozen dataclasses and one literal OmniConfig per model size.
 
-Axis legend, the same letters in every file of the package:
+There are no defaults and no branches. The axes have the same letters in every file of the package:
 
     B  batch rows              L  tokens of a sequence        D  model width
-    H  attention heads         F  mel frames (10 ms each)     T  time steps of whatever the line is about
+    H  attention heads         F  mel frames (10 ms each)     T  time steps, of any length
     N  patches, clips or tokens packed one after another      C  channels or codes
 
-Field names are the keys of the release's config.json, so reading one is a copy and not a
-translation. Time base, shared by all sizes: a mel frame is 10 ms, an audio token and a TMRoPE id 40
-ms, a listening block 2 s.
+Field names are the keys of the release's config.json, so that reading one is copying it. All sizes
+share the time base: a mel frame is 10 ms, an audio token and a TMRoPE id 40 ms, a block of the
+audio encoder 2 s.
 """
 
 import math
 from dataclasses import dataclass, fields, is_dataclass
 
 IGNORE_INDEX = -100  # the target that every cross-entropy skips, as in PyTorch
-LISTENING_RATE = 16_000  # Hz, what the ears and the codec hear
-MEL_RATE = 100  # mel frames per second on both the listening and the speaking side
+LISTENING_RATE = 16_000  # Hz, the sampling rate of the audio encoder's and the codec's input
+MEL_RATE = 100  # mel frames per second, of input and of generated speech
 
-
+# Bounds of a configuration that is read from a file.
 LARGEST = 2**24  # of any size: products of two stay far below 2**63
-MOST_LAYERS = 1024  # of any tower, so that a model is described in seconds
+MOST_LAYERS = 1024  # of any module, so that a model is built in seconds
 LONGEST_LIST = 32  # kernel sizes, rates, channels: one entry per convolution
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds: sizes that contradict each other never
-    build a model.
-    """
+    """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -51,11 +48,19 @@ def require_number(name: str, value, low: float, high: float) -> None:
     )
 
 
-def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...] = ()) -> None:
-    """Check every whole number of a config dataclass, lists included.
+def require_id(name: str, token: int, vocab_size: int) -> None:
+    """Raise ValueError unless a token id has an embedding."""
+    require(
+        token < vocab_size,
+        f"the token id {name} is {token}, expected one below vocab_size {vocab_size}",
+    )
 
-    Sizes are at least 1. `indexes` names the fields that count from 0, `layers` those that are a
-    number of layers.
+
+def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...] = ()) -> None:
+    """Check every whole number of a config dataclass, those in tuples included.
+
+    Sizes are at least 1. `indexes` names the fields that count from 0, `layers` the fields that are
+    a number of layers. Raises ValueError.
     """
     for field in fields(config):
         value = getattr(config, field.name)
@@ -64,21 +69,18 @@ def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...]
         if field.type is int:
             require_int(field.name, value, low, high)
         elif field.type is not float and not is_dataclass(value):
-            is_table = field.type == tuple[tuple[int, ...], ...]
-            require_list(
-                field.name, value, low, MOST_LAYERS if low == 0 else LONGEST_LIST, is_table
-            )
+            longest = MOST_LAYERS if field.name in indexes else LONGEST_LIST
+            nested = field.type == tuple[tuple[int, ...], ...]
+            require_list(field.name, value, low, longest, nested)
 
 
-def require_list(name: str, value, low: int, longest: int, of_lists: bool = False) -> None:
-    """Check a list of whole numbers, or of lists of them."""
-    require(
-        isinstance(value, tuple),
-        f"{name} is {value!r:.60}, expected a list{' of lists' * of_lists}",
-    )
+def require_list(name: str, value, low: int, longest: int, nested: bool = False) -> None:
+    """Raise ValueError unless the value is a tuple of whole numbers, or of tuples of them."""
+    kind = "a list of lists" if nested else "a list"
+    require(isinstance(value, tuple), f"{name} is {value!r:.60}, expected {kind}")
     require(len(value) <= longest, f"{name} has {len(value)} entries, expected at most {longest}")
     for entry in value:
-        if of_lists:
+        if nested:
             require_list(f"an entry of {name}", entry, low, longest)
         else:
             require_int(f"an entry of {name}", entry, low, LARGEST)
@@ -86,7 +88,7 @@ def require_list(name: str, value, low: int, longest: int, of_lists: bool = Fals
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the special tokens. The only place where one is spelled as a number."""
+    """Ids of the special tokens. No other place has them as numbers."""
 
     endoftext: int  # pads batches on the left
     im_start: int
@@ -100,14 +102,14 @@ class TokenIds:
     image: int  # placeholder, one per merged image cell
     video: int  # placeholder, one per merged video cell
     tts_text_start: int  # part of the release, used by nothing
-    tts_text_end: int  # tells the Talker that the text is over
-    tts_text_pad: int  # fed to the Talker for ever after
+    tts_text_end: int  # the Talker's input after the last text token
+    tts_text_pad: int  # the Talker's input at every step after that
 
     def __post_init__(self):
         require_sizes(self, indexes=tuple(field.name for field in fields(self)))
 
 
-TTS_TOKENS = ("tts_text_start", "tts_text_end", "tts_text_pad")  # of no use to a Thinker alone
+TTS_TOKENS = ("tts_text_start", "tts_text_end", "tts_text_pad")  # unused by a Thinker alone
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,16 @@ class AudioEncoderConfig:
     encoder_layers: int
     encoder_attention_heads: int
     encoder_ffn_dim: int
-    n_window: int  # half a listening block, in mel frames
+    n_window: int  # half an attention block, in mel frames
     max_source_positions: int
     output_dim: int
 
     def __post_init__(self):
         require_sizes(self, layers=("encoder_layers",))
+        heads = self.encoder_attention_heads
         require(
-            self.d_model % (2 * self.encoder_attention_heads) == 0,
-            f"audio d_model {self.d_model} must split into "
-            f"{self.encoder_attention_heads} heads of even size",
+            self.d_model % (2 * heads) == 0,
+            f"audio d_model {self.d_model} must split into {heads} heads of even size",
         )
 
 
@@ -148,18 +150,18 @@ class VisionEncoderConfig:
         require_sizes(self, indexes=("fullatt_block_indexes",), layers=("depth",))
         require(
             self.hidden_size % (4 * self.num_heads) == 0,
-            f"vision hidden_size {self.hidden_size} must split into "
-            f"{self.num_heads} heads of a size divisible by 4 (2-D rotary)",
+            f"vision hidden_size {self.hidden_size} must split into {self.num_heads} heads of a "
+            f"size divisible by 4 (2-D rotary)",
         )
         require(
             self.window_size % self.cell_size == 0,
-            f"window_size {self.window_size} must be a multiple of the "
-            f"merge cell of {self.cell_size} pixels",
+            f"window_size {self.window_size} must be a multiple of the merge cell of "
+            f"{self.cell_size} pixels",
         )
 
     @property
     def cell_size(self) -> int:
-        """Pixels along one side of a merge cell: what one visual token sees."""
+        """Pixels along one side of a merge cell, which becomes one visual token."""
         return self.patch_size * self.spatial_merge_size
 
     @property
@@ -182,9 +184,8 @@ class DecoderConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[
-        int, int, int
-    ]  # how many of the head_dim/2 angles follow time, height, width
+    # how many of the head_dim / 2 angles follow time, height, width
+    mrope_section: tuple[int, int, int]
 
     def __post_init__(self):
         require_sizes(self, indexes=("mrope_section",), layers=("num_hidden_layers",))
@@ -200,8 +201,8 @@ class DecoderConfig:
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            f"{self.num_attention_heads} query heads "
-            f"must share {self.num_key_value_heads} key/value heads evenly",
+            f"{self.num_attention_heads} query heads must share {self.num_key_value_heads} "
+            f"key/value heads evenly",
         )
 
 
@@ -212,32 +213,31 @@ class ThinkerConfig:
     text: DecoderConfig
     tokens: TokenIds
     position_id_per_seconds: int  # TMRoPE ids per second
-    seconds_per_chunk: int  # audio and video of one clip take turns in chunks of this length
-    tie_word_embeddings: bool  # the text head's weight is the embedding table
+    seconds_per_chunk: int  # of the chunks in which audio and video of a clip interleave
+    tie_word_embeddings: bool  # the text head shares the embedding's weight
 
     def __post_init__(self):
         for name in ("position_id_per_seconds", "seconds_per_chunk"):
             require_int(name, getattr(self, name), 1, 10_000)
-        width, rows = self.text.hidden_size, self.text.vocab_size
+        vocab_size = self.text.vocab_size
         for name, token in vars(self.tokens).items():
-            require(
-                token < rows or name in TTS_TOKENS,
-                f"the token id {name} is {token}, expected one below vocab_size {rows}",
-            )
+            if name not in TTS_TOKENS:
+                require_id(name, token, vocab_size)
+        width = self.text.hidden_size
         require(
             self.audio.output_dim == width,
             f"audio output_dim {self.audio.output_dim} must equal the Thinker's {width}",
         )
         require(
             self.vision.out_hidden_size == width,
-            f"vision out_hidden_size {self.vision.out_hidden_size} must "
-            f"equal the Thinker's {width}",
+            f"vision out_hidden_size {self.vision.out_hidden_size} must equal the Thinker's "
+            f"{width}",
         )
 
 
 @dataclass(frozen=True)
 class TalkerConfig:
-    embedding_size: int  # width of the Thinker, in which the codec embeddings live too
+    embedding_size: int  # width of the Thinker and of the code embeddings
     decoder: DecoderConfig
     codec_pad: int
     codec_bos: int
@@ -247,11 +247,12 @@ class TalkerConfig:
     def __post_init__(self):
         ids = ("codec_pad", "codec_bos", "codec_eos", "codec_mask")
         require_sizes(self, indexes=ids)
+        vocab_size = self.decoder.vocab_size
         for name in ids:
+            code = getattr(self, name)
             require(
-                getattr(self, name) < self.decoder.vocab_size,
-                f"the code {name} is {getattr(self, name)}, "
-                f"expected one below vocab_size {self.decoder.vocab_size}",
+                code < vocab_size,
+                f"the code {name} is {code}, expected one below vocab_size {vocab_size}",
             )
 
 
@@ -272,7 +273,7 @@ class DiTConfig:
     look_backward_layers: tuple[int, ...]
     rope_theta: float
     enc_emb_dim: int  # size of the speaker vector `cond`
-    enc_dim: int  # size of what ECAPA makes of the reference mel
+    enc_dim: int  # size of the ECAPA embedding of the reference mel
     enc_channels: tuple[int, ...]
     enc_kernel_sizes: tuple[int, ...]
     enc_dilations: tuple[int, ...]
@@ -290,13 +291,13 @@ class DiTConfig:
         require_number("rope_theta", self.rope_theta, 1, 1e12)
         require(
             self.repeats <= MEL_RATE,
-            f"repeats is {self.repeats}; a code is at most a second of {MEL_RATE} frames",
+            f"repeats is {self.repeats}, expected at most {MEL_RATE} frames (a second) per code",
         )
-        lists = (self.enc_channels, self.enc_kernel_sizes, self.enc_dilations)
+        lengths = {len(self.enc_channels), len(self.enc_kernel_sizes), len(self.enc_dilations)}
         require(
-            len(set(map(len, lists))) == 1 and len(self.enc_channels) > 2,
-            "enc_channels, enc_kernel_sizes and "
-            "enc_dilations must be of equal length, three or more",
+            len(lengths) == 1 and len(self.enc_channels) > 2,
+            "enc_channels, enc_kernel_sizes and enc_dilations must be of equal length, three or "
+            "more",
         )
         require(
             len(set(self.enc_channels[:-1])) == 1,
@@ -304,8 +305,8 @@ class DiTConfig:
         )
         require(
             self.enc_channels[0] % self.enc_res2net_scale == 0,
-            f"enc_channels {self.enc_channels} must split into "
-            f"enc_res2net_scale {self.enc_res2net_scale} groups",
+            f"enc_channels {self.enc_channels} must split into enc_res2net_scale "
+            f"{self.enc_res2net_scale} groups",
         )
         require(
             self.block_size % self.repeats == 0,
@@ -313,8 +314,8 @@ class DiTConfig:
         )
         require(
             self.enc_channels[-1] == sum(self.enc_channels[1:-1]),
-            f"the last of enc_channels {self.enc_channels} "
-            f"must be the sum of the ones between first and last",
+            f"the last of enc_channels {self.enc_channels} must be the sum of the ones between "
+            f"first and last",
         )
 
 
@@ -338,21 +339,21 @@ class BigVGANConfig:
             all(rate <= kernel for rate, kernel in zip(rates, kernels)),
             f"none of upsample_kernel_sizes {kernels} may be smaller than its rate of {rates}",
         )
+        sample_rate = MEL_RATE * math.prod(rates)
         require(
-            MEL_RATE * math.prod(rates) <= 768_000,
-            f"upsample_rates {rates} make {MEL_RATE * math.prod(rates)} "
-            f"samples a second, expected at most 768000",
+            sample_rate <= 768_000,
+            f"upsample_rates {rates} make {sample_rate} samples a second, expected at most 768000",
         )
+        channels = self.upsample_initial_channel
         require(
-            self.upsample_initial_channel >= 2 ** len(rates),
-            f"upsample_initial_channel "
-            f"{self.upsample_initial_channel} must be halved {len(rates)} times",
+            channels >= 2 ** len(rates),
+            f"upsample_initial_channel {channels} must be halved {len(rates)} times",
         )
-        blocks = self.resblock_dilation_sizes
+        kernels, dilations = self.resblock_kernel_sizes, self.resblock_dilation_sizes
         require(
-            len(self.resblock_kernel_sizes) == len(blocks) > 0,
-            f"resblock_kernel_sizes "
-            f"{self.resblock_kernel_sizes} and resblock_dilation_sizes {blocks} must be of equal length",
+            len(kernels) == len(dilations) > 0,
+            f"resblock_kernel_sizes {kernels} and resblock_dilation_sizes {dilations} must be of "
+            f"equal length",
         )
 
 
@@ -369,34 +370,35 @@ class Token2WavConfig:
 
     @property
     def sample_rate(self) -> int:
-        """Hz of the speech that comes out."""
+        """Sampling rate of the generated speech, in Hz."""
         return MEL_RATE * math.prod(self.bigvgan.upsample_rates)
 
     @property
     def codes_per_second(self) -> int:
+        """Codes per second of speech."""
         return MEL_RATE // self.dit.repeats
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Our speech tokenizer; the release has none. FSQ levels multiply to the number of codes."""
+    """Our speech tokenizer; the release has none. The product of the FSQ levels is num_codes."""
 
     mel_dim: int
     hidden_size: int
-    num_hidden_layers: int  # before the quantiser
+    num_hidden_layers: int  # before the quantizer
     num_attention_heads: int
     intermediate_size: int
     levels: tuple[int, ...]
     downsample: int  # mel frames per code, a power of two
-    block_frames: int  # mel frames that attend to each other: encoding streams block by block
-    ctc_vocab: int  # blank and letters
+    block_frames: int  # mel frames per attention block; encoding streams block by block
+    ctc_vocab: int  # the blank and the letters
 
     def __post_init__(self):
         require_sizes(self, layers=("num_hidden_layers",))
+        heads = self.num_attention_heads
         require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"the codec's hidden_size {self.hidden_size} must "
-            f"split into {self.num_attention_heads} heads",
+            self.hidden_size % heads == 0,
+            f"the codec's hidden_size {self.hidden_size} must split into {heads} heads",
         )
         require(
             self.downsample & (self.downsample - 1) == 0,
@@ -405,13 +407,14 @@ class CodecConfig:
 
     @property
     def num_codes(self) -> int:
+        """Size of the codebook."""
         return math.prod(self.levels)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     temperature: float  # 0 is greedy
-    top_k: int  # 0 keeps all; -1, as other programs write it, becomes 0
+    top_k: int  # 0 keeps all tokens; -1, as other programs write it, becomes 0
     top_p: float
     repetition_penalty: float
     max_new_tokens: int
@@ -431,10 +434,10 @@ class SamplingConfig:
 class FlowConfig:
     """How the DiT's differential equation is solved."""
 
-    points: int  # of the time grid; one more than intervals
+    points: int  # of the time grid, one more than its steps
     solver: str  # "rk4" or "euler"
-    guidance: float
-    sway: float
+    guidance: float  # scale of classifier-free guidance
+    sway: float  # coefficient of sway sampling, which shifts the time grid
 
     def __post_init__(self):
         require_int("points", self.points, 2, 1000)
@@ -447,8 +450,9 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Limits of what goes in. Pixels count whole pictures or frames, clip_max_pixels all frames of
-    a clip together.
+    """Limits of images, video frames and clips.
+
+    Pixels count a whole image or frame; clip_max_pixels counts all frames of a clip together.
     """
 
     image_min_pixels: int
@@ -459,7 +463,7 @@ class MediaConfig:
     fps: float
     min_frames: int
     max_frames: int
-    system_prompt: str  # put first where a conversation has none and speech is asked for
+    system_prompt: str  # added where a conversation has none and the reply is spoken
 
     def __post_init__(self):
         for low, high in (
@@ -480,52 +484,44 @@ class MediaConfig:
 @dataclass(frozen=True)
 class OmniConfig:
     thinker: ThinkerConfig
-    talker: TalkerConfig | None  # None, both of them, where the model answers in text alone
-    token2wav: Token2WavConfig | None
-    codec: CodecConfig | None  # the release ships none
+    talker: TalkerConfig | None  # None for a model that answers in text alone
+    token2wav: Token2WavConfig | None  # None where talker is None
+    codec: CodecConfig | None  # None for the release, which has none
     media: MediaConfig
     thinker_sampling: SamplingConfig
     talker_sampling: SamplingConfig
     flow: FlowConfig
 
     def __post_init__(self):
-        bands, colors = self.thinker.audio.num_mel_bins, self.thinker.vision.in_channels
-        half = self.thinker.audio.n_window
+        half_block = self.thinker.audio.n_window
         require(
-            half % 2 == 0,
-            f"n_window is {half}, expected an even number: tokens would straddle the blocks",
+            half_block % 2 == 0,
+            f"n_window is {half_block}, expected an even number: tokens would straddle the blocks",
         )
-        require(
-            bands == 128, f"num_mel_bins is {bands}, expected 128: that is how sound is prepared"
-        )
-        require(
-            colors == 3, f"in_channels is {colors}, expected 3: that is how pictures are prepared"
-        )
+        bands = self.thinker.audio.num_mel_bins
+        require(bands == 128, f"num_mel_bins is {bands}, expected 128 as in the input's mel")
+        channels = self.thinker.vision.in_channels
+        require(channels == 3, f"in_channels is {channels}, expected 3 (RGB)")
         if self.talker is None or self.token2wav is None:
             require(
-                self.talker is self.token2wav is self.codec is None,
-                "speech needs a Talker and Token2Wav: one of "
-                "them, or a codec, alone makes no sound",
+                self.talker is None and self.token2wav is None and self.codec is None,
+                "speech needs a Talker and Token2Wav: one of them, or a codec, is not enough",
             )
             return
         for name in TTS_TOKENS:
-            token, rows = getattr(self.thinker.tokens, name), self.thinker.text.vocab_size
-            require(
-                token < rows,
-                f"the token id {name} is {token}, expected one below vocab_size {rows}",
-            )
+            require_id(name, getattr(self.thinker.tokens, name), self.thinker.text.vocab_size)
         require(
             self.talker.embedding_size == self.thinker.text.hidden_size,
-            f"the Talker reads width "
-            f"{self.talker.embedding_size}, the Thinker writes {self.thinker.text.hidden_size}",
+            f"the Talker reads width {self.talker.embedding_size}, the Thinker writes "
+            f"{self.thinker.text.hidden_size}",
         )
         require(
             self.codec is None or self.codec.downsample == self.token2wav.dit.repeats,
-            "codec and DiT disagree on the mel frames of one code",
+            "codec and DiT disagree on the mel frames per code",
         )
         require(
             self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds,
-            "the codec has more codes than the DiT's table",
+            "the codec has more codes than the DiT has embeddings",
         )
 
 
@@ -651,8 +647,10 @@ QWEN7B = OmniConfig(
         fps=2.0,
         min_frames=4,
         max_frames=768,
-        system_prompt="You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable "
-        "of perceiving auditory and visual inputs, as well as generating text and speech.",
+        system_prompt=(
+            "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of "
+            "perceiving auditory and visual inputs, as well as generating text and speech."
+        ),
     ),
     thinker_sampling=SamplingConfig(
         temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=1024
@@ -953,6 +951,6 @@ SIZES = {"tiny": TINY, "small": SMALL, "qwen7b": QWEN7B}
 
 
 def size(name: str) -> OmniConfig:
-    """The configuration of a named size. Raises ValueError naming the sizes there are."""
+    """The configuration of a named size. Raises ValueError listing the names."""
     require(name in SIZES, f"unknown size {name!r}; the sizes are {', '.join(SIZES)}")
     return SIZES[name]

@@ -1,8 +1,7 @@
-"""What every file of a model folder must be before it is read: there, a regular file, of a
-believable size, itself.
+"""Checks of every file of a model folder before it is read: present, regular, of a plausible size.
 
 A device, a pipe or a file of /proc may have no end; a git-LFS pointer stands for a file that was
-never fetched.
+never downloaded.
 """
 
 import json
@@ -12,49 +11,47 @@ from pathlib import Path
 
 from minomni.errors import UserError, shorten
 
-# bytes; the release's tokenizer.json has 7 million. Python needs up to 25 times as much for it
+# Bytes. The release's tokenizer.json has 7 million; parsing needs up to 25 times a file's size.
 MOST_JSON = 32_000_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def quote(value: object, room: int = 80) -> str:
     """A value for an error message: its repr on one line, at most `room` characters."""
-    if (
-        isinstance(value, (list, tuple, dict)) and len(value) > room
-    ):  # do not spell a million entries
+    if isinstance(value, (list, tuple, dict)) and len(value) > room:
         return f"a {type(value).__name__} of {len(value)} entries"
-    return shorten(repr(value[: 2 * room] if isinstance(value, str) else value), room)
+    if isinstance(value, str):
+        value = value[: 2 * room]
+    return shorten(repr(value), room)
 
 
 def where(path: Path) -> str:
-    """A path for an error message: on one line, its begin and its end if it is long."""
+    """A path for an error message: on one line, its beginning and its end if it is long."""
     return shorten(path, 160)
 
 
 def check_file(path: Path, largest: int | None = None, advice: str = "copy it again") -> None:
-    """Raise UserError unless `path` is an ordinary file with something in it.
+    """Raise UserError unless `path` is a regular file that is not empty and no git-LFS pointer.
 
-    largest: bytes that it may have; advice: what to do where it is missing.
+    largest: most bytes that it may have; advice: what to do where it is missing.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a path with NUL in it
-        if os.path.islink(
-            path
-        ):  # False for a name that is too long, where path.is_symlink() raises
-            goal = shorten(os.readlink(path), 80)
-            raise UserError(
-                f"{where(path)}: is a link to {goal}, which is not there; {advice}"
-            ) from None
-        raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
-    if not stat.S_ISREG(found.st_mode):
+        if os.path.islink(path):  # path.is_symlink() would raise for a name that is too long
+            target = shorten(os.readlink(path), 80)
+            problem = f"is a link to {target}, which is not there"
+        else:
+            problem = f"cannot be read ({reason(error)})"
+        raise UserError(f"{where(path)}: {problem}; {advice}") from None
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{where(path)}: is no ordinary file; {advice}")
-    if not found.st_size:
+    if not status.st_size:
         raise UserError(f"{where(path)}: is empty; {advice}")
-    if largest is not None and found.st_size > largest:
+    if largest is not None and status.st_size > largest:
         raise UserError(
-            f"{where(path)}: has {found.st_size:,} bytes, expected at most {largest:,}; this is not the "
-            f"file that a model folder holds under this name"
+            f"{where(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; this is "
+            f"not the file that a model folder holds under this name"
         )
     try:
         pointer = is_pointer(path)
@@ -62,13 +59,13 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
         raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
     if pointer:
         raise UserError(
-            f"{where(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in its "
-            f"folder"
+            f"{where(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in "
+            f"its folder"
         )
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether git-LFS has left a pointer in place of the file. Raises OSError."""
+    """Whether a file is a git-LFS pointer to content that was not downloaded. Raises OSError."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -76,7 +73,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Why the system refuses a file, without the path, which may be long."""
+    """The system's reason for a failure, without the path, which may be long."""
     return getattr(error, "strerror", None) or quote(str(error))[1:-1]
 
 

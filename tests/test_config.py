@@ -1,5 +1,5 @@
-"""Sizes: all rows build, the released one counts to the parameter, config.json is read strictly and
-written back.
+"""Configurations: every size builds, QWEN7B has the released number of parameters, and config.json
+is read strictly and written back.
 """
 
 import ast
@@ -18,7 +18,7 @@ import minomni
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import (
     IGNORED_KEYS,
-    USUAL,
+    LEGACY_DEFAULTS,
     plain,
     read_config,
     to_json,
@@ -30,9 +30,8 @@ from minomni.errors import UserError
 from minomni.omni import Omni
 
 GOLDEN = Path(__file__).parent / "golden"
-RELEASE = json.loads(
-    (GOLDEN / "release_config.json").read_text()
-)  # as released: every key, every null
+# As released: every key, every null.
+RELEASE = json.loads((GOLDEN / "release_config.json").read_text())
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665ca7c\nsize 4967543752\n"
 VERSIONS = ("4.57.1", "5.24.0")  # of transformers, whose files make_golden_configs.py has kept
 
@@ -59,14 +58,11 @@ def test_every_size_builds_without_memory(name):
     with torch.device("meta"):
         omni = Omni(SIZES[name])
     assert all(p.is_meta for p in omni.parameters())
-    assert (
-        not list(omni.thinker.buffers())
-        + list(omni.talker.buffers())
-        + list(omni.token2wav.buffers())
-    )
+    for part in (omni.thinker, omni.talker, omni.token2wav):
+        assert not list(part.buffers())
 
 
-def test_release_counts_to_the_parameter():
+def test_release_has_the_known_number_of_parameters():
     with torch.device("meta"):
         omni = Omni(QWEN7B)
     counts = {
@@ -94,9 +90,8 @@ def test_released_config_is_the_released_row(tmp_path):
 def test_configs_saved_by_transformers(tmp_path, version):
     shutil.copy(GOLDEN / f"saved_by_{version}.json", tmp_path / "config.json")
     config = read_config(tmp_path)
-    assert dataclasses.replace(
-        config, talker_sampling=None, thinker_sampling=None
-    ) == dataclasses.replace(oracle.CONFIG, talker_sampling=None, thinker_sampling=None)
+    unsaved = {"talker_sampling": None, "thinker_sampling": None}
+    assert dataclasses.replace(config, **unsaved) == dataclasses.replace(oracle.CONFIG, **unsaved)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -108,7 +103,7 @@ def test_thinkers_saved_by_transformers(tmp_path, version):
 
 
 def test_sizes_of_the_3b(tmp_path):
-    """As third parties state them: another vocabulary, heads of another size, an angle section of
+    """As published by third parties: another vocabulary and head size, and an mrope_section with a
     zero.
     """
     text = dict(
@@ -120,9 +115,8 @@ def test_sizes_of_the_3b(tmp_path):
         num_key_value_heads=2,
     )
     data = changed("thinker_config", "text_config", **text)
-    data["thinker_config"]["audio_config"]["output_dim"] = data["thinker_config"]["vision_config"][
-        "out_hidden_size"
-    ] = 2048
+    data["thinker_config"]["audio_config"]["output_dim"] = 2048
+    data["thinker_config"]["vision_config"]["out_hidden_size"] = 2048
     rope = {"mrope_section": [16, 16, 0], "rope_type": "default", "type": "default"}
     data["talker_config"] |= dict(
         embedding_size=2048,
@@ -135,11 +129,7 @@ def test_sizes_of_the_3b(tmp_path):
     )
     config = read_config(written(tmp_path, data))
     assert config.thinker.text.head_dim == 128
-    assert config.talker.decoder.mrope_section == (
-        16,
-        16,
-        0,
-    )
+    assert config.talker.decoder.mrope_section == (16, 16, 0)
     with torch.device("meta"), weights.Empty():
         omni = Omni(config)
     assert omni.talker.model.embed_tokens.weight.shape == (8448, 2048)
@@ -157,7 +147,7 @@ def test_sizes_of_the_3b(tmp_path):
         (False, True, True),
     ],
 )
-def test_tied_words_are_said_in_either_place(tmp_path, in_thinker, in_text, tied):
+def test_tying_is_read_from_either_section(tmp_path, in_thinker, in_text, tied):
     data = changed("thinker_config", tie_word_embeddings=in_thinker)
     data["thinker_config"]["text_config"]["tie_word_embeddings"] = in_text
     config = read_config(written(tmp_path, data))
@@ -166,7 +156,7 @@ def test_tied_words_are_said_in_either_place(tmp_path, in_thinker, in_text, tied
     assert read_config(tmp_path) == config
 
 
-def test_what_we_write_is_the_release_but_for_what_says_nothing():
+def test_written_config_equals_the_release_but_for_ignored_keys():
     def differences(ours, release, path=()):
         for key, value in release.items():
             if key in ours and isinstance(value, dict):
@@ -174,8 +164,8 @@ def test_what_we_write_is_the_release_but_for_what_says_nothing():
             elif value is not None and (key not in ours or ours[key] != value):
                 yield key
 
-    silent = set(differences(plain(to_json(QWEN7B)), RELEASE))
-    assert silent - set(USUAL) == {
+    ignored = set(differences(plain(to_json(QWEN7B)), RELEASE))
+    assert ignored - set(LEGACY_DEFAULTS) == {
         "architectures",
         "torch_dtype",
         "transformers_version",
@@ -206,7 +196,7 @@ def test_what_we_write_is_the_release_but_for_what_says_nothing():
         "output_hidden_states",
         "return_dict",
     }
-    assert silent - {"num_hidden_layers"} <= IGNORED_KEYS | set(USUAL)
+    assert ignored - {"num_hidden_layers"} <= IGNORED_KEYS | set(LEGACY_DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +209,7 @@ def test_what_we_write_is_the_release_but_for_what_says_nothing():
         ("tie_encoder_decoder", True),
     ],
 )
-def test_usual_keys_mean_nothing_at_their_usual_values_alone(tmp_path, key, value):
+def test_legacy_keys_are_ignored_at_their_defaults_only(tmp_path, key, value):
     with pytest.raises(UserError, match=f"vision_config: unknown key '{key}'"):
         read_config(written(tmp_path, changed("thinker_config", "vision_config", **{key: value})))
 
@@ -230,7 +220,7 @@ def test_round_trip(config, tmp_path):
     assert read_config(tmp_path) == config
 
 
-def test_spelling_of_transformers_is_read(tmp_path):
+def test_keys_of_transformers_are_read(tmp_path):
     data = changed(
         "token2wav_config",
         "dit_config",
@@ -389,7 +379,7 @@ def test_bad_config_names_the_key(tmp_path, data, message):
     assert len(str(error.value)) <= 500
 
 
-def test_bad_files_name_themselves(tmp_path):
+def test_errors_name_the_bad_file(tmp_path):
     with pytest.raises(UserError, match="config.json: cannot be read"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -417,7 +407,7 @@ def test_bad_files_name_themselves(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-def test_what_has_no_end_is_not_read(tmp_path):
+def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match="config.json: is no ordinary file"):
         read_config(tmp_path)
@@ -431,13 +421,13 @@ def test_what_has_no_end_is_not_read(tmp_path):
         read_config(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_fault(tmp_path):
+def test_a_byte_order_mark_is_accepted(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(RELEASE).encode())
     assert read_config(tmp_path) == QWEN7B
 
 
 def test_speech_turned_off(tmp_path):
-    """Sizes of parts that are turned off are not looked at, and the rest is a Thinker alone."""
+    """Sizes of parts that are turned off are ignored, and the rest is a Thinker alone."""
     config = read_config(
         written(tmp_path, changed(enable_audio_output=False, talker_config={"hidden_size": 0}))
     )
@@ -477,9 +467,9 @@ def test_sampling_out_of_bounds(tmp_path, key, value, bounds):
 
 
 def test_top_k_of_minus_one_keeps_all():
-    assert dataclasses.replace(QWEN7B.talker_sampling, top_k=-1) == dataclasses.replace(
-        QWEN7B.talker_sampling, top_k=0
-    )
+    sampling = QWEN7B.talker_sampling
+    minus_one, zero = (dataclasses.replace(sampling, top_k=top_k) for top_k in (-1, 0))
+    assert minus_one == zero
 
 
 @pytest.mark.parametrize(
@@ -502,8 +492,8 @@ def test_settings_have_bounds_in_python_too(cls, default, key, value):
 
 
 def test_settings_beside_config_json(tmp_path):
-    """Absent ones are the released row's, partial or unknown ones are errors, the release's pixel
-    limits count.
+    """Absent settings are QWEN7B's, partial or unknown ones are errors, the release's pixel limits
+    are read.
     """
     written(tmp_path, RELEASE)
     written(tmp_path, {"_from_model_config": True}, "generation_config.json")
@@ -541,9 +531,9 @@ def test_settings_beside_config_json(tmp_path):
         read_config(tmp_path)
 
 
-def test_picture_limits_and_media_of_a_processor_saved_by_transformers(tmp_path):
-    """Version 4 spells limits as a size; version 5 puts everything into another file, our own
-    settings too.
+def test_image_limits_and_media_of_a_processor_saved_by_transformers(tmp_path):
+    """Version 4 writes the limits as a size; version 5 writes all settings, ours included, into
+    another file.
     """
     written(tmp_path, RELEASE)
     size = {"shortest_edge": 6272, "longest_edge": 125_440}
@@ -559,40 +549,31 @@ def test_picture_limits_and_media_of_a_processor_saved_by_transformers(tmp_path)
     assert read_config(tmp_path).media == dataclasses.replace(QWEN7B.media, image_max_pixels=62_720)
 
 
-def test_no_model_file_knows_a_size():
-    """Names and strings (documentation aside) of the model's code, word by word: none is the name
-    of a size.
-    """
+def test_no_model_file_names_a_size():
+    """No identifier or string of the model's code, docstrings aside, names a size."""
     package = Path(minomni.__file__).parent
     names = ("layers", "decoder", "sampling", "omni", "checkpoint/weights")
     files = [package / f"{name}.py" for name in names]
-    files += [
-        file
-        for part in ("thinker", "talker", "token2wav")
-        for file in (package / part).glob("*.py")
-    ]
+    for part in ("thinker", "talker", "token2wav"):
+        files += (package / part).glob("*.py")
     assert len(files) > 12
-    found = [
-        (file.name, word)
-        for file in files
-        for word in spoken_words(ast.parse(file.read_text()))
-        if word in SIZES
-    ]
-    assert not found
+    for file in files:
+        assert not set(SIZES) & set(words_in(ast.parse(file.read_text()))), file.name
 
 
-def spoken_words(tree: ast.AST):
-    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+def words_in(tree: ast.AST):
+    """The words of all identifiers and strings, docstrings aside, in lower case."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module")]
-        if isinstance(node, ast.Constant) and id(node) not in documents:
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
             names.append(node.value)
         for name in names:
             if isinstance(name, str):
                 yield from re.split(r"[^a-z0-9]+", name.lower())
 
 
-def test_the_scan_would_see_a_branch():
-    assert "tiny" in set(spoken_words(ast.parse("if config is TINY_ROW: pass")))
+def test_the_scan_finds_a_size():
+    assert "tiny" in set(words_in(ast.parse("if config is TINY_ROW: pass")))
     assert isinstance(QWEN7B, OmniConfig)
     assert set(SIZES) == {"tiny", "small", "qwen7b"}

@@ -1,4 +1,4 @@
-"""run.py: what it installs, runs and hands on, without installing or training anything here."""
+"""run.py: what it installs and runs and which exit code it returns; nothing is really installed."""
 
 import ast
 import os
@@ -31,8 +31,9 @@ def pins(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A repository of requirements alone, and every call that run.py makes, answered with exit code
-    0.
+    """Run run.py in a folder of requirements alone -> exit code, commands, environments.
+
+    Every subprocess call is recorded and answered with exit code 0.
     """
     for name in ("requirements.txt", "requirements-dev.txt"):
         (tmp_path / name).write_text(f"{name}-package==1.0  # a reason\n", encoding="utf-8")
@@ -86,7 +87,7 @@ def test_second_call_starts_at_once(machine):
     assert machine()[1] == ["-m minomni chat --samples"]
 
 
-def test_hearing_trains_nothing(machine):
+def test_hear_trains_nothing(machine):
     code, (install, chat), _ = machine("hear")
     shipped = Path("data_samples") / "tiny"
     assert code == 0
@@ -115,7 +116,7 @@ def test_changed_requirements_install_again(machine):
         assert machine("test")[1][0].startswith("-m pip install")
 
 
-def test_failures_are_handed_on(machine):
+def test_exit_codes_are_returned(machine):
     with pytest.raises(SystemExit) as stopped:
         machine(answers=[3])
     assert stopped.value.code == 3  # pip's
@@ -134,14 +135,14 @@ def test_here_installs_only_what_is_missing(machine):
     assert not (machine.folder / ".venv").exists()
 
 
-def test_old_pythons_are_told(monkeypatch):
+def test_old_pythons_are_refused(monkeypatch):
     monkeypatch.setattr(run.sys, "version_info", (3, 10, 4))
     with pytest.raises(SystemExit, match="needs Python 3.11 or newer; this is 3.10"):
         run.main()
 
 
 def test_run_needs_nothing_installed():
-    """With no site-packages at all, --help still works."""
+    """Without any site-packages, --help still works."""
     shown = subprocess.run(
         [sys.executable, "-I", "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True
     )
@@ -157,8 +158,8 @@ def test_every_pin_has_a_reason_and_torch_is_exact():
 
 
 def imports(folder: str) -> set[str]:
-    """Top-level names that a folder's Python files import from outside the standard library and the
-    repository.
+    """The top-level packages that a folder's Python files import, without the standard library and
+    the repository's own.
     """
     names = set()
     for path in (ROOT / folder).rglob("*.py"):
@@ -172,12 +173,11 @@ def imports(folder: str) -> set[str]:
 
 
 def test_every_import_is_pinned():
-    """What the package imports is in requirements.txt, what the tests add in requirements-dev.txt."""
+    """The package needs requirements.txt alone, the tests also requirements-dev.txt."""
     files = "requirements.txt", "requirements-dev.txt"
     wanted, more = ({IMPORTED_AS.get(name, name) for name in pins(file)} for file in files)
-    assert imports("minomni") <= wanted | {
-        "IPython"
-    }  # IPython comes with ipykernel, and only notebooks import it
+    # IPython comes with ipykernel, and only notebooks import it.
+    assert imports("minomni") <= wanted | {"IPython"}
     # torchvision comes with the transformers that test_export.py installs apart; qwen_omni_utils is
-    # asked by hand only.
+    # used by hand only.
     assert imports("tests") <= wanted | more | {"torchvision", "qwen_omni_utils"}

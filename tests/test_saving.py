@@ -1,6 +1,4 @@
-"""A model is saved whole or not at all, loses nothing on the way, and destroys nothing that is not
-a model.
-"""
+"""Saving writes a whole model or nothing, loses nothing, and deletes nothing but models."""
 
 import dataclasses
 import json
@@ -45,9 +43,9 @@ def omni():
 
 @pytest.fixture
 def folder(omni, tmp_path):
-    """It, saved; alone in its parent folder."""
-    minomni.save(omni, tmp_path / "room" / "model")
-    return tmp_path / "room" / "model"
+    """The model saved, alone in its parent folder."""
+    minomni.save(omni, tmp_path / "parent" / "model")
+    return tmp_path / "parent" / "model"
 
 
 def same_tensors(a, b) -> bool:
@@ -66,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refuse(omni, target, *parts: str) -> None:
-    """Saving must name what was given and each part, in one line."""
+    """Saving raises one line that holds the target and each of `parts`."""
     with pytest.raises(UserError) as error:
         minomni.save(omni, target)
     message = str(error.value)
@@ -76,22 +74,21 @@ def refuse(omni, target, *parts: str) -> None:
         assert part in message, message
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the codec
-def test_codec_lies_in_a_folder_of_its_own(omni, folder):
+def test_codec_has_a_folder_of_its_own(omni, folder):
     assert same_tensors(weights.load(folder), omni)
     assert weights.load(folder).config == omni.config
     top = load_file(folder / "model.safetensors")
     assert {name.split(".")[0] for name in top} == {"thinker", "talker", "token2wav"}
-    assert {name.split(".")[0] for name in load_file(folder / "codec" / "model.safetensors")} == {
-        "codec"
-    }
+    codec = load_file(folder / "codec" / "model.safetensors")
+    assert {name.split(".")[0] for name in codec} == {"codec"}
     assert "codec_config" not in json.loads((folder / "config.json").read_text())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_codec_of_an_older_folder_is_read(omni, folder):
-    """There its tensors lay among the others, and its sizes were in config.json."""
+    """Its tensors are among the others there, and its sizes in config.json."""
     old_layout(folder)
     old = weights.load(folder)
     assert same_tensors(old, omni)
@@ -102,13 +99,13 @@ def test_codec_of_an_older_folder_is_read(omni, folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such rights on Windows")
-def test_whoever_may_read_one_file_may_read_all(folder):
-    assert {file.stat().st_mode for file in folder.rglob("*") if file.is_file()} == {
-        (folder / "config.json").stat().st_mode
-    }
+def test_all_files_have_the_same_permissions(folder):
+    modes = {file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
+    assert modes == {(folder / "config.json").stat().st_mode}
 
 
 def old_layout(folder: Path) -> None:
+    """Move the codec into the files of the other parts, as older versions stored it."""
     codec, config = folder / "codec", json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors") | load_file(codec / "model.safetensors")
     config["codec_config"] = json.loads((codec / "config.json").read_text())
@@ -119,8 +116,8 @@ def old_layout(folder: Path) -> None:
 
 def test_a_broken_codec_folder_is_named(folder):
     config = json.loads((folder / "codec" / "config.json").read_text())
-    (folder / "codec" / "config.json").write_text(json.dumps(config | {"colour": 3}))
-    with pytest.raises(UserError, match="codec.config.json: unknown key 'colour'"):
+    (folder / "codec" / "config.json").write_text(json.dumps(config | {"color": 3}))
+    with pytest.raises(UserError, match="codec.config.json: unknown key 'color'"):
         weights.load(folder)
     (folder / "codec" / "config.json").write_text(json.dumps({**config, "levels": "many"}))
     with pytest.raises(UserError, match="codec.config.json: 'levels' is 'many'"):
@@ -134,20 +131,18 @@ def test_a_broken_codec_folder_is_named(folder):
         weights.load(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # round trips
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
-    """Thinker and Talker in any precision and in several files, the voice in fp32."""
+    """Thinker and Talker in any precision and in several files, Token2Wav in fp32."""
     first = Omni(TINY).eval()
     first.load_state_dict(omni.state_dict())
     first.thinker.to(dtype), first.talker.to(dtype)
     first.voices, first.tokenizer = omni.voices, omni.tokenizer
     weights.save(first, tmp_path / "one", shard_bytes=3_000_000)
-    assert (
-        json.loads((tmp_path / "one" / "config.json").read_text())["torch_dtype"]
-        == str(dtype).split(".")[1]
-    )
+    settings = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert settings["torch_dtype"] == str(dtype).split(".")[1]
     once = weights.load(tmp_path / "one")
     weights.save(once, tmp_path / "two", shard_bytes=3_000_000)
     twice = weights.load(tmp_path / "two")
@@ -158,26 +153,22 @@ def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_half_model_is_stored_half_and_speaks_in_full(omni, tmp_path):
-    """All of it is stored in 16 bits; what load() gives is fp32 where a voice is made, with the
-    rounded numbers.
-    """
+def test_a_float16_model_loads_with_speech_in_fp32(omni, tmp_path):
+    """All of it is stored in 16 bits; Token2Wav and codec are loaded in fp32, as rounded."""
     half = Omni(TINY).eval()
     half.load_state_dict(omni.state_dict())
     half.half()
     minomni.save(half, tmp_path / "half")
     stored = load_file(tmp_path / "half" / "model.safetensors")
-    assert {tensor.dtype for name, tensor in stored.items() if name != saving.DIT_ANGLES} == {
-        torch.float16
-    }
-    again, rounded = weights.load(tmp_path / "half"), half.state_dict()
-    assert {
-        part: next(again.get_submodule(part).parameters()).dtype
-        for part in ("thinker", "token2wav", "codec")
-    } == {"thinker": torch.float16, "token2wav": torch.float32, "codec": torch.float32}
-    assert all(
-        torch.equal(tensor.half(), rounded[name]) for name, tensor in again.state_dict().items()
-    )
+    stored.pop(saving.DIT_ANGLES)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    again = weights.load(tmp_path / "half")
+    assert next(again.thinker.parameters()).dtype == torch.float16
+    assert next(again.token2wav.parameters()).dtype == torch.float32
+    assert next(again.codec.parameters()).dtype == torch.float32
+    rounded = half.state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor.half(), rounded[name])
 
 
 def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
@@ -191,14 +182,13 @@ def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # three pairs in a block
 def two_pairs() -> Omni:
-    """A model of tiny's size but for its vocoder's blocks, with numbers in all its tensors."""
+    """A tiny model with two pairs in each block of the vocoder, none of them zero."""
     bigvgan = dataclasses.replace(TINY.token2wav.bigvgan, resblock_dilation_sizes=((1, 2), (1, 2)))
-    model = Omni(
-        dataclasses.replace(TINY, token2wav=dataclasses.replace(TINY.token2wav, bigvgan=bigvgan))
-    ).eval()
+    token2wav = dataclasses.replace(TINY.token2wav, bigvgan=bigvgan)
+    model = Omni(dataclasses.replace(TINY, token2wav=token2wav)).eval()
     oracle.fill(model.token2wav.state_dict())
     return model
 
@@ -213,9 +203,8 @@ def test_a_third_pair_of_zeros_changes_no_bit():
         whole = vocoder(mel)
         assert whole.std() > 0.01
         assert torch.equal(wider(mel), whole)
-        assert (
-            wider.context_frames == vocoder.context_frames
-        )  # streamed, it waits for no more of the mel, and cuts it alike
+        # A stream waits for the same number of mel frames and has the same chunks.
+        assert wider.context_frames == vocoder.context_frames
         streams = VocoderStream(vocoder), VocoderStream(wider)
         for begin in range(0, 90, 15):
             pieces = [stream.feed(mel[:, :, begin : begin + 15], begin == 75) for stream in streams]
@@ -234,21 +223,18 @@ def test_a_pair_that_is_not_zero_is_run():
     assert not torch.equal(new(mel), before)
 
 
-def test_a_size_trained_anew_begins_with_numbers_in_all_pairs():
+def test_a_new_model_has_nonzero_weights_in_all_pairs():
     vocoder = Omni(TINY).token2wav.code2wav_bigvgan_model
-    assert all(
-        len(block.convs2) == 3 and all(conv.weight.any() for conv in block.convs2)
-        for block in vocoder.resblocks
-    )
+    for block in vocoder.resblocks:
+        assert len(block.convs2) == 3
+        assert all(conv.weight.any() for conv in block.convs2)
 
 
 # --------------------------------------------------------------------------------------------------
-# files of other people
+# foreign files
 @pytest.fixture
 def official(omni, tmp_path) -> Path:
-    """A folder as the release's: with files that load() does not need, in a cache of links as a hub
-    client makes it.
-    """
+    """A folder like the release's, with files that load() does not need, in a hub cache."""
     blobs, folder = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "5e1f"
     minomni.save(omni, blobs)
     (blobs / "README.md").write_text("a model")
@@ -275,7 +261,7 @@ def official(omni, tmp_path) -> Path:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
-def test_what_else_a_loaded_folder_holds_is_kept(official, tmp_path):
+def test_foreign_files_of_the_loaded_folder_are_kept(official, tmp_path):
     model = weights.load(official)
     assert model.loaded_from == official
     minomni.save(model, tmp_path / "mine")
@@ -289,13 +275,11 @@ def test_what_else_a_loaded_folder_holds_is_kept(official, tmp_path):
         "vocab.json",
     ):
         assert mine[name] == (official / name).read_bytes()
-    assert (
-        not {"merged.bin", "chat_template.jinja"} & mine.keys()
-    )  # other weights, and a second template
+    assert "merged.bin" not in mine  # other weights
+    assert "chat_template.jinja" not in mine  # a second template
     assert not any(path.is_symlink() for path in (tmp_path / "mine").rglob("*"))
-    generation, media = (
-        json.loads(mine[f"{name}_config.json"]) for name in ("generation", "preprocessor")
-    )
+    generation = json.loads(mine["generation_config.json"])
+    media = json.loads(mine["preprocessor_config.json"])
     assert generation["eos_token_id"] == [482, 480]
     assert generation["do_sample"]
     assert "thinker" in generation
@@ -303,7 +287,7 @@ def test_what_else_a_loaded_folder_holds_is_kept(official, tmp_path):
     assert media["resample"] == 3
     assert media["patch_size"] == 14
     assert same_tensors(weights.load(tmp_path / "mine"), model)
-    minomni.save(model, tmp_path / "mine")  # its README.md is no stranger's
+    minomni.save(model, tmp_path / "mine")  # its README.md came from the loaded folder
     assert contents(tmp_path / "mine") == mine
 
 
@@ -313,10 +297,8 @@ def test_settings_of_the_model_win_over_those_of_the_loaded_folder(official, tmp
     model.config = dataclasses.replace(model.config, media=media)
     minomni.save(model, tmp_path / "mine")
     assert weights.load(tmp_path / "mine").config.media == media
-    assert (
-        json.loads((tmp_path / "mine" / "preprocessor_config.json").read_text())["max_pixels"]
-        == 9_408
-    )
+    settings = json.loads((tmp_path / "mine" / "preprocessor_config.json").read_text())
+    assert settings["max_pixels"] == 9_408
 
 
 def test_another_tokenizer_gets_files_of_its_own(official, tmp_path):
@@ -331,7 +313,7 @@ def test_another_tokenizer_gets_files_of_its_own(official, tmp_path):
     assert weights.load(tmp_path / "mine").tokenizer.merges == model.tokenizer.merges
 
 
-def test_all_is_kept_where_the_loaded_folder_itself_is_replaced(folder):
+def test_everything_is_kept_when_saving_over_the_loaded_folder(folder):
     (folder / "README.md").write_text("mine")
     (folder / ".cache" / "hub").mkdir(parents=True)
     (folder / ".cache" / "hub" / "state").write_text("theirs")
@@ -352,7 +334,7 @@ def test_a_loaded_folder_may_be_gone(folder, tmp_path):
     assert same_tensors(weights.load(tmp_path / "again"), model)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # targets
 def test_an_older_model_is_replaced(folder, omni):
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"an old shard")
@@ -364,17 +346,18 @@ def test_an_older_model_is_replaced(folder, omni):
 
 @pytest.mark.parametrize("name", ["letters.doc", ".git", "codec2"])
 def test_a_folder_with_anything_else_is_refused(folder, omni, name):
-    (folder / name).mkdir() if name != "letters.doc" else (folder / name).write_text(
-        "years of work"
-    )
+    if name == "letters.doc":
+        (folder / name).write_text("years of work")
+    else:
+        (folder / name).mkdir()
     before = contents(folder)
     refuse(omni, folder, f"holds '{name}', which saving would delete")
     assert contents(folder) == before
     assert (folder / name).exists()
 
 
-def test_weights_of_others_are_not_the_model_s(omni, folder, tmp_path):
-    """A lone adapter, a codec folder with notes, and an adapter beside a model."""
+def test_foreign_weights_are_not_part_of_the_model(omni, folder, tmp_path):
+    """An adapter alone, a codec folder with notes, and an adapter beside a model."""
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "my_lora.safetensors").write_bytes(b"weights")
     refuse(omni, tmp_path / "lora", "holds something that is no model")
@@ -413,7 +396,7 @@ def test_the_history_of_a_model_stays_with_it(omni, folder):
 
 
 @pytest.mark.parametrize("target", ["a\0b", "n" * 300, "", None, 5])
-def test_names_that_cannot_be_are_one_line(omni, target, tmp_path, monkeypatch):
+def test_impossible_paths_are_one_line_errors(omni, target, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
         minomni.save(omni, target)
@@ -440,12 +423,8 @@ def test_devices_pipes_and_links_are_refused(omni, tmp_path):
     refuse(omni, tmp_path / "to a file", "is a file")
     (tmp_path / "to nothing").symlink_to("nowhere")
     refuse(omni, tmp_path / "to nothing", "is a link to", "which does not exist")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "pipe",
-        "poem.txt",
-        "to a file",
-        "to nothing",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["pipe", "poem.txt", "to a file", "to nothing"]
     refuse(omni, tmp_path / ("long" * 70), "cannot be saved there")
 
 
@@ -479,7 +458,7 @@ def test_a_failed_save_leaves_the_old_model(folder, omni, monkeypatch, error):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_failed_rename_brings_the_old_model_back(folder, omni, monkeypatch):
+def test_a_failed_rename_restores_the_old_model(folder, omni, monkeypatch):
     before, rename = contents(folder), Path.rename
 
     def busy(self, target):
@@ -493,7 +472,7 @@ def test_a_failed_rename_brings_the_old_model_back(folder, omni, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the processor
 CONVERSATIONS = [
     [{"role": "user", "content": "a\n b "}],
@@ -533,11 +512,11 @@ CONVERSATIONS = [
     ids=str,
 )
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=len)
-def test_the_chat_template_says_what_we_say(messages, options):
+def test_the_chat_template_equals_render(messages, options):
     jinja2 = pytest.importorskip("jinja2", reason="transformers renders chat templates with it")
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
-    said = template.render(messages=messages, **{"add_generation_prompt": True} | options)
-    assert said == render(messages, **options)
+    text = template.render(messages=messages, **{"add_generation_prompt": True} | options)
+    assert text == render(messages, **options)
 
 
 def test_special_tokens_keep_their_numbers_in_every_file(folder):

@@ -1,5 +1,5 @@
-"""Checkpoint folders: official ones load as they are, ours come back as they were, broken ones are
-refused by name.
+"""Model folders: official ones load unchanged, ours round-trip, broken ones are refused with an
+error that names the file.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def omni():
 
 @pytest.fixture(scope="module")
 def saved(omni, tmp_path_factory):
-    """It, saved in several shards. Copy before changing anything."""
+    """The model saved in several shards. Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("models") / "saved"
     weights.save(omni, folder, shard_bytes=2_000_000)
     return folder
@@ -49,7 +49,7 @@ def saved(omni, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy to break."""
+    """A copy of the saved folder, free to be changed."""
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
@@ -67,7 +67,7 @@ def reindex(folder: Path, **changes) -> None:
 
 
 def edit(folder: Path, change) -> None:
-    """Change the tensors of the folder's one file (a folder of one file has no index)."""
+    """Merge the folder into one file without an index, with its tensors changed."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -87,9 +87,9 @@ def refuse(folder: Path, *messages: str) -> str:
     return str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # round trips
-def test_saved_folder_comes_back(omni, saved):
+def test_saved_folder_round_trips(omni, saved):
     again = weights.load(saved)
     assert same_tensors(again, omni)
     assert again.config == omni.config
@@ -99,13 +99,12 @@ def test_saved_folder_comes_back(omni, saved):
         assert again.voices[name].bos_token == voice.bos_token
         assert torch.equal(again.voices[name].cond, voice.cond)
         assert torch.equal(again.voices[name].ref_mel, voice.ref_mel)
-    assert again.tokenizer.encode("the blue circle<|im_end|>") == omni.tokenizer.encode(
-        "the blue circle<|im_end|>"
-    )
+    text = "the blue circle<|im_end|>"
+    assert again.tokenizer.encode(text) == omni.tokenizer.encode(text)
     assert all(p.requires_grad and not p.is_meta for p in again.parameters())
 
 
-def test_requested_precision_spares_the_voice(saved):
+def test_requested_dtype_leaves_token2wav_in_fp32(saved):
     model = weights.load(saved, dtype=torch.bfloat16)
     kinds = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
     assert kinds == {
@@ -119,8 +118,8 @@ def test_requested_precision_spares_the_voice(saved):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="everything is copied on Windows")
-def test_tensors_are_the_files_themselves(folder):
-    """They lie in memory as in the file; writing to them leaves the file as it was."""
+def test_tensors_are_mapped_from_the_files(folder):
+    """Their offsets in memory are those of the file; writing to them leaves the file unchanged."""
     model = weights.load(folder)
     ours = model.state_dict()
     for file in folder.glob("*.safetensors"):
@@ -142,24 +141,22 @@ def test_tensors_are_the_files_themselves(folder):
 
 
 def test_a_model_outlives_its_folder(folder, omni):
-    """Saved over the folder that it was loaded from, and with the folder gone, it is what it was."""
+    """Saving over the folder that it was loaded from, or deleting that, changes no tensor."""
     model = weights.load(folder)
     weights.save(model, folder, shard_bytes=3_000_000)
     assert same_tensors(model, omni)
     assert same_tensors(weights.load(folder), omni)
-    said = model.generate(oracle.inputs("mixed"), "Ethan")
+    before = model.generate(oracle.inputs("mixed"), "Ethan")
     weights.save(model, folder)
     shutil.rmtree(folder)
-    again = model.generate(oracle.inputs("mixed"), "Ethan")
-    assert said.tokens == again.tokens
-    assert torch.equal(said.waves[0], again.waves[0])
+    after = model.generate(oracle.inputs("mixed"), "Ethan")
+    assert before.tokens == after.tokens
+    assert torch.equal(before.waves[0], after.waves[0])
     assert same_tensors(model, omni)
 
 
-def test_loading_draws_no_numbers(folder):
-    """What random numbers on meta need takes torch two seconds to import, and every start of the
-    program would pay.
-    """
+def test_loading_draws_no_random_numbers(folder):
+    """Random numbers on the meta device would cost two seconds of imports at every start."""
     code = f"""
 import sys, torch
 from minomni.checkpoint import weights
@@ -170,25 +167,21 @@ assert torch.equal(state, torch.get_rng_state()) and "torch._dynamo" not in sys.
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_tensors_that_lie_askew_are_copied(saved, tmp_path):
-    """A header whose length is no multiple of eight puts numbers across addresses, which some
-    machines cannot read.
-    """
+def test_misaligned_tensors_are_copied(saved, tmp_path):
+    """A header whose length is not a multiple of eight misaligns the tensors behind it."""
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     file = sorted(folder.glob("*.safetensors"))[0]
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    file.write_bytes(
-        (size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :]
-    )
+    header, tensors = data[8 : 8 + size], data[8 + size :]
+    file.write_bytes((size + 1).to_bytes(8, "little") + header + b" " + tensors)
     model = weights.load(folder)
-    assert all(
-        tensor.data_ptr() % tensor.element_size() == 0 for tensor in model.state_dict().values()
-    )
+    for tensor in model.state_dict().values():
+        assert tensor.data_ptr() % tensor.element_size() == 0
     assert same_tensors(model, weights.load(saved))
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # official code
 @pytest.fixture(scope="module")
 def transformers():
@@ -222,7 +215,7 @@ def test_folder_read_by_transformers(transformers, saved):
     assert set(official.speaker_map) == {"Chelsie", "Ethan"}
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bijection
 def test_one_error_lists_all_differences(folder):
     def change(tensors):
@@ -241,23 +234,21 @@ def test_one_error_lists_all_differences(folder):
 
 
 def test_a_long_list_is_three_names_and_a_count(folder):
-    """Whatever lies in the files: a hundred thousand tensors of long names, and most of ours
-    missing.
-    """
+    """However many tensors are missing, extra or misshapen, and however long their names are."""
 
     def change(tensors):
-        for name in [
-            name for name in tensors if name.startswith("token2wav.code2wav_bigvgan_model")
-        ]:
-            del tensors[name]
-        for name in [name for name in tensors if "visual" in name]:
-            tensors[name] = torch.zeros(1, 1, 1, 1, 1, 1, 1)
+        for name in list(tensors):
+            if name.startswith("token2wav.code2wav_bigvgan_model"):
+                del tensors[name]
+            elif "visual" in name:
+                tensors[name] = torch.zeros(1, 1, 1, 1, 1, 1, 1)
         tensors.update({f"talker.{i}.{'x' * 300}": torch.zeros(1) for i in range(2000)})
 
     edit(folder, change)
     refuse(
         folder,
-        r"\d+ missing: token2wav\S+ and \d+ more; 2000 extra: talker.0.x+\.\.\.x+ and 1999 more; .* of another sh",
+        r"\d+ missing: token2wav\S+ and \d+ more; "
+        r"2000 extra: talker.0.x+\.\.\.x+ and 1999 more; .* of another sh",
     )
 
 
@@ -269,7 +260,7 @@ def test_only_the_documented_extra_is_tolerated(folder, omni):
     refuse(folder, "1 extra: .*bigvgan")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bad folders
 def test_missing_folder_and_files(tmp_path, folder):
     refuse(tmp_path / "nowhere", "no such folder")
@@ -290,8 +281,8 @@ def test_missing_folder_and_files(tmp_path, folder):
         (folder / name).unlink()
 
 
-def test_a_lost_index(folder, omni):
-    """The headers of the files say as much, and their names how many there are."""
+def test_a_missing_index(folder, omni):
+    """The headers of the files make up for it, and their names tell how many there are."""
     (folder / weights.INDEX).unlink()
     assert same_tensors(weights.load(folder), omni)
     first, *_, last = sorted(folder.glob("*.safetensors"))
@@ -333,9 +324,7 @@ def test_index_that_points_outside(folder, name):
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_a_hub_cache(folder, omni, tmp_path):
-    """Its snapshots hold links to blobs; the cache's own folder stands for the snapshot that is
-    called main.
-    """
+    """Its snapshots hold links to blobs; the snapshot that refs/main names is loaded."""
     home = tmp_path / "models--Qwen--Qwen2.5-Omni-7B"
     blobs, snapshots = home / "blobs", home / "snapshots"
     shutil.copytree(folder, blobs)
@@ -346,7 +335,8 @@ def test_a_hub_cache(folder, omni, tmp_path):
     assert same_tensors(weights.load(snapshots / "0a1b"), omni)
     refuse(
         home,
-        "is a cache folder whose refs/main names none of its snapshots; give one of 0a1b, 2c3d in snapshots/",
+        "is a cache folder whose refs/main names none of its snapshots; "
+        "give one of 0a1b, 2c3d in snapshots/",
     )
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("../../elsewhere")
@@ -383,7 +373,7 @@ def test_files_linked_from_another_disk(folder, omni, tmp_path):
         "generation_config.json",
     ],
 )
-def test_what_has_no_end_is_not_read(folder, name):
+def test_pipes_and_devices_are_not_read(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     refuse(folder, f"{name}: is no ordinary file")
@@ -392,12 +382,10 @@ def test_what_has_no_end_is_not_read(folder, name):
     refuse(folder, f"{name}: is no ordinary file")
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a Thinker by itself
 def thinker_alone(folder: Path, prefix: bool = True, kind: str = "qwen2_5_omni_thinker") -> None:
-    """Leave the Thinker in a folder, under its names in the whole model or without their first
-    word.
-    """
+    """Remove all but the Thinker from a folder. prefix: whether its names keep "thinker."."""
 
     def change(tensors):
         for name in list(tensors):
@@ -410,13 +398,13 @@ def thinker_alone(folder: Path, prefix: bool = True, kind: str = "qwen2_5_omni_t
     config = json.loads(file.read_text())
     if kind == "qwen2_5_omni_thinker":
         config = config["thinker_config"]
-    elif kind == "switched off":
+    elif kind == "turned off":
         config["enable_audio_output"] = False
     file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("kind", ["qwen2_5_omni_thinker", "switched off", "whole config"])
+@pytest.mark.parametrize("kind", ["qwen2_5_omni_thinker", "turned off", "whole config"])
 def test_a_thinker_alone_answers_in_text(folder, omni, tmp_path, prefix, kind):
     thinker_alone(folder, prefix, kind)
     model = weights.load(folder)
@@ -449,7 +437,7 @@ def test_a_thinker_alone_answers_in_text(folder, omni, tmp_path, prefix, kind):
 
 
 def test_speech_that_is_turned_off_is_not_read(folder, omni):
-    """The whole model, asked to do without speech in its config.json."""
+    """The folder holds the whole model, and its config.json turns speech off."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
     model = weights.load(folder)
@@ -459,18 +447,19 @@ def test_speech_that_is_turned_off_is_not_read(folder, omni):
 
 
 def test_a_thinker_with_half_a_talker_is_refused(folder):
-    edit(
-        folder,
-        lambda tensors: [
-            tensors.pop(name) for name in list(tensors) if name.startswith("token2wav.")
-        ],
-    )
+    def change(tensors):
+        for name in list(tensors):
+            if name.startswith("token2wav."):
+                del tensors[name]
+
+    edit(folder, change)
     refuse(folder, r"\d+ missing: token2wav\S+, token2wav\S+, token2wav\S+ and \d+ more$")
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tied embeddings
 def tie(folder: Path, stored: bool) -> None:
+    """Turn tying on in config.json. stored: whether the text head stays in the files."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config["thinker_config"]["text_config"]["tie_word_embeddings"] = True
@@ -479,13 +468,13 @@ def tie(folder: Path, stored: bool) -> None:
         edit(folder, lambda tensors: tensors.pop(TEXT_HEAD))
 
 
-def test_a_tied_head_is_the_table(folder, omni, tmp_path):
+def test_a_tied_head_is_the_embedding_weight(folder, omni, tmp_path):
     tie(folder, stored=False)
     model = weights.load(folder)
-    table = model.thinker.model.embed_tokens.weight
-    assert model.thinker.lm_head.weight is table
+    embedding = model.thinker.model.embed_tokens.weight
+    assert model.thinker.lm_head.weight is embedding
     assert model.config.thinker.tie_word_embeddings
-    assert torch.equal(table, omni.thinker.model.embed_tokens.weight)
+    assert torch.equal(embedding, omni.thinker.model.embed_tokens.weight)
     weights.save(model, tmp_path / "again")
     again = weights.load(tmp_path / "again")
     assert same_tensors(again, model)
@@ -501,12 +490,12 @@ def test_a_head_that_is_stored_is_not_tied(folder, omni):
     assert not model.config.thinker.tie_word_embeddings
 
 
-def test_a_missing_head_is_missed(folder):
+def test_a_missing_head_is_an_error(folder):
     edit(folder, lambda tensors: tensors.pop(TEXT_HEAD))
     refuse(folder, "1 missing: thinker.lm_head.weight")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # precisions
 @pytest.mark.parametrize(
     ("dtype", "name"),
@@ -518,27 +507,23 @@ def test_a_missing_head_is_missed(folder):
         (torch.uint8, "U8"),
     ],
 )
-def test_tensors_that_are_no_floats(folder, dtype, name):
+def test_tensors_of_other_dtypes_are_refused(folder, dtype, name):
     one = "talker.model.layers.1.mlp.up_proj.weight"
     edit(folder, lambda tensors: tensors.update({one: tensors[one].to(dtype)}))
     refuse(folder, f"1 tensors are {name}, first {one}; only BF16, F16, F32, F64 are read here")
 
 
 @pytest.mark.parametrize("suffix", ["qweight", "weight_scale_inv", "weight.absmax", "SCB"])
-def test_quantized_folders_are_called_so(folder, suffix):
-    edit(
-        folder,
-        lambda tensors: tensors.update(
-            {f"thinker.model.layers.0.mlp.down_proj.{suffix}": torch.zeros(4)}
-        ),
-    )
+def test_quantized_folders_are_refused(folder, suffix):
+    extra = f"thinker.model.layers.0.mlp.down_proj.{suffix}"
+    edit(folder, lambda tensors: tensors.update({extra: torch.zeros(4)}))
     refuse(
         folder,
         f"its weights are quantized .1 tensors such as thinker.*{suffix}.*take the bf16 release",
     )
 
 
-def test_mixed_precisions_become_the_commonest(folder, omni):
+def test_mixed_precisions_become_the_most_common_one(folder, omni):
     def change(tensors):
         for name in list(tensors):
             if not name.startswith("thinker.model.norm"):
@@ -572,7 +557,7 @@ def test_precisions_by_name(saved, dtype, expected):
 @pytest.mark.parametrize(
     "dtype", ["int8", torch.int32, "fp4", 16, ["bf16"], "x" * 10**6, "", True, np.float32]
 )
-def test_precisions_that_are_none(saved, dtype):
+def test_unknown_dtypes_are_refused(saved, dtype):
     with pytest.raises(
         UserError, match="dtype .*: expected bfloat16, float16, float32 or float64"
     ) as error:
@@ -583,7 +568,7 @@ def test_precisions_that_are_none(saved, dtype):
 @pytest.mark.parametrize(
     "device", ["gpu", "CUDA", "cuda:99", "meta", "", 0, None, ["cpu"], "cpu:x", "y" * 10**6, b"cpu"]
 )
-def test_devices_that_are_none(saved, device):
+def test_unknown_devices_are_refused(saved, device):
     with pytest.raises(
         UserError, match="device .*: this machine, with this PyTorch, has .*cpu; or use auto"
     ) as error:
@@ -601,7 +586,7 @@ def test_devices_by_name(saved):
     "name",
     [5, None, "", b"tiny", ["tiny"], "no\0where", "a/" * 5000, "huge", "line\nfeed", "half \ud83d"],
 )
-def test_models_that_are_none(name):
+def test_unknown_models_are_refused(name):
     with pytest.raises(UserError, match="the sizes are tiny, small, qwen7b") as error:
         minomni.load(name)
     assert len(str(error.value)) <= 500
@@ -609,17 +594,16 @@ def test_models_that_are_none(name):
 
 
 def test_a_folder_named_like_a_size(saved, tmp_path, monkeypatch):
-    """Counts if a model lies in it."""
+    """It is used only if it holds a model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert minomni.folder_of("tiny") == minomni.paths.data_samples() / "tiny" or "runs" in str(
-        minomni.folder_of("tiny")
-    )
+    folder = minomni.folder_of("tiny")
+    assert folder == minomni.paths.data_samples() / "tiny" or "runs" in str(folder)
     shutil.copytree(saved, tmp_path / "tiny", dirs_exist_ok=True)
     assert minomni.folder_of("tiny") == Path("tiny")
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files that disagree
 def test_a_tokenizer_of_another_model(folder):
     Tokenizer.train(["the red circle"] * 3, 262, {"<|im_end|>": 300}).save(folder)
@@ -639,24 +623,26 @@ def test_sizes_that_cannot_be_built(folder):
     refuse(folder, "config.json: describes a model that cannot be built")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # voices
-class Intruder:
-    def __init__(self, mark: Path):
-        self.mark = mark
+class MaliciousPickle:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
 
     def __reduce__(self):
-        return Path.touch, (self.mark,)
+        return Path.touch, (self.file,)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_voices_that_want_to_run_code(folder, tmp_path):
-    mark = tmp_path / "was here"
-    torch.save({"Chelsie": Intruder(mark)}, folder / weights.VOICES)
+def test_voices_that_run_code_are_refused(folder, tmp_path):
+    file = tmp_path / "executed"
+    torch.save({"Chelsie": MaliciousPickle(file)}, folder / weights.VOICES)
     refuse(folder, "spk_dict.pt: is cut short or wants to run code")
-    (folder / weights.VOICES).write_bytes(pickle.dumps(Intruder(mark)))
+    (folder / weights.VOICES).write_bytes(pickle.dumps(MaliciousPickle(file)))
     refuse(folder, "spk_dict.pt: is cut short or wants to run code")
-    assert not mark.exists()
+    assert not file.exists()
 
 
 def entry(bos=5, cond=(1, 12), ref_mel=(1, 9, 80)):
@@ -719,14 +705,12 @@ def test_broken_and_absent_voices(folder):
         silent.generate(oracle.inputs("text"), "Chelsie")
 
 
-def test_voices_that_unpack_without_end(folder):
-    """Three hundred million zeros take three hundred thousand bytes in an archive that is packed."""
-    with zipfile.ZipFile(
-        folder / weights.VOICES, "w", zipfile.ZIP_DEFLATED, compresslevel=1
-    ) as archive:
-        with archive.open("archive/data/0", "w", force_zip64=True) as file:
-            for _ in range(300):
-                file.write(bytes(1_000_000))
+def test_voices_that_unpack_to_too_much(folder):
+    """300 million zeros take 300 thousand bytes in a compressed archive."""
+    archive = zipfile.ZipFile(folder / weights.VOICES, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("archive/data/0", "w", force_zip64=True) as file:
+        for _ in range(300):
+            file.write(bytes(1_000_000))
     refuse(folder, "spk_dict.pt: unpacks to 300,000,000 bytes, expected at most")
     with open(folder / weights.VOICES, "wb") as file:
         file.truncate(300_000_000)
@@ -744,22 +728,21 @@ def test_unknown_voice_names_the_known_ones(omni):
 
 def test_a_silent_reply_has_no_samples(omni):
     first = int(oracle.golden("text")["tokens"][0, 0])
-    config = dataclasses.replace(
-        oracle.CONFIG.thinker, tokens=dataclasses.replace(oracle.TOKENS, im_end=first)
-    )
-    mute = Omni(dataclasses.replace(oracle.CONFIG, thinker=config))
-    mute.load_state_dict(omni.state_dict())
-    mute.voices = omni.voices
-    spoken = mute.generate(oracle.inputs("text"), "Ethan")
+    tokens = dataclasses.replace(oracle.TOKENS, im_end=first)  # ends the reply at once
+    thinker = dataclasses.replace(oracle.CONFIG.thinker, tokens=tokens)
+    silent = Omni(dataclasses.replace(oracle.CONFIG, thinker=thinker))
+    silent.load_state_dict(omni.state_dict())
+    silent.voices = omni.voices
+    spoken = silent.generate(oracle.inputs("text"), "Ethan")
     assert spoken.tokens == [[first]]
     assert spoken.codes[0].shape == spoken.waves[0].shape == (0,)
 
 
 def test_same_seed_same_wave(omni):
-    loud = dataclasses.replace(
+    sampling = dataclasses.replace(
         oracle.CONFIG.talker_sampling, temperature=0.9, top_k=40, top_p=0.8, max_new_tokens=12
     )
-    omni = Omni(dataclasses.replace(oracle.CONFIG, talker_sampling=loud)).eval()
+    omni = Omni(dataclasses.replace(oracle.CONFIG, talker_sampling=sampling)).eval()
     oracle.fill(omni.state_dict())
     omni.voices = oracle.voices()
     a, b, c = (omni.generate(oracle.inputs("text"), "Chelsie", seed) for seed in (1, 1, 2))
@@ -769,5 +752,8 @@ def test_same_seed_same_wave(omni):
 
 
 def test_importing_needs_no_transformers():
-    code = "import minomni.omni, minomni.checkpoint.weights, sys; assert 'transformers' not in sys.modules"
+    code = (
+        "import minomni.omni, minomni.checkpoint.weights, sys; "
+        "assert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,1 +1,1 @@
-"""Model folders in the release's layout: read, check, write."""
+"""Model folders in the layout of the official release: reading, checking and writing."""

@@ -1,14 +1,15 @@
 """OmniConfig to and from the JSON files of a model folder, in the release's layout.
 
-config.json holds the sizes; what it says must be said completely, and nothing unknown may be said.
-Three things of ours are not in a release and take QWEN7B's values there: the codec in
+config.json holds the sizes. It is read strictly: a missing key is an error, and so is an unknown
+one. A release lacks three files of ours and takes QWEN7B's values for them: the codec in
 codec/config.json, the generation settings in generation_config.json, the media limits in
-preprocessor_config.json. A Thinker alone is a model too: its config.json is what the release says
-under thinker_config, or has enable_audio_output turned off.
+preprocessor_config.json. A Thinker alone is a model too: its config.json is what the release has
+under thinker_config, or it has enable_audio_output turned off.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
 from minomni.model_files import quote, read_object, where
 
-# the codec's subfolder: programs that do not know it read all tensors of the folder above
+# The codec's subfolder. Programs that do not know the codec read all tensors of the folder above.
 CODEC_FOLDER = "codec"
-# Our names of the token ids, and their keys in thinker_config; talker_config has three more, and
-# repeats some.
+# Our names of the token ids, and their keys in thinker_config. talker_config repeats those of
+# SHARED_TOKENS and has three more, SPEECH_TOKEN_KEYS.
 TOKEN_KEYS = {
     "endoftext": "pad_token_id",
     "im_start": "bos_token_id",
@@ -63,10 +64,10 @@ CODEC_KEYS = {
     "codec_eos": "tts_codec_end_token_id",
     "codec_mask": "tts_codec_mask_token_id",
 }
-# The release's spelling of three DiT sizes, and the one that transformers reads and writes.
+# Three DiT sizes: the key that transformers reads and writes, and the release's key.
 DIT_SPELLINGS = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
-# Keys that the release leaves out, with the values it is run with.
-HF_DEFAULTS = {
+# Keys that the release leaves out, by section, with the values that it is run with.
+HF_DEFAULTS: dict[tuple[str, ...], dict[str, Any]] = {
     ("thinker_config", "vision_config"): {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6},
     ("token2wav_config", "dit_config"): {
         "block_size": 24,
@@ -75,60 +76,64 @@ HF_DEFAULTS = {
         "rope_theta": 10_000.0,
     },
 }
-# Keys of the release, or of what transformers saves, that say nothing about the model.
+# Keys of the release, or of files that transformers saves, that do not describe the model.
 IGNORED_KEYS = frozenset(
     (
+        # the program that wrote the file
         "architectures",
         "_name_or_path",
         "transformers_version",
         "torch_dtype",
-        "dtype",  # who wrote it and how
+        "dtype",
         "_attn_implementation_autoset",
+        # training
         "init_std",
         "initializer_range",
         "ignore_index",
-        "problem_type",  # about training
+        "problem_type",
+        # dropout rates, zero everywhere
         "attention_dropout",
         "activation_dropout",
-        "encoder_layerdrop",  # zero everywhere
+        "encoder_layerdrop",
+        # options of a call
         "use_cache",
         "return_dict",
         "output_attentions",
         "output_hidden_states",
-        "chunk_size_feed_forward",  # how to call
+        "chunk_size_feed_forward",
+        # written for every model
         "id2label",
         "label2id",
-        "is_encoder_decoder",  # written for every model
+        "is_encoder_decoder",
+        # the sliding window, which use_sliding_window turns off
         "max_window_layers",
         "sliding_window",
-        "layer_types",  # of a sliding window that use_sliding_window turns off
+        "layer_types",
+        # read by nothing
         "user_token_id",
         "enc_lin_neurons",
-        "enc_global_context",  # read by nothing
+        "enc_global_context",
+        # second names of sizes that are there
         "embed_dim",
         "in_chans",
         "spatial_patch_size",
-        "tokens_per_second",  # second names of sizes that are there
+        "tokens_per_second",
     )
 )
-TOWERS = ("audio_config", "vision_config", "dit_config", "bigvgan_config")
-OF_GENERATION = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)  # the Thinker's are the ones that count
-# Keys that say nothing in one section, but do elsewhere. A tower has no words whose embeddings
-# could be tied.
-MEANINGLESS_IN = {section: ("tie_word_embeddings",) for section in TOWERS} | {
+SECTIONS_WITHOUT_TEXT = ("audio_config", "vision_config", "dit_config", "bigvgan_config")
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # used in thinker_config alone
+# Keys that mean nothing in one section, by the section's key, but do in another. A section without
+# text has no token embeddings that could be tied.
+UNUSED_IN = {section: ("tie_word_embeddings",) for section in SECTIONS_WITHOUT_TEXT} | {
     "audio_config": ("tie_word_embeddings", "num_hidden_layers"),
     "dit_config": ("tie_word_embeddings", "max_position_embeddings"),
-    "text_config": OF_GENERATION,
-    "talker_config": OF_GENERATION,
-    "": OF_GENERATION,
+    "text_config": GENERATION_IDS,
+    "talker_config": GENERATION_IDS,
+    "": GENERATION_IDS,
 }
-# What transformers before 5 wrote into every section, whatever the model: without meaning at these
-# values alone.
-USUAL = {
+# transformers before 5 wrote these into every section of every model. They are ignored at these
+# values and unknown at any other.
+LEGACY_DEFAULTS = {
     "add_cross_attention": False,
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -157,8 +162,8 @@ USUAL = {
     "typical_p": 1.0,
     "use_bfloat16": False,
 }
-MOST_SETTINGS = 10_000_000  # bytes; the index of 100,000 tensors has eight million
-BASE = "qwen2_5_omni"  # the model_type of a whole model
+MAX_JSON_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
+MODEL_TYPE = "qwen2_5_omni"
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
 SPEECH_SECTIONS = ("talker_config", "token2wav_config", "codec_config")
 
@@ -167,13 +172,13 @@ def read_config(folder: Path) -> OmniConfig:
     """The configuration of a model folder: an official checkpoint's, or one saved here.
 
     talker, token2wav and codec are None for a Thinker alone. Raises UserError, naming file and key,
-    for what is missing, unknown, of the wrong type, out of bounds or contradictory, and for
+    for values that are missing, unknown, of the wrong type, out of bounds or contradictory, and for
     quantized models.
     """
     folder = Path(folder)
     file = folder / "config.json"
     data = read_json(file)
-    refuse_quantized(data, file)
+    check_not_quantized(data, file)
     try:
         given = normalize_hf_keys(whole_model(data, file), file)
         config = parse(given, folder)
@@ -185,63 +190,63 @@ def read_config(folder: Path) -> OmniConfig:
         ) from None
     except ValueError as error:  # sizes that contradict each other
         raise UserError(f"{where(file)}: {shorten(error, 260)}") from None
+    # Whatever was not read is found by writing the configuration and comparing.
     given.pop("codec_config", None)  # of older folders, checked by parse_codec
-    compare(given, normalize_hf_keys(plain(to_json(config)), file), where(file))
+    written = normalize_hf_keys(plain(to_json(config)), file)
+    compare(given, written, where(file))
     return config
 
 
-def refuse_quantized(data: dict, file: Path) -> None:
-    """Raise UserError for a model whose weights were quantized by another program, naming the
-    method.
-    """
-    sections = [data, data.get("thinker_config")]
-    sections += [section.get("text_config") for section in sections if isinstance(section, dict)]
+def check_not_quantized(data: dict, file: Path) -> None:
+    """Raise UserError for weights that another program quantized, naming the method."""
+    thinker = data.get("thinker_config")
+    sections = [data, thinker, data.get("text_config")]
+    if isinstance(thinker, dict):
+        sections.append(thinker.get("text_config"))
     for section in sections:
         if isinstance(section, dict) and section.get("quantization_config") is not None:
-            how = section["quantization_config"]
-            method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
-            bits = (
-                f", {quote(how['bits'], 20)} bits"
-                if isinstance(how, dict) and "bits" in how
-                else ""
-            )
+            method = quantization(section["quantization_config"])
             raise UserError(
-                f"{where(file)}: this model is quantized (quantization_config: {quote(method, 30)}{bits}); "
-                f"such weights are not read here, take the bf16 release {RELEASE}"
+                f"{where(file)}: this model is quantized (quantization_config: {method}); such "
+                f"weights are not read here, take the bf16 release {RELEASE}"
             )
+
+
+def quantization(settings: Any) -> str:
+    """Method and bits of a quantization_config, for an error message."""
+    if not isinstance(settings, dict):
+        return quote(settings, 30)
+    method = quote(settings.get("quant_method", "unknown"), 30)
+    if "bits" not in settings:
+        return method
+    return f"{method}, {quote(settings['bits'], 20)} bits"
 
 
 def whole_model(data: dict, file: Path) -> dict:
-    """The settings of a whole model: those of a Thinker alone are put where the release has them.
+    """The settings of a whole model; those of a Thinker alone become its thinker_config.
 
     Raises UserError for the settings of another kind of model.
     """
-    kind = data.get("model_type", BASE)
-    if kind == f"{BASE}_thinker":
+    model_type = data.get("model_type", MODEL_TYPE)
+    if model_type == f"{MODEL_TYPE}_thinker":
         data = {"enable_audio_output": False, "thinker_config": data}
-    elif kind != BASE:
+    elif model_type != MODEL_TYPE:
         raise UserError(
-            f"{where(file)}: model_type is {quote(kind)}, this code runs '{BASE}' and '{BASE}_thinker'; "
-            f"take {RELEASE}"
+            f"{where(file)}: model_type is {quote(model_type)}, this code runs '{MODEL_TYPE}' and "
+            f"'{MODEL_TYPE}_thinker'; take {RELEASE}"
         )
-    if data.get("enable_audio_output") is False:
-        # Sizes of parts that are turned off say nothing; transformers writes its defaults there.
-        data = {
-            key: value
-            for key, value in data.items()
-            if key not in (*SPEECH_SECTIONS, "enable_talker")
-        }
-    return data
+    if data.get("enable_audio_output") is not False:
+        return data
+    # transformers writes its default sizes for parts that are turned off.
+    unused = (*SPEECH_SECTIONS, "enable_talker")
+    return {key: value for key, value in data.items() if key not in unused}
 
 
 def without_speech(config: OmniConfig) -> OmniConfig:
-    """The same model with its Thinker alone, as read_config gives it for a folder that holds no
-    more.
-    """
+    """The configuration of the Thinker alone, equal to what read_config gives for its folder."""
     unused = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
-    thinker = dataclasses.replace(
-        config.thinker, tokens=dataclasses.replace(config.thinker.tokens, **unused)
-    )
+    tokens = dataclasses.replace(config.thinker.tokens, **unused)
+    thinker = dataclasses.replace(config.thinker, tokens=tokens)
     return dataclasses.replace(config, thinker=thinker, talker=None, token2wav=None, codec=None)
 
 
@@ -249,106 +254,154 @@ def write_config(config: OmniConfig, folder: Path) -> None:
     """Write config.json, generation_config.json, preprocessor_config.json and, for a model with a
     codec, codec/config.json; read_config gives `config` again.
     """
-    folder, media = Path(folder), config.media
+    folder = Path(folder)
     write_json(folder / "config.json", to_json(config))
     if config.codec is not None:
         write_json(folder / CODEC_FOLDER / "config.json", asdict(config.codec))
-    settings = {
-        "thinker": config.thinker_sampling,
-        "talker": config.talker_sampling,
-        "flow": config.flow,
+    generation = {
+        "thinker": asdict(config.thinker_sampling),
+        "talker": asdict(config.talker_sampling),
+        "flow": asdict(config.flow),
     }
-    write_json(
-        folder / "generation_config.json", {key: asdict(value) for key, value in settings.items()}
-    )
-    pixels = {
-        "min_pixels": media.image_min_pixels,
-        "max_pixels": media.image_max_pixels,
-    }  # as the release says it
-    write_json(folder / "preprocessor_config.json", pixels | {"media": asdict(media)})
+    write_json(folder / "generation_config.json", generation)
+    preprocessor = {
+        "min_pixels": config.media.image_min_pixels,  # the release's keys
+        "max_pixels": config.media.image_max_pixels,
+        "media": asdict(config.media),
+    }
+    write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 def write_json(file: Path, data: dict) -> None:
-    write_atomically(file, lambda f: f.write(json.dumps(data, indent=2).encode() + b"\n"))
+    """Write one JSON object. Raises UserError where that fails."""
+    text = json.dumps(data, indent=2) + "\n"
+    write_atomically(file, lambda f: f.write(text.encode()))
 
 
 def read_json(file: Path, optional: bool = False) -> dict:
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    return read_object(file, "a model folder holds config.json and *.safetensors", MOST_SETTINGS)
+    return read_object(file, "a model folder holds config.json and *.safetensors", MAX_JSON_BYTES)
 
 
 def plain(data: dict) -> dict:
-    """As JSON would give it back: tuples become lists."""
+    """The object as JSON would give it back: tuples become lists."""
     return json.loads(json.dumps(data))
 
 
-def normalize_hf_keys(data: dict, file: Path, path: tuple[str, ...] = ()) -> dict:
-    """The same settings with the release's keys, unsaid ones filled in, nulls left out."""
-    data = {key: value for key, value in data.items() if value is not None}
-    here = f"{where(file)}: {'.'.join(path)}"
-    rope = data.pop("rope_parameters", {})
-    if not isinstance(rope, dict):
-        raise UserError(f"{here}: 'rope_parameters' is {quote(rope)}, expected an object")
-    alternatives = [("rope_theta", rope.get("rope_theta"))]
-    if "mrope_section" in rope:
-        alternatives.append(
-            ("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
-        )
-    elif rope.keys() - {"rope_theta", "rope_type"} or rope.get("rope_type", "default") not in (
-        "default",
-        "axial",
-    ):
-        raise UserError(
-            f"{here}: 'rope_parameters' is {quote(rope, 160)}; this code knows rope_theta alone here"
-        )
-    if "dit_config" in path:
-        alternatives += [(short, data.pop(long, None)) for long, short in DIT_SPELLINGS.items()]
-    for key, value in alternatives:
-        if value is not None and data.setdefault(key, value) != value:
-            raise UserError(
-                f"{here} says both {quote(data[key])} and {quote(value)} for {key}; keep one"
-            )
-    for key in MEANINGLESS_IN.get("".join(path[-1:]), ()):
-        data.pop(key, None)
-    inner = {
-        key: normalize_hf_keys(value, file, (*path, key))
-        for key, value in data.items()
-        if isinstance(value, dict)
-    }
-    data = HF_DEFAULTS.get(path, {}) | data | inner
-    return spell_tying(data, file) if path == ("thinker_config",) else data
+# --------------------------------------------------------------------------------------------------
+# one spelling for every setting
+def normalize_hf_keys(data: dict, file: Path) -> dict:
+    """The settings with the release's keys; absent keys get their defaults, nulls are left out.
 
-
-def spell_tying(thinker: dict, file: Path) -> dict:
-    """Say tie_word_embeddings in both places: transformers 4 reads it in text_config, 5 in
-    thinker_config.
-
-    Which of them is right is known from the tensors: where the text head is stored, it is not tied.
+    Raises UserError for two spellings of one setting that disagree.
     """
-    text = thinker.get("text_config")
-    said = [
-        section["tie_word_embeddings"]
-        for section in (thinker, text)
-        if isinstance(section, dict) and "tie_word_embeddings" in section
-    ]
-    for value in said:
-        if not isinstance(value, bool):
+    data = map_sections(remove_unused_keys, data)
+    data = map_sections(lambda section, path: rename_keys(section, path, file), data)
+    data = map_sections(fill_defaults, data)
+    return unify_tying(data, file)
+
+
+def map_sections(
+    function: Callable[[dict, tuple[str, ...]], dict], data: dict, path: tuple[str, ...] = ()
+) -> dict:
+    """Apply function(section, path of keys) to every object of a JSON tree, outer ones first."""
+    result = {}
+    for key, value in function(data, path).items():
+        if isinstance(value, dict):
+            value = map_sections(function, value, (*path, key))
+        result[key] = value
+    return result
+
+
+def remove_unused_keys(section: dict, path: tuple[str, ...]) -> dict:
+    """The section without the keys that mean nothing there."""
+    unused = UNUSED_IN.get(path[-1] if path else "", ())
+    return {key: value for key, value in section.items() if key not in unused}
+
+
+def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
+    """The section with the release's keys, without nulls.
+
+    Raises UserError where two keys of one setting disagree.
+    """
+    section = {key: value for key, value in section.items() if value is not None}
+    name = f"{where(file)}: {'.'.join(path)}"
+
+    # (key of the release, value that the section has under another key)
+    rope = section.pop("rope_parameters", {})
+    check_rope(rope, name)
+    renamed = [("rope_theta", rope.get("rope_theta"))]
+    if "mrope_section" in rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        renamed.append(("rope_scaling", scaling))
+    if "dit_config" in path:
+        renamed += [(release, section.pop(key, None)) for key, release in DIT_SPELLINGS.items()]
+
+    for key, value in renamed:
+        if value is None:
+            continue
+        if section.setdefault(key, value) != value:
             raise UserError(
-                f"{where(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, expected true or "
-                f"false"
+                f"{name} says both {quote(section[key])} and {quote(value)} for {key}; keep one"
             )
+    return section
+
+
+def check_rope(rope: Any, name: str) -> None:
+    """Raise UserError unless this code computes what rope_parameters of transformers 5 describe."""
+    if not isinstance(rope, dict):
+        raise UserError(f"{name}: 'rope_parameters' is {quote(rope)}, expected an object")
+    if "mrope_section" in rope:
+        return
+    unknown = rope.keys() - {"rope_theta", "rope_type"}
+    if unknown or rope.get("rope_type", "default") not in ("default", "axial"):
+        raise UserError(
+            f"{name}: 'rope_parameters' is {quote(rope, 160)}; this code knows rope_theta alone "
+            f"here"
+        )
+
+
+def fill_defaults(section: dict, path: tuple[str, ...]) -> dict:
+    """The section with the values of the keys that the release leaves out."""
+    return HF_DEFAULTS.get(path, {}) | section
+
+
+def unify_tying(data: dict, file: Path) -> dict:
+    """Set tie_word_embeddings in both sections: transformers 4 reads text_config's, 5 reads
+    thinker_config's.
+
+    It is true if either is. The tensors decide in the end: a stored text head is not tied. Raises
+    UserError for anything but true and false.
+    """
+    thinker = data.get("thinker_config")
+    if not isinstance(thinker, dict):
+        return data
+    text = thinker.get("text_config")
+    tied = False
+    for section in (thinker, text):
+        if isinstance(section, dict) and "tie_word_embeddings" in section:
+            value = section["tie_word_embeddings"]
+            if not isinstance(value, bool):
+                raise UserError(
+                    f"{where(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, "
+                    f"expected true or false"
+                )
+            tied = tied or value
     if isinstance(text, dict):
-        thinker = thinker | {"text_config": text | {"tie_word_embeddings": any(said)}}
-    return thinker | {"tie_word_embeddings": any(said)}
+        thinker = thinker | {"text_config": text | {"tie_word_embeddings": tied}}
+    return data | {"thinker_config": thinker | {"tie_word_embeddings": tied}}
 
 
+# --------------------------------------------------------------------------------------------------
+# JSON to OmniConfig
 class Section:
-    """One object of a JSON file, which knows its own name for error messages."""
+    """One object of a JSON file, with its name for error messages."""
 
     def __init__(self, data: dict, name: str):
-        self.data, self.name = data, name
+        self.data = data
+        self.name = name
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.data:
@@ -356,22 +409,23 @@ class Section:
         return self.data[key]
 
     def section(self, key: str) -> "Section":
-        if not isinstance(self[key], dict):
-            raise UserError(f"{self.name}: {key!r} is {quote(self[key])}, expected an object")
-        return Section(self[key], f"{self.name}, {key}")
+        """The object under a key. Raises UserError where there is none."""
+        value = self[key]
+        if not isinstance(value, dict):
+            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected an object")
+        return Section(value, f"{self.name}, {key}")
 
     def build(self, cls: type, keys: dict[str, str] | None = None, **known) -> Any:
-        """A config dataclass: each field from the key of its name, or as `keys` renames it, or as
-        `known`.
+        """A config dataclass: a field is `known`, or read from the key of its name or of `keys`.
 
-        Raises UserError naming the section for a value of the wrong type, and for what the
-        dataclass itself refuses.
+        Raises UserError naming the section for a value of the wrong type, and for values that the
+        dataclass itself rejects.
         """
-        values = {
-            field.name: self.typed((keys or {}).get(field.name, field.name), field.type)
-            for field in dataclasses.fields(cls)
-            if field.name not in known
-        }
+        keys = keys or {}
+        values = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in known:
+                values[field.name] = self.typed(keys.get(field.name, field.name), field.type)
         try:
             return cls(**values, **known)
         except ValueError as error:
@@ -380,230 +434,274 @@ class Section:
     def typed(self, key: str, kind: Any) -> Any:
         """The value of a key, checked against int, float, str, bool or a tuple type."""
         value = self[key]
-        allowed = {int: int, float: (int, float), str: str, bool: bool}.get(kind, list)
-        if not isinstance(value, allowed) or isinstance(value, bool) and kind is not bool:
-            raise UserError(
-                f"{self.name}: {key!r} is {quote(value)}, expected {getattr(kind, '__name__', kind)}"
-            )
-        return tuples(value)
+        json_types: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
+        valid = isinstance(value, json_types.get(kind, list))
+        if isinstance(value, bool) and kind is not bool:  # bool is a subclass of int
+            valid = False
+        if not valid:
+            expected = getattr(kind, "__name__", kind)
+            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected {expected}")
+        return to_tuples(value)
 
 
-def tuples(value: Any) -> Any:
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
+def to_tuples(value: Any) -> Any:
+    """The value with every list as a tuple."""
+    return tuple(map(to_tuples, value)) if isinstance(value, list) else value
 
 
 def parse(data: dict, folder: Path) -> OmniConfig:
-    """config.json in the release's spelling, and the two files beside it, as an OmniConfig."""
+    """OmniConfig from config.json with normalized keys and the files beside it.
+
+    Adds to `data` the two keys that depend on others: vision_token_id and head_dim.
+    """
     root = Section(data, where(folder / "config.json"))
-    thinker, talker, token2wav = root.section("thinker_config"), None, None
-    speaks = data.get("enable_audio_output") is not False
-    if speaks:
-        talker, token2wav = root.section("talker_config"), root.section("token2wav_config")
-    vision_pad = thinker.typed("vision_start_token_id", int) + 2
-    thinker.data.setdefault("vision_token_id", vision_pad)  # left out by transformers
-    text = thinker.section("text_config")
-    head_dim = text.typed("hidden_size", int) // max(text.typed("num_attention_heads", int), 1)
-    text.data.setdefault("head_dim", head_dim)  # left out by the release
-    speech = {
-        name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS
-    }  # of no use without a Talker
-    if speaks:
-        speech = {name: talker.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()}
+    thinker = root.section("thinker_config")
+    speech_tokens = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
+    talker = token2wav = codec = None
+
+    # The Talker's section has three of the token ids; without a Talker they are not used.
+    if data.get("enable_audio_output") is not False:
+        section = root.section("talker_config")
+        speech_tokens = {name: section.typed(key, int) for name, key in SPEECH_TOKEN_KEYS.items()}
+        talker = section.build(TalkerConfig, CODEC_KEYS, decoder=parse_decoder(section))
+        token2wav = parse_token2wav(root.section("token2wav_config"))
+        codec = parse_codec(root, folder)
+
     file = folder / "generation_config.json"
     generation = Section(read_json(file, optional=True), where(file))
     return OmniConfig(
-        thinker=thinker.build(
-            ThinkerConfig,
-            audio=thinker.section("audio_config").build(AudioEncoderConfig),
-            vision=thinker.section("vision_config").build(VisionEncoderConfig),
-            text=decoder(text),
-            tokens=thinker.build(TokenIds, TOKEN_KEYS, **speech),
-        ),
-        talker=talker.build(TalkerConfig, CODEC_KEYS, decoder=decoder(talker)) if speaks else None,
-        token2wav=parse_token2wav(token2wav) if speaks else None,
-        codec=parse_codec(root, folder) if speaks else None,
+        thinker=parse_thinker(thinker, speech_tokens),
+        talker=talker,
+        token2wav=token2wav,
+        codec=codec,
         media=parse_media(folder),
-        thinker_sampling=setting(generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling),
-        talker_sampling=setting(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
-        flow=setting(generation, "flow", FlowConfig, QWEN7B.flow),
+        thinker_sampling=parse_group(
+            generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling
+        ),
+        talker_sampling=parse_group(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
+        flow=parse_group(generation, "flow", FlowConfig, QWEN7B.flow),
+    )
+
+
+def parse_thinker(section: Section, speech_tokens: dict[str, int]) -> ThinkerConfig:
+    """thinker_config; speech_tokens are the ids that talker_config has."""
+    vision_pad = section.typed("vision_start_token_id", int) + 2
+    section.data.setdefault("vision_token_id", vision_pad)  # left out by transformers
+    text = section.section("text_config")
+    head_dim = text.typed("hidden_size", int) // max(text.typed("num_attention_heads", int), 1)
+    text.data.setdefault("head_dim", head_dim)  # left out by the release
+    return section.build(
+        ThinkerConfig,
+        audio=section.section("audio_config").build(AudioEncoderConfig),
+        vision=section.section("vision_config").build(VisionEncoderConfig),
+        text=parse_decoder(text),
+        tokens=section.build(TokenIds, TOKEN_KEYS, **speech_tokens),
     )
 
 
 def parse_token2wav(section: Section) -> Token2WavConfig:
+    """token2wav_config: the sizes of DiT and BigVGAN."""
     dit = section.section("dit_config").build(DiTConfig, DIT_SPELLINGS)
-    return section.build(
-        Token2WavConfig, dit=dit, bigvgan=section.section("bigvgan_config").build(BigVGANConfig)
-    )
+    bigvgan = section.section("bigvgan_config").build(BigVGANConfig)
+    return section.build(Token2WavConfig, dit=dit, bigvgan=bigvgan)
 
 
-def decoder(section: Section) -> DecoderConfig:
-    return section.build(
-        DecoderConfig, mrope_section=section.section("rope_scaling").typed("mrope_section", tuple)
-    )
+def parse_decoder(section: Section) -> DecoderConfig:
+    """The decoder's sizes in text_config or talker_config."""
+    mrope_section = section.section("rope_scaling").typed("mrope_section", tuple)
+    return section.build(DecoderConfig, mrope_section=mrope_section)
 
 
-def setting(section: Section, key: str, cls: type, default: Any) -> Any:
-    """One of our own groups of settings, complete and without unknown keys, or the default where
-    there is none.
-    """
-    return complete(section.section(key), cls) if key in section.data else default
+def parse_group(section: Section, key: str, cls: type, default: Any) -> Any:
+    """One of our own groups of settings under a key, or the default where the key is absent."""
+    if key not in section.data:
+        return default
+    return parse_own(section.section(key), cls)
 
 
-def complete(group: Section, cls: type) -> Any:
-    """All of a group of our own as a config dataclass. Raises UserError for a missing and for an
-    unknown key.
-    """
-    unknown = sorted(set(group.data) - {field.name for field in dataclasses.fields(cls)})
+def parse_own(section: Section, cls: type) -> Any:
+    """A section of our own as a config dataclass. Raises UserError for a missing or unknown key."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(section.data) - known)
     if unknown:
-        raise UserError(f"{group.name}: unknown key {quote(unknown[0])}")
-    return group.build(cls)
+        raise UserError(f"{section.name}: unknown key {quote(unknown[0])}")
+    return section.build(cls)
 
 
 def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
-    """The codec's sizes: a file of the codec's own folder, or in older folders a part of
-    config.json.
-    """
+    """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
     if file.exists():
-        return complete(Section(read_json(file), where(file)), CodecConfig)
-    return setting(root, "codec_config", CodecConfig, None)
+        return parse_own(Section(read_json(file), where(file)), CodecConfig)
+    return parse_group(root, "codec_config", CodecConfig, None)
 
 
 def parse_media(folder: Path) -> MediaConfig:
-    """Our own limits, or the release's with the picture limits that the folder states for
-    transformers.
+    """Our own media limits, or else the release's with the folder's limits of image sizes.
+
+    Raises UserError where the two disagree.
     """
-    section = picture_settings(folder)
-    size = section.data.get("size")  # as transformers spells the limits when it saves a processor
-    spellings = (
-        ("image_min_pixels", "min_pixels", "shortest_edge"),
-        ("image_max_pixels", "max_pixels", "longest_edge"),
-    )
-    limits = {}
-    for name, key, edge in spellings:
-        if section.data.get(key) is not None:
-            limits[name] = section.typed(key, int)
-        elif isinstance(size, dict) and size.get(edge) is not None:
-            limits[name] = section.section("size").typed(edge, int)
+    section = image_settings(folder)
+    limits = image_limits(section)
     try:
         release = dataclasses.replace(QWEN7B.media, **limits)
     except ValueError as error:
         raise UserError(f"{section.name}, min_pixels and max_pixels: {error}") from None
-    media = setting(section, "media", MediaConfig, release)
-    for name, key, _ in spellings:
+    media = parse_group(section, "media", MediaConfig, release)
+    for name, key in (("image_min_pixels", "min_pixels"), ("image_max_pixels", "max_pixels")):
         if section.data.get(key) is not None and getattr(media, name) != limits[name]:
             raise UserError(
-                f"{section.name}: {key} is {limits[name]} and media.{name} is {getattr(media, name)}; change "
-                f"both, or remove media"
+                f"{section.name}: {key} is {limits[name]} and media.{name} is "
+                f"{getattr(media, name)}; change both, or remove media"
             )
     return media
 
 
-def picture_settings(folder: Path) -> Section:
-    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps
-    the same keys.
-    """
-    file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if not file.exists() and newer.exists():
-        whole = Section(read_json(newer), where(newer))
-        return whole.section("image_processor") if "image_processor" in whole.data else whole
-    return Section(read_json(file, optional=True), where(file))
+def image_limits(section: Section) -> dict[str, Any]:
+    """The limits of image sizes that a folder gives, by our names, in either of two spellings."""
+    limits: dict[str, Any] = {}
+    size = section.data.get("size")  # written by transformers when it saves a processor
+    for name, key, size_key in (
+        ("image_min_pixels", "min_pixels", "shortest_edge"),
+        ("image_max_pixels", "max_pixels", "longest_edge"),
+    ):
+        if section.data.get(key) is not None:
+            limits[name] = section.typed(key, int)
+        elif isinstance(size, dict) and size.get(size_key) is not None:
+            limits[name] = section.section("size").typed(size_key, int)
+    return limits
 
 
-def compare(given: dict, written: dict, where: str) -> None:
-    """Everything given must be what we would write, with the same value. Raises UserError naming
-    the first key.
+def image_settings(folder: Path) -> Section:
+    """preprocessor_config.json, or the section of processor_config.json in which transformers 5
+    keeps the same keys.
     """
+    file = folder / "preprocessor_config.json"
+    newer = folder / "processor_config.json"
+    if file.exists() or not newer.exists():
+        return Section(read_json(file, optional=True), where(file))
+    processor = Section(read_json(newer), where(newer))
+    if "image_processor" in processor.data:
+        return processor.section("image_processor")
+    return processor
+
+
+def compare(given: dict, written: dict, name: str) -> None:
+    """Raise UserError naming the first given key that we would not write, or with another value."""
     for key, value in given.items():
         if key in IGNORED_KEYS:
             continue
         if key not in written:
-            if key in USUAL and value == USUAL[key]:
+            if key in LEGACY_DEFAULTS and value == LEGACY_DEFAULTS[key]:
                 continue
             raise UserError(
-                f"{where}: unknown key {quote(key)}; remove it, or use the code that it was written for"
+                f"{name}: unknown key {quote(key)}; remove it, or use the code that it was written "
+                f"for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
-            compare(value, written[key], f"{where}, {key}")
+            compare(value, written[key], f"{name}, {key}")
         elif value != written[key]:
             raise UserError(
-                f"{where}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} here"
+                f"{name}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} "
+                f"here"
             )
 
 
+# --------------------------------------------------------------------------------------------------
+# OmniConfig to JSON
 def to_json(config: OmniConfig) -> dict:
-    """What config.json says, in the release's layout. The DiT's sizes are in both spellings:
-    transformers reads one.
-    """
-    thinker, ids = config.thinker, asdict(config.thinker.tokens)
-    time = {
-        "position_id_per_seconds": thinker.position_id_per_seconds,
-        "seconds_per_chunk": thinker.seconds_per_chunk,
-    }
+    """The object of config.json, in the release's layout."""
+    thinker = config.thinker
     tied = {"tie_word_embeddings": thinker.tie_word_embeddings}
+    has_speech = config.talker is not None
     data = {
         "architectures": ["Qwen2_5OmniForConditionalGeneration"],
-        "model_type": BASE,
-        "enable_audio_output": config.talker is not None,
-        "enable_talker": config.talker is not None,
+        "model_type": MODEL_TYPE,
+        "enable_audio_output": has_speech,
+        "enable_talker": has_speech,
         "thinker_config": {
-            "model_type": f"{BASE}_thinker",
-            **{key: ids[name] for name, key in TOKEN_KEYS.items()},
-            **time,
+            "model_type": f"{MODEL_TYPE}_thinker",
+            **{key: getattr(thinker.tokens, name) for name, key in TOKEN_KEYS.items()},
+            **time_json(thinker),
             **tied,
             "audio_config": {
-                "model_type": f"{BASE}_audio_encoder",
+                "model_type": f"{MODEL_TYPE}_audio_encoder",
                 "activation_function": "gelu",
                 "dropout": 0.0,
                 "scale_embedding": False,
                 **asdict(thinker.audio),
             },
             "vision_config": {
-                "model_type": f"{BASE}_vision_encoder",
+                "model_type": f"{MODEL_TYPE}_vision_encoder",
                 "hidden_act": "silu",
                 **asdict(thinker.vision),
             },
-            "text_config": {"model_type": f"{BASE}_text", **decoder_json(thinker.text), **tied},
+            "text_config": {
+                "model_type": f"{MODEL_TYPE}_text",
+                **decoder_json(thinker.text),
+                **tied,
+            },
         },
     }
-    if config.talker is not None:
-        data |= speech_json(config, time)
+    if config.talker is not None and config.token2wav is not None:
+        data["talker_config"] = talker_json(config.talker, thinker)
+        data["token2wav_config"] = token2wav_json(config.token2wav)
     return data
 
 
-def speech_json(config: OmniConfig, time: dict) -> dict:
-    """The two sections of config.json that a model without speech leaves out."""
-    thinker, talker, token2wav = config.thinker, config.talker, config.token2wav
-    ids, dit = asdict(thinker.tokens), asdict(token2wav.dit)
+def time_json(thinker: ThinkerConfig) -> dict:
+    """The time base of TMRoPE, which Thinker and Talker share."""
     return {
-        "talker_config": {
-            "model_type": f"{BASE}_talker",
-            "embedding_size": talker.embedding_size,
-            **decoder_json(talker.decoder),
-            **{TOKEN_KEYS[name]: ids[name] for name in SHARED_TOKENS},
-            **time,
-            **{key: ids[name] for name, key in SPEECH_TOKEN_KEYS.items()},
-            **{key: getattr(talker, name) for name, key in CODEC_KEYS.items()},
-            "spatial_merge_size": thinker.vision.spatial_merge_size,
+        "position_id_per_seconds": thinker.position_id_per_seconds,
+        "seconds_per_chunk": thinker.seconds_per_chunk,
+    }
+
+
+def talker_json(talker: TalkerConfig, thinker: ThinkerConfig) -> dict:
+    """talker_config, which repeats some of the Thinker's settings."""
+    tokens = thinker.tokens
+    return {
+        "model_type": f"{MODEL_TYPE}_talker",
+        "embedding_size": talker.embedding_size,
+        **decoder_json(talker.decoder),
+        **{TOKEN_KEYS[name]: getattr(tokens, name) for name in SHARED_TOKENS},
+        **time_json(thinker),
+        **{key: getattr(tokens, name) for name, key in SPEECH_TOKEN_KEYS.items()},
+        **{key: getattr(talker, name) for name, key in CODEC_KEYS.items()},
+        "spatial_merge_size": thinker.vision.spatial_merge_size,
+    }
+
+
+def token2wav_json(token2wav: Token2WavConfig) -> dict:
+    """token2wav_config. Three of the DiT's sizes have two keys: transformers reads its own."""
+    dit = asdict(token2wav.dit)
+    return {
+        "model_type": f"{MODEL_TYPE}_token2wav",
+        "dit_config": {
+            "model_type": f"{MODEL_TYPE}_dit",
+            **dit,
+            **{release: dit[key] for key, release in DIT_SPELLINGS.items()},
         },
-        "token2wav_config": {
-            "model_type": f"{BASE}_token2wav",
-            "dit_config": {
-                "model_type": f"{BASE}_dit",
-                **dit,
-                **{key: dit[name] for name, key in DIT_SPELLINGS.items()},
-            },
-            "bigvgan_config": {
-                "model_type": f"{BASE}_bigvgan",
-                "use_bias_at_final": False,
-                **asdict(token2wav.bigvgan),
-            },
+        "bigvgan_config": {
+            "model_type": f"{MODEL_TYPE}_bigvgan",
+            "use_bias_at_final": False,
+            **asdict(token2wav.bigvgan),
         },
     }
 
 
 def decoder_json(config: DecoderConfig) -> dict:
-    data = asdict(config)
-    rope = {"mrope_section": data.pop("mrope_section"), "rope_type": "default", "type": "default"}
-    fixed = {"hidden_act": "silu", "use_sliding_window": False, "tie_word_embeddings": False}
-    return fixed | data | {"rope_scaling": rope}
+    """A decoder's sizes in text_config or talker_config."""
+    sizes = asdict(config)
+    mrope_section = sizes.pop("mrope_section")
+    return {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        **sizes,
+        "rope_scaling": {
+            "mrope_section": mrope_section,
+            "rope_type": "default",
+            "type": "default",
+        },
+    }

@@ -1,5 +1,5 @@
-"""Files that transformers' AutoTokenizer and AutoProcessor read, and this project does not: it has
-its own processor.
+"""Files that transformers' AutoTokenizer and AutoProcessor read; this project has a processor of
+its own and does not read them.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from minomni.inputs.mel import HOP, LOG_FFT
 from minomni.inputs.patches import CHANNEL_MEAN, CHANNEL_STD
 from minomni.inputs.tokenizer import Tokenizer
 
-LISTENED_SECONDS = 300  # sounds are padded to this length, and longer ones cut
-# Names under which transformers' processor looks for special tokens.
+AUDIO_SECONDS = 300  # audio is padded to this length, or cut
+# The special tokens, by their names in the processor of transformers.
 PROCESSOR_TOKENS = {
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
@@ -22,7 +22,7 @@ PROCESSOR_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-# inputs/prompt.py's render() in Jinja.
+# render() of inputs/prompt.py in Jinja.
 CHAT_TEMPLATE = """\
 {%- set count = namespace(picture=0, audio=0, video=0) -%}
 {%- if not messages or messages[0]['role'] != 'system' -%}
@@ -36,13 +36,16 @@ CHAT_TEMPLATE = """\
 {%- for item in message['content'] -%}
 {%- if item['type'] in ['image', 'image_url'] or 'image' in item or 'image_url' in item -%}
 {%- set count.picture = count.picture + 1 -%}
-{{ ('Picture ' ~ count.picture ~ ': ') if add_vision_id else '' }}<|vision_bos|><|IMAGE|><|vision_eos|>
+{{ ('Picture ' ~ count.picture ~ ': ') if add_vision_id else '' }}\
+<|vision_bos|><|IMAGE|><|vision_eos|>
 {%- elif item['type'] in ['audio', 'audio_url'] or 'audio' in item or 'audio_url' in item -%}
 {%- set count.audio = count.audio + 1 -%}
-{{ ('Audio ' ~ count.audio ~ ': ') if add_audio_id else '' }}<|audio_bos|><|AUDIO|><|audio_eos|>
+{{ ('Audio ' ~ count.audio ~ ': ') if add_audio_id else '' }}\
+<|audio_bos|><|AUDIO|><|audio_eos|>
 {%- elif item['type'] in ['video', 'video_url'] or 'video' in item or 'video_url' in item -%}
 {%- set count.video = count.video + 1 -%}
-{{ ('Video ' ~ count.video ~ ': ') if add_vision_id else '' }}<|vision_bos|><|VIDEO|><|vision_eos|>
+{{ ('Video ' ~ count.video ~ ': ') if add_vision_id else '' }}\
+<|vision_bos|><|VIDEO|><|vision_eos|>
 {%- elif 'text' in item -%}
 {{ item['text'] }}
 {%- endif -%}
@@ -57,7 +60,7 @@ CHAT_TEMPLATE = """\
 
 
 def processor_settings(config: OmniConfig) -> dict:
-    """What preprocessor_config.json says to transformers about pictures and sounds."""
+    """The keys of preprocessor_config.json that transformers reads for images and audio."""
     vision = config.thinker.vision
     return {
         "processor_class": "Qwen2_5OmniProcessor",
@@ -72,9 +75,9 @@ def processor_settings(config: OmniConfig) -> dict:
         "sampling_rate": LISTENING_RATE,
         "n_fft": LOG_FFT,
         "hop_length": HOP,
-        "chunk_length": LISTENED_SECONDS,
-        "n_samples": LISTENED_SECONDS * LISTENING_RATE,
-        "nb_max_frames": LISTENED_SECONDS * LISTENING_RATE // HOP,
+        "chunk_length": AUDIO_SECONDS,
+        "n_samples": AUDIO_SECONDS * LISTENING_RATE,
+        "nb_max_frames": AUDIO_SECONDS * LISTENING_RATE // HOP,
         "padding_side": "right",
         "padding_value": 0.0,
         "dither": 0.0,
@@ -83,48 +86,45 @@ def processor_settings(config: OmniConfig) -> dict:
 
 
 def generation_ids(config: OmniConfig) -> dict:
-    """What generation_config.json says to transformers."""
+    """The keys of generation_config.json that transformers reads."""
     ids = config.thinker.tokens
     return {"bos_token_id": ids.im_start, "eos_token_id": ids.im_end, "pad_token_id": ids.endoftext}
 
 
 def write_tokenizer_config(tokenizer: Tokenizer, config: OmniConfig, folder: Path) -> None:
     """Write tokenizer_config.json, beside the vocab.json and merges.txt of Tokenizer.save()."""
-    about = {
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "single_word": False,
-        "special": True,
-    }
-    write_json(
-        Path(folder) / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "processor_class": "Qwen2_5OmniProcessor",
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "unk_token": None,
-            "model_max_length": config.thinker.text.max_position_embeddings,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "split_special_tokens": False,
-            "errors": "replace",
-            "extra_special_tokens": {
-                key: token
-                for key, token in PROCESSOR_TOKENS.items()
-                if token in tokenizer.special_tokens
-            },
-            "added_tokens_decoder": {
-                str(i): {"content": token, **about}
-                for token, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-            },
+    special_tokens = tokenizer.special_tokens
+    added_tokens = {}
+    for token, i in sorted(special_tokens.items(), key=lambda item: item[1]):
+        added_tokens[str(i)] = {
+            "content": token,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+            "special": True,
+        }
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "processor_class": "Qwen2_5OmniProcessor",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "model_max_length": config.thinker.text.max_position_embeddings,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+        "errors": "replace",
+        "extra_special_tokens": {
+            key: token for key, token in PROCESSOR_TOKENS.items() if token in special_tokens
         },
-    )
+        "added_tokens_decoder": added_tokens,
+    }
+    write_json(Path(folder) / "tokenizer_config.json", settings)
 
 
 def write_chat_template(folder: Path) -> None:
-    write_atomically(
-        Path(folder) / "chat_template.jinja", lambda f: f.write(CHAT_TEMPLATE.encode())
-    )
+    """Write chat_template.jinja."""
+    file = Path(folder) / "chat_template.jinja"
+    write_atomically(file, lambda f: f.write(CHAT_TEMPLATE.encode()))

@@ -9,7 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minomni.checkpoint.hf_config import BASE, CODEC_FOLDER, read_json, write_config, write_json
+from minomni.checkpoint.hf_config import (
+    CODEC_FOLDER,
+    MODEL_TYPE,
+    read_json,
+    write_config,
+    write_json,
+)
 from minomni.checkpoint.processor_files import (
     generation_ids,
     processor_settings,
@@ -21,14 +27,17 @@ from minomni.errors import UserError, shorten
 from minomni.files import beside
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
+from minomni.token2wav.voice import Voice
 
-INDEX, WHOLE, VOICES = "model.safetensors.index.json", "model.safetensors", "spk_dict.pt"
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+VOICES = "spk_dict.pt"
 SHARD_BYTES = 5_000_000_000
-# transformers 4.x stores these numbers although they follow from the sizes, and calls them missing
-# where they are not.
+# transformers 4.x stores these rotary frequencies, although they follow from the sizes, and reports
+# them as missing where they are not stored.
 DIT_ANGLES = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
-# Files about the tokenizer and the prompt. They are written, or kept from the loaded folder, all
-# together.
+# Files of the tokenizer and the prompt. Either all are written, or all are kept from the folder
+# that the model was loaded from.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,8 +48,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-HISTORY = "trained.json"  # how a model came to be; train/ writes it
-# What a saved model consists of, beside the shards that its index names. Anything else is foreign.
+HISTORY = "trained.json"  # how the model was trained; train/ writes it
+# The files of a saved model, beside the shards that its index names. Anything else is foreign.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -53,7 +62,7 @@ MODEL_FILES = (
     *TOKENIZER_FILES,
 )
 CODEC_FILES = {"config.json", WHOLE}
-# Never copied into another folder: other copies of the weights.
+# Other copies of the weights, which are never copied into another folder.
 OTHER_WEIGHTS = (
     "*.bin",
     "*.bin.index.json",
@@ -68,38 +77,28 @@ OTHER_WEIGHTS = (
 
 
 def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model, its voices and its tokenizer as a checkpoint folder that load() and
-    transformers read.
+    """Write a model, its voices and its tokenizer as a folder that load() and transformers read.
 
     Tensors keep their precision; files of Thinker, Talker and Token2Wav hold at most shard_bytes
-    each. The codec goes into the subfolder codec/, as other programs do not know it. What else the
-    folder held that the model was loaded from (README, license, tokenizer.json, pictures) is kept.
+    each. The codec goes into the subfolder codec/, because other programs do not know it. Other
+    files of the folder that the model was loaded from (README, license, tokenizer.json, images) are
+    kept.
 
     The folder is written beside the target and renamed at the end. An existing model folder is
-    replaced, a link to one is followed. Raises UserError, with the target as it was, where that is
-    a file, a device or a folder that holds anything but a model, and where writing fails.
+    replaced; a link to one is followed. Raises UserError, and leaves the target as it was, where
+    the target is a file, a device or a folder that holds anything but a model, and where writing
+    fails.
     """
-    if not isinstance(omni, Omni):
-        raise UserError(
-            f"save() was given a {type(omni).__name__} as the model; expected what load() gives"
-        )
-    if not isinstance(folder, (str, Path)) or not str(folder):
-        raise UserError(
-            f"save() was given {shorten(repr(folder), 60)} as the folder; expected a path"
-        )
+    check_arguments(omni, folder)
     target = Path(folder)
     try:
         folder = Path(os.path.realpath(target))
-        check_target(target, folder, omni.loaded_from)
-        if omni.talker is None and folder.is_dir() and holds_speech(folder):
-            raise UserError(
-                f"{target}: holds a model that speaks, and the one to save answers in text alone; choose "
-                f"another folder"
-            )
-        fresh, old = beside(folder, "part"), beside(folder, "old")
+        check_target(target, folder, omni)
+        fresh = beside(folder, "part")
+        old = beside(folder, "old")
+    except UserError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL in it
-        if isinstance(error, UserError):
-            raise
         raise unwritable(target, error) from None
     try:
         fresh.mkdir(parents=True)
@@ -108,11 +107,7 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # torch.save raises RuntimeError for a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch, on a full disk
         raise unwritable(target, error) from error
     finally:
         if old.exists() and not folder.exists():  # the second rename failed
@@ -121,55 +116,81 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
         shutil.rmtree(old, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# what may be replaced
+def check_arguments(omni: Omni, folder: str | Path) -> None:
+    """Raise UserError for arguments of save() of another type."""
+    if not isinstance(omni, Omni):
+        raise UserError(
+            f"save() was given a {type(omni).__name__} as the model; expected what load() gives"
+        )
+    if not isinstance(folder, (str, Path)) or not str(folder):
+        raise UserError(
+            f"save() was given {shorten(repr(folder), 60)} as the folder; expected a path"
+        )
+
+
 def unwritable(target: Path, error: Exception) -> UserError:
+    """The UserError for a failure of the system."""
     reason = getattr(error, "strerror", None) or str(error)[:200]
     return UserError(f"{target}: the model cannot be saved there ({reason}); choose another folder")
 
 
-def check_target(target: Path, folder: Path, loaded_from: Path | None) -> None:
-    """Raise UserError unless a model may be written as `folder`, to which the given path `target`
-    leads.
-    """
+def check_target(target: Path, folder: Path, omni: Omni) -> None:
+    """Raise UserError unless the model may be written as `folder`, which `target` resolves to."""
     if not folder.exists():
-        if target.is_symlink():
-            raise UserError(
-                f"{target}: is a link to {folder}, which does not exist; remove the link or make the folder"
-            )
-        parent = next(parent for parent in folder.parents if parent.exists())
-        if not parent.is_dir():
-            raise UserError(
-                f"{target}: {parent} is a file, so no folder can be made in it; choose another folder"
-            )
+        check_absent_target(target, folder)
         return
     if not folder.is_dir():
         kind = "a file" if folder.is_file() else "a device or a pipe"
         raise UserError(f"{target}: is {kind}; a model is saved as a folder, choose another name")
-    if loaded_from is not None and same_folder(folder, loaded_from):
-        return  # all that it holds is kept
-    if any(folder.iterdir()) and not holds_model(folder):
+    if not is_loaded_folder(folder, omni.loaded_from):  # whose other files are all kept
+        check_content(target, folder, omni.loaded_from)
+    if omni.talker is None and holds_speech(folder):
+        raise UserError(
+            f"{target}: holds a model that speaks, and the one to save answers in text alone; "
+            f"choose another folder"
+        )
+
+
+def check_absent_target(target: Path, folder: Path) -> None:
+    """Raise UserError unless a folder can be made that does not exist yet."""
+    if target.is_symlink():
+        raise UserError(
+            f"{target}: is a link to {folder}, which does not exist; remove the link or make the "
+            f"folder"
+        )
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(
+            f"{target}: {parent} is a file, so no folder can be made in it; choose another folder"
+        )
+
+
+def check_content(target: Path, folder: Path, loaded_from: Path | None) -> None:
+    """Raise UserError unless an existing folder holds a model and nothing that saving deletes."""
+    entries = sorted(folder.iterdir())
+    if entries and not holds_model(folder):
         raise UserError(f"{target}: holds something that is no model; choose another folder")
-    known = {file.name for file in copied_files(loaded_from)}
-    for entry in sorted(folder.iterdir()):
-        if entry.name not in known and not is_model_file(entry):
+    copied = {file.name for file in copied_files(loaded_from)}
+    for entry in entries:
+        if entry.name not in copied and not is_model_file(entry):
             raise UserError(
                 f"{target}: holds {entry.name!r}, which saving would delete; choose another folder"
             )
 
 
 def is_model_file(entry: Path) -> bool:
-    """Whether a file of a model folder, or its codec folder, belongs to the model."""
+    """Whether an entry of a model folder, a file or the codec's folder, belongs to the model."""
     if entry.name == CODEC_FOLDER:
         return entry.is_dir() and {file.name for file in entry.iterdir()} <= CODEC_FILES
-    return (
-        any(entry.match(pattern) for pattern in MODEL_FILES)
-        or entry.name in indexed_tensors(entry.parent).values()
-    )
+    if any(entry.match(pattern) for pattern in MODEL_FILES):
+        return True
+    return entry.name in indexed_tensors(entry.parent).values()
 
 
 def indexed_tensors(folder: Path) -> dict[str, str]:
-    """What the folder's own index says: {tensor: shard}. Nothing where there is none, or a broken
-    one.
-    """
+    """The index {tensor: shard} of a folder; empty where there is none, or a broken one."""
     try:
         index = read_json(folder / INDEX, optional=True).get("weight_map", {})
     except UserError:
@@ -180,76 +201,85 @@ def indexed_tensors(folder: Path) -> dict[str, str]:
 def holds_model(folder: Path) -> bool:
     """Whether a folder's config.json is that of a model of this kind."""
     try:
-        kind = read_json(folder / "config.json").get("model_type")
+        model_type = read_json(folder / "config.json").get("model_type")
     except UserError:
         return False
-    return isinstance(kind, str) and kind.startswith(BASE)
+    return isinstance(model_type, str) and model_type.startswith(MODEL_TYPE)
 
 
 def holds_speech(folder: Path) -> bool:
     """Whether a model folder holds tensors of a Talker."""
-    names = indexed_tensors(folder)
+    names = list(indexed_tensors(folder))
     if (folder / WHOLE).is_file():
         with safe_open(folder / WHOLE, "pt") as file:
-            names = [*names, *file.keys()]
+            names += file.keys()
     return any(name.startswith("talker.") for name in names)
 
 
-def same_folder(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and os.path.samefile(a, b)
+def is_loaded_folder(folder: Path, loaded_from: Path | None) -> bool:
+    """Whether a folder is the one that the model was loaded from."""
+    if loaded_from is None or not folder.exists() or not loaded_from.exists():
+        return False
+    return os.path.samefile(folder, loaded_from)
 
 
+# --------------------------------------------------------------------------------------------------
+# the model's files
 def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
-    """All files that make up the model, into an empty folder."""
+    """Write all files of the model into an empty folder."""
     config, source = omni.config, omni.loaded_from
+
+    # Settings: ours, and what transformers adds to the same files.
     write_config(config, folder)
     precision = str(omni.thinker.lm_head.weight.dtype).removeprefix("torch.")
     add_settings(folder / "config.json", {"torch_dtype": precision}, None)
     add_settings(folder / "generation_config.json", generation_ids(config), source)
     add_settings(folder / "preprocessor_config.json", processor_settings(config), source)
-    tensors = omni.stored_tensors()
-    codec = {name: tensor for name, tensor in tensors.items() if name.startswith("codec.")}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in codec}
+
+    # Tensors: the codec's apart, since other programs read all tensors of the folder above.
+    tensors: dict[str, Tensor] = {}
+    codec: dict[str, Tensor] = {}
+    for name, tensor in omni.stored_tensors().items():
+        part = codec if name.startswith("codec.") else tensors
+        part[name] = tensor
     if config.token2wav is not None:
         tensors[DIT_ANGLES] = dit_angles(config.token2wav.dit)
     write_tensors(tensors, folder, shard_bytes)
     if config.codec is not None:
         write_file(codec, folder / CODEC_FOLDER / WHOLE)
+
     if omni.voices:
-        torch.save(
-            {
-                name: {
-                    "bos_token": voice.bos_token,
-                    "cond": voice.cond.cpu(),
-                    "ref_mel": voice.ref_mel.cpu(),
-                }
-                for name, voice in omni.voices.items()
-            },
-            folder / VOICES,
-        )
+        write_voices(omni.voices, folder / VOICES)
     if omni.tokenizer is not None:
         write_tokenizer(omni.tokenizer, config, folder, source)
 
 
 def add_settings(file: Path, defaults: dict, source: Path | None) -> None:
-    """Add to a JSON file what else belongs there: keys of the same file in the loaded folder, or
-    else the defaults.
+    """Add keys to a JSON file: those of the same file in the loaded folder, or else the defaults.
+
+    Keys that the file has keep their values.
     """
-    theirs = {} if source is None else read_json(source / file.name, optional=True)
-    write_json(file, defaults | theirs | read_json(file))
+    loaded = {} if source is None else read_json(source / file.name, optional=True)
+    write_json(file, defaults | loaded | read_json(file))
+
+
+def write_voices(voices: dict[str, Voice], file: Path) -> None:
+    """Write a spk_dict.pt as the release has it: bos_token, cond and ref_mel by name."""
+    entries = {}
+    for name, voice in voices.items():
+        entries[name] = {
+            "bos_token": voice.bos_token,
+            "cond": voice.cond.cpu(),
+            "ref_mel": voice.ref_mel.cpu(),
+        }
+    torch.save(entries, file)
 
 
 def write_tokenizer(
     tokenizer: Tokenizer, config: OmniConfig, folder: Path, source: Path | None
 ) -> None:
-    """Keep the loaded folder's tokenizer files, if transformers can do with them and they are this
-    tokenizer's, or else write our own.
-    """
-    if (
-        source is not None
-        and (source / "tokenizer_config.json").is_file()
-        and is_tokenizer_of(source, tokenizer)
-    ):
+    """Keep the loaded folder's tokenizer files where that is possible, or else write our own."""
+    if source is not None and holds_tokenizer(source, tokenizer):
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy2(source / name, folder / name)
@@ -259,7 +289,10 @@ def write_tokenizer(
     write_chat_template(folder)
 
 
-def is_tokenizer_of(source: Path, tokenizer: Tokenizer) -> bool:
+def holds_tokenizer(source: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a folder's files are those of a tokenizer and transformers can read them."""
+    if not (source / "tokenizer_config.json").is_file():
+        return False
     try:
         stored = Tokenizer.load(source)
     except UserError:
@@ -273,68 +306,60 @@ def dit_angles(dit: DiTConfig) -> Tensor:
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors in order into files of at most shard_bytes (a larger one gets its own), with an
-    index if many.
+    """Write tensors in order into files of at most shard_bytes, and an index where there are many.
+
+    A tensor that is larger gets a file of its own.
     """
-    shards, room = [{}], shard_bytes
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    count = len(shards)
-    files = (
-        [WHOLE]
-        if count == 1
-        else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    )
-    for file, shard in zip(files, shards):
-        write_file(shard, folder / file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
-        }
-        write_json(folder / INDEX, index)
+    if len(shards) == 1:
+        write_file(shards[0], folder / WHOLE)
+        return
+
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        write_file(shard, folder / file_name)
+        weight_map.update(dict.fromkeys(shard, file_name))
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_json(folder / INDEX, index)
 
 
 def write_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file beside its config.json, on the disk when this returns."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        file,
-        {"format": "pt"},
-    )
-    shutil.copymode(
-        file.with_name("config.json"), file
-    )  # safetensors makes files that only their owner may read
+    """Write one safetensors file beside its config.json; it is on the disk when this returns."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    # safetensors makes files that only their owner may read.
+    shutil.copymode(file.with_name("config.json"), file)
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
 
 
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # foreign files
 def copied_files(source: Path | None) -> list[Path]:
-    """The files of a loaded folder that go along into another folder: those at its top that are not
-    weights or ours.
-    """
+    """The foreign files at the top of a loaded folder that are copied into another folder."""
     if source is None or not source.is_dir():
         return []
-    return [
-        file
-        for file in sorted(source.iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and not is_model_file(file)
-        and not any(file.match(pattern) for pattern in OTHER_WEIGHTS)
-    ]
+    files = []
+    for file in sorted(source.iterdir()):
+        is_weights = any(file.match(pattern) for pattern in OTHER_WEIGHTS)
+        is_hidden = file.name.startswith(".")
+        if file.is_file() and not is_hidden and not is_weights and not is_model_file(file):
+            files.append(file)
+    return files
 
 
 def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
-    """Put into the fresh folder what is not ours: all that the folder holds which it replaces, with
-    its subfolders, and files of the loaded one. Where both have a file, the replaced folder's
-    stays.
+    """Put foreign files into the fresh folder: all of the folder that it replaces, with subfolders,
+    and those of the loaded folder. Where both have a file, the replaced folder's is kept.
     """
     if folder.is_dir():
         for entry in folder.iterdir():
@@ -344,7 +369,7 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
                         link(file, fresh / CODEC_FOLDER / file.name)
             elif not is_model_file(entry):
                 link(entry, fresh / entry.name)
-    if source is not None and same_folder(source, folder) and (folder / HISTORY).is_file():
+    if is_loaded_folder(folder, source) and (folder / HISTORY).is_file():
         link(folder / HISTORY, fresh / HISTORY)
     for file in copied_files(source):
         if not (fresh / file.name).exists():
@@ -352,8 +377,9 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
 
 
 def link(entry: str | Path, to: str | Path) -> None:
-    """A file, or all of a folder, under a second name where the first is about to go; a copy where
-    a disk has no such links. Symbolic links stay what they are.
+    """Give a file, or every file of a folder, a second name, since the first is about to go.
+
+    A disk without hard links gets a copy. Symbolic links stay what they are.
     """
     if Path(entry).is_dir() and not Path(entry).is_symlink():
         shutil.copytree(entry, to, symlinks=True, copy_function=link)
