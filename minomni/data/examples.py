@@ -122,7 +122,7 @@ class ExampleBuilder:
         texts: list[str] = []
         while True:
             text = self.recorded_text(random)
-            wave = self.wave(Example("", "", voice="any", heard=text), random)
+            wave = self.recording(text, random)
             samples = sum(map(len, waves)) + len(wave)
             if waves and samples > seconds * LISTENING_RATE:
                 break
@@ -152,13 +152,14 @@ class ExampleBuilder:
                 return text.removeprefix("say ")
 
     def wave(self, example: Example, random: Random) -> Tensor | None:
-        """The recording [samples] of an example, with random gain and noise in training.
-
-        None if the question is typed.
-        """
+        """The recording of an example [samples], None if the question is typed."""
         if example.voice is None or example.wave is not None:
             return example.wave
-        wave = self.speech.wave(self.speech.find(example.heard or example.question, random))
+        return self.recording(example.heard or example.question, random)
+
+    def recording(self, text: str, random: Random) -> Tensor:
+        """A recording of a text [samples], with random gain and noise in training."""
+        wave = self.speech.wave(self.speech.find(text, random))
         if self.held:
             return wave
         generator = np.random.RandomState(random.randrange(1 << 31))
@@ -258,6 +259,7 @@ class ExampleBuilder:
 
 def visible_steps(example: Example, count: int) -> Tensor:
     """The grid step of a clip that is visible at each of its first `count` audio tokens [count]."""
+    assert example.clip is not None
     _, seconds = example.clip
     step_starts = torch.from_numpy(seconds[::2].copy())  # a grid step has two frames
     token_times = torch.arange(count) / AUDIO_TOKENS_PER_SECOND
