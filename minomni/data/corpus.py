@@ -85,9 +85,10 @@ class SpeechCorpus:
     def wave(self, index: int) -> Tensor:
         """Samples of one utterance, float32 in [-1, 1] at 16 kHz, padded to whole codes (40 ms)."""
         utterance = self.utterances[index]
-        samples = self.samples[utterance.start : utterance.end].astype(np.float32) / 32768
-        padding = -len(samples) % CODE_SAMPLES
-        return torch.nn.functional.pad(torch.from_numpy(samples), (0, padding))
+        samples = self.samples[utterance.start : utterance.end]
+        wave = torch.from_numpy(samples.astype(np.float32) / 32768)
+        padding = -len(wave) % CODE_SAMPLES
+        return torch.nn.functional.pad(wave, (0, padding))
 
     def find(self, text: str, random: Random) -> int:
         """Index of a random utterance of this text. Raises KeyError if there is none."""

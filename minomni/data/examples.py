@@ -188,9 +188,11 @@ class ExampleBuilder:
         """
         first = self.example(kind, random)
         turns = 1 if first.voice or kind.endswith("-alone") else MAX_TURNS
-        follow_ups = random.sample(first.more, min(turns - 1, len(first.more)))
-        later = [Example(question, answer, kind=first.kind) for question, answer in follow_ups]
-        return [first, *later]
+        count = min(turns - 1, len(first.more))
+        examples = [first]
+        for question, answer in random.sample(first.more, count):
+            examples.append(Example(question, answer, kind=first.kind))
+        return examples
 
     def collate(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, Tensor]:
         """Conversations of one or more turns -> inputs and targets [B, L] at every answer."""

@@ -89,8 +89,13 @@ def object_words(
     x, y = thing.center
     across = position_word(x / columns / vision.cell_size, "left", "right")
     down = position_word(y / rows / vision.cell_size, "up", "down")
-    words = (thing.color, thing.shape, across, down)
-    return torch.tensor([encode(f" {word}")[0] if word else IGNORE_INDEX for word in words])
+    ids = []
+    for word in (thing.color, thing.shape, across, down):
+        if word is None:
+            ids.append(IGNORE_INDEX)
+        else:
+            ids.append(encode(f" {word}")[0])
+    return torch.tensor(ids)
 
 
 def position_word(share: float, low: str, high: str) -> str | None:
@@ -175,6 +180,8 @@ def _embed(ids: Tensor, table: Tensor, empty: int) -> Tensor:
     Negative ids add nothing. A row with no other ids is the embedding of `empty`.
     """
     is_word = (ids >= 0)[..., None]  # [N, words, 1]
-    total = (table[ids.clamp_min(0)] * is_word).sum(1)
+    embeds = table[ids.clamp_min(0)]  # [N, words, D]
+    total = (embeds * is_word).sum(1)
     total = torch.where(is_word.any(1), total, table[empty])
-    return total + NOISE * table.std() * torch.randn_like(total)
+    noise_level = NOISE * table.std()
+    return total + noise_level * torch.randn_like(total)

@@ -1,6 +1,5 @@
 """The generated world's pictures, clips and audio, each with questions about it and answers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
@@ -25,8 +24,10 @@ TONE_SECONDS = 0.3
 QUESTION_WEIGHTS = {"color": 3, "shape": 1, "count": 1, "relation": 2, "describe": 1}
 TWO_OBJECT_QUESTIONS = ("relation", "describe")
 
-Point = tuple[float, float]
+Point = tuple[float, float]  # x, y in pixels
 QuestionAnswer = tuple[str, str]
+# Frames uint8 [n, H, W, 3], and the time in seconds of each, float32 [n].
+TimedFrames = tuple[np.ndarray, np.ndarray]
 
 
 class SceneObject(NamedTuple):
@@ -38,6 +39,9 @@ class SceneObject(NamedTuple):
     radius: float
 
 
+Frame = list[SceneObject]  # what is visible in a picture or in a frame of a clip
+
+
 @dataclass
 class Example:
     """One training example: a question (typed, or spoken if a voice is named), media, an answer."""
@@ -46,13 +50,12 @@ class Example:
     answer: str
     voice: str | None = None  # who speaks the question; None if it is typed
     image: Image.Image | None = None
-    # Frames uint8 [n, H, W, 3], and the time in seconds of each, float32 [n].
-    clip: tuple[np.ndarray, np.ndarray] | None = None
+    clip: TimedFrames | None = None
     sound: np.ndarray | None = None  # the clip's audio track, float32 [samples] at 16 kHz
     heard: str | None = None  # transcript of the recording, if it is not the question
     # The recording, if it is not from the corpus, float32 [samples] at 16 kHz.
     wave: Tensor | None = None
-    objects: list[list[SceneObject]] = field(default_factory=list)  # visible at each grid step
+    objects: list[Frame] = field(default_factory=list)  # what is visible at each grid step
     sound_at: float | None = None  # when the tone starts, seconds into the clip
     more: list[QuestionAnswer] = field(default_factory=list)  # other questions, with answers
     kind: str = ""
@@ -224,15 +227,13 @@ def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_clip(
-    frames: Sequence[list[SceneObject]],
-    random: Random,
-    pair_seconds: tuple[float, float] = PAIR_SECONDS,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The objects of each frame -> pixels, uint8 [n, CLIP_SIZE, CLIP_SIZE, 3], and the time of
-    each frame in seconds, float32 [n].
+    frames: list[Frame], random: Random, pair_seconds: tuple[float, float] = PAIR_SECONDS
+) -> TimedFrames:
+    """The objects of each frame -> pixels [n, CLIP_SIZE, CLIP_SIZE, 3] and times.
 
     Frames come in pairs of random duration. The second frame of a pair follows half-way.
     """
+    # All frames have the same background.
     background = random.randint(0, 1 << 30)
     pictures = []
     for objects in frames:
@@ -240,9 +241,11 @@ def draw_clip(
         for color, shape, center, radius in objects:
             draw(pen, shape, color, center, radius)
         pictures.append(np.asarray(image))
-    half_pairs = [random.uniform(*pair_seconds) / 2 for _ in range(len(frames) // 2)]
-    durations = np.repeat(half_pairs, 2)
-    times = np.concatenate([[0.0], np.cumsum(durations)[:-1]])
+    # A frame is shown until the next one; both frames of a pair for the same time.
+    pairs = len(frames) // 2
+    half_pairs = [random.uniform(*pair_seconds) / 2 for _ in range(pairs)]
+    ends = np.cumsum(np.repeat(half_pairs, 2))
+    times = np.concatenate([[0.0], ends[:-1]])
     return np.stack(pictures), times.astype(np.float32)
 
 
@@ -252,14 +255,17 @@ def moving_clip(random: Random) -> Example:
     move = random.choice(list(MOVES))
     n = random.choice(FRAMES)
     centers = path_centers(move, n, offset=random.uniform(-14, 14))
-    # A grid step covers two frames: there the object is half-way between its two positions.
-    pairs = zip(centers[::2], centers[1::2], strict=True)
-    midpoints = [((x0 + x1) / 2, (y0 + y1) / 2) for (x0, y0), (x1, y1) in pairs]
+    frames = [[SceneObject(color, shape, center, 12)] for center in centers]
+    # A grid step covers two frames: its object is half-way between the two positions.
+    steps = []
+    for (x0, y0), (x1, y1) in zip(centers[::2], centers[1::2], strict=True):
+        midpoint = ((x0 + x1) / 2, (y0 + y1) / 2)
+        steps.append([SceneObject(color, shape, midpoint, 12)])
     return Example(
         "where does the shape go",
         f"the {color} {shape} moves {move}",
-        clip=draw_clip([[SceneObject(color, shape, center, 12)] for center in centers], random),
-        objects=[[SceneObject(color, shape, center, 12)] for center in midpoints],
+        clip=draw_clip(frames, random),
+        objects=steps,
         kind="video",
     )
 
@@ -277,7 +283,7 @@ def path_centers(move: str, n: int, offset: float) -> list[Point]:
     return centers
 
 
-def shown_in_order(random: Random, count: int, n: int) -> tuple[list[list[SceneObject]], list[int]]:
+def shown_in_order(random: Random, count: int, n: int) -> tuple[list[Frame], list[int]]:
     """`count` objects shown one after the other in n frames -> the objects of each frame, and the
     first frame of each object.
 
@@ -289,8 +295,10 @@ def shown_in_order(random: Random, count: int, n: int) -> tuple[list[list[SceneO
     ]
     changes = sorted(random.sample(range(1, n // 2), count - 1))
     begins = [0, *(2 * pair for pair in changes)]
+
+    # Each object is visible until the next one.
     ends = [*begins[1:], n]
-    frames = []
+    frames: list[Frame] = []
     for thing, begin, end in zip(shown, begins, ends, strict=True):
         frames += [[thing]] * (end - begin)
     return frames, begins
@@ -308,9 +316,7 @@ def long_clip(random: Random, pairs: int) -> Example:
     return first_or_last(frames, draw_clip(frames, random, LONG_PAIR_SECONDS), random)
 
 
-def first_or_last(
-    frames: list[list[SceneObject]], clip: tuple[np.ndarray, np.ndarray], random: Random
-) -> Example:
+def first_or_last(frames: list[Frame], clip: TimedFrames, random: Random) -> Example:
     """An example that asks for the first or the last object; the other one is the follow-up."""
     questions = order_of(frames)
     question, answer = random.choice(questions)
@@ -318,7 +324,7 @@ def first_or_last(
     return Example(question, answer, clip=clip, objects=frames[::2], more=other, kind="video")
 
 
-def order_of(frames: list[list[SceneObject]]) -> list[QuestionAnswer]:
+def order_of(frames: list[Frame]) -> list[QuestionAnswer]:
     """The questions about the order of a clip's objects, with their answers."""
     first = frames[0][0]
     last = frames[-1][0]
@@ -361,10 +367,15 @@ def clip_with_tone(random: Random) -> Example:
 
 def tone(random: Random, seconds: float, at: float) -> np.ndarray:
     """Quiet noise of some length with one tone of 0.3 s -> float32 [samples] at 16 kHz."""
+    samples = int(seconds * LISTENING_RATE)
     generator = np.random.RandomState(random.randrange(1 << 31))
-    wave = 0.003 * generator.randn(int(seconds * LISTENING_RATE))
-    t = np.arange(int(TONE_SECONDS * LISTENING_RATE)) / LISTENING_RATE
-    start = int(at * LISTENING_RATE)
+    wave = 0.003 * generator.randn(samples)
+
+    # The tone is a sine that fades in and out.
+    tone_samples = int(TONE_SECONDS * LISTENING_RATE)
+    t = np.arange(tone_samples) / LISTENING_RATE
     frequency = random.uniform(400, 1200)
-    wave[start : start + len(t)] += 0.3 * np.sin(2 * np.pi * frequency * t) * np.hanning(len(t))
+    sine = 0.3 * np.sin(2 * np.pi * frequency * t)
+    start = int(at * LISTENING_RATE)
+    wave[start : start + tone_samples] += sine * np.hanning(tone_samples)
     return wave.astype(np.float32)

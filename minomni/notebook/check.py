@@ -115,12 +115,15 @@ def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
 
 
 def _mismatch(answer: Any, expected: Any) -> str:
+    """The answer and the expected one in one line."""
     return f"{_brief(answer)}, expected {_brief(expected)}"
 
 
 def _has_text(x: Any) -> bool:
     """Whether x is a text or a nested list that holds one."""
-    return isinstance(x, str) or isinstance(x, (list, tuple)) and any(map(_has_text, x))
+    if isinstance(x, (list, tuple)):
+        return any(map(_has_text, x))
+    return isinstance(x, str)
 
 
 def _tensor(x: Any) -> Tensor:

@@ -26,7 +26,7 @@ COLORS = {
     "video": "#4575b4",
 }
 AXES = ("time", "height", "width")
-MAX_NUMBERED = 40  # tokens in a row whose ids are still legible
+ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids are still legible
 
 
 def axes(
@@ -182,7 +182,7 @@ def tmrope(ids: Tensor, kinds: list[str], title: str = "") -> None:
 
     kinds [L]: what modalities() gives.
     """
-    if ids.shape[1] <= MAX_NUMBERED:
+    if ids.shape[1] <= ROOM_FOR_NUMBERS:
         _cells(ids, kinds, title)
     else:
         _tracks(ids, kinds, title)
@@ -266,9 +266,12 @@ def angles(ax: "Axes", cosines: Tensor, section: tuple[int, int, int]) -> None:
     section: how many pairs belong to each of the three axes.
     """
     ax.imshow(cosines.T, aspect="auto", cmap="Greys_r", vmin=-1, vmax=1, interpolation="nearest")
+    # A line between the axes, a label in the middle of each.
     borders = torch.tensor((0, *section)).cumsum(0)
-    ax.hlines(borders[1:-1] - 0.5, -0.5, len(cosines) - 0.5, color=COLORS["audio"], linewidth=0.8)
-    ax.set(yticks=(borders[:-1] + borders[1:] - 1) / 2, yticklabels=AXES, xlabel="token")
+    right = len(cosines) - 0.5
+    ax.hlines(borders[1:-1] - 0.5, -0.5, right, color=COLORS["audio"], linewidth=0.8)
+    middles = (borders[:-1] + borders[1:] - 1) / 2
+    ax.set(yticks=middles, yticklabels=AXES, xlabel="token")
     ax.tick_params(axis="y", length=0)
 
 
