@@ -1,5 +1,5 @@
-"""People's own data: bad lines are named before anything is trained, good ones are streamed, learnt
-and saved.
+"""Training data of one's own: bad lines are reported before training, good ones are streamed, and
+the tuned model is saved.
 """
 
 import json
@@ -28,13 +28,13 @@ def recordings():
 
 @pytest.fixture
 def omni(tiny_folder):
-    """A fresh model of random weights."""
+    """A fresh model with random weights."""
     return minomni.load(str(tiny_folder))
 
 
 @pytest.fixture
 def small(monkeypatch, tiny_folder):
-    """finetune() begins with the random model and takes two lines a step."""
+    """finetune() starts from the random model and takes two rows per step."""
     monkeypatch.setattr(
         finetune, "load", lambda size, device: minomni.load(str(tiny_folder), device)
     )
@@ -48,7 +48,7 @@ def line(question="say a", answer="a circle", **more) -> dict:
 
 
 def write(folder: Path, rows: list, name="my.jsonl") -> Path:
-    """A JSONL file of rows; those that are texts are written as they stand."""
+    """A JSONL file of rows; texts are written as they are."""
     texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / name).write_text("\n".join(texts) + "\n")
     return folder / name
@@ -56,7 +56,7 @@ def write(folder: Path, rows: list, name="my.jsonl") -> Path:
 
 @pytest.fixture
 def spoken(tmp_path, recordings) -> list[dict]:
-    """Four lines whose answers are recordings in tmp_path, two of them by a voice that the model
+    """Four rows whose answers are recordings in tmp_path, two of them by a voice that the model
     does not know.
     """
     rows = []
@@ -205,7 +205,7 @@ BAD = [
 ]
 
 
-def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
+def test_bad_lines_are_reported_and_nothing_is_trained(tmp_path, small):
     (tmp_path / "words.wav").write_text("words, not sound")
     soundfile.write(tmp_path / "hush.wav", torch.zeros(20_000).numpy(), 16_000)
     rows = [
@@ -221,14 +221,15 @@ def test_every_bad_line_is_named_and_nothing_is_trained(tmp_path, small):
     assert f"and {len(BAD) - 3} more in" in message
     causes = (tmp_path / "tuned.run" / "bad_lines.txt").read_text().splitlines()
     assert len(causes) == len(BAD)
-    for i, (cause, (_, says)) in enumerate(zip(causes, BAD)):
-        assert cause.startswith(f"line {2 * i + 1}: ") and says in cause, cause
+    for i, (cause, (_, says)) in enumerate(zip(causes, BAD, strict=True)):
+        assert cause.startswith(f"line {2 * i + 1}: "), cause
+        assert says in cause
     assert not (tmp_path / "tuned").exists()
     assert not list((tmp_path / "tuned.run" / "stages").iterdir())
 
 
 def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
-    """Whatever a line raises: its number is told, and the lines behind it are looked at."""
+    """Any exception of a line is reported with its number, and later lines are still validated."""
 
     def broken(messages, *_):
         raise ZeroDivisionError("of a part that is not ours\nand more")
@@ -242,7 +243,7 @@ def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
     assert "line 3: " in text
 
 
-def test_a_message_stays_short_and_a_hopeless_file_is_given_up(tmp_path, omni):
+def test_message_is_short_and_validation_stops_after_many_errors(tmp_path, omni):
     with pytest.raises(UserError) as error:
         jsonl.checked(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
     text = str(error.value)
@@ -252,8 +253,8 @@ def test_a_message_stays_short_and_a_hopeless_file_is_given_up(tmp_path, omni):
     assert "and 997 more" in text
 
 
-def test_a_line_without_end_is_refused_quickly(tmp_path, omni):
-    """20 GB without a line feed; the file has holes in the place of its bytes."""
+def test_endless_line_is_refused_quickly(tmp_path, omni):
+    """20 GB without a line feed, as a sparse file."""
     path = tmp_path / "big.jsonl"
     with open(path, "wb") as file:
         file.write(json.dumps(line()).encode() + b"\n{")
@@ -266,7 +267,7 @@ def test_a_line_without_end_is_refused_quickly(tmp_path, omni):
         jsonl.read(path, tmp_path, omni)
 
 
-def test_speech_wants_a_voice_that_can_be_made(tmp_path, omni, recordings):
+def test_speech_needs_a_voice_that_can_be_made(tmp_path, omni, recordings):
     soundfile.write(tmp_path / "short.wav", recordings.wave(0)[:4000], 16_000)
     path = write(tmp_path, [line(), line(speech="short.wav", voice="Me")])
     with pytest.raises(
@@ -280,7 +281,7 @@ def test_speech_wants_a_voice_that_can_be_made(tmp_path, omni, recordings):
         jsonl.checked(write(tmp_path, [line(speech="short.wav")]), omni)
 
 
-def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
+def test_media_paths_are_relative_to_the_file(tmp_path, omni, recordings):
     (tmp_path / "media").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "media" / "a.png")
     soundfile.write(tmp_path / "q.wav", recordings.wave(0), 16_000)
@@ -310,7 +311,7 @@ def test_media_are_looked_for_beside_the_file(tmp_path, omni, recordings):
 
 
 def asked(*content) -> list[dict]:
-    """What the model is asked in a line whose question is this content."""
+    """The messages of a row whose question is this content."""
     return [
         {"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}
     ]
@@ -590,17 +591,17 @@ LAYOUTS = {  # a row, and its question; the answer is always "a square"
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_layouts_of_other_programs(name, tmp_path):
     row, question = LAYOUTS[name]
-    lesson = jsonl.parse(json.dumps(row), tmp_path, "be kind")
+    parsed = jsonl.parse(json.dumps(row), tmp_path, "be kind")
     wanted = json.loads(json.dumps(question).replace("@", f"{tmp_path}/"))
     if wanted[0]["role"] != "system":
         wanted = [{"role": "system", "content": "be kind"}, *wanted]
-    assert lesson.question == wanted
-    assert lesson.answer == "a square"
-    assert lesson.speech is lesson.voice is None
-    assert lesson.use_audio_in_video is False
+    assert parsed.question == wanted
+    assert parsed.answer == "a square"
+    assert parsed.speech is parsed.voice is None
+    assert parsed.use_audio_in_video is False
 
 
-def test_tools_are_no_key_of_ours(tmp_path):
+def test_tools_are_an_unknown_key(tmp_path):
     with pytest.raises(UserError, match="unknown key 'tools'"):
         jsonl.parse(json.dumps(line(tools=[{}])), tmp_path, "")
 
@@ -630,7 +631,7 @@ def test_files_of_rows(kind, tmp_path, omni):
     assert lines[0].question[-1]["content"] == "say é [a] {b}"
 
 
-def test_media_of_an_array_are_looked_for_beside_it(tmp_path, omni):
+def test_media_paths_of_an_array_are_relative_to_it(tmp_path, omni):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     path = tmp_path / "my.json"
     path.write_text(json.dumps([LAYOUTS["llava"][0]], indent=2))
@@ -666,7 +667,7 @@ def test_broken_arrays(text, says, tmp_path, omni):
 
 
 @pytest.mark.parametrize("begin", ["file:", "FILE://", "fIle://localhost"])
-def test_uris_of_pictures_are_opened(begin, tmp_path, omni):
+def test_image_uris_are_opened(begin, tmp_path, omni):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
     lines = jsonl.checked(
         write(tmp_path, [line("<image> what", images=[f"{begin}{tmp_path}/b.png"])]), omni
@@ -687,7 +688,7 @@ def test_uris_of_pictures_are_opened(begin, tmp_path, omni):
         ("nul\0", "its name cannot be"),
     ],
 )
-def test_what_is_no_file_of_data(name, says, tmp_path, omni):
+def test_not_a_data_file(name, says, tmp_path, omni):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as error:
         jsonl.read(tmp_path / name, tmp_path / "run", omni)
@@ -695,7 +696,7 @@ def test_what_is_no_file_of_data(name, says, tmp_path, omni):
     assert str(error.value).isprintable()
 
 
-def test_an_epoch_holds_every_line_once():
+def test_epoch_contains_every_row_once():
     epochs = [[jsonl.epoch_index(3, 50, 50 * epoch + i) for i in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -703,9 +704,7 @@ def test_an_epoch_holds_every_line_once():
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, omni):
-    """Ten times the lines, 8 MB more on disk: only where lines begin, and an epoch's order, may
-    grow.
-    """
+    """Ten times the lines, 8 MB more on disk: only the offsets and the epoch's order may grow."""
     peaks = []
     for count in (200, 2000):
         path = write(tmp_path, [line("a " * 500, f"{i}", voice="v" * 3000) for i in range(count)])
@@ -722,7 +721,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
 
 
 @pytest.mark.parametrize("name", list(finetune.STAGES))
-def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
+def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
         lines = jsonl.checked(write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh)
@@ -748,7 +747,7 @@ def test_stages_learn_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_fo
     assert whole == halves
 
 
-def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, spoken):
+def test_load_fine_tuned_model(tmp_path, small, tiny_folder, spoken):
     data, out = write(tmp_path, spoken), tmp_path / "tuned"
     finetune.finetune("tiny", data, out, epochs=1)
     tuned, before = minomni.load(str(out)), minomni.load(str(tiny_folder))
@@ -771,7 +770,7 @@ def test_a_tuned_model_is_loaded_like_any_other(tmp_path, small, tiny_folder, sp
         finetune.finetune("tiny", data, out, epochs=1, resume=True)
 
 
-def test_a_run_cut_off_between_its_stages_ends_the_same(tmp_path, small, spoken, monkeypatch):
+def test_resume_between_stages_is_exact(tmp_path, small, spoken, monkeypatch):
     data = write(tmp_path, spoken)
     finetune.finetune("tiny", data, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patch:
@@ -878,8 +877,8 @@ def test_broken_metadata(content, says, tmp_path):
         ("x" * 253, "File name too long"),
     ],
 )
-def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
-    """Told before the data are read or a model is loaded."""
+def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
+    """The error comes before the data are read or a model is loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
@@ -903,7 +902,7 @@ def test_where_no_model_can_go(out, says, tmp_path, monkeypatch):
         (["--out", "x"], "go with --data"),
     ],
 )
-def test_the_command_line(options, says, tmp_path, small, monkeypatch, capsys):
+def test_command_line_errors(options, says, tmp_path, small, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["minomni", "train", *options, "--home", str(tmp_path / "home")]

@@ -1,37 +1,40 @@
-"""Batches of rows with similar lengths, padded."""
+"""Batches of rows with similar lengths, and their padding."""
 
+from collections.abc import Sequence
 from random import Random
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+
+SILENCE = -11.5129  # log(1e-5), what voice_mel gives for zeros
 
 
 def similar_lengths(
-    lengths: list,
+    lengths: Sequence,
     batch: int,
     seed: int,
     step: int,
-    weights: list[float] | None = None,
+    weights: Sequence[float] | None = None,
     pool: int = 8,
 ) -> list[int]:
-    """Indices of one batch whose rows are about equally long, so little is padding; a function of
-    the step alone.
+    """Indices of one batch of rows with similar lengths, to keep padding small.
 
-    lengths: numbers, or tuples of them that are compared in turn. weights: how often each index is
-    drawn; None for all alike. pool: of how many batches the rows are drawn and sorted together.
+    A function of the seed and the step alone. lengths: numbers, or tuples that are compared in
+    order. weights: how often each index is drawn; None for uniform. pool: number of batches that
+    are drawn and sorted together.
     """
     random = Random(f"{seed}-{step // pool}")
-    chosen = random.choices(range(len(lengths)), weights, k=batch * pool)
-    chosen.sort(key=lengths.__getitem__)
-    batches = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
+    indices = random.choices(range(len(lengths)), weights, k=batch * pool)
+    indices.sort(key=lengths.__getitem__)
+    batches = [indices[begin : begin + batch] for begin in range(0, len(indices), batch)]
     random.shuffle(batches)
     return batches[step % pool]
 
 
-def pad_mels(mels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mels of several lengths -> [B, T, bands] filled up with silence, and their lengths [B]."""
-    frames = torch.tensor([len(m) for m in mels])
-    silence = -11.5129  # log(1e-5), what voice_mel gives for zeros
-    return torch.stack(
-        [F.pad(m, (0, 0, 0, int(frames.max()) - len(m)), value=silence) for m in mels]
-    ), frames
+def pad_mels(mels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mels [T_i, bands] -> one batch [B, T, bands] padded with silence, and their lengths [B]."""
+    lengths = [len(mel) for mel in mels]
+    longest = max(lengths)
+    padded = [F.pad(mel, (0, 0, 0, longest - len(mel)), value=SILENCE) for mel in mels]
+    return torch.stack(padded), torch.tensor(lengths)

@@ -1,53 +1,57 @@
 """The speech codes of a corpus, computed once and kept in a cache file."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from minomni.data.batching import pad_mels
+from minomni.data.corpus import SpeechCorpus
 from minomni.files import write_atomically
 from minomni.inputs.mel import voice_mel
+from minomni.talker.codec import Codec
+
+BATCH = 32  # utterances encoded together
 
 
-def encode_corpus(codec, speech, cache: Path) -> list[torch.Tensor]:
-    """Codes [C] of every utterance of a corpus. Dit and the Talker's stages share them in a file.
+def encode_corpus(codec: Codec, speech: SpeechCorpus, cache: Path) -> list[Tensor]:
+    """Codes [C] of every utterance of a corpus, read from the cache file if there is one.
 
-    It is named by the codec and by what the recordings are, so that neither others nor another
-    codec meet it.
+    The file is named by a hash of the codec's weights and the list of utterances, so another codec
+    or corpus gets its own. The stages of the DiT and the Talker share it.
     """
     path = cache / f"codes-{cache_key([codec], speech.utterances)}.pt"
     if path.exists():
-        kept = torch.load(path, weights_only=True)
-        return list(kept["codes"].split(kept["lengths"].tolist()))
+        saved = torch.load(path, weights_only=True)
+        return list(saved["codes"].split(saved["lengths"].tolist()))
     codes = encode_batches(codec, speech)
-    kept = {"codes": torch.cat(codes), "lengths": torch.tensor([len(row) for row in codes])}
-    write_atomically(path, lambda f: torch.save(kept, f))
+    saved = {"codes": torch.cat(codes), "lengths": torch.tensor([len(row) for row in codes])}
+    write_atomically(path, lambda file: torch.save(saved, file))
     return codes
 
 
-def cache_key(parts: list, *others) -> str:
-    """Stands for the weights of some parts of a model, and for whatever else is given."""
-    made_by = hashlib.sha256(str(others).encode())
+def cache_key(parts: Iterable[nn.Module], *others: object) -> str:
+    """A hash of the weights of some modules and of anything else that a result depends on."""
+    digest = hashlib.sha256(str(others).encode())
     for part in parts:
         for parameter in part.parameters():
-            made_by.update(parameter.detach().cpu().numpy().tobytes())
-    return made_by.hexdigest()[:12]
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
-def encode_batches(codec, speech) -> list[torch.Tensor]:
-    """Codes [C] of every utterance of a corpus, encoded in batches of about equal length; on the
-    CPU.
-    """
-    order = sorted(
-        range(len(speech)), key=lambda i: speech.utterances[i].end - speech.utterances[i].start
-    )
-    codes, device = [None] * len(speech), codec.to_grid.weight.device
-    for begin in range(0, len(order), 32):
-        indices = order[begin : begin + 32]
+def encode_batches(codec: Codec, speech: SpeechCorpus) -> list[Tensor]:
+    """Codes [C] of every utterance of a corpus on the CPU, encoded in batches of similar length."""
+    device = codec.to_grid.weight.device
+    lengths = [utterance.end - utterance.start for utterance in speech.utterances]
+    order = sorted(range(len(speech)), key=lengths.__getitem__)
+    codes: dict[int, Tensor] = {}
+    for begin in range(0, len(order), BATCH):
+        indices = order[begin : begin + BATCH]
         mels, frames = pad_mels([voice_mel(speech.wave(i)) for i in indices])
-        for i, row, n in zip(
-            indices, codec.encode(mels.to(device)).cpu(), frames // codec.config.downsample
-        ):
-            codes[i] = row[:n]
-    return codes
+        rows = codec.encode(mels.to(device)).cpu()  # [B, C]
+        counts = frames // codec.config.downsample
+        for i, row, count in zip(indices, rows, counts, strict=True):
+            codes[i] = row[:count]
+    return [codes[i] for i in range(len(speech))]

@@ -1,14 +1,14 @@
-"""What the Thinker is taught: examples of every kind, and lessons (model inputs with targets) made
-of them.
-"""
+"""Training examples of every kind for the Thinker, and batches of model inputs with targets."""
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from minomni.config import IGNORE_INDEX, LISTENING_RATE
+from minomni.config import IGNORE_INDEX, LISTENING_RATE, OmniConfig
 from minomni.data import grammar, scenes
 from minomni.data.corpus import corpus, sampling_weights
 from minomni.data.oracle_features import AUDIO_TOKENS_PER_SECOND
@@ -18,260 +18,288 @@ from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Inputs, Processor, join
 
 TRANSCRIBE = "write what you hear"
-SHOWN = {
+GENERATORS = {
     "scene": [scenes.scene],
     "video": [scenes.moving_clip, scenes.ordered_clip],
     "sync": [scenes.clip_with_tone],
 }
-# questions about one picture, at most, each in a turn of its own: a picture costs more than a
-# question
-TURNS = 4
-LONG_SECONDS = (
-    3,
-    10,
-)  # of speech: what is learnt from longer ones in as many steps is worse, half a minute included
+# At most this many questions about one picture, each in a turn of its own: encoding a picture
+# costs more than another question.
+MAX_TURNS = 4
+# Seconds of speech in a long dictation. Longer ones (up to 30 s) learn less in as many steps.
+LONG_SECONDS = (3, 10)
+NOISE_LEVELS = (0.0, 0.002, 0.006)  # standard deviations, full scale is 1
 
 
-def conversation(example: Example, wave: torch.Tensor | None) -> list[dict]:
-    """Messages of an example's question; `wave` is the recording where it is spoken."""
+def user_messages(example: Example, wave: Tensor | None) -> list[dict]:
+    """Messages with an example's question. wave: the recording [samples] if it is spoken."""
     content = []
     if example.image is not None:
         content.append({"type": "image", "image": example.image})
     if example.clip is not None:
         frames, seconds = example.clip
-        sound = None if example.sound is None else torch.from_numpy(example.sound)
-        content.append(
-            {
-                "type": "video",
-                "video": Clip(torch.from_numpy(frames), torch.from_numpy(seconds), sound),
-            }
-        )
+        audio = None if example.sound is None else torch.from_numpy(example.sound)
+        clip = Clip(torch.from_numpy(frames), torch.from_numpy(seconds), audio)
+        content.append({"type": "video", "video": clip})
     if wave is not None:
         content.append({"type": "audio", "audio": wave})
+    # A recording that is not the question itself comes with the question as text.
     if wave is None or example.heard is not None:
         content.append({"type": "text", "text": example.question})
     return [{"role": "user", "content": content}]
 
 
 def estimated_tokens(example: Example) -> int:
-    """About how many tokens the media of an example take."""
-    frames = 0 if example.clip is None else len(example.clip[0])
-    return (
-        20
-        + 16 * (example.image is not None)
-        + 5 * frames
-        + 13 * frames * (example.sound is not None)
-        + 50 * (example.voice is not None)
-    )
+    """Rough number of tokens in an example, to sort batches by length."""
+    tokens = 20
+    if example.image is not None:
+        tokens += 16
+    if example.clip is not None:
+        frames = len(example.clip[0])
+        tokens += 5 * frames
+        if example.sound is not None:
+            tokens += 13 * frames
+    if example.voice is not None:
+        tokens += 50
+    return tokens
 
 
 class ExampleBuilder:
-    """Makes examples of every kind, from trained or from held-out material, and turns them into
-    model inputs.
-    """
+    """Makes examples of every kind from training or held-out data, and model inputs from them."""
 
-    def __init__(self, config, cache, held: bool = False):
+    def __init__(self, config: OmniConfig, cache: Path, held: bool = False):
+        """held: draw from the held-out set. cache: folder of the synthesized corpora."""
         self.processor = Processor(config, world_tokenizer(config.thinker.tokens))
-        self.held, self.digits = held, scenes.digits(held)
+        self.held = held
+        self.digits = scenes.digits(held)
         self.english = english(config.thinker.tokens)
         self.words = [*grammar.WORDS, *self.english.trained]
         self.speech = corpus("test" if held else "listening", cache, self.english)
         self.spoken = [u.text for u in self.speech.utterances]
-        # Kinds of sentences fairly, in training; in a test as they are.
-        self.weights = (
-            None if held else sampling_weights([text.removeprefix("say ") for text in self.spoken])
-        )
         self.recorded = set(self.spoken)
+        # Training balances the kinds of sentences; evaluation draws uniformly.
+        self.weights = None
+        if not held:
+            self.weights = sampling_weights([text.removeprefix("say ") for text in self.spoken])
         self.end = config.thinker.tokens.im_end
 
     def example(self, kind: str, random: Random) -> Example:
         """One example: `kind` is scene, handwriting, video, sync or say, with `-typed` or
         `-spoken`; or hear.
 
-        say-long is typed and has two statements, say-words words without sense, which are learnt
-        only by copying; hear-long and video-long last up to 10 and 60 seconds.
+        say-long is typed and has two statements. say-words has random words, which can only be
+        learned by copying. hear-long and video-long last up to 10 and 60 seconds.
         """
-        what, _, how = kind.partition("-")
+        task, _, variant = kind.partition("-")
         if kind == "hear-long":
             return self.dictation(random, random.uniform(*LONG_SECONDS))
-        if kind == "say-long":
-            return replace(self.say(grammar.long_statement(random, self.held)), kind=kind)
-        if kind == "say-words":
-            return replace(self.say(grammar.word_string(random, self.words)), kind=kind)
-        if kind == "video-long":
-            return replace(
-                scenes.long_clip(random, random.randint(10, scenes.LONG_PAIRS)), kind=kind
-            )
-        if what == "hear":
+        if task == "hear":
             text = self.recorded_text(random)
             return Example(TRANSCRIBE, text, voice="any", heard=text, kind=kind)
-        if what == "say":
-            text = self._sayable(random, how)
-            made = Example(f"say {text}", text)
-        elif what == "handwriting":
-            made = scenes.handwriting(random, self.digits)
-        else:
-            made = random.choice(SHOWN[what])(random)
-        recorded = how == "spoken" and made.question in self.recorded
-        return replace(made, voice="any" if recorded else None, kind=kind)
+        example = self._typed_example(kind, random)
+        is_spoken = variant == "spoken" and example.question in self.recorded
+        return replace(example, voice="any" if is_spoken else None, kind=kind)
+
+    def _typed_example(self, kind: str, random: Random) -> Example:
+        """An example whose question is typed, of any kind but hear."""
+        task, _, variant = kind.partition("-")
+        if kind == "say-long":
+            return self.say(grammar.long_statement(random, self.held))
+        if kind == "say-words":
+            return self.say(grammar.word_string(random, self.words))
+        if kind == "video-long":
+            return scenes.long_clip(random, random.randint(10, scenes.LONG_PAIRS))
+        if task == "say":
+            return self.say(self._statement(variant, random))
+        if task == "handwriting":
+            return scenes.handwriting(random, self.digits)
+        generate = random.choice(GENERATORS[task])
+        return generate(random)
 
     def dictation(self, random: Random, seconds: float) -> Example:
-        """Recordings one after the other, as many as fit into some seconds, to be written down."""
-        waves, texts = [], []
+        """Recordings joined up to a length in seconds (at least one), to be transcribed."""
+        waves: list[Tensor] = []
+        texts: list[str] = []
         while True:
             text = self.recorded_text(random)
-            wave = self.wave(Example("", "", voice="any", heard=text), random)
-            if waves and sum(map(len, waves)) + len(wave) > seconds * LISTENING_RATE:
-                said = " ".join(texts)
-                return Example(
-                    TRANSCRIBE,
-                    said,
-                    voice="any",
-                    heard=said,
-                    wave=torch.cat(waves),
-                    kind="hear-long",
-                )
+            wave = self.recording(text, random)
+            samples = sum(map(len, waves)) + len(wave)
+            if waves and samples > seconds * LISTENING_RATE:
+                break
             waves.append(wave)
             texts.append(text)
-
-    def recorded_text(self, random: Random) -> str:
-        """What one of the recordings says."""
-        return random.choices(self.spoken, self.weights)[0]
-
-    def _sayable(self, random, how):
-        """A statement to repeat; spoken ones must have been recorded."""
-        if how == "typed":
-            return grammar.statement(random, self.held)
-        while not (text := self.recorded_text(random)).startswith("say "):
-            pass
-        return text.removeprefix("say ")
-
-    def wave(self, example: Example, random: Random) -> torch.Tensor | None:
-        """The recording of an example's question (or what is to be written down), louder or noisier
-        each time.
-        """
-        if example.voice is None or example.wave is not None:
-            return example.wave
-        wave = self.speech.wave(self.speech.find(example.heard or example.question, random))
-        if self.held:
-            return wave
-        noise = np.random.RandomState(random.randrange(1 << 31)).randn(len(wave)).astype(np.float32)
-        return wave * random.uniform(0.5, 1.2) + torch.from_numpy(noise) * random.choice(
-            (0.0, 0.002, 0.006)
+        transcript = " ".join(texts)
+        return Example(
+            TRANSCRIBE,
+            transcript,
+            voice="any",
+            heard=transcript,
+            wave=torch.cat(waves),
+            kind="hear-long",
         )
 
+    def recorded_text(self, random: Random) -> str:
+        """The text of a random recording."""
+        return random.choices(self.spoken, self.weights)[0]
+
+    def _statement(self, variant: str, random: Random) -> str:
+        """A statement to repeat. If it is spoken, it must have been recorded."""
+        if variant == "typed":
+            return grammar.statement(random, self.held)
+        while True:
+            text = self.recorded_text(random)
+            if text.startswith("say "):
+                return text.removeprefix("say ")
+
+    def wave(self, example: Example, random: Random) -> Tensor | None:
+        """The recording of an example [samples], None if the question is typed."""
+        if example.voice is None or example.wave is not None:
+            return example.wave
+        return self.recording(example.heard or example.question, random)
+
+    def recording(self, text: str, random: Random) -> Tensor:
+        """A recording of a text [samples], with random gain and noise in training."""
+        wave = self.speech.wave(self.speech.find(text, random))
+        if self.held:
+            return wave
+        generator = np.random.RandomState(random.randrange(1 << 31))
+        noise = torch.from_numpy(generator.randn(len(wave)).astype(np.float32))
+        gain = random.uniform(0.5, 1.2)
+        noise_level = random.choice(NOISE_LEVELS)
+        return wave * gain + noise * noise_level
+
     def conversation(self, example: Example, random: Random) -> list[dict]:
-        """Messages of the question alone, spoken in some recording of it where it is spoken."""
-        return conversation(example, self.wave(example, random))
+        """Messages of the question alone, with a recording of it if it is spoken."""
+        return user_messages(example, self.wave(example, random))
 
     def prompt(self, example: Example, random: Random) -> Inputs:
         """Model inputs of the question alone."""
-        return self.processor(
-            [self.conversation(example, random)], use_audio_in_video=example.sound is not None
-        )
+        messages = self.conversation(example, random)
+        return self.processor([messages], use_audio_in_video=example.sound is not None)
 
     def say(self, text: str) -> Example:
-        """The typed wish to hear a sentence."""
+        """A typed request to say a sentence."""
         return Example(f"say {text}", text)
 
     def dialogue(self, kind: str, random: Random) -> list[Example]:
-        """A conversation: one example, and where its kind has more to ask, some of that in further
-        turns.
+        """A conversation: one example, and further turns if there is more to ask about it.
 
-        None in those of a kind that ends in -alone: there an earlier answer could give a later one
-        away.
+        Kinds that end in -alone have one turn: an earlier answer could give away a later one.
         """
         first = self.example(kind, random)
-        turns = 1 if first.voice or kind.endswith("-alone") else TURNS
-        more = random.sample(first.more, min(turns - 1, len(first.more)))
-        later = [Example(question, answer, kind=first.kind) for question, answer in more]
-        return [first, *later]
+        turns = 1 if first.voice or kind.endswith("-alone") else MAX_TURNS
+        count = min(turns - 1, len(first.more))
+        examples = [first]
+        for question, answer in random.sample(first.more, count):
+            examples.append(Example(question, answer, kind=first.kind))
+        return examples
 
-    def collate(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, torch.Tensor]:
-        """Inputs of conversations of some turns, and targets [B, L] that look at the answers, at
-        every one.
-        """
-        rows, asked = [], []
+    def collate(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, Tensor]:
+        """Conversations of one or more turns -> inputs and targets [B, L] at every answer."""
+        rows = []
+        masks = []
         for examples in talks:
-            parts = [self.prompt(example, random) for example in examples]
-            row, wanted = parts[0], []
-            for turn, (part, example) in enumerate(zip(parts, examples)):
-                answer = self.processor.tokenizer.encode(example.answer) + [self.end]
-                before = (
-                    row.input_ids
-                    if turn == 0
-                    else torch.cat([row.input_ids, self._next_turn(part)], 1)
-                )
-                wanted += [IGNORE_INDEX] * (before.shape[1] - len(wanted) - 1) + answer
-                row = append_turn(
-                    row, part if turn else None, torch.cat([before, torch.tensor([answer])], 1)
-                )
-            rows.append(row)
-            asked.append(torch.tensor(wanted + [IGNORE_INDEX]))
+            inputs, loss_mask = self._conversation_row(examples, random)
+            rows.append(inputs)
+            masks.append(loss_mask)
         inputs = join(rows, pad=self.processor.config.thinker.tokens.endoftext)
-        targets = torch.full_like(inputs.input_ids, IGNORE_INDEX)
-        for row, wanted in enumerate(asked):
-            targets[row, -len(wanted) :] = wanted
-        return inputs, targets
+        return inputs, shifted_targets(inputs.input_ids, masks)
 
-    def frame_targets(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
-        """Targets [B, L] at the sound of clips: a word for what is seen just then, its color or its
-        shape by chance.
+    def _conversation_row(
+        self, examples: list[Example], random: Random
+    ) -> tuple[Inputs, list[bool]]:
+        """One conversation -> inputs [1, L] and a loss mask [L], true at the tokens of answers."""
+        prompts = [self.prompt(example, random) for example in examples]
+        input_ids: list[int] = []
+        loss_mask: list[bool] = []
+        for turn, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
+            question = prompt.input_ids[0].tolist() if turn == 0 else self._next_turn(prompt)
+            answer = self.processor.tokenizer.encode(example.answer) + [self.end]
+            input_ids += question + answer
+            loss_mask += [False] * len(question) + [True] * len(answer)
+        # The media of all turns, in reading order, under the ids of the whole conversation.
+        return with_ids(join(prompts, pad=0), torch.tensor([input_ids])), loss_mask
 
-        That is an answer at every 40 ms to what the question about the sound asks once. IGNORE_INDEX
-        everywhere else.
+    def frame_targets(self, examples: list[Example], inputs: Inputs) -> Tensor:
+        """Targets [B, L] at the audio tokens of clips: the color or the shape that is visible then.
+
+        This answers every 40 ms what the question about the tone asks once. Color or shape is
+        chosen at random by torch's generator. IGNORE_INDEX everywhere else.
         """
-        tokens, encode = self.processor.config.thinker.tokens, self.processor.tokenizer.encode
-        targets = torch.full_like(inputs.input_ids, IGNORE_INDEX)
+        tokens = self.processor.config.thinker.tokens
         ids = inputs.input_ids
-        opened = (ids[:, :-1] == tokens.vision_bos) & (ids[:, 1:] == tokens.audio_bos)  # [B, L - 1]
-        sounding = [example for example in examples if example.sound is not None]
-        for (row, begin), example in zip(opened.nonzero().tolist(), sounding):
-            end = begin + int((ids[row, begin:] == tokens.audio_eos).nonzero()[0, 0])
-            places = begin + (ids[row, begin:end] == tokens.audio).nonzero()[:, 0]  # [n]
-            shown = torch.from_numpy(example.clip[1][::2].copy())  # when each grid step begins
-            step = (
-                torch.bucketize(
-                    torch.arange(len(places)) / AUDIO_TOKENS_PER_SECOND, shown, right=True
-                )
-                - 1
-            )  # [n]
-            words = torch.tensor(
-                [[encode(f" {word}")[0] for word in seen[0][:2]] for seen in example.objects]
-            )
-            targets[row, places] = words[step, torch.randint(2, step.shape)]
+        targets = torch.full_like(ids, IGNORE_INDEX)
+        # A clip with audio is the only medium that opens with these two tokens.
+        starts = (ids[:, :-1] == tokens.vision_bos) & (ids[:, 1:] == tokens.audio_bos)  # [B, L - 1]
+        with_audio = [example for example in examples if example.sound is not None]
+        for (row, begin), example in zip(starts.nonzero().tolist(), with_audio, strict=True):
+            # Positions of the clip's audio tokens, and the grid step that is visible at each.
+            length = int((ids[row, begin:] == tokens.audio_eos).nonzero()[0, 0])
+            is_audio = ids[row, begin : begin + length] == tokens.audio
+            positions = begin + is_audio.nonzero()[:, 0]  # [n]
+            step = visible_steps(example, len(positions))  # [n]
+            words = self._color_and_shape(example)  # [steps, 2]
+            targets[row, positions] = words[step, torch.randint(2, step.shape)]
         return targets
 
-    def _next_turn(self, prompt: Inputs) -> torch.Tensor:
-        """Ids [1, n] of a prompt's own turn: without the system turn, the line end before it put in
-        front.
-        """
-        start = (prompt.input_ids[0] == self.processor.config.thinker.tokens.im_start).nonzero()[1]
-        return torch.cat(
-            [torch.tensor(self.processor.tokenizer.encode("\n")), prompt.input_ids[0, start:]]
-        )[None]
+    def _color_and_shape(self, example: Example) -> Tensor:
+        """First token ids of the color and the shape that each grid step shows [steps, 2]."""
+        encode = self.processor.tokenizer.encode
+        rows = []
+        for objects in example.objects:
+            color, shape, *_ = objects[0]
+            rows.append([encode(f" {color}")[0], encode(f" {shape}")[0]])
+        return torch.tensor(rows)
+
+    def _next_turn(self, prompt: Inputs) -> list[int]:
+        """Ids of a prompt as a later turn: a line end, then the prompt without its system turn."""
+        ids = prompt.input_ids[0]
+        im_start = self.processor.config.thinker.tokens.im_start
+        user_turn = (ids == im_start).nonzero()[1]
+        return self.processor.tokenizer.encode("\n") + ids[user_turn:].tolist()
+
+
+def visible_steps(example: Example, count: int) -> Tensor:
+    """The grid step of a clip that is visible at each of its first `count` audio tokens [count]."""
+    assert example.clip is not None
+    _, seconds = example.clip
+    step_starts = torch.from_numpy(seconds[::2].copy())  # a grid step has two frames
+    token_times = torch.arange(count) / AUDIO_TOKENS_PER_SECOND
+    return torch.bucketize(token_times, step_starts, right=True) - 1
 
 
 def append_answer(
     prompts: list[Inputs], answers: list[list[int]], pad: int
-) -> tuple[Inputs, torch.Tensor]:
-    """One batch of single prompts with their answers' ids behind them, and targets [B, L] that look
-    at those alone.
+) -> tuple[Inputs, Tensor]:
+    """Single prompts and the token ids of their answers -> one batch and its targets [B, L].
+
+    Only the answers are targets.
     """
     rows = []
-    for prompt, answer in zip(prompts, answers):
+    masks = []
+    for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.cat([prompt.input_ids, torch.tensor([answer])], 1)
-        rows.append(replace(prompt, input_ids=ids, attention_mask=torch.ones_like(ids)))
+        rows.append(with_ids(prompt, ids))
+        masks.append([True] * len(answer))
     inputs = join(rows, pad)
-    targets = torch.full_like(inputs.input_ids, IGNORE_INDEX)
-    for row, answer in enumerate(answers):
-        targets[row, -len(answer) - 1 : -1] = torch.tensor(
-            answer
-        )  # position i predicts token i + 1
-    return inputs, targets
+    return inputs, shifted_targets(inputs.input_ids, masks)
 
 
-def append_turn(row: Inputs, part: Inputs | None, input_ids: torch.Tensor) -> Inputs:
-    """One row that goes on with the media of another; input_ids [1, L] are those of both."""
-    media = row if part is None else join([row, part], pad=0)
-    return replace(media, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+def with_ids(inputs: Inputs, ids: Tensor) -> Inputs:
+    """The same media with other token ids [1, L], none of them padding."""
+    return replace(inputs, input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def shifted_targets(input_ids: Tensor, masks: list[list[bool]]) -> Tensor:
+    """Next-token targets [B, L] of left-padded ids [B, L]; IGNORE_INDEX where the loss mask is off.
+
+    masks: for each row the loss mask of its last tokens, aligned with the ids.
+    """
+    loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    length = input_ids.shape[1]
+    for row, mask in enumerate(masks):
+        loss_mask[row, length - len(mask) :] = torch.tensor(mask)
+    # Position i predicts token i + 1.
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    targets[:, :-1] = torch.where(loss_mask[:, 1:], input_ids[:, 1:], IGNORE_INDEX)
+    return targets

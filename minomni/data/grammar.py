@@ -1,7 +1,8 @@
-"""The generated world's language: words, sentences, questions, and which of them are held out."""
+"""The language of the generated world: words, statements, questions, and what is held out."""
 
 import re
 import zlib
+from collections.abc import Sequence
 from functools import cache
 from random import Random
 
@@ -18,7 +19,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# How each voice is made: espeak-ng voice. The first four are the voices the model speaks with.
+# espeak-ng voices by name. The model speaks with the first four.
 VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
 LISTENING_VOICES = {
     **VOICES,
@@ -27,9 +28,9 @@ LISTENING_VOICES = {
     "Nora": "en-us+f4",
     "Paul": "en-us",
 }
-UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # heard in tests only
+UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # in evaluation only
 
-# Every sentence the language has, as a grammar: the judge of speech listens with the same one.
+# The language as templates. The speech recognizer of the evaluation uses the same grammar.
 GRAMMAR = {
     "color": tuple(COLORS),
     "shape": SHAPES,
@@ -48,7 +49,9 @@ STATEMENTS = (
     "<count>",
     "it was the <color> <shape>",
 )
+STATEMENT_WEIGHTS = (6, 3, 1, 1, 4, 1, 1, 1)  # how often each is drawn
 WORDS = (*COLORS, *SHAPES, *NUMBERS, *MOVES)
+# Statements with the words left out.
 FRAMES = (
     *(re.sub(r"<\w+>", "<>", statement) for statement in STATEMENTS if statement != "<count>"),
     "there is one <>",
@@ -70,55 +73,57 @@ QUESTIONS = (
 
 
 def held_out(text: str) -> bool:
-    """Whether a sentence belongs to the tenth that is never trained on.
+    """Whether a sentence belongs to the held-out tenth, chosen by a hash of its text.
 
-    Digits and counts never do: "six" stands in one sentence alone, and who has not heard a word
-    cannot say it.
+    Digits and counts are never held out: "six" occurs in one sentence only, and a word that was
+    never trained cannot be spoken.
     """
-    return zlib.crc32(text.encode()) % 10 == 0 and not text.startswith(("the digit is ", "there "))
+    if text.startswith(("the digit is ", "there ")):
+        return False
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+def first_slot(template: str) -> str:
+    """The name of a template's first <name>."""
+    return template[template.index("<") + 1 : template.index(">")]
 
 
 def fill_template(template: str, random: Random) -> str:
     """Replace every <name> of a template by one of its words."""
     while "<" in template:
-        name = template[template.index("<") + 1 : template.index(">")]
+        name = first_slot(template)
         template = template.replace(f"<{name}>", random.choice(GRAMMAR[name]), 1)
     return template
 
 
 def statement(random: Random, held: bool) -> str:
-    """A statement of the language, from the held-out tenth or from the rest."""
+    """A random statement, from the held-out tenth or from the rest."""
     while True:
-        text = fill_template(
-            random.choices(STATEMENTS, weights=(6, 3, 1, 1, 4, 1, 1, 1))[0], random
-        )
+        template = random.choices(STATEMENTS, weights=STATEMENT_WEIGHTS)[0]
+        text = fill_template(template, random)
         if held_out(text) == held:
             return text
 
 
 def long_statement(random: Random, held: bool) -> str:
-    """Two statements in one breath, both from the held-out tenth or both from the rest, in which a
-    word comes back.
-    """
+    """Two statements joined by "and" in which a word repeats, both held out or both trained."""
     while True:
         text = f"{statement(random, held)} and {statement(random, held)}"
-        words = [word for word in text.split() if word not in ("a", "and", "is", "the")]
-        if len(text.split()) >= 9 and len(set(words)) < len(words):
+        words = text.split()
+        content_words = [word for word in words if word not in ("a", "and", "is", "the")]
+        has_repeat = len(set(content_words)) < len(content_words)
+        if len(words) >= 9 and has_repeat:
             return text
 
 
-def word_string(random: Random, words=WORDS) -> str:
-    """Words in no order that means anything, few different ones, so that they come back: no
-    statement is in them.
-    """
+def word_string(random: Random, words: Sequence[str] = WORDS) -> str:
+    """Random words in random order: few different ones, so that they repeat. Never a statement."""
     few = random.sample(words, random.randint(2, 8))
     return " ".join(random.choices(few, k=random.randint(2, 14)))
 
 
-def framed_words(random: Random, words=WORDS) -> str:
-    """Words in the frame of a statement that they do not belong into: "the seven is circle". No
-    statement either.
-    """
+def framed_words(random: Random, words: Sequence[str] = WORDS) -> str:
+    """Random words in the frame of a statement: "the seven is circle". Never a statement."""
     while True:
         text = random.choice(FRAMES)
         for _ in range(text.count("<>")):
@@ -130,17 +135,24 @@ def framed_words(random: Random, words=WORDS) -> str:
 @cache
 def statements() -> dict[str, str]:
     """Every statement of the language, with its template."""
-    return {text: template for template in STATEMENTS for text in expand(template)}
+    template_of = {}
+    for template in STATEMENTS:
+        for text in expand(template):
+            template_of[text] = template
+    return template_of
 
 
 def expand(template: str) -> list[str]:
-    """Every text that a template stands for."""
+    """Every text that matches a template."""
     if "<" not in template:
         return [template]
-    name = template[template.index("<") + 1 : template.index(">")]
-    return [t for word in GRAMMAR[name] for t in expand(template.replace(f"<{name}>", word, 1))]
+    name = first_slot(template)
+    texts = []
+    for word in GRAMMAR[name]:
+        texts += expand(template.replace(f"<{name}>", word, 1))
+    return texts
 
 
 def all_questions() -> list[str]:
-    """All questions there are; few, so none is held out: what is asked about is."""
-    return [text for template in QUESTIONS for text in expand(template)]
+    """Every question. They are few, so none is held out; the pictures and clips differ instead."""
+    return sum(map(expand, QUESTIONS), [])

@@ -1,36 +1,42 @@
-"""The layouts of a row of training data, as other programs write it, to one: messages and what goes
-with them.
+"""Converts rows of training data in the layouts of other programs to one: messages and options.
 
-| layout | keys of a row |
-|---|---|
-| ours | messages; speech (a recording of the last answer), voice (who speaks it), use_audio_in_video |
-| OpenAI fine-tuning | messages: role, content (a text or parts: text, image_url, input_audio), name, weight |
-| ms-swift | messages (role, content, loss) whose texts hold <image>, <audio>, <video>; lists images, audios, videos |
-| ms-swift, older | query, response, history (pairs of a question and an answer), system, and the same lists |
-| ShareGPT, LLaVA | conversations: from (human, gpt, system), value; system; the same lists, or one image, audio or video |
-| alpaca | instruction, input, output, history, system |
+- ours: messages; speech (a recording of the last answer), voice (who speaks it),
+  use_audio_in_video
+- OpenAI fine-tuning: messages with role, content (a text, or parts: text, image_url, input_audio),
+  name, weight
+- ms-swift: messages (role, content, loss) whose texts hold <image>, <audio>, <video>; lists images,
+  audios, videos
+- ms-swift, older: query, response, history (pairs of a question and an answer), system, and the
+  same lists
+- ShareGPT, LLaVA: conversations with from (human, gpt, system) and value; system; the same lists,
+  or one image, audio or video
+- alpaca: instruction, input, output, history, system
 
-The last message is the assistant's. Only this last answer of a conversation is learnt; answers
-before it are what was said so far. To learn each of them, write one row for each. A key whose value
-is null is no key, since datasets write null for what a row lacks. A key of another layout than the
-row's is an error, unless it is empty. The n-th tag of a kind stands for the n-th entry of its list;
-media that no tag stands for come before the first question. A tag whose list is empty is an error.
-A tag without any list is plain text in rows with messages or instruction (a text may be about
-HTML); in rows with conversations or query it always stands for a medium, and is an error. Relative
-paths are relative to the file. Keys that only describe a row (NOTES) or a message (prompt.py,
-WITHOUT_MEANING) are skipped, and so are those of what is not learnt here (NOT_LEARNT) where they
-are empty; others are errors.
+The last message is the assistant's. Only this answer is a training target; earlier answers are
+context. To train on each of them, write one row for each.
+
+Keys. A key whose value is null counts as missing, since datasets write null for what a row lacks.
+A key of another layout than the row's is an error, unless it is empty. Keys that only describe a
+row (METADATA) or a message (WITHOUT_MEANING in prompt.py) are skipped, and so are keys of
+unsupported features (UNSUPPORTED) if they are empty; all others are errors.
+
+Media. The n-th tag of a kind stands for the n-th entry of its list; media without a tag come before
+the first question. A tag whose list is empty is an error. A tag without any list is plain text in
+rows with messages or instruction (a text may be about HTML); in rows with conversations or query it
+always stands for a medium, and is an error. Relative paths are relative to the file.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from minomni.errors import UserError, shorten
 from minomni.inputs.prompt import WITHOUT_MEANING
 from minomni.inputs.source import is_uri
 
 OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video")
-LISTS = {
+MEDIA_KINDS = {  # kind of the media in each list of a row
     "images": "image",
     "audios": "audio",
     "videos": "video",
@@ -38,52 +44,27 @@ LISTS = {
     "audio": "audio",
     "video": "video",
 }
-LAYOUTS = {  # by the key that tells a row's layout: the keys that hold its messages
+LAYOUTS = {  # the keys that hold the messages, by the key that identifies the layout
     "messages": ("messages", "system"),
     "conversations": ("conversations", "system"),
     "query": ("query", "response", "history", "system"),
     "instruction": ("instruction", "input", "output", "history", "system"),
 }
-TURNS = frozenset(key for keys in LAYOUTS.values() for key in keys)
-NOTES = frozenset(
-    (
-        "id",
-        "idx",
-        "index",
-        "source",
-        "dataset",
-        "model",
-        "category",
-        "language",
-        "lang",
-        "meta",
-        "metadata",
-        "split",
-        "conversation_id",
-        "hash",
-        "tags",
-        "score",
-        "parallel_tool_calls",
-    )
-)
-NOT_LEARNT = frozenset(
-    (
-        "tools",
-        "functions",
-        "function_call",
-        "tool_choice",
-        "response_format",
-        "objects",
-        "label",
-        "chosen",
-        "rejected",
-        "rejected_response",
-        "rejected_messages",
-        "rejected_images",
-    )
-)
+LAYOUT_KEYS = frozenset(key for keys in LAYOUTS.values() for key in keys)
+# fmt: off
+METADATA = frozenset((
+    "id", "idx", "index", "source", "dataset", "model", "category", "language", "lang", "meta",
+    "metadata", "split", "conversation_id", "hash", "tags", "score", "parallel_tool_calls",
+))
+UNSUPPORTED = frozenset((
+    "tools", "functions", "function_call", "tool_choice", "response_format", "objects", "label",
+    "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images",
+))
+# fmt: on
+UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "audio", "refusal")
 TAGS_ARE_MEDIA = ("conversations", "query")  # layouts in which a tag is never plain text
-ROLES = {
+ROLES = ("system", "user", "assistant")
+ROLE_NAMES = {  # roles of other programs
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -96,137 +77,157 @@ ROLES = {
 MESSAGE_KEYS = WITHOUT_MEANING | {"role", "content", "from", "value"}
 TAG = re.compile("<(image|audio|video)>")
 SURROGATE = re.compile("[\ud800-\udfff]")
-NO_WEIGHT = (
-    "weight",
-    "loss",
-)  # of a message: 0 or false where it is not to be learnt (OpenAI; ms-swift)
-SOURCES = (
-    "image",
-    "audio",
-    "video",
-    "image_url",
-    "audio_url",
-    "video_url",
-    "path",
-    "url",
-)  # keys that may hold a path
+# Of a message that is not a target: weight 0 (OpenAI), loss false (ms-swift).
+WEIGHT_KEYS = {"weight": "0", "loss": "false"}
+# Keys of a content item that may hold a path.
+PATH_KEYS = ("image", "audio", "video", "image_url", "audio_url", "video_url", "path", "url")
 
 
-def standard(row, folder: Path) -> dict:
-    """A row in any of the layouts -> a row in ours: messages with a role and a content each, paths
-    made whole.
+class Tag(NamedTuple):
+    """A tag in a text, which stands for a medium of this kind."""
+
+    kind: str
+
+
+def standard(row: Any, folder: Path) -> dict:
+    """A row in any layout -> a row in ours: messages with role and content, absolute paths.
 
     The content of a message is a text, or a list of items as respond() takes them. Raises UserError
-    saying what is wrong.
+    if the row is invalid.
     """
     if not isinstance(row, dict):
         raise UserError(f"{kind_of(row)}; expected an object with messages")
-    row = {
-        key: value
-        for key, value in without_nulls(row).items()
-        if key not in NOT_LEARNT or not is_empty(value)
-    }
-    allowed = {*OWN_KEYS, *LISTS, *TURNS}
-    if unknown := sorted(row.keys() - allowed - NOTES):
-        raise UserError(
-            f"unknown key {shorten(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, and those of other "
-            f"layouts (jsonl_layouts.py lists them)"
-        )
-    for key in ("speech", "voice"):
-        if key in row:
-            text_of(row[key], repr(key))
-    if type(row.get("use_audio_in_video", False)) is not bool:
-        raise UserError(
-            f"'use_audio_in_video' is {kind_of(row['use_audio_in_video'])}; expected true or false"
-        )
+    row = without_empty(row)
+    check_keys(row)
     written = turns(row)
-    messages = [spelled_alike(message, i) for i, message in enumerate(written, 1)]
-    for message in messages:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise UserError(
-                f"unknown role {shorten(message['role'], 60)!r}; roles are system, user and assistant"
-            )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(
-            "expected at least one question, and as the last message the assistant's answer"
-        )
-    for key in NO_WEIGHT:
-        if written[-1].get(key) == 0:  # false is 0 too
-            raise UserError(
-                f"the last answer has {key} {'0' if key == 'weight' else 'false'}, and no other is learnt; "
-                f"leave the line out"
-            )
+    messages = [spelled_alike(message, number) for number, message in enumerate(written, 1)]
+    check_roles(messages)
+    check_weight(written[-1])
     put_media(messages, media_of(row))
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [whole_paths(item, folder) for item in message["content"]]
-    kept = {key: row[key] for key in ("voice", "use_audio_in_video") if key in row}
+    options = {key: row[key] for key in ("voice", "use_audio_in_video") if key in row}
     if row.get("speech"):
-        kept["speech"] = whole_path(row["speech"], folder)
-    return {"messages": messages, **kept}
+        options["speech"] = whole_path(row["speech"], folder)
+    return {"messages": messages, **options}
+
+
+# ----------------------------------------------------------------------------------------------
+# checks
+
+
+def without_empty(row: dict) -> dict:
+    """A row without keys that are null, and without unsupported keys that are empty."""
+    kept = {}
+    for key, value in without_nulls(row).items():
+        if key in UNSUPPORTED and is_empty(value):
+            continue
+        kept[key] = value
+    return kept
+
+
+def check_keys(row: dict) -> None:
+    """Raise UserError for unknown keys, and for options of the wrong type."""
+    known = METADATA | LAYOUT_KEYS | {*OWN_KEYS, *MEDIA_KINDS}
+    unknown = sorted(row.keys() - known)
+    if unknown:
+        raise UserError(
+            f"unknown key {shorten(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, "
+            f"and those of other layouts (jsonl_layouts.py lists them)"
+        )
+    for key in ("speech", "voice"):
+        if key in row:
+            text_of(row[key], repr(key))
+    use_audio = row.get("use_audio_in_video", False)
+    if type(use_audio) is not bool:
+        raise UserError(f"'use_audio_in_video' is {kind_of(use_audio)}; expected true or false")
+
+
+def check_roles(messages: list[dict]) -> None:
+    """Raise UserError for an unknown role, and unless an answer of the assistant comes last."""
+    for message in messages:
+        if message["role"] not in ROLES:
+            role = shorten(message["role"], 60)
+            raise UserError(f"unknown role {role!r}; roles are system, user and assistant")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise UserError(
+            "expected at least one question, and as the last message the assistant's answer"
+        )
+
+
+def check_weight(last: dict) -> None:
+    """Raise UserError if the last message, the only target, is excluded from the loss."""
+    for key, zero in WEIGHT_KEYS.items():
+        if last.get(key) == 0:  # also true of false
+            raise UserError(
+                f"the last answer has {key} {zero}, and no other is a target; leave the line out"
+            )
+
+
+# ----------------------------------------------------------------------------------------------
+# messages
 
 
 def turns(row: dict) -> list:
-    """The messages of a row, in whatever spelling. Raises UserError where there are none, or keys
-    of two layouts.
+    """The messages of a row, in the spelling of its layout.
+
+    Raises UserError if there are none, or keys of two layouts.
     """
-    ways = [key for key in LAYOUTS if key in row]
-    if len(ways) != 1:
+    layouts = [key for key in LAYOUTS if key in row]
+    if len(layouts) != 1:
+        found = " and ".join(layouts) or "none"
         raise UserError(
-            f"expected one of messages, conversations, query and instruction; found {' and '.join(ways) or 'none'}"
+            f"expected one of messages, conversations, query and instruction; found {found}"
         )
-    for key in sorted(row.keys() & TURNS - {*LAYOUTS[ways[0]]}):
+    (layout,) = layouts
+    foreign = row.keys() & LAYOUT_KEYS - {*LAYOUTS[layout]}
+    for key in sorted(foreign):
         if row[key] not in ("", []):
             raise UserError(
-                f"{key!r} is no key of a row with {ways[0]!r}, and would not be learnt; put it into "
-                f"{ways[0]!r}, or leave it out"
+                f"{key!r} is no key of a row with {layout!r}, and would be ignored; "
+                f"put it into {layout!r}, or leave it out"
             )
-    if ways[0] in ("messages", "conversations"):
-        if not isinstance(row[ways[0]], list):
-            raise UserError(f"{ways[0]!r} is {kind_of(row[ways[0]])}; expected a list of messages")
-        before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return before + row[ways[0]]
-    question = text_of(row[ways[0]], repr(ways[0]))
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if layout in ("query", "instruction"):
+        return system + question_and_answer(row, layout)
+    if not isinstance(row[layout], list):
+        raise UserError(f"{layout!r} is {kind_of(row[layout])}; expected a list of messages")
+    return system + row[layout]
+
+
+def question_and_answer(row: dict, layout: str) -> list[dict]:
+    """The messages of a row with query or instruction: its history, the question, the answer."""
+    question = text_of(row[layout], repr(layout))
     if row.get("input"):
         question += "\n" + text_of(row["input"], "'input'")
-    answer = row.get("response" if ways[0] == "query" else "output")
-    asked = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    answer = row.get("response" if layout == "query" else "output")
     history = row.get("history", [])
-    if not isinstance(history, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 for pair in history
-    ):
+    is_list_of_pairs = isinstance(history, list) and all(map(is_pair, history))
+    if not is_list_of_pairs:
         raise UserError("'history' is no list of pairs of a question and an answer")
-    for earlier in [*history, [question, answer]]:
-        asked += [
-            {"role": role, "content": content}
-            for role, content in zip(("user", "assistant"), earlier)
-        ]
-    return asked
+    messages = []
+    for asked, answered in [*history, [question, answer]]:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answered})
+    return messages
 
 
-def spelled_alike(message, number: int) -> dict:
+def is_pair(value: Any) -> bool:
+    """Whether a value is a list of two."""
+    return isinstance(value, list) and len(value) == 2
+
+
+def spelled_alike(message: Any, number: int) -> dict:
     """A message in the spelling of any layout -> {"role", "content"}. Raises UserError."""
     if not isinstance(message, dict):
         raise UserError(
             f"message {number} is {kind_of(message)}; expected a dictionary with role and content"
         )
     message = without_nulls(message)
-    for new, old in (("role", "from"), ("content", "value")):
-        if new in message and old in message:
-            raise UserError(f"message {number} has both {new!r} and {old!r}; give one of them")
-    role, content = (
-        message.get("role", message.get("from")),
-        message.get("content", message.get("value")),
-    )
-    for key in ("tool_calls", "function_call", "audio", "refusal"):
-        if message.get(key):
-            raise UserError(f"message {number} has {key!r}, which cannot be learnt here")
-    for key, value in message.items():
-        if key not in MESSAGE_KEYS and value not in ("", [], {}):
-            raise UserError(
-                f"message {number} has the unknown key {shorten(key, 60)!r}; expected role and content; "
-                f"lists of media stand beside the messages"
-            )
+    check_message_keys(message, number)
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
     if isinstance(content, list):
         content = [checked_item(item, number) for item in content]
     elif content is None:
@@ -235,15 +236,36 @@ def spelled_alike(message, number: int) -> dict:
         text_of(content, f"the content of message {number}")
     if not isinstance(role, str):
         raise UserError(f"message {number} has no role; roles are system, user and assistant")
-    return {"role": ROLES.get(role, role), "content": content}
+    return {"role": ROLE_NAMES.get(role, role), "content": content}
 
 
-def checked_item(item, number: int) -> dict:
-    """A content item without nulls. Raises UserError where it is none, or a text without its text."""
+def check_message_keys(message: dict, number: int) -> None:
+    """Raise UserError for keys of a message that contradict each other, are unsupported or
+    unknown.
+    """
+    for new, old in (("role", "from"), ("content", "value")):
+        if new in message and old in message:
+            raise UserError(f"message {number} has both {new!r} and {old!r}; give one of them")
+    for key in UNSUPPORTED_IN_MESSAGE:
+        if message.get(key):
+            raise UserError(f"message {number} has {key!r}, which cannot be trained on here")
+    for key, value in message.items():
+        if key not in MESSAGE_KEYS and value not in ("", [], {}):
+            raise UserError(
+                f"message {number} has the unknown key {shorten(key, 60)!r}; "
+                f"expected role and content; lists of media stand beside the messages"
+            )
+
+
+def checked_item(item: Any, number: int) -> dict:
+    """A content item without nulls. Raises UserError for other types and a text item without text.
+
+    number: that of the message.
+    """
     if not isinstance(item, dict):
         raise UserError(
-            f"a content item of message {number} is {kind_of(item)}; expected a dictionary with one of image, "
-            f"audio, video, text"
+            f"a content item of message {number} is {kind_of(item)}; "
+            f"expected a dictionary with one of image, audio, video, text"
         )
     item = without_nulls(item)
     if item.get("type") == "text" or "text" in item:
@@ -251,14 +273,19 @@ def checked_item(item, number: int) -> dict:
     return item
 
 
-def media_of(row: dict) -> dict[str, list]:
-    """The entries of a row's lists by kind (image, audio, video). Tags of kinds that are missing
-    are plain text.
+# ----------------------------------------------------------------------------------------------
+# media
+
+
+def media_of(row: dict) -> dict[str, list[str]]:
+    """The entries of a row's media lists by kind (image, audio, video).
+
+    Tags of kinds that are missing here are plain text.
     """
-    media = {}
+    media: dict[str, list[str]] = {}
     if any(key in row for key in TAGS_ARE_MEDIA):
-        media = {kind: [] for kind in LISTS.values()}
-    for key, kind in LISTS.items():
+        media = {kind: [] for kind in MEDIA_KINDS.values()}
+    for key, kind in MEDIA_KINDS.items():
         if key not in row:
             continue
         entries = row[key] if isinstance(row[key], list) else [row[key]]
@@ -268,51 +295,83 @@ def media_of(row: dict) -> dict[str, list]:
     return media
 
 
-def put_media(messages: list[dict], media: dict[str, list]) -> None:
-    """Put the entries of a row's lists where tags, or items without a source, stand for them.
-    Raises UserError.
-    """
-    left = {kind: list(entries) for kind, entries in media.items()}
+class MediaQueue:
+    """The media of a row's lists, taken one after the other by tags and by items without source."""
 
-    def taken(kind: str) -> dict:
-        if not media[kind]:
+    def __init__(self, media: dict[str, list[str]]):
+        self.media = media
+        self.left = {kind: list(entries) for kind, entries in media.items()}
+
+    @property
+    def kinds(self) -> Collection[str]:
+        """Kinds whose tags stand for media."""
+        return self.media.keys()
+
+    def take(self, kind: str) -> dict:
+        """The next medium of a kind as a content item. Raises UserError if there is none."""
+        if not self.media[kind]:
             raise UserError(
-                f"<{kind}> stands for no file, since the list '{kind}s' is empty or missing; list the file "
-                f"there, or leave the tag out"
+                f"<{kind}> stands for no file, since the list '{kind}s' is empty or missing; "
+                f"list the file there, or leave the tag out"
             )
-        if not left[kind]:
-            raise UserError(f"more <{kind}> tags than the {len(media[kind])} that '{kind}s' lists")
-        return {"type": kind, kind: left[kind].pop(0)}
+        if not self.left[kind]:
+            listed = len(self.media[kind])
+            raise UserError(f"more <{kind}> tags than the {listed} that '{kind}s' lists")
+        return {"type": kind, kind: self.left[kind].pop(0)}
 
+    def rest(self) -> list[dict]:
+        """The media that were not taken, as content items."""
+        items = []
+        for kind, entries in self.left.items():
+            items += [{"type": kind, kind: entry} for entry in entries]
+        return items
+
+
+def put_media(messages: list[dict], media: dict[str, list[str]]) -> None:
+    """Put a row's media where tags, or items without a source, stand for them.
+
+    The rest comes before the first question. Raises UserError if there is none, or if a tag has no
+    medium.
+    """
+    queue = MediaQueue(media)
     for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            pieces = split_at_tags(content, media.keys())
-            if pieces != [content]:
-                message["content"] = [
-                    text_item(piece) if isinstance(piece, str) else taken(piece[0])
-                    for piece in pieces
-                ]
-            continue
-        message["content"] = []
-        for item in content:
-            if is_place(item, media.keys()):
-                message["content"].append(taken(item["type"]))
-            elif item.get("type", "text") == "text" and "text" in item:
-                pieces = split_at_tags(item["text"], media.keys())
-                message["content"] += [
-                    {**item, "text": piece} if isinstance(piece, str) else taken(piece[0])
-                    for piece in pieces
-                ]
-            else:
-                message["content"].append(item)
-    rest = [{"type": kind, kind: source} for kind, entries in left.items() for source in entries]
-    first = next((message for message in messages if message["role"] == "user"), None)
-    if rest and first is None:
-        raise UserError(f"no question, to which the {rest[0]['type']} could belong")
-    if rest:
-        content = first["content"]
-        first["content"] = rest + ([text_item(content)] if isinstance(content, str) else content)
+        message["content"] = with_media(message["content"], queue)
+    rest = queue.rest()
+    if not rest:
+        return
+    for message in messages:
+        if message["role"] == "user":
+            content = message["content"]
+            items = [text_item(content)] if isinstance(content, str) else content
+            message["content"] = rest + items
+            return
+    raise UserError(f"there is no question that the {rest[0]['type']} could belong to")
+
+
+def with_media(content: str | list[dict], queue: MediaQueue) -> str | list[dict]:
+    """The content of a message with media in place of tags and of items without a source."""
+    if isinstance(content, str):
+        pieces = split_at_tags(content, queue.kinds)
+        if pieces == [content]:
+            return content
+        return fill_tags(text_item(content), queue)
+    items = []
+    for item in content:
+        if is_placeholder(item, queue.kinds):
+            items.append(queue.take(item["type"]))
+        elif item.get("type", "text") == "text" and "text" in item:
+            items += fill_tags(item, queue)
+        else:
+            items.append(item)
+    return items
+
+
+def fill_tags(item: dict, queue: MediaQueue) -> list[dict]:
+    """A text item as items of text and media, split at its tags."""
+    items = []
+    for piece in split_at_tags(item["text"], queue.kinds):
+        items.append(queue.take(piece.kind) if isinstance(piece, Tag) else {**item, "text": piece})
+    return items
 
 
 def text_item(text: str) -> dict:
@@ -320,28 +379,30 @@ def text_item(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def split_at_tags(text: str, kinds) -> list[str | tuple[str]]:
-    """A text as a list of texts and of (kind,) for the tags of these kinds."""
-    pieces, end = [], 0
-    for tag in TAG.finditer(text):
-        if tag[1] in kinds:
-            pieces += [text[end : tag.start()]] if tag.start() > end else []
-            pieces.append((tag[1],))
-            end = tag.end()
-    return pieces + ([text[end:]] if end < len(text) or not pieces else [])
+def split_at_tags(text: str, kinds: Collection[str]) -> list[str | Tag]:
+    """A text as a list of texts and of tags of these kinds."""
+    pieces: list[str | Tag] = []
+    end = 0
+    for match in TAG.finditer(text):
+        kind = match[1]
+        if kind not in kinds:
+            continue
+        if match.start() > end:
+            pieces.append(text[end : match.start()])
+        pieces.append(Tag(kind))
+        end = match.end()
+    if end < len(text) or not pieces:
+        pieces.append(text[end:])
+    return pieces
 
 
-def is_place(item, kinds) -> bool:
-    """Whether an item says what it is and not where it comes from, as the vision datasets of
-    Hugging Face write it.
-    """
+def is_placeholder(item: Any, kinds: Collection[str]) -> bool:
+    """Whether an item gives a kind but no source, as vision datasets of Hugging Face write it."""
     return isinstance(item, dict) and item.keys() == {"type"} and item["type"] in list(kinds)
 
 
-def source_of(entry, kind: str):
-    """An entry of a list of media: a path, or a dictionary of one. Raises UserError for anything
-    else.
-    """
+def source_of(entry: Any, kind: str) -> str:
+    """An entry of a media list: a path, or a dictionary with one. Raises UserError for others."""
     if isinstance(entry, dict):
         entry = without_nulls(entry)
         entry = entry.get("path", entry.get("url"))
@@ -350,33 +411,42 @@ def source_of(entry, kind: str):
     return entry
 
 
-def whole_paths(item, folder: Path):
-    """A content item with its path made whole, whichever key holds it."""
+# ----------------------------------------------------------------------------------------------
+# paths
+
+
+def whole_paths(item: Any, folder: Path) -> Any:
+    """A content item with an absolute path, under whichever key."""
     if not isinstance(item, dict):
         return item
     whole = dict(item)
-    for key in SOURCES:
+    for key in PATH_KEYS:
         if key in whole:
             whole[key] = whole_source(whole[key], folder)
     return whole
 
 
-def whole_source(source, folder: Path):
-    """A path, a dictionary of one, or a list of both (a film as frames) with paths made whole;
-    others stay.
+def whole_source(source: Any, folder: Path) -> Any:
+    """A path, a dictionary with one, or a list of both (the frames of a video) with absolute paths.
+
+    Anything else is returned as it is.
     """
     if isinstance(source, str):
         return whole_path(source, folder)
     if isinstance(source, list):
         return [whole_source(frame, folder) for frame in source]
-    return whole_paths(without_nulls(source), folder) if isinstance(source, dict) else source
+    if isinstance(source, dict):
+        return whole_paths(without_nulls(source), folder)
+    return source
 
 
 def whole_path(source: str, folder: Path) -> str:
-    """A path relative to the folder made whole; web addresses, file: and data: URIs stay as they
-    are.
-    """
+    """A path relative to the folder as an absolute one; URLs, file: and data: URIs are kept."""
     return source if is_uri(source) else str(folder / source)
+
+
+# ----------------------------------------------------------------------------------------------
+# JSON values
 
 
 def without_nulls(row: dict) -> dict:
@@ -384,19 +454,17 @@ def without_nulls(row: dict) -> dict:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def is_empty(value) -> bool:
-    """Whether a value holds nothing: "", [], {}, these as JSON in a text, or an object of nothing
-    else.
-    """
+def is_empty(value: Any) -> bool:
+    """Whether a value holds nothing: "", [], {}, these as JSON in a text, or an object of such."""
     if isinstance(value, dict):
         return all(inner is None or is_empty(inner) for inner in value.values())
-    return value == [] or isinstance(value, str) and value.strip() in ("", "[]", "{}")
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}")
+    return value == []
 
 
-def text_of(value, what: str) -> str:
-    """A value that has to be a text. Raises UserError for another type, and for halves of
-    characters.
-    """
+def text_of(value: Any, what: str) -> str:
+    """A value that has to be a text. Raises UserError for other types and for lone surrogates."""
     if not isinstance(value, str):
         raise UserError(f"{what} is {kind_of(value)}; expected a text")
     if SURROGATE.search(value):
@@ -406,8 +474,10 @@ def text_of(value, what: str) -> str:
     return value
 
 
-def kind_of(value) -> str:
-    """A value of JSON in a few words, for messages."""
+def kind_of(value: Any) -> str:
+    """A JSON value in a few words, for messages."""
+    if type(value) in (int, float):
+        return repr(value)[:20]
     names = {
         dict: "an object",
         list: "a list",
@@ -415,8 +485,4 @@ def kind_of(value) -> str:
         bool: "true or false",
         type(None): "null",
     }
-    return (
-        repr(value)[:20]
-        if type(value) in (int, float)
-        else names.get(type(value), type(value).__name__)
-    )
+    return names.get(type(value), type(value).__name__)

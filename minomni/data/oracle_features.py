@@ -1,131 +1,187 @@
-"""What ideal senses would tell the decoder: the embeddings of the words for what is there, where
-and when it is.
+"""Oracle features: what ideal encoders would give the decoder, as embeddings of words.
 
-A moment without a word is the embedding of the audio placeholder, an empty cell that of the image
-placeholder. The `language` stage reads such sequences, and `ears` and `eyes` learn to make them, so
-all three begin apart and fit.
+An audio token stands for the word that is spoken around it, a merge cell for the words of the
+object in it. Where there is no word, it is the embedding of the audio or the image placeholder.
+The `language` stage reads such sequences while `audio_align` and `vision_align` learn to produce
+them, so all three start independently and fit together.
 """
 
+from collections.abc import Callable
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minomni.config import IGNORE_INDEX
-from minomni.data.scenes import Example
+from minomni.config import IGNORE_INDEX, VisionEncoderConfig
+from minomni.data.scenes import Example, SceneObject
 from minomni.inputs.mel import num_audio_tokens
+from minomni.inputs.patches import Grid
 from minomni.inputs.prompt import Inputs
 
+if TYPE_CHECKING:
+    from minomni.thinker.thinker import Thinker
+
 AUDIO_TOKENS_PER_SECOND = 25
-HAIR = 1.5  # pixels
-NOISE = 0.3  # of an embedding's own spread: real senses are never this exact
+BORDER = 1.5  # pixels: a center this close to a cell's border may count for either cell
+NOISE = 0.3  # relative to the embeddings' standard deviation: real encoders are not exact
+EMPTY = -1  # token id of a cell without an object
+
+Encode = Callable[[str], list[int]]  # text to token ids
 
 
-def audio_words(example: Example, encode) -> list[int]:
-    """Token ids of what the recording of an example says, or [] where nothing is said."""
+def audio_words(example: Example, encode: Encode) -> list[int]:
+    """Token ids of an example's recording, [] if it has none."""
     return [] if example.voice is None else encode(example.heard or example.question)
 
 
-def tone_token(encode) -> int:
-    """The token that stands for a sound that is no speech."""
+def tone_token(encode: Encode) -> int:
+    """The token that stands for audio that is not speech."""
     return encode(" sound")[0]
 
 
-def cell_words(example: Example, grid, vision, encode) -> Tensor:
-    """Token ids for each merge cell of a picture or clip [cells, 4]: color, shape, place across,
-    place down.
+# ----------------------------------------------------------------------------------------------
+# words of a picture
 
-    A digit stands alone, an empty cell is -1. A cell holds the thing whose centre is in it; one
-    into which a thing only reaches is empty. IGNORE_INDEX fills what is not said: a place in the middle,
-    and cells that the centre misses by a hair.
+
+def cell_words(example: Example, grid: Grid, vision: VisionEncoderConfig, encode: Encode) -> Tensor:
+    """Token ids for each merge cell of a picture or clip [cells, 4]: color, shape, horizontal and
+    vertical position.
+
+    A digit fills every cell with its word. An object belongs to the cell of its center; cells that
+    it merely overlaps are EMPTY. IGNORE_INDEX marks words that are not predicted: a position in
+    the middle, and cells whose border is close to the center.
     """
-    steps, rows, columns = grid[0], *(n // vision.spatial_merge_size for n in grid[1:])
+    steps = grid[0]
+    rows = grid[1] // vision.spatial_merge_size
+    columns = grid[2] // vision.spatial_merge_size
     words = torch.full((steps, rows, columns, 4), IGNORE_INDEX)
-    words[..., 0] = -1 if example.objects else encode(" " + example.answer.split()[-1])[0]
-    for step, things in zip(words, example.objects):
-        for _, _, (x, y), _ in things:
-            (left, right), (top, bottom) = (
-                (int(max(0, v - HAIR) // vision.cell_size), int((v + HAIR) // vision.cell_size) + 1)
-                for v in (x, y)
-            )
-            step[top:bottom, left:right] = IGNORE_INDEX
-        for color, shape, (x, y), _ in things:
-            said = [
-                color,
-                shape,
-                place(x / columns, vision, "left", "right"),
-                place(y / rows, vision, "up", "down"),
-            ]
-            ids = [encode(f" {word}")[0] if word else IGNORE_INDEX for word in said]
-            step[int(y // vision.cell_size), int(x // vision.cell_size)] = torch.tensor(ids)
+    if not example.objects:
+        digit = example.answer.split()[-1]
+        words[..., 0] = encode(f" {digit}")[0]
+        return words.flatten(0, 2)
+
+    words[..., 0] = EMPTY
+    for step, objects in zip(words, example.objects, strict=True):
+        # First the cells that are ambiguous, then on top of them those that are certain.
+        for thing in objects:
+            x, y = thing.center
+            step[cells_near(y, vision), cells_near(x, vision)] = IGNORE_INDEX
+        for thing in objects:
+            x, y = thing.center
+            row = int(y // vision.cell_size)
+            column = int(x // vision.cell_size)
+            step[row, column] = object_words(thing, rows, columns, vision, encode)
     return words.flatten(0, 2)
 
 
-def place(pixels_a_cell: float, vision, low: str, high: str) -> str | None:
-    """The word for a place along one side, given as pixels divided by the cells of that side; None
-    in the middle.
-    """
-    share = pixels_a_cell / vision.cell_size
-    return low if share < 0.4 else high if share > 0.6 else None
+def cells_near(pixel: float, vision: VisionEncoderConfig) -> slice:
+    """The cells along one side in which a coordinate lies, give or take BORDER."""
+    first = int(max(0, pixel - BORDER) // vision.cell_size)
+    last = int((pixel + BORDER) // vision.cell_size)
+    return slice(first, last + 1)
 
 
-def oracle_embeds(examples: list[Example], inputs: Inputs, thinker, encode) -> Tensor:
-    """Input embeddings [B, L, D] of a batch whose media are given as ideal senses would give them.
+def object_words(
+    thing: SceneObject, rows: int, columns: int, vision: VisionEncoderConfig, encode: Encode
+) -> Tensor:
+    """Token ids of an object's color, shape, horizontal and vertical position [4]."""
+    x, y = thing.center
+    across = position_word(x / columns / vision.cell_size, "left", "right")
+    down = position_word(y / rows / vision.cell_size, "up", "down")
+    ids = []
+    for word in (thing.color, thing.shape, across, down):
+        if word is None:
+            ids.append(IGNORE_INDEX)
+        else:
+            ids.append(encode(f" {word}")[0])
+    return torch.tensor(ids)
 
-    Words and noise fall as torch's seed has it.
+
+def position_word(share: float, low: str, high: str) -> str | None:
+    """The word for a position, given as a share of a side's length; None in the middle."""
+    if share < 0.4:
+        return low
+    if share > 0.6:
+        return high
+    return None
+
+
+# ----------------------------------------------------------------------------------------------
+# embeddings of a batch
+
+
+def oracle_embeds(
+    examples: list[Example], inputs: Inputs, thinker: "Thinker", encode: Encode
+) -> Tensor:
+    """Input embeddings [B, L, D] of a batch, with oracle features in place of the encoders'.
+
+    The timing of words and the noise depend on torch's random state.
     """
     random = Random(int(torch.randint(1 << 62, ())))
-    table, tokens, config = thinker.model.embed_tokens.weight, thinker.config.tokens, thinker.config
-    counts = iter([num_audio_tokens(mel.shape[-1]) for mel in inputs.mels])
-    sounds, images, videos = [], [], []
-    grids = {"image": iter(inputs.image_grids), "video": iter(inputs.video_grids)}
+    tokens = thinker.config.tokens
+    vision = thinker.config.vision
+    # Token ids of each medium [n, words]
+    audio: list[Tensor] = []
+    images: list[Tensor] = []
+    videos: list[Tensor] = []
+    audio_counts = iter([num_audio_tokens(mel.shape[-1]) for mel in inputs.mels])
+    image_grids = iter(inputs.image_grids)
+    video_grids = iter(inputs.video_grids)
+
+    # Which words each medium stands for, in reading order.
     for example in examples:
-        for kind, thing, seen in (
-            ("image", example.image, images),
-            ("video", example.clip, videos),
-        ):
-            if thing is not None:
-                seen.append(cell_words(example, next(grids[kind]), config.vision, encode))
-        if example.sound is not None:
-            sounds.append(
-                _spread(
-                    [tone_token(encode)], next(counts), tokens.audio, random, at=example.sound_at
-                )
-            )
+        if example.image is not None:
+            images.append(cell_words(example, next(image_grids), vision, encode))
+        if example.clip is not None:
+            videos.append(cell_words(example, next(video_grids), vision, encode))
+        if example.sound_at is not None:
+            silence = torch.full((next(audio_counts), 1), tokens.audio)
+            audio.append(_put_tone(silence, tone_token(encode), example.sound_at, random))
         if example.voice is not None:
-            sounds.append(_spread(audio_words(example, encode), next(counts), tokens.audio, random))
+            silence = torch.full((next(audio_counts), 1), tokens.audio)
+            audio.append(_spread_words(silence, audio_words(example, encode), random))
+
+    # Their embeddings replace those of the placeholders.
+    table = thinker.model.embed_tokens.weight
     embeds = table[inputs.input_ids]  # [B, L, D]
-    for token, ids in ((tokens.audio, sounds), (tokens.image, images), (tokens.video, videos)):
-        if ids:
-            features = _embed(torch.cat(ids).to(table.device), table.detach(), tokens.image)
-            embeds = embeds.masked_scatter(
-                (inputs.input_ids == token)[..., None].to(table.device), features
-            )
+    for placeholder, ids in (
+        (tokens.audio, audio),
+        (tokens.image, images),
+        (tokens.video, videos),
+    ):
+        if not ids:
+            continue
+        features = _embed(torch.cat(ids).to(table.device), table.detach(), tokens.image)
+        is_placeholder = (inputs.input_ids == placeholder)[..., None].to(table.device)
+        embeds = embeds.masked_scatter(is_placeholder, features)
     return embeds
 
 
-def _spread(
-    words: list[int], count: int, silence: int, random: Random, at: float | None = None
-) -> Tensor:
-    """Words at about even distances among `count` moments of silence, or one at its time -> token
-    ids [count, 1].
-    """
-    ids = torch.full((count, 1), silence)
-    for i, word in enumerate(words):
-        place = (
-            (i + random.uniform(0.3, 0.9)) * count / len(words)
-            if at is None
-            else at * AUDIO_TOKENS_PER_SECOND + random.uniform(0, 6)
-        )
-        ids[min(int(place), count - 1)] = word
+def _put_tone(ids: Tensor, token: int, start: float, random: Random) -> Tensor:
+    """Set one of the audio tokens [count, 1] while the tone sounds. start: its time in seconds."""
+    index = int(start * AUDIO_TOKENS_PER_SECOND + random.uniform(0, 6))
+    ids[min(index, len(ids) - 1)] = token
     return ids
 
 
-def _embed(ids: Tensor, table: Tensor, nothing: int) -> Tensor:
-    """Token ids [N, words] -> the sum of their embeddings, with noise [N, D]; below 0: no word; if
-    none, nothing.
+def _spread_words(ids: Tensor, words: list[int], random: Random) -> Tensor:
+    """Set words at roughly equal distances among the audio tokens [count, 1]."""
+    count = len(ids)
+    for i, word in enumerate(words):
+        index = int((i + random.uniform(0.3, 0.9)) * count / len(words))
+        ids[min(index, count - 1)] = word
+    return ids
+
+
+def _embed(ids: Tensor, table: Tensor, empty: int) -> Tensor:
+    """Token ids [N, words] -> the sum of their embeddings plus noise [N, D].
+
+    Negative ids add nothing. A row with no other ids is the embedding of `empty`.
     """
-    said = (ids >= 0)[..., None]
-    total = (table[ids.clamp_min(0)] * said).sum(1)
-    total = torch.where(said.any(1), total, table[nothing])
-    return total + NOISE * table.std() * torch.randn_like(total)
+    is_word = (ids >= 0)[..., None]  # [N, words, 1]
+    embeds = table[ids.clamp_min(0)]  # [N, words, D]
+    total = (embeds * is_word).sum(1)
+    total = torch.where(is_word.any(1), total, table[empty])
+    noise_level = NOISE * table.std()
+    return total + noise_level * torch.randn_like(total)

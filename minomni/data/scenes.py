@@ -1,7 +1,8 @@
-"""The generated world's pictures, clips and sounds, each with the questions that it answers."""
+"""The generated world's pictures, clips and audio, each with questions about it and answers."""
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,296 +11,371 @@ from torch import Tensor
 from minomni.config import LISTENING_RATE
 from minomni.data.grammar import COLORS, GRAMMAR, MOVES, NUMBERS, RELATIONS, SHAPES
 
-SCENE_SIZE, CLIP_SIZE = 112, 84  # pixels
-PAIR_SECONDS = (
-    0.6,
-    1.4,
-)  # how long two frames of a clip that belong together last: each pair another time
-LONG_PAIR_SECONDS, LONG_PAIRS = (1.0, 1.85), 32  # in long clips, and how many they have at most
+SCENE_SIZE = 112  # pixels, side of a picture
+CLIP_SIZE = 84  # pixels, side of a frame
+# The frames of a clip come in pairs. Seconds that a pair lasts, drawn for each pair.
+PAIR_SECONDS = (0.6, 1.4)
+LONG_PAIR_SECONDS = (1.0, 1.85)  # in long clips
+LONG_PAIRS = 32  # most pairs in a long clip
+FRAMES = (4, 6, 8)  # number of frames of a short clip
+TONE_SECONDS = 0.3
 
-ASKED = ("color", "shape", "count", "relation", "describe")  # kinds of questions about a picture
+# Kinds of questions about a picture, and how often each is drawn.
+QUESTION_WEIGHTS = {"color": 3, "shape": 1, "count": 1, "relation": 2, "describe": 1}
+TWO_OBJECT_QUESTIONS = ("relation", "describe")
+
+Point = tuple[float, float]  # x, y in pixels
+QuestionAnswer = tuple[str, str]
+# Frames uint8 [n, H, W, 3], and the time in seconds of each, float32 [n].
+TimedFrames = tuple[np.ndarray, np.ndarray]
+
+
+class SceneObject(NamedTuple):
+    """One shape in a picture or frame, in pixels."""
+
+    color: str
+    shape: str
+    center: Point
+    radius: float
+
+
+Frame = list[SceneObject]  # what is visible in a picture or in a frame of a clip
 
 
 @dataclass
 class Example:
-    """One thing to learn: what is asked (typed, or spoken where a voice is named), what is seen,
-    what is right.
-    """
+    """One training example: a question (typed, or spoken if a voice is named), media, an answer."""
 
     question: str
     answer: str
-    voice: str | None = None  # who speaks the question; None is typed
+    voice: str | None = None  # who speaks the question; None if it is typed
     image: Image.Image | None = None
-    clip: tuple | None = (
-        None  # frames uint8 [n, H, W, 3] and when each is shown, float32 [n] in seconds
-    )
-    sound: np.ndarray | None = None  # the clip's sound track, float32 [samples] at 16 kHz
-    heard: str | None = None  # what the recording says, where it is not the question
-    wave: Tensor | None = (
-        None  # the recording, where it is none of the corpus, float32 [samples] at 16 kHz
-    )
-    objects: list[list[tuple]] = field(
-        default_factory=list
-    )  # by grid step: color, shape, (x, y), radius of what is seen
-    sound_at: float | None = None  # seconds into the clip
-    more: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # what else can be asked about it, with the answers
+    clip: TimedFrames | None = None
+    sound: np.ndarray | None = None  # the clip's audio track, float32 [samples] at 16 kHz
+    heard: str | None = None  # transcript of the recording, if it is not the question
+    # The recording, if it is not from the corpus, float32 [samples] at 16 kHz.
+    wave: Tensor | None = None
+    objects: list[Frame] = field(default_factory=list)  # what is visible at each grid step
+    sound_at: float | None = None  # when the tone starts, seconds into the clip
+    more: list[QuestionAnswer] = field(default_factory=list)  # other questions, with answers
     kind: str = ""
 
 
 # ----------------------------------------------------------------------------------------------
-# things to see
+# pictures
 
 
 def draw(
-    draw_on: ImageDraw.ImageDraw, shape: str, color: str, centre: tuple[float, float], radius: float
+    draw_on: ImageDraw.ImageDraw, shape: str, color: str, center: Point, radius: float
 ) -> None:
     """Draw one shape of the world."""
-    x, y = centre
-    box, fill_with = (x - radius, y - radius, x + radius, y + radius), COLORS[color]
+    x, y = center
+    box = (x - radius, y - radius, x + radius, y + radius)
+    rgb = COLORS[color]
     if shape == "circle":
-        draw_on.ellipse(box, fill=fill_with)
+        draw_on.ellipse(box, fill=rgb)
     elif shape == "square":
-        draw_on.rectangle(box, fill=fill_with)
+        draw_on.rectangle(box, fill=rgb)
     elif shape == "triangle":
-        draw_on.polygon(
-            [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill_with
-        )
+        corners = [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)]
+        draw_on.polygon(corners, fill=rgb)
     else:
-        draw_on.line((x - radius, y, x + radius, y), fill=fill_with, width=int(radius * 0.7))
-        draw_on.line((x, y - radius, x, y + radius), fill=fill_with, width=int(radius * 0.7))
+        width = int(radius * 0.7)
+        draw_on.line((x - radius, y, x + radius, y), fill=rgb, width=width)
+        draw_on.line((x, y - radius, x, y + radius), fill=rgb, width=width)
 
 
 def blank(side: int, random: Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty picture on a background that no shape is coloured like."""
-    grey = random.randint(110, 190)
-    image = Image.new(
-        "RGB", (side, side), (grey, grey + random.randint(-8, 8), grey + random.randint(-8, 8))
-    )
+    """An empty picture whose background differs from the color of every shape."""
+    red = random.randint(110, 190)
+    green = red + random.randint(-8, 8)
+    blue = red + random.randint(-8, 8)
+    image = Image.new("RGB", (side, side), (red, green, blue))
     return image, ImageDraw.Draw(image)
 
 
 def random_objects(random: Random, n: int) -> list[tuple[str, str]]:
-    """n (color, shape) pairs in which no color and no shape occurs twice, so that each names one
-    thing.
-    """
-    return list(zip(random.sample(list(COLORS), n), random.sample(SHAPES, n)))
+    """n (color, shape) pairs. No color or shape occurs twice, so each names one object."""
+    colors = random.sample(list(COLORS), n)
+    shapes = random.sample(SHAPES, n)
+    return list(zip(colors, shapes, strict=True))
 
 
 def scene(random: Random) -> Example:
     """A picture with one to three shapes and a question about it."""
-    kind = random.choices(ASKED, weights=(3, 1, 1, 2, 1))[0]
-    n = 2 if kind in ("relation", "describe") else random.randint(1, 3)
+    # The question decides how many objects there are.
+    kind = random.choices(list(QUESTION_WEIGHTS), weights=list(QUESTION_WEIGHTS.values()))[0]
+    needs_two = kind in TWO_OBJECT_QUESTIONS
+    n = 2 if needs_two else random.randint(1, 3)
     objects = random_objects(random, n)
-    if (
-        kind in ("relation", "describe") and random.random() < 0.5
-    ):  # only the shape tells the two apart
+    if needs_two and random.random() < 0.5:
+        # One color for both: only the shape tells them apart.
         objects[1] = (objects[0][0], objects[1][1])
+
+    # Place and draw the objects.
     image, pen = blank(SCENE_SIZE, random)
     relation = random.choice(["left of", "right of"] if kind == "describe" else list(RELATIONS))
-    dx, dy = RELATIONS[relation]
-    third = SCENE_SIZE / 3
-    if n == 2:
-        places = [
-            (SCENE_SIZE / 2 + s * dx * third * 0.75, SCENE_SIZE / 2 + s * dy * third * 0.75)
-            for s in (1, -1)
-        ]
-    else:
-        cells = random.sample([(i, j) for i in range(3) for j in range(3)], n)
-        places = [((i + 0.5) * third, (j + 0.5) * third) for i, j in cells]
-    drawn = [
-        (
-            color,
-            shape,
-            (x + random.uniform(-5, 5), y + random.uniform(-5, 5)),
-            random.uniform(10, 15),
-        )
-        for (color, shape), (x, y) in zip(objects, places)
+    centers = related_centers(relation) if n == 2 else random_cells(random, n)
+    placed = [
+        random_placement(random, color, shape, center)
+        for (color, shape), center in zip(objects, centers, strict=True)
     ]
-    for color, shape, centre, radius in drawn:
-        draw(pen, shape, color, centre, radius)
-    asked = questions_about(objects, relation if n == 2 else None)
-    question, answer = random.choice(asked[kind])
-    more = [pair for pairs in asked.values() for pair in pairs if pair[0] != question]
-    return Example(question, answer, image=image, objects=[drawn], more=more, kind="scene")
+    for color, shape, center, radius in placed:
+        draw(pen, shape, color, center, radius)
+
+    # Ask one question; all others about the picture are follow-ups.
+    questions = questions_about(objects, relation if n == 2 else None)
+    question, answer = random.choice(questions[kind])
+    pairs = sum(questions.values(), [])
+    more = [pair for pair in pairs if pair[0] != question]
+    return Example(question, answer, image=image, objects=[placed], more=more, kind="scene")
+
+
+def related_centers(relation: str) -> list[Point]:
+    """Centers of two objects, the first of which stands in a relation to the second."""
+    dx, dy = RELATIONS[relation]
+    middle = SCENE_SIZE / 2
+    third = SCENE_SIZE / 3
+    first = (middle + dx * third * 0.75, middle + dy * third * 0.75)
+    second = (middle - dx * third * 0.75, middle - dy * third * 0.75)
+    return [first, second]
+
+
+def random_cells(random: Random, n: int) -> list[Point]:
+    """Centers of n different cells of a 3 x 3 grid."""
+    third = SCENE_SIZE / 3
+    cells = [divmod(index, 3) for index in range(9)]
+    return [((i + 0.5) * third, (j + 0.5) * third) for i, j in random.sample(cells, n)]
+
+
+def random_placement(random: Random, color: str, shape: str, center: Point) -> SceneObject:
+    """An object of random size near a point."""
+    x = center[0] + random.uniform(-5, 5)
+    y = center[1] + random.uniform(-5, 5)
+    return SceneObject(color, shape, (x, y), random.uniform(10, 15))
 
 
 def questions_about(
     objects: list[tuple[str, str]], relation: str | None
-) -> dict[str, list[tuple[str, str]]]:
-    """All that can be asked about a picture's (color, shape) things, by kind: questions with their
-    answers.
+) -> dict[str, list[QuestionAnswer]]:
+    """All questions about a picture's (color, shape) objects, by kind, with their answers.
 
-    relation: of the first thing to the second, where there are two. A color that two things share
+    relation: of the first object to the second, if there are two. A color that two objects share
     names neither.
     """
     colors = [color for color, _ in objects]
-    asked = {
-        "color": [
-            (f"what color is the {shape}", f"the {shape} is {color}") for color, shape in objects
-        ],
-        "shape": [
-            (f"which shape is {color}", f"the {color} shape is a {shape}")
-            for color, shape in objects
-            if colors.count(color) == 1
-        ],
-        "count": [("how many shapes are there", GRAMMAR["count"][len(objects) - 1])],
-    }
-    if relation:
-        there = [" ".join(thing) for thing in objects]
-        back = next(
-            name
-            for name, step in RELATIONS.items()
-            if step == tuple(-x for x in RELATIONS[relation])
-        )
-        asked["relation"] = [
-            (f"where is the {a}", f"the {a} is {which} the {b}")
-            for a, b, which in ((*there, relation), (*there[::-1], back))
-        ]
-        if relation in ("left of", "right of"):
-            left, right = there if relation == "left of" else there[::-1]
-            asked["describe"] = [("what do you see", f"a {left} and a {right}")]
-    return asked
+    questions: dict[str, list[QuestionAnswer]] = {"color": [], "shape": []}
+    for color, shape in objects:
+        questions["color"].append((f"what color is the {shape}", f"the {shape} is {color}"))
+        if colors.count(color) == 1:
+            answer = f"the {color} shape is a {shape}"
+            questions["shape"].append((f"which shape is {color}", answer))
+    questions["count"] = [("how many shapes are there", GRAMMAR["count"][len(objects) - 1])]
+    if relation is None:
+        return questions
+
+    # Each of two objects can be located by the other.
+    first, second = (f"{color} {shape}" for color, shape in objects)
+    inverse = inverse_relation(relation)
+    questions["relation"] = [
+        (f"where is the {first}", f"the {first} is {relation} the {second}"),
+        (f"where is the {second}", f"the {second} is {inverse} the {first}"),
+    ]
+    # A description goes from left to right.
+    if relation == "left of":
+        questions["describe"] = [("what do you see", f"a {first} and a {second}")]
+    if relation == "right of":
+        questions["describe"] = [("what do you see", f"a {second} and a {first}")]
+    return questions
+
+
+def inverse_relation(relation: str) -> str:
+    """The relation of B to A, given that of A to B."""
+    dx, dy = RELATIONS[relation]
+    return next(name for name, step in RELATIONS.items() if step == (-dx, -dy))
 
 
 def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Example:
-    """A real handwritten digit (scikit-learn's), 8x8 grey levels enlarged to 56x56."""
+    """A real handwritten digit of scikit-learn: 8x8 gray levels enlarged to 56x56."""
     images, labels = digits
     i = random.randrange(len(labels))
-    grey = Image.fromarray((255 - images[i] * (255 / 16)).astype(np.uint8)).resize(
-        (56, 56), Image.Resampling.BICUBIC
-    )
+    gray = (255 - images[i] * (255 / 16)).astype(np.uint8)
+    enlarged = Image.fromarray(gray).resize((56, 56), Image.Resampling.BICUBIC)
     return Example(
         "which digit is this",
         f"the digit is {NUMBERS[labels[i]]}",
-        image=grey.convert("RGB"),
+        image=enlarged.convert("RGB"),
         kind="handwriting",
     )
 
 
 def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits -> images [n, 8, 8] and labels [n]; every fifth is
-    held out.
+    """scikit-learn's 1,797 handwritten digits -> images [n, 8, 8] and labels [n].
+
+    Every fifth is held out.
     """
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    chosen = (np.arange(len(data.target)) % 5 == 0) == held
+    is_held_out = np.arange(len(data.target)) % 5 == 0
+    chosen = is_held_out == held
     return data.images[chosen], data.target[chosen]
 
 
-def draw_clip(
-    steps: list[list[tuple]], random: Random, pair_seconds=PAIR_SECONDS
-) -> tuple[np.ndarray, np.ndarray]:
-    """What is seen in each frame -> uint8 [n, CLIP_SIZE, CLIP_SIZE, 3] and when it is shown,
-    float32 [n] in seconds.
+# ----------------------------------------------------------------------------------------------
+# clips
 
-    Frames come in pairs of chance length; within a pair the second frame is shown half-way.
+
+def draw_clip(
+    frames: list[Frame], random: Random, pair_seconds: tuple[float, float] = PAIR_SECONDS
+) -> TimedFrames:
+    """The objects of each frame -> pixels [n, CLIP_SIZE, CLIP_SIZE, 3] and times.
+
+    Frames come in pairs of random duration. The second frame of a pair follows half-way.
     """
-    background, frames = random.randint(0, 1 << 30), []
-    for things_seen in steps:
+    # All frames have the same background.
+    background = random.randint(0, 1 << 30)
+    pictures = []
+    for objects in frames:
         image, pen = blank(CLIP_SIZE, Random(background))
-        for color, shape, centre, radius in things_seen:
-            draw(pen, shape, color, centre, radius)
-        frames.append(np.asarray(image))
-    halves = np.repeat([random.uniform(*pair_seconds) / 2 for _ in range(len(steps) // 2)], 2)
-    return np.stack(frames), np.concatenate([[0.0], np.cumsum(halves)[:-1]]).astype(np.float32)
+        for color, shape, center, radius in objects:
+            draw(pen, shape, color, center, radius)
+        pictures.append(np.asarray(image))
+    # A frame is shown until the next one; both frames of a pair for the same time.
+    pairs = len(frames) // 2
+    half_pairs = [random.uniform(*pair_seconds) / 2 for _ in range(pairs)]
+    ends = np.cumsum(np.repeat(half_pairs, 2))
+    times = np.concatenate([[0.0], ends[:-1]])
+    return np.stack(pictures), times.astype(np.float32)
 
 
 def moving_clip(random: Random) -> Example:
     """A silent clip of one shape that moves."""
-    (color, shape), move = random_objects(random, 1)[0], random.choice(list(MOVES))
-    dx, dy = MOVES[move]
-    n, middle, off = random.choice((4, 6, 8)), CLIP_SIZE / 2, random.uniform(-14, 14)
-    along = [(i / (n - 1) - 0.5) * CLIP_SIZE * 0.5 for i in range(n)]
-    places = [(middle + dx * a + off * abs(dy), middle + dy * a + off * abs(dx)) for a in along]
-    halfway = [
-        tuple((p + q) / 2 for p, q in zip(*places[i : i + 2])) for i in range(0, n, 2)
-    ]  # of the two frames of a step
+    ((color, shape),) = random_objects(random, 1)
+    move = random.choice(list(MOVES))
+    n = random.choice(FRAMES)
+    centers = path_centers(move, n, offset=random.uniform(-14, 14))
+    frames = [[SceneObject(color, shape, center, 12)] for center in centers]
+    # A grid step covers two frames: its object is half-way between the two positions.
+    steps = []
+    for (x0, y0), (x1, y1) in zip(centers[::2], centers[1::2], strict=True):
+        midpoint = ((x0 + x1) / 2, (y0 + y1) / 2)
+        steps.append([SceneObject(color, shape, midpoint, 12)])
     return Example(
         "where does the shape go",
         f"the {color} {shape} moves {move}",
-        clip=draw_clip([[(color, shape, place, 12)] for place in places], random),
-        objects=[[(color, shape, place, 12)] for place in halfway],
+        clip=draw_clip(frames, random),
+        objects=steps,
         kind="video",
     )
 
 
-def shown_in_order(random: Random, count: int, n: int) -> tuple[list[list[tuple]], list[int]]:
-    """Things that show one after the other in n frames -> what is seen in each frame, where each
-    thing begins.
+def path_centers(move: str, n: int, offset: float) -> list[Point]:
+    """Centers of a shape in n frames, moving through the frame's middle, shifted sideways."""
+    dx, dy = MOVES[move]
+    middle = CLIP_SIZE / 2
+    centers = []
+    for i in range(n):
+        distance = (i / (n - 1) - 0.5) * CLIP_SIZE * 0.5
+        x = middle + dx * distance + offset * abs(dy)
+        y = middle + dy * distance + offset * abs(dx)
+        centers.append((x, y))
+    return centers
 
-    Things change between two pairs of frames, so that none holds both.
+
+def shown_in_order(random: Random, count: int, n: int) -> tuple[list[Frame], list[int]]:
+    """`count` objects shown one after the other in n frames -> the objects of each frame, and the
+    first frame of each object.
+
+    Objects change between two pairs of frames, so no pair holds two.
     """
+    middle = (CLIP_SIZE / 2, CLIP_SIZE / 2)
     shown = [
-        (*thing, (CLIP_SIZE / 2, CLIP_SIZE / 2), 16) for thing in random_objects(random, count)
+        SceneObject(color, shape, middle, 16) for color, shape in random_objects(random, count)
     ]
-    begins = [0, *sorted(2 * pair for pair in random.sample(range(1, n // 2), count - 1))]
-    return [[shown[sum(i >= begin for begin in begins) - 1]] for i in range(n)], begins
+    changes = sorted(random.sample(range(1, n // 2), count - 1))
+    begins = [0, *(2 * pair for pair in changes)]
+
+    # Each object is visible until the next one.
+    ends = [*begins[1:], n]
+    frames: list[Frame] = []
+    for thing, begin, end in zip(shown, begins, ends, strict=True):
+        frames += [[thing]] * (end - begin)
+    return frames, begins
 
 
 def ordered_clip(random: Random) -> Example:
-    """A silent clip in which two shapes show one after the other, and which of them was first, or
-    last.
-    """
-    steps, _ = shown_in_order(random, 2, random.choice((4, 6, 8)))
-    return first_or_last(steps, draw_clip(steps, random), random)
+    """A silent clip of two shapes, one after the other; the question is which was first or last."""
+    frames, _ = shown_in_order(random, 2, random.choice(FRAMES))
+    return first_or_last(frames, draw_clip(frames, random), random)
 
 
 def long_clip(random: Random, pairs: int) -> Example:
-    """The same with two to four shapes in many pairs of frames: LONG_PAIRS of them last up to a
-    minute.
-    """
-    steps, _ = shown_in_order(random, random.randint(2, 4), 2 * pairs)
-    return first_or_last(steps, draw_clip(steps, random, LONG_PAIR_SECONDS), random)
+    """The same with two to four shapes in many pairs of frames; LONG_PAIRS last up to a minute."""
+    frames, _ = shown_in_order(random, random.randint(2, 4), 2 * pairs)
+    return first_or_last(frames, draw_clip(frames, random, LONG_PAIR_SECONDS), random)
 
 
-def first_or_last(steps: list[list[tuple]], clip: tuple, random: Random) -> Example:
-    """The question which thing of a clip was the first, or the last; the other one is left to ask."""
-    asked = order_of(steps)
-    question, answer = random.choice(asked)
-    other = [pair for pair in asked if pair[0] != question]
-    return Example(question, answer, clip=clip, objects=steps[::2], more=other, kind="video")
+def first_or_last(frames: list[Frame], clip: TimedFrames, random: Random) -> Example:
+    """An example that asks for the first or the last object; the other one is the follow-up."""
+    questions = order_of(frames)
+    question, answer = random.choice(questions)
+    other = [pair for pair in questions if pair[0] != question]
+    return Example(question, answer, clip=clip, objects=frames[::2], more=other, kind="video")
 
 
-def order_of(steps: list[list[tuple]]) -> list[tuple[str, str]]:
-    """What can be asked about the order of a clip's things, with the answers."""
-    said = [f"it was the {color} {shape}" for ((color, shape, *_),) in (steps[0], steps[-1])]
-    return list(zip(("what was there first", "what was there last"), said))
+def order_of(frames: list[Frame]) -> list[QuestionAnswer]:
+    """The questions about the order of a clip's objects, with their answers."""
+    first = frames[0][0]
+    last = frames[-1][0]
+    return [
+        ("what was there first", f"it was the {first.color} {first.shape}"),
+        ("what was there last", f"it was the {last.color} {last.shape}"),
+    ]
 
 
 def clip_with_tone(random: Random) -> Example:
-    """A clip in which two shapes show one after the other, with a sound while one of them is there.
+    """A clip of two shapes, one after the other, with a tone while one of them is visible.
 
-    What is asked is which; what was first and what was last is left to ask.
+    The question is which one. The first and the last object are follow-ups.
     """
-    steps, (_, change) = shown_in_order(random, 2, random.choice((4, 6, 8)))
-    frames, seconds = draw_clip(steps, random)
-    whole = seconds[-1] + (seconds[-1] - seconds[-2])
-    second = random.random() < 0.5
-    begin, end = (seconds[change], whole) if second else (0.0, seconds[change])
-    at = float(random.uniform(begin + 0.05, end - 0.35))
-    color, shape, *_ = steps[-1 if second else 0][0]
+    frames, (_, change) = shown_in_order(random, 2, random.choice(FRAMES))
+    pixels, times = draw_clip(frames, random)
+    duration = times[-1] + (times[-1] - times[-2])
+
+    # The tone lies inside the interval of one of the shapes.
+    at_second = random.random() < 0.5
+    if at_second:
+        thing = frames[-1][0]
+        begin, end = times[change], duration
+    else:
+        thing = frames[0][0]
+        begin, end = 0.0, times[change]
+    tone_start = float(random.uniform(begin + 0.05, end - 0.35))
+
     return Example(
         "what was there at the sound",
-        f"it was the {color} {shape}",
-        clip=(frames, seconds),
-        objects=steps[::2],
-        sound=tone(random, whole, at),
-        sound_at=at,
-        more=order_of(steps),
+        f"it was the {thing.color} {thing.shape}",
+        clip=(pixels, times),
+        objects=frames[::2],
+        sound=tone(random, duration, tone_start),
+        sound_at=tone_start,
+        more=order_of(frames),
         kind="sync",
     )
 
 
 def tone(random: Random, seconds: float, at: float) -> np.ndarray:
-    """Quiet noise of some length with one beep of 0.3 s -> float32 [samples] at 16 kHz."""
-    noise = np.random.RandomState(random.randrange(1 << 31))
-    wave = 0.003 * noise.randn(int(seconds * LISTENING_RATE))
-    t = np.arange(int(0.3 * LISTENING_RATE)) / LISTENING_RATE
+    """Quiet noise of some length with one tone of 0.3 s -> float32 [samples] at 16 kHz."""
+    samples = int(seconds * LISTENING_RATE)
+    generator = np.random.RandomState(random.randrange(1 << 31))
+    wave = 0.003 * generator.randn(samples)
+
+    # The tone is a sine that fades in and out.
+    tone_samples = int(TONE_SECONDS * LISTENING_RATE)
+    t = np.arange(tone_samples) / LISTENING_RATE
+    frequency = random.uniform(400, 1200)
+    sine = 0.3 * np.sin(2 * np.pi * frequency * t)
     start = int(at * LISTENING_RATE)
-    wave[start : start + len(t)] += (
-        0.3 * np.sin(2 * np.pi * random.uniform(400, 1200) * t) * np.hanning(len(t))
-    )
+    wave[start : start + tone_samples] += sine * np.hanning(tone_samples)
     return wave.astype(np.float32)

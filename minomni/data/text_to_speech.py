@@ -1,15 +1,15 @@
-"""Speech for the generated world, by the espeak-ng synthesiser inside pip's `espeakng-loader`.
+"""Speech synthesis for the generated world, by espeak-ng from pip's `espeakng-loader`.
 
-espeak-ng keeps state between utterances and seeds its breath noise from the clock, so a corpus is
-cut into parts, each made in a fresh process, in a fixed order, with a fixed seed: then it is the
-same, bit for bit, wherever the same version runs, on however many cores.
+espeak-ng keeps state between utterances and seeds its breath noise from the clock. So a corpus is
+cut into parts, each made in a fresh process, in a fixed order, with a fixed seed. Then it is
+bit-identical wherever the same version runs, on any number of cores.
 """
 
 import ctypes
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soxr
@@ -17,14 +17,22 @@ import soxr
 from minomni.config import LISTENING_RATE
 from minomni.errors import UserError
 
-ESPEAK_RATE = 22_050  # Hz, what espeak-ng makes
+ESPEAK_RATE = 22_050  # Hz, espeak-ng's output
 SILENCE = 150  # of 32767: quieter samples at both ends are cut off
-MARGIN = 640  # samples (40 ms) of quiet kept at both ends
-PART = 500  # utterances that one process speaks
+MARGIN = 640  # samples (40 ms) of silence at both ends
+PART = 500  # utterances per process
+INT16 = (-32768, 32767)
+
+# Constants of espeak-ng's speak_lib.h
+AUDIO_OUTPUT_SYNCHRONOUS = 2
+ESPEAK_RATE_PARAMETER = 1
+ESPEAK_PITCH_PARAMETER = 3
+POSITION_IN_CHARACTERS = 1
+UTF8 = 1
 
 
 class Job(NamedTuple):
-    """One utterance to speak."""
+    """One utterance to synthesize."""
 
     text: str
     voice: str  # espeak-ng's name of it
@@ -33,24 +41,27 @@ class Job(NamedTuple):
 
 
 def synthesize(jobs: list[Job], seed: int) -> list[np.ndarray]:
-    """Speak jobs, PART of them to a process -> int16 arrays [samples] at 16 kHz. Same jobs and
-    seed, same samples.
+    """Synthesize jobs, PART of them per process -> int16 arrays [samples] at 16 kHz.
 
-    Raises UserError where the synthesiser is not installed or lacks a voice.
+    The same jobs and seed give the same samples. Raises UserError if the synthesizer is not
+    installed or lacks a voice.
     """
     parts = [jobs[begin : begin + PART] for begin in range(0, len(jobs), PART)]
-    with ThreadPoolExecutor(os.cpu_count()) as lanes:
-        spoken = lanes.map(_in_fresh_process, parts, range(seed, seed + len(parts)))
-        return [wave for part in spoken for wave in part]
+    seeds = range(seed, seed + len(parts))
+    waves = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for part in threads.map(_in_fresh_process, parts, seeds):
+            waves += part
+    return waves
 
 
-def _in_fresh_process(jobs, seed):
+def _in_fresh_process(jobs: list[Job], seed: int) -> list[np.ndarray]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
-        return fresh_process.submit(_speak_all, jobs, seed).result()
+        return fresh_process.submit(_synthesize_part, jobs, seed).result()
 
 
 def available() -> bool:
-    """Whether the synthesiser can be loaded on this machine."""
+    """Whether the synthesizer can be loaded on this machine."""
     try:
         import espeakng_loader
     except ImportError:
@@ -58,57 +69,65 @@ def available() -> bool:
     return bool(espeakng_loader.get_library_path())
 
 
-def _speak_all(jobs, seed):
-    espeak, pieces = _start(seed)
+def _synthesize_part(jobs: list[Job], seed: int) -> list[np.ndarray]:
+    espeak, chunks = _load_espeak(seed)
     waves = []
     for job in jobs:
-        pieces.clear()
+        chunks.clear()
         if espeak.espeak_SetVoiceByName(job.voice.encode()) != 0:
             raise UserError(f"espeak-ng has no voice {job.voice!r}")
-        espeak.espeak_SetParameter(1, job.rate, 0)  # 1 = espeakRATE
-        espeak.espeak_SetParameter(3, job.pitch, 0)  # 3 = espeakPITCH
-        raw = job.text.encode()
-        espeak.espeak_Synth(
-            raw, len(raw) + 1, 0, 1, 0, 1, None, None
-        )  # count in characters, text is UTF-8
-        waves.append(_trim(np.concatenate(pieces)))
+        espeak.espeak_SetParameter(ESPEAK_RATE_PARAMETER, job.rate, 0)
+        espeak.espeak_SetParameter(ESPEAK_PITCH_PARAMETER, job.pitch, 0)
+        text = job.text.encode()
+        size = len(text) + 1  # bytes, with the closing zero
+        # Blocks until all samples have gone through the callback.
+        espeak.espeak_Synth(text, size, 0, POSITION_IN_CHARACTERS, 0, UTF8, None, None)
+        waves.append(_trim(np.concatenate(chunks)))
     return waves
 
 
-def _start(seed):
-    """Load the library, seed its noise and let its samples fall into a list."""
+def _load_espeak(seed: int) -> tuple[Any, list[np.ndarray]]:
+    """Load the library and seed its noise -> the library, and the list that collects its samples.
+
+    Raises UserError if it is not installed or does not start.
+    """
     if not available():
         raise UserError(
-            "espeak-ng is not installed: pip install espeakng-loader, or train on data_samples/ alone"
+            "espeak-ng is not installed: pip install espeakng-loader, "
+            "or train on data_samples/ alone"
         )
     import espeakng_loader
 
-    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
-    # 2 = hand samples over, in the calling thread; espeak-ng's own thread would be asked every 20
-    # ms if it is done
-    if espeak.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0) < 0:
+    # Synchronous: the callback runs in this thread. With its own thread espeak-ng would have to be
+    # polled every 20 ms.
+    espeak: Any = ctypes.CDLL(espeakng_loader.get_library_path())
+    data_path = espeakng_loader.get_data_path().encode()
+    if espeak.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, 0) < 0:
         raise UserError("espeak-ng did not start: its data folder is missing or of another version")
-    pieces = []
+
+    # The callback copies every chunk of samples into a list.
+    chunks: list[np.ndarray] = []
     callback_type = ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
     )
 
     def collect(samples, count, _events):
         if samples and count > 0:
-            pieces.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+            chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
         return 0
 
     espeak.keep_alive = callback_type(collect)  # ctypes does not hold a reference itself
     espeak.espeak_SetSynthCallback(espeak.keep_alive)
     espeak.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-    return espeak, pieces
+    return espeak, chunks
 
 
-def _trim(samples):
-    """Cut silence to a fixed margin, so that speech and text begin and end together -> int16 at 16
-    kHz.
+def _trim(samples: np.ndarray) -> np.ndarray:
+    """Cut silence at both ends to a fixed margin -> int16 [samples] at 16 kHz.
+
+    Then speech and text begin and end together.
     """
     wave = soxr.resample(samples.astype(np.float32), ESPEAK_RATE, LISTENING_RATE)
     loud = np.flatnonzero(np.abs(wave) > SILENCE)
     wave = np.pad(wave[loud[0] : loud[-1] + 1], MARGIN)
-    return np.clip(np.round(wave), -32768, 32767).astype(np.int16)
+    return np.clip(np.round(wave), *INT16).astype(np.int16)

@@ -1,8 +1,7 @@
-"""The vocabulary of the generated world, opened where there is room: its tokenizer, and the English
-words beside its own.
+"""The generated world's tokenizer, and the English words of a larger vocabulary.
 
-The tokenizer is byte-level BPE trained on every sentence the language has. English comes in pieces,
-so that words which nobody has said in training can be spelled, heard and said like the others.
+The tokenizer is byte-level BPE trained on every sentence of the language. English words are split
+into pieces, so words that never occur in training can be read, recognized and spoken like others.
 """
 
 from functools import cache
@@ -14,8 +13,10 @@ from minomni.config import TokenIds
 from minomni.data import grammar
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 
-TESTED, LONG = 40, 6  # words in a test, and letters that they have at least
-OWN, PIECES = 480, 320  # ids that the world's own words take, and those for pieces of English
+TESTED = 40  # English words in an evaluation
+LONG = 6  # letters that each of them has at least
+OWN = 480  # token ids of the world's own words
+PIECES = 320  # token ids of pieces of English words
 
 
 class English(NamedTuple):
@@ -25,42 +26,51 @@ class English(NamedTuple):
     held: tuple[str, ...] = ()  # never trained on: one in ten
 
 
+NO_ENGLISH = English()
+
+
 @cache
 def english(tokens: TokenIds) -> English:
-    """The words that a vocabulary has room for: none in one of OWN ids."""
+    """The English words of a vocabulary; none if it has no room for more than OWN ids."""
     if min(special_tokens(tokens).values()) < OWN + PIECES:
-        return English()
-    # words.txt: common in the notebooks, known to the judge, each sounds like no other
+        return NO_ENGLISH
+    # words.txt: common in the notebooks, known to the speech recognizer, no two sound alike.
     words = (paths.data_samples() / "words.txt").read_text(encoding="utf-8").split()
-    return English(
-        *(tuple(word for word in words if grammar.held_out(word) == held) for held in (False, True))
-    )
+    trained = tuple(word for word in words if not grammar.held_out(word))
+    held = tuple(word for word in words if grammar.held_out(word))
+    return English(trained, held)
 
 
 def told_apart(words: tuple[str, ...]) -> list[str]:
-    """Some long ones of them, which a judge can tell from each other."""
+    """A sample of long words, which a speech recognizer distinguishes reliably."""
     long = [word for word in words if len(word) >= LONG]
     return Random(6).sample(long, min(TESTED, len(long)))
 
 
 @cache
 def world_tokenizer(tokens: TokenIds) -> Tokenizer:
-    """A tokenizer whose ordinary ids end below the first special one. Trained anew each time: it
-    takes a second.
-    """
-    texts = [t for s in grammar.STATEMENTS + grammar.QUESTIONS for t in grammar.expand(s)]
-    texts = texts + list(grammar.QUESTIONS) * 100
-    texts += [
+    """A tokenizer whose ordinary ids end below the first special one, trained in about a second."""
+    special = special_tokens(tokens)
+    vocab_size = min(OWN + PIECES, *special.values())
+    return Tokenizer.train(tokenizer_texts(tokens), vocab_size=vocab_size, special_tokens=special)
+
+
+def tokenizer_texts(tokens: TokenIds) -> list[str]:
+    """The training corpus of the tokenizer; repetition sets how often a text counts."""
+    # Every sentence of the language.
+    texts = sum(map(grammar.expand, grammar.STATEMENTS + grammar.QUESTIONS), [])
+    texts += list(grammar.QUESTIONS) * 100
+    # The chat template.
+    template = [
         "system\nYou are a helpful assistant.",
         "user\n",
         "assistant\n",
         "write what you hear",
-    ] * 400
-    texts += [
-        f"say {word} {word}s"
-        for words in (grammar.COLORS, grammar.SHAPES, grammar.NUMBERS)
-        for word in words
     ]
+    texts += template * 400
+    # Requests to say single words, singular and plural.
+    words = [*grammar.COLORS, *grammar.SHAPES, *grammar.NUMBERS]
+    texts += [f"say {word} {word}s" for word in words]
+    # English words.
     texts += [f"say {word}" for word in english(tokens).trained] * 3
-    room = min(OWN + PIECES, *special_tokens(tokens).values())
-    return Tokenizer.train(texts, vocab_size=room, special_tokens=special_tokens(tokens))
+    return texts

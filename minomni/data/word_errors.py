@@ -1,18 +1,20 @@
 """Edit distance and word error rate."""
 
+from collections.abc import Sequence
 
-def edit_distance(right, heard) -> int:
-    """Fewest insertions, deletions and substitutions between two sequences."""
-    row = list(range(len(heard) + 1))
-    for i, a in enumerate(right, 1):
-        above, row[0] = row[0], i
-        for j, b in enumerate(heard, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (a != b))
-    return row[-1]
+from rapidfuzz.distance import Levenshtein
+
+
+def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
+    """Fewest insertions, deletions and substitutions that turn one sequence into the other."""
+    return Levenshtein.distance(reference, hypothesis)
 
 
 def word_error_rate(pairs: list[tuple[str, str]]) -> float:
-    """Word error rate of (right, heard) sentences: edits over right words."""
-    return sum(edit_distance(r.split(), h.split()) for r, h in pairs) / sum(
-        len(r.split()) for r, _ in pairs
-    )
+    """Word error rate of (reference, hypothesis) sentences: edits per reference word."""
+    edits = 0
+    words = 0
+    for reference, hypothesis in pairs:
+        edits += edit_distance(reference.split(), hypothesis.split())
+        words += len(reference.split())
+    return edits / words

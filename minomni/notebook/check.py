@@ -1,12 +1,11 @@
-"""What a notebook proves itself with: live source, equality that raises, and graders for its
-exercises.
-"""
+"""Checks for the notebooks: live source, equality that raises, and graders for exercises."""
 
 import copy
 import inspect
 import sys
 from collections.abc import Callable
 from textwrap import dedent
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +13,14 @@ from torch import Tensor
 STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
 
 
-def show(*objects) -> None:
-    """Print the source of functions, classes or modules as it is on disk now, so that no page can
-    go stale.
+def show(*objects: Any) -> None:
+    """Print the current source of functions, classes or modules, so that no page is out of date.
 
-    In a notebook it comes with colours, through a Markdown block that GitHub shows too.
+    In a notebook it is highlighted, by a Markdown block that GitHub renders too.
     """
-    source = "\n\n\n".join(
-        dedent(inspect.getsource(inspect.unwrap(thing))).rstrip() for thing in objects
-    )
-    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+    sources = [dedent(inspect.getsource(inspect.unwrap(thing))).rstrip() for thing in objects]
+    source = "\n\n\n".join(sources)
+    if not _in_ipython():
         print(source)
         return
     from IPython.display import display
@@ -31,42 +28,49 @@ def show(*objects) -> None:
     display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, raw=True)
 
 
-def same(name: str, mine, theirs, tolerance: float = 1e-6) -> None:
-    """Print one line if two results agree, raise AssertionError with the first difference if not.
+def _in_ipython() -> bool:
+    """Whether this process is an IPython kernel or shell. Does not import IPython."""
+    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
-    mine, theirs: tensors, arrays, numbers or nested lists of one shape; whole numbers must agree
-    exactly. The line states the tolerance that was met and not the difference, so that it is equal
-    on every machine.
+
+def same(name: str, mine: Any, theirs: Any, tolerance: float = 1e-6) -> None:
+    """Print one line if two results agree, raise AssertionError with the worst difference if not.
+
+    mine, theirs: tensors, arrays, numbers or nested lists of one shape; integers must agree
+    exactly. The line states the tolerance and not the difference, so it is the same on every
+    machine.
     """
     if mine is theirs:
         raise AssertionError(f"{name}: compared with itself, which proves nothing")
-    mine, theirs = _tensor(mine), _tensor(theirs)
+    mine = _tensor(mine)
+    theirs = _tensor(theirs)
     problem = difference(mine, theirs, tolerance)
     if problem:
         raise AssertionError(f"{name}: {problem}")
-    met = "every number" if is_whole(theirs) else f"max|Δ| ≤ {tolerance:g}".replace("e-0", "e-")
-    print(f"{name} {list(theirs.shape)} same ✓ ({met})")
+    criterion = f"max|Δ| ≤ {tolerance:g}".replace("e-0", "e-")
+    if is_whole(theirs):
+        criterion = "every number"
+    print(f"{name} {list(theirs.shape)} same ✓ ({criterion})")
 
 
 def difference(mine: Tensor, theirs: Tensor, tolerance: float) -> str:
-    """What sets two tensors apart, in one line; empty if nothing does."""
+    """How two tensors differ, in one line: their shapes, or the worst element. Empty if equal."""
     if mine.shape != theirs.shape:
         return f"shape {list(mine.shape)}, expected {list(theirs.shape)}"
     if mine.numel() == 0:
         return ""
-    gaps = (mine.double() - theirs.double()).abs()
-    gaps = torch.where(mine == theirs, 0.0, gaps).nan_to_num(
-        nan=float("inf")
-    )  # equal infinities are equal
-    if gaps.max() <= (0 if is_whole(theirs) else tolerance):
+    error = (mine.double() - theirs.double()).abs()
+    error = torch.where(mine == theirs, 0.0, error)  # equal infinities are equal
+    error = error.nan_to_num(nan=float("inf"))
+    if error.max() <= (0 if is_whole(theirs) else tolerance):
         return ""
-    worst = tuple(int(i) for i in torch.unravel_index(gaps.argmax(), gaps.shape))
-    place = f" at {list(worst)}" if worst else ""
-    return f"{mine[worst].item():g}{place}, expected {theirs[worst].item():g}"
+    worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    where = f" at {list(worst)}" if worst else ""
+    return f"{mine[worst].item():g}{where}, expected {theirs[worst].item():g}"
 
 
 def is_whole(x: Tensor) -> bool:
-    """Whether x holds integers or booleans, which no rounding excuses."""
+    """Whether x holds integers or booleans, which must agree exactly."""
     return not (x.is_floating_point() or x.is_complex())
 
 
@@ -77,19 +81,17 @@ def grade(
     difficulty: int,
     tolerance: float = 1e-4,
 ) -> None:
-    """Print how an exercise stands: not attempted, ✗ with the first counter-example, or ✓.
+    """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
-    cases: pairs of (arguments, expected answer). An answer of None or `...` is what an untouched
-    stub gives. minutes and difficulty (1 to 3) say what the exercise asks of its reader.
+    cases: pairs of (arguments, expected answer). An answer of None or `...` comes from an untouched
+    stub. minutes: how long the exercise takes. difficulty: 1 to 3.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]})"
     for arguments, expected in cases:
         call = f"{function.__name__}({', '.join(map(_brief, arguments))})"
         try:
             answer = function(*copy.deepcopy(arguments))
-        except (
-            Exception
-        ) as error:  # a reader's unfinished code may raise anything; it is a counter-example too
+        except Exception as error:  # unfinished code may raise anything: a counter-example too
             print(f"{head}: ✗ {call} raised {type(error).__name__}: {error}")
             return
         if answer is None or answer is ...:
@@ -102,28 +104,34 @@ def grade(
     print(f"{head}: ✓ {len(cases)} cases")
 
 
-def _wrong(answer, expected, tolerance: float) -> str:
-    """How an answer misses what was expected; empty if it does not."""
-    if isinstance(expected, (str, dict)) or _has_text(expected):
-        return "" if answer == expected else f"{_brief(answer)}, expected {_brief(expected)}"
+def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
+    """How an answer differs from the expected one; empty if it does not."""
+    if isinstance(expected, dict) or _has_text(expected):
+        return "" if answer == expected else _mismatch(answer, expected)
     try:
         return difference(_tensor(answer), _tensor(expected), tolerance)
     except (TypeError, ValueError, RuntimeError):
-        return f"{_brief(answer)}, expected {_brief(expected)}"
+        return _mismatch(answer, expected)
 
 
-def _has_text(x) -> bool:
-    return isinstance(x, (list, tuple)) and any(
-        isinstance(item, str) or _has_text(item) for item in x
-    )
+def _mismatch(answer: Any, expected: Any) -> str:
+    """The answer and the expected one in one line."""
+    return f"{_brief(answer)}, expected {_brief(expected)}"
 
 
-def _tensor(x) -> Tensor:
+def _has_text(x: Any) -> bool:
+    """Whether x is a text or a nested list that holds one."""
+    if isinstance(x, (list, tuple)):
+        return any(map(_has_text, x))
+    return isinstance(x, str)
+
+
+def _tensor(x: Any) -> Tensor:
     return x.detach() if isinstance(x, Tensor) else torch.as_tensor(x)
 
 
-def _brief(x) -> str:
-    """A value on part of a line."""
+def _brief(x: Any) -> str:
+    """A value in at most 60 characters; a long tensor as its shape."""
     if isinstance(x, Tensor) and x.numel() > 8:
         return f"tensor{list(x.shape)}"
     if isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""A reply that is heard while it is made: a player in the page that is fed with pieces of sound."""
+"""Plays a reply while it is generated: a player in the page that receives chunks of audio."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,37 +12,35 @@ from minomni.notebook.viz import is_interactive
 
 
 class Player(anywidget.AnyWidget):
-    """Plays each piece of sound right behind the one before, or at once if that has been played
-    already.
-    """
+    """Plays audio chunks back to back, or at once if the one before is over."""
 
     _esm = Path(__file__).with_name("player.js")
 
     def feed(self, wave: Tensor, sample_rate: int) -> None:
-        """Play a piece [samples] when all before it is over."""
+        """Queue a chunk [samples] behind the earlier ones."""
         self.send({"rate": sample_rate}, [wave.float().cpu().numpy().tobytes()])
 
     def finish(self) -> None:
-        """Nothing more comes: the page may say how it went."""
+        """Tell the page that the reply is complete; it then shows a summary."""
         self.send({"over": True})
 
 
 def seconds_heard(
     pieces: Iterable[TextChunk | AudioChunk | ReplyDone],
 ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
-    """The pieces of a reply once more, each of them heard as it passes by where somebody is there
-    to hear it.
+    """Pass on the events of a reply and play each audio chunk as it comes, if a person is watching.
 
-    At the end comes an ordinary player with the whole, which also works on a page that nobody runs.
+    At the end an ordinary player with the whole reply is shown. It also works in a notebook that
+    is read without a kernel.
     """
     player = Player() if is_interactive() else None
     if player:
         display(player)
-    for piece in pieces:
-        if player and isinstance(piece, AudioChunk):
-            player.feed(piece.wave, piece.sample_rate)
-        if player and isinstance(piece, ReplyDone):
+    for event in pieces:
+        if player and isinstance(event, AudioChunk):
+            player.feed(event.wave, event.sample_rate)
+        if player and isinstance(event, ReplyDone):
             player.finish()
-        if isinstance(piece, ReplyDone) and len(piece.reply.wave):
-            display(Audio(piece.reply.wave.cpu().numpy(), rate=piece.reply.sample_rate))
-        yield piece
+        if isinstance(event, ReplyDone) and len(event.reply.wave):
+            display(Audio(event.reply.wave.cpu().numpy(), rate=event.reply.sample_rate))
+        yield event

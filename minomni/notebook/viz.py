@@ -1,19 +1,23 @@
-"""Pictures for the notebooks: sound, mels, filters, position ids, and settings side by side or
+"""Figures for the notebooks: audio, mels, filters, position ids, and settings side by side or
 under a slider.
 
-matplotlib and ipywidgets are imported where they are used, so that importing this file costs
-nothing.
+matplotlib and ipywidgets are imported where they are used, so importing this file is cheap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minomni.config import LISTENING_RATE, MEL_RATE, TokenIds
 
-INK, PALE = "#222222", "#d9d9d9"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#222222"
+PALE = "#d9d9d9"
 COLORS = {
     "text": "#8c8c8c",
     "marker": "#c8c8c8",
@@ -22,12 +26,15 @@ COLORS = {
     "video": "#4575b4",
 }
 AXES = ("time", "height", "width")
-ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids can still be read
+ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids are still legible
 
 
-def axes(rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 2.2, **options):
-    """A figure of rows x columns plots, each `height` inches high -> one plot, or the list of them
-    row by row.
+def axes(
+    rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 2.2, **options: Any
+) -> Any:
+    """A figure of rows x columns plots, each `height` inches high.
+
+    Returns the plot if there is one, or the list of them row by row.
     """
     import matplotlib.pyplot as plt
 
@@ -39,29 +46,32 @@ def axes(rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 2.
     return plots[0] if len(plots) == 1 else plots
 
 
-def plain(ax):
-    """Take away the frame that says nothing."""
+def plain(ax: "Axes") -> "Axes":
+    """Remove the upper and right border of a plot."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
     return ax
 
 
-def waveform(ax, wave: Tensor, rate: int = LISTENING_RATE, title: str = "") -> None:
+def waveform(ax: "Axes", wave: Tensor, rate: int = LISTENING_RATE, title: str = "") -> None:
     """Air pressure over time. wave [samples]."""
-    ax.plot(torch.arange(len(wave)) / rate, wave, color=COLORS["audio"], linewidth=0.6)
+    seconds = torch.arange(len(wave)) / rate
+    ax.plot(seconds, wave, color=COLORS["audio"], linewidth=0.6)
     ax.set(xlabel="seconds", ylabel="pressure", title=title, xlim=(0, len(wave) / rate))
 
 
 def mel(
-    ax,
+    ax: "Axes",
     bands: Tensor,
     title: str = "",
     low: float | None = None,
     high: float | None = None,
     bar: bool = True,
-):
-    """A mel or any other picture of bands over frames. bands [C, F], one frame every 10 ms, low
-    bands at the bottom.
+) -> None:
+    """A mel or any other image of bands over frames. bands [C, F], one frame every 10 ms.
+
+    Low bands are at the bottom. low, high: the values of the darkest and brightest color. bar: add
+    a color bar.
     """
     seconds = bands.shape[1] / MEL_RATE
     picture = ax.imshow(
@@ -80,60 +90,61 @@ def mel(
 
 
 def filters(
-    ax, bank: Tensor, top: float = LISTENING_RATE / 2, every: int = 1, title: str = ""
+    ax: "Axes", bank: Tensor, top: float = LISTENING_RATE / 2, every: int = 1, title: str = ""
 ) -> None:
     """A filter bank [bands, bins] over 0 .. top Hz, each `every`-th filter drawn."""
     import matplotlib
 
-    hz, colors = torch.linspace(0, top, bank.shape[1]), matplotlib.colormaps["viridis"]
+    hz = torch.linspace(0, top, bank.shape[1])
+    colors = matplotlib.colormaps["viridis"]
     for band in range(0, bank.shape[0], every):
-        heard = bank[band].nonzero().flatten()
-        feet = slice(
-            max(int(heard[0]) - 1, 0), int(heard[-1]) + 2
-        )  # the triangle with the zero on either side
-        ax.plot(hz[feet], bank[band, feet], color=colors(0.9 * band / bank.shape[0]), linewidth=0.9)
+        # The triangle with the zero on either side.
+        nonzero = bank[band].nonzero().flatten()
+        first = max(int(nonzero[0]) - 1, 0)
+        last = int(nonzero[-1]) + 1
+        shown = slice(first, last + 1)
+        color = colors(0.9 * band / bank.shape[0])
+        ax.plot(hz[shown], bank[band, shown], color=color, linewidth=0.9)
     ax.set(xlabel="Hz", ylabel="weight", title=title, xlim=(0, top), ylim=(0, None))
 
 
-def picture(ax, pixels, title: str = "") -> None:
-    """A picture without axes: a PIL image, or [height, width, 3] of bytes or of 0 .. 1. Its pixels
-    are squares.
+def picture(ax: "Axes", pixels: Any, title: str = "") -> None:
+    """An image without axes: a PIL image, or [height, width, 3] of bytes or of 0 .. 1.
+
+    Its pixels are drawn as squares.
     """
-    shown, room = ax.imshow(pixels), ax.get_window_extent()
-    height, width = shown.get_size()
-    if min(room.height / height, room.width / width) > 1:
-        shown.set_interpolation(
-            "nearest"
-        )  # matplotlib would smooth it, and show less of what a model is given
+    image = ax.imshow(pixels)
+    height, width = image.get_size()
+    space = ax.get_window_extent()
+    if min(space.height / height, space.width / width) > 1:
+        # matplotlib would smooth an enlarged image and hide what a model is given.
+        image.set_interpolation("nearest")
     ax.axis("off")
     ax.set_title(title, fontsize=9)
 
 
 def lattice(
-    ax, height: int, width: int, step: int, color: str = "white", linewidth: float = 0.8
+    ax: "Axes", height: int, width: int, step: int, color: str = "white", linewidth: float = 0.8
 ) -> None:
-    """Lines between the squares of `step` pixels in a picture of height x width pixels."""
-    edge = -0.5  # where imshow lets the first pixel begin
-    ax.hlines(
-        torch.arange(step, height, step) + edge, edge, width + edge, color, linewidth=linewidth
-    )
-    ax.vlines(
-        torch.arange(step, width, step) + edge, edge, height + edge, color, linewidth=linewidth
-    )
+    """Lines between the squares of `step` pixels in an image of height x width pixels."""
+    edge = -0.5  # where imshow draws the border of the first pixel
+    rows = torch.arange(step, height, step) + edge
+    columns = torch.arange(step, width, step) + edge
+    ax.hlines(rows, edge, width + edge, color, linewidth=linewidth)
+    ax.vlines(columns, edge, height + edge, color, linewidth=linewidth)
 
 
-def tint(ax, chosen: Tensor, step: int) -> None:
-    """Darken some squares of `step` pixels of a picture: chosen [rows, columns] says which."""
-    height, width = step * chosen.shape[0], step * chosen.shape[1]
-    shade = torch.zeros(*chosen.shape, 4)  # black that cannot be seen
-    shade[..., 3] = 0.3 * chosen
-    ax.imshow(
-        shade.numpy(), interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5)
-    )
+def tint(ax: "Axes", chosen: Tensor, step: int) -> None:
+    """Darken some squares of `step` pixels in an image. chosen: mask [rows, columns]."""
+    rows, columns = chosen.shape
+    overlay = torch.zeros(rows, columns, 4)  # transparent black
+    overlay[..., 3] = 0.3 * chosen
+    extent = (-0.5, step * columns - 0.5, step * rows - 0.5, -0.5)
+    ax.imshow(overlay.numpy(), interpolation="nearest", extent=extent)
 
 
 def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
-    """The kind of every token of a row, for its colour: text, marker, audio, image or video."""
+    """The kind of each token, for its color: text, marker, audio, image or video."""
     kinds = {tokens.audio: "audio", tokens.image: "image", tokens.video: "video"}
     marks = (
         tokens.audio_bos,
@@ -147,13 +158,14 @@ def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
     return [kinds.get(token, "text") for token in ids]
 
 
-def legend(ax, kinds: list[str]) -> None:
-    """Name the colours that occur, above the plot."""
+def legend(ax: "Axes", kinds: list[str]) -> None:
+    """Name the colors that occur, above the plot."""
     from matplotlib.patches import Patch
 
-    present = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in kinds]
+    present = [kind for kind in COLORS if kind in kinds]
+    patches = [Patch(color=COLORS[kind], label=kind) for kind in present]
     ax.legend(
-        handles=present,
+        handles=patches,
         loc="lower right",
         bbox_to_anchor=(1, 1),
         ncols=len(present),
@@ -166,21 +178,27 @@ def legend(ax, kinds: list[str]) -> None:
 
 
 def tmrope(ids: Tensor, kinds: list[str], title: str = "") -> None:
-    """Position ids [3, L] of one row: as numbered cells if they can be read, as one plot for each
-    axis if not.
+    """Position ids [3, L] of one row, as numbered cells if these are legible, else as three plots.
+
+    kinds [L]: what modalities() gives.
     """
-    (_cells if ids.shape[1] <= ROOM_FOR_NUMBERS else _tracks)(ids, kinds, title)
+    if ids.shape[1] <= ROOM_FOR_NUMBERS:
+        _cells(ids, kinds, title)
+    else:
+        _tracks(ids, kinds, title)
 
 
 def _cells(ids: Tensor, kinds: list[str], title: str) -> None:
-    ax = axes(width=max(4.0, 0.36 * ids.shape[1] + 1), height=1.7)
-    for row, column in product(range(3), range(ids.shape[1])):
-        ax.add_patch(_rectangle(column, 2 - row, COLORS[kinds[column]]))
-        ax.text(
-            column, 2 - row, int(ids[row, column]), ha="center", va="center", fontsize=8, color=INK
-        )
+    """One numbered square per id, a line for each of the three axes."""
+    length = ids.shape[1]
+    ax = axes(width=max(4.0, 0.36 * length + 1), height=1.7)
+    for row, column in product(range(3), range(length)):
+        y = 2 - row
+        number = int(ids[row, column])
+        ax.add_patch(_rectangle(column, y, COLORS[kinds[column]]))
+        ax.text(column, y, number, ha="center", va="center", fontsize=8, color=INK)
     ax.set(
-        xlim=(-0.6, ids.shape[1] - 0.4),
+        xlim=(-0.6, length - 0.4),
         ylim=(-0.6, 2.6),
         xticks=[],
         yticks=(2, 1, 0),
@@ -199,9 +217,11 @@ def _rectangle(x: float, y: float, color: str):
 
 
 def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
+    """One scatter plot of ids over tokens for each of the three axes."""
     plots = axes(3, 1, height=1.5, sharex=True)
-    for ax, name, row in zip(plots, AXES, ids):
-        ax.scatter(range(ids.shape[1]), row, c=[COLORS[kind] for kind in kinds], s=7)
+    colors = [COLORS[kind] for kind in kinds]
+    for ax, name, row in zip(plots, AXES, ids, strict=True):
+        ax.scatter(range(ids.shape[1]), row, c=colors, s=7)
         ax.set_ylabel(name, fontsize=9)
         ax.grid(color=PALE, linewidth=0.5)
         ax.set_axisbelow(True)
@@ -210,20 +230,14 @@ def _tracks(ids: Tensor, kinds: list[str], title: str) -> None:
     legend(plots[0], kinds)
 
 
-def squares(ax, lines: dict[str, list[str]]) -> None:
-    """Tokens as squares coloured by kind: for each label a line of kinds, the first one on top."""
+def squares(ax: "Axes", lines: dict[str, list[str]]) -> None:
+    """Tokens as squares colored by kind: for each label a line of kinds, the first one on top."""
     longest = max(map(len, lines.values()))
-    width = (
-        0.84 if ax.get_window_extent().width / longest > 8 else 1.0
-    )  # in pixels: smaller gaps would flicker
+    pixels = ax.get_window_extent().width / longest  # per token
+    width = 0.84 if pixels > 8 else 1.0  # thinner gaps would alias
     for y, kinds in enumerate(lines.values()):
-        ax.bar(
-            range(len(kinds)),
-            0.8,
-            width=width,
-            bottom=y - 0.4,
-            color=[COLORS[kind] for kind in kinds],
-        )
+        colors = [COLORS[kind] for kind in kinds]
+        ax.bar(range(len(kinds)), 0.8, width=width, bottom=y - 0.4, color=colors)
     ax.set(
         xlim=(-0.6, longest - 0.4),
         ylim=(len(lines) - 0.5, -0.5),
@@ -234,47 +248,52 @@ def squares(ax, lines: dict[str, list[str]]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def split(ax, *heights: float) -> list:
-    """Plots one above the other in the place of one, of these shares of its height; its title stays
-    above them all.
-    """
+def split(ax: "Axes", *heights: float) -> list["Axes"]:
+    """Plots stacked in the area of one, with these relative heights; its title stays on top."""
     ax.axis("off")
-    tops = [1 - sum(heights[:i]) / sum(heights) for i in range(len(heights) + 1)]
-    return [
-        plain(ax.inset_axes((0, low, 1, 0.94 * (top - low)))) for top, low in zip(tops, tops[1:])
-    ]
+    total = sum(heights)
+    plots = []
+    for i in range(len(heights)):
+        top = 1 - sum(heights[:i]) / total
+        bottom = 1 - sum(heights[: i + 1]) / total
+        plots.append(plain(ax.inset_axes((0, bottom, 1, 0.94 * (top - bottom)))))
+    return plots
 
 
-def angles(ax, cosines: Tensor, section: tuple[int, int, int]) -> None:
-    """How TMRoPE turns each token: cosines [L, pairs], white not at all, black half round; split by
-    axis.
+def angles(ax: "Axes", cosines: Tensor, section: tuple[int, int, int]) -> None:
+    """Rotation of each token by TMRoPE: cosines [L, pairs], white 0 and black 180 degrees.
+
+    section: how many pairs belong to each of the three axes.
     """
     ax.imshow(cosines.T, aspect="auto", cmap="Greys_r", vmin=-1, vmax=1, interpolation="nearest")
+    # A line between the axes, a label in the middle of each.
     borders = torch.tensor((0, *section)).cumsum(0)
-    ax.hlines(borders[1:-1] - 0.5, -0.5, len(cosines) - 0.5, color=COLORS["audio"], linewidth=0.8)
-    ax.set(yticks=(borders[:-1] + borders[1:] - 1) / 2, yticklabels=AXES, xlabel="token")
+    right = len(cosines) - 0.5
+    ax.hlines(borders[1:-1] - 0.5, -0.5, right, color=COLORS["audio"], linewidth=0.8)
+    middles = (borders[:-1] + borders[1:] - 1) / 2
+    ax.set(yticks=middles, yticklabels=AXES, xlabel="token")
     ax.tick_params(axis="y", length=0)
 
 
-def explore(draw: Callable, size: float = 2.6, **ranges) -> None:
-    """Show draw(ax, **settings) at every setting: a strip of pictures always, and sliders where
-    somebody can drag them.
+def explore(draw: Callable, size: float = 2.6, **ranges: Sequence) -> None:
+    """Show draw(ax, **settings) at many settings: a row of plots, and sliders in a live notebook.
 
-    ranges: for each setting its values. The strip goes along the first range, with the others at
-    their middle value, which stands above it. A title that draw sets is kept. size: height of a
-    picture in inches.
+    ranges: the values of each setting. The row of plots varies the first setting; the others are at
+    their middle value, which is written above it. A title that draw sets is kept. size: height of a
+    plot in inches.
     """
-    (first, values), *rest = ranges.items()
-    middle = {name: options[len(options) // 2] for name, options in rest}
-    plots = axes(
-        1, len(values), width=min(9.0, 3.0 * len(values)), height=size + 0.2 * bool(middle)
-    )
-    plots = plots if len(values) > 1 else [plots]
-    for ax, value in zip(plots, values):
+    (first, values), *others = ranges.items()
+    middle = {name: options[len(options) // 2] for name, options in others}
+    height = size + 0.2 if middle else size  # a line of text above
+    plots = axes(1, len(values), width=min(9.0, 3.0 * len(values)), height=height)
+    if len(values) == 1:
+        plots = [plots]
+    for ax, value in zip(plots, values, strict=True):
         draw(ax, **{first: value}, **middle)
         ax.set_title(ax.get_title() or f"{first} = {value}", fontsize=9)
+        # The same y label is not repeated: its space goes to the plots.
         if ax is not plots[0] and ax.get_ylabel() == plots[0].get_ylabel():
-            ax.set_ylabel("")  # said once, and the room goes to the pictures
+            ax.set_ylabel("")
     if middle:
         fixed = ", ".join(f"{name} = {value}" for name, value in middle.items())
         plots[0].figure.suptitle(fixed, x=0.01, ha="left", fontsize=8, color=COLORS["text"])
@@ -283,8 +302,8 @@ def explore(draw: Callable, size: float = 2.6, **ranges) -> None:
 
 
 def is_interactive() -> bool:
-    """Whether a person's front-end asked for this cell: JupyterLab and its like name the cell,
-    programs do not.
+    """Whether a front end such as JupyterLab runs this cell: it sends the cell's id, scripts do
+    not.
     """
     try:
         from IPython import get_ipython
@@ -294,7 +313,8 @@ def is_interactive() -> bool:
         return False
 
 
-def _sliders(draw: Callable, size: float, ranges: dict) -> None:
+def _sliders(draw: Callable, size: float, ranges: dict[str, Sequence]) -> None:
+    """One slider for each setting; draw is called whenever one moves."""
     import ipywidgets
     import matplotlib.pyplot as plt
 
@@ -302,15 +322,12 @@ def _sliders(draw: Callable, size: float, ranges: dict) -> None:
         draw(axes(width=7, height=1.2 * size), **settings)
         plt.show()
 
-    ipywidgets.interact(
-        redraw,
-        **{
-            name: ipywidgets.SelectionSlider(
-                options=list(values),
-                value=values[len(values) // 2],
-                continuous_update=False,
-                layout={"width": "480px"},
-            )
-            for name, values in ranges.items()
-        },
-    )
+    sliders = {}
+    for name, values in ranges.items():
+        sliders[name] = ipywidgets.SelectionSlider(
+            options=list(values),
+            value=values[len(values) // 2],
+            continuous_update=False,
+            layout={"width": "480px"},
+        )
+    ipywidgets.interact(redraw, **sliders)
