@@ -93,8 +93,8 @@ def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
     spectrum = torch.polar(magnitude, phase)
     for _ in range(iterations):
         wave = torch.istft(spectrum, **stft, length=samples)
-        phase = torch.stft(wave, **stft, return_complex=True).angle()  # [bins, T + 1]
-        spectrum = torch.polar(magnitude, phase[:, : len(mel)])
+        consistent = torch.stft(wave, **stft, return_complex=True)  # [bins, T + 1]
+        spectrum = torch.polar(magnitude, consistent[:, : len(mel)].angle())
     return torch.istft(spectrum, **stft, length=samples).clamp(-1, 1)
 
 
