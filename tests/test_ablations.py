@@ -1,4 +1,4 @@
-"""Ablations: each makes its table, and what it falls short of is said."""
+"""Ablations: each prints its table, and missing files are reported."""
 
 import shutil
 from dataclasses import replace
@@ -25,12 +25,11 @@ from minomni.train.stages.thinker import ThinkerStage
 
 @pytest.fixture
 def home(tiny_folder, monkeypatch, tmp_path):
-    """The folder of a run that never learnt anything."""
+    """A run folder with random weights."""
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
-    monkeypatch.setattr(
-        ThinkerStage, "sample", lambda self: ""
-    )  # who has never learnt writes until it is cut off
+    # A model of random weights generates until the token limit, which is slow.
+    monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")
     monkeypatch.setattr(SpeechStage, "sample", lambda self: "")
     monkeypatch.setattr(SpeechStage, "sound", lambda self: None)
     monkeypatch.setattr(DPOStage, "prompts", 8)
@@ -50,21 +49,21 @@ def home(tiny_folder, monkeypatch, tmp_path):
         "talker",
         "dpo",
     ):
-        learnt = {
+        weights = {
             n: p.detach()
             for n, p in load(str(home / "model")).named_parameters()
             if n.startswith(STAGES[name].learns)
         }
-        save_file(learnt, home / "stages" / f"{name}.safetensors")
+        save_file(weights, home / "stages" / f"{name}.safetensors")
     return home
 
 
 def test_dpo_table(home):
     text = ablations.ablate("dpo", home, items=2, seed=0)
-    assert (
-        text.count("\n| before DPO |") == text.count("\n| after DPO |") == 2
-    )  # word errors, and habits
-    assert "relative fall 0.0%" in text  # the two stages hold the same weights
+    # One table of word error rates and one of length, silence and repetition.
+    assert text.count("\n| before DPO |") == 2
+    assert text.count("\n| after DPO |") == 2
+    assert "relative fall 0.0%" in text  # both stages have the same weights
 
 
 def test_beta_table(home, monkeypatch):
@@ -76,22 +75,21 @@ def test_beta_table(home, monkeypatch):
 
 
 def short() -> dict:
-    """Recipes of one small step."""
+    """Recipes of one step with a small batch."""
     return {
         name: replace(recipe, steps=1, batch=2) for name, recipe in recipes.RECIPES["tiny"].items()
     }
 
 
-def test_tuning_breaks_and_mends(home, monkeypatch):
+def test_tuning_table(home, monkeypatch):
     monkeypatch.setattr(ablations, "TUNING", {"chat": {"steps": 1}, "talker": {"steps": 1}})
     before = {n: p.clone() for n, p in load(str(home / "model")).named_parameters()}
     text = ablations.ablate("tuning", home, items=2, seed=0)
     assert text.count("\n| ") == 3
     assert "after tuning the Thinker" in text
     assert (home.parent / "ablate-tuning" / "chat.safetensors").exists()
-    assert all(
-        torch.equal(p, before[n]) for n, p in load(str(home / "model")).named_parameters()
-    )  # nothing is lost
+    after = dict(load(str(home / "model")).named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in before)  # the model is unchanged
 
 
 def test_stage3_table(home):
@@ -100,13 +98,13 @@ def test_stage3_table(home):
     assert [row[0] for row in rows] == [
         "| word error, 30 s of speech",
         "| word error, one sentence",
-        "| right, clips of about 45 s",
-        "| right, clips of about 3 s",
+        "| accuracy, clips of about 45 s",
+        "| accuracy, clips of about 3 s",
     ]
-    assert all(row[1] == row[2] for row in rows)  # the two stages hold the same weights
+    assert all(row[1] == row[2] for row in rows)  # both stages have the same weights
 
 
-def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
+def test_tmrope_table_and_metric_in_report(home, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     text = ablations.ablate("tmrope", home, items=2, seed=0)
     assert text.count("\n| ") == 2
@@ -117,32 +115,35 @@ def test_tmrope_is_ablated_and_the_card_knows(home, monkeypatch):
     assert report.mrope_metric(home / "nothing").value is None
 
 
-def test_fall_by_hand():
+def test_relative_reduction_of_known_errors():
     assert ablations.fall([((2, 4), (1, 4)), ((2, 4), (2, 4))]) == 0.25
     assert ablations.fall([((0, 4), (1, 4))]) == 0.0
 
 
-def test_unfinished_runs_are_named(home):
+def test_missing_stage_is_reported(home):
     (home / "stages" / "dpo.safetensors").unlink()
     with pytest.raises(UserError, match="dpo.safetensors is missing"):
         ablations.ablate("dpo", home, items=2, seed=0)
 
 
-def test_plain_mrope_counts_steps_where_tmrope_counts_time(tmp_path, monkeypatch):
+def test_plain_mrope_numbers_steps_where_tmrope_uses_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
-    random, teacher = Random(0), ExampleBuilder(TINY, tmp_path)
-    talks = [[teacher.example("sync-typed", random)], [teacher.example("say-typed", random)]]
-    inputs, _ = teacher.lesson(talks, random)
-    timed, plain = (f(inputs, TINY.thinker) for f in (position_ids, ablations.plain_mrope))
+    random = Random(0)
+    builder = ExampleBuilder(TINY, tmp_path)
+    dialogues = [[builder.example("sync-typed", random)], [builder.example("say-typed", random)]]
+    inputs, _ = builder.collate(dialogues, random)
+    timed = position_ids(inputs, TINY.thinker)
+    plain = ablations.plain_mrope(inputs, TINY.thinker)
+
+    # They differ in the temporal ids of the video alone.
     video = inputs.input_ids == TINY.thinker.tokens.video
     assert torch.equal(timed[1:], plain[1:])
     assert torch.equal(timed[0][~video], plain[0][~video])
-    steps, rows, columns = inputs.video_grids[0]
+
+    steps, height, width = inputs.video_grids[0]
+    cells = height * width // 4
     begin = int(timed[0][video][0])
-    assert plain[0][video].tolist() == [
-        begin + i for i in range(steps) for _ in range(rows * columns // 4)
-    ]
+    expected = torch.arange(begin, begin + steps).repeat_interleave(cells)
+    assert torch.equal(plain[0][video], expected)
     seconds = inputs.video_seconds[0].tolist()
-    assert timed[0][video][:: rows * columns // 4].tolist() == [
-        begin + int(25 * s) for s in seconds
-    ]
+    assert timed[0][video][::cells].tolist() == [begin + int(25 * s) for s in seconds]

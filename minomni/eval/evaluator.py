@@ -1,8 +1,9 @@
-"""Held-out questions answered by a model, and its speech recognized by an outside judge."""
+"""Evaluate a model on held-out examples: accuracy of answers, word error rate of speech."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from minomni import paths
 from minomni.chat.reply import Reply
 from minomni.config import LISTENING_RATE
 from minomni.data import grammar, scenes
-from minomni.data.corpus import corpus
+from minomni.data.corpus import SpeechCorpus, corpus
 from minomni.data.examples import TRANSCRIBE, ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import told_apart
@@ -22,10 +23,14 @@ from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import voice_mel
 from minomni.train.checkpoint import load_stages
 
-BATCH = 16  # questions that are answered together
-FRAME = {"the", "is", *" ".join(grammar.RELATIONS).split()}  # around the English words of a test
+if TYPE_CHECKING:
+    from minomni.omni import Omni
 
+BATCH = 16  # conversations per forward pass
+# Words of the sentence template around the English words under test; they are not scored.
+TEMPLATE_WORDS = {"the", "is", *" ".join(grammar.RELATIONS).split()}
 
+# Kinds of examples behind each accuracy metric.
 ANSWERS = {
     "typed_accuracy": ("say-typed",),
     "spoken_accuracy": ("say-spoken", "scene-spoken"),
@@ -34,292 +39,332 @@ ANSWERS = {
     "video_accuracy": ("video-typed",),
     "sync_accuracy": ("sync-typed",),
 }
-SPOKEN = ("say-spoken", "scene-spoken", "handwriting-spoken", "video-spoken")
+SPOKEN_KINDS = ("say-spoken", "scene-spoken", "handwriting-spoken", "video-spoken")
+
+
+@dataclass
+class SpeechResult:
+    """Scores of one sentence that the model spoke; (edits, words) come from the recognizer."""
+
+    generated: tuple[int, int]  # speech decoded after the whole reply
+    streamed: tuple[int, int]  # the same codes, decoded chunk by chunk
+    recorded: tuple[int, int]  # the corpus recording of the sentence
+    stop_error: bool  # half or twice the recording's length, or no stop code at all
+    voice_correct: bool
 
 
 class Evaluator:
-    """Asks one model and counts. Its examples come from seeds and sentences that training never
-    draws.
-    """
+    """Scores one model. Its seeds and sentences are held out: training never draws them."""
 
-    def __init__(self, omni, items: int):
-        self.omni, self.items = omni, items
+    def __init__(self, omni: "Omni", items: int):
+        """items: number of examples per metric."""
+        self.omni = omni
+        self.items = items
         self.cache = paths.runs() / "corpus"
-        self.teacher = ExampleBuilder(omni.config, self.cache, held=True)
+        self.builder = ExampleBuilder(omni.config, self.cache, held=True)
+
+    # Answers in text
 
     @torch.no_grad()
     def replies(
         self, conversations: list[list[dict]], use_audio_in_video: bool = False
     ) -> list[str]:
-        """The model's texts."""
+        """The model's text answer to each conversation."""
         texts = []
         for begin in range(0, len(conversations), BATCH):
-            inputs = self.teacher.processor(
-                conversations[begin : begin + BATCH], use_audio_in_video
-            )
+            batch = conversations[begin : begin + BATCH]
+            inputs = self.builder.processor(batch, use_audio_in_video)
             reply = self.omni.thinker.generate(inputs, self.omni.config.thinker_sampling)
             texts += [self.omni.tokenizer.decode(row, skip_special=True) for row in reply.tokens]
         return texts
 
-    def right(self, examples: list[Example], random: Random) -> list[bool]:
-        """Which examples are answered right to the letter; all with a sound track, or none."""
-        asked = [self.teacher.conversation(example, random) for example in examples]
-        texts = self.replies(asked, use_audio_in_video=examples[0].sound is not None)
+    def is_correct(self, examples: list[Example], random: Random) -> list[bool]:
+        """Per example: does the answer match exactly? Either all examples have audio or none."""
+        conversations = [self.builder.conversation(example, random) for example in examples]
+        has_audio = examples[0].sound is not None
+        texts = self.replies(conversations, use_audio_in_video=has_audio)
         return [text == example.answer for text, example in zip(texts, examples)]
 
-    def answers(self, name: str, kinds: tuple[str, ...]) -> Metric:
-        """Share of answers that are right."""
+    def accuracy(self, name: str, kinds: tuple[str, ...]) -> Metric:
+        """Accuracy on examples that cycle through `kinds`."""
         random = Random(f"held-out-{name}")
-        examples = [self.teacher.example(kinds[i % len(kinds)], random) for i in range(self.items)]
-        return Metric(name, sum(self.right(examples, random)) / self.items, self.items)
+        examples = [self.builder.example(kinds[i % len(kinds)], random) for i in range(self.items)]
+        correct = self.is_correct(examples, random)
+        return Metric(name, sum(correct) / self.items, self.items)
 
     def spoken_over_typed(self) -> Metric:
-        """Right answers to spoken questions over right answers to the same questions typed (paper,
-        table 2).
-        """
+        """Correct answers to spoken questions / to the same questions typed (paper, table 2)."""
         random = Random("held-out-spoken")
-        spoken = [self.teacher.example(SPOKEN[i % len(SPOKEN)], random) for i in range(self.items)]
+        kinds = [SPOKEN_KINDS[i % len(SPOKEN_KINDS)] for i in range(self.items)]
+        spoken = [self.builder.example(kind, random) for kind in kinds]
         typed = [replace(example, voice=None) for example in spoken]
-        pairs = list(zip(self.right(spoken, random), self.right(typed, random)))
-        ratio = lambda rows: sum(a for a, _ in rows) / max(1, sum(b for _, b in rows))  # noqa: E731
-        return Metric("spoken_over_typed", ratio(pairs), self.items, bootstrap(ratio, pairs))
+        spoken_correct = self.is_correct(spoken, random)
+        typed_correct = self.is_correct(typed, random)
+        pairs = list(zip(spoken_correct, typed_correct))
+        interval = bootstrap(correct_ratio, pairs)
+        return Metric("spoken_over_typed", correct_ratio(pairs), self.items, interval)
 
-    def hearing(self, name: str, voices: dict) -> Metric:
-        """Word error of writing down held-out spoken sentences."""
-        speech = self.teacher.speech
+    def long_metrics(self, count: int) -> list[Metric]:
+        """Half a minute of speech and a minute of video frames, beside short ones to compare."""
+        random = Random("held-out-long")
+        metrics = []
+        for name, seconds in (("word error, 30 s of speech", 30), ("word error, one sentence", 0)):
+            examples = [self.builder.dictation(random, seconds) for _ in range(count)]
+            conversations = [self.builder.conversation(example, random) for example in examples]
+            texts = self.replies(conversations)
+            pairs = [
+                word_errors(example.answer, text.split()) for example, text in zip(examples, texts)
+            ]
+            metrics.append(word_error_metric(name, pairs))
+
+        long_clips = [scenes.long_clip(random, scenes.LONG_PAIRS) for _ in range(count)]
+        short_clips = [scenes.ordered_clip(random) for _ in range(count)]
+        for name, clips in (
+            ("accuracy, clips of about 45 s", long_clips),
+            ("accuracy, clips of about 3 s", short_clips),
+        ):
+            correct = self.is_correct(clips, random)
+            metrics.append(Metric(name, sum(correct) / count, count))
+        return metrics
+
+    # Speech recognition by the model
+
+    def transcription(self, name: str, voices: dict) -> Metric:
+        """Word error rate of the Thinker's transcripts of held-out sentences in some voices."""
+        utterances = self.builder.speech.utterances
         chosen = [
-            i
-            for i, u in enumerate(speech.utterances)
-            if u.voice in voices and u.text.startswith("say ")
+            i for i, u in enumerate(utterances) if u.voice in voices and u.text.startswith("say ")
         ]
         chosen = chosen[: self.items]
-        texts = self.transcribe_recordings(chosen)
-        sentences = [speech.utterances[i].text.split() for i in chosen]
-        items = [
-            (edit_distance(right, text.split()), len(right))
-            for right, text in zip(sentences, texts)
+        transcripts = self.transcribe_recordings(chosen)
+        pairs = [
+            word_errors(utterances[i].text, transcript.split())
+            for i, transcript in zip(chosen, transcripts)
         ]
-        return word_error_metric(name, items)
+        return word_error_metric(name, pairs)
 
-    def transcribe_recordings(self, chosen: list[int]) -> list[str]:
-        """What the model writes of some recordings of the test."""
-        waves = [self.teacher.speech.wave(i) for i in chosen]
-        asked = [
-            [{"type": "audio", "audio": wave}, {"type": "text", "text": TRANSCRIBE}]
-            for wave in waves
-        ]
-        return self.replies([[{"role": "user", "content": content}] for content in asked])
+    def transcribe_recordings(self, indices: list[int]) -> list[str]:
+        """The Thinker's transcripts of some recordings of the test corpus."""
+        conversations = []
+        for i in indices:
+            audio = {"type": "audio", "audio": self.builder.speech.wave(i)}
+            request = {"type": "text", "text": TRANSCRIBE}
+            conversations.append([{"role": "user", "content": [audio, request]}])
+        return self.replies(conversations)
+
+    # English words
 
     def english(self) -> list[Metric]:
-        """English words in a sentence, written down and said; nothing where a model knows the
-        world's words alone.
+        """Word error rates of English words, transcribed and spoken.
 
-        The rows in _new are of words that no training has had.
+        Empty for a model that only knows the words of the generated world. Metrics that end in
+        _new are of words that no training example contains.
         """
-        words = self.teacher.english
-        groups = {"": told_apart(words.trained), "_new": told_apart(words.held)}
-        return [row for end, few in groups.items() if few for row in self.english_words(end, few)]
+        words = self.builder.english
+        metrics = []
+        for suffix, tested in (("", told_apart(words.trained)), ("_new", told_apart(words.held))):
+            if tested:
+                metrics += self.english_words(suffix, tested)
+        return metrics
 
-    def english_words(self, end: str, few: list[str]) -> list[Metric]:
-        """Error of some words, the sentence around them aside: written down by the Thinker, said by
-        it, and recorded.
+    def english_words(self, suffix: str, words: list[str]) -> list[Metric]:
+        """Error rates of some words, without the sentence template around them.
+
+        As the Thinker transcribes them, as the model speaks them, and as they were recorded.
         """
-        speech, errors, judge = (
-            self.teacher.speech,
-            {"asr": [], "speech": [], "natural_speech": []},
-            SpeechRecognizer(ENGLISH, few),
-        )
-        chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(few)][
-            : self.items
-        ]
-        for i, text in zip(chosen, self.transcribe_recordings(chosen)):
+        speech = self.builder.speech
+        recognizer = SpeechRecognizer(ENGLISH, words)
+        chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(words)]
+        chosen = chosen[: self.items]
+
+        errors: dict[str, list] = {"asr": [], "speech": [], "natural_speech": []}
+        for i, transcript in zip(chosen, self.transcribe_recordings(chosen)):
             utterance = speech.utterances[i]
-            reply = self.say(utterance.text, utterance.voice, seed=i)
-            right = [word for word in utterance.text.split() if word in few]
-            heard = {
-                "asr": text.split(),
-                "speech": recognized_words(judge, reply.wave, reply.sample_rate),
-                "natural_speech": recognized_words(judge, speech.wave(i), LISTENING_RATE),
+            reply = self.speak(utterance.text, utterance.voice, seed=i)
+            hypotheses = {
+                "asr": transcript.split(),
+                "speech": recognized_words(recognizer, reply.wave, reply.sample_rate),
+                "natural_speech": recognized_words(recognizer, speech.wave(i), LISTENING_RATE),
             }
-            for name, said in heard.items():
-                errors[name].append(
-                    (edit_distance(right, [word for word in said if word not in FRAME]), len(right))
-                )
+            reference = [word for word in utterance.text.split() if word in words]
+            for name, hypothesis in hypotheses.items():
+                content_words = [word for word in hypothesis if word not in TEMPLATE_WORDS]
+                edits = edit_distance(reference, content_words)
+                errors[name].append((edits, len(reference)))
         return [
-            word_error_metric(f"english_{name}_wer{end}", items) for name, items in errors.items()
+            word_error_metric(f"english_{name}_wer{suffix}", pairs)
+            for name, pairs in errors.items()
         ]
 
-    def long_rows(self, count: int) -> list[Metric]:
-        """Half a minute of speech and a minute of pictures; and the same of short ones, for
-        comparison.
-        """
-        random = Random("held-out-long")
-        rows = []
-        for name, seconds in (("word error, 30 s of speech", 30), ("word error, one sentence", 0)):
-            asked = [self.teacher.dictation(random, seconds) for _ in range(count)]
-            texts = self.replies([self.teacher.conversation(example, random) for example in asked])
-            right = [example.answer.split() for example in asked]
-            rows.append(
-                word_error_metric(
-                    name,
-                    [(edit_distance(r, text.split()), len(r)) for r, text in zip(right, texts)],
-                )
-            )
-        long = [scenes.long_clip(random, scenes.LONG_PAIRS) for _ in range(count)]
-        short = [scenes.ordered_clip(random) for _ in range(count)]
-        for name, asked in (
-            ("right, clips of about 45 s", long),
-            ("right, clips of about 3 s", short),
-        ):
-            rows.append(Metric(name, sum(self.right(asked, random)) / count, count))
-        return rows
+    # Speech of the model
 
     def speech(self) -> list[Metric]:
-        """Word error of spoken held-out sentences by the outside judge, beside that of recordings;
-        and the voice.
+        """Word error rates of spoken held-out sentences, stop errors and voice accuracy.
+
+        The recognizer is independent of the model. The word error rate of recordings is its floor.
         """
-        judge, recordings = SpeechRecognizer(), self.teacher.speech
-        made, streamed, natural, stopped, voices = [], [], [], 0, []
-        said = [
+        utterances = self.builder.speech.utterances
+        chosen = [
             i
-            for i, u in enumerate(recordings.utterances)
+            for i, u in enumerate(utterances)
             if u.voice in grammar.VOICES and u.text in grammar.statements()
-        ][: self.items]
-        own_voices = set(grammar.VOICES) <= set(
-            self.omni.voices
-        )  # another model has voices of its own
-        known = (
-            VoiceClassifier(corpus("speaking", self.cache, self.teacher.english))
-            if own_voices
-            else None
-        )
-        for i in said:
-            utterance = recordings.utterances[i]
-            reply = self.say(utterance.text, utterance.voice if own_voices else None, seed=i)
-            right = utterance.text.split()
-            made.append(
-                (
-                    edit_distance(right, recognized_words(judge, reply.wave, reply.sample_rate)),
-                    len(right),
-                )
-            )
-            live = self.say_live(utterance.text, utterance.voice if own_voices else None, seed=i)
-            streamed.append(
-                (edit_distance(right, recognized_words(judge, live, reply.sample_rate)), len(right))
-            )
-            natural.append(
-                (
-                    edit_distance(
-                        right, recognized_words(judge, recordings.wave(i), LISTENING_RATE)
-                    ),
-                    len(right),
-                )
-            )
-            longest = self.omni.config.talker_sampling.max_new_tokens
-            pace = reply.seconds / (len(recordings.wave(i)) / LISTENING_RATE)
-            stopped += not 0.5 < pace < 2 or len(reply.codes) == longest
-            voices.append(
-                own_voices and len(reply.wave) > 0 and known.name(reply.wave) == utterance.voice
-            )
-        return [
-            word_error_metric("speech_wer", made),
-            word_error_metric("streamed_speech_wer", streamed),
-            word_error_metric("natural_speech_wer", natural),
-            Metric("stop_errors", stopped / len(said), len(said)),
-            Metric("voice_accuracy", sum(voices) / len(said) if own_voices else None, len(said)),
         ]
+        chosen = chosen[: self.items]
+
+        # A model from elsewhere has other voices, which the classifier does not know.
+        classifier = None
+        if set(grammar.VOICES) <= set(self.omni.voices):
+            classifier = VoiceClassifier(corpus("speaking", self.cache, self.builder.english))
+
+        recognizer = SpeechRecognizer()
+        results = [self.speech_result(i, recognizer, classifier) for i in chosen]
+        count = len(results)
+        voice_accuracy = None
+        if classifier is not None:
+            voice_accuracy = sum(result.voice_correct for result in results) / count
+        stop_error_rate = sum(result.stop_error for result in results) / count
+        return [
+            word_error_metric("speech_wer", [result.generated for result in results]),
+            word_error_metric("streamed_speech_wer", [result.streamed for result in results]),
+            word_error_metric("natural_speech_wer", [result.recorded for result in results]),
+            Metric("stop_errors", stop_error_rate, count),
+            Metric("voice_accuracy", voice_accuracy, count),
+        ]
+
+    def speech_result(
+        self, index: int, recognizer: SpeechRecognizer, classifier: "VoiceClassifier | None"
+    ) -> SpeechResult:
+        """Let the model speak one sentence of the test corpus in both modes, and score it."""
+        recording = self.builder.speech.wave(index)
+        utterance = self.builder.speech.utterances[index]
+        voice = None if classifier is None else utterance.voice
+        reply = self.speak(utterance.text, voice, seed=index)
+        streamed = self.speak_streaming(utterance.text, voice, seed=index)
+
+        # Speech that stops far too early or too late, or only at the limit of codes.
+        relative_length = reply.seconds / (len(recording) / LISTENING_RATE)
+        max_codes = self.omni.config.talker_sampling.max_new_tokens
+        stop_error = not 0.5 < relative_length < 2 or len(reply.codes) == max_codes
+
+        voice_correct = False
+        if classifier is not None and len(reply.wave) > 0:
+            voice_correct = classifier.predict(reply.wave) == utterance.voice
+
+        def score(wave: Tensor, sample_rate: int) -> tuple[int, int]:
+            return word_errors(utterance.text, recognized_words(recognizer, wave, sample_rate))
+
+        return SpeechResult(
+            generated=score(reply.wave, reply.sample_rate),
+            streamed=score(streamed, reply.sample_rate),
+            recorded=score(recording, LISTENING_RATE),
+            stop_error=stop_error,
+            voice_correct=voice_correct,
+        )
 
     def preference(self, stages: Path) -> list[Metric]:
-        """Word error on hard sentences before and after DPO, the same seeds; None where the stages
-        are not kept.
+        """Word error rates on hard sentences before and after DPO, with the same seeds.
+
+        The values are None if the folder `stages` lacks the weights of the two stages.
         """
-        names = "dpo_wer_before", "dpo_wer_after"
-        if not all((stages / f"{stage}.safetensors").exists() for stage in ("talker", "dpo")):
-            return [Metric(name, None) for name in names]
-        rows, kept = (
-            [],
-            {name: tensor.clone() for name, tensor in self.omni.talker.state_dict().items()},
-        )
-        for name, stage in zip(names, ("talker", "dpo")):
+        stage_of_metric = {"dpo_wer_before": "talker", "dpo_wer_after": "dpo"}
+        files = [stages / f"{stage}.safetensors" for stage in stage_of_metric.values()]
+        if not all(file.exists() for file in files):
+            return [Metric(name, None) for name in stage_of_metric]
+
+        talker = self.omni.talker
+        own_weights = {name: tensor.clone() for name, tensor in talker.state_dict().items()}
+        sentences = hard_sentences()[: self.items]
+        metrics = []
+        for name, stage in stage_of_metric.items():
             load_stages(self.omni, stages, [stage])
-            sentences = hard_sentences()[: self.items]
-            rows.append(
-                word_error_metric(
-                    name, self.preference_metrics(sentences, self.spoken(sentences), LONG)
-                )
-            )
-        self.omni.talker.load_state_dict(kept)
-        return rows
+            pairs = self.reply_errors(sentences, self.speak_all(sentences), LONG)
+            metrics.append(word_error_metric(name, pairs))
+        talker.load_state_dict(own_weights)
+        return metrics
 
-    def spoken(self, sentences: list[str]) -> list[Reply]:
-        """Sentences said in all voices by turns, each with a seed of its own."""
+    def speak_all(self, sentences: list[str]) -> list[Reply]:
+        """Speak sentences in all voices in turn, each with its own seed."""
         voices = list(self.omni.voices)
-        return [self.say(text, voices[i % len(voices)], seed=i) for i, text in enumerate(sentences)]
-
-    def preference_metrics(
-        self, sentences: list[str], replies: list[Reply], said: str = STATEMENT
-    ) -> list[tuple[int, int]]:
-        """What the judge makes of the sentences' replies -> (edits, words) each."""
-        judge = SpeechRecognizer(said)
-        heard = [recognized_words(judge, reply.wave, reply.sample_rate) for reply in replies]
         return [
-            (edit_distance(text.split(), words), len(text.split()))
-            for text, words in zip(sentences, heard)
+            self.speak(text, voices[i % len(voices)], seed=i) for i, text in enumerate(sentences)
         ]
 
-    def say(self, text: str, voice: str | None, seed: int):
-        """A typed wish, spoken."""
-        return self.omni.respond(
-            [{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed
-        )
+    def reply_errors(
+        self, sentences: list[str], replies: list[Reply], utterance: str = STATEMENT
+    ) -> list[tuple[int, int]]:
+        """Recognize the replies -> (edits, words) of each sentence. utterance: see asr.py."""
+        recognizer = SpeechRecognizer(utterance)
+        pairs = []
+        for text, reply in zip(sentences, replies):
+            hypothesis = recognized_words(recognizer, reply.wave, reply.sample_rate)
+            pairs.append(word_errors(text, hypothesis))
+        return pairs
 
-    def say_live(self, text: str, voice: str | None, seed: int) -> Tensor:
-        """The same wish, spoken while it is thought: the same codes, painted chunk by chunk -> its
-        sound [samples].
-        """
-        *_, end = self.omni.stream(
-            [{"role": "user", "content": f"say {text}"}], voice=voice, seed=seed
-        )
-        return end.reply.wave
+    def speak(self, text: str, voice: str | None, seed: int) -> Reply:
+        """The spoken reply to a typed request to say a sentence."""
+        messages = [{"role": "user", "content": f"say {text}"}]
+        return self.omni.respond(messages, voice=voice, seed=seed)
+
+    def speak_streaming(self, text: str, voice: str | None, seed: int) -> Tensor:
+        """The same request as a stream: same codes, decoded in chunks -> waveform [samples]."""
+        messages = [{"role": "user", "content": f"say {text}"}]
+        *_, done = self.omni.stream(messages, voice=voice, seed=seed)
+        return done.reply.wave
 
 
-def recognized_words(judge: SpeechRecognizer, wave: Tensor, sample_rate: int) -> list[str]:
-    """The words the judge hears; none in silence."""
-    return judge.transcribe(wave, sample_rate).split() if len(wave) else []
+def correct_ratio(pairs: list[tuple[bool, bool]]) -> float:
+    """Number of correct firsts over number of correct seconds."""
+    first = sum(first for first, _ in pairs)
+    second = sum(second for _, second in pairs)
+    return first / max(1, second)
+
+
+def word_errors(text: str, hypothesis: list[str]) -> tuple[int, int]:
+    """Edits between a sentence and recognized words, and the number of words in the sentence."""
+    reference = text.split()
+    return edit_distance(reference, hypothesis), len(reference)
+
+
+def recognized_words(recognizer: SpeechRecognizer, wave: Tensor, sample_rate: int) -> list[str]:
+    """Words in a waveform [samples]; none if it is empty."""
+    if not len(wave):
+        return []
+    return recognizer.transcribe(wave, sample_rate).split()
 
 
 def hard_sentences(held: bool = True, count: int = 400) -> list[str]:
-    """Long sentences, two held-out statements (or trained ones) in one breath, in which a word
-    comes back.
-    """
+    """Sentences of two held-out statements (or two trained ones) with a repeated word."""
     random = Random("hard")
     return [grammar.long_statement(random, held) for _ in range(count)]
 
 
 class VoiceClassifier:
-    """Says whose voice a recording is. Learnt from recordings alone: linear discriminants of
-    long-term mel means.
+    """Tells the voice of a recording: linear discriminant analysis of long-term mel statistics.
+
+    It is fitted on corpus recordings only, never on speech of the model.
     """
 
-    def __init__(self, speech, each: int = 60):
+    def __init__(self, speech: SpeechCorpus, per_voice: int = 60):
+        """per_voice: number of recordings per voice to fit on."""
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-        chosen = [
-            i
-            for name in grammar.VOICES
-            for i in [i for i, u in enumerate(speech.utterances) if u.voice == name][:each]
-        ]
-        rows = np.stack([timbre(speech.wave(i)) for i in chosen])
+        features, labels = [], []
+        for name in grammar.VOICES:
+            indices = [i for i, u in enumerate(speech.utterances) if u.voice == name]
+            for i in indices[:per_voice]:
+                features.append(timbre(speech.wave(i)))
+                labels.append(name)
         self.model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-        self.model.fit(rows, [speech.utterances[i].voice for i in chosen])
+        self.model.fit(np.stack(features), labels)
 
-    def name(self, wave: Tensor) -> str:
-        """The voice of a wave at 16 kHz."""
+    def predict(self, wave: Tensor) -> str:
+        """Name of the voice in a waveform [samples] at 16 kHz."""
         return str(self.model.predict(timbre(wave)[None])[0])
 
 
 def timbre(wave: Tensor) -> np.ndarray:
-    """Mean and spread of each mel band over the louder half of a wave's frames [2 * bands]."""
+    """Mean and standard deviation of each mel band over the louder half of frames [2 * bands]."""
     mel = voice_mel(wave)  # [T, bands]
-    loud = mel[mel.mean(1) >= mel.mean(1).median()]
+    loudness = mel.mean(1)
+    loud = mel[loudness >= loudness.median()]
     return torch.cat([loud.mean(0), loud.std(0)]).numpy()

@@ -1,6 +1,4 @@
-"""The report card: what share of held-out items is right, and how much of the speech an outsider
-understands.
-"""
+"""The report: accuracy on held-out examples and word error rates of the speech, as one table."""
 
 import json
 import os
@@ -19,45 +17,49 @@ from minomni.eval.stats import Metric, bootstrap
 from minomni.files import write_atomically
 from minomni.train.pipeline import TRAINED, commit
 
-MROPE = "sync_mrope.json"  # in the run folder: what `ablate tmrope` measured
+MROPE = "sync_mrope.json"  # in the run folder: the result of `ablate tmrope`
 
 
 @dataclass
 class Report:
-    """All rows of one measurement."""
+    """All metrics of one evaluation."""
 
     model: str
     rows: list[Metric]
-    seconds: float  # that measuring took
-    train_seconds: float | None = None  # that training took, where the model's folder says so
-    device: str = "cpu"  # where it was measured
+    seconds: float  # duration of the evaluation
+    train_seconds: float | None = None  # duration of the training, None if unknown
+    device: str = "cpu"
 
     def fractions(self) -> dict[str, float | None]:
-        """Row values by name, as fractions."""
-        rows = {row.name: None if row.value is None else round(row.value, 4) for row in self.rows}
-        return {**rows, "train_seconds": self.train_seconds}
+        """Metric values by name, as fractions; train_seconds in seconds."""
+        values: dict[str, float | None] = {}
+        for row in self.rows:
+            values[row.name] = None if row.value is None else round(row.value, 4)
+        values["train_seconds"] = self.train_seconds
+        return values
 
     def markdown(self) -> str:
-        """The card as a Markdown table."""
+        """The report as a Markdown table."""
         lines = [f"| {self.model} | value | 95 % interval | items |", "|---|---|---|---|"]
         for row in self.rows:
             if row.value is None:
                 lines.append(f"| {row.name} | not measurable here | | |")
-            else:
-                low, high = row.interval()
-                lines.append(
-                    f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |"
-                )
-        trained = "" if self.train_seconds is None else f"trained in {self.train_seconds:.0f} s; "
-        return (
-            "\n".join(lines)
-            + f"\n\n{trained}measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
-        )
+                continue
+            low, high = row.interval()
+            lines.append(f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
+
+        footer = f"measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
+        if self.train_seconds is not None:
+            footer = f"trained in {self.train_seconds:.0f} s; {footer}"
+        return "\n".join([*lines, "", footer])
 
 
 def hardware(device: str = "cpu") -> str:
-    """The machine in a few words, with its GPU where that did the work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Short description of the machine, including the GPU if device is 'cuda'."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     gpu = f"one {torch.cuda.get_device_name()} and " if device == "cuda" else ""
     return f"{gpu}{cores} cores ({platform.system()}, {platform.machine()})"
 
@@ -65,54 +67,64 @@ def hardware(device: str = "cpu") -> str:
 def measure(
     model: str, items: int = 100, digits: Path | None = None, device: str = "cpu"
 ) -> Report:
-    """Score a model by name or folder on held-out material, and on a folder of real spoken digits
-    where one is given.
+    """Evaluate a model, by name or folder, and write the report to runs/report.md.
 
-    Raises UserError where there is no such model, folder or device.
+    items: number of held-out examples per metric. digits: folder of recorded spoken digits; the
+    metric on them has no value without it. Raises UserError for an unknown model, folder or device.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     folder = folder_of(model)
     if digits is not None:
-        check_recordings(digits)  # before an hour is spent on the other rows
+        check_recordings(digits)  # fail early: the other metrics take up to an hour
+
     omni = load(model, device)
-    examiner = Evaluator(omni, items)
-    rows = [examiner.answers(name, kinds) for name, kinds in ANSWERS.items()]
-    rows += [
-        mrope_metric(folder.parent / MROPE),
-        examiner.spoken_over_typed(),
-        examiner.hearing("asr_wer", grammar.LISTENING_VOICES),
-        examiner.hearing("asr_wer_unseen_voices", grammar.UNSEEN_VOICES),
-    ]
+    evaluator = Evaluator(omni, items)
+    rows = [evaluator.accuracy(name, kinds) for name, kinds in ANSWERS.items()]
+    rows.append(mrope_metric(folder.parent / MROPE))
+    rows.append(evaluator.spoken_over_typed())
+    rows.append(evaluator.transcription("asr_wer", grammar.LISTENING_VOICES))
+    rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
     rows.append(spoken_digits_metric(model, digits))
-    rows += examiner.speech() + examiner.preference(folder.parent / "stages") + examiner.english()
-    trained = folder / TRAINED
-    spent = json.loads(trained.read_text(encoding="utf-8"))["seconds"] if trained.exists() else None
-    card = Report(model, rows, time.perf_counter() - began, spent, omni.thinker.device.type)
-    write_atomically(paths.runs() / "report.md", lambda f: f.write(card.markdown().encode()))
-    return card
+    rows += evaluator.speech()
+    rows += evaluator.preference(folder.parent / "stages")
+    rows += evaluator.english()
+
+    train_seconds = None
+    if (folder / TRAINED).exists():
+        train_seconds = json.loads((folder / TRAINED).read_text(encoding="utf-8"))["seconds"]
+    seconds = time.perf_counter() - start
+    report = Report(model, rows, seconds, train_seconds, omni.thinker.device.type)
+    markdown = report.markdown().encode()
+    write_atomically(paths.runs() / "report.md", lambda file: file.write(markdown))
+    return report
 
 
 def mrope_metric(file: Path) -> Metric:
-    """What the same model answers about sounds in clips where it was raised without absolute time;
-    None if unknown.
+    """sync_accuracy of the model trained with plain M-RoPE, from the file of `ablate tmrope`.
+
+    The value is None if the file does not exist.
     """
     if not file.exists():
         return Metric("sync_accuracy_mrope", None)
-    measured = json.loads(file.read_text(encoding="utf-8"))
-    return Metric("sync_accuracy_mrope", measured["sync_accuracy_mrope"], measured["items"])
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return Metric("sync_accuracy_mrope", result["sync_accuracy_mrope"], result["items"])
 
 
 def spoken_digits_metric(model: str, digits: Path | None) -> Metric:
-    """Right answers about real spoken digits; the interval draws speakers anew: those of one go
-    wrong together.
+    """Accuracy on recorded spoken digits of people, each speaker left out of the fine-tuning.
+
+    The interval resamples speakers, because the errors of one speaker are correlated.
     """
     if digits is None:
         return Metric("real_digits_accuracy", None)
     speakers = list(leave_one_out(model, digits, paths.runs() / "corpus").values())
-    share = lambda rows: sum(right for right, _ in rows) / sum(count for _, count in rows)  # noqa: E731
-    return Metric(
-        "real_digits_accuracy",
-        share(speakers),
-        sum(n for _, n in speakers),
-        bootstrap(share, speakers),
-    )
+    count = sum(count for _, count in speakers)
+    interval = bootstrap(pooled_accuracy, speakers)
+    return Metric("real_digits_accuracy", pooled_accuracy(speakers), count, interval)
+
+
+def pooled_accuracy(speakers: list[tuple[int, int]]) -> float:
+    """Accuracy over all recordings, from the (correct, total) pair of each speaker."""
+    correct = sum(correct for correct, _ in speakers)
+    total = sum(total for _, total in speakers)
+    return correct / total

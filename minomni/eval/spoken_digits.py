@@ -1,8 +1,8 @@
-"""Real people: does a Thinker raised on a synthesiser understand speakers that it has never heard?
+"""Does a Thinker trained on synthetic speech understand recordings of people?
 
-Spoken digits of the free-spoken-digit-dataset, one speaker left out at a time: the others tune the
-ears and the decoder, the one left out asks "which digit do you hear". One recipe serves all of
-them.
+Leave-one-speaker-out evaluation on the free-spoken-digit-dataset: fine-tune the audio encoder and
+the decoder on all other speakers, then ask the model which digit it hears. All speakers share one
+recipe.
 """
 
 from collections import defaultdict
@@ -11,6 +11,7 @@ from math import exp
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import soxr
 import torch
@@ -31,23 +32,41 @@ from minomni.train import losses
 from minomni.train.loop import Recipe, Stage, train
 from minomni.train.stages.alignment import word_log_probs
 
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
 RECIPE = Recipe(steps=800, batch=32, lr=3e-3, warmup=20)
-CROWDED = 0.4  # share of synthetic voices in a batch
-ANSWERED = (
-    8  # of a batch's clips are answered in words too: the ears need more lessons than the decoder
-)
-WARP, EQUALISE, STRETCH, HURRY = 0.15, 0.3, 0.5, 0.3  # how far augment() goes
-BLURS = 1, 1, 3, 5, 7, 9  # widths in bands, of which augment() draws one
-LEVELLED = 0.8  # share of a clip's own level that band_normalized() takes away
-QUIET = 1600  # samples (100 ms) of silence around a recording: many are cut within the first sound
-RANGE = 2.0  # log_mel's units from a clip's loudest point to its floor (80 dB)
+SYNTHETIC_SHARE = 0.4  # fraction of synthetic voices in a batch
+ANSWERED = 8  # clips of a batch with next-token loss; the encoder needs more examples than that
+PADDING = 1600  # samples (100 ms) of silence around a recording; many are cut too tightly
+NORMALIZATION = 0.8  # fraction of a clip's own band levels that band_normalized() removes
+
+# Ranges of the augmentations, in units of log_mel: one unit is 40 dB.
+RANGE = 2.0  # from a clip's maximum to its floor
+NATURAL_LOG = 9.2  # natural logarithm of power per unit: 4 ln 10
+SMOOTHING_WIDTHS = (1, 1, 3, 5, 7, 9)  # bands
+FREQUENCY_WARP = 0.15  # largest relative shift of all bands
+TIME_STRETCH = 0.5  # largest logarithm of the relative length
+TEMPO_CHANGE = 0.3  # largest logarithm of the local tempo
+SPECTRAL_TILT = 0.3
+GAIN = (-0.4, 0.1)
+NOISE_PROBABILITY = 0.8
+NOISE_LEVEL = 0.6 * RANGE  # largest level above the floor
+NOISE_TILT = 0.25
+NOISE_STD = 0.12
+
+Clip = tuple[Tensor, int]  # log-mel [128, F] and digit
+
+
+# Recordings
 
 
 def recordings_by_speaker(folder: Path) -> dict[str, list[Path]]:
-    """The recordings of every speaker in a folder. Raises UserError for fewer than two speakers."""
+    """Files of each speaker in a folder. Raises UserError for fewer than two speakers."""
     files = defaultdict(list)
     for path in digit_files(folder):
-        files[DIGIT_NAME.fullmatch(path.name)[2]].append(path)
+        speaker = DIGIT_NAME.fullmatch(path.name)[2]
+        files[speaker].append(path)
     if len(files) < 2:
         raise UserError(
             f"{folder}: recordings of {len(files)} speakers; leaving one out takes at least two"
@@ -56,101 +75,146 @@ def recordings_by_speaker(folder: Path) -> dict[str, list[Path]]:
 
 
 def check_recordings(folder: Path) -> None:
-    """Open every recording once. Raises UserError for what clips_by_speaker() would stop at."""
+    """Open every recording once. Raises UserError for what clips_by_speaker() would reject."""
     for files in recordings_by_speaker(folder).values():
         for path in files:
             load_audio(path)
 
 
-def clips_by_speaker(folder: Path) -> dict[str, list[tuple[Tensor, int]]]:
-    """Log-mels [128, F] and digits of every recording, by speaker. Raises UserError for fewer than
-    two speakers.
+def clips_by_speaker(folder: Path) -> dict[str, list[Clip]]:
+    """Log-mels [128, F] and digits by speaker. Raises UserError for fewer than two speakers."""
+    clips = {}
+    for speaker, files in recordings_by_speaker(folder).items():
+        clips[speaker] = [load_clip(path) for path in files]
+    return clips
+
+
+def load_clip(path: Path) -> Clip:
+    """Log-mel [128, F] of a recording between silence, and the digit in its file name."""
+    wave = F.pad(load_audio(path), (PADDING, PADDING))
+    return log_mel(wave), int(path.name[0])
+
+
+def synthetic_speakers(cache: Path) -> list[Clip]:
+    """Log-mels and digits of synthetic voices, low-passed at 4 kHz like the recordings.
+
+    Empty without the text-to-speech engine.
     """
-    return {
-        speaker: [
-            (log_mel(F.pad(load_audio(path), (QUIET, QUIET))), int(path.name[0])) for path in files
-        ]
-        for speaker, files in recordings_by_speaker(folder).items()
-    }
+    if not text_to_speech.available():
+        return []
+    speech = corpus("digits", cache)
+    clips = []
+    for i, utterance in enumerate(speech.utterances):
+        narrowband = soxr.resample(speech.wave(i).numpy(), 2, 1)
+        wave = soxr.resample(narrowband, 1, 2)
+        clips.append((log_mel(torch.from_numpy(wave)), NUMBERS.index(utterance.text)))
+    return clips
 
 
-def random_curve(size: int, spread: float, knots: int, random: Random) -> Tensor:
-    """A smooth curve of chance [size] between -spread and spread."""
-    heights = torch.tensor([[[random.uniform(-spread, spread) for _ in range(knots)]]])
-    return F.interpolate(heights, size=size, mode="linear", align_corners=True)[0, 0]
-
-
-def resample(x: Tensor, places: Tensor) -> Tensor:
-    """Values of x [..., n] at real-valued places [m] between 0 and n - 1 -> [..., m]."""
-    below = places.long().clamp(0, x.shape[-1] - 1)
-    above = (below + 1).clamp(max=x.shape[-1] - 1)
-    return torch.lerp(x[..., below], x[..., above], places - below)
+# Normalization
 
 
 def band_levels(mels: list[Tensor]) -> Tensor:
-    """Mean of every band over all frames of log-mels [128, F] -> [128, 1]."""
+    """Mean of each band over all frames of log-mels [128, F] -> [128, 1]."""
     return torch.cat(mels, dim=1).mean(1, keepdim=True)
 
 
 def band_normalized(mel: Tensor, levels: Tensor) -> Tensor:
-    """A log-mel [128, F] with its bands drawn to `levels` [128, 1], by their means over the louder
-    half of the frames.
+    """Shift the bands of a log-mel [128, F] toward `levels` [128, 1] -> [128, F].
 
-    What a throat and a microphone add to everything is mostly gone then: cepstral mean subtraction,
-    told of bands.
+    The level of a band is its mean over the louder half of the frames. This removes most of a
+    speaker's and a microphone's average spectrum, as cepstral mean subtraction does.
     """
     loudness = mel.mean(0)
-    own = mel[:, loudness >= loudness.median()].mean(1, keepdim=True)  # [128, 1]
-    return mel + LEVELLED * (levels - own)
+    loud = mel[:, loudness >= loudness.median()]
+    own_levels = loud.mean(1, keepdim=True)  # [128, 1]
+    return mel + NORMALIZATION * (levels - own_levels)
 
 
-def smooth_bands(mel: Tensor, width: int) -> Tensor:
-    """Every band of a log-mel [128, F] as the mean of the `width` (odd) around it: formants stay,
-    the pitch goes.
-    """
-    return F.avg_pool1d(F.pad(mel.T, (width // 2, width // 2), mode="replicate"), width, stride=1).T
+# Augmentations of log-mels [128, F]
 
 
 def augment(mel: Tensor, random: Random) -> Tensor:
-    """A log-mel [128, F] as another throat, another pace, another microphone and another room would
-    have it.
-    """
-    mel = smooth_bands(mel, random.choice(BLURS))
-    bands, frames = mel.shape
-    throat = (torch.arange(bands) * (1 + random.uniform(-WARP, WARP))).clamp(max=bands - 1)
-    mel = resample(mel.T, throat).T  # formants move
-    hurry = (
-        random_curve(
-            max(8, round(frames * exp(random.uniform(-STRETCH, STRETCH)))), HURRY, 5, random
-        )
-        .exp()
-        .cumsum(0)
-    )
-    mel = resample(
-        mel, (hurry - hurry[0]) / (hurry[-1] - hurry[0]) * (frames - 1)
-    )  # some parts faster than others
-    mel = F.pad(mel, (random.randint(0, 10), random.randint(0, 10)), value=float(mel.min()))
-    mel = mel + random_curve(bands, EQUALISE, 6, random)[:, None]
-    if (
-        random.random() < 0.8
-    ):  # noise fills what is quieter than it; a factor of ten is a quarter of a unit
-        level = (
-            mel.max()
-            - RANGE
-            + random.uniform(0, 0.6 * RANGE)
-            + random_curve(bands, 0.25, 4, random)[:, None]
-        )
-        noise = level + 0.12 * torch.randn(
-            mel.shape, generator=torch.Generator().manual_seed(random.getrandbits(48))
-        )
-        mel = torch.logaddexp(mel * 9.2, noise * 9.2) / 9.2
-    return mel.clamp(min=float(mel.max()) - RANGE) + random.uniform(-0.4, 0.1)
+    """Vary speaker, tempo, microphone and room of a log-mel [128, F] -> [128, F']."""
+    mel = smooth_bands(mel, random.choice(SMOOTHING_WIDTHS))
+    mel = warp_frequency(mel, random)
+    mel = warp_time(mel, random)
+    mel = pad_silence(mel, random)
+    mel = tilt_spectrum(mel, random)
+    if random.random() < NOISE_PROBABILITY:
+        mel = add_noise_floor(mel, random)
+    mel = mel.clamp(min=float(mel.max()) - RANGE)
+    return mel + random.uniform(*GAIN)
+
+
+def smooth_bands(mel: Tensor, width: int) -> Tensor:
+    """Average each band with its neighbors, `width` (odd) bands in all: removes the pitch."""
+    margin = width // 2
+    padded = F.pad(mel.T, (margin, margin), mode="replicate")
+    return F.avg_pool1d(padded, width, stride=1).T
+
+
+def warp_frequency(mel: Tensor, random: Random) -> Tensor:
+    """Scale the frequency axis: another vocal tract length moves the formants."""
+    bands = mel.shape[0]
+    scale = 1 + random.uniform(-FREQUENCY_WARP, FREQUENCY_WARP)
+    positions = (torch.arange(bands) * scale).clamp(max=bands - 1)
+    return interpolate(mel.T, positions).T
+
+
+def warp_time(mel: Tensor, random: Random) -> Tensor:
+    """Change the length, and the tempo within it."""
+    frames = mel.shape[1]
+    stretch = exp(random.uniform(-TIME_STRETCH, TIME_STRETCH))
+    length = max(8, round(frames * stretch))
+    tempo = random_curve(length, TEMPO_CHANGE, 5, random).exp()
+    time = tempo.cumsum(0)
+    positions = (time - time[0]) / (time[-1] - time[0]) * (frames - 1)
+    return interpolate(mel, positions)
+
+
+def pad_silence(mel: Tensor, random: Random) -> Tensor:
+    """Add up to 10 frames at the clip's minimum on either side."""
+    before = random.randint(0, 10)
+    after = random.randint(0, 10)
+    return F.pad(mel, (before, after), value=float(mel.min()))
+
+
+def tilt_spectrum(mel: Tensor, random: Random) -> Tensor:
+    """Add a smooth random spectrum: another microphone."""
+    return mel + random_curve(mel.shape[0], SPECTRAL_TILT, 6, random)[:, None]
+
+
+def add_noise_floor(mel: Tensor, random: Random) -> Tensor:
+    """Add stationary colored noise."""
+    floor = mel.max() - RANGE
+    level = floor + random.uniform(0, NOISE_LEVEL)
+    spectrum = level + random_curve(mel.shape[0], NOISE_TILT, 4, random)[:, None]
+    generator = torch.Generator().manual_seed(random.getrandbits(48))
+    noise = spectrum + NOISE_STD * torch.randn(mel.shape, generator=generator)
+    return torch.logaddexp(mel * NATURAL_LOG, noise * NATURAL_LOG) / NATURAL_LOG
+
+
+def random_curve(size: int, spread: float, knots: int, random: Random) -> Tensor:
+    """A random piecewise linear curve [size] with values between -spread and spread."""
+    values = [random.uniform(-spread, spread) for _ in range(knots)]
+    curve = F.interpolate(torch.tensor([[values]]), size=size, mode="linear", align_corners=True)
+    return curve[0, 0]
+
+
+def interpolate(x: Tensor, positions: Tensor) -> Tensor:
+    """Values of x [..., n] at fractional positions [m] between 0 and n - 1 -> [..., m]."""
+    last = x.shape[-1] - 1
+    below = positions.long().clamp(0, last)
+    above = (below + 1).clamp(max=last)
+    return torch.lerp(x[..., below], x[..., above], positions - below)
+
+
+# Fine-tuning and evaluation
 
 
 class DigitsStage(Stage):
-    """The ears point at the word they hear (as in their first lessons), and the decoder answers the
-    question.
-    """
+    """Fine-tuning on spoken digits: CTC for the audio encoder, next-token loss on the answers."""
 
     name = "digits"
     learns = (
@@ -160,54 +224,68 @@ class DigitsStage(Stage):
         "thinker.lm_head.",
     )
 
-    def __init__(self, omni, recipe: Recipe, cache: Path, seed: int, people: list, crowd: list):
-        """people and crowd: (log-mel [128, F], digit) pairs of real and of synthetic speakers."""
+    def __init__(
+        self,
+        omni: "Omni",
+        recipe: Recipe,
+        cache: Path,
+        seed: int,
+        real: list[Clip],
+        synthetic: list[Clip],
+    ):
+        """real and synthetic: clips of people and of synthetic voices."""
         super().__init__(omni, recipe, cache, seed)
-        self.people, self.crowd, self.tokens = people, crowd, omni.config.thinker.tokens
-        self.levels = band_levels([mel for mel, _ in people])
-        self.processor, encode = Processor(omni.config, omni.tokenizer), omni.tokenizer.encode
-        self.words = [
-            torch.tensor(encode(f" {number}")) + 1 for number in NUMBERS
-        ]  # class 0 is silence
+        self.real = real
+        self.synthetic = synthetic
+        self.tokens = omni.config.thinker.tokens
+        self.levels = band_levels([mel for mel, _ in real])
+        self.processor = Processor(omni.config, omni.tokenizer)
+        encode = omni.tokenizer.encode
+        # CTC classes: 0 is silence, i + 1 the token i.
+        self.words = [torch.tensor(encode(f" {number}")) + 1 for number in NUMBERS]
         self.answers = [encode(answer(digit)) + [self.tokens.im_end] for digit in range(10)]
 
-    def batch(self, step):
-        random = Random(f"{self.seed}-digits-{step}")
-        many = round(self.recipe.batch * CROWDED) if self.crowd else 0
-        chosen = random.choices(self.people, k=self.recipe.batch - many)
-        chosen += random.choices(self.crowd, k=many) if many else []
-        random.shuffle(chosen)
-        return [band_normalized(augment(mel, random), self.levels) for mel, _ in chosen], [
-            digit for _, digit in chosen
-        ]
+    def batch(self, number):
+        random = Random(f"{self.seed}-digits-{number}")
+        synthetic = round(self.recipe.batch * SYNTHETIC_SHARE) if self.synthetic else 0
+        clips = random.choices(self.real, k=self.recipe.batch - synthetic)
+        if synthetic:
+            clips += random.choices(self.synthetic, k=synthetic)
+        random.shuffle(clips)
+        mels = [band_normalized(augment(mel, random), self.levels) for mel, _ in clips]
+        digits = [digit for _, digit in clips]
+        return mels, digits
 
     def losses(self, batch):
         mels, digits = batch
-        heard = word_log_probs(self.omni.thinker, mels, self.omni.thinker.audio_tower(mels))
-        ctc = losses.ctc(*heard, [self.words[digit] for digit in digits])
+        thinker = self.omni.thinker
+        log_probs, counts = word_log_probs(thinker, mels, thinker.audio_tower(mels))
+        ctc = losses.ctc(log_probs, counts, [self.words[digit] for digit in digits])
+
+        # Next-token loss on the answers to a part of the clips.
         prompts = [question(mel, self.processor) for mel in mels[:ANSWERED]]
-        inputs, targets = append_answer(
-            prompts, [self.answers[digit] for digit in digits[:ANSWERED]], self.tokens.endoftext
-        )
-        return {"ctc": ctc, "text": losses.next_token(self.omni.thinker(inputs), targets)}
+        answers = [self.answers[digit] for digit in digits[:ANSWERED]]
+        inputs, targets = append_answer(prompts, answers, self.tokens.endoftext)
+        return {"ctc": ctc, "text": losses.next_token(thinker(inputs), targets)}
 
 
 def answer(digit: int) -> str:
-    """What is right to say."""
+    """The correct answer."""
     return f"the digit is {NUMBERS[digit]}"
 
 
 def question(mel: Tensor, processor: Processor) -> Inputs:
-    """The prompt about a clip that is given as its log-mel [128, F]."""
-    silence = torch.zeros(mel.shape[1] * HOP)  # takes as many places
+    """The prompt about a clip, given as a log-mel [128, F]."""
+    silence = torch.zeros(mel.shape[1] * HOP)  # as many audio tokens as the mel
     content = [{"type": "audio", "audio": silence}, {"type": "text", "text": WHICH_DIGIT}]
     return replace(processor([[{"role": "user", "content": content}]]), mels=[mel])
 
 
 @torch.no_grad()
-def count_correct(omni, clips: list[tuple[Tensor, int]], batch: int = 50) -> int:
-    """How many clips are answered right to the letter."""
-    processor, texts = Processor(omni.config, omni.tokenizer), []
+def count_correct(omni: "Omni", clips: list[Clip], batch: int = 50) -> int:
+    """Number of clips whose answer is exactly right."""
+    processor = Processor(omni.config, omni.tokenizer)
+    texts = []
     for begin in range(0, len(clips), batch):
         prompts = [question(mel, processor) for mel, _ in clips[begin : begin + batch]]
         inputs = join(prompts, omni.config.thinker.tokens.endoftext)
@@ -216,35 +294,28 @@ def count_correct(omni, clips: list[tuple[Tensor, int]], batch: int = 50) -> int
     return sum(text == answer(digit) for text, (_, digit) in zip(texts, clips))
 
 
-def synthetic_speakers(cache: Path) -> list[tuple[Tensor, int]]:
-    """Log-mels and digits of synthetic voices, without what is above 4 kHz, where the real
-    recordings end as well.
-
-    None without the synthesiser.
-    """
-    if not text_to_speech.available():
-        return []
-    speech, clips = corpus("digits", cache), []
-    for i, utterance in enumerate(speech.utterances):
-        narrow = soxr.resample(soxr.resample(speech.wave(i).numpy(), 2, 1), 1, 2)
-        clips.append((log_mel(torch.from_numpy(narrow)), NUMBERS.index(utterance.text)))
-    return clips
-
-
 def leave_one_out(
     model: str, folder: Path, cache: Path, seed: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """For every speaker of a folder, how many recordings a model tuned on all others answers right,
-    and of how many.
+    """Fine-tune on all other speakers and evaluate, for each speaker of a folder.
+
+    -> (correct answers, recordings) by speaker.
     """
-    clips, others, scores = clips_by_speaker(folder), synthetic_speakers(cache), {}
-    for speaker, held in clips.items():
-        omni = load(model, dtype=torch.float32)  # whatever the folder stores: it is to be trained
-        heard = [clip for name in clips if name != speaker for clip in clips[name]]
+    clips = clips_by_speaker(folder)
+    synthetic = synthetic_speakers(cache)
+    scores = {}
+    for speaker, held_out in clips.items():
+        omni = load(model, dtype=torch.float32)  # to be trained, whatever dtype the folder stores
+        training = []
+        for other, other_clips in clips.items():
+            if other != speaker:
+                training += other_clips
+
         torch.manual_seed(seed)
-        stage = DigitsStage(omni, RECIPE, cache, seed, heard, others)
+        stage = DigitsStage(omni, RECIPE, cache, seed, training, synthetic)
         with TemporaryDirectory() as run:
             train(stage, Path(run))
-        asked = [(band_normalized(mel, stage.levels), digit) for mel, digit in held]
-        scores[speaker] = count_correct(omni.eval(), asked), len(held)
+
+        test = [(band_normalized(mel, stage.levels), digit) for mel, digit in held_out]
+        scores[speaker] = (count_correct(omni.eval(), test), len(held_out))
     return scores

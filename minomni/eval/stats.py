@@ -1,53 +1,63 @@
-"""Rows of a report with confidence intervals."""
+"""Metrics with confidence intervals."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from random import Random
 
-RESAMPLED = 1000  # draws of the bootstrap
+BOOTSTRAP_SAMPLES = 1000
+Z_95 = 1.96  # quantile of the normal distribution for a two-sided 95 % interval
 
 
 @dataclass
 class Metric:
-    """One line of the card: a share of `n` items, or of `n` words where it is a word error."""
+    """One row of a report: a fraction of `n` items, or of `n` words for a word error rate."""
 
     name: str
-    value: float | None  # None where it cannot be measured here
+    value: float | None  # None if it cannot be measured here
     n: int = 0
-    bounds: tuple[float, float] | None = None  # where the value is no plain share
+    bounds: tuple[float, float] | None = None  # confidence interval; None for a plain fraction
 
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of a share: Wilson's score interval, or the bounds given."""
+        """95 % confidence interval: the bounds if given, else Wilson's score interval."""
         if self.bounds is not None:
             return self.bounds
-        p, n, z = min(max(self.value, 0.0), 1.0), max(self.n, 1), 1.96
-        centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (centre - half) / (1 + z * z / n)), min(
-            1.0, (centre + half) / (1 + z * z / n)
-        )
+        if self.value is None:
+            raise ValueError(f"metric {self.name} has no value, so it has no confidence interval")
+        p = min(max(self.value, 0.0), 1.0)
+        n = max(self.n, 1)
+        center = p + Z_95 * Z_95 / (2 * n)
+        margin = Z_95 * sqrt(p * (1 - p) / n + Z_95 * Z_95 / (4 * n * n))
+        scale = 1 + Z_95 * Z_95 / n
+        low = max(0.0, (center - margin) / scale)
+        high = min(1.0, (center + margin) / scale)
+        return low, high
 
 
-def bootstrap(value, items: list) -> tuple[float, float]:
-    """95 % interval of value(items) by drawing the items anew, with a fixed seed."""
+def bootstrap(value: Callable[[list], float], items: list) -> tuple[float, float]:
+    """95 % interval of value(items): items are resampled with replacement, with a fixed seed."""
     random = Random(0)
-    values = sorted(value(random.choices(items, k=len(items))) for _ in range(RESAMPLED))
-    return values[int(0.025 * RESAMPLED)], values[int(0.975 * RESAMPLED)]
+    values = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        resampled = random.choices(items, k=len(items))
+        values.append(value(resampled))
+    values.sort()
+    return values[int(0.025 * BOOTSTRAP_SAMPLES)], values[int(0.975 * BOOTSTRAP_SAMPLES)]
 
 
 def word_error_rate(items: list[tuple[int, int]]) -> float:
-    """Word error of (edits, words) pairs."""
-    return sum(wrong for wrong, _ in items) / max(1, sum(words for _, words in items))
+    """Word error rate of (edits, words) pairs, one pair per sentence."""
+    edits = sum(edits for edits, _ in items)
+    words = sum(words for _, words in items)
+    return edits / max(1, words)
 
 
 def word_error_metric(name: str, items: list[tuple[int, int]]) -> Metric:
-    """A row of (edits, words) a sentence; its interval draws sentences, since words of one go wrong
-    together.
+    """Word error rate of (edits, words) pairs, one pair per sentence.
+
+    The interval resamples sentences, because the errors within one sentence are correlated.
     """
     if not items:
         return Metric(name, None)
-    return Metric(
-        name,
-        word_error_rate(items),
-        sum(words for _, words in items),
-        bootstrap(word_error_rate, items),
-    )
+    words = sum(words for _, words in items)
+    return Metric(name, word_error_rate(items), words, bootstrap(word_error_rate, items))

@@ -55,6 +55,9 @@ class Stage:
         self.omni, self.recipe, self.cache, self.seed = omni, recipe, cache, seed
         self.device = next(omni.parameters()).device
 
+    def setup(self) -> None:
+        """Work before the first step, such as data from other models or initialized weights."""
+
     def batch(self, number: int):
         """Batch number `number` of the stage, recipe.accumulate of them a step; one seed and
         number, one batch.

@@ -1,6 +1,6 @@
-"""Every loss of the school as a pure function of tensors. A stage names the ones it uses and adds
-them up.
-"""
+"""The training losses, each a pure function of tensors. A stage adds up the ones it needs."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,28 +10,35 @@ from minomni.config import IGNORE_INDEX
 
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, L, V] against targets [B, L], already aligned; IGNORE_INDEX is
-    skipped.
+    """Mean cross-entropy of logits [B, L, V] against aligned targets [B, L].
+
+    Positions with IGNORE_INDEX do not count.
     """
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), ignore_index=IGNORE_INDEX
-    )
+    targets = targets.to(logits.device).flatten()
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX)
 
 
 def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """next_token over a batch whose parts (logits [B, L, V], targets [B, L]) differ in length:
-    targets count alike.
+    """next_token() over a batch in parts (logits [B, L, V], targets [B, L]) of different lengths.
+
+    Every target has the same weight, whichever part it is in.
     """
-    counts = [(targets != IGNORE_INDEX).sum() for _, targets in parts]
-    return sum(next_token(*part) * count for part, count in zip(parts, counts)) / sum(counts)
+    total = torch.zeros(())
+    count = torch.zeros((), dtype=torch.long)
+    for logits, targets in parts:
+        part_count = (targets != IGNORE_INDEX).sum()
+        total = total + next_token(logits, targets) * part_count
+        count = count + part_count
+    return total / count
 
 
-def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
-    """CTC loss per letter: log-probabilities [B, T, classes] `frames` [B] of them valid, and each
-    row's classes.
+def ctc(log_probs: Tensor, frames: Tensor, labels: list[Tensor]) -> Tensor:
+    """CTC loss per label, averaged over rows.
+
+    log_probs [B, T, classes], of which `frames` [B] are valid; labels: the classes of each row.
     """
-    lengths = torch.tensor([len(row) for row in letters], device=log_probs.device)
-    targets = torch.cat(letters).to(log_probs.device)
+    lengths = torch.tensor([len(row) for row in labels], device=log_probs.device)
+    targets = torch.cat(labels).to(log_probs.device)
     loss = F.ctc_loss(
         log_probs.transpose(0, 1), targets, frames, lengths, reduction="none", zero_infinity=True
     )
@@ -39,31 +46,29 @@ def ctc(log_probs: Tensor, frames: Tensor, letters: list[Tensor]) -> Tensor:
 
 
 def masked_l1(predicted: Tensor, target: Tensor, frames: Tensor) -> Tensor:
-    """Mean absolute difference of mels [B, T, bands] over the first `frames` [B] frames of each
-    row.
-    """
-    real = torch.arange(target.shape[1], device=target.device) < frames[:, None]  # [B, T]
-    return (predicted - target).abs().mean(-1)[real].mean()
+    """Mean absolute error of mels [B, T, bands] over the first `frames` [B] frames of each row."""
+    valid = torch.arange(target.shape[1], device=target.device) < frames[:, None]  # [B, T]
+    return (predicted - target).abs().mean(-1)[valid].mean()
 
 
 def off_centre(grid: Tensor, lengths: Tensor) -> Tensor:
-    """Squared mean of every channel of FSQ values [B, C, channels] over a row's `lengths` [B],
-    summed, rows averaged.
+    """Squared mean of each channel of FSQ values [B, C, channels], summed, averaged over rows.
 
-    It keeps channels awake: one that has drifted to the end of its scale says the same of
-    everything, and its tanh is too flat there to bring it back.
+    Only the first `lengths` [B] values of a row count. The loss keeps channels in use: a channel
+    that has drifted to the end of its range is constant, and tanh is too flat there to recover.
     """
-    real = torch.arange(grid.shape[1], device=grid.device) < lengths[:, None]  # [B, C]
-    means = (grid * real[..., None]).sum(1) / lengths[:, None]  # [B, channels]
+    valid = torch.arange(grid.shape[1], device=grid.device) < lengths[:, None]  # [B, C]
+    means = (grid * valid[..., None]).sum(1) / lengths[:, None]  # [B, channels]
     return means.square().sum(-1).mean()
 
 
-def flow_matching(predict, mel: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """Squared error of the velocity on the straight way from noise to mel (arXiv 2210.02747, eq. 22
-    with sigma 0).
+def flow_matching(
+    predict: Callable[[Tensor, Tensor], Tensor], mel: Tensor, noise: Tensor, time: Tensor
+) -> Tensor:
+    """Squared error of the velocity on the straight path from noise to mel.
 
-    predict(x_t [B, T, bands], time [B]) -> velocity [B, T, bands]; mel and noise [B, T, bands],
-    time [B] in [0, 1].
+    arXiv 2210.02747, eq. 22 with sigma 0. predict(x_t [B, T, bands], time [B]) -> velocity
+    [B, T, bands]; mel and noise [B, T, bands]; time [B] in [0, 1].
     """
     t = time[:, None, None]
     x_t = (1 - t) * noise + t * mel
@@ -71,28 +76,38 @@ def flow_matching(predict, mel: Tensor, noise: Tensor, time: Tensor) -> Tensor:
 
 
 def spectral(
-    predicted: Tensor, target: Tensor, sizes: tuple[int, ...] = (128, 256, 512, 1024)
+    predicted: Tensor, target: Tensor, fft_sizes: tuple[int, ...] = (128, 256, 512, 1024)
 ) -> Tensor:
-    """Multi-resolution STFT distance of waves [B, samples]: convergence plus log-magnitude (arXiv
-    1910.11480).
+    """Multi-resolution STFT loss of waveforms [B, samples] (arXiv 1910.11480).
+
+    Spectral convergence plus L1 of log magnitudes, averaged over FFT sizes.
     """
-    total = 0.0
-    for n in sizes:
-        window = torch.hann_window(n, device=target.device)
-        a, b = (
-            torch.stft(w, n, n // 4, window=window, return_complex=True).abs().clamp_min(1e-5)
-            for w in (predicted, target)
-        )
-        total = total + (a - b).norm() / b.norm() + (a.log() - b.log()).abs().mean()
-    return total / len(sizes)
+    total = torch.zeros((), device=target.device)
+    for fft_size in fft_sizes:
+        predicted_magnitude = stft_magnitude(predicted, fft_size)
+        target_magnitude = stft_magnitude(target, fft_size)
+        convergence = (predicted_magnitude - target_magnitude).norm() / target_magnitude.norm()
+        log_l1 = (predicted_magnitude.log() - target_magnitude.log()).abs().mean()
+        total = total + convergence + log_l1
+    return total / len(fft_sizes)
+
+
+def stft_magnitude(wave: Tensor, fft_size: int) -> Tensor:
+    """Waveforms [B, samples] -> magnitudes [B, bins, frames], at least 1e-5; hop of a quarter."""
+    window = torch.hann_window(fft_size, device=wave.device)
+    spectrum = torch.stft(wave, fft_size, fft_size // 4, window=window, return_complex=True)
+    return spectrum.abs().clamp_min(1e-5)
 
 
 def sequence_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each row's targets [B, L] under logits [B, L, V], IGNORE_INDEX skipped -> [B]."""
-    picked = (
-        logits.float().log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
-    )  # [B, L]
-    return (picked * (targets != IGNORE_INDEX)).sum(-1)
+    """Log-probability of each row's targets [B, L] under logits [B, L, V] -> [B].
+
+    Positions with IGNORE_INDEX do not count.
+    """
+    log_probs = logits.float().log_softmax(-1)
+    index = targets.clamp_min(0)[..., None]
+    target_log_probs = log_probs.gather(-1, index)[..., 0]  # [B, L]
+    return (target_log_probs * (targets != IGNORE_INDEX)).sum(-1)
 
 
 def dpo(
@@ -102,8 +117,10 @@ def dpo(
     rejected_reference: Tensor,
     beta: float,
 ) -> Tensor:
-    """Direct preference optimisation on sequence log-probabilities [B] (paper, sec. 3.3; arXiv
-    2305.18290, eq. 7).
+    """Direct preference optimization (paper, sec. 3.3; arXiv 2305.18290, eq. 7).
+
+    The first four: sequence log-probabilities [B] under the policy and under the reference model.
     """
-    margin = (chosen - chosen_reference) - (rejected - rejected_reference)
-    return -F.logsigmoid(beta * margin).mean()
+    chosen_gain = chosen - chosen_reference
+    rejected_gain = rejected - rejected_reference
+    return -F.logsigmoid(beta * (chosen_gain - rejected_gain)).mean()

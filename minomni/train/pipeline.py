@@ -247,7 +247,9 @@ def make_stage(name: str, size: str, home: Path, seed: int, device: str = "cpu")
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
     load_stages(omni, home / "stages", list(STAGES[name].needs))
-    return STAGES[name](omni.to(device_of(device)), recipe, home.parent / "corpus", seed)
+    stage = STAGES[name](omni.to(device_of(device)), recipe, home.parent / "corpus", seed)
+    stage.setup()
+    return stage
 
 
 def run_stage(

@@ -1,12 +1,11 @@
-"""Samples that a run leaves behind: in samples/<stage>/ a wav, a mel as a picture, and what a codec
-reads in it.
-"""
+"""Previews of a stage in training: in samples/<stage>/ a wav, a mel picture and a transcript."""
 
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
@@ -14,102 +13,114 @@ from minomni.notebook import viz
 from minomni.talker.codec import Codec, ids_to_letters
 from minomni.train.checkpoint import disk_errors, read_tensors
 
+if TYPE_CHECKING:
+    from minomni.train.loop import Stage
 
-def write_samples(stage, folder: Path, step: int, shown: str) -> None:
-    """Write what a stage can do by now: its line as text; where it makes sound, a wav, a picture
-    and what is read.
+
+def write_samples(stage: "Stage", folder: Path, step: int, shown: str) -> None:
+    """Write what a stage generates at a step, under samples/<stage>/<step> in the folder.
+
+    A stage with audio: a wav, a picture of its mel, and its sentence beside the codec's transcript.
+    Every stage: `shown`, its sample as a line of text, if it has one.
     """
-    place, sound, lines = (
-        folder / "samples" / stage.name / f"{step:06}",
-        stage.sound(),
-        [shown] if shown else [],
-    )
-    with disk_errors(place):
-        if sound is not None:
-            text, made = sound
-            mel, wave = both(made.float().cpu())
+    path = folder / "samples" / stage.name / f"{step:06}"
+    audio = stage.sound()
+    lines = []
+    with disk_errors(path):
+        if audio is not None:
+            text, generated = audio
+            mel, wave = mel_and_wave(generated.float().cpu())
+            title = f"{text}, step {step}"
             rate = stage.omni.config.token2wav.sample_rate
-            write_atomically(place.with_suffix(".wav"), lambda f: write_wav(f, wave, rate))
-            write_atomically(
-                place.with_suffix(".png"), lambda f: write_picture(f, mel, f"{text}, step {step}")
-            )
-            reader = trained_codec(stage, folder)
-            heard = (
-                "not read: stage codec is not finished"
-                if reader is None
-                else repr(read(reader, mel))
-            )
-            lines = [f"said  {text!r}", f"read  {heard}", *lines]
+            write_atomically(path.with_suffix(".wav"), lambda file: write_wav(file, wave, rate))
+            write_atomically(path.with_suffix(".png"), lambda file: write_picture(file, mel, title))
+            lines.append(f"said  {text!r}")
+            lines.append(f"read  {transcript(stage, folder, mel)}")
+        if shown:
+            lines.append(shown)
         if lines:
-            write_atomically(
-                place.with_suffix(".txt"), lambda f: f.write("\n".join([*lines, ""]).encode())
-            )
+            content = "".join(f"{line}\n" for line in lines).encode()
+            write_atomically(path.with_suffix(".txt"), lambda file: file.write(content))
 
 
-def trained_codec(stage, folder: Path) -> nn.Module | None:
-    """A codec that can read: the stage's own where it learns or needs it, or else the folder's."""
+def transcript(stage: "Stage", folder: Path, mel: Tensor) -> str:
+    """The transcript of a mel [T, bands] by a trained codec, or why there is none."""
+    codec = trained_codec(stage, folder)
+    if codec is None:
+        return "not read: stage codec is not finished"
+    return repr(read(codec, mel))
+
+
+def trained_codec(stage: "Stage", folder: Path) -> Codec | None:
+    """A codec that can transcribe, or None.
+
+    The stage's own if it trains or needs one, otherwise the one in the folder.
+    """
     if "codec" in (stage.name, *stage.needs):
         return stage.omni.codec
-    if not (folder / "codec.safetensors").exists():
+    file = folder / "codec.safetensors"
+    if not file.exists():
         return None
+    weights = {name.removeprefix("codec."): value for name, value in read_tensors(file).items()}
     codec = Codec(stage.omni.config.codec)
-    codec.load_state_dict(
-        {k.removeprefix("codec."): v for k, v in read_tensors(folder / "codec.safetensors").items()}
-    )
+    codec.load_state_dict(weights)
     return codec
 
 
-def both(made: Tensor) -> tuple[Tensor, Tensor]:
-    """A wave [samples] or a mel [T, bands] -> (mel [T, bands], wave [samples])."""
-    return (voice_mel(made), made) if made.dim() == 1 else (made, griffin_lim(made))
+def mel_and_wave(generated: Tensor) -> tuple[Tensor, Tensor]:
+    """A waveform [samples] or a mel [T, bands] -> (mel [T, bands], waveform [samples])."""
+    if generated.dim() == 1:
+        return voice_mel(generated), generated
+    return generated, griffin_lim(generated)
 
 
-def griffin_lim(mel: Tensor, rounds: int = 32) -> Tensor:
-    """A wave [T * 160] whose voice_mel is about `mel` [T, bands], without any network (Griffin and
-    Lim 1984).
+def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
+    """A waveform [T * 160] whose voice_mel() is close to `mel` [T, bands], without a network.
 
-    Bands are spread back over the spectrum; then phases are sought that one wave can have, from
-    silence on.
+    Griffin and Lim 1984. librosa's version takes seconds to import and compile in every process.
     """
+    # Spread the bands over the STFT bins.
     inverse = torch.linalg.pinv(mel_filters(VOICE_FFT, VOICE_BANDS))  # [bins, bands]
-    size = (inverse @ mel.T.exp()).clamp_min(0)  # [bins, T]
+    magnitude = (inverse @ mel.T.exp()).clamp_min(0)  # [bins, T]
+
     window = torch.hann_window(VOICE_WINDOW)
-    shape = dict(n_fft=VOICE_FFT, hop_length=HOP, win_length=VOICE_WINDOW, window=window)
-    phase = torch.rand(size.shape, generator=torch.Generator().manual_seed(0)) * 2 * torch.pi
-    spectrum = torch.polar(size, phase)
-    for _ in range(rounds):
-        wave = torch.istft(spectrum, **shape, length=len(mel) * HOP)
-        phase = torch.stft(wave, **shape, return_complex=True)[
-            :, : len(mel)
-        ].angle()  # one frame more than T: cut
-        spectrum = torch.polar(size, phase)
-    return torch.istft(spectrum, **shape, length=len(mel) * HOP).clamp(-1, 1)
+    stft = {"n_fft": VOICE_FFT, "hop_length": HOP, "win_length": VOICE_WINDOW, "window": window}
+    samples = len(mel) * HOP
+
+    # From random phases, alternate between a waveform and the phases of its spectrum.
+    generator = torch.Generator().manual_seed(0)
+    phase = torch.rand(magnitude.shape, generator=generator) * 2 * torch.pi
+    spectrum = torch.polar(magnitude, phase)
+    for _ in range(iterations):
+        wave = torch.istft(spectrum, **stft, length=samples)
+        consistent = torch.stft(wave, **stft, return_complex=True)  # [bins, T + 1]
+        spectrum = torch.polar(magnitude, consistent[:, : len(mel)].angle())
+    return torch.istft(spectrum, **stft, length=samples).clamp(-1, 1)
 
 
-def read(codec, mel: Tensor) -> str:
-    """The letters that a codec reads in a mel [T, bands]."""
-    whole = len(mel) // codec.config.downsample * codec.config.downsample
-    if not whole:
+def read(codec: Codec, mel: Tensor) -> str:
+    """The codec's transcript of a mel [T, bands]."""
+    downsample = codec.config.downsample
+    frames = len(mel) // downsample * downsample  # whole codes only
+    if frames == 0:
         return ""
-    grid, _ = codec.quantize(mel[None, :whole].to(codec.ctc_head.weight.device))
+    grid, _ = codec.quantize(mel[None, :frames].to(codec.ctc_head.weight.device))
     return ids_to_letters(codec.letters(grid)[0].argmax(-1))
 
 
-def write_wav(file, wave: Tensor, rate: int) -> None:
-    """A wave [samples] as 16 bits."""
+def write_wav(file: BinaryIO, wave: Tensor, rate: int) -> None:
+    """Write a waveform [samples] as 16-bit PCM."""
     import soundfile
 
-    content = BytesIO()  # soundfile would swallow what a full disk says
-    soundfile.write(content, wave.numpy(), rate, subtype="PCM_16", format="WAV")
-    file.write(content.getbuffer())
+    buffer = BytesIO()  # written to the file by us: soundfile hides the error of a full disk
+    soundfile.write(buffer, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+    file.write(buffer.getbuffer())
 
 
-def write_picture(file, mel: Tensor, title: str) -> None:
-    """A mel [T, bands] as a PNG."""
+def write_picture(file: BinaryIO, mel: Tensor, title: str) -> None:
+    """Write a mel [T, bands] as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(8, 2.4), layout="constrained"
-    )  # without pyplot, which would ask for a screen
+    figure = Figure(figsize=(8, 2.4), layout="constrained")  # not pyplot, which needs a display
     viz.mel(viz.plain(figure.subplots()), mel.T.numpy(), title)
     figure.savefig(file, format="png", dpi=80)

@@ -1,8 +1,9 @@
-"""Stage audio_align: the audio encoder learns to give the Thinker what it hears."""
+"""Stage audio_align: the audio encoder learns to output word embeddings."""
 
 from random import Random
 
 import torch
+from torch import Tensor
 
 from minomni.data.oracle_features import audio_words, tone_token
 from minomni.data.scenes import Example
@@ -18,55 +19,61 @@ from minomni.train.stages.alignment import (
 
 
 class AudioAlignStage(AlignStage):
-    name, learns = "audio_align", ("thinker.audio_tower.",)
-    about = "the audio encoder learns to point at the words it hears, by CTC (in place of Whisper's weights)"
-    data = "spoken questions and sentences, sounds"
+    """CTC over word embeddings; later also regression onto the predicted embeddings."""
+
+    name = "audio_align"
+    learns = ("thinker.audio_tower.",)
+    about = (
+        "the audio encoder learns to predict the spoken words by CTC (instead of Whisper's weights)"
+    )
+    data = "spoken questions and sentences, tones"
 
     def batch(self, number):
         random = Random(f"{self.seed}-ears-{number}")
-        mels, words = [], []
+        mels = []
+        labels = []
         for i in range(self.recipe.batch):
-            text = self.teacher.recorded_text(random)
-            example = (
-                Example("", "", voice="any", heard=text)
-                if i % 6
-                else self.teacher.example("sync-typed", random)
-            )
-            wave = (
-                torch.from_numpy(example.sound)
-                if example.voice is None
-                else self.teacher.wave(example, random)
-            )
+            wave, words = self.clip(random, with_tone=i % 6 == 0)
             mels.append(log_mel(wave))
-            words.append(
-                torch.tensor(audio_words(example, self.encode) or [tone_token(self.encode)]) + 1
-            )  # class 0 is silence
+            labels.append(torch.tensor(words) + 1)  # class 0 is silence
+        # In the second half of the stage the weight of the regression rises from 0.
         progress = number / (self.recipe.steps * self.recipe.accumulate)
-        return (
-            mels,
-            words,
-            PLAIN * max(0.0, 2 * progress - 1),
-        )  # first to point at all, then plainly
+        weight = PLAIN * max(0.0, 2 * progress - 1)
+        return mels, labels, weight
+
+    def clip(self, random: Random, with_tone: bool) -> tuple[Tensor, list[int]]:
+        """A waveform [samples] and its token ids: the audio of a video with a tone, or speech."""
+        text = self.builder.recorded_text(random)
+        example = Example("", "", voice="any", heard=text)
+        if with_tone:
+            example = self.builder.example("sync-typed", random)
+        if example.voice is None:
+            wave = torch.from_numpy(example.sound)
+        else:
+            wave = self.builder.wave(example, random)
+        return wave, audio_words(example, self.encode) or [tone_token(self.encode)]
 
     def losses(self, batch):
-        mels, words, weight = batch
+        mels, labels, weight = batch
         thinker = self.omni.thinker
         features = thinker.audio_tower(mels)
         log_probs, counts = word_log_probs(thinker, mels, features)
-        found = (
-            torch.cat([row[:n] for row, n in zip(log_probs, counts)]).detach().exp()
-        )  # [sum of tokens, classes]
+
+        # Regression targets: the expected embedding under the model's own predictions.
+        valid = torch.cat([row[:count] for row, count in zip(log_probs, counts)])
+        probs = valid.detach().exp()  # [sum of tokens, classes]
+        target = probs @ classes_of(thinker, self.tokens.audio)
         return {
-            "ctc": losses.ctc(log_probs, counts, words),
-            "plain": weight
-            * embedding_mse(features, found @ classes_of(thinker, self.tokens.audio)),
+            "ctc": losses.ctc(log_probs, counts, labels),
+            "plain": weight * embedding_mse(features, target),
         }
 
     def sample(self):
-        last = log_mel(self.teacher.speech.wave(len(self.teacher.speech) - 1))
-        log_probs, _ = word_log_probs(
-            self.omni.thinker, [last], self.omni.thinker.audio_tower([last])
-        )
-        heard = torch.unique_consecutive(log_probs[0].argmax(-1))
-        written = self.teacher.processor.tokenizer.decode((heard[heard > 0] - 1).tolist())
-        return f"{self.teacher.spoken[-1]!r} -> {written!r}"
+        mel = log_mel(self.builder.speech.wave(len(self.builder.speech) - 1))
+        features = self.omni.thinker.audio_tower([mel])
+        log_probs, _ = word_log_probs(self.omni.thinker, [mel], features)
+        # Greedy CTC decoding: merge repeats, drop blanks.
+        classes = torch.unique_consecutive(log_probs[0].argmax(-1))
+        ids = (classes[classes > 0] - 1).tolist()
+        transcript = self.builder.processor.tokenizer.decode(ids)
+        return f"{self.builder.spoken[-1]!r} -> {transcript!r}"

@@ -1,6 +1,7 @@
 """Stage codec: speech to discrete codes and back to a mel."""
 
 import torch
+from torch import Tensor
 
 from minomni.config import MEL_RATE
 from minomni.data.batching import pad_mels, similar_lengths
@@ -11,51 +12,63 @@ from minomni.train.stages.mel_stage import MelStage
 
 
 class CodecStage(MelStage):
-    name, learns = "codec", ("codec.",)
-    about = "speech tokenizer: reads letters (CTC) and restores the mel from FSQ codes"
+    """CTC loss on letters and L1 loss on the mel, both from the quantized values."""
+
+    name = "codec"
+    learns = ("codec.",)
+    about = "speech tokenizer: FSQ codes that predict letters (CTC) and reconstruct the mel"
 
     def batch(self, number):
         indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)
         mels, frames = pad_mels([self.mel(i) for i in indices])
         letters = [letters_to_ids(self.speech.utterances[i].text) for i in indices]
+        # First the letters, then the mel as well.
         progress = number / (self.recipe.steps * self.recipe.accumulate)
-        mel_weight = min(1.0, 0.2 + progress / 0.4)  # words first, sound later
+        mel_weight = min(1.0, 0.2 + progress / 0.4)
         return mels, frames, letters, self.conds(indices), mel_weight
 
     def losses(self, batch):
         mels, frames, letters, conds, mel_weight = batch
         codec = self.omni.codec
         grid, _ = codec.quantize(mels)
-        mel, lengths = codec.mel(grid, conds), frames // codec.config.downsample
+        reconstructed = codec.mel(grid, conds)
+        lengths = frames // codec.config.downsample
         return {
             "ctc": losses.ctc(codec.letters(grid), lengths, letters),
-            "mel": mel_weight * losses.masked_l1(mel, mels, frames),
+            "mel": mel_weight * losses.masked_l1(reconstructed, mels, frames),
             "even": losses.off_centre(grid, lengths),
         }
 
     def sample(self):
-        """How much of the alphabet is used, how many bits a second it carries, and whether it can
-        be read again.
-        """
-        codec, chosen = self.omni.codec, range(0, len(self.speech), max(1, len(self.speech) // 32))
-        codes, wrong, words = [], 0, 0
-        for i in chosen:
-            codes.append(codec.encode(self.mel(i)[None].to(self.device))[0])
-            again = codec.mel(
-                codec.fsq.values(codes[-1])[None], self.conds([i]).to(self.device)
-            )  # [1, T, bands]
-            text = self.speech.utterances[i].text.split()
-            wrong, words = wrong + edit_distance(text, self.read(again).split()), words + len(text)
+        """Codes in use, bits per second, and the word error rate of reconstructed speech."""
+        codec = self.omni.codec
+        codes = []
+        edits = 0
+        words = 0
+        for i in range(0, len(self.speech), max(1, len(self.speech) // 32)):
+            mel = self.mel(i)[None].to(self.device)
+            codes.append(codec.encode(mel)[0])
+            grid = codec.fsq.values(codes[-1])[None]
+            reconstructed = codec.mel(grid, self.conds([i]).to(self.device))  # [1, T, bands]
+            reference = self.speech.utterances[i].text.split()
+            edits += edit_distance(reference, self.transcribe(reconstructed).split())
+            words += len(reference)
+
+        # Entropy of the codes.
         _, counts = torch.cat(codes).unique(return_counts=True)
-        share = counts / counts.sum()
-        bits = -(share * share.log2()).sum().item() * MEL_RATE / codec.config.downsample
+        frequencies = counts / counts.sum()
+        bits_per_code = -(frequencies * frequencies.log2()).sum().item()
+        bits_per_second = bits_per_code * MEL_RATE / codec.config.downsample
+
+        transcript = self.transcribe(self.mel(0)[None].to(self.device))
         return (
-            f"{len(counts)} of {codec.config.num_codes} codes used, {bits:.0f} bits/s; re-made and read again: word error "
-            f"{wrong / words:.0%}; reads {self.read(self.mel(0)[None].to(self.device))!r}"
+            f"{len(counts)} of {codec.config.num_codes} codes used, {bits_per_second:.0f} bits/s; "
+            f"word error rate of reconstructed speech {edits / words:.0%}; "
+            f"transcript {transcript!r}"
         )
 
-    def read(self, mel: torch.Tensor) -> str:
-        """What the codec reads in a mel [1, T, bands]."""
+    def transcribe(self, mel: Tensor) -> str:
+        """The codec's transcript of a mel [1, T, bands]."""
         grid, _ = self.omni.codec.quantize(mel)
         return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
 

@@ -3,119 +3,138 @@
 from random import Random
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from minomni.data.codes import encode_corpus
 from minomni.data.corpus import sentence_kind
 from minomni.talker.codec import MEL_CENTRE, MEL_SPREAD
 from minomni.train import losses
-from minomni.train.stages.mel_stage import CROP_BLOCKS, MelStage
+from minomni.train.stages.mel_stage import MelStage
 
-DROP_CONDITION = 0.15  # share of rows that teach the DiT its unconditional half
+CROP_BLOCKS = (3, 4)  # attention blocks in a training crop; short sentences have at most three
+DROP_CONDITION = 0.15  # fraction of rows without condition, for classifier-free guidance
+INIT_UTTERANCES = 600  # about how many utterances initialize the code embeddings
 
 
 class DiTStage(MelStage):
-    name, learns, needs = "dit", ("token2wav.code2wav_dit_model.",), ("codec",)
+    """Flow matching on crops, conditioned on codes, speaker vector and reference mel."""
+
+    name = "dit"
+    learns = ("token2wav.code2wav_dit_model.",)
+    needs = ("codec",)
     about = "flow-matching DiT: codes to mel in sliding blocks"
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup(self) -> None:
+        """Encode the corpus, and initialize the DiT from the mels."""
         with torch.no_grad():
             codes = encode_corpus(self.omni.codec, self.spoken, self.cache)
+            # self.speech lacks the long sentences of self.spoken.
             self.codes = [
                 row
-                for row, u in zip(codes, self.spoken.utterances)
-                if sentence_kind(u.text) != "long"
+                for row, utterance in zip(codes, self.spoken.utterances)
+                if sentence_kind(utterance.text) != "long"
             ]
-            self.start_from_sounds()
+            self.initialize_code_embeddings()
+            dit = self.omni.token2wav.code2wav_dit_model
+            dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_SPREAD
+            dit.proj_out.bias.fill_(MEL_CENTRE)  # the velocity starts at the mean mel
 
-    def start_from_sounds(self) -> None:
-        """Begin with what each code sounds like on average, so that a thousand rows need not be
-        learnt one by one.
+    def initialize_code_embeddings(self) -> None:
+        """Set each code's embedding to the principal components of its mean mel.
+
+        Codes that do not occur keep their random embedding.
         """
-        dit = self.omni.token2wav.code2wav_dit_model
-        table = dit.text_embed.codec_embed.weight
-        sums, counts = (
-            torch.zeros(len(table), dit.config.repeats * dit.config.mel_dim),
-            torch.zeros(len(table), 1),
-        )
-        for i in range(0, len(self.speech), max(1, len(self.speech) // 600)):
-            pieces = ((self.mel(i) - MEL_CENTRE) / MEL_SPREAD).reshape(
-                len(self.codes[i]), -1
-            )  # [C, repeats * bands]
-            sums.index_add_(0, self.codes[i], pieces)
-            counts.index_add_(0, self.codes[i], torch.ones(len(pieces), 1))
-        heard = counts[:, 0] > 0
-        means = sums[heard] / counts[heard]
-        directions = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[
-            : table.shape[1]
-        ]  # principal ones
-        places = (means - means.mean(0)) @ directions.T
-        rows = F.pad(
-            places / places.std(), (0, table.shape[1] - places.shape[1])
-        )  # few codes, few directions
-        table[heard.to(table.device)] = rows.to(table.device)
-        dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_SPREAD
-        dit.proj_out.bias.fill_(MEL_CENTRE)  # velocity starts at the mean mel
+        table = self.omni.token2wav.code2wav_dit_model.text_embed.codec_embed.weight
+        means, used = self.mean_mels(len(table))
+        centered = means - means.mean(0)
+        components = torch.linalg.svd(centered, full_matrices=False).Vh[: table.shape[1]]
+        coordinates = centered @ components.T
+        # Fewer codes than dimensions have fewer components.
+        padding = (0, table.shape[1] - coordinates.shape[1])
+        embeddings = F.pad(coordinates / coordinates.std(), padding)
+        table[used.to(table.device)] = embeddings.to(table.device)
+
+    def mean_mels(self, num_codes: int) -> tuple[Tensor, Tensor]:
+        """Mean of the normalized mel frames of each code over a part of the corpus.
+
+        -> means [used codes, repeats * bands], mask of the used codes [num_codes].
+        """
+        dit = self.omni.config.token2wav.dit
+        sums = torch.zeros(num_codes, dit.repeats * dit.mel_dim)
+        counts = torch.zeros(num_codes, 1)
+        for i in range(0, len(self.speech), max(1, len(self.speech) // INIT_UTTERANCES)):
+            codes = self.codes[i]
+            normalized = (self.mel(i) - MEL_CENTRE) / MEL_SPREAD
+            frames = normalized.reshape(len(codes), -1)  # [C, repeats * bands]
+            sums.index_add_(0, codes, frames)
+            counts.index_add_(0, codes, torch.ones(len(codes), 1))
+        used = counts[:, 0] > 0
+        return sums[used] / counts[used], used
 
     def batch(self, number):
-        random, dit = Random(f"{self.seed}-dit-{number}"), self.omni.config.token2wav.dit
-        first, last = (
-            random.choice(
-                (dit.block_size, random.randrange(dit.repeats, dit.block_size, dit.repeats))
-            )
-            for _ in range(2)
-        )  # frames of the outer blocks: streams begin, and speech ends, with short ones
-        length = (random.choice(CROP_BLOCKS) - 2) * dit.block_size + first + last
-        indices, mels, codes = [], [], []
+        random = Random(f"{self.seed}-dit-{number}")
+        dit = self.omni.config.token2wav.dit
+
+        # The first and last block may be short: streams start, and speech ends, with short blocks.
+        first = self.outer_block(random)
+        last = self.outer_block(random)
+        length = (random.choice(CROP_BLOCKS) - 2) * dit.block_size + first + last  # mel frames
+
+        indices = []
+        mels = []
+        codes = []
         while len(indices) < self.recipe.batch:
             i = self.draw(random)
             if len(self.codes[i]) * dit.repeats <= length:
                 continue
             mel = self.mel(i)
             start = random.randrange(0, len(mel) - length + 1, dit.repeats)
+            end = start + length
             indices.append(i)
-            mels.append(mel[start : start + length])
-            codes.append(self.codes[i][start // dit.repeats : (start + length) // dit.repeats])
-        references = torch.cat(
-            [self.voices[self.speech.utterances[i].voice].ref_mel for i in indices]
-        )
-        return (
-            torch.stack(mels),
-            torch.stack(codes),
-            self.conds(indices),
-            references,
-            dit.block_size - first,
-        )
+            mels.append(mel[start:end])
+            codes.append(self.codes[i][start // dit.repeats : end // dit.repeats])
+        voices = [self.voices[self.speech.utterances[i].voice] for i in indices]
+        references = torch.cat([voice.ref_mel for voice in voices])
+        left_pad = dit.block_size - first
+        return torch.stack(mels), torch.stack(codes), self.conds(indices), references, left_pad
+
+    def outer_block(self, random: Random) -> int:
+        """Mel frames of the first or last block of a crop: a whole block or a random part."""
+        dit = self.omni.config.token2wav.dit
+        part = random.randrange(dit.repeats, dit.block_size, dit.repeats)
+        return random.choice((dit.block_size, part))
 
     def losses(self, batch):
-        mels, codes, conds, references, lacking = batch
-        kept = torch.rand(len(mels), device=self.device) >= DROP_CONDITION
-        codes, conds, references = (
-            codes * kept[:, None],
-            conds * kept[:, None],
-            references * kept[:, None, None],
-        )
-        time = 1 - torch.cos(
-            torch.rand(len(mels), device=self.device) * torch.pi / 2
-        )  # early times more often, as the solver's sway has it
+        mels, codes, conds, references, left_pad = batch
+        # Drop all conditions of some rows.
+        keep = torch.rand(len(mels), device=self.device) >= DROP_CONDITION
+        codes = codes * keep[:, None]
+        conds = conds * keep[:, None]
+        references = references * keep[:, None, None]
+
+        # Early times are more frequent, as in the sway sampling of the solver.
+        uniform = torch.rand(len(mels), device=self.device)
+        time = 1 - torch.cos(uniform * torch.pi / 2)
+        noise = torch.randn_like(mels)
+
         dit = self.omni.token2wav.code2wav_dit_model
-        return {
-            "flow": losses.flow_matching(
-                lambda x, t: dit(x, codes, t, conds, references, lacking),
-                mels,
-                torch.randn_like(mels),
-                time,
-            )
-        }
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return dit(x, codes, t, conds, references, left_pad)
+
+        return {"flow": losses.flow_matching(velocity, mels, noise, time)}
 
     def sound(self):
-        dit, voice = (
-            self.omni.token2wav.code2wav_dit_model,
-            self.voices[self.speech.utterances[0].voice],
+        dit = self.omni.token2wav.code2wav_dit_model
+        voice = self.voices[self.speech.utterances[0].voice]
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, *self.mel(0).shape, generator=generator)  # [1, T, bands]
+        mel = dit.sample(
+            self.codes[0][None].to(self.device),
+            voice.cond.to(self.device),
+            voice.ref_mel.to(self.device),
+            self.omni.config.flow,
+            noise.to(self.device),
         )
-        noise = torch.randn(
-            1, *self.mel(0).shape, generator=torch.Generator().manual_seed(0)
-        )  # [1, T, bands]
-        inputs = [x.to(self.device) for x in (self.codes[0][None], voice.cond, voice.ref_mel)]
-        return self.text, dit.sample(*inputs, self.omni.config.flow, noise.to(self.device))[0].T
+        return self.text, mel[0].T

@@ -1,4 +1,4 @@
-"""Stage dpo: preference for speech that is understood (paper, sec. 3.3)."""
+"""Stage dpo: direct preference optimization for intelligible speech (paper, sec. 3.3)."""
 
 from random import Random
 
@@ -10,115 +10,147 @@ from minomni.data.examples import ExampleBuilder
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
 from minomni.train import losses
-from minomni.train.stages.speech import THINKER, SpeechStage, TalkerExample, collate, talker_prompts
+from minomni.train.stages.speech import (
+    BATCH,
+    THINKER,
+    SpeechStage,
+    TalkerExample,
+    collate,
+    talker_prompts,
+)
 
-PAUSE = 8  # codes (a third of a second) without a letter that are no pause yet
+PAUSE = 8  # codes (a third of a second) without a letter that do not yet count as a pause
+PAIRS = 16  # preference pairs per batch
+
+Pair = tuple[TalkerExample, Tensor, Tensor]  # prompt, chosen codes [m], rejected codes [n]
 
 
 class DPOStage(SpeechStage):
-    name, needs = "dpo", ("codec", *THINKER, "talker")
-    about = "direct preference optimisation: of some tries at long sentences, the best understood over the worst"
-    data = "its own tries at sentences that nobody has recorded, and the recorded ones as before"
-    beta, tries, prompts = 0.05, 4, 640
-    better = 0.5  # weight of the better try as a lesson: preference alone has not helped
+    """DPO on the Talker's own samples, beside next-code loss on chosen samples and recordings."""
 
-    def prepare(self):
-        """Pairs (lesson, better codes, worse codes) from the Talker's samples; reference
-        log-probabilities.
+    name = "dpo"
+    needs = ("codec", *THINKER, "talker")
+    about = (
+        "direct preference optimization: the most intelligible of several samples over the worst"
+    )
+    data = "its own samples of sentences without a recording, and the recorded ones as before"
+    beta = 0.05
+    tries = 4  # samples per prompt
+    prompts = 640
+    better = 0.5  # weight of the next-code loss on chosen samples: preference alone did not help
+
+    def setup(self) -> None:
+        """Also sample the preference pairs, and compute their reference log-probabilities."""
+        super().setup()
+        with torch.no_grad():
+            self.pairs = self.preference_pairs()
+            self.reference = [
+                self._log_probs(self.pairs[begin : begin + PAIRS])
+                for begin in range(0, len(self.pairs), PAIRS)
+            ]
+
+    def preference_pairs(self) -> list[Pair]:
+        """Best and worst of the Talker's samples for each prompt, sorted by length.
+
+        Raises UserError if no sample of a prompt is better than another.
         """
-        lessons = super().prepare()
         generator = torch.Generator(self.device).manual_seed(self.seed + 12)
-        room = max(len(lesson.codes) for lesson in lessons) * 3 // 2
-        varied = SamplingConfig(
-            temperature=0.6, top_k=0, top_p=0.9, repetition_penalty=1.0, max_new_tokens=room
+        longest = max(len(example.codes) for example in self.examples)
+        sampling = SamplingConfig(
+            temperature=0.6,
+            top_k=0,
+            top_p=0.9,
+            repetition_penalty=1.0,
+            max_new_tokens=longest * 3 // 2,
         )
-        self.pairs = []
-        for part in self.dpo_prompts():
-            tried = self.speak(
-                [lesson for lesson in part for _ in range(self.tries)], varied, generator
-            )
-            for i, lesson in enumerate(part):
-                ours = tried[i * self.tries :][: self.tries]
-                ranked = sorted(
-                    (self.error_score(lesson.text, codes), number)
-                    for number, codes in enumerate(ours)
-                )
-                (fewest, best), (most, worst) = ranked[0], ranked[-1]
-                if most > fewest + 1 and len(ours[best]):
-                    self.pairs.append((lesson, ours[best], ours[worst]))
-        if not self.pairs:
+        pairs = []
+        for prompts in self.dpo_prompts():
+            repeated = [prompt for prompt in prompts for _ in range(self.tries)]
+            samples = self.speak(repeated, sampling, generator)
+            for i, prompt in enumerate(prompts):
+                own_samples = samples[i * self.tries : (i + 1) * self.tries]
+                pair = self.best_and_worst(prompt, own_samples)
+                if pair is not None:
+                    pairs.append(pair)
+        if not pairs:
             raise UserError(
-                f"stage {self.name}: in {self.prompts} sentences no try was better than another; the talker stage needs "
-                f"more steps"
+                f"stage {self.name}: the samples of each of {self.prompts} sentences are equally "
+                "good; the talker stage needs more steps"
             )
-        self.pairs.sort(
-            key=lambda pair: len(pair[1]) + len(pair[2])
-        )  # what is computed together is about as long
-        self.reference = [
-            self._log_probs(self.pairs[i : i + 16]) for i in range(0, len(self.pairs), 16)
-        ]
-        return lessons
+        # Pairs of a batch are padded together, so they should have similar lengths.
+        pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))
+        return pairs
+
+    def best_and_worst(self, prompt: TalkerExample, samples: list[Tensor]) -> Pair | None:
+        """The samples with the lowest and the highest error score; None if the scores are close."""
+        scores = [self.error_score(prompt.text, codes) for codes in samples]
+        ranked = sorted(range(len(samples)), key=lambda i: scores[i])
+        best = ranked[0]
+        worst = ranked[-1]
+        if scores[worst] <= scores[best] + 1 or len(samples[best]) == 0:
+            return None
+        return prompt, samples[best], samples[worst]
 
     def dpo_prompts(self) -> list[list[TalkerExample]]:
-        """Long sentences to say, in any voice, without codes: nobody has said them yet. In batches."""
-        teacher, random = ExampleBuilder(self.omni.config, self.cache), Random(self.seed + 12)
-        examples = [teacher.example("say-long", random) for _ in range(self.prompts)]
-        voices, nothing = (
-            [voice.bos_token for voice in self.voices.values()],
-            torch.zeros(0, dtype=torch.long),
-        )
-        parts = []
-        for begin in range(0, len(examples), 32):
-            part = examples[begin : begin + 32]
-            rows = talker_prompts(
-                self.omni.thinker, *teacher.collate([[example] for example in part], random)
-            )
-            parts.append(
-                [
-                    TalkerExample(*row, random.choice(voices), nothing, x.answer)
-                    for row, x in zip(rows, part)
-                ]
-            )
-        return parts
+        """Batches of prompts to say long sentences in random voices, without codes."""
+        builder = ExampleBuilder(self.omni.config, self.cache)
+        random = Random(self.seed + 12)
+        examples = [builder.example("say-long", random) for _ in range(self.prompts)]
+        voices = [voice.bos_token for voice in self.voices.values()]
+        no_codes = torch.zeros(0, dtype=torch.long)
+
+        batches = []
+        for begin in range(0, len(examples), BATCH):
+            part = examples[begin : begin + BATCH]
+            inputs, targets = builder.collate([[example] for example in part], random)
+            batch = []
+            for row, example in zip(talker_prompts(self.omni.thinker, inputs, targets), part):
+                voice = random.choice(voices)
+                batch.append(TalkerExample(*row, voice, no_codes, example.answer))
+            batches.append(batch)
+        return batches
 
     def error_score(self, text: str, codes: Tensor) -> float:
-        """What is wrong with some speech: letters that our own codec misreads, and stretches of
-        silence within.
-        """
+        """Letters that our codec transcribes differently, plus a penalty for long pauses."""
         return edit_distance(text, self.transcribe(codes)) + self.long_pauses(codes)
 
     def long_pauses(self, codes: Tensor) -> float:
-        """Codes without a letter, those beyond PAUSE at a time, between the first letter and the
-        last; two a fault.
-        """
+        """Half the number of codes by which pauses between letters exceed PAUSE."""
         if len(codes) == 0:
             return 0.0
-        runs = torch.unique_consecutive(self.letters(codes).argmax(-1), return_counts=True)
-        inner = [n for letter, n in zip(*(row.tolist() for row in runs)) if letter == 0][1:-1]
-        return sum(max(0, n - PAUSE) for n in inner) / 2
+        letters = self.letter_log_probs(codes).argmax(-1)
+        runs, lengths = torch.unique_consecutive(letters, return_counts=True)
+        pauses = lengths[runs == 0].tolist()
+        # The first and last pause are silence before and after the speech.
+        return sum(max(0, length - PAUSE) for length in pauses[1:-1]) / 2
 
-    def _log_probs(self, pairs):
-        """Log-probabilities [2, B] of the better and the worse codes."""
-        lessons, better, worse = zip(*pairs)
-        script = collate([*lessons, *lessons], self.tokens, self.table)
+    def _log_probs(self, pairs: list[Pair]) -> Tensor:
+        """Log-probabilities [2, B] of the chosen and the rejected codes."""
+        prompts = [prompt for prompt, _, _ in pairs]
+        chosen = [codes for _, codes, _ in pairs]
+        rejected = [codes for _, _, codes in pairs]
+        inputs = collate(prompts + prompts, self.tokens, self.table)
         embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(
-            script, [*better, *worse]
+            inputs, chosen + rejected
         )
         logits = self.omni.talker(embeds, position_ids, mask)
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 
     def batch(self, number):
-        parts = len(self.reference)
-        order = Random(f"{self.seed}-dpo-{number // parts}").sample(range(parts), parts)
-        chosen, lessons = order[number % parts], super().batch(number)
-        return self.pairs[chosen * 16 : chosen * 16 + 16], self.reference[chosen], lessons
+        # Each epoch visits all batches of pairs in a random order.
+        batches = len(self.reference)
+        epoch = number // batches
+        order = Random(f"{self.seed}-dpo-{epoch}").sample(range(batches), batches)
+        index = order[number % batches]
+        pairs = self.pairs[index * PAIRS : (index + 1) * PAIRS]
+        return pairs, self.reference[index], super().batch(number)
 
     def losses(self, batch):
-        pairs, reference, lessons = batch
+        pairs, reference, examples = batch
         chosen, rejected = self._log_probs(pairs)
-        said = sum(len(better) + 1 for _, better, _ in pairs)  # the stop is said too
+        chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)  # each with its stop code
         return {
             "dpo": losses.dpo(chosen, rejected, *reference, self.beta),
-            "better": -self.better * chosen.sum() / said,
-            **super().losses(lessons),
+            "better": -self.better * chosen.sum() / chosen_codes,
+            **super().losses(examples),
         }

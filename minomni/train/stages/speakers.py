@@ -1,8 +1,11 @@
-"""Stage speakers: every voice of the model (paper, sec. 3.3)."""
+"""Stage speakers: speaker tuning of the Talker on all voices (paper, sec. 3.3)."""
 
 from minomni.train.stages.speech import THINKER, SpeechStage
 
 
 class SpeakersStage(SpeechStage):
-    name, needs = "speakers", ("codec", *THINKER, "talker", "dpo")
-    about = "speaker tuning: all voices once more, at a low rate"
+    """Next-code loss on all voices once more, after DPO."""
+
+    name = "speakers"
+    needs = ("codec", *THINKER, "talker", "dpo")
+    about = "speaker tuning: all voices once more, at a low learning rate"

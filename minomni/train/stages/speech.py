@@ -1,25 +1,35 @@
-"""What the Talker's stages share: spoken answers, the Thinker's states for them, and their codes."""
+"""Shared by the Talker's stages: spoken answers, the Thinker's states for them, and their codes."""
 
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from minomni.config import IGNORE_INDEX, SamplingConfig
+from minomni.config import IGNORE_INDEX, SamplingConfig, TokenIds
 from minomni.data.batching import similar_lengths
 from minomni.data.codes import cache_key, encode_corpus
 from minomni.data.corpus import FIRST_VOICE, corpus, make_voices, sampling_weights
 from minomni.data.examples import ExampleBuilder
+from minomni.data.scenes import Example
 from minomni.data.vocabulary import english
 from minomni.data.word_errors import edit_distance
 from minomni.files import write_atomically
+from minomni.inputs.prompt import Inputs
 from minomni.talker.codec import ids_to_letters
 from minomni.talker.talker import TalkerInputs, reply_embeds
+from minomni.thinker.thinker import Thinker
 from minomni.train import losses
 from minomni.train.loop import Stage
 
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
 THINKER = ("language", "audio_align", "vision_align", "thinker1", "thinker2", "thinker3", "chat")
+BATCH = 32  # rows per forward pass of the Thinker
+# Kinds of prompts to which the recorded sentences are the answers, with sampling weights.
 CONTEXTS = {
     "say-typed": 6,
     "say-spoken": 1,
@@ -33,155 +43,167 @@ CONTEXTS = {
 
 @dataclass
 class TalkerExample:
-    """One answer to speak: what the Thinker hands over, and the codes that say it."""
+    """One answer to speak: the Thinker's outputs and the speech codes."""
 
     prompt: Tensor  # [L, E] final states plus text embeddings
     position_ids: Tensor  # [3, L]
     states: Tensor  # [n - 1, E] of the reply
     voice: int  # token id
     codes: Tensor  # [m]
-    reply_embeds: str
-    words: Tensor | None = (
-        None  # [m] which word of the text each code says, counted from 0; None where unknown
-    )
+    text: str
+    words: Tensor | None = None  # [m] index of the word that each code speaks; None if unknown
 
 
-def talker_prompts(thinker, inputs, targets) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per row of a lesson: prompt [L, E], its position ids [3, L], reply states [n - 1, E]; no
-    padding, on the CPU.
+def talker_prompts(
+    thinker: Thinker, inputs: Inputs, targets: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Run the Thinker over a batch with answers -> what the Talker needs of each row.
+
+    inputs: B rows of length L with left padding; targets [B, L], IGNORE_INDEX outside the answers.
+    Per row: prompt [n, E], its position ids [3, n] and reply states [m - 1, E], without padding, on
+    the CPU.
     """
     with torch.no_grad():
-        reading = thinker.read(inputs)
-    total, rows = inputs.input_ids.shape[1], []
-    spoken, position_ids = (
-        (reading.hidden + reading.text_embeds).cpu(),
-        reading.position_ids.cpu(),
-    )  # [B, L, E]
+        state = thinker.read(inputs)
+    states = (state.hidden + state.text_embeds).cpu()  # [B, L, E]
+    position_ids = state.position_ids.cpu()  # [3, B, L]
+    end = inputs.input_ids.shape[1]
+
+    prompts = []
     for row, mask in enumerate(inputs.attention_mask):
-        begin, answer = total - int(mask.sum()), int((targets[row] != IGNORE_INDEX).sum())
-        rows.append(
+        start = end - int(mask.sum())
+        # The last state predicts the answer's first token; the answer's last token is not an input.
+        reply_start = end - int((targets[row] != IGNORE_INDEX).sum())
+        prompts.append(
             (
-                spoken[row, begin : total - answer].clone(),
-                position_ids[:, row, begin : total - answer].clone(),
-                spoken[row, total - answer : total - 1].clone(),
+                states[row, start:reply_start].clone(),
+                position_ids[:, row, start:reply_start].clone(),
+                states[row, reply_start : end - 1].clone(),
             )
         )
-    return rows
+    return prompts
 
 
-def collate(lessons: list[TalkerExample], tokens, table) -> TalkerInputs:
-    """A batch of lessons as the Talker reads it, prompts padded on the left, on the device of the
-    Thinker's table.
-    """
+def collate(examples: list[TalkerExample], tokens: TokenIds, table: nn.Embedding) -> TalkerInputs:
+    """A batch for the Talker, prompts left-padded, on the device of the Thinker's embeddings."""
     device = table.weight.device
-    lengths = [len(lesson.prompt) for lesson in lessons]
+    lengths = [len(example.prompt) for example in examples]
     longest = max(lengths)
-    prompt = torch.stack(
-        [
-            torch.nn.functional.pad(x.prompt, (0, 0, longest - n, 0))
-            for x, n in zip(lessons, lengths)
-        ]
+
+    # Left-pad the prompts, their position ids and the attention mask.
+    prompts = []
+    positions = []
+    for example, length in zip(examples, lengths):
+        padding = longest - length
+        prompts.append(F.pad(example.prompt, (0, 0, padding, 0)))
+        positions.append(F.pad(example.position_ids, (padding, 0), value=1))
+    prompt = torch.stack(prompts)  # [B, L, E]
+    position_ids = torch.stack(positions, dim=1)  # [3, B, L]
+    left_pad = longest - torch.tensor(lengths)[:, None]
+    attention_mask = (torch.arange(longest) >= left_pad).long()  # [B, L]
+
+    # Embeddings of the voices and of the replies.
+    text_end = table.weight[tokens.tts_text_end].detach()
+    text_pad = table.weight[tokens.tts_text_pad].detach()
+    voice_ids = torch.tensor([example.voice for example in examples])
+    voices = table.weight[voice_ids].detach()
+    replies = [reply_embeds(example.states.to(device), text_end, text_pad) for example in examples]
+    return TalkerInputs(
+        prompt.to(device),
+        position_ids.to(device),
+        attention_mask.to(device),
+        voices,
+        replies,
     )
-    positions = torch.stack(
-        [
-            torch.nn.functional.pad(x.position_ids, (longest - n, 0), value=1)
-            for x, n in zip(lessons, lengths)
-        ],
-        1,
-    )  # [3, B, L]
-    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()  # [B, L]
-    end, pad = (
-        table.weight[tokens.tts_text_end].detach(),
-        table.weight[tokens.tts_text_pad].detach(),
-    )
-    voice = table.weight[torch.tensor([x.voice for x in lessons])].detach()
-    lines = [reply_embeds(x.states.to(device), end, pad) for x in lessons]
-    return TalkerInputs(prompt.to(device), positions.to(device), mask.to(device), voice, lines)
 
 
-def code_loss(omni, lessons: list[TalkerExample]) -> Tensor:
-    """Mean next-code loss of the Talker on some lessons."""
-    script = collate(lessons, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
-    embeds, position_ids, mask, targets = omni.talker.teacher_forced(
-        script, [lesson.codes for lesson in lessons]
-    )
+def code_loss(omni: "Omni", examples: list[TalkerExample]) -> Tensor:
+    """Mean next-code loss of the Talker on some examples."""
+    inputs = collate(examples, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
+    codes = [example.codes for example in examples]
+    embeds, position_ids, mask, targets = omni.talker.teacher_forced(inputs, codes)
     return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
 
 
 class SpeechStage(Stage):
-    """What the three share: spoken sentences as answers, what the Thinker thinks of them, and how
-    they sound.
-    """
+    """A stage of the Talker: next-code loss on the recorded sentences as answers."""
 
-    learns, data = ("talker.",), "spoken sentences as answers, what the Thinker thinks of them"
-    kept = "lessons"  # begins the name of the file that they are kept in
+    learns = ("talker.",)
+    data = "spoken sentences as answers, with the Thinker's states for them"
+    cache_prefix = "talker-examples"  # of the file in the cache
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.speech = corpus("speaking", self.cache, english(self.omni.config.thinker.tokens))
-        self.voices = make_voices(
-            self.speech, self.omni.config.thinker.tokens.tts_text_pad + FIRST_VOICE
-        )
-        self.table = self.omni.thinker.model.embed_tokens
         self.tokens = self.omni.config.thinker.tokens
+        self.table = self.omni.thinker.model.embed_tokens
+        self.speech = corpus("speaking", self.cache, english(self.tokens))
+        self.voices = make_voices(self.speech, self.tokens.tts_text_pad + FIRST_VOICE)
+
+    def setup(self) -> None:
+        """Run the Thinker and the codec over the corpus, and compute the sampling weights."""
         self.omni.eval()
         with torch.no_grad():
             self.examples = self.prepare()
-        self.lengths = [
-            (len(x.prompt) // 8, len(x.codes)) for x in self.examples
-        ]  # each is padded on its own
-        self.weights = sampling_weights([x.text for x in self.examples])
+        # Prompts and codes are padded separately, so batches are similar in both lengths.
+        self.lengths = [(len(x.prompt) // 8, len(x.codes)) for x in self.examples]
+        self.weights = sampling_weights([example.text for example in self.examples])
 
     def prepare(self) -> list[TalkerExample]:
-        """One lesson for every recording, kept in a file that is named by what made them: dpo and
-        speakers share it.
+        """One example per recording, from the cache if the models and recordings are the same.
+
+        The stages dpo and speakers share the file.
         """
-        path = (
-            self.cache
-            / f"{self.kept}-{cache_key([self.omni.thinker, self.omni.codec], self.seed, self.speech.utterances)}.pt"
-        )
+        models = [self.omni.thinker, self.omni.codec]
+        key = cache_key(models, self.seed, self.speech.utterances)
+        path = self.cache / f"{self.cache_prefix}-{key}.pt"
         if path.exists():
             return [TalkerExample(**row) for row in torch.load(path, weights_only=True)]
-        lessons = self.make_examples()
-        rows = [vars(lesson) for lesson in lessons]
-        write_atomically(path, lambda f: torch.save(rows, f))
-        return lessons
+        examples = self.make_examples()
+        rows = [vars(example) for example in examples]
+        write_atomically(path, lambda file: torch.save(rows, file))
+        return examples
 
     def make_examples(self) -> list[TalkerExample]:
-        """For every recording a context in which its sentence is the answer, read by the finished
-        Thinker.
-        """
-        teacher, random = ExampleBuilder(self.omni.config, self.cache), Random(self.seed + 11)
-        codes, lessons = encode_corpus(self.omni.codec, self.speech, self.cache), []
-        asked = self.questions(teacher, random)
-        for begin in range(0, len(self.speech), 32):
-            utterances = self.speech.utterances[begin : begin + 32]
-            examples = [
-                asked[u.text].pop() if asked.get(u.text) else teacher.say(u.text)
-                for u in utterances
-            ]
-            rows = talker_prompts(
-                self.omni.thinker, *teacher.collate([[example] for example in examples], random)
-            )
-            lessons += [
-                TalkerExample(*row, self.voices[u.voice].bos_token, code.clone(), u.text)
-                for row, u, code in zip(rows, utterances, codes[begin : begin + 32])
-            ]
-        return lessons
+        """For each recording a prompt whose answer is its sentence, with the Thinker's states."""
+        builder = ExampleBuilder(self.omni.config, self.cache)
+        random = Random(self.seed + 11)
+        codes = encode_corpus(self.omni.codec, self.speech, self.cache)
+        questions = self.questions(builder, random)
 
-    def questions(self, teacher, random) -> dict[str, list]:
-        """Examples about things seen and heard, by the sentence that answers them."""
+        examples = []
+        for begin in range(0, len(self.speech), BATCH):
+            utterances = self.speech.utterances[begin : begin + BATCH]
+            dialogues = []
+            for utterance in utterances:
+                # A question with this sentence as the answer, or else the request to say it.
+                candidates = questions.get(utterance.text)
+                prompt = candidates.pop() if candidates else builder.say(utterance.text)
+                dialogues.append([prompt])
+            inputs, targets = builder.collate(dialogues, random)
+            rows = talker_prompts(self.omni.thinker, inputs, targets)
+            for row, utterance, code in zip(rows, utterances, codes[begin : begin + BATCH]):
+                voice = self.voices[utterance.voice].bos_token
+                examples.append(TalkerExample(*row, voice, code.clone(), utterance.text))
+        return examples
+
+    def questions(self, builder: ExampleBuilder, random: Random) -> dict[str, list[Example]]:
+        """Examples about images, video and audio, grouped by their answers."""
         kinds = random.choices(list(CONTEXTS), weights=list(CONTEXTS.values()), k=len(self.speech))
-        asked = {}
+        by_answer: dict[str, list[Example]] = {}
         for kind in kinds:
             if kind != "say-typed":
-                example = teacher.example(kind, random)
-                asked.setdefault(example.answer, []).append(example)
-        return asked
+                example = builder.example(kind, random)
+                by_answer.setdefault(example.answer, []).append(example)
+        return by_answer
 
     def batch(self, number):
         indices = similar_lengths(
-            self.lengths, self.recipe.batch, self.seed, number, self.weights, pool=32
+            self.lengths,
+            self.recipe.batch,
+            self.seed,
+            number,
+            self.weights,
+            pool=32,
         )
         return [self.examples[i] for i in indices]
 
@@ -189,42 +211,53 @@ class SpeechStage(Stage):
         return {"codes": code_loss(self.omni, batch)}
 
     def speak(
-        self, lessons: list[TalkerExample], sampling: SamplingConfig, generator=None
+        self,
+        examples: list[TalkerExample],
+        sampling: SamplingConfig,
+        generator: torch.Generator | None = None,
     ) -> list[Tensor]:
-        """Codes the Talker says for some lessons."""
-        rows = self.omni.config.token2wav.dit.num_embeds + 1
-        return self.omni.talker.generate(
-            collate(lessons, self.tokens, self.table), sampling, rows, generator
-        )
+        """Codes [m] that the Talker generates for each example."""
+        inputs = collate(examples, self.tokens, self.table)
+        num_codes = self.omni.config.token2wav.dit.num_embeds + 1
+        return self.omni.talker.generate(inputs, sampling, num_codes, generator)
 
-    def letters(self, codes: Tensor) -> Tensor:
-        """What our own codec reads in codes [m], as log-probabilities [m, classes]."""
-        return self.omni.codec.letters(self.omni.codec.fsq.values(codes.to(self.device))[None])[0]
+    def letter_log_probs(self, codes: Tensor) -> Tensor:
+        """Log-probabilities of our codec's CTC head for codes [m] -> [m, classes]."""
+        codec = self.omni.codec
+        grid = codec.fsq.values(codes.to(self.device))[None]
+        return codec.letters(grid)[0]
 
     def transcribe(self, codes: Tensor) -> str:
-        """What our own codec reads in codes; the outside judge is kept for the report."""
-        return ids_to_letters(self.letters(codes).argmax(-1)) if len(codes) else ""
+        """Our codec's transcript of codes [m].
+
+        The speech recognizer of the evaluation is not used in training.
+        """
+        if len(codes) == 0:
+            return ""
+        return ids_to_letters(self.letter_log_probs(codes).argmax(-1))
 
     def sample(self):
         generator = torch.Generator(self.device).manual_seed(0)
         chosen = self.examples[:: max(1, len(self.examples) // 16)][:16]
-        said = self.speak(chosen, self.omni.config.talker_sampling, generator)
-        heard = [self.transcribe(codes) for codes in said]
-        wrong = sum(edit_distance(x.text.split(), h.split()) for x, h in zip(chosen, heard)) / sum(
-            len(x.text.split()) for x in chosen
-        )
-        return f"own reader's word error {wrong:.0%}; {chosen[0].text!r} -> {heard[0]!r}"
+        generated = self.speak(chosen, self.omni.config.talker_sampling, generator)
+        transcripts = [self.transcribe(codes) for codes in generated]
+
+        edits = 0
+        words = 0
+        for example, transcript in zip(chosen, transcripts):
+            reference = example.text.split()
+            edits += edit_distance(reference, transcript.split())
+            words += len(reference)
+        rate = edits / words
+        return f"codec's word error rate {rate:.0%}; {chosen[0].text!r} -> {transcripts[0]!r}"
 
     def sound(self):
-        lesson, codec, generator = (
-            self.examples[0],
-            self.omni.codec,
-            torch.Generator(self.device).manual_seed(0),
-        )
-        codes = self.speak([lesson], self.omni.config.talker_sampling, generator)[0]
-        voice = next(voice for voice in self.voices.values() if voice.bos_token == lesson.voice)
+        example = self.examples[0]
+        codec = self.omni.codec
+        generator = torch.Generator(self.device).manual_seed(0)
+        codes = self.speak([example], self.omni.config.talker_sampling, generator)[0]
         if len(codes) == 0:
-            return lesson.text, codes.new_zeros(
-                self.omni.config.codec.downsample, codec.config.mel_dim
-            )
-        return lesson.text, codec.mel(codec.fsq.values(codes)[None], voice.cond.to(self.device))[0]
+            return example.text, codes.new_zeros(codec.config.downsample, codec.config.mel_dim)
+        voice = next(voice for voice in self.voices.values() if voice.bos_token == example.voice)
+        grid = codec.fsq.values(codes)[None]
+        return example.text, codec.mel(grid, voice.cond.to(self.device))[0]

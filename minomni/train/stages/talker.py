@@ -12,82 +12,86 @@ from minomni.train import losses
 from minomni.train.stages.speech import THINKER, SpeechStage, TalkerExample, collate
 
 SPACE = int(letters_to_ids(" "))
-PLACES = 32  # words of an answer that are told apart by their number
-PLACE = 0.3  # weight of each of the two losses on it
+MAX_WORDS = 32  # word indices of an answer that have a class of their own
+WORD_WEIGHT = 0.3  # weight of each of the two auxiliary losses
 
 
 class TalkerStage(SpeechStage):
-    """Besides the next code it is asked, at each code, which word it is saying, by a head that is
-    thrown away.
+    """Next-code loss plus two auxiliary losses on the word that each code speaks.
 
-    That is what a Talker must know to go on, and what the codes alone tell it late: without it, it
-    loses its place in long sentences and takes new ones for those it knows.
+    An auxiliary head predicts the word's index in the text and its first token; it is discarded
+    after training. The Talker must track the current word, but the codes alone give it a late
+    signal: without the head it loses its position in long sentences, and confuses new words with
+    known ones.
     """
 
-    name, needs = (
-        "talker",
-        ("codec", *THINKER[:5]),
-    )  # it goes on with later Thinkers as well as with that of thinker2
+    name = "talker"
+    needs = ("codec", *THINKER[:5])  # also works with the later Thinkers, not only with thinker2's
     about = "next code: from the Thinker's states and words to speech codes"
-    kept = "lessons-with-words"
+    cache_prefix = "talker-examples-with-words"
 
     def __init__(self, *args):
         super().__init__(*args)
-        config, encode = self.omni.config, world_tokenizer(self.tokens).encode
-        self.first_tokens = lambda text: torch.tensor(
-            [encode(f" {word}")[0] for word in text.split()]
-        )
-        self.place_head = nn.Linear(
-            config.talker.decoder.hidden_size, PLACES + config.thinker.text.vocab_size
-        )
+        config = self.omni.config
+        self.tokenizer = world_tokenizer(self.tokens)
+        classes = MAX_WORDS + config.thinker.text.vocab_size
+        self.place_head = nn.Linear(config.talker.decoder.hidden_size, classes)
         self.place_head.to(self.device)
 
     def make_examples(self):
-        return [replace(x, words=self.words_said(x.text, x.codes)) for x in super().make_examples()]
+        examples = super().make_examples()
+        return [replace(x, words=self.word_alignment(x.text, x.codes)) for x in examples]
 
-    def words_said(self, text: str, codes: Tensor) -> Tensor | None:
-        """Which word of a text each of its codes says [m], as our codec reads them; None where it
-        cannot tell.
+    def word_alignment(self, text: str, codes: Tensor) -> Tensor | None:
+        """Index of the word that each code speaks [m], by CTC alignment with our codec.
+
+        None if there are too few codes for the text.
         """
         letters = letters_to_ids(text)
-        places = ctc_align(self.letters(codes), letters)
-        return None if places is None else (letters == SPACE).cumsum(0)[places]
+        alignment = ctc_align(self.letter_log_probs(codes), letters)
+        if alignment is None:
+            return None
+        word_of_letter = (letters == SPACE).cumsum(0)
+        return word_of_letter[alignment]
+
+    def first_tokens(self, text: str) -> Tensor:
+        """First token of each word of a text [words]."""
+        return torch.tensor([self.tokenizer.encode(f" {word}")[0] for word in text.split()])
 
     def parameters(self):
-        return super().parameters() | {
-            f"place_head.{n}": p for n, p in self.place_head.named_parameters()
-        }
+        head = {f"place_head.{name}": p for name, p in self.place_head.named_parameters()}
+        return super().parameters() | head
 
-    def losses(self, lessons):
-        omni, tokens = self.omni, self.omni.config.thinker.tokens
-        script = collate(lessons, tokens, omni.thinker.model.embed_tokens)
-        embeds, position_ids, mask, targets = omni.talker.teacher_forced(
-            script, [x.codes for x in lessons]
-        )
-        hidden = omni.talker.hidden_states(embeds, position_ids, mask)  # [B, T, D]
-        places, words = self.said(lessons, targets.cpu())
-        at, word = (
-            self.place_head(hidden).float().split([PLACES, omni.config.thinker.text.vocab_size], -1)
-        )
+    def losses(self, batch):
+        talker = self.omni.talker
+        inputs = collate(batch, self.tokens, self.table)
+        codes = [example.codes for example in batch]
+        embeds, position_ids, mask, targets = talker.teacher_forced(inputs, codes)
+        hidden = talker.hidden_states(embeds, position_ids, mask)  # [B, T, D]
+
+        # Auxiliary losses on the current word.
+        index_targets, token_targets = self.said(batch, targets.cpu())
+        vocab_size = self.omni.config.thinker.text.vocab_size
+        word_logits = self.place_head(hidden).float()
+        index_logits, token_logits = word_logits.split([MAX_WORDS, vocab_size], dim=-1)
         return {
-            "codes": losses.next_token(omni.talker.codec_head(hidden).float(), targets),
-            "place": PLACE * losses.next_token(at, places),
-            "word": PLACE * losses.next_token(word, words),
+            "codes": losses.next_token(talker.codec_head(hidden).float(), targets),
+            "place": WORD_WEIGHT * losses.next_token(index_logits, index_targets),
+            "word": WORD_WEIGHT * losses.next_token(token_logits, token_targets),
         }
 
-    def said(self, lessons: list[TalkerExample], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Where codes are asked for, targets [B, T]: which word of the text is said, and its first
-        token [B, T] each.
+    def said(self, examples: list[TalkerExample], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets of the auxiliary head from code targets [B, T] -> two [B, T].
+
+        The index of the spoken word, and its first token; IGNORE_INDEX where it is unknown.
         """
-        places, words = (
-            torch.full_like(targets, IGNORE_INDEX),
-            torch.full_like(targets, IGNORE_INDEX),
-        )
-        for row, lesson in enumerate(lessons):
-            if lesson.words is not None:
-                begin = int((targets[row] != IGNORE_INDEX).nonzero()[0])
-                places[row, begin : begin + len(lesson.words)] = lesson.words.clamp(max=PLACES - 1)
-                words[row, begin : begin + len(lesson.words)] = self.first_tokens(lesson.text)[
-                    lesson.words
-                ]
-        return places, words
+        index_targets = torch.full_like(targets, IGNORE_INDEX)
+        token_targets = torch.full_like(targets, IGNORE_INDEX)
+        for row, example in enumerate(examples):
+            if example.words is None:
+                continue
+            begin = int((targets[row] != IGNORE_INDEX).nonzero()[0])
+            end = begin + len(example.words)
+            index_targets[row, begin:end] = example.words.clamp(max=MAX_WORDS - 1)
+            token_targets[row, begin:end] = self.first_tokens(example.text)[example.words]
+        return index_targets, token_targets

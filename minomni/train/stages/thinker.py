@@ -1,14 +1,13 @@
-"""Stages that raise the Thinker: language, three steps of pre-training, ChatML tuning (paper, sec.
-3 and 4.2).
+"""The Thinker's stages: language, three pre-training stages, ChatML tuning (paper, sec. 3 and 4.2).
 
-The release starts from Qwen2.5's weights; here `language` takes their place: a decoder that has
-read the world's sentences. The encoders' first lessons are in alignment.py; what all are taught
-is in examples.py.
+The release starts from Qwen2.5's weights. Stage `language` replaces them with a decoder that is
+trained on the generated world's sentences. The encoders' first stages are audio_align.py and
+vision_align.py; the examples are in data/examples.py.
 """
 
 from random import Random
 
-import torch
+from torch import Tensor
 
 from minomni.config import IGNORE_INDEX
 from minomni.data.examples import ExampleBuilder, estimated_tokens
@@ -18,83 +17,95 @@ from minomni.inputs.prompt import Inputs
 from minomni.train import losses
 from minomni.train.loop import Stage
 
-PARTS = 2  # of a batch, so that short questions are not padded to the length of long clips
-PICTURES, CLIPS = (
-    0.25,
-    0.45,
-)  # of the steps of `language`: until the first pictures alone, until the second mostly clips
-MOMENTS = 0.5  # weight of the loss on what is seen while a clip sounds
+PARTS = 2  # parts of a batch, so that short prompts are not padded to the length of long videos
+# Stage `language` sees only images until the first fraction of its steps, and mostly videos until
+# the second.
+IMAGES_UNTIL = 0.25
+VIDEOS_UNTIL = 0.45
+MOMENTS = 0.5  # weight of the loss on the object that is visible at each audio token
+
+Part = tuple[list[Example], Inputs, Tensor]  # examples, model inputs, targets [B, L]
 
 
 class ThinkerStage(Stage):
-    """A mixture of kinds of examples and next-token loss on the answers."""
+    """Next-token loss on the answers to a mixture of kinds of examples."""
 
-    mixture: dict[str, float] = {}
-    fixed = ("say-typed",)  # kinds of the prompts sampled as it learns
+    mixture: dict[str, float] = {}  # kinds of examples with sampling weights
+    fixed: tuple[str, ...] = ("say-typed",)  # kinds of the prompts in previews
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.teacher = ExampleBuilder(self.omni.config, self.cache)
+        self.builder = ExampleBuilder(self.omni.config, self.cache)
 
-    def batch(self, number):
-        """Parts of a batch: examples of conversations of about equal length, with inputs, targets
-        and moments.
-        """
+    def batch(self, number) -> list[Part]:
+        """A batch of dialogues in PARTS parts, each of dialogues of similar length."""
         random = Random(f"{self.seed}-{self.name}-{number}")
         mixture = self.mixture_at(number)
         kinds = random.choices(list(mixture), weights=list(mixture.values()), k=self.recipe.batch)
-        talks = sorted(
-            (self.dialogue(kind, random) for kind in kinds),
-            key=lambda talk: sum(map(estimated_tokens, talk)),
-        )
-        size = -(-len(talks) // PARTS)
-        parts = [talks[i : i + size] for i in range(0, len(talks), size)]
-        return [(sum(part, []), *self.teacher.collate(part, random)) for part in parts]
+        dialogues = [self.dialogue(kind, random) for kind in kinds]
+        dialogues.sort(key=lambda dialogue: sum(map(estimated_tokens, dialogue)))
+
+        size = -(-len(dialogues) // PARTS)
+        parts = []
+        for begin in range(0, len(dialogues), size):
+            part = dialogues[begin : begin + size]
+            inputs, targets = self.builder.collate(part, random)
+            examples = [example for dialogue in part for example in dialogue]
+            parts.append((examples, inputs, targets))
+        return parts
 
     def mixture_at(self, number: int) -> dict[str, float]:
-        """The mixture from which a batch is drawn."""
+        """The mixture from which batch `number` is sampled."""
         return self.mixture
 
     def dialogue(self, kind: str, random: Random) -> list[Example]:
-        """One conversation of a batch."""
-        return self.teacher.dialogue(kind, random)
+        """One dialogue of a batch, as examples for its turns."""
+        return self.builder.dialogue(kind, random)
 
     def losses(self, batch):
-        answers, seen = [], []
+        text_parts = []
+        moment_parts = []
         for examples, inputs, targets in batch:
-            logits, moments = (
-                self.logits(examples, inputs),
-                self.teacher.frame_targets(examples, inputs),
-            )
-            answers.append((logits, targets))
-            seen += [(logits, moments)] if (moments != IGNORE_INDEX).any() else []
-        text = {"text": losses.in_parts(answers)}
-        return text | {"moments": MOMENTS * losses.in_parts(seen)} if seen else text
+            logits = self.logits(examples, inputs)
+            text_parts.append((logits, targets))
+            moments = self.builder.frame_targets(examples, inputs)
+            if (moments != IGNORE_INDEX).any():
+                moment_parts.append((logits, moments))
+        result = {"text": losses.in_parts(text_parts)}
+        if moment_parts:
+            result["moments"] = MOMENTS * losses.in_parts(moment_parts)
+        return result
 
-    def logits(self, examples: list[Example], inputs: Inputs) -> torch.Tensor:
-        """What the Thinker expects after each position [B, L, V]."""
+    def logits(self, examples: list[Example], inputs: Inputs) -> Tensor:
+        """The Thinker's next-token logits [B, L, V]."""
         return self.omni.thinker(inputs)
 
     def sample(self):
-        random, shown = Random(7), []
+        random = Random(7)
+        tokenizer = self.builder.processor.tokenizer
+        lines = []
         for kind in self.fixed:
-            example = self.teacher.example(kind, random)
-            reply = self.omni.thinker.generate(
-                self.teacher.prompt(example, random), self.omni.config.thinker_sampling
-            )
-            text = self.teacher.processor.tokenizer.decode(reply.tokens[0], skip_special=True)
-            shown.append(f"{example.answer!r} -> {text!r}")
-        return "; ".join(shown)
+            example = self.builder.example(kind, random)
+            prompt = self.builder.prompt(example, random)
+            reply = self.omni.thinker.generate(prompt, self.omni.config.thinker_sampling)
+            text = tokenizer.decode(reply.tokens[0], skip_special=True)
+            lines.append(f"{example.answer!r} -> {text!r}")
+        return "; ".join(lines)
 
 
 class LanguageStage(ThinkerStage):
-    """The table of words stays as it was drawn, so that ears and eyes can be taught to point at it
-    meanwhile.
+    """The decoder alone, with oracle features in place of the encoders' outputs.
+
+    The embeddings keep their random values, because the encoders are aligned with them meanwhile.
     """
 
-    name, learns = "language", ("thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
-    about = "the decoder reads of the world, senses imagined as words in their places (in place of Qwen2.5's weights)"
-    data = "sentences and questions, typed and imagined as heard or seen"
+    name = "language"
+    learns = ("thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
+    about = (
+        "the decoder learns the world's sentences, with word embeddings as media features "
+        "(instead of Qwen2.5's weights)"
+    )
+    data = "sentences and questions, typed, and media as oracle features"
     mixture = {
         "hear": 1.5,
         "say-typed": 1.5,
@@ -112,48 +123,46 @@ class LanguageStage(ThinkerStage):
     fixed = ("scene-typed", "say-typed")
 
     def mixture_at(self, number):
-        """Pictures alone, then clips with some pictures, then everything.
+        """Only images, then mostly videos with some images, then everything.
 
-        In a mixture, which thing has which color is not learnt at all, and what came first is a
-        matter of luck.
+        From a mixture alone, the model never learns which object has which color, and learns the
+        order of events only with some seeds.
         """
         progress = number / (self.recipe.steps * self.recipe.accumulate)
-        if progress < PICTURES:
+        if progress < IMAGES_UNTIL:
             return {"scene-alone": 1}
-        return (
-            {"sync-typed": 3, "video-typed": 2, "scene-typed": 1}
-            if progress < CLIPS
-            else self.mixture
-        )
+        if progress < VIDEOS_UNTIL:
+            return {"sync-typed": 3, "video-typed": 2, "scene-typed": 1}
+        return self.mixture
 
     def logits(self, examples, inputs):
-        thinker, encode = self.omni.thinker, self.teacher.processor.tokenizer.encode
-        embeds = oracle_embeds(examples, inputs, thinker, encode)
-        positions = thinker.position_ids(inputs, thinker.config).to(self.device)
-        hidden = thinker.model(embeds, positions, inputs.attention_mask.to(self.device))
+        thinker = self.omni.thinker
+        embeds = oracle_embeds(examples, inputs, thinker, self.builder.processor.tokenizer.encode)
+        position_ids = thinker.position_ids(inputs, thinker.config).to(self.device)
+        hidden = thinker.model(embeds, position_ids, inputs.attention_mask.to(self.device))
         return thinker.lm_head(hidden)
 
 
 class Thinker1Stage(ThinkerStage):
-    name, needs, learns = (
-        "thinker1",
-        ("language", "audio_align", "vision_align"),
-        ("thinker.audio_tower.", "thinker.visual."),
-    )
-    about = "pre-training 1: the decoder is locked, the encoders learn to speak its language"
-    data = "sound to write down, typed questions about pictures, digits and clips"
+    """Pre-training 1: the encoders, with a frozen decoder."""
+
+    name = "thinker1"
+    needs = ("language", "audio_align", "vision_align")
+    learns = ("thinker.audio_tower.", "thinker.visual.")
+    about = "pre-training 1: the decoder is frozen, the encoders adapt to it"
+    data = "audio to transcribe, typed questions about images, digits and videos"
     mixture = {"hear": 3, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1}
     fixed = ("hear", "scene-typed")
 
 
 class Thinker2Stage(ThinkerStage):
-    name, needs, learns = (
-        "thinker2",
-        ("language", "audio_align", "vision_align", "thinker1"),
-        ("thinker.",),
-    )
-    about = "pre-training 2: everything unlocked, all kinds of input"
-    data = "the same, sentences to say, and clips with sound"
+    """Pre-training 2: all parameters."""
+
+    name = "thinker2"
+    needs = ("language", "audio_align", "vision_align", "thinker1")
+    learns = ("thinker.",)
+    about = "pre-training 2: all parameters, all kinds of input"
+    data = "the same, sentences to say, and videos with audio"
     mixture = {
         "hear": 2.5,
         "say-typed": 1,
@@ -168,31 +177,38 @@ class Thinker2Stage(ThinkerStage):
 
 
 class Thinker3Stage(ThinkerStage):
-    name, needs, learns = (
-        "thinker3",
-        ("language", "audio_align", "vision_align", "thinker1", "thinker2"),
-        ("thinker.",),
+    """Pre-training 3: longer sequences."""
+
+    name = "thinker3"
+    needs = ("language", "audio_align", "vision_align", "thinker1", "thinker2")
+    learns = ("thinker.",)
+    about = (
+        "pre-training 3: longer sequences: several sentences, a minute of video, three examples in "
+        "one dialogue"
     )
-    about = "pre-training 3: longer sequences: sentences in a row, a minute of pictures, three things in one talk"
-    data = "speech of 3 to 10 s to write down, clips of 10 to 60 s, and three of the things before in a conversation"
+    data = (
+        "speech of 3 to 10 s to transcribe, videos of 10 to 60 s, and dialogues of three earlier "
+        "examples"
+    )
     mixture = {**Thinker2Stage.mixture, "hear-long": 6, "video-long": 6}
     fixed = ("hear-long", "video-long")
 
     def dialogue(self, kind, random):
         if kind.endswith("-long"):
-            return [self.teacher.example(kind, random)]
-        others = [name for name in self.mixture if not name.endswith("-long")]
-        return [self.teacher.example(name, random) for name in (kind, *random.choices(others, k=2))]
+            return [self.builder.example(kind, random)]
+        short_kinds = [name for name in self.mixture if not name.endswith("-long")]
+        kinds = [kind, *random.choices(short_kinds, k=2)]
+        return [self.builder.example(name, random) for name in kinds]
 
 
 class ChatStage(ThinkerStage):
-    name, needs, learns = (
-        "chat",
-        ("language", "audio_align", "vision_align", "thinker1", "thinker2", "thinker3"),
-        ("thinker.",),
-    )
-    about = "ChatML tuning: questions typed and spoken, about all that can be seen and heard"
-    data = "wishes and questions, typed and spoken, about all kinds of input"
+    """ChatML tuning: typed and spoken requests about all kinds of input."""
+
+    name = "chat"
+    needs = ("language", "audio_align", "vision_align", "thinker1", "thinker2", "thinker3")
+    learns = ("thinker.",)
+    about = "ChatML tuning: typed and spoken questions about all kinds of input"
+    data = "requests and questions, typed and spoken, about all kinds of input"
     mixture = {
         "hear": 2,
         "say-typed": 1.5,

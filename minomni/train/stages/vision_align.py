@@ -1,9 +1,10 @@
-"""Stage vision_align: the vision encoder learns to give the Thinker what it sees."""
+"""Stage vision_align: the vision encoder learns to output word embeddings."""
 
 from random import Random
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX
 from minomni.data.oracle_features import cell_words
@@ -17,61 +18,72 @@ from minomni.train.stages.alignment import (
     embedding_similarity,
 )
 
+KINDS = ("handwriting", "scene", "scene", "video")  # of the examples, in turn
+
 
 class VisionAlignStage(AlignStage):
-    name, learns = "vision_align", ("thinker.visual.",)
-    about = "the vision encoder learns to point at the words for what it sees (in place of Qwen2.5-VL's weights)"
-    data = "generated pictures and clips, handwritten digits"
+    """Classification of each merge cell into the words of its object, and regression onto them."""
+
+    name = "vision_align"
+    learns = ("thinker.visual.",)
+    about = (
+        "the vision encoder learns to predict the words of each cell (instead of Qwen2.5-VL's "
+        "weights)"
+    )
+    data = "generated images and videos, handwritten digits"
 
     def batch(self, number):
         return self.draw(Random(f"{self.seed}-eyes-{number}"), self.recipe.batch)
 
-    def draw(self, random, count):
-        """Patches [N, patch_dim], grids and classes [N / 4, 4] of some pictures and clips."""
-        patches, grids, classes = [], [], []
-        vision, media = self.omni.config.thinker.vision, self.omni.config.media
+    def draw(self, random: Random, count: int) -> tuple[Tensor, list, Tensor]:
+        """Patches [N, patch_dim], grids and classes [N / 4, 4] of some images and videos."""
+        patches = []
+        grids = []
+        classes = []
+        vision = self.omni.config.thinker.vision
+        media = self.omni.config.media
         for i in range(count):
-            example = self.teacher.example(
-                ("handwriting", "scene", "scene", "video")[i % 4], random
-            )
-            rows, grid = (
-                image_patches(example.image, vision, media)
-                if example.clip is None
-                else video_patches(torch.from_numpy(example.clip[0]), vision, media)
-            )
+            example = self.builder.example(KINDS[i % len(KINDS)], random)
+            if example.clip is None:
+                rows, grid = image_patches(example.image, vision, media)
+            else:
+                frames = torch.from_numpy(example.clip[0])
+                rows, grid = video_patches(frames, vision, media)
             patches.append(rows)
             grids.append(grid)
             words = cell_words(example, grid, vision, self.encode)
-            classes.append(torch.where(words == IGNORE_INDEX, words, words + 1))
+            classes.append(torch.where(words == IGNORE_INDEX, words, words + 1))  # 0: background
         return torch.cat(patches), grids, torch.cat(classes)
 
     def losses(self, batch):
         patches, grids, classes = batch
-        features = self.omni.thinker.visual(patches, grids)
-        scores = embedding_similarity(features, self.omni.thinker, self.tokens.image)
-        repeated = scores.repeat(classes.shape[1], 1)  # each word of a cell is a target of its own
-        said = (classes != IGNORE_INDEX)[..., None]  # [N, 4, 1]
-        meant = (classes_of(self.omni.thinker, self.tokens.image)[classes.clamp_min(0)] * said).sum(
-            1
-        )  # [N, D]
-        clear, full = said.any(1)[:, 0], classes[:, 0] > 0
-        return {
-            "cells": nn.functional.nll_loss(
-                repeated, classes.T.flatten(), ignore_index=IGNORE_INDEX
-            ),
-            "plain": PLAIN
-            * (
-                embedding_mse(features[full], meant[full])
-                + embedding_mse(features[clear], meant[clear])
-            ),
-        }
+        thinker = self.omni.thinker
+        features = thinker.visual(patches, grids)
+        log_probs = embedding_similarity(features, thinker, self.tokens.image)
+
+        # Each of the up to four words of a cell is a target.
+        repeated = log_probs.repeat(classes.shape[1], 1)
+        cell_loss = F.nll_loss(repeated, classes.T.flatten(), ignore_index=IGNORE_INDEX)
+
+        # Regression targets: the sum of the embeddings of a cell's words.
+        labeled = (classes != IGNORE_INDEX)[..., None]  # [N, 4, 1]
+        embeddings = classes_of(thinker, self.tokens.image)[classes.clamp_min(0)]
+        target = (embeddings * labeled).sum(1)  # [N, D]
+        any_label = labeled.any(1)[:, 0]
+        is_object = classes[:, 0] > 0
+        object_mse = embedding_mse(features[is_object], target[is_object])
+        labeled_mse = embedding_mse(features[any_label], target[any_label])
+        return {"cells": cell_loss, "plain": PLAIN * (object_mse + labeled_mse)}
 
     def sample(self):
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
-        scores = embedding_similarity(
-            self.omni.thinker.visual(patches, grids), self.omni.thinker, self.tokens.image
-        )
-        best = scores.topk(classes.shape[1]).indices
-        full = classes[:, 0] > 0
-        right = ((classes[..., None] == best[:, None]).any(-1) | (classes == IGNORE_INDEX)).all(1)
-        return f"{right[full].float().mean().item():.0%} of full cells named right"
+        features = self.omni.thinker.visual(patches, grids)
+        log_probs = embedding_similarity(features, self.omni.thinker, self.tokens.image)
+
+        # A cell counts as correct if its words are the classes with the highest probabilities.
+        top = log_probs.topk(classes.shape[1]).indices
+        found = (classes[..., None] == top[:, None]).any(-1)  # [N, 4]
+        correct = (found | (classes == IGNORE_INDEX)).all(1)
+        is_object = classes[:, 0] > 0
+        accuracy = correct[is_object].float().mean().item()
+        return f"{accuracy:.0%} of object cells correct"
