@@ -112,7 +112,17 @@ def add_train(commands) -> None:
     train.add_argument(
         "--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)"
     )
-    train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="change the recipe of a stage, as --set talker.steps=200; may be repeated. Fields: "
+        "steps, batch, lr, accumulate, warmup, weight_decay, clip",
+    )
+    train.add_argument(
+        "--no-progress", action="store_true", help="print lines only, without a progress bar"
+    )
 
 
 def add_chat(commands) -> None:
@@ -273,7 +283,8 @@ class Item(argparse.Action):
         arguments.content = (arguments.content or []) + [{"type": self.kind, self.kind: value}]
 
 
-def run_train(arguments) -> None:
+def run_train(arguments: argparse.Namespace) -> None:
+    """List the stages, fine-tune on own data, run one stage, or train a size from scratch."""
     from minomni.devices import device_of
     from minomni.train import pipeline, recipes
 
@@ -283,27 +294,17 @@ def run_train(arguments) -> None:
     device = device_of(arguments.device).type
     home = arguments.home or paths.runs() / arguments.size
     if arguments.data:
-        from minomni.train import finetune
-
-        folder = finetune.finetune(
-            arguments.size,
-            arguments.data,
-            arguments.out or home / "tuned",
-            arguments.stage,
-            arguments.seed,
-            arguments.epochs,
-            arguments.resume,
-            arguments.fresh,
-            device,
-        )
-        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+        run_finetune(arguments, home, device)
         return
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
-    recipes.recipe_of(
-        arguments.stage or next(iter(pipeline.STAGES)), arguments.size
-    )  # before anything is written
+
+    # Everything is checked before anything is written.
+    first_stage = next(iter(pipeline.STAGES))
+    recipes.recipe_of(arguments.stage or first_stage, arguments.size)
+    settings = recipes.parse_settings(arguments.set)
     pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
+    pipeline.record_settings(home, settings)
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,
@@ -312,16 +313,44 @@ def run_train(arguments) -> None:
             arguments.seed,
             arguments.resume,
             device,
-            arguments.slot,
+            progress=not arguments.no_progress,
         )
-        return
+    else:
+        train_all(arguments.size, home, arguments.seed, device)
+
+
+def train_all(size: str, home: Path, seed: int, device: str) -> None:
+    """Run all stages that are not finished and export the model."""
+    from minomni.train import pipeline, scheduler
+
     began = time.perf_counter()
     try:
-        pipeline.run_all(arguments.size, home, arguments.seed, device)
+        scheduler.run_all(size, home, seed, device)
     finally:
         seconds = pipeline.elapsed_s(home, time.perf_counter() - began)
-    pipeline.export_model(arguments.size, home, arguments.seed)
+    pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
+
+
+def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
+    """Fine-tune a trained size on the data of --data."""
+    from minomni.train.finetune import finetune
+
+    if arguments.set:
+        raise UserError("--set changes the stages of a size and does not go with --data")
+    folder = finetune(
+        arguments.size,
+        arguments.data,
+        arguments.out or home / "tuned",
+        stage=arguments.stage,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        resume=arguments.resume,
+        fresh=arguments.fresh,
+        device=device,
+        home=home,
+    )
+    print(f"tuned: {folder}; python -m minomni chat --model {folder}")
 
 
 def run_chat(arguments) -> None:
