@@ -47,6 +47,7 @@ class FinetuneStage(Stage):
 
     def __init__(self, omni: "Omni", recipe: Recipe, cache: Path, seed: int, rows: JsonlRows):
         super().__init__(omni, recipe, cache, seed)
+        assert omni.tokenizer is not None, "a loaded model has a tokenizer"
         self.rows = rows
         self.tokens = omni.config.thinker.tokens
         self.processor = Processor(omni.config, omni.tokenizer)
@@ -116,7 +117,8 @@ class FinetuneTalkerStage(FinetuneStage):
     def codes(self, rows: list[JsonlRow]) -> list[Tensor]:
         """The recordings of the rows, encoded by our codec: codes [m] of each row."""
         codec = self.omni.codec
-        downsample = self.omni.config.codec.downsample
+        assert codec is not None, "models that are trained here have a codec"
+        downsample = codec.config.downsample
         mels = []
         for row in rows:
             waveform = load_audio(row.speech)

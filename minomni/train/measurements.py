@@ -7,6 +7,7 @@ A line has the keys stage, step, losses, seconds and hardware; unmeasured stages
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from minomni import paths
@@ -24,6 +25,7 @@ class Measurement:
     hardware: str
 
 
+@cache
 def measured(size: str) -> dict[str, Measurement]:
     """The measurements that ship with the package, by stage; none for a size without a file."""
     path = paths.data_samples() / f"{size}_log.jsonl"

@@ -116,7 +116,7 @@ def stage_table(size: str) -> str:
         rows.append(row)
 
     hardware = " and ".join(sorted({row.hardware for row in measurements.values()}))
-    notes = [f"{name:<10}{stage.about}" for name, stage in STAGES.items()]
+    notes = [f"{name:<14}{stage.about}" for name, stage in STAGES.items()]
     footnote = f"* measured on {hardware or 'no machine yet'}; - not measured"
     return "\n".join([*align_columns(rows), "", footnote, "", *notes])
 
