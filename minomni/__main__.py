@@ -5,26 +5,45 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from minomni import load, paths
 from minomni.arguments import shown
 from minomni.chat.generation_options import OPTIONS
 from minomni.errors import UserError
 
+if TYPE_CHECKING:
+    from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
+    from minomni.omni import Omni
+
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 ARTICLES = {"image": "an", "audio": "some", "video": "a", "text": "some"}
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others."""
+    """A parser whose errors are one line, like all others."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def whole(lowest: int, below: int):
+class AppendContent(argparse.Action):
+    """Collects --image, --audio, --video and --text in the order in which they are given."""
+
+    def __init__(self, *args, kind: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        item = {"type": self.kind, self.kind: values}
+        namespace.content = [*(namespace.content or []), item]
+
+
+def whole(lowest: int, below: int) -> Callable[[str], int]:
     """A type for options: whole numbers from lowest up to, not including, below."""
 
     def convert(text: str) -> int:
@@ -37,11 +56,11 @@ def whole(lowest: int, below: int):
     return convert
 
 
-def answer_option(name: str):
+def answer_option(name: str) -> Callable[[str], float]:
     """A type for one of the options of generation_options.py."""
     option = OPTIONS[name]
 
-    def convert(text: str):
+    def convert(text: str) -> float:
         try:
             return option.check(option.read(text), name)
         except ValueError:
@@ -50,14 +69,15 @@ def answer_option(name: str):
     return convert
 
 
-SEED, COUNT, DEVICES = whole(0, 2**63), whole(1, 100_000), ("auto", "cpu", "cuda", "mps")
+SEED = whole(0, 2**63)
+COUNT = whole(1, 100_000)
 
 
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(
         prog="python -m minomni",
-        description="A small Qwen2.5-Omni: train it, talk with it, score it.",
+        description="A small Qwen2.5-Omni: train it, chat with it, evaluate it.",
     )
     commands = top.add_subparsers(dest="command", required=True)
     for add in (add_train, add_chat, add_report, add_ablate, add_bench):
@@ -65,69 +85,100 @@ def parser() -> Parser:
     return top
 
 
-def add_train(commands) -> None:
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        default="tiny",
+        help="a size trained here, or the folder of a checkpoint (default tiny)",
+    )
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", default="cpu", choices=DEVICES, help="device to compute on (default cpu)"
+    )
+
+
+def add_seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seed", type=SEED, default=0, help="seed of everything random (default 0)"
+    )
+
+
+def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train = commands.add_parser(
         "train",
         help="train a size from scratch, stage by stage",
         description="Trains every stage that is not finished, two at a time, and writes "
-        "runs/SIZE/model. tiny takes about half an hour on two cores, and 8 GB "
-        "of memory.",
+        "runs/SIZE/model. tiny takes about half an hour on two cores and 8 GB of memory.",
     )
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
     train.add_argument(
         "--stages",
         action="store_true",
-        help="list the stages: what learns, for how long, from what",
+        help="list the stages: trained parts, seconds, losses, data",
     )
     train.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an unfinished run, exactly where it stopped",
+        help="continue an unfinished run exactly where it stopped",
     )
     train.add_argument(
         "--fresh",
         action="store_true",
-        help="throw an earlier run away and start over; with --stage that stage's work alone",
+        help="delete an earlier run and start over; with --stage, of that stage only",
     )
     train.add_argument(
         "--device",
         default="auto",
         choices=DEVICES,
-        help="where to compute (default auto: cuda, else mps, else cpu)",
+        help="device to compute on (default auto: cuda, else mps, else cpu)",
     )
-    train.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
-    train.add_argument("--home", type=Path, help="where to work (default runs/SIZE)")
+    add_seed(train)
+    train.add_argument(
+        "--home",
+        type=Path,
+        help="folder of the run, which holds all that it writes (default runs/SIZE)",
+    )
     train.add_argument(
         "--data",
         type=Path,
-        help="tune the trained model on your own: a JSONL file of messages and "
-        "replies, or a folder of recordings; --stage chat or talker",
+        help="fine-tune the trained model on your data: a JSONL file of messages and replies, or a "
+        "folder of recordings; --stage chat or talker",
     )
     train.add_argument(
-        "--epochs",
-        type=COUNT,
-        help="how often --data is gone through (default 3, more if it is small)",
+        "--epochs", type=COUNT, help="passes over --data (default 3, more if it is small)"
     )
     train.add_argument(
-        "--out", type=Path, help="where the tuned model goes (default runs/SIZE/tuned)"
+        "--out", type=Path, help="folder of the fine-tuned model (default runs/SIZE/tuned)"
     )
-    train.add_argument("--slot", type=int, default=0, help=argparse.SUPPRESS)
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="change the recipe of a stage, as in --set talker.steps=200; may be repeated. "
+        "Fields: steps, batch, lr, accumulate, warmup, weight_decay, clip",
+    )
+    train.add_argument(
+        "--no-progress", action="store_true", help="print lines only, without a progress bar"
+    )
 
 
-def add_chat(commands) -> None:
+def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
     chat = commands.add_parser(
         "chat",
-        help="ask a question, or hold a conversation, in text and speech",
-        description="Media and text are asked in the order given. Without any, on a terminal, "
-        "it is a conversation of several turns. "
+        help="ask a question or have a conversation, in text and speech",
+        description="Media and text form the question in the order given. Without any, on a "
+        "terminal, it is a conversation of several turns. "
         "Example: --image scene.png --audio question.wav --out reply.wav",
     )
     for kind in ("image", "audio", "video", "text"):
         chat.add_argument(
             f"--{kind}",
             dest="content",
-            action=Item,
+            action=AppendContent,
             kind=kind,
             metavar="TEXT" if kind == "text" else "FILE",
             help=f"add {ARTICLES[kind]} {kind} to the question; may be repeated",
@@ -136,9 +187,9 @@ def add_chat(commands) -> None:
         "--samples", action="store_true", help="answer all questions of data_samples/ instead"
     )
     chat.add_argument(
-        "--use-audio-in-video", action="store_true", help="listen to the videos' sound tracks too"
+        "--use-audio-in-video", action="store_true", help="use the audio tracks of the videos too"
     )
-    chat.add_argument("--voice", help="who answers (default: the model's first voice)")
+    chat.add_argument("--voice", help="voice of the answer (default: the model's first)")
     chat.add_argument(
         "--voice-from",
         type=Path,
@@ -152,128 +203,111 @@ def add_chat(commands) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="where the speech goes: a name that ends in .wav, "
-        ".flac, .ogg or .mp3 (default reply.wav); the turns of a conversation are numbered",
+        help="file of the speech: a name that ends in .wav, .flac, .ogg or .mp3 (default "
+        "reply.wav); the turns of a conversation are numbered",
     )
-    chat.add_argument("--no-speech", action="store_true", help="answer in text alone")
-    chat.add_argument("--seed", type=SEED, default=0, help="of all that is random (default 0)")
+    chat.add_argument("--no-speech", action="store_true", help="answer in text only")
+    add_seed(chat)
     for prefix, part in (("", "Thinker"), ("talker_", "Talker")):
-        for name, option in OPTIONS.items():
-            if name != "do_sample":  # the temperature says it
-                chat.add_argument(
-                    f"--{(prefix + name).replace('_', '-')}",
-                    type=answer_option(name),
-                    metavar="N",
-                    help=f"{option.help} ({part}; default: the model's)",
-                )
-    chat.add_argument(
-        "--model",
-        default="tiny",
-        help="a size trained here, or a checkpoint's folder (default tiny)",
-    )
+        add_generation_options(chat, prefix, part)
+    add_model(chat)
     chat.add_argument(
         "--stream",
         action="store_true",
-        help="speak while thinking: print text and write the wav as they come",
+        help="print text and write the wav while they are generated",
     )
     chat.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream also "
-        "first_sound_s, last_text_s",
+        help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream "
+        "also first_sound_s, last_text_s",
     )
-    chat.add_argument(
-        "--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)"
-    )
+    add_device(chat)
 
 
-def add_report(commands) -> None:
+def generation_names() -> list[str]:
+    """The options of an answer, without do_sample: a temperature of 0 means the same."""
+    return [name for name in OPTIONS if name != "do_sample"]
+
+
+def add_generation_options(chat: argparse.ArgumentParser, prefix: str, part: str) -> None:
+    """Options of how the Thinker (no prefix) or the Talker ("talker_") generates."""
+    for name in generation_names():
+        chat.add_argument(
+            f"--{(prefix + name).replace('_', '-')}",
+            type=answer_option(name),
+            metavar="N",
+            help=f"{OPTIONS[name].help} ({part}; default: the model's)",
+        )
+
+
+def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     report = commands.add_parser(
         "report",
-        help="score a model on held-out items with an outside judge",
-        description="Prints a report card: what share is right, with 95 %% intervals.",
+        help="evaluate a model on held-out items, its speech with an independent recognizer",
+        description="Prints a table of metrics with 95 %% confidence intervals.",
     )
-    report.add_argument(
-        "--model",
-        default="tiny",
-        help="a size trained here, or a checkpoint's folder (default tiny)",
-    )
+    add_model(report)
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
     report.add_argument(
         "--digits",
         type=Path,
         metavar="FOLDER",
-        help="also tune on real spoken digits in the layout "
-        "of free-spoken-digit-dataset, and test on the speaker left out",
+        help="also fine-tune on real spoken digits in the layout of free-spoken-digit-dataset, and "
+        "test on the speaker left out",
     )
-    report.add_argument("--items", type=COUNT, default=100, help="items a row (default 100)")
-    report.add_argument(
-        "--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)"
-    )
+    report.add_argument("--items", type=COUNT, default=100, help="items per metric (default 100)")
+    add_device(report)
 
 
-def add_ablate(commands) -> None:
+def add_ablate(commands: "argparse._SubParsersAction[Parser]") -> None:
     ablate = commands.add_parser(
-        "ablate", help="what a stage is good for", description="Prints a table."
+        "ablate", help="measure what a stage contributes", description="Prints a table."
     )
     ablate.add_argument(
         "what",
         choices=["beta", "dpo", "stage3", "tmrope", "tuning"],
-        help="beta: that stage with other leashes; dpo: speech before and after it; stage3: long input "
-        "before and after it; tmrope: the Thinker raised once more without absolute time; tuning: "
-        "the voice breaks when the Thinker is tuned alone, and is repaired",
+        help="beta: DPO with several values of beta; dpo: speech before and after DPO; stage3: "
+        "long inputs before and after pre-training stage 3; tmrope: the Thinker trained again "
+        "without absolute time; tuning: speech after fine-tuning the Thinker alone, and its repair",
     )
     ablate.add_argument(
         "--home",
         type=Path,
         default=paths.runs() / "tiny",
-        help="of a finished training (default runs/tiny)",
+        help="folder of a finished run (default runs/tiny)",
     )
-    ablate.add_argument("--items", type=COUNT, default=100, help="sentences a row (default 100)")
-    ablate.add_argument("--seed", type=SEED, default=0, help="of everything random (default 0)")
+    ablate.add_argument(
+        "--items", type=COUNT, default=100, help="sentences per row of the table (default 100)"
+    )
+    add_seed(ablate)
 
 
-def add_bench(commands) -> None:
+def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench = commands.add_parser(
         "bench", help="measure speed", description="Prints a table of ratios and times."
     )
     bench.add_argument(
         "what",
         choices=["stream", "first"],
-        help="stream: speaking while thinking against speaking "
-        "afterwards; first: how soon the first sound comes",
+        help="stream: streamed speech against speech made after the text; first: latency of the "
+        "first audio",
     )
-    bench.add_argument(
-        "--model",
-        default="tiny",
-        help="a size trained here, or a checkpoint's folder (default tiny)",
-    )
+    add_model(bench)
     bench.add_argument(
         "--chance",
         action="store_true",
-        help="the size that --model names with random weights: as fast as trained ones",
+        help="random weights of the size that --model names, which are as fast as trained ones",
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.add_argument(
-        "--picture", type=Path, help="draw predicted and measured latency into this png (stream)"
+        "--picture", type=Path, help="plot predicted and measured latency into this PNG (stream)"
     )
-    bench.add_argument(
-        "--device", default="cpu", choices=DEVICES, help="where to compute (default cpu)"
-    )
+    add_device(bench)
 
 
-class Item(argparse.Action):
-    """Collects --image, --audio, --video and --text in the order in which they are given."""
-
-    def __init__(self, *args, kind, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.kind = kind
-
-    def __call__(self, _parser, arguments, value, _option=None):
-        arguments.content = (arguments.content or []) + [{"type": self.kind, self.kind: value}]
-
-
-def run_train(arguments) -> None:
+def run_train(arguments: argparse.Namespace) -> None:
+    """List the stages, fine-tune on own data, run one stage, or train a size from scratch."""
     from minomni.devices import device_of
     from minomni.train import pipeline, recipes
 
@@ -283,27 +317,17 @@ def run_train(arguments) -> None:
     device = device_of(arguments.device).type
     home = arguments.home or paths.runs() / arguments.size
     if arguments.data:
-        from minomni.train import finetune
-
-        folder = finetune.finetune(
-            arguments.size,
-            arguments.data,
-            arguments.out or home / "tuned",
-            arguments.stage,
-            arguments.seed,
-            arguments.epochs,
-            arguments.resume,
-            arguments.fresh,
-            device,
-        )
-        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+        run_finetune(arguments, home, device)
         return
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
-    recipes.recipe_of(
-        arguments.stage or next(iter(pipeline.STAGES)), arguments.size
-    )  # before anything is written
+
+    # Everything is checked before anything is written.
+    first_stage = next(iter(pipeline.STAGES))
+    recipes.recipe_of(arguments.stage or first_stage, arguments.size)
+    settings = recipes.parse_settings(arguments.set)
     pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
+    pipeline.record_settings(home, settings)
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,
@@ -312,20 +336,76 @@ def run_train(arguments) -> None:
             arguments.seed,
             arguments.resume,
             device,
-            arguments.slot,
+            progress=not arguments.no_progress,
         )
-        return
+    else:
+        train_all(arguments.size, home, arguments.seed, device)
+
+
+def train_all(size: str, home: Path, seed: int, device: str) -> None:
+    """Run all stages that are not finished and export the model."""
+    from minomni.train import pipeline, scheduler
+
     began = time.perf_counter()
     try:
-        pipeline.run_all(arguments.size, home, arguments.seed, device)
+        scheduler.run_all(size, home, seed, device)
     finally:
         seconds = pipeline.elapsed_s(home, time.perf_counter() - began)
-    pipeline.export_model(arguments.size, home, arguments.seed)
+    pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
 
 
-def run_chat(arguments) -> None:
+def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
+    """Fine-tune a trained size on the data of --data."""
+    from minomni.train.finetune import finetune
+
+    if arguments.set:
+        raise UserError("--set changes the stages of a size and does not go with --data")
+    folder = finetune(
+        arguments.size,
+        arguments.data,
+        arguments.out or home / "tuned",
+        stage=arguments.stage,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        resume=arguments.resume,
+        fresh=arguments.fresh,
+        device=device,
+        home=home,
+    )
+    print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    """Answer the sample questions, the question of the command line, or a conversation."""
     out = arguments.out or Path("reply.wav")
+    check_chat(arguments, out)
+    omni = load(arguments.model, arguments.device)
+    voice = arguments.voice
+    if arguments.voice_from:
+        from minomni import make_voice
+
+        voice = arguments.voice_from.stem if voice is None else voice
+        omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
+
+    options = {}
+    for prefix in ("", "talker_"):
+        for name in generation_names():
+            options[prefix + name] = getattr(arguments, prefix + name)
+
+    # Where the speech goes to standard output, the text goes to standard error.
+    text_apart = redirect_stdout(sys.stderr) if str(out) in STANDARD_OUTPUT else nullcontext()
+    with text_apart:
+        if arguments.samples:
+            answer_samples(omni, arguments, voice, options)
+        elif arguments.content:
+            answer_once(omni, arguments, voice, out, options)
+        else:
+            hold_conversation(omni, arguments, voice, out, options)
+
+
+def check_chat(arguments: argparse.Namespace, out: Path) -> None:
+    """Raises UserError for options that do not go together, before the model is loaded."""
     if arguments.samples:
         refuse_with_samples(arguments)
     elif not arguments.content and not (sys.stdin and sys.stdin.isatty()):
@@ -336,36 +416,16 @@ def run_chat(arguments) -> None:
         check_out(out, arguments.stream)
     if not arguments.samples and not arguments.content and arguments.use_audio_in_video:
         raise UserError(
-            "--use-audio-in-video goes with --video; a conversation on a terminal has no films"
+            "--use-audio-in-video goes with --video; a conversation on a terminal has no videos"
         )
     if arguments.voice_from and arguments.no_speech:
         raise UserError(
-            "--voice-from makes a voice, and --no-speech wants none; leave out one of them"
+            "--voice-from makes a voice, and --no-speech needs none; leave out one of them"
         )
-    omni, voice = load(arguments.model, arguments.device), arguments.voice
-    if arguments.voice_from:
-        from minomni import make_voice
-
-        voice = arguments.voice_from.stem if voice is None else voice
-        omni.voices[voice] = make_voice(arguments.voice_from, voice, omni)
-    options = {
-        prefix + name: getattr(arguments, prefix + name)
-        for prefix in ("", "talker_")
-        for name in OPTIONS
-        if name != "do_sample"
-    }
-    text_apart = redirect_stdout(sys.stderr) if str(out) in STANDARD_OUTPUT else nullcontext()
-    with text_apart:  # where the speech goes to standard output, the text does not
-        if arguments.samples:
-            answer_samples(omni, arguments, voice, options)
-        elif arguments.content:
-            answer_once(omni, arguments, voice, out, options)
-        else:
-            hold_conversation(omni, arguments, voice, out, options)
 
 
-def refuse_with_samples(arguments) -> None:
-    """--samples asks its own questions and has its own places for the answers."""
+def refuse_with_samples(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options that --samples does not use, which has questions of its own."""
     given = {
         "another question": arguments.content,
         "--json": arguments.json,
@@ -382,7 +442,7 @@ def refuse_with_samples(arguments) -> None:
 
 
 def check_out(path: Path, stream: bool) -> None:
-    """Refuse, before any work is done, a file that cannot be written."""
+    """Raises UserError for a file that cannot be written, before any work is done."""
     from minomni.chat.reply import AUDIO_FILES, audio_file
     from minomni.files import writing
 
@@ -402,40 +462,47 @@ def check_out(path: Path, stream: bool) -> None:
         )
 
 
-def answer_once(omni, arguments, voice: str | None, out: Path, options: dict) -> None:
+def answer_once(
+    omni: "Omni", arguments: argparse.Namespace, voice: str | None, out: Path, options: dict
+) -> None:
     """Answer the question of the command line."""
     messages = [{"role": "user", "content": arguments.content}]
     if arguments.system is not None:
         messages.insert(0, {"role": "system", "content": arguments.system})
-    asked = dict(
+    chunks = omni.stream(
         messages=messages,
         voice=voice,
         seed=arguments.seed,
         speech=not arguments.no_speech,
         use_audio_in_video=arguments.use_audio_in_video,
+        schedule=schedule_of(arguments),
         **options,
     )
-    tell(
-        omni,
-        omni.stream(**asked, schedule="eager" if arguments.stream else None),
-        arguments,
-        None if arguments.no_speech else out,
-    )
+    show_reply(omni, chunks, arguments, None if arguments.no_speech else out)
 
 
-def hold_conversation(omni, arguments, voice: str | None, out: Path, options: dict) -> None:
-    """Answer the lines that are typed, each with all that was said before in mind.
+def schedule_of(arguments: argparse.Namespace) -> str | None:
+    """How audio is chunked: for low latency with --stream, else all at the end."""
+    return "eager" if arguments.stream else None
 
-    The speech of turn n goes beside `out`, with -n behind its name. A question that cannot be
-    answered is one line, and the conversation goes on.
+
+def hold_conversation(
+    omni: "Omni", arguments: argparse.Namespace, voice: str | None, out: Path, options: dict
+) -> None:
+    """Answer each line that is typed, in the context of the turns before it.
+
+    The speech of turn n goes to the name of `out` with -n at its end. A question that cannot be
+    answered is one line of error, and the conversation goes on.
     """
     with suppress(ImportError):
-        import readline  # noqa: F401  input() then knows the arrow keys
+        import readline  # noqa: F401  makes input() understand the arrow keys
 
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a terminal may send what is no UTF-8
+        sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are no UTF-8
     print("Type a question. /new begins a new conversation, /quit ends.", file=sys.stderr)
-    session, turns = omni.listen(voice, not arguments.no_speech, arguments.system), 0
+    speech = not arguments.no_speech
+    session = omni.listen(voice, speech, arguments.system)
+    turns = 0
     while True:
         try:
             question = input("> ").strip()
@@ -445,21 +512,18 @@ def hold_conversation(omni, arguments, voice: str | None, out: Path, options: di
         if question in ("/quit", "/exit"):
             return
         if question == "/new":
-            session = omni.listen(voice, not arguments.no_speech, arguments.system)
-        elif question:
-            path = None if arguments.no_speech else numbered(out, turns + 1)
-            try:
-                tell(
-                    omni,
-                    session.respond(
-                        question, arguments.seed, "eager" if arguments.stream else None, **options
-                    ),
-                    arguments,
-                    path,
-                )
-                turns += 1
-            except UserError as error:
-                print(f"minomni: {error}", file=sys.stderr)
+            session = omni.listen(voice, speech, arguments.system)
+            continue
+        if not question:
+            continue
+
+        path = numbered(out, turns + 1) if speech else None
+        try:
+            chunks = session.respond(question, arguments.seed, schedule_of(arguments), **options)
+            show_reply(omni, chunks, arguments, path)
+            turns += 1
+        except UserError as error:
+            print(f"minomni: {error}", file=sys.stderr)
 
 
 def numbered(path: Path, number: int) -> Path:
@@ -469,102 +533,124 @@ def numbered(path: Path, number: int) -> Path:
     return path if is_device(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
-def tell(omni, pieces, arguments, path: Path | None) -> None:
-    """Print an answer, as it comes or at its end, and write its speech to `path`."""
+def show_reply(
+    omni: "Omni",
+    chunks: "Iterator[TextChunk | AudioChunk | ReplyDone]",
+    arguments: argparse.Namespace,
+    path: Path | None,
+) -> None:
+    """Print a reply, while it is generated or at its end, and write its speech to `path`."""
     if arguments.stream:
-        reply = follow(pieces, path, omni.sample_rate, quiet=arguments.json)
+        reply = stream_reply(chunks, path, omni.sample_rate, quiet=arguments.json)
     else:
-        *_, end = pieces
-        reply = end.reply
+        reply = stream_reply(chunks, None, omni.sample_rate, quiet=True)
         if path:
             reply.save(path)
+
     if arguments.json:
-        answer = {
-            "text": reply.text,
-            "audio": path and str(path),
-            "seconds": round(reply.seconds, 3),
-            "sample_rate": reply.sample_rate,
-            "total_s": round(reply.total_s, 3),
+        print(json.dumps(reply_fields(reply, path, arguments.stream)), flush=True)
+        return
+    print(reply.text)
+    if path:
+        times = f"{reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s"
+        print(f"{path}: {times}", flush=True)
+
+
+def reply_fields(reply: "Reply", path: Path | None, streamed: bool) -> dict:
+    """What --json prints of a reply."""
+    fields = {
+        "text": reply.text,
+        "audio": None if path is None else str(path),
+        "seconds": round(reply.seconds, 3),
+        "sample_rate": reply.sample_rate,
+        "total_s": round(reply.total_s, 3),
+    }
+    if streamed:
+        times = {
+            "first_sound_s": reply.timings.first("sound"),
+            "last_text_s": reply.timings.last("text"),
         }
-        if arguments.stream:
-            times = {
-                "first_sound_s": reply.timings.first("sound"),
-                "last_text_s": reply.timings.last("text"),
-            }
-            answer |= {name: time and round(time, 3) for name, time in times.items()}
-        print(json.dumps(answer), flush=True)
-    else:
-        print(reply.text)
-        if path:
-            print(
-                f"{path}: {reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s",
-                flush=True,
-            )
+        for name, seconds in times.items():
+            fields[name] = None if seconds is None else round(seconds, 3)
+    return fields
 
 
-def follow(pieces, path: Path | None, sample_rate: int, quiet: bool):
-    """Print an answer's pieces as they come, each with its time, and write its sound into a wav
+def stream_reply(
+    chunks: "Iterator[TextChunk | AudioChunk | ReplyDone]",
+    path: Path | None,
+    sample_rate: int,
+    quiet: bool,
+) -> "Reply":
+    """Print the chunks of a reply as they come, each with its time, and write its audio into a wav
     that grows -> Reply.
     """
     from minomni.chat.reply import AudioChunk, ReplyDone
     from minomni.files import growing_wav
 
     with growing_wav(path, sample_rate) if path else nullcontext() as wav:
-        for piece in pieces:
-            if isinstance(piece, ReplyDone):
-                return piece.reply
-            if isinstance(piece, AudioChunk):
-                wav.write(piece.wave.numpy())
-                wav.flush()
+        for chunk in chunks:
+            if isinstance(chunk, ReplyDone):
+                return chunk.reply
+            if isinstance(chunk, AudioChunk):
+                if wav is not None:
+                    wav.write(chunk.wave.numpy())
+                    wav.flush()
+                what = f"~ {len(chunk.wave) / sample_rate:.2f} s of sound"
+            else:
+                what = chunk.text.strip()
             if not quiet:
-                sound = isinstance(piece, AudioChunk)
-                what = (
-                    f"~ {len(piece.wave) / sample_rate:.2f} s of sound"
-                    if sound
-                    else piece.text.strip()
-                )
-                print(f"{piece.at_s:6.2f} s  {what}", flush=True)
+                print(f"{chunk.at_s:6.2f} s  {what}", flush=True)
+    raise AssertionError("a reply ends with ReplyDone")
 
 
-def answer_samples(omni, arguments, voice: str | None, options: dict) -> None:
-    """Answer every question of data_samples/questions.json and say where each wav is."""
+def answer_samples(
+    omni: "Omni", arguments: argparse.Namespace, voice: str | None, options: dict
+) -> None:
+    """Answer every question of data_samples/questions.json and print where each wav is."""
     folder = paths.runs() / "answers"
     samples = paths.data_samples()
     for entry in json.loads((samples / "questions.json").read_text(encoding="utf-8")):
-        content = [
-            {kind: value if kind == "text" else str(samples / value)}
-            for part in entry["content"]
-            for kind, value in part.items()
-        ]
-        messages = [{"role": "user", "content": content}]
+        messages = [{"role": "user", "content": sample_content(entry, samples)}]
         if arguments.system is not None:
             messages.insert(0, {"role": "system", "content": arguments.system})
-        reply = omni.respond(
+        answer = omni.respond(
             messages,
             voice=entry["voice"] if voice is None else voice,
             seed=arguments.seed,
             use_audio_in_video=entry.get("use_audio_in_video", False),
             **options,
         )
+        reply = cast("Reply", answer)  # one conversation has one reply
         path = folder / f"{entry['name']}.wav"
         reply.save(path)
-        print(
-            f"{entry['name']}: {entry['asks']}\n  expected  {entry['answer']}\n  answered  {reply.text}\n"
-            f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)"
-        )
+        print(f"{entry['name']}: {entry['asks']}")
+        print(f"  expected  {entry['answer']}")
+        print(f"  answered  {reply.text}")
+        print(f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)")
 
 
-def run_report(arguments) -> None:
+def sample_content(entry: dict, samples: Path) -> list[dict]:
+    """The content of a sample question, with the paths of its files."""
+    content = []
+    for part in entry["content"]:
+        for kind, value in part.items():
+            content.append({kind: value if kind == "text" else str(samples / value)})
+    return content
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """Evaluate a model and print the metrics."""
     import torch
 
     from minomni.eval import report
 
-    torch.set_num_threads(1)  # short replies one by one: a second thread waits more than it works
+    torch.set_num_threads(1)  # short replies one by one gain nothing from a second thread
     card = report.measure(arguments.model, arguments.items, arguments.digits, arguments.device)
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 
-def run_ablate(arguments) -> None:
+def run_ablate(arguments: argparse.Namespace) -> None:
+    """Run an ablation and print its table."""
     import torch
 
     from minomni.eval.ablations import ablate
@@ -573,7 +659,8 @@ def run_ablate(arguments) -> None:
     print(ablate(arguments.what, arguments.home, arguments.items, arguments.seed))
 
 
-def run_bench(arguments) -> None:
+def run_bench(arguments: argparse.Namespace) -> None:
+    """Measure speed and print ratios and times."""
     from minomni.devices import device_of
     from minomni.eval import benchmark
     from minomni.files import writing
@@ -581,21 +668,19 @@ def run_bench(arguments) -> None:
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
-    omni = (
-        benchmark.random_model(arguments.model, device)
-        if arguments.chance
-        else load(arguments.model, device)
-    )
+    make = benchmark.random_model if arguments.chance else load
+    omni = make(arguments.model, device)
+
     if arguments.what == "first":
         rows = benchmark.first_sound(omni)
-        print(
-            json.dumps({name: round(value, 4) for name, (value, _) in rows.items()})
-            if arguments.json
-            else benchmark.table(rows)
-        )
+        if arguments.json:
+            print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
+        else:
+            print(benchmark.table(rows))
         return
+
     if arguments.picture:
-        with writing(arguments.picture):  # before minutes of measuring
+        with writing(arguments.picture):  # an error here costs no minutes of measuring
             arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     result = benchmark.measure(omni)
     if arguments.picture:
@@ -603,28 +688,27 @@ def run_bench(arguments) -> None:
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
 
 
+COMMANDS = {
+    "train": run_train,
+    "chat": run_chat,
+    "report": run_report,
+    "ablate": run_ablate,
+    "bench": run_bench,
+}
+
+
 def main() -> int:
-    """Run one command. Errors that a person can mend are one line on stderr and exit code 2."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a path may hold bytes, and an answer letters, that cannot be printed
+    """Run one command. Errors that the user can correct are one line on stderr and exit code 2."""
+    # A path may hold bytes, and an answer letters, that the encoding of the output lacks.
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser().parse_args()
-        run = {
-            "train": run_train,
-            "chat": run_chat,
-            "report": run_report,
-            "ablate": run_ablate,
-            "bench": run_bench,
-        }
-        run[arguments.command](arguments)
+        COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # nobody reads on, as after `| head`; and nobody is to be told so at exit
+    except BrokenPipeError:
+        # The reader has closed the pipe, as `| head` does. Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"minomni: {error}", file=sys.stderr)

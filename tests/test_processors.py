@@ -27,7 +27,9 @@ QUICK = (
     "voices",
 )
 TRAINING = (
-    "tests/test_train.py",
+    "tests/test_loop.py",
+    "tests/test_muon.py",
+    "tests/test_stages.py",
     "-k",
     "muon or newton or resume_is_exact or overfits_one_batch and (codec or audio_align or language)",
 )

@@ -1,8 +1,10 @@
-"""What a run leaves on disk: config.json, log.jsonl, samples/<stage>/<step>.*, checkpoints. A full
-disk spoils nothing.
+"""The files of a run: config.json, settings.json, log.jsonl, samples, checkpoints.
 
 <stage>.resume.pt       parameters, optimizers and step of a stage that is not finished
-<stage>.safetensors     what a finished stage learnt
+<stage>.safetensors     the trained parameters of a finished stage
+samples/<stage>/        what the stage could do at some steps
+
+A full disk or a kill damages no file that was complete before.
 """
 
 import json
@@ -10,8 +12,10 @@ import os
 import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +27,10 @@ from minomni.config import OmniConfig
 from minomni.errors import UserError, shorten
 from minomni.files import WriteError, open_regular, write_atomically, writing
 
+# File name patterns of everything that the folder of a run holds.
 RUN_FILES = (
     "config.json",
+    "settings.json",
     "generation_config.json",
     "preprocessor_config.json",
     "log.jsonl",
@@ -33,26 +39,26 @@ RUN_FILES = (
     "*.safetensors",
     "*.resume.pt",
     "*.part",
-)  # all that the folder of a run holds
+)
 
 
 @contextmanager
-def disk_errors(what: Path):
-    """Add to the one line about a file that cannot be written how to go on."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Add to the error about a file that cannot be written how to continue the run."""
     try:
-        with writing(what):
+        with writing(path):
             yield
     except WriteError as error:
         raise UserError(
-            f"{error}; make room and go on with --resume, the last checkpoint is whole"
+            f"{error}; make room and continue with --resume, the last checkpoint is complete"
         ) from None
 
 
 def make_home(folder: Path) -> None:
-    """Make the folder of a run, before any work begins.
+    """Make the folder of a run before any work begins.
 
-    Raises UserError where that cannot be: a file, below a file, a name that is too long, a folder
-    that may not be written to.
+    Raises UserError where that is impossible: a file of this name, a path below a file, a name that
+    is too long, a folder without write permission.
     """
     probe = folder / f"{os.getpid()}.part"
     try:
@@ -72,96 +78,118 @@ def clear_home(folder: Path) -> None:
     if not folder.exists():
         return
     with writing(folder):
-        foreign = [
-            entry.name
-            for entry in folder.iterdir()
-            if not any(entry.match(known) for known in RUN_FILES)
-        ]
+        entries = list(folder.iterdir())
+        foreign = [entry.name for entry in entries if not is_run_file(entry)]
         if foreign:
             raise UserError(
-                f"{shorten(folder, 200)}: holds {shorten(min(foreign), 80)!r}, which --fresh would delete "
-                f"although no run wrote it; move it, or work elsewhere"
+                f"{shorten(folder, 200)}: holds {shorten(min(foreign), 80)!r}, which --fresh would "
+                f"delete although no run wrote it; move it, or give another --home"
             )
-        for entry in list(folder.iterdir()):
+        for entry in entries:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
 
 
+def is_run_file(entry: Path) -> bool:
+    """Whether a file or folder has a name that runs write."""
+    return any(entry.match(pattern) for pattern in RUN_FILES)
+
+
 def check_run_config(folder: Path, config: OmniConfig) -> None:
-    """Write the sizes of the model into a new run folder. Raises UserError where a run of other
-    sizes lies in it.
+    """Write the model's config into a new run folder. Raises UserError where it holds a run with
+    another one.
     """
-    if (folder / "config.json").exists():
-        if read_config(folder) != config:
-            raise UserError(
-                f"{folder} holds a run of other sizes; --fresh throws it away, --home works elsewhere"
-            )
-        return
-    with disk_errors(folder / "config.json"):
-        write_config(config, folder)
+    path = folder / "config.json"
+    if not path.exists():
+        with disk_errors(path):
+            write_config(config, folder)
+    elif read_config(folder) != config:
+        raise UserError(
+            f"{folder} holds a run of other sizes; --fresh deletes it, --home names another folder"
+        )
 
 
 def log(folder: Path, entry: dict) -> None:
-    """Append one line to log.jsonl; a line that a full disk has cut is left behind as a line of its
-    own.
-    """
+    """Append one line to log.jsonl. A line that a full disk has cut stays a line of its own."""
     path = folder / "log.jsonl"
+    line = json.dumps(entry).encode() + b"\n"
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
-            cut = file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n"
-            file.write(b"\n" * cut + json.dumps(entry).encode() + b"\n")
+            if ends_in_cut_line(file):
+                line = b"\n" + line
+            file.write(line)
+
+
+def ends_in_cut_line(file: BinaryIO) -> bool:
+    """Whether a file's last line lacks its line break."""
+    length = file.seek(0, os.SEEK_END)
+    if length == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def save_checkpoint(
-    folder: Path, name: str, step: int, means: dict, unlocked: dict[str, Tensor], optimizers: list
+    folder: Path,
+    name: str,
+    step: int,
+    means: dict,
+    unlocked: Mapping[str, Tensor],
+    optimizers: list,
 ) -> None:
-    """Write all that a stage needs to go on."""
-    parameters = {n: p.detach() for n, p in unlocked.items()}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"step": step, "means": means, "parameters": parameters, "optimizers": states}
+    """Write everything that a stage needs to resume."""
+    state = {
+        "step": step,
+        "means": means,
+        "parameters": {name: parameter.detach() for name, parameter in unlocked.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
     path = folder / f"{name}.resume.pt"
     with disk_errors(path):
         write_atomically(path, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(
-    folder: Path, name: str, unlocked: dict[str, Tensor], optimizers: list
+    folder: Path, name: str, unlocked: Mapping[str, Tensor], optimizers: list
 ) -> tuple[int, dict]:
-    """Go back to where a stage was kept -> (step, mean losses), (0, {}) where it was not.
+    """Restore the last checkpoint of a stage -> (step, running means of the losses), (0, {}) where
+    there is none.
 
-    All of the file is checked before anything is changed. Raises UserError for a damaged file, and
-    for the checkpoint of another model.
+    The whole file is checked before anything changes. Raises UserError for a damaged file and for
+    the checkpoint of another model.
     """
     path = folder / f"{name}.resume.pt"
     if not path.exists():
         return 0, {}
-    state, start_over = read_checked(path), f"--stage {name} --fresh starts this stage over"
+    state = read_checked(path)
+    start_over = f"--stage {name} --fresh starts this stage over"
     if not is_state(state):
-        raise UserError(f"{path}: is not what a stage keeps of itself; {start_over}")
-    if {n: p.shape for n, p in state["parameters"].items()} != {
-        n: p.shape for n, p in unlocked.items()
-    }:
+        raise UserError(f"{path}: is not the checkpoint of a stage; {start_over}")
+
+    kept_shapes = {key: parameter.shape for key, parameter in state["parameters"].items()}
+    if kept_shapes != {key: parameter.shape for key, parameter in unlocked.items()}:
         raise UserError(f"{path} belongs to another model; {start_over}")
-    if not all(map(matches_optimizer, state["optimizers"], optimizers)) or len(
-        state["optimizers"]
-    ) != len(optimizers):
-        raise UserError(f"{path} was kept by other optimizers; {start_over}")
+    kept_optimizers = state["optimizers"]
+    same_count = len(kept_optimizers) == len(optimizers)
+    if not same_count or not all(map(matches_optimizer, kept_optimizers, optimizers)):
+        raise UserError(f"{path} was written with other optimizers; {start_over}")
+
     for key, parameter in unlocked.items():
         parameter.data.copy_(state["parameters"][key])
-    for optimizer, kept in zip(optimizers, state["optimizers"]):
+    for optimizer, kept in zip(optimizers, kept_optimizers, strict=True):
         optimizer.load_state_dict(kept)
     return state["step"], state["means"]
 
 
 def read_checked(path: Path):
-    """What torch.save wrote to a file, read as data: code is refused. Raises UserError for any
-    damage.
+    """What torch.save wrote to a file, read as data without executing code.
 
-    torch does not compare the checksums that it writes; zipfile does, so that a flipped bit is not
-    learnt from.
+    Raises UserError for any damage.
+
+    torch does not compare the checksums that it writes; zipfile does, so a flipped bit is found.
     """
     try:
         with open_regular(path, "a checkpoint") as file, zipfile.ZipFile(file) as archive:
@@ -174,59 +202,64 @@ def read_checked(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what a broken or hostile file raises can be any exception
-        reason = shorten((str(error).splitlines() or [""])[0], 120)
+    except Exception as error:  # a broken or hostile file can raise any exception
+        first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{shorten(path, 200)}: is damaged or was not written by a training ({type(error).__name__}: "
-            f"{reason}); delete it, and what it held is made again"
+            f"{shorten(path, 200)}: is damaged or was not written by a training "
+            f"({type(error).__name__}: {shorten(first_line, 120)}); delete it to repeat its stage"
         ) from None
 
 
-def is_state(state) -> bool:
-    """Whether this is what save_checkpoint() writes, for whatever model."""
-    keys = {"step": int, "means": dict, "parameters": dict, "optimizers": list}
-    if not isinstance(state, dict) or not all(
-        type(state.get(key)) is kind for key, kind in keys.items()
-    ):
+def is_state(state: Any) -> bool:
+    """Whether this is what save_checkpoint() writes, for any model."""
+    kinds = {"step": int, "means": dict, "parameters": dict, "optimizers": list}
+    if not isinstance(state, dict):
         return False
-    means = all(
-        isinstance(name, str) and type(mean) is float for name, mean in state["means"].items()
-    )
-    return (
-        means
-        and state["step"] >= 0
-        and all(isinstance(p, Tensor) for p in state["parameters"].values())
-    )
+    if any(type(state.get(key)) is not kind for key, kind in kinds.items()):
+        return False
+    if state["step"] < 0:
+        return False
+    for name, mean in state["means"].items():
+        if not isinstance(name, str) or type(mean) is not float:
+            return False
+    return all(isinstance(parameter, Tensor) for parameter in state["parameters"].values())
 
 
-def matches_optimizer(kept, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer can go on from a kept state: the same groups, and for each parameter
+def matches_optimizer(kept: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer can continue from a kept state: the same groups, and for each parameter
     tensors of its shape.
     """
-    fresh = optimizer.state_dict()["param_groups"]
     if not isinstance(kept, dict) or not isinstance(kept.get("state"), dict):
         return False
-    groups, rows = kept.get("param_groups"), kept["state"]
-    if not isinstance(groups, list) or len(groups) != len(fresh):
+    if not same_groups(kept.get("param_groups"), optimizer.state_dict()["param_groups"]):
         return False
-    for old, new in zip(groups, fresh):
-        if not isinstance(old, dict) or old.get("params") != new["params"]:
-            return False
-        if any(type(old.get(key)) is not type(value) for key, value in new.items()):
-            return False
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, row in rows.items():
-        if type(i) is not int or not 0 <= i < len(parameters) or not isinstance(row, dict):
+    for index, row in kept["state"].items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(row, dict):
             return False
+        shapes = ((), parameters[index].shape)  # of a counter, and of moments
         for value in row.values():
-            if not isinstance(value, Tensor) or value.shape not in ((), parameters[i].shape):
+            if not isinstance(value, Tensor) or value.shape not in shapes:
                 return False
     return True
 
 
-def save_stage(folder: Path, name: str, learnt: dict[str, Tensor]) -> None:
-    """Write what a stage learnt and clear away what it needed on its way, halves that a kill left
-    behind too.
+def same_groups(kept: Any, fresh: list[dict]) -> bool:
+    """Whether two lists of parameter groups have the same parameters, and options of one type."""
+    if not isinstance(kept, list) or len(kept) != len(fresh):
+        return False
+    for old, new in zip(kept, fresh, strict=True):
+        if not isinstance(old, dict) or old.get("params") != new["params"]:
+            return False
+        if any(type(old.get(key)) is not type(value) for key, value in new.items()):
+            return False
+    return True
+
+
+def save_stage(folder: Path, name: str, learnt: Mapping[str, Tensor]) -> None:
+    """Write the trained parameters of a finished stage and delete its checkpoint, with any
+    incomplete file that a kill left.
     """
     tensors = {n: p.detach().cpu().contiguous() for n, p in learnt.items()}
     path = folder / f"{name}.safetensors"
@@ -237,13 +270,23 @@ def save_stage(folder: Path, name: str, learnt: dict[str, Tensor]) -> None:
 
 
 def delete_stage(folder: Path, name: str) -> None:
-    """Throw away what one stage has left, so that it starts over."""
-    for left in (folder / f"{name}.resume.pt", folder / f"{name}.safetensors"):
-        left.unlink(missing_ok=True)
+    """Delete the checkpoint and the result of one stage, so that it starts over."""
+    for path in stage_files(folder, name):
+        path.unlink(missing_ok=True)
+
+
+def has_begun(folder: Path, name: str) -> bool:
+    """Whether a stage has a checkpoint or a result in a run folder."""
+    return any(path.exists() for path in stage_files(folder, name))
+
+
+def stage_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """The checkpoint of an unfinished stage and the result of a finished one."""
+    return folder / f"{name}.resume.pt", folder / f"{name}.safetensors"
 
 
 def load_stages(omni: nn.Module, folder: Path, stages: list[str]) -> None:
-    """Give a model what the named finished stages learnt, in their order.
+    """Load the results of the named finished stages into a model, in their order.
 
     Raises UserError for one that is missing or damaged, or belongs to another model.
     """
@@ -253,27 +296,23 @@ def load_stages(omni: nn.Module, folder: Path, stages: list[str]) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing: run stage {name} first")
         learnt = read_tensors(path)
-        strange = [
-            key
-            for key, value in learnt.items()
-            if key not in parameters or parameters[key].shape != value.shape
-        ]
-        if strange:
-            raise UserError(
-                f"{path} belongs to another model, first {min(strange)!r}; --stage {name} --fresh makes it "
-                f"again"
-            )
+        for key in sorted(learnt):
+            if key not in parameters or parameters[key].shape != learnt[key].shape:
+                raise UserError(
+                    f"{path} belongs to another model, first {key!r}; "
+                    f"--stage {name} --fresh trains the stage again"
+                )
         for key, value in learnt.items():
             parameters[key].data.copy_(value)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises UserError for a damaged one."""
-    open_regular(path, "what a stage learnt").close()
+    open_regular(path, "the result of a stage").close()
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{shorten(path, 200)}: cut short or no safetensors file ({shorten(error, 120)}); delete it, "
-            f"and run its stage again"
+            f"{shorten(path, 200)}: cut short or no safetensors file ({shorten(error, 120)}); "
+            f"delete it, and run its stage again"
         ) from None

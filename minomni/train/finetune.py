@@ -1,16 +1,17 @@
-"""Tuning a trained model on people's own data: `chat` learns the answers, `talker` their
-recordings.
+"""Fine-tuning on a user's data: `chat` on the answers, `talker` on their recordings.
 
-The same loop, losses and hand-over as in pipeline.py; only where the lessons come from differs
-(jsonl.py).
+The loop, losses and checkpoints are those of the training from scratch; the examples come from a
+JSONL file (data/jsonl.py).
 """
 
 import hashlib
 import time
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from minomni import load
@@ -23,7 +24,7 @@ from minomni.errors import UserError, shorten
 from minomni.files import writing
 from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP, voice_mel
-from minomni.inputs.prompt import Processor
+from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses
 from minomni.train.checkpoint import load_stages
@@ -32,97 +33,107 @@ from minomni.train.pipeline import TRAINED, commit, config_hash, prepare_run
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import PARTS
 
-LEAST_STEPS, LEAST_EPOCHS = (
-    300,
-    3,
-)  # where nobody says how many epochs: few lines are seen often, many at least thrice
-MADE_OF = "made_of.json"  # in the run's folder: what is being tuned on what
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+# Without --epochs: at least so many epochs, and at least so many steps where there are few rows.
+MIN_EPOCHS = 3
+MIN_STEPS = 300
+MADE_OF = "made_of.json"  # in the folder of the run: the model, data and options it began with
 
 
 class FinetuneStage(Stage):
-    """Lessons from a file, each once an epoch."""
+    """Examples from a file, each once per epoch."""
 
-    def __init__(self, omni, recipe: Recipe, cache: Path, seed: int, lines: JsonlRows):
+    def __init__(self, omni: "Omni", recipe: Recipe, cache: Path, seed: int, rows: JsonlRows):
         super().__init__(omni, recipe, cache, seed)
-        self.lines, self.tokens = lines, omni.config.thinker.tokens
+        assert omni.tokenizer is not None, "a loaded model has a tokenizer"
+        self.rows = rows
+        self.tokens = omni.config.thinker.tokens
         self.processor = Processor(omni.config, omni.tokenizer)
 
-    def chosen(self, place: int) -> int:
-        """Which line comes at a place of the epochs."""
-        return epoch_index(self.seed, len(self.lines), place)
+    def row_index(self, position: int) -> int:
+        """The index of the row at a position in the sequence of epochs."""
+        return epoch_index(self.seed, len(self.rows), position)
 
-    def batch(self, number):
+    def batch(self, number: int) -> list[JsonlRow]:
         first = number * self.recipe.batch
-        return [self.lines[self.chosen(place)] for place in range(first, first + self.recipe.batch)]
+        positions = range(first, first + self.recipe.batch)
+        return [self.rows[self.row_index(position)] for position in positions]
 
-    def collate(self, prompts: list, lines: list[JsonlRow]):
-        """Inputs and targets [B, L] of prompts and the answers of their lines."""
-        answers = [
-            self.processor.tokenizer.encode(line.answer) + [self.tokens.im_end] for line in lines
-        ]
+    def collate(self, prompts: list[Inputs], rows: list[JsonlRow]) -> tuple[Inputs, Tensor]:
+        """Inputs and targets [B, L] of prompts followed by the answers of their rows."""
+        encode = self.processor.tokenizer.encode
+        answers = [encode(row.answer) + [self.tokens.im_end] for row in rows]
         return to_device(append_answer(prompts, answers, self.tokens.endoftext), self.device)
 
 
 class FinetuneChatStage(FinetuneStage):
-    """Next-token loss on the answers, the whole Thinker unlocked."""
+    """Next-token loss on the answers; the whole Thinker trains."""
 
-    name, learns = "chat", ("thinker.",)
+    name = "chat"
+    learns = ("thinker.",)
 
-    def losses(self, batch):
-        rows = [(prompt(line, self.processor), line) for line in batch]
-        rows.sort(key=lambda row: row[0].input_ids.shape[1])
-        size = ceil(len(rows) / PARTS)  # rows of like length together, so that little is padding
-        parts = [self.collate(*zip(*rows[i : i + size])) for i in range(0, len(rows), size)]
-        return {
-            "text": losses.in_parts(
-                [(self.omni.thinker(inputs), targets) for inputs, targets in parts]
-            )
-        }
+    def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
+        pairs = [(prompt(row, self.processor), row) for row in batch]
+        # Rows of similar length share a part of the batch, which keeps padding short.
+        pairs.sort(key=lambda pair: pair[0].input_ids.shape[1])
+        size = ceil(len(pairs) / PARTS)
+        parts = []
+        for first in range(0, len(pairs), size):
+            prompts, rows = zip(*pairs[first : first + size], strict=True)
+            inputs, targets = self.collate(list(prompts), list(rows))
+            parts.append((self.omni.thinker(inputs), targets))
+        return {"text": losses.in_parts(parts)}
 
-    def sample(self):
-        line = self.lines[0]
-        reply = self.omni.thinker.generate(
-            prompt(line, self.processor), self.omni.config.thinker_sampling
-        )
-        return f"{line.answer!r} -> {self.processor.tokenizer.decode(reply.tokens[0], skip_special=True)!r}"
+    def sample(self) -> str:
+        row = self.rows[0]
+        sampling = self.omni.config.thinker_sampling
+        reply = self.omni.thinker.generate(prompt(row, self.processor), sampling)
+        text = self.processor.tokenizer.decode(reply.tokens[0], skip_special=True)
+        return f"{row.answer!r} -> {text!r}"
 
 
 class FinetuneTalkerStage(FinetuneStage):
-    """Next-code loss on the recordings of the answers, spoken from the states of the Thinker as it
-    is.
-    """
+    """Next-code loss on the recordings of the answers, given the states of the frozen Thinker."""
 
-    name, learns = "talker", ("talker.",)
+    name = "talker"
+    learns = ("talker.",)
 
-    def chosen(self, place):
-        return self.lines.spoken[epoch_index(self.seed, len(self.lines.spoken), place)]
+    def row_index(self, position: int) -> int:
+        return self.rows.spoken[epoch_index(self.seed, len(self.rows.spoken), position)]
 
-    def losses(self, batch):
-        rows = talker_prompts(
-            self.omni.thinker,
-            *self.collate([prompt(line, self.processor) for line in batch], batch),
-        )
-        voices = [
-            self.omni.voice(line.voice or next(iter(self.omni.voices))).bos_token for line in batch
-        ]
-        spoken = zip(rows, voices, self.codes(batch), batch)
-        lessons = [TalkerExample(*row, bos, codes, line.answer) for row, bos, codes, line in spoken]
-        return {"codes": code_loss(self.omni, lessons)}
+    def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
+        prompts = [prompt(row, self.processor) for row in batch]
+        handovers = talker_prompts(self.omni.thinker, *self.collate(prompts, batch))
+        default_voice = next(iter(self.omni.voices))
+        examples = []
+        for handover, codes, row in zip(handovers, self.codes(batch), batch, strict=True):
+            bos_token = self.omni.voice(row.voice or default_voice).bos_token
+            examples.append(TalkerExample(*handover, bos_token, codes, row.answer))
+        return {"codes": code_loss(self.omni, examples)}
 
     @torch.no_grad()
-    def codes(self, lines: list[JsonlRow]) -> list[torch.Tensor]:
-        """What our codec makes of the recordings: codes [m] of each line."""
-        hop = HOP * self.omni.config.codec.downsample  # samples a code
-        waves = [load_audio(line.speech) for line in lines]
-        mels, frames = pad_mels([voice_mel(F.pad(wave, (0, -len(wave) % hop))) for wave in waves])
-        counts = frames // self.omni.config.codec.downsample
-        return [
-            row[:n] for row, n in zip(self.omni.codec.encode(mels.to(self.device)).cpu(), counts)
-        ]
+    def codes(self, rows: list[JsonlRow]) -> list[Tensor]:
+        """The recordings of the rows, encoded by our codec: codes [m] of each row."""
+        codec = self.omni.codec
+        assert codec is not None, "models that are trained here have a codec"
+        downsample = codec.config.downsample
+        mels = []
+        for row in rows:
+            waveform = load_audio(row.speech)
+            missing = -len(waveform) % (HOP * downsample)  # samples to a whole code
+            mels.append(voice_mel(F.pad(waveform, (0, missing))))
+        padded, frames = pad_mels(mels)
+        encoded = codec.encode(padded.to(self.device)).cpu()
+        return [codes[:count] for codes, count in zip(encoded, frames // downsample, strict=True)]
 
 
-STAGES = {stage.name: stage for stage in (FinetuneChatStage, FinetuneTalkerStage)}
-RECIPES = {  # rate and batch; the steps follow from the epochs
+STAGES: dict[str, type[FinetuneStage]] = {
+    "chat": FinetuneChatStage,
+    "talker": FinetuneTalkerStage,
+}
+RECIPES = {  # learning rate and batch; the steps follow from the epochs
     "tiny": {"chat": (2e-3, 16), "talker": (2e-3, 16)},
     "small": {"chat": (5e-4, 32), "talker": (5e-4, 32)},
 }
@@ -138,68 +149,75 @@ def finetune(
     resume: bool = False,
     fresh: bool = False,
     device: str = "cpu",
+    home: Path | None = None,
 ) -> Path:
-    """Tune the trained model of a size on own data -> the folder of the tuned model, written whole
-    or not at all.
+    """Fine-tune the trained model of a size on a user's data -> the folder of the new model, which
+    is written completely or not at all.
 
     All of the data is checked before the first step. Stages: chat, then talker where answers have
     recordings; or one of them. A voice that the model does not know is made from its first
-    recordings. Raises UserError for bad data, naming the lines, and for a run that belongs to other
-    data.
+    recordings. The run works in `home`, by default the folder of `out`. Raises UserError for bad
+    data, naming the lines, and for a run that belongs to other data.
     """
-    if size not in RECIPES:
-        raise UserError(
-            f"no recipe tunes {size!r}; sizes that can be tuned are {', '.join(RECIPES)}"
-        )
-    if stage is not None and stage not in STAGES:
-        raise UserError(f"own data has no stage {stage!r}; its stages are {', '.join(STAGES)}")
+    check_size_and_stage(size, stage)
     torch.set_num_threads(1)
-    run, began = run_of(out), time.perf_counter()
+    began = time.perf_counter()
+    run = run_folder(out, home)
     prepare_run(run, resume, fresh)
+
+    # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device)
-    lines = read(data, run, omni)
-    if stage == "talker" and not lines.spoken:
+    rows = read(data, run, omni)
+    if stage == "talker" and not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
-    names = [stage] if stage else [name for name in STAGES if name == "chat" or lines.spoken]
-    check_same_run(
-        run,
-        {
-            "data": lines.digest.hexdigest(),
-            "model": content(omni),
-            "seed": seed,
-            "epochs": epochs,
-            "stages": names,
-        },
-    )
-    for name, wave in lines.voices.items():
-        omni.voices[name] = make_voice(wave, name, omni)
+    names = [stage] if stage else [name for name in STAGES if name == "chat" or rows.spoken]
+    made_of = {
+        "data": rows.digest.hexdigest(),
+        "model": weights_hash(omni),
+        "seed": seed,
+        "epochs": epochs,
+        "stages": names,
+    }
+    check_same_run(run, made_of)
+    for name, waveform in rows.voices.items():
+        omni.voices[name] = make_voice(waveform, name, omni)
+
+    # Each stage starts from the weights of the one before it.
     for name in names:
         if not (run / "stages" / f"{name}.safetensors").exists():
-            train(
-                make_stage(name, size, omni, run, seed, lines, epochs), run / "stages", resume=True
-            )
+            training = make_stage(name, size, omni, run, seed, rows, epochs)
+            train(training, run / "stages", resume=True)
         load_stages(omni, run / "stages", [name])
+
     omni.eval().requires_grad_(False)
     weights.save(omni, out)
-    write_json(
-        out / TRAINED,
-        {
-            "size": size,
-            "seed": seed,
-            "data": data.name,
-            "stages": names,
-            "epochs": epochs,
-            "seconds": round(time.perf_counter() - began),
-            "config": config_hash(omni.config),
-            "commit": commit(),
-        },
-    )
+    trained = {
+        "size": size,
+        "seed": seed,
+        "data": data.name,
+        "stages": names,
+        "epochs": epochs,
+        "seconds": round(time.perf_counter() - began),
+        "config": config_hash(omni.config),
+        "commit": commit(),
+    }
+    write_json(out / TRAINED, trained)
     return out
 
 
-def run_of(out: Path) -> Path:
-    """The folder of the run, beside the one of the tuned model. Raises UserError where no model can
-    go there.
+def check_size_and_stage(size: str, stage: str | None) -> None:
+    """Raises UserError for a size or a stage that cannot be fine-tuned."""
+    if size not in RECIPES:
+        sizes = ", ".join(RECIPES)
+        raise UserError(f"no recipe tunes {size!r}; sizes that can be tuned are {sizes}")
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"own data has no stage {stage!r}; its stages are {', '.join(STAGES)}")
+
+
+def run_folder(out: Path, home: Path | None) -> Path:
+    """The folder of the run: NAME.run in `home`, or beside the tuned model without one.
+
+    Raises UserError where no model can be written as `out`.
     """
     shown = shorten(out, 200) or "an empty name"
     with writing(out):
@@ -215,28 +233,31 @@ def run_of(out: Path) -> Path:
             raise UserError(
                 f"--out {shown}: holds something that is no model; give the name of a new folder"
             )
-    return out.with_name(f"{out.name}.run")
+    return (home or out.parent) / f"{out.name}.run"
 
 
 def make_stage(
-    name: str, size: str, omni, run: Path, seed: int, lines: JsonlRows, epochs: int | None
+    name: str,
+    size: str,
+    omni: "Omni",
+    run: Path,
+    seed: int,
+    rows: JsonlRows,
+    epochs: int | None,
 ) -> FinetuneStage:
-    """A stage whose steps go through its lines `epochs` times; without a number, as long as is
-    sensible.
-    """
+    """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least."""
     lr, batch = RECIPES[size][name]
-    count = len(lines.spoken) if name == "talker" else len(lines)
-    steps = (
-        ceil(epochs * count / batch)
-        if epochs
-        else max(LEAST_STEPS, ceil(LEAST_EPOCHS * count / batch))
-    )
+    count = len(rows.spoken) if name == "talker" else len(rows)
+    if epochs:
+        steps = ceil(epochs * count / batch)
+    else:
+        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / batch))
     recipe = Recipe(steps, batch, lr, warmup=min(30, ceil(steps / 10)))
-    return STAGES[name](omni, recipe, run, seed, lines)
+    return STAGES[name](omni, recipe, run, seed, rows)
 
 
-def content(omni) -> str:
-    """Stands for all weights of a model."""
+def weights_hash(omni: "Omni") -> str:
+    """A fingerprint of all weights of a model."""
     digest = hashlib.sha256()
     for tensor in omni.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -244,7 +265,7 @@ def content(omni) -> str:
 
 
 def check_same_run(run: Path, made_of: dict) -> None:
-    """Note what a run is made of, or raise UserError where it already is made of something else."""
+    """Note what a run is made of. Raises UserError where it has begun with something else."""
     kept = read_json(run / MADE_OF, optional=True)
     changed = [key for key, value in made_of.items() if kept.get(key, value) != value]
     if changed and any((run / "stages").iterdir()):

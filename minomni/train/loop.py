@@ -1,20 +1,22 @@
-"""One loop for every stage: schedule, gradients in parts, readable log, samples, checkpoints, exact
-resume.
+"""One training loop for all stages: schedule, gradient accumulation, logs, checkpoints, resume.
 
-A batch is a function of (seed, number) alone, so a run that stops and goes on sees what an
-uninterrupted one would have seen, and the checkpoint needs no position in the data. What a run
-leaves on disk is in train/checkpoint.py.
+A batch is a function of (seed, number) alone. A run that stops and resumes sees the batches of an
+uninterrupted one, and the checkpoint needs no position in the data. Files of a run: checkpoint.py.
 """
 
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minomni.devices import has_bf16
@@ -22,13 +24,18 @@ from minomni.errors import UserError
 from minomni.train import checkpoint, samples
 from minomni.train.muon import Muon
 
-NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows stand for single ids
-OTHERS_SHARE = 0.4  # of the rate, for what Muon does not steer
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
+OTHERS_SHARE = 0.4  # of the learning rate, for the parameters that Muon does not update
+LOG_LINES = 8  # per stage; each comes with a checkpoint and samples
+OLD_SHARE, NEW_SHARE = 0.95, 0.05  # of the running mean of a loss and of its newest value
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast a stage learns."""
+    """How long and how fast a stage trains."""
 
     steps: int
     batch: int  # rows that are in memory together
@@ -40,46 +47,50 @@ class Recipe:
 
 
 class Stage:
-    """One lesson. Subclasses say what is learnt (`learns`: parameter name prefixes), from what, by
-    which losses.
+    """One training stage. Subclasses define what is trained (`learns`: parameter name prefixes), on
+    which data and with which losses.
     """
 
     name: str
     needs: tuple[str, ...] = ()  # stages whose results this one starts from
     learns: tuple[str, ...] = ()
     about: str = ""
-    data: str = ""  # what it learns from
+    data: str = ""  # what it is trained on
     bf16 = True  # where the device has it
+    setup_s: float | None = None  # seconds that setup() took; None until run_setup()
 
-    def __init__(self, omni: nn.Module, recipe: Recipe, cache: Path, seed: int):
-        self.omni, self.recipe, self.cache, self.seed = omni, recipe, cache, seed
+    def __init__(self, omni: "Omni", recipe: Recipe, cache: Path, seed: int):
+        self.omni = omni
+        self.recipe = recipe
+        self.cache = cache
+        self.seed = seed
         self.device = next(omni.parameters()).device
 
     def setup(self) -> None:
-        """Work before the first step, such as data from other models or initialized weights."""
+        """Work before the first step: read the corpus, encode it, initialize weights from it."""
 
-    def batch(self, number: int):
-        """Batch number `number` of the stage, recipe.accumulate of them a step; one seed and
-        number, one batch.
+    def batch(self, number: int) -> Any:
+        """Batch `number` of the stage, recipe.accumulate of them per step; a function of the seed
+        and the number, on the CPU.
         """
         raise NotImplementedError
 
-    def losses(self, batch) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is what is minimised."""
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Weighted losses by name; their sum is minimized."""
         raise NotImplementedError
 
     def sample(self) -> str:
-        """One line that shows what the model can do by now, on fixed prompts."""
+        """One line of the model's current output on fixed prompts."""
         return ""
 
     def sound(self) -> tuple[str, Tensor] | None:
-        """One fixed sentence as the voice says it by now: its text, and its mel [T, bands] or wave
-        [samples].
+        """One fixed sentence as the model currently speaks it: its text, and its mel [T, bands] or
+        waveform [samples].
         """
         return None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters this stage unlocks, by name."""
+        """The parameters that this stage trains, by name."""
         chosen = {n: p for n, p in self.omni.named_parameters() if n.startswith(self.learns)}
         if not chosen:
             raise UserError(
@@ -88,8 +99,58 @@ class Stage:
         return chosen
 
 
+def run_setup(stage: Stage) -> None:
+    """Call stage.setup() and note how long it took."""
+    began = time.perf_counter()
+    stage.setup()
+    stage.setup_s = time.perf_counter() - began
+
+
+class StageBatches(Dataset):
+    """The batches of a stage by number, each with the state of the random generator after it.
+
+    A loader process raises nothing: an error is returned in place of a batch.
+    """
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+
+    def __getitem__(self, number: int) -> tuple[Any, Tensor]:
+        torch.manual_seed(batch_seed(self.stage, number))
+        try:
+            batch = self.stage.batch(number)
+        except UserError as error:
+            batch = error
+        return batch, torch.get_rng_state()
+
+
+def make_loader(stage: Stage, first_step: int, last_step: int, workers: int = 0) -> DataLoader:
+    """The batches of steps first_step up to, not including, last_step, made by `workers` processes;
+    0: by this one, when they are asked for.
+    """
+    parts = stage.recipe.accumulate
+    return DataLoader(
+        StageBatches(stage),
+        sampler=range(first_step * parts, last_step * parts),
+        batch_size=None,  # an item is a whole batch
+        collate_fn=unchanged,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # a stage cannot be pickled
+    )
+
+
+def unchanged(batch: Any) -> Any:
+    """Keeps the loader from turning NumPy arrays into tensors."""
+    return batch
+
+
+def batch_seed(stage: Stage, number: int) -> int:
+    """The seed of all that is random in one batch and its losses."""
+    return stage.seed * 1_000_003 + number
+
+
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth."""
+    """Linear warm-up, then cosine decay to a twentieth."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -99,158 +160,225 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def make_optimizers(
     parameters: dict[str, nn.Parameter], recipe: Recipe
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between layers; AdamW, at a share of the rate, for embeddings, heads,
-    filters and scales.
+    """Muon for the matrices between layers; AdamW, at a share of the learning rate, for embeddings,
+    heads, filters and scales.
 
-    Muon's steps are made as long as AdamW's (arXiv 2502.16982, sec. 2.2), so one rate suits both.
+    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982, sec. 2.2), so one learning
+    rate suits both.
     """
-    matrices = {
-        n: p
-        for n, p in parameters.items()
-        if p.dim() == 2 and not n.split(".")[-2].endswith(NO_MATRIX)
-    }
-    others = [p for n, p in parameters.items() if n not in matrices]
-    groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [{**group, "share": OTHERS_SHARE} for group in groups if group["params"]]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))] if groups else []
+    matrices = []
+    filters = []  # embeddings and heads too
+    scales = []
+    for name, parameter in parameters.items():
+        if parameter.dim() <= 1:
+            scales.append(parameter)
+        elif parameter.dim() == 2 and not name.split(".")[-2].endswith(NO_MATRIX):
+            matrices.append(parameter)
+        else:
+            filters.append(parameter)
+
+    optimizers: list[torch.optim.Optimizer] = []
+    groups = []
+    if filters:
+        decay = recipe.weight_decay
+        groups.append({"params": filters, "weight_decay": decay, "share": OTHERS_SHARE})
+    if scales:
+        groups.append({"params": scales, "weight_decay": 0.0, "share": OTHERS_SHARE})
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98)))
     if matrices:
-        groups = [{"params": list(matrices.values()), "share": 1.0}]
-        optimizers.append(Muon(groups, weight_decay=recipe.weight_decay))
+        group = {"params": matrices, "share": 1.0}
+        optimizers.append(Muon([group], weight_decay=recipe.weight_decay))
     return optimizers
 
 
 def train(
-    stage: Stage, folder: Path, resume: bool = False, until: int | None = None, slot: int = 0
+    stage: Stage,
+    folder: Path,
+    resume: bool = False,
+    until: int | None = None,
+    workers: int = 0,
+    progress: bool = True,
 ) -> dict[str, float]:
-    """Run a stage to its end (or to step `until`) and leave `<name>.safetensors` in the folder ->
-    last mean losses.
+    """Run a stage to its end (or to step `until`) and write `<name>.safetensors` to the folder ->
+    running means of the losses.
 
-    With resume, goes on from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart and
-    5 more to the bit. Raises UserError when a loss is not finite, naming it, and when the disk is
-    full.
+    With resume, continues from `<name>.resume.pt` where there is one; 10 steps equal 5, a restart
+    and 5 more to the bit, with any number of loader processes (`workers`). progress: show a bar on
+    a terminal. Raises UserError when a loss is not finite, naming it, and when the disk is full.
     """
-    unlocked, recipe = stage.parameters(), stage.recipe
+    if stage.setup_s is None:
+        run_setup(stage)
+    recipe = stage.recipe
+    unlocked = stage.parameters()
     for name, parameter in stage.omni.named_parameters():
         parameter.requires_grad_(name in unlocked)
     optimizers = make_optimizers(unlocked, recipe)
-    step, means = (
-        checkpoint.load_checkpoint(folder, stage.name, unlocked, optimizers) if resume else (0, {})
-    )
-    stage.omni.train()
+
+    step: int = 0
+    means: dict[str, float] = {}
+    if resume:
+        step, means = checkpoint.load_checkpoint(folder, stage.name, unlocked, optimizers)
     last = recipe.steps if until is None else until
-    every = max(1, recipe.steps // 8)
-    items = recipe.batch * recipe.accumulate
-    with tqdm(total=last, initial=step, desc=stage.name, position=slot, leave=False, disable=None,
-              unit=" items", unit_scale=items) as bar:  # fmt: skip
-        began, first = time.perf_counter(), step
+    log_every = max(1, recipe.steps // LOG_LINES)
+
+    stage.omni.train()
+    batches = iter(make_loader(stage, step, last, workers))
+    with progress_bar(stage, step, last, progress) as bar:
+        began = time.perf_counter()
+        first = step
         while step < last:
-            losses = gradients(stage, step)
+            losses = gradients(stage, step, batches)
             torch.nn.utils.clip_grad_norm_(unlocked.values(), recipe.clip)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe, step) * group["share"]
-                optimizer.step()
+            update(optimizers, learning_rate(recipe, step))
             step += 1
-            means = {
-                name: 0.95 * means.get(name, value) + 0.05 * value for name, value in losses.items()
-            }
-            bar.set_postfix_str(in_words(means), refresh=False)
+            means = running_means(means, losses)
+            bar.set_postfix_str(format_losses(means), refresh=False)
             bar.update()
-            if step % every == 0 or step == last:
-                if step < recipe.steps:  # before the log speaks of it: what is logged is safe
-                    checkpoint.save_checkpoint(
-                        folder, stage.name, step, means, unlocked, optimizers
-                    )
-                report(
-                    stage, folder, step, means, (time.perf_counter() - began) / (step - first), bar
-                )
-                began, first = (
-                    time.perf_counter(),
-                    step,
-                )  # the next line tells the pace since this one
+            if step % log_every and step < last:
+                continue
+
+            # The checkpoint comes first: a step that the log mentions is safe on the disk.
+            if step < recipe.steps:
+                checkpoint.save_checkpoint(folder, stage.name, step, means, unlocked, optimizers)
+            step_s = (time.perf_counter() - began) / (step - first)
+            log_progress(stage, folder, step, means, step_s, bar)
+            began = time.perf_counter()
+            first = step
     if step == recipe.steps:
-        kept = dict(
-            stage.omni.named_parameters()
-        )  # a stage may have learnt with parts that it throws away
-        checkpoint.save_stage(folder, stage.name, {n: p for n, p in unlocked.items() if n in kept})
+        save_trained(stage, folder, unlocked)
     return means
 
 
-def gradients(stage: Stage, step: int) -> dict[str, float]:
+def progress_bar(stage: Stage, step: int, last: int, shown: bool) -> tqdm:
+    """A bar over the steps, counted in items, on a terminal only."""
+    return tqdm(
+        total=last,
+        initial=step,
+        desc=stage.name,
+        leave=False,
+        disable=None if shown else True,  # None: where there is no terminal
+        unit=" items",
+        unit_scale=stage.recipe.batch * stage.recipe.accumulate,
+    )
+
+
+def update(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """One step of each optimizer; a group takes its share of the learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        optimizer.step()
+
+
+def running_means(means: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
+    """Exponential moving averages of the losses, which start at the first value."""
+    return {
+        name: OLD_SHARE * means.get(name, value) + NEW_SHARE * value
+        for name, value in losses.items()
+    }
+
+
+def save_trained(stage: Stage, folder: Path, unlocked: dict[str, nn.Parameter]) -> None:
+    """Write the trained parameters of the model, without modules that only the stage has."""
+    of_model = dict(stage.omni.named_parameters())
+    learnt = {name: p for name, p in unlocked.items() if name in of_model}
+    checkpoint.save_stage(folder, stage.name, learnt)
+
+
+def gradients(
+    stage: Stage, step: int, batches: Iterator[tuple[Any, Tensor]] | None = None
+) -> dict[str, float]:
     """Leave the mean gradient of a step's batches in the parameters -> the mean losses by name.
 
-    The forward pass runs in bf16 where the stage allows it and the device has it. Raises UserError
-    for a loss that is not finite.
+    batches: an iterator of make_loader() that stands at this step. The forward pass runs in bf16
+    where the stage allows it and the device has it. Raises UserError for a loss that is not finite.
     """
+    if batches is None:
+        batches = iter(make_loader(stage, step, step + 1))
+    parts = stage.recipe.accumulate
+    device = stage.device
     for parameter in stage.parameters().values():
         parameter.grad = None
-    parts, device, means = stage.recipe.accumulate, stage.device, {}
-    rough = stage.bf16 and has_bf16(device)
+
+    means: dict[str, float] = {}
     for number in range(step * parts, (step + 1) * parts):
-        torch.manual_seed(
-            stage.seed * 1_000_003 + number
-        )  # dropout and noise repeat, resumed or not
-        batch = to_device(stage.batch(number), device)
-        with torch.autocast(device.type, torch.bfloat16) if rough else nullcontext():
+        batch, random_state = next(batches)
+        if isinstance(batch, UserError):
+            raise batch
+
+        # Dropout and noise of the losses go on from the state that the batch left, whichever
+        # process made it, so that they repeat, resumed or not.
+        torch.manual_seed(batch_seed(stage, number))
+        torch.set_rng_state(random_state)
+        batch = to_device(batch, device)
+        with torch.autocast(device.type, torch.bfloat16) if uses_bf16(stage) else nullcontext():
             losses = stage.losses(batch)
-        _check_finite(stage.name, step, losses)
-        (sum(losses.values()) / parts).backward()
+        check_finite(stage.name, step, losses)
+        total = reduce(torch.add, losses.values())
+        (total / parts).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.item() / parts
     return means
 
 
-def to_device(batch, device: torch.device):
-    """The same tuples and lists with their tensors on the device. What else is in them moves where
-    it is used.
+def uses_bf16(stage: Stage) -> bool:
+    """Whether the forward pass of a stage runs in bf16."""
+    return stage.bf16 and has_bf16(stage.device)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same tuples and lists with their tensors on the device. Other objects in them are moved
+    where they are used.
     """
     if isinstance(batch, Tensor):
         return batch.to(device)
-    return (
-        type(batch)(to_device(part, device) for part in batch)
-        if type(batch) in (tuple, list)
-        else batch
-    )
+    if type(batch) in (tuple, list):
+        return type(batch)(to_device(part, device) for part in batch)
+    return batch
 
 
-def _check_finite(name, step, losses):
+def check_finite(name: str, step: int, losses: dict[str, Tensor]) -> None:
+    """Raises UserError for a loss that is not finite."""
     for key, value in losses.items():
         if not torch.isfinite(value):
             raise UserError(
-                f"stage {name}: loss {key} is {value.item()} at step {step}; lower the learning rate of this stage"
+                f"stage {name}: loss {key} is {value.item()} at step {step}; "
+                f"lower the learning rate of this stage, as with --set {name}.lr=1e-4"
             )
 
 
-def in_words(means: dict[str, float]) -> str:
-    """Losses as they stand in the bar and in the log's lines."""
+def format_losses(means: dict[str, float]) -> str:
+    """Losses as the progress bar and the printed lines show them."""
     return "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
-def report(
-    stage: Stage, folder: Path, step: int, means: dict[str, float], seconds: float, bar: tqdm
+def log_progress(
+    stage: Stage, folder: Path, step: int, means: dict[str, float], step_s: float, bar: tqdm
 ) -> None:
-    """One line a person can read, the same as JSON in log.jsonl, and samples. seconds: of a step,
-    since the last.
+    """Print one line, append the same to log.jsonl, and write samples. step_s: seconds per step
+    since the last line.
     """
     stage.omni.eval()
     with torch.no_grad():
-        shown = stage.sample()
-        samples.write_samples(stage, folder, step, shown)
+        sample = stage.sample()
+        samples.write_samples(stage, folder, step, sample)
     stage.omni.train()
-    speed = stage.recipe.batch * stage.recipe.accumulate / seconds
-    left = seconds * (stage.recipe.steps - step)
-    line = f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {in_words(means)}"
-    line = f"{line}  {seconds * 1000:.0f} ms/step  {speed:.0f} items/s  {left:.0f} s left"
-    bar.write(line + (f"  | {shown}" if shown else ""))
-    sys.stdout.flush()  # a line is there to be read now, into a pipe or a log file too
+
+    items_per_s = stage.recipe.batch * stage.recipe.accumulate / step_s
+    left_s = step_s * (stage.recipe.steps - step)
+    line = (
+        f"{stage.name:<11} {step:>5}/{stage.recipe.steps}  {format_losses(means)}  "
+        f"{step_s * 1000:.0f} ms/step  {items_per_s:.0f} items/s  {left_s:.0f} s left"
+    )
+    bar.write(f"{line}  | {sample}" if sample else line)
+    sys.stdout.flush()  # the line is to be read now, in a pipe or a log file too
     entry = {
         "stage": stage.name,
         "step": step,
         **means,
-        "ms": round(seconds * 1000),
-        "items_per_s": round(speed, 1),
+        "ms": round(step_s * 1000),
+        "items_per_s": round(items_per_s, 1),
+        "sample": sample,
     }
-    checkpoint.log(folder, {**entry, "sample": shown})
+    checkpoint.log(folder, entry)

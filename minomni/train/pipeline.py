@@ -1,12 +1,10 @@
-"""The school's timetable: which stages there are, in the paper's order, and how long each runs at
-each size.
-"""
+"""The stages in the paper's order, and a run of one of them: folders, setup, training, export."""
 
 import hashlib
 import os
 import subprocess
-import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,11 +22,14 @@ from minomni.train.checkpoint import (
     check_run_config,
     clear_home,
     delete_stage,
+    has_begun,
     load_stages,
+    log,
     make_home,
 )
-from minomni.train.loop import Stage, train
-from minomni.train.recipes import recipe_of
+from minomni.train.loop import Stage, format_losses, run_setup, train
+from minomni.train.measurements import measured, write_summary
+from minomni.train.recipes import Settings, check_settings, format_settings, recipe_of
 from minomni.train.stages.audio_align import AudioAlignStage
 from minomni.train.stages.codec import CodecStage
 from minomni.train.stages.dit import DiTStage
@@ -45,8 +46,9 @@ from minomni.train.stages.thinker import (
 from minomni.train.stages.vision_align import VisionAlignStage
 from minomni.train.stages.vocoder import VocoderStage
 
-WORKERS = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
 TRAINED = "trained.json"  # beside the weights: size, seed, command, seconds, config, commit
+SETTINGS = "settings.json"  # beside the stages: what --set changed
+LOADER_WORKERS = {"cuda": 2}  # processes per stage; on a CPU training itself takes all cores
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
@@ -65,149 +67,138 @@ STAGES: dict[str, type[Stage]] = {
         SpeakersStage,
     )
 }
+COLUMNS = (
+    "stage",
+    "steps",
+    "rows/step",
+    "lr",
+    "seconds*",
+    "final loss*",
+    "trains",
+    "frozen",
+    "data",
+)
 
-# Seconds and last losses of these recipes, and where. Filled by hand from log.jsonl: losses of the
-# model that is shipped, seconds of today's code. A stage that nobody has measured is not in it.
-MEASURED = {
-    "tiny": "two cores, two stages at a time",
-    "small": "one H100 and 16 cores, up to five stages at a time",
-}
-EXPECTED = {
-    "tiny": {
-        "codec": (160, "ctc 0.028  mel 0.366  even 0.007"),
-        "vocoder": (224, "mel 1.013  stft 1.629"),
-        "dit": (441, "flow 0.592"),
-        "language": (453, "text 0.158  moments 0.348"),
-        "audio_align": (146, "ctc 0.105  plain 0.125"),
-        "vision_align": (150, "cells 0.339  plain 0.067"),
-        "thinker1": (18, "text 0.092"),
-        "thinker2": (246, "text 0.088  moments 0.348"),
-        "thinker3": (78, "text 0.912"),
-        "chat": (342, "text 0.116  moments 0.349"),
-        "talker": (576, "codes 0.724  place 0.022  word 0.011"),
-        "dpo": (130, "dpo 0.015  better 0.204  codes 0.771"),
-        "speakers": (32, "codes 0.621"),
-    },
-    "small": {
-        "codec": (108, "ctc 0.120  mel 0.388"),
-        "vocoder": (213, "mel 0.749  stft 1.350"),
-        "dit": (226, "flow 0.474"),
-        "language": (155, "text 0.835"),
-        "audio_align": (118, "ctc 1.086"),
-        "vision_align": (105, "cells 0.320"),
-        "thinker1": (36, "text 0.259"),
-        "thinker2": (65, "text 0.522"),
-        "thinker3": (38, "text 1.785"),
-        "chat": (90, "text 0.542"),
-        "talker": (258, "codes 1.810"),
-    },
-}
+
+def cache_of(home: Path) -> Path:
+    """The folder in which a run caches its corpora and what is computed from them."""
+    return home / "corpus"
+
+
+# ----------------------------------------------------------------------------------------------
+# the table of stages
 
 
 def stage_table(size: str) -> str:
-    """The stages as a table: what learns and what is locked meanwhile, how long and from what, what
-    is to be expected.
+    """The stages as a table: parameters that train and that stay frozen, time, data, final losses.
 
     Raises UserError for an unknown size.
     """
-    rows = [
-        (
-            "stage",
-            "steps",
-            "rows a step",
-            "rate",
-            "seconds*",
-            "loss at the end*",
-            "learns",
-            "locked",
-            "data",
-        )
-    ]
+    measurements = measured(size)
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for name, stage in STAGES.items():
+        seconds, losses = "-", "-"
+        if name in measurements:
+            seconds = f"{measurements[name].seconds:g}"
+            losses = format_losses(measurements[name].losses)
         recipe = recipe_of(name, size)
-        seconds, loss = EXPECTED.get(size, {}).get(name, ("-", "-"))
-        used = {
-            part
-            for need in stage.needs
-            for part in STAGES[need].learns
-            if not part.startswith(stage.learns)
-        }
-        locked = sorted(
-            part for part in used if not part.startswith(tuple(used - {part}))
-        )  # the whole says its parts
-        numbers = recipe.steps, recipe.batch * recipe.accumulate, f"{recipe.lr:.0e}", seconds
-        rows.append(
-            (name, *map(str, numbers), loss, in_short(stage.learns), in_short(locked), stage.data)
+        row = (
+            name,
+            str(recipe.steps),
+            str(recipe.batch * recipe.accumulate),
+            f"{recipe.lr:.0e}",
+            seconds,
+            losses,
+            short_names(stage.learns),
+            short_names(frozen_parts(stage)),
+            stage.data,
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"* measured on {MEASURED[size]}; - where nobody has measured it",
-            "",
-            *(f"{name:<10}{stage.about}" for name, stage in STAGES.items()),
-        ]
-    )
+        rows.append(row)
+
+    hardware = " and ".join(sorted({row.hardware for row in measurements.values()}))
+    notes = [f"{name:<14}{stage.about}" for name, stage in STAGES.items()]
+    footnote = f"* measured on {hardware or 'no machine yet'}; - not measured"
+    return "\n".join([*align_columns(rows), "", footnote, "", *notes])
 
 
-def in_short(prefixes) -> str:
-    """Parameter name prefixes as a reader wants them: without the parts of a name that repeat the
-    module's.
-    """
-    return (
-        ", ".join(p.removeprefix("token2wav.code2wav_").removesuffix(".") for p in prefixes) or "-"
-    )
+def align_columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines whose columns begin below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def frozen_parts(stage: type[Stage]) -> list[str]:
+    """Prefixes of the parameters that earlier stages trained, and that this one uses unchanged."""
+    used: set[str] = set()
+    for need in stage.needs:
+        used.update(part for part in STAGES[need].learns if not part.startswith(stage.learns))
+    # A prefix such as "thinker." covers the longer ones that begin with it.
+    return sorted(part for part in used if not part.startswith(tuple(used - {part})))
+
+
+def short_names(prefixes: Iterable[str]) -> str:
+    """Parameter name prefixes without what repeats the module's name; "-" for none."""
+    names = [p.removeprefix("token2wav.code2wav_").removesuffix(".") for p in prefixes]
+    return ", ".join(names) or "-"
+
+
+# ----------------------------------------------------------------------------------------------
+# the folder of a run
 
 
 def prepare_run(home: Path, resume: bool, fresh: bool, stage: str | None = None) -> None:
-    """Make room for a run, or for one stage of it.
+    """Make the folder of a run, or of one stage of it.
 
-    Raises UserError where earlier work would be lost, or mixed up, without being asked.
+    Raises UserError where earlier work would be lost or mixed with new work without being asked.
     """
     folder = home / "stages"
     make_home(folder)
     if fresh and stage:
         delete_stage(folder, stage)
+        forget_settings(folder, stage)
     elif fresh:
         clear_home(folder)
-    left = (
-        [*folder.glob(f"{stage}.safetensors"), *folder.glob(f"{stage}.resume.pt")]
-        if stage
-        else folder.glob("*")
-    )
-    if any(left) and not resume:
+
+    begun = has_begun(folder, stage) if stage else any(folder.glob("*"))
+    if begun and not resume:
         what = f"stage {stage} of an earlier run" if stage else "an earlier run"
-        raise UserError(f"{folder} holds {what}; --resume goes on with it, --fresh throws it away")
+        raise UserError(f"{folder} holds {what}; --resume continues it, --fresh deletes it")
     make_home(folder)
 
 
-def export_model(size: str, home: Path, seed: int) -> None:
-    """Put what all stages learnt into one model folder, in the release's layout, with tokenizer and
-    voices.
+def read_settings(home: Path) -> Settings:
+    """What --set changed in the recipes of a run. Raises UserError for a damaged file."""
+    path = home / "stages" / SETTINGS
+    return check_settings(read_json(path, optional=True), str(path))
 
-    Its trained.json says how it came to be.
+
+def record_settings(home: Path, given: Settings) -> None:
+    """Note in the folder of a run what --set changes; the processes of its stages read it there.
+
+    Without --set the noted settings stay. Raises UserError where a stage has begun with others.
     """
-    torch.manual_seed(seed)
-    omni = Omni(sizes.size(size))
-    load_stages(omni, home / "stages", list(STAGES))
-    tokens = omni.config.thinker.tokens
-    omni.tokenizer = world_tokenizer(tokens)
-    omni.voices = make_voices(
-        corpus("speaking", home.parent / "corpus", english(tokens)),
-        tokens.tts_text_pad + FIRST_VOICE,
-    )
-    weights.save(omni, home / "model")
-    made = {"size": size, "seed": seed, "command": f"python -m minomni train {size} --seed {seed}"}
-    made |= {
-        "seconds": round(elapsed_s(home)),
-        "config": config_hash(omni.config),
-        "commit": commit(),
-    }
-    write_json(home / "model" / TRAINED, made)
+    if not given:
+        return
+    recorded = read_settings(home)
+    for stage, fields in given.items():
+        before = recorded.get(stage, {})
+        if fields != before and has_begun(home / "stages", stage):
+            raise UserError(
+                f"{home}: stage {stage} has begun with {format_settings(before)} and cannot go on "
+                f"with {format_settings(fields)}; leave out --set {stage}.*, or use --fresh"
+            )
+    write_json(home / "stages" / SETTINGS, recorded | given)
+
+
+def forget_settings(folder: Path, stage: str) -> None:
+    """Remove one stage from the noted settings."""
+    recorded = read_json(folder / SETTINGS, optional=True)
+    if recorded.pop(stage, None) is not None:
+        write_json(folder / SETTINGS, recorded)
 
 
 def elapsed_s(home: Path, more: float = 0.0) -> float:
@@ -218,136 +209,117 @@ def elapsed_s(home: Path, more: float = 0.0) -> float:
     return total
 
 
-def config_hash(config: sizes.OmniConfig) -> str:
-    """Stands for all sizes of a model: another config, another fingerprint."""
-    return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-
-
-def commit() -> str:
-    """The commit of the code that runs, or 'unknown' where there is no git."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=paths.PACKAGE,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return "unknown"
-    return answer.stdout.strip() or "unknown"
+# ----------------------------------------------------------------------------------------------
+# one stage
 
 
 def make_stage(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> Stage:
-    """A stage ready to run: the model as its predecessors left it, on its device.
+    """A stage ready to train: the model as its predecessors left it, on its device, after setup().
 
     Raises UserError for an unknown stage or size, a device that is not there, a predecessor that
     has not finished.
     """
-    recipe = recipe_of(name, size)
+    recipe = recipe_of(name, size, read_settings(home))
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
     load_stages(omni, home / "stages", list(STAGES[name].needs))
-    stage = STAGES[name](omni.to(device_of(device)), recipe, home.parent / "corpus", seed)
-    stage.setup()
+    stage = STAGES[name](omni.to(device_of(device)), recipe, cache_of(home), seed)
+    run_setup(stage)
     return stage
 
 
 def run_stage(
-    name: str, size: str, home: Path, seed: int, resume: bool, device: str = "cpu", slot: int = 0
+    name: str,
+    size: str,
+    home: Path,
+    seed: int,
+    resume: bool,
+    device: str = "cpu",
+    progress: bool = True,
 ) -> None:
     """Run one stage in this process, on one thread: two stages share two cores better than one
     stage uses both.
 
-    Raises UserError for what make_stage() and train() refuse, and where the folder holds a run of other
-    sizes.
+    Raises UserError for what make_stage() and train() refuse, and where the folder holds a run of
+    another size.
     """
     folder = home / "stages"
     check_run_config(folder, sizes.size(size))
     if resume and (folder / f"{name}.safetensors").exists():
         print(f"stage {name} is finished; --stage {name} --fresh starts it over")
         return
+
     torch.set_num_threads(1)
-    train(make_stage(name, size, home, seed, device), folder, resume, slot=slot)
+    stage = make_stage(name, size, home, seed, device)
+    log_event(stage, folder, "setup", stage.setup_s or 0.0)
+    began = time.perf_counter()
+    train(stage, folder, resume, workers=LOADER_WORKERS.get(device, 0), progress=progress)
+    log_event(stage, folder, "train", time.perf_counter() - began)
 
 
-def critical_path_s(name: str, size: str) -> float:
-    """Seconds from a stage's start to the end of the last that waits for it; the longest way goes
-    first.
+def log_event(stage: Stage, folder: Path, event: str, seconds: float) -> None:
+    """Append to log.jsonl how long setup or training took."""
+    on_gpu = stage.device.type == "cuda"
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores"
+    entry = {
+        "stage": stage.name,
+        "event": event,
+        "seconds": round(seconds, 2),
+        "hardware": hardware,
+    }
+    log(folder, entry)
 
-    As measured; a stage that nobody has measured counts by its steps.
+
+# ----------------------------------------------------------------------------------------------
+# the finished model
+
+
+def export_model(size: str, home: Path, seed: int) -> None:
+    """Write what all stages have learned as one model folder, in the release's layout, with
+    tokenizer and voices.
+
+    Its trained.json says how it was made; log.jsonl beside it has the seconds and final losses.
     """
-    seconds, _ = EXPECTED.get(size, {}).get(name, (recipe_of(name, size).steps / 4, ""))
-    return seconds + max(
-        (critical_path_s(other, size) for other, stage in STAGES.items() if name in stage.needs),
-        default=0,
-    )
+    torch.manual_seed(seed)
+    omni = Omni(sizes.size(size))
+    load_stages(omni, home / "stages", list(STAGES))
+    tokens = omni.config.thinker.tokens
+    omni.tokenizer = world_tokenizer(tokens)
+    speech = corpus("speaking", cache_of(home), english(tokens))
+    omni.voices = make_voices(speech, tokens.tts_text_pad + FIRST_VOICE)
+    weights.save(omni, home / "model")
+
+    trained = {
+        "size": size,
+        "seed": seed,
+        "command": training_command(size, seed, read_settings(home)),
+        "seconds": round(elapsed_s(home)),
+        "config": config_hash(omni.config),
+        "commit": commit(),
+    }
+    write_json(home / "model" / TRAINED, trained)
+    write_summary(home / "stages" / "log.jsonl", home / "log.jsonl")
 
 
-def start_next(
-    order: list[str], done: set[str], running: dict[str, int], lanes: int
-) -> tuple[str, int] | None:
-    """The stage that starts now and its lane, or None while there is none; running: stages with
-    their lanes.
-
-    As long as others are waited for, a stage that nobody waits for keeps to a spare lane, number
-    `lanes`.
-    """
-    awaited = {need for stage in STAGES.values() for need in stage.needs}
-    left = [name for name in order if name not in done and name not in running]
-    free = [lane for lane in range(lanes + 1) if lane not in running.values()]
-    for name in left:
-        spare = name not in awaited and not awaited.isdisjoint(left)
-        mine = [lane for lane in free if (lane == lanes) == spare]
-        if mine and done.issuperset(STAGES[name].needs):
-            return name, mine[0]
-    return None
+def training_command(size: str, seed: int, settings: Settings) -> str:
+    """The command line that repeats a run."""
+    words = ["python", "-m", "minomni", "train", size, "--seed", str(seed)]
+    for stage, fields in settings.items():
+        for field, value in fields.items():
+            words += ["--set", f"{stage}.{field}={value:g}"]
+    return " ".join(words)
 
 
-def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
-    """Run every unfinished stage as soon as what it needs is there, LANES at a time; each in a
-    process of its own.
+def config_hash(config: sizes.OmniConfig) -> str:
+    """A fingerprint of all sizes of a model."""
+    return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
 
-    One more has the lowest priority: it learns in what the others leave of the cores. A stage that
-    fails ends the run with its message; what is finished stays, and the next run goes on from
-    there.
-    """
-    done = {name for name in STAGES if (home / "stages" / f"{name}.safetensors").exists()}
-    running: dict[str, int] = {}
-    processes: dict[str, subprocess.Popen] = {}
-    for name in (
-        "listening",
-        "speaking",
-    ):  # once, by all cores, before two stages miss the same recordings
-        corpus(name, home.parent / "corpus", english(sizes.size(size).thinker.tokens))
-    order = sorted(STAGES, key=lambda name: -critical_path_s(name, size))
-    command = [
-        sys.executable,
-        "-m",
-        "minomni",
-        "train",
-        size,
-        "--resume",
-        "--home",
-        str(home.resolve()),
-        "--seed",
-        str(seed),
-    ]
-    lanes = WORKERS.get(device, WORKERS["cpu"])
-    while len(done) < len(STAGES):
-        while start := start_next(order, done, running, lanes):
-            name, lane = start
-            running[name] = lane
-            options = ["--stage", name, "--slot", str(lane), "--device", device]
-            processes[name] = subprocess.Popen([*command, *options], cwd=paths.PACKAGE.parent)
-            if lane == lanes and hasattr(os, "setpriority"):  # not on Windows
-                os.setpriority(os.PRIO_PROCESS, processes[name].pid, 19)
-        time.sleep(0.2)
-        for name in [name for name in running if processes[name].poll() is not None]:
-            del running[name]
-            if processes[name].returncode:
-                for other in running:
-                    processes[other].terminate()
-                raise UserError(
-                    f"stage {name} stopped with exit code {processes[name].returncode}; its message stands above"
-                )
-            done.add(name)
+
+def commit() -> str:
+    """The commit of the running code, or 'unknown' without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        answer = subprocess.run(command, cwd=paths.PACKAGE, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return answer.stdout.strip() or "unknown"

@@ -1,7 +1,13 @@
-"""Steps, batch sizes and learning rates of every stage, by model size."""
+"""Steps, batch sizes and learning rates of every stage, by model size, and changes to them."""
 
+from dataclasses import replace
+from typing import Any
+
+from minomni.arguments import number, shown, whole_number
 from minomni.errors import UserError
 from minomni.train.loop import Recipe
+
+Settings = dict[str, dict[str, Any]]  # {stage: {field of its recipe: value}}
 
 RECIPES = {
     "tiny": {
@@ -16,12 +22,12 @@ RECIPES = {
         "thinker3": Recipe(steps=240, batch=4, lr=8e-4),
         "chat": Recipe(steps=1100, batch=8, lr=6e-4),
         "talker": Recipe(steps=1500, batch=24, lr=5e-3),
-        "dpo": Recipe(steps=160, batch=16, lr=2e-3, warmup=16),  # about four passes
+        "dpo": Recipe(steps=160, batch=16, lr=2e-3, warmup=16),  # about four epochs
         "speakers": Recipe(steps=80, batch=24, lr=5e-4),
     },
 }
-# Twelve times the parameters, for a GPU: in larger batches, at a lower rate, as many steps as an
-# H100 did in ten minutes; those of dpo and speakers, which it did not reach, are a guess.
+# Twelve times the parameters, for a GPU: larger batches, a lower learning rate, and the number of
+# steps that an H100 made in ten minutes. It did not reach dpo and speakers: theirs are a guess.
 SMALL_STEPS = {
     "codec": 510,
     "vocoder": 670,
@@ -40,21 +46,96 @@ SMALL_STEPS = {
 RECIPES["small"] = {
     name: Recipe(
         steps=SMALL_STEPS[name],
-        batch=2 * r.batch,
-        lr=r.lr / 2,
+        batch=2 * tiny.batch,
+        lr=tiny.lr / 2,
         warmup=min(100, SMALL_STEPS[name] // 5),
     )
-    for name, r in RECIPES["tiny"].items()
+    for name, tiny in RECIPES["tiny"].items()
 }
 
+# Fields of a recipe with their smallest and largest values.
+WHOLE_FIELDS = {
+    "steps": (1, 10**9),
+    "batch": (1, 10**6),
+    "accumulate": (1, 10**6),
+    "warmup": (0, 10**9),
+}
+REAL_FIELDS = {"lr": (1e-9, 10.0), "weight_decay": (0.0, 10.0), "clip": (1e-6, 1e9)}
 
-def recipe_of(name: str, size: str) -> Recipe:
-    """Raises UserError for an unknown stage or size."""
-    stages = RECIPES["tiny"]
-    if name not in stages:
-        raise UserError(f"unknown stage {name!r}; the stages are {', '.join(stages)}")
+
+def recipe_of(name: str, size: str, settings: Settings | None = None) -> Recipe:
+    """The recipe of a stage, changed by the settings.
+
+    Raises UserError for an unknown stage or size.
+    """
+    check_stage(name)
     if size not in RECIPES:
         raise UserError(
             f"size {size!r} has no training recipe; sizes with one are {', '.join(RECIPES)}"
         )
-    return RECIPES[size][name]
+    changed = (settings or {}).get(name, {})
+    return replace(RECIPES[size][name], **changed)
+
+
+def parse_settings(texts: list[str]) -> Settings:
+    """What --set takes, "talker.steps=200", as settings; the last of two for one field counts.
+
+    Raises UserError for a text of another form, an unknown stage or field, and a bad value.
+    """
+    settings: Settings = {}
+    for text in texts:
+        target, _, value = text.partition("=")
+        stage, _, field = target.partition(".")
+        if not (stage and field and value):
+            raise UserError(
+                f"--set {shown(text)}: expected STAGE.FIELD=VALUE, as in --set talker.steps=200"
+            )
+        check_stage(stage)
+        settings.setdefault(stage, {})[field] = check_field(stage, field, to_number(value))
+    return settings
+
+
+def check_settings(data: dict, source: str) -> Settings:
+    """The settings that a JSON object holds. source: its name in messages. Raises UserError."""
+    settings: Settings = {}
+    for stage, fields in data.items():
+        check_stage(stage)
+        if not isinstance(fields, dict):
+            raise UserError(f"{source}: {stage} is {shown(fields)}; expected an object of fields")
+        settings[stage] = {
+            field: check_field(stage, field, value) for field, value in fields.items()
+        }
+    return settings
+
+
+def check_stage(name: str) -> None:
+    """Raises UserError for an unknown stage."""
+    stages = RECIPES["tiny"]
+    if name not in stages:
+        raise UserError(f"unknown stage {shown(name)}; the stages are {', '.join(stages)}")
+
+
+def check_field(stage: str, field: str, value: object) -> float:
+    """The value of a recipe's field. Raises UserError for an unknown field and a bad value."""
+    label = f"{stage}.{field}"
+    if field in WHOLE_FIELDS:
+        return whole_number(value, label, *WHOLE_FIELDS[field])
+    if field in REAL_FIELDS:
+        return number(value, label, *REAL_FIELDS[field])
+    fields = ", ".join([*WHOLE_FIELDS, *REAL_FIELDS])
+    raise UserError(f"--set: unknown field {shown(field)} of a recipe; the fields are {fields}")
+
+
+def to_number(text: str) -> object:
+    """The int or float that a text spells, or else the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def format_settings(fields: dict[str, float]) -> str:
+    """The settings of one stage for a message."""
+    return ", ".join(f"{field}={value:g}" for field, value in fields.items()) or "its own recipe"

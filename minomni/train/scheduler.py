@@ -1,0 +1,94 @@
+"""Runs all stages of a size, several at a time, each in a process of its own."""
+
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from minomni import config as sizes
+from minomni import paths
+from minomni.data.corpus import corpus
+from minomni.data.vocabulary import english
+from minomni.errors import UserError
+from minomni.train.measurements import measured
+from minomni.train.pipeline import STAGES, cache_of
+from minomni.train.recipes import recipe_of
+
+WORKERS = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
+STEP_S = 0.25  # a guess, for stages that were not measured
+
+
+def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
+    """Run every unfinished stage once the stages that it needs have finished, WORKERS at a time.
+
+    Of the stages that can start, the one with the longest critical path goes first. A stage that
+    fails ends the others and the run, with its message; what is finished stays, and --resume
+    continues from there.
+    """
+    # Once, with all cores, before two stages synthesize the same recordings.
+    for name in ("listening", "speaking"):
+        corpus(name, cache_of(home), english(sizes.size(size).thinker.tokens))
+
+    workers = WORKERS.get(device, WORKERS["cpu"])
+    sorter = unfinished_stages(home / "stages")
+    ready: list[str] = []
+    running: dict[Future, str] = {}
+    processes: list[subprocess.Popen] = []
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while sorter.is_active():
+                ready += sorter.get_ready()
+                ready.sort(key=lambda name: critical_path_s(name, size))
+                while ready and len(running) < workers:
+                    name = ready.pop()
+                    process = start_stage(name, size, home, seed, device)
+                    processes.append(process)
+                    running[pool.submit(process.wait)] = name
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    name = running.pop(future)
+                    check_exit(name, future.result())
+                    sorter.done(name)
+        finally:
+            # After an error or Ctrl-C the pool would otherwise wait for the other stages.
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+
+
+def unfinished_stages(folder: Path) -> TopologicalSorter:
+    """The stages that have not finished, with those of them that each needs."""
+    left = [name for name in STAGES if not (folder / f"{name}.safetensors").exists()]
+    sorter: TopologicalSorter = TopologicalSorter()
+    for name in left:
+        sorter.add(name, *(need for need in STAGES[name].needs if need in left))
+    sorter.prepare()
+    return sorter
+
+
+def start_stage(name: str, size: str, home: Path, seed: int, device: str) -> subprocess.Popen:
+    """A process that trains one stage. It finds the settings of the run in the run's folder."""
+    run = ["train", size, "--home", str(home.resolve()), "--seed", str(seed), "--device", device]
+    stage = ["--stage", name, "--resume", "--no-progress"]
+    command = [sys.executable, "-m", "minomni", *run, *stage]
+    return subprocess.Popen(command, cwd=paths.PACKAGE.parent)
+
+
+def check_exit(name: str, code: int) -> None:
+    """Raises UserError where the process of a stage has failed."""
+    if code:
+        raise UserError(f"stage {name} stopped with exit code {code}; its message stands above")
+
+
+def critical_path_s(name: str, size: str) -> float:
+    """Seconds from a stage's start to the end of the last stage that depends on it.
+
+    As measured; an unmeasured stage counts by its steps.
+    """
+    measurements = measured(size)
+    seconds = recipe_of(name, size).steps * STEP_S
+    if name in measurements:
+        seconds = measurements[name].seconds
+    after = [critical_path_s(other, size) for other in STAGES if name in STAGES[other].needs]
+    return seconds + max(after, default=0.0)

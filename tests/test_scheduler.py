@@ -1,0 +1,140 @@
+"""The stages of a run start in a sensible order, several at a time, and fail together."""
+
+import heapq
+from concurrent.futures import wait
+from threading import Event
+
+import pytest
+
+from minomni.errors import UserError
+from minomni.train import measurements, recipes, scheduler
+from minomni.train.pipeline import STAGES
+
+SECONDS = {name: row.seconds for name, row in measurements.measured("tiny").items()}
+
+
+def test_the_longest_path_goes_first():
+    """By hand: dpo and then speakers wait for chat. A stage has a longer path than the next ones."""
+    path = scheduler.critical_path_s("chat", "tiny")
+    assert path == SECONDS["chat"] + SECONDS["dpo"] + SECONDS["speakers"]
+    for name, stage in STAGES.items():
+        for need in stage.needs:
+            before = scheduler.critical_path_s(need, "tiny")
+            assert before > scheduler.critical_path_s(name, "tiny")
+    assert "dpo" not in measurements.measured("small")
+    assert scheduler.critical_path_s("dpo", "small") == (80 + 40) * scheduler.STEP_S
+
+
+class Process:
+    """Stands in for the process of a stage; it ends when it is told how."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.code: int | None = None
+        self.ended = Event()
+
+    def end(self, code: int) -> None:
+        self.code = code
+        self.ended.set()
+
+    def wait(self) -> int:
+        assert self.ended.wait(60)
+        return self.code
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def terminate(self) -> None:
+        self.end(-15)
+
+
+class Clock:
+    """Starts processes, and lets the one end whose measured seconds are over first."""
+
+    def __init__(self, broken: str | None):
+        self.broken = broken
+        self.now = 0.0
+        self.started: list[Process] = []
+        self.running: list[tuple[float, str]] = []
+        self.most = 0  # that ran at a time
+
+    def start(self, name, *_):
+        self.started.append(Process(name))
+        heapq.heappush(self.running, (self.now + SECONDS[name], name))
+        self.most = max(self.most, len(self.running))
+        return self.started[-1]
+
+    def wait(self, futures, return_when):
+        self.now, name = heapq.heappop(self.running)
+        if self.broken in self.names():
+            name = self.broken
+        process = next(process for process in self.started if process.name == name)
+        process.end(code=int(name == self.broken))
+        ended = [future for future in futures if futures[future] == name]
+        return wait(ended, timeout=60)
+
+    def names(self) -> list[str]:
+        return [process.name for process in self.started]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A Clock in place of subprocess; a call makes it."""
+
+    def make(broken: str | None = None) -> Clock:
+        made = Clock(broken)
+        monkeypatch.setattr(scheduler, "start_stage", made.start)
+        monkeypatch.setattr(scheduler, "wait", made.wait)
+        monkeypatch.setattr(scheduler, "corpus", lambda *_: None)
+        return made
+
+    return make
+
+
+def test_all_stages_run_two_at_a_time(clock, tmp_path):
+    """Every stage once, after those it needs; in all at most 5 % longer than the critical path."""
+    run = clock()
+    scheduler.run_all("tiny", tmp_path, seed=0)
+    begun = run.names()
+    assert sorted(begun) == sorted(STAGES)
+    assert begun[0] == "language"
+    for name, stage in STAGES.items():
+        assert all(begun.index(need) < begun.index(name) for need in stage.needs)
+    assert run.most == 2
+    longest = max(scheduler.critical_path_s(name, "tiny") for name in STAGES)
+    assert longest <= run.now <= 1.05 * longest
+    assert all(process.code == 0 for process in run.started)
+
+
+def test_finished_stages_are_left_out(clock, tmp_path):
+    (tmp_path / "stages").mkdir()
+    for name in ("language", "codec"):
+        (tmp_path / "stages" / f"{name}.safetensors").write_bytes(b"x")
+    run = clock()
+    scheduler.run_all("tiny", tmp_path, seed=0)
+    assert sorted(run.names()) == sorted(set(STAGES) - {"language", "codec"})
+
+
+def test_a_stage_that_fails_ends_the_others(clock, tmp_path):
+    run = clock(broken="vision_align")
+    with pytest.raises(UserError, match="stage vision_align stopped with exit code 1; its message"):
+        scheduler.run_all("tiny", tmp_path, seed=0)
+    assert run.names() == ["language", "vision_align"]
+    assert [process.code for process in run.started] == [-15, 1]
+
+
+def test_a_stage_is_started_by_the_command_line(monkeypatch, tmp_path):
+    """With options that the command line knows, and those of this run."""
+    from minomni.__main__ import parser
+
+    commands = []
+    monkeypatch.setattr(scheduler.subprocess, "Popen", lambda line, cwd: commands.append(line))
+    scheduler.start_stage("dit", "small", tmp_path, 7, "cuda")
+    ((_, dash_m, package, *line),) = commands
+    assert (dash_m, package) == ("-m", "minomni")
+    given = parser().parse_args(line)
+    assert (given.command, given.size, given.stage) == ("train", "small", "dit")
+    assert (given.home, given.seed, given.device) == (tmp_path, 7, "cuda")
+    assert given.resume
+    assert given.no_progress
+    assert recipes.recipe_of(given.stage, given.size)

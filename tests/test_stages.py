@@ -1,0 +1,171 @@
+"""Training stages: each learns, trains its own parameters only, and draws its data as planned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from training import CACHE, recordings_only, stage_of, stages  # noqa: F401  (a fixture)
+
+from minomni import load
+from minomni.config import IGNORE_INDEX, SMALL, TINY
+from minomni.data import corpus
+from minomni.data.examples import ExampleBuilder
+from minomni.omni import Omni
+from minomni.train import pipeline, recipes
+from minomni.train.loop import Recipe, gradients, train
+from minomni.train.stages.dpo import DPOStage
+from minomni.train.stages.speech import code_loss
+from minomni.train.stages.thinker import LanguageStage
+
+# Steps and share of the first loss that a stage must fall below on one and the same batch.
+OVERFIT = {
+    "codec": (25, 0.8),
+    "vocoder": (12, 0.9),
+    "dit": (25, 0.8),
+    "language": (15, 0.4),
+    "audio_align": (25, 0.8),
+    "vision_align": (20, 0.6),
+    "thinker1": (30, 0.8),
+    "thinker2": (12, 0.4),
+    "thinker3": (10, 0.6),
+    "chat": (12, 0.4),
+    "talker": (20, 0.6),
+    "dpo": (8, 0.95),
+    "speakers": (15, 0.7),
+}
+
+
+def test_samples_can_be_drawn_before_any_training():
+    torch.manual_seed(0)
+    for name in ("codec", "language", "audio_align", "vision_align"):
+        stage = pipeline.STAGES[name](Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0)
+        pipeline.run_setup(stage)
+        assert stage.sample()
+
+
+@pytest.mark.parametrize("name", stages(pipeline.STAGES, quick=("codec", "vision_align")))
+def test_every_stage_overfits_one_batch(name, tmp_path):
+    stage = stage_of(name)
+    batch = stage.batch(0)
+    stage.batch = lambda step: batch
+    torch.manual_seed(5)
+    before = {k: v.item() for k, v in stage.losses(batch).items()}
+    steps, share = OVERFIT[name]
+    train(stage, tmp_path, until=steps)
+    torch.manual_seed(5)
+    after = {k: v.item() for k, v in stage.losses(batch).items()}
+    first = next(iter(before))
+    assert after[first] < share * before[first], f"{before} -> {after}"
+
+
+@pytest.mark.slow
+def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_tries):
+    """The recipe for a GPU, on the CPU: every stage starts from what the ones before it left; then
+    it is one model.
+    """
+    monkeypatch.setattr(DPOStage, "prompts", 2)
+    home = tmp_path / "small"
+    for name in pipeline.STAGES:
+        recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
+        monkeypatch.setitem(recipes.RECIPES["small"], name, recipe)
+        stage = pipeline.make_stage(name, "small", home, seed=0)
+        stage.sample, stage.sound = lambda: "", lambda: None
+        train(stage, home / "stages")
+    pipeline.export_model("small", home, seed=0)
+    omni = load(home / "model")
+    assert omni.config == SMALL
+    assert omni.voices
+    torch.manual_seed(0)
+    before = dict(Omni(SMALL).named_parameters())
+    stuck = [
+        name for name, parameter in omni.named_parameters() if torch.equal(parameter, before[name])
+    ]
+    assert stuck == [
+        "thinker.audio_tower.audio_bos_eos_token.weight"
+    ]  # in the release's files, read by nothing
+
+
+def test_only_unlocked_parameters_move(tmp_path):
+    stage = stage_of("thinker1", steps=2)
+    before = {n: p.clone() for n, p in stage.omni.named_parameters()}
+    train(stage, tmp_path)
+    moved = {n for n, p in stage.omni.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all(n.startswith(("thinker.audio_tower.", "thinker.visual.")) for n in moved)
+
+
+def test_needs_come_before():
+    names = list(pipeline.STAGES)
+    for name, stage in pipeline.STAGES.items():
+        assert all(names.index(need) < names.index(name) for need in stage.needs)
+
+
+@pytest.mark.parametrize("name", ["codec", "vocoder", "dit"])
+def test_voice_stages_draw_by_weight(name):
+    """With all the weight on one recording, every row of a batch is from it."""
+    stage = stage_of(name)
+    assert stage.weights == corpus.sampling_weights([u.text for u in stage.speech.utterances])
+    longest = max(range(len(stage.speech)), key=stage.lengths.__getitem__)
+    stage.weights = [float(i == longest) for i in range(len(stage.speech))]
+    asked, find = [], stage.speech.wave
+    stage.speech.wave = lambda i: asked.append(i) or find(i)
+    stage.batch(0)
+    assert asked
+    assert set(asked) == {longest}
+
+
+def test_language_begins_with_pictures_and_then_clips():
+    """Of 100 steps of two batches each, those before 25 pictures, those before 45 mostly clips,
+    then everything.
+    """
+    stage = object.__new__(LanguageStage)
+    stage.recipe = Recipe(steps=100, batch=8, lr=1e-3, accumulate=2)
+    assert stage.mixture_at(0) == stage.mixture_at(49) == {"scene-alone": 1}
+    assert (
+        set(stage.mixture_at(50))
+        == set(stage.mixture_at(89))
+        == {"sync-typed", "video-typed", "scene-typed"}
+    )
+    assert stage.mixture_at(90) == stage.mixture_at(199) == stage.mixture
+
+
+def test_talker_is_asked_for_the_word_it_says():
+    stage = stage_of("talker")
+    lesson = next(x for x in stage.examples if x.words is not None and len(x.text.split()) > 3)
+    assert len(lesson.words) == len(lesson.codes)
+    assert (lesson.words.diff() >= 0).all()
+    targets = torch.full((1, len(lesson.codes) + 9), IGNORE_INDEX)
+    targets[0, 5 : 5 + len(lesson.codes)] = lesson.codes
+    places, words = stage.said([lesson], targets)
+    assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
+    assert (places[0, :5] == IGNORE_INDEX).all()
+    assert (words[0, 5 + len(lesson.codes) :] == IGNORE_INDEX).all()
+    spell = ExampleBuilder(TINY, CACHE).processor.tokenizer.decode
+    first = spell([int(words[0, 5])]).strip()
+    assert first
+    assert lesson.text.split()[int(lesson.words[0])].startswith(first)
+    before = {name for name, _ in stage.omni.named_parameters()}
+    assert {name for name in stage.parameters() if name not in before} == {
+        "place_head.weight",
+        "place_head.bias",
+    }
+    gradients(stage, 0)
+    once = stage.place_head.weight.grad.clone()
+    gradients(stage, 0)  # what is thrown away later is cleared between steps too
+    assert once.abs().max() > 0
+    assert torch.equal(stage.place_head.weight.grad, once)
+
+
+def test_the_better_try_is_a_lesson_as_any_other():
+    """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to
+    become likelier.
+    """
+    stage = stage_of("dpo")
+    stage.omni.eval()
+    pairs, reference, lessons = stage.batch(0)
+    with torch.no_grad():
+        losses_of = stage.losses((pairs, reference, lessons))
+        taught = code_loss(
+            stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs]
+        )
+    assert losses_of["better"].item() == pytest.approx(stage.better * taught.item(), rel=1e-4)
