@@ -36,9 +36,16 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path, modules: set[str]) -> set[str]:
-    """The modules of the package that a file imports anywhere, also inside functions."""
+    """The modules of the package that a file imports when it runs, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    only_types = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            only_types |= set(node.body)
+    for node in ast.walk(tree):
+        if node in only_types:
+            continue
         if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "minomni":
             continue
         folder = node.module.removeprefix("minomni").removeprefix(".")
@@ -82,5 +89,8 @@ def test_no_circle(graph):
 
 def test_an_upward_import_is_found(tmp_path):
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from minomni.train import loop\n    from minomni import load\n")
-    assert imported(file, {"train.loop", "train"}) == {"train.loop", "__init__"}
+    file.write_text(
+        "if TYPE_CHECKING:\n    from minomni.omni import Omni\n"
+        "def f():\n    from minomni.train import loop\n    from minomni import load\n"
+    )
+    assert imported(file, {"train.loop", "train", "omni"}) == {"train.loop", "__init__"}
