@@ -1,44 +1,60 @@
-"""Qwen2.5-Omni from scratch: every part in plain PyTorch, every part trainable, one code for all
-sizes.
+"""Qwen2.5-Omni from scratch in plain PyTorch: every part trainable, the same code for all sizes.
 
-inputs/     files and messages  ->  token ids, mels, patches
-thinker/    ids, mels, patches  ->  text, and what the Talker is given of it
-talker/     thoughts            ->  speech codes            (codec.py: speech -> codes, to train it)
-token2wav/  speech codes        ->  mel -> waveform
-train/      a generated world   ->  a model
+    inputs/     files and messages       ->  token ids, mel spectrograms, image patches
+    thinker/    ids, mels, patches       ->  text, and hidden states for the Talker
+    talker/     hidden states            ->  speech codes  (codec.py: speech -> codes, for training)
+    token2wav/  speech codes             ->  mel spectrogram -> waveform
+    chat/       conversation             ->  streamed replies
+    train/      generated data           ->  a model
 
 omni = minomni.load("tiny")
 reply = omni.respond([{"role": "user", "content": "say the red circle is above the blue square"}])
 """
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from minomni.omni import Omni
+
+# Functions import PyTorch when they are called, so that `import minomni` is fast.
 
 
-def load(name, device="cpu", dtype=None):
-    """A model by the name of a size trained here, or by the folder of a checkpoint -> Omni.
+def load(
+    name: str | Path,
+    device: "str | torch.device" = "cpu",
+    dtype: "str | torch.dtype | None" = None,
+) -> "Omni":
+    """Load a model by the name of a size that is trained here, or by the folder of a checkpoint.
 
-    "tiny" is what `python run.py` trained, or else the one that comes with the project. A folder of
+    "tiny" is the model in the runs folder, or else the one that ships with the project. A folder of
     that name counts only if it holds a config.json. device: cpu, cuda, mps or auto. dtype: of
     Thinker and Talker, a torch.dtype or its name ("bfloat16", "bf16", "torch.bfloat16" ...); None
-    or "auto" keeps what a folder stores, and is fp32 for a size. Raises UserError naming what is
-    missing or broken, or of the wrong type.
+    or "auto" keeps the dtype of a folder, and is fp32 for a size. Raises UserError naming what is
+    missing, broken or of the wrong type.
     """
     import torch
 
     from minomni.checkpoint import weights
     from minomni.devices import dtype_of
 
-    folder, dtype = folder_of(name), dtype_of(dtype)
-    named_by_size = folder != Path(name)
-    return weights.load(folder, device, torch.float32 if named_by_size and dtype is None else dtype)
+    folder = folder_of(name)
+    dtype = dtype_of(dtype)
+    is_size = folder != Path(name)
+    if is_size and dtype is None:
+        dtype = torch.float32
+    return weights.load(folder, device, dtype)
 
 
-def save(omni, folder) -> None:
-    """Write a model as a folder that load() and transformers read: weights, sizes, voices,
+def save(omni: "Omni", folder: str | Path) -> None:
+    """Write a model as a folder that load() and transformers read: weights, configuration, voices,
     tokenizer, processor.
 
     An existing model folder is replaced; other files of the folder that the model was loaded from
-    are kept. Raises UserError, and changes nothing, where folder is a file or holds something else
+    are kept. Raises UserError, and changes nothing, where folder is a file or holds something other
     than a model.
     """
     from minomni.checkpoint import saving
@@ -47,7 +63,7 @@ def save(omni, folder) -> None:
 
 
 def __getattr__(name: str):
-    """make_voice(), fetched when first asked for: `import minomni` is to stay quick."""
+    """make_voice(), imported on first use."""
     if name == "make_voice":
         from minomni.token2wav.voice import make_voice
 
@@ -55,36 +71,30 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'minomni' has no attribute {name!r}")
 
 
-def folder_of(name) -> Path:
-    """Where the model of a size, or of a checkpoint's folder, lies. Raises UserError where there is
-    none.
-    """
-    import os
-
+def folder_of(name: str | Path) -> Path:
+    """The model folder of a size or of a checkpoint. Raises UserError where there is none."""
     from minomni import config, paths
     from minomni.arguments import shown
     from minomni.errors import UserError
 
+    sizes = ", ".join(config.SIZES)
     if not isinstance(name, (str, Path)) or not str(name):
         raise UserError(
-            f"a model is the name of a size or a folder, not {shown(name)}; the sizes are "
-            f"{', '.join(config.SIZES)}"
+            f"a model is the name of a size or a folder, not {shown(name)}; the sizes are {sizes}"
         )
-    if os.path.isdir(name) and (
-        name not in config.SIZES or os.path.exists(os.path.join(name, "config.json"))
-    ):
-        return Path(name)
-    if str(name) not in config.SIZES:
-        raise UserError(
-            f"{str(name)!a:.200} is neither a folder nor a size; the sizes are {', '.join(config.SIZES)}"
-        )
-    for folder in (paths.runs() / name / "model", paths.data_samples() / name):
+
+    # A folder named like a size counts only if it holds a model.
+    if os.path.isdir(name):
+        has_config = os.path.exists(os.path.join(name, "config.json"))
+        if name not in config.SIZES or has_config:
+            return Path(name)
+    size = str(name)
+    if size not in config.SIZES:
+        raise UserError(f"{size!a:.200} is neither a folder nor a size; the sizes are {sizes}")
+
+    for folder in (paths.runs() / size / "model", paths.data_samples() / size):
         if folder.is_dir():
             return folder
-    if config.SIZES[str(name)].codec is None:  # a size of the release, which is not trained here
-        raise UserError(
-            f"no model of size {str(name)!r} comes along; give the folder of a checkpoint"
-        )
-    raise UserError(
-        f"no model of size {str(name)!r} here; python -m minomni train {name} makes one"
-    )
+    if config.SIZES[size].codec is None:  # a size of the release, not trained here
+        raise UserError(f"no model of size {size!r} is included; give the folder of a checkpoint")
+    raise UserError(f"no model of size {size!r} here; python -m minomni train {size} makes one")

@@ -1,4 +1,6 @@
-"""Devices and number formats by name, and which format a device multiplies quickly."""
+"""Devices and number formats by name, and bf16 support of a device."""
+
+from contextlib import suppress
 
 import torch
 
@@ -20,47 +22,56 @@ DTYPES = {
 }
 
 
-def device_of(name) -> torch.device:
-    """The device of a name; auto is cuda, else mps, else cpu. Raises UserError naming what is
-    there.
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is cuda if available, else mps, else cpu. Raises UserError
+    listing the available devices.
     """
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cuda"] * (cards > 0) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if num_gpus > 0:
+        available.insert(0, "cuda")
     if isinstance(name, str) and name == "auto":
-        return torch.device(there[0])
-    try:
-        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
-    except RuntimeError:  # not the name of a device
-        device = None
-    if device is None or device.type not in there or not 0 <= (device.index or 0) < max(cards, 1):
-        raise UserError(
-            f"device {shown(name)}: this machine, with this PyTorch, has {' and '.join(there)}; or "
-            f"use auto"
-        )
-    return device
+        return torch.device(available[0])
+
+    device = None
+    if isinstance(name, (str, torch.device)):
+        with suppress(RuntimeError):  # not the name of a device
+            device = torch.device(name)
+    if device is not None and device.type in available:
+        index = device.index or 0
+        if 0 <= index < max(num_gpus, 1):
+            return device
+    raise UserError(
+        f"device {shown(name)}: this machine, with this PyTorch, has {' and '.join(available)}; or "
+        f"use auto"
+    )
 
 
-def dtype_of(name) -> torch.dtype | None:
-    """The dtype of a name, None for None or "auto". Raises UserError for one that a model cannot
+def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name; None for None or "auto". Raises UserError for one that a model cannot
     have.
     """
-    if name is None or isinstance(name, str) and name == "auto":
+    if name is None or (isinstance(name, str) and name == "auto"):
         return None
-    key = str(name).removeprefix("torch.").lower() if isinstance(name, (str, torch.dtype)) else ""
+    key = ""
+    if isinstance(name, (str, torch.dtype)):
+        key = str(name).removeprefix("torch.").lower()
     if key not in DTYPES:
         raise UserError(
-            f"dtype {shown(name)}: expected bfloat16, float16, float32 or float64, as a torch.dtype or a "
-            f"text, or auto for what the folder stores"
+            f"dtype {shown(name)}: expected bfloat16, float16, float32 or float64, as a "
+            f"torch.dtype or its name, or auto for the dtype that the folder stores"
         )
     return DTYPES[key]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 in hardware. Elsewhere a bf16 product is emulated and slower
-    than fp32.
+    """Whether a device multiplies bf16 in hardware. Elsewhere bf16 is emulated and slower than
+    fp32.
 
-    On a CPU oneDNN does it, on a processor with AVX-512 BF16 or AMX; switched off or limited by
-    ONEDNN_MAX_CPU_ISA, it does not.
+    On a CPU oneDNN needs a processor with AVX-512 BF16 or AMX, must be switched on and must not be
+    limited by ONEDNN_MAX_CPU_ISA.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,8 +1,7 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either.
+"""Writing files so that a crash leaves the old file or the new one, never half of either.
 
-Only regular files are ever replaced. A device, a pipe or a terminal is opened and written to. A
-link stays, and what it points to is written. Errors of the operating system become one line of
-UserError.
+Only regular files are replaced. Devices, pipes and terminals are opened and written to. Symbolic
+links are followed and kept. Errors of the operating system become one line of UserError.
 """
 
 import io
@@ -18,32 +17,33 @@ from typing import BinaryIO
 from minomni.errors import UserError, shorten
 
 SHOWN = 200  # characters of a path in a message
-MOST_LINKS = 40  # that lead from one to the next, as in Linux
-UNKNOWN_SIZE = 0xFFFF_FFFF  # in the header of a wav whose end is not known yet
+MOST_LINKS = 40  # length of a chain of symbolic links, as in Linux
+UNKNOWN_SIZE = 0xFFFF_FFFF  # in the header of a wav file of unknown length
 
 
 class WriteError(UserError):
-    """A file cannot be written: no such folder, no permission, a full disk, a name that is too
-    long.
-    """
+    """A file cannot be written: missing folder, no permission, full disk or a name too long."""
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a temporary file beside `path`, then rename it into place. Makes the
-    folders above it.
+    """Let write(file) fill a temporary file next to `path`, then rename it to `path`. Creates
+    missing parent folders.
 
-    The data is on the disk before the name is: without that a power failure can leave the new name
-    with nothing in it, and a network disk can say that it is full only after the old file is gone.
-    What is no regular file is written to instead, once all is there. Raises WriteError.
+    The data is flushed to disk before the rename. Without that, a power failure can leave the new
+    name with an empty file, and a network disk can report that it is full only after the old file
+    is gone. If `path` is not a regular file, the complete content is written into it instead.
+    Raises WriteError.
     """
     with writing(path):
         target = resolved(Path(path))
         if is_stream(target):
-            content = io.BytesIO()  # some writers go back to fill in a size, which a pipe cannot
+            # Some writers seek back to fill in a size, which a pipe cannot do.
+            content = io.BytesIO()
             write(content)
             with open(target, "wb") as file:
                 file.write(content.getbuffer())
             return
+
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = beside(target, "part")
         try:
@@ -51,8 +51,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            # Keep the permissions: a private file stays private.
             if target.exists():
-                temporary.chmod(stat.S_IMODE(target.stat().st_mode))  # a private file stays private
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -60,34 +61,38 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 @contextmanager
 def growing_wav(path: str | Path, sample_rate: int) -> Iterator["GrowingWav"]:
-    """A 16-bit mono wav file to write to, piece by piece. Its folder has to be there.
+    """A 16-bit mono wav file that is written in pieces. Its folder must exist.
 
-    The file grows at its place, so that it can be played meanwhile. Where the pieces break off,
-    what was there before is put back: an old file waits beside, as NAME.*.old, until the new one is
-    complete. Into a device or a pipe the samples are written as they come. Raises WriteError.
+    The file grows at its final path, so that it can be played meanwhile. If writing stops early,
+    the file that was there before is restored: until the end it is kept as NAME.*.old in the same
+    folder. Samples for a device or a pipe are written as they come. Raises WriteError.
     """
     with writing(path):
         target = resolved(Path(path))
-        stream = is_stream(target)
-        old = beside(target, "old") if target.exists() and not stream else None
-        if old:
+        to_stream = is_stream(target)
+        # Move the old file out of the way.
+        old = None
+        if target.exists() and not to_stream:
+            old = beside(target, "old")
             os.replace(target, old)
     try:
         with writing(path):
-            file = open(target, "wb")
+            file = open(target, "wb")  # noqa: SIM115 closed below
             if old:
                 target.chmod(stat.S_IMODE(old.stat().st_mode))
         try:
-            wav = GrowingWav(path, file, sample_rate, has_length=not stream)
+            wav = GrowingWav(path, file, sample_rate, has_length=not to_stream)
             yield wav
             wav.flush()
         finally:
-            with suppress(OSError):  # what cannot be written was told by flush()
+            # close() repeats a write error that flush() has already reported.
+            with suppress(OSError):
                 file.close()
     except BaseException:
+        # Restore the old file, or leave none.
         if old:
             os.replace(old, target)
-        elif not stream and target.is_file():
+        elif not to_stream and target.is_file():
             target.unlink()
         raise
     if old:
@@ -95,52 +100,49 @@ def growing_wav(path: str | Path, sample_rate: int) -> Iterator["GrowingWav"]:
 
 
 class GrowingWav:
-    """A 16-bit mono wav file that is written piece by piece.
+    """A 16-bit mono wav file that is written in pieces.
 
-    has_length: flush() writes into the header how many samples there are, so that the file can be
-    read from then on. Without it the header says that the length is unknown, as it has to where one
-    cannot go back.
+    has_length: flush() updates the number of samples in the header, so that the file can be read
+    from then on. Without it the header says that the length is unknown, for files in which one
+    cannot seek back.
     """
 
     def __init__(self, path: str | Path, file: BinaryIO, sample_rate: int, has_length: bool):
-        self.path, self.file, self.sample_rate, self.has_length = (
-            path,
-            file,
-            sample_rate,
-            has_length,
-        )
-        self.bytes = 0
+        self.path = path
+        self.file = file
+        self.sample_rate = sample_rate
+        self.has_length = has_length
+        self.bytes = 0  # of samples
         with writing(path):
             file.write(self.header())
 
     def header(self) -> bytes:
         """The 44 bytes before the samples."""
-        length = min(self.bytes, UNKNOWN_SIZE - 36) if self.has_length else UNKNOWN_SIZE
-        whole = length + 36 if self.has_length else UNKNOWN_SIZE
-        sound = struct.pack(
-            "<IHHIIHH", 16, 1, 1, self.sample_rate, 2 * self.sample_rate, 2, 16
-        )  # PCM, mono, 16 bits
-        return (
-            b"RIFF"
-            + struct.pack("<I", whole)
-            + b"WAVEfmt "
-            + sound
-            + b"data"
-            + struct.pack("<I", length)
-        )
+        riff_size = UNKNOWN_SIZE
+        data_size = UNKNOWN_SIZE
+        if self.has_length:
+            data_size = min(self.bytes, UNKNOWN_SIZE - 36)
+            riff_size = data_size + 36
+
+        # Chunk size, PCM, 1 channel, rate, bytes per second, bytes per sample, bits per sample.
+        bytes_per_second = 2 * self.sample_rate
+        fmt = struct.pack("<IHHIIHH", 16, 1, 1, self.sample_rate, bytes_per_second, 2, 16)
+        riff = b"RIFF" + struct.pack("<I", riff_size) + b"WAVE"
+        data = b"data" + struct.pack("<I", data_size)
+        return riff + b"fmt " + fmt + data
 
     def write(self, samples) -> None:
         """Append samples, a float array [n] in [-1, 1]. Raises WriteError."""
         import soundfile
 
-        piece = io.BytesIO()
-        soundfile.write(piece, samples, self.sample_rate, "PCM_16", endian="LITTLE", format="RAW")
+        encoded = io.BytesIO()
+        soundfile.write(encoded, samples, self.sample_rate, "PCM_16", endian="LITTLE", format="RAW")
         with writing(self.path):
-            self.file.write(piece.getbuffer())
-        self.bytes += len(piece.getbuffer())
+            self.file.write(encoded.getbuffer())
+        self.bytes += len(encoded.getbuffer())
 
     def flush(self) -> None:
-        """Hand on all that was written. Raises WriteError."""
+        """Make everything written so far visible to readers. Raises WriteError."""
         with writing(self.path):
             if self.has_length:
                 self.file.seek(0)
@@ -151,7 +153,7 @@ class GrowingWav:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """What goes wrong while a file is written becomes one line that names it."""
+    """Turn errors of writing a file into one line of WriteError that names the file."""
     try:
         yield
     except UserError:
@@ -166,19 +168,21 @@ def writing(path: str | Path) -> Iterator[None]:
 def cause_of(error: Exception, path: str | Path) -> str | None:
     """Why a file cannot be opened or written; None where the error is about something else.
 
-    torch.save hides a full disk behind an error of its own. A path that cannot be one is found by
-    looking at it: the ValueError that it raises may also come from the content.
+    torch.save() hides a full disk behind an error of its own, which has the OSError as context. An
+    impossible path is found by checking the path, as its ValueError may also come from the content.
     """
     if not can_be_path(path):
         return "its name cannot be a file's"
     cause = error if isinstance(error, OSError) else error.__context__
-    if isinstance(cause, FileExistsError):  # while the folders above were made
+    if isinstance(cause, FileExistsError):  # from creating the parent folders
         return f"{shorten(cause.filename, SHOWN)} is no folder"
-    return cause.strerror or str(cause) if isinstance(cause, OSError) else None
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause)
+    return None
 
 
 def can_be_path(path: str | Path) -> bool:
-    """Whether the system can encode a path: no null character, no half of a surrogate pair."""
+    """Whether the system can encode a path: no NUL and no lone surrogate."""
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeError:
@@ -186,44 +190,45 @@ def can_be_path(path: str | Path) -> bool:
 
 
 def open_regular(path: str | Path, what: str) -> BinaryIO:
-    """A regular file, opened to be read. what: what it is to a person.
+    """Open a regular file for reading. what: a description of the file for messages.
 
-    Raises UserError where there is none: for a folder, for a device or a pipe, which might never
-    end or never begin, and for files of /proc and /sys.
+    Raises UserError where there is no such file: for a folder, for a device or a pipe, which might
+    block or never end, and for files in /proc and /sys.
     """
     shown = shorten(path, SHOWN)
     try:
-        file = open(
-            path,
-            "rb",
-            opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
-        )
+        file = open(path, "rb", opener=open_without_blocking)  # noqa: SIM115 the caller closes it
     except FileNotFoundError:
         raise UserError(f"{shown}: no such file or folder, where {what} should be") from None
     except IsADirectoryError:
         raise UserError(f"{shown}: is a folder, where {what} should be") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{shown}: cannot be opened ({cause_of(error, path) or error})") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or Path(path).resolve().parts[1:2] in (
-        ("proc",),
-        ("sys",),
-    ):
+    is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    in_system_folder = Path(path).resolve().parts[1:2] in (("proc",), ("sys",))
+    if not is_regular or in_system_folder:
         file.close()
         raise UserError(f"{shown}: is a device, a pipe or the system's own; copy {what} to a file")
     return file
 
 
-def resolved(path: Path) -> Path:
-    """The place that a path stands for: links are followed, so that they stay.
+def open_without_blocking(path: str, flags: int) -> int:
+    """os.open() that does not wait for the writer of a pipe; Windows has no such flag."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-    A link of /proc to an open file (/dev/stdout leads to one) is left as it is: only opening it
-    gives that file. Raises WriteError for a folder, a disk, and a file that may not be written to.
+
+def resolved(path: Path) -> Path:
+    """The path with symbolic links followed, so that the links themselves are kept.
+
+    A link in /proc to an open file, such as the target of /dev/stdout, is left as it is, since only
+    opening it reaches that file. Raises WriteError for a folder, a disk and a write-protected file.
     """
-    shown, links = shorten(path, SHOWN), 0
+    shown = shorten(path, SHOWN)
+    links = 0
     while path.is_symlink() and not path.parent.resolve().is_relative_to("/proc"):
         links += 1
         if links > MOST_LINKS:
-            raise WriteError(f"{shown}: cannot be written (its link leads round in a circle)")
+            raise WriteError(f"{shown}: cannot be written (its symbolic links form a circle)")
         path = path.parent / os.readlink(path)
     if path.is_dir():
         raise WriteError(f"{shown}: is a folder; give the name of a file")
@@ -235,14 +240,14 @@ def resolved(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path is there and no regular file of its own: a device, a pipe, a terminal, an open
-    file of /proc.
+    """Whether a path exists and is not a regular file on disk: a device, a pipe, a terminal, or an
+    open file in /proc.
     """
-    return path.exists() and (not path.is_file() or path.parent.resolve().is_relative_to("/proc"))
+    if not path.exists():
+        return False
+    return not path.is_file() or path.parent.resolve().is_relative_to("/proc")
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A new name in the same folder; of a long name only the beginning, since a name has at most
-    255 bytes.
-    """
+    """A new file name in the same folder. A long name is cut, as names have at most 255 bytes."""
     return path.with_name(f"{path.name[:50]}.{secrets.token_hex(4)}.{suffix}")

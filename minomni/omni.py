@@ -1,9 +1,10 @@
-"""The whole model: Thinker, Talker, Token2Wav, and the codec that a size trained here has. Messages
-in, a reply out.
+"""The whole model: Thinker, Talker, Token2Wav, and the codec of sizes that are trained here.
+Messages in, a reply out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ TEXT_HEAD = "thinker.lm_head.weight"
 
 
 class Omni(nn.Module):
-    """Qwen2.5-Omni of any size. Its attributes are the prefixes of the checkpoint's tensor names."""
+    """Qwen2.5-Omni of any size. Its attributes are the prefixes of the checkpoint's tensors."""
 
     def __init__(self, config: OmniConfig):
         super().__init__()
@@ -56,133 +57,142 @@ class Omni(nn.Module):
         self.codec = None if config.codec is None else Codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
-        self.loaded_from: Path | None = None  # the folder; saving keeps what else it holds
+        # The folder the model was loaded from; saving copies its other files.
+        self.loaded_from: Path | None = None
 
     @property
     def num_codes(self) -> int:
-        """Codec ids that Token2Wav can look up."""
+        """Number of codec ids in Token2Wav's embedding table."""
+        assert self.config.token2wav is not None
         return self.config.token2wav.dit.num_embeds + 1
 
     @property
     def sample_rate(self) -> int:
-        """Hz of the speech; 0 for a model that answers in text alone."""
+        """Sample rate of the speech in Hz; 0 for a model that answers in text only."""
         return 0 if self.config.token2wav is None else self.config.token2wav.sample_rate
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """What a folder holds of the model: all tensors, but for a text head that is the embedding
-        table.
+        """The tensors that a checkpoint holds: all of them, except a text head that is tied to the
+        embedding table.
         """
-        tied = self.config.thinker.tie_word_embeddings
-        return {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not tied or name != TEXT_HEAD
-        }
+        tensors = dict(self.state_dict())
+        if self.config.thinker.tie_word_embeddings:
+            tensors.pop(TEXT_HEAD)
+        return tensors
 
+    # ---------------------------------------------------------------------------------- voices
     def voice(self, name: str) -> Voice:
-        """A voice by name. Raises UserError naming the voices there are, and for one that does not
-        fit the model.
+        """A voice by name. Raises UserError for an unknown name, listing the voices there are, and
+        for a voice that does not fit the model.
         """
         if not isinstance(name, str):
             raise UserError(f"voice is {shown(name)}; expected the name of a voice")
         if name not in self.voices:
-            there = ", ".join(self.voices) or "none (no spk_dict.pt)"
-            raise UserError(f"unknown voice {shown(name)}; this model has {there}")
-        voice, rows = self.voices[name], self.config.thinker.text.vocab_size
+            available = ", ".join(self.voices) or "none (no spk_dict.pt)"
+            raise UserError(f"unknown voice {shown(name)}; this model has {available}")
+        voice = self.voices[name]
         if not isinstance(voice, Voice):
             raise UserError(
                 f"voices[{name!r}] is {shown(voice)}; expected a Voice, such as make_voice() makes"
             )
-        whole_number(voice.bos_token, f"bos_token of voice {name!r}", 0, rows - 1)
+        vocab_size = self.config.thinker.text.vocab_size
+        whole_number(voice.bos_token, f"bos_token of voice {name!r}", 0, vocab_size - 1)
         if self.token2wav is not None:
-            check_voice(voice, self.config.token2wav.dit)
+            check_voice(voice, self.token2wav.config.dit)
         if not (voice.cond.isfinite().all() and voice.ref_mel.isfinite().all()):
             raise UserError(
                 f"voice {name!r} holds NaN or infinite numbers; make it again from its recording"
             )
         return voice
 
-    def speaker(self, voice: str | None, speech: bool) -> Voice | None:
-        """Who speaks, by default the first voice; None without speech. A name that is given is
-        checked in any case.
+    def choose_voice(self, name: str | None, speech: bool) -> Voice | None:
+        """The voice of a reply, by default the first one; None without speech.
 
-        Raises UserError.
+        A name is checked even without speech. Raises UserError.
         """
         if flag(speech, "speech") and (self.talker is None or self.token2wav is None):
             raise UserError(
-                "this model has no voice: its folder holds the Thinker alone; give speech=False, or "
-                "--no-speech, for an answer in text"
+                "this model has no voice: its folder holds the Thinker alone; give speech=False, "
+                "or --no-speech, for an answer in text"
             )
-        chosen = None if voice is None else self.voice(voice)
+        voice = None if name is None else self.voice(name)
         if not speech:
             return None
-        if not self.voices and chosen is None:
+        if voice is not None:
+            return voice
+        if not self.voices:
             raise UserError(
-                "this model has no voices, as its folder holds no spk_dict.pt; give speech=False, or "
-                "--no-speech, for an answer in text"
+                "this model has no voices, as its folder holds no spk_dict.pt; give speech=False, "
+                "or --no-speech, for an answer in text"
             )
-        return chosen or self.voice(next(iter(self.voices)))
+        return self.voice(next(iter(self.voices)))
 
+    # ------------------------------------------------------------------- batches of token ids
     def generate(
         self, inputs: Inputs, voice: str | list[str] | None, seed: int | list[int] = 0, **options
     ) -> GenerateOutput:
-        """Answer a batch of prompts in text and, unless voice is None, in speech; one seed gives
-        one answer.
+        """Answer a batch of prompts in text and, unless voice is None, in speech.
 
-        voice and seed: one for all rows, or a list of one for each. options: as in respond(). A row
-        draws what it draws alone, so it gives the same answer in any batch. A row whose reply is
-        only a stop id has no codes and a wave of no samples. Raises UserError.
+        voice and seed: one for all rows, or a list with one for each. options: as in respond(). A
+        row draws the same random numbers as it does alone, so it gives the same answer in any
+        batch. A row whose reply is only a stop id has no codes and an empty waveform. Raises
+        UserError.
         """
         if not isinstance(inputs, Inputs):
             raise UserError(
-                f"generate() was given {shown(inputs)}; expected what a Processor makes; respond() takes "
-                f"messages"
+                f"generate() was given {shown(inputs)}; expected the output of a Processor; "
+                f"respond() takes messages"
             )
         rows = len(inputs.input_ids)
-        speakers = [
-            None if name is None else self.speaker(name, speech=True)
-            for name in each(voice, rows, "voice")
-        ]
-        if None in speakers and any(speakers):
+        voices: list[Voice | None] = []
+        for name in each(voice, rows, "voice"):
+            voices.append(None if name is None else self.choose_voice(name, speech=True))
+        if None in voices and any(voices):
             raise UserError(
                 "some rows have a voice and some have none; give all of them a voice, or none"
             )
-        seeds = [seed_of(one) for one in each(seed, rows, "seed")]
-        return self.answer(inputs, speakers, seeds, sampling_configs(self.config, options))
+        seeds = [seed_of(row_seed) for row_seed in each(seed, rows, "seed")]
+        return self.answer(inputs, voices, seeds, sampling_configs(self.config, options))
 
     @torch.no_grad()
     def answer(
         self,
         inputs: Inputs,
-        speakers: list[Voice | None],
+        voices: Sequence[Voice | None],
         seeds: list[int],
         sampling: tuple[SamplingConfig, SamplingConfig],
     ) -> GenerateOutput:
-        """generate(), all arguments checked; speakers and seeds are those of each row."""
-        config, reading = self.config, self.thinker.read(inputs, self.thinker.model.new_cache())
-        bos_tokens = None if None in speakers else [speaker.bos_token for speaker in speakers]
-        steps = {"text": [], "code": []}
-        for kind, ids in generate_tokens(self, reading, bos_tokens, seeds, sampling):
+        """generate() with checked arguments. voices: one for each row, or None for each; seeds: one
+        for each row.
+        """
+        prefill = self.thinker.read(inputs, self.thinker.model.new_cache())
+        chosen = [voice for voice in voices if voice is not None]
+        bos_tokens = [voice.bos_token for voice in chosen] or None
+        steps: dict[str, list[Tensor]] = {"text": [], "code": []}
+        for kind, ids in generate_tokens(self, prefill, bos_tokens, seeds, sampling):
             steps[kind].append(ids)
-        tokens = [
-            row.tolist()
-            for row in until_stop(
-                steps["text"], len(speakers), [config.thinker.tokens.im_end], keep=True
-            )
-        ]
-        if bos_tokens is None:
+
+        im_end = self.config.thinker.tokens.im_end
+        text_ids = until_stop(steps["text"], len(voices), [im_end], keep=True)
+        tokens = [row.tolist() for row in text_ids]
+        if not chosen:
             return GenerateOutput(tokens, [], [])
-        codes = until_stop(
-            steps["code"], len(tokens), [config.talker.codec_pad, config.talker.codec_eos]
-        )
-        waves = [
-            check_wave(self.token2wav(row[None], speaker, config.flow, seeded(seed)))
-            if len(row)
-            else torch.zeros(0)
-            for row, speaker, seed in zip(codes, speakers, seeds)
-        ]
+
+        # With a voice, the model has a Talker and Token2Wav: choose_voice() checks that.
+        talker_config = self.config.talker
+        assert talker_config is not None
+        assert self.token2wav is not None
+        stop_codes = [talker_config.codec_pad, talker_config.codec_eos]
+        codes = until_stop(steps["code"], len(voices), stop_codes)
+        waves = []
+        for row, voice, seed in zip(codes, chosen, seeds, strict=True):
+            wave = torch.zeros(0)
+            if len(row):
+                wave = self.token2wav(row[None], voice, self.config.flow, seeded(seed))
+            waves.append(check_wave(wave))
         return GenerateOutput(tokens, codes, waves)
 
+    # --------------------------------------------------------------------------- conversations
     def stream(
         self,
         messages: list[dict],
@@ -194,28 +204,29 @@ class Omni(nn.Module):
         flow: FlowConfig | None = None,
         **options,
     ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
-        """Answer a conversation as respond() does, in pieces and while it is still being thought:
-        text and sound in order of readiness, at last End with the reply.
+        """Answer a conversation as respond() does, in chunks of text and audio that are yielded
+        while the reply is generated; the last event is ReplyDone with the reply.
 
-        schedule: how the sound is cut, "eager" to begin as soon as can be; None makes it at the
-        end, in one go. flow: how the DiT's equation is solved, by default as the model's
-        configuration says, but by Euler's steps where the sound is cut. options: as in respond().
-        Text and codes are respond()'s. Closing the iterator, or letting go of it, ends all work and
-        frees the memory. Raises UserError before the first piece.
+        schedule: how the audio is split into chunks; "eager" for low latency, None for all audio at
+        the end. flow: how the DiT's ODE is solved, by default as the model's configuration says,
+        but with Euler steps where the audio is split. options: as in respond(). Text and codes are
+        those of respond(). Closing or dropping the iterator stops all work and frees the memory.
+        Raises UserError before the first chunk.
         """
-        trace = Timings()
+        timings = Timings()
         if is_batch(messages):
             raise UserError(
                 "stream() answers one conversation, a list of messages; respond() takes several"
             )
-        sampling, seed = sampling_configs(self.config, options), seed_of(seed)
+        sampling = sampling_configs(self.config, options)
+        seed = seed_of(seed)
         check_schedule(schedule)
         check_flow(flow)
-        speaker, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
-        trace.mark("input")
+        chosen, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
+        timings.mark("input")
         with torch.no_grad():
-            reading = self.thinker.read(inputs, self.thinker.model.new_cache(), trace.mark)
-        return stream_reply(self, reading, speaker, schedule, flow, seed, trace, [], sampling)
+            prefill = self.thinker.read(inputs, self.thinker.model.new_cache(), timings.mark)
+        return stream_reply(self, prefill, chosen, schedule, flow, seed, timings, [], sampling)
 
     def respond(
         self,
@@ -226,174 +237,212 @@ class Omni(nn.Module):
         seed: int | list[int] = 0,
         **options,
     ) -> Reply | Replies:
-        """Answer a conversation of message dictionaries, the ones Qwen's and transformers' users
-        write.
+        """Answer a conversation, given as message dictionaries in the format of Qwen and
+        transformers.
 
-        A list of conversations gives a list of replies, each as the conversation alone would get
-        it; voice and seed may then be lists of one for each.
+        A list of conversations gives a list of replies, each the same as for the conversation
+        alone; voice and seed may then be lists with one entry for each.
 
-        voice: a name in self.voices, the first one by default; speech=False answers in text alone.
-        A conversation without a system message gets the one that this size was trained with. Same
-        seed, same answer. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty
-        and do_sample for the Thinker, and the same with talker_ in front for the Talker; see
-        generation_options.py. Raises UserError for what cannot be read, does not fit the context, names
-        no voice, or is nothing but silence.
+        voice: a name in self.voices, the first one by default; speech=False answers in text only.
+        A conversation without a system message gets the one that this size was trained with. The
+        same seed gives the same answer. options: max_new_tokens, temperature, top_p, top_k,
+        repetition_penalty and do_sample for the Thinker, and the same with the prefix talker_ for
+        the Talker; see generation_options.py. Raises UserError for input that cannot be read, does
+        not fit the context or is only silence, and for unknown voices and options.
         """
-        sampling_configs(self.config, options)  # names what is no option
+        sampling_configs(self.config, options)  # raises UserError for wrong options first
         if is_batch(messages):
             return self.respond_to_all(messages, voice, speech, use_audio_in_video, seed, options)
-        *_, end = self.stream(
-            messages, voice, speech, use_audio_in_video, seed, schedule=None, **options
+        *_, done = self.stream(  # which checks the types of its arguments
+            messages,  # type: ignore[arg-type]
+            voice,  # type: ignore[arg-type]
+            speech,
+            use_audio_in_video,
+            seed,  # type: ignore[arg-type]
+            schedule=None,
+            **options,
         )
-        return end.reply
+        assert isinstance(done, ReplyDone)
+        return done.reply
 
     def respond_to_all(
         self,
         conversations: list[list[dict]],
-        voice,
+        voice: str | list[str] | None,
         speech: bool,
         use_audio_in_video: bool,
-        seed,
+        seed: int | list[int],
         options: dict,
     ) -> Replies:
         """respond() for several conversations, as one batch. A reply's total_s is the time of the
         whole batch.
 
-        Padding to the longest prompt takes room that a shorter one has when it is alone. Where an
-        answer might need that room, the conversations are answered one by one.
+        Left padding to the longest prompt takes context from the shorter ones. Where an answer may
+        need that context, the conversations are answered one by one.
         """
-        trace, count, sampling = (
-            Timings(),
-            len(conversations),
-            sampling_configs(self.config, options),
-        )
-        seeds = [seed_of(one) for one in each(seed, count, "seed")]
-        speakers, rows = [], []
-        for number, (messages, name) in enumerate(
-            zip(conversations, each(voice, count, "voice")), 1
-        ):
+        timings = Timings()
+        count = len(conversations)
+        sampling = sampling_configs(self.config, options)
+        seeds = [seed_of(row_seed) for row_seed in each(seed, count, "seed")]
+
+        # Check and encode all conversations before the first one is answered.
+        voices = []
+        rows = []
+        names = each(voice, count, "voice")
+        for number, (messages, name) in enumerate(zip(conversations, names, strict=True), 1):
             try:
-                speaker, row = self.prepare(messages, name, speech, use_audio_in_video)
+                chosen, inputs = self.prepare(messages, name, speech, use_audio_in_video)
             except UserError as error:
                 raise UserError(f"conversation {number} of {count}: {error}") from None
-            speakers.append(speaker)
-            rows.append(row)
-        trace.mark("input")
-        if not self.have_room(
-            [row.input_ids.shape[1] for row in rows], sampling, speakers[0] is not None
-        ):
-            spoken = [
-                self.answer(*one, sampling)
-                for one in zip(rows, [[s] for s in speakers], [[s] for s in seeds])
-            ]
-            tokens, codes, waves = (
-                [one for row in spoken for one in getattr(row, name)]
-                for name in ("tokens", "codes", "waves")
-            )
-        else:
-            batch = self.answer(
-                join(rows, self.config.thinker.tokens.endoftext), speakers, seeds, sampling
-            )
-            tokens, codes, waves = batch.tokens, batch.codes, batch.waves
-        total_s, silence = trace.mark("end"), [torch.zeros(0)] * count
-        texts = [self.tokenizer.decode(row, skip_special=True) for row in tokens]
-        no_codes = [torch.zeros(0, dtype=torch.long)] * count
-        return Replies(
-            Reply(text, wave.cpu(), self.sample_rate, ids.cpu(), total_s, trace)
-            for text, wave, ids in zip(texts, waves or silence, codes or no_codes)
-        )
+            voices.append(chosen)
+            rows.append(inputs)
+        timings.mark("input")
 
-    def have_room(
+        lengths = [row.input_ids.shape[1] for row in rows]
+        if self.fits_padded(lengths, sampling, speech):
+            batch = join(rows, self.config.thinker.tokens.endoftext)
+            output = self.answer(batch, voices, seeds, sampling)
+        else:
+            output = self.answer_one_by_one(rows, voices, seeds, sampling)
+        return self.to_replies(output, timings)
+
+    def answer_one_by_one(
+        self,
+        rows: list[Inputs],
+        voices: Sequence[Voice | None],
+        seeds: list[int],
+        sampling: tuple[SamplingConfig, SamplingConfig],
+    ) -> GenerateOutput:
+        """answer() for prompts of batch size 1, without padding."""
+        joined = GenerateOutput([], [], [])
+        for inputs, voice, seed in zip(rows, voices, seeds, strict=True):
+            output = self.answer(inputs, [voice], [seed], sampling)
+            joined.tokens.extend(output.tokens)
+            joined.codes.extend(output.codes)
+            joined.waves.extend(output.waves)
+        return joined
+
+    def to_replies(self, output: GenerateOutput, timings: Timings) -> Replies:
+        """Decode the text ids of each row; rows without speech get empty codes and waveforms."""
+        total_s = timings.mark("end")
+        has_speech = bool(output.codes)
+        replies = Replies()
+        for row, ids in enumerate(output.tokens):
+            reply = Reply(
+                text=self.decode(ids),
+                wave=output.waves[row].cpu() if has_speech else torch.zeros(0),
+                sample_rate=self.sample_rate,
+                codes=output.codes[row].cpu() if has_speech else torch.zeros(0, dtype=torch.long),
+                total_s=total_s,
+                timings=timings,
+            )
+            replies.append(reply)
+        return replies
+
+    def fits_padded(
         self, lengths: list[int], sampling: tuple[SamplingConfig, SamplingConfig], speech: bool
     ) -> bool:
         """Whether prompts of these lengths, padded to the longest, leave each answer all tokens
         that it may have.
         """
+        if len(set(lengths)) == 1:  # no padding
+            return True
         thinker, talker = sampling
-        room = (
-            max(lengths) + thinker.max_new_tokens
-            <= self.config.thinker.text.max_position_embeddings
-        )
-        if speech:
-            room &= (
-                max(lengths) + 2 + talker.max_new_tokens
-                <= self.config.talker.decoder.max_position_embeddings
-            )
-        return room or len(set(lengths)) == 1
+        longest = max(lengths)
+        if longest + thinker.max_new_tokens > self.config.thinker.text.max_position_embeddings:
+            return False
+        if not speech:
+            return True
+        # The Talker's prompt has two more positions: the voice and the first code.
+        assert self.config.talker is not None
+        talker_length = longest + 2 + talker.max_new_tokens
+        return talker_length <= self.config.talker.decoder.max_position_embeddings
 
     def listen(
         self, voice: str | None = None, speech: bool = True, system: str | None = None
     ) -> Session:
-        """Begin a conversation that is read while it is being said and shown; see session.py. Raises
+        """Begin a conversation that is prefilled while the user speaks; see session.py. Raises
         UserError.
         """
         return Session(self, voice, speech, system)
 
+    # --------------------------------------------------------------------- prompts and text
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError for a model without one."""
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer; load() a folder that holds one")
+        return self.tokenizer
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids -> text without special tokens. Raises UserError without a tokenizer."""
+        return self.require_tokenizer().decode(ids, skip_special=True)
+
     def prepare(
         self, messages: list[dict], voice: str | None, speech: bool, use_audio_in_video: bool
     ) -> tuple[Voice | None, Inputs]:
-        """Who speaks, None without speech, and what the Thinker is to read. Raises UserError."""
-        if self.tokenizer is None:
-            raise UserError("this model has no tokenizer; load() a folder that holds one")
+        """Check the arguments of respond() -> voice of the reply, None without speech, and the
+        encoded prompt. Raises UserError.
+        """
+        tokenizer = self.require_tokenizer()
         messages = messages_of(messages)
         if not messages:
             raise UserError("no messages were given; give at least one with role 'user'")
-        speaker = self.speaker(voice, speech)
+        chosen = self.choose_voice(voice, speech)
         flag(use_audio_in_video, "use_audio_in_video")
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.media.system_prompt}, *messages]
-        inputs = Processor(self.config, self.tokenizer)([messages], use_audio_in_video)
+        inputs = Processor(self.config, tokenizer)([messages], use_audio_in_video)
         self.refuse_silence(inputs)
-        return speaker, inputs
+        return chosen, inputs
 
     def refuse_silence(self, inputs: Inputs) -> None:
-        """Raise UserError where the last message is nothing but sound, and the sound nothing but
-        silence.
+        """Raise UserError where the last message holds only audio, and the audio only silence.
 
-        The same rule holds in Turn.finish(): a model that is trained to write down speech would
-        make some up.
+        A model that is trained to transcribe speech would invent some. UserTurn.finish() has the
+        same rule.
         """
-        tokens, ids = self.config.thinker.tokens, inputs.input_ids[0].tolist()
+        tokens = self.config.thinker.tokens
+        ids = inputs.input_ids[0].tolist()
         starts = [i for i, token in enumerate(ids) if token == tokens.im_start]
-        turn = (
-            ids[starts[-2] : starts[-1]] if len(starts) > 1 else []
-        )  # the last im_start begins the answer
-        sounds = turn.count(tokens.audio_bos)
-        words = self.tokenizer.decode(turn, skip_special=True).split()
-        if (
-            words == ["user"]
-            and sounds
-            and tokens.vision_bos not in turn
-            and max(inputs.peaks[-sounds:]) < SILENCE
-        ):
+        if len(starts) < 2:
+            return
+        # The last im_start opens the answer, the one before it the last message.
+        message = ids[starts[-2] : starts[-1]]
+        num_clips = message.count(tokens.audio_bos)
+        if num_clips == 0 or tokens.vision_bos in message:
+            return
+        words = self.decode(message).split()
+        if words == ["user"] and max(inputs.peaks[-num_clips:]) < SILENCE:
             raise UserError(ONLY_SILENCE)
 
 
-def is_batch(messages) -> bool:
+def is_batch(messages) -> TypeGuard[list[list[dict]]]:
     """Whether these are several conversations. Raises UserError for a mixture of conversations and
     messages.
     """
-    if not isinstance(messages, (list, tuple)) or not any(
-        isinstance(one, (list, tuple)) for one in messages
-    ):
+    if not isinstance(messages, (list, tuple)):
         return False
-    if not all(isinstance(one, (list, tuple)) for one in messages):
+    is_list = [isinstance(entry, (list, tuple)) for entry in messages]
+    if not any(is_list):
+        return False
+    if not all(is_list):
         raise UserError(
-            "some of the messages are lists and some are not; give one list of message dictionaries, or a "
-            "list of such lists"
+            "some of the messages are lists and some are not; give one list of message "
+            "dictionaries, or a list of such lists"
         )
     return True
 
 
 def each(value, rows: int, name: str) -> list:
-    """A list with an entry for each row, or one value for all of them -> the list. Raises
+    """A list with one entry for each row, or one value for all of them -> the list. Raises
     UserError.
     """
     if not isinstance(value, (list, tuple)):
         return [value] * rows
     if len(value) != rows:
         raise UserError(
-            f"{name} has {len(value)} entries for {rows} conversations; give one for each, or one for all"
+            f"{name} has {len(value)} entries for {rows} conversations; give one for each, or one "
+            f"for all"
         )
     return list(value)
 
@@ -401,12 +450,19 @@ def each(value, rows: int, name: str) -> list:
 def until_stop(
     steps: list[Tensor], rows: int, stops: list[int], keep: bool = False
 ) -> list[Tensor]:
-    """Ids of a batch step by step, each [B] -> per row those before the first stop id, or with it,
-    [n].
+    """Ids of a batch, one tensor [B] per step -> per row the ids before the first stop id [n];
+    keep: including the stop id.
     """
-    table = torch.stack(steps, dim=1) if steps else torch.zeros(rows, 0, dtype=torch.long)  # [B, n]
-    ends = torch.isin(table, torch.tensor(stops, device=table.device))
-    return [
-        row[: int(end.long().argmax()) + keep if end.any() else len(row)]
-        for row, end in zip(table, ends)
-    ]
+    if not steps:
+        return [torch.zeros(0, dtype=torch.long) for _ in range(rows)]
+    ids = torch.stack(steps, dim=1)  # [B, n]
+    is_stop = torch.isin(ids, torch.tensor(stops, device=ids.device))
+    result = []
+    for row, row_is_stop in zip(ids, is_stop, strict=True):
+        end = len(row)
+        if row_is_stop.any():
+            end = int(row_is_stop.long().argmax())
+            if keep:
+                end += 1
+        result.append(row[:end])
+    return result

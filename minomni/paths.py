@@ -1,7 +1,7 @@
-"""Where the files beside the code lie: sample data and weights, and the folder of runs.
+"""Folders outside the code: sample data with weights, and training runs.
 
-In a checkout both are folders of the repository. An installed package carries data_samples/ inside itself, and runs
-are made in the current directory.
+In a checkout both are folders of the repository. An installed package contains data_samples/, and
+runs are written to the current directory.
 """
 
 from pathlib import Path
@@ -12,21 +12,26 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def checkout() -> Path | None:
-    """The root of the repository that this package lies in, or None where it is installed elsewhere."""
+    """The root of the repository, or None for a package that is installed elsewhere."""
     root = PACKAGE.parent
     return root if (root / "data_samples").is_dir() else None
 
 
 def data_samples() -> Path:
-    """The folder of sample recordings, questions, words and weights. Raises UserError where there is none."""
+    """The folder of sample recordings, questions, words and weights. Raises UserError where it is
+    missing.
+    """
     for parent in (PACKAGE, PACKAGE.parent):
-        if (parent / "data_samples").is_dir():
-            return parent / "data_samples"
+        folder = parent / "data_samples"
+        if folder.is_dir():
+            return folder
     raise UserError(
-        f"no folder data_samples in {PACKAGE} or beside it; install minomni again, or run it in a checkout"
+        f"no folder data_samples in {PACKAGE} or beside it; install minomni again, or run it in a "
+        f"checkout"
     )
 
 
 def runs() -> Path:
-    """The folder of training runs, reports and answers; it need not exist yet."""
-    return (checkout() or Path.cwd()) / "runs"
+    """The folder of training runs, reports and answers, which may not exist yet."""
+    root = checkout() or Path.cwd()
+    return root / "runs"

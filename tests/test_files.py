@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and what is no regular file of ours is never replaced."""
+"""Files are written completely or not at all, and only regular files are replaced."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def by_growing_wav(path):
         wav.flush()
 
 
-WAYS = pytest.mark.parametrize("write", [by_write_atomically, by_growing_wav])
+WRITERS = pytest.mark.parametrize("write", [by_write_atomically, by_growing_wav])
 
 
 def device(path: Path, major: int, minor: int) -> Path:
@@ -43,7 +43,7 @@ def foreign(folder: Path, *known: str) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
-@WAYS
+@WRITERS
 def test_a_device_is_written_through(write, tmp_path):
     path = device(tmp_path / "null", 1, 3)
     write(path)
@@ -51,8 +51,8 @@ def test_a_device_is_written_through(write, tmp_path):
     assert not foreign(tmp_path, "null")
 
 
-@WAYS
-def test_a_full_device_is_one_line_and_stays(write, tmp_path):
+@WRITERS
+def test_a_full_device_raises_and_stays(write, tmp_path):
     path = device(tmp_path / "full", 1, 7)
     with pytest.raises(WriteError, match=r"full: cannot be written \(No space left on device\)"):
         write(path)
@@ -60,7 +60,7 @@ def test_a_full_device_is_one_line_and_stays(write, tmp_path):
     assert not foreign(tmp_path, "full")
 
 
-@WAYS
+@WRITERS
 def test_a_pipe_gets_the_bytes_and_stays(write, tmp_path):
     path, got = tmp_path / "pipe", []
     os.mkfifo(path)
@@ -79,7 +79,7 @@ def test_a_pipe_gets_the_bytes_and_stays(write, tmp_path):
     assert len(wave) == len(TONE)
 
 
-@WAYS
+@WRITERS
 def test_links_are_followed_and_stay(write, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_bytes(b"old")
@@ -94,7 +94,7 @@ def test_links_are_followed_and_stay(write, tmp_path):
     assert not foreign(tmp_path / "a", "old", "none")
 
 
-@WAYS
+@WRITERS
 def test_an_open_file_of_proc_is_written_through(write, tmp_path):
     """As /dev/stdout is where a shell sends it into a file: that file is written, not put in the
     place of.
@@ -110,7 +110,7 @@ def test_an_open_file_of_proc_is_written_through(write, tmp_path):
     assert (tmp_path / "out").stat().st_size > 0
 
 
-@WAYS
+@WRITERS
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -126,7 +126,7 @@ def test_an_open_file_of_proc_is_written_through(write, tmp_path):
         ("line\nfeed/" + "y" * 300, r"line\nfeed"),
     ],
 )
-def test_what_cannot_be_written_is_shorten(write, name, says, tmp_path, monkeypatch):
+def test_unwritable_paths_raise_one_line(write, name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -142,7 +142,7 @@ def test_what_cannot_be_written_is_shorten(write, name, says, tmp_path, monkeypa
     assert not list((tmp_path / "folder").iterdir())
 
 
-@WAYS
+@WRITERS
 def test_a_write_protected_file_is_refused(write, tmp_path):
     path = tmp_path / "kept"
     path.write_bytes(b"old")
@@ -154,7 +154,7 @@ def test_a_write_protected_file_is_refused(write, tmp_path):
     assert path.read_bytes() == b"old"
 
 
-@WAYS
+@WRITERS
 def test_a_private_file_stays_private(write, tmp_path):
     path = tmp_path / "mine"
     path.write_bytes(b"old")
@@ -165,7 +165,7 @@ def test_a_private_file_stays_private(write, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, OSError])
-def test_a_broken_stream_leaves_what_was_there(error, tmp_path):
+def test_an_interrupted_write_restores_the_old_file(error, tmp_path):
     path = tmp_path / "answer.wav"
     path.write_bytes(b"an old answer")
     for file in (path, tmp_path / "none.wav"):
@@ -206,7 +206,7 @@ def test_a_long_name_is_written(tmp_path):
         assert (tmp_path / name).is_file()
 
 
-def test_errors_of_the_writer_stay_what_they_are(tmp_path):
+def test_errors_of_the_write_function_propagate(tmp_path):
     with pytest.raises(RuntimeError, match="no disk"):
         write_atomically(
             tmp_path / "x", lambda file: (_ for _ in ()).throw(RuntimeError("no disk"))

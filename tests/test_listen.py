@@ -1,5 +1,5 @@
-"""Listening as it arrives reads what hearing all at once reads, wherever the borders of the chunks
-fall.
+"""A session prefills the same tokens and states as the whole turn at once, however the input is
+split into chunks.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from minomni.inputs.prompt import Processor
 
 ROOT = Path(__file__).parents[1]
 
-CLOSE = dict(rtol=0, atol=1e-5)  # hidden states of scale 1, sums in another order
+CLOSE = dict(rtol=0, atol=1e-5)  # hidden states of scale 1, summed in another order
 RATE = 16_000
 
 
 @pytest.fixture(scope="module")
 def omni(tiny_folder):
-    """Random weights: every token moves every later one. Short replies, as nobody listens to them."""
+    """Random weights: every token changes all later states. Replies are short: none is checked."""
     torch.set_num_threads(1)
     return minomni.load(str(tiny_folder))
 
@@ -45,9 +45,7 @@ def shipped():
 
 
 def noise(seconds: float, loud_at: float | None = None) -> torch.Tensor:
-    """Quiet noise that fades in and out down to less than 80 dB below its loudest point, and a bang
-    where asked.
-    """
+    """Quiet noise that fades below 80 dB under its peak, and a loud tone at one time."""
     t = np.arange(int(seconds * RATE)) / RATE
     wave = (
         0.05
@@ -59,7 +57,7 @@ def noise(seconds: float, loud_at: float | None = None) -> torch.Tensor:
     return torch.from_numpy(wave.astype(np.float32))
 
 
-def film(*seconds: float, size=(40, 60)) -> Clip:
+def clip_of(*seconds: float, size=(40, 60)) -> Clip:
     """One frame for each time."""
     frames = torch.from_numpy(
         np.random.RandomState(1).randint(0, 255, (len(seconds), *size, 3), np.uint8)
@@ -67,8 +65,8 @@ def film(*seconds: float, size=(40, 60)) -> Clip:
     return Clip(frames, torch.tensor(seconds, dtype=torch.float32), None)
 
 
-def at_once(omni, *messages, use_audio_in_video=False):
-    """The prompt read in one go."""
+def prefill_at_once(omni, *messages, use_audio_in_video=False):
+    """Prefill the whole prompt at once."""
     system = {"role": "system", "content": omni.config.media.system_prompt}
     inputs = Processor(omni.config, omni.tokenizer)([[system, *messages]], use_audio_in_video)
     with torch.no_grad():
@@ -85,15 +83,15 @@ def same(session, whole) -> None:
     assert reading.position_ids.tolist() == whole.position_ids.tolist()
     torch.testing.assert_close(reading.hidden, whole.hidden, **CLOSE)
     torch.testing.assert_close(reading.text_embeds, whole.text_embeds, **CLOSE)
-    for mine, theirs in zip(reading.cache.buffers, whole.cache.buffers):
-        for x, y in zip(mine, theirs):
+    for mine, theirs in zip(reading.cache.buffers, whole.cache.buffers, strict=True):
+        for x, y in zip(mine, theirs, strict=True):
             torch.testing.assert_close(
                 x[:, :, : session.length], y[:, :, : session.length], **CLOSE
             )
 
 
-def pieces(wave: torch.Tensor, borders: str) -> list[torch.Tensor]:
-    """Cut a wave every so many samples, or anywhere."""
+def split_at(wave: torch.Tensor, borders: str) -> list[torch.Tensor]:
+    """Split a wave every so many samples, or at random places."""
     if borders == "anywhere":
         random = np.random.RandomState(2)
         cuts = sorted(random.randint(0, len(wave), 9))
@@ -101,31 +99,29 @@ def pieces(wave: torch.Tensor, borders: str) -> list[torch.Tensor]:
     return list(wave.split(int(borders)))
 
 
-# -------------------------------------------------------------------------------------------------
-# as if heard at once
+# ------------------------------------------------------------------ equal to the whole turn at once
 @pytest.mark.parametrize("borders", ["160", "4801", "32000", "anywhere", "1000000"])
 @pytest.mark.parametrize("seconds", [0.03, 2.0, 4.02, 5.37])
-def test_sound_in_chunks_is_sound_at_once(omni, seconds, borders):
+def test_audio_in_chunks_equals_audio_at_once(omni, seconds, borders):
     wave, session = noise(seconds), omni.listen()
-    for chunk in pieces(wave, borders):
+    for chunk in split_at(wave, borders):
         session.add_audio(chunk)
     session.respond("what was said")
-    same(session, at_once(omni, user({"audio": wave}, {"text": "what was said"})))
+    same(session, prefill_at_once(omni, user({"audio": wave}, {"text": "what was said"})))
 
 
 @pytest.mark.parametrize("loud_at", [0.2, 2.5, 4.05, 5.3])
-def test_a_bang_makes_what_was_read_before_it_read_again(omni, loud_at):
-    """The loudest point scales a whole clip, so blocks that fall below 80 dB under a late one
-    change after all.
-    """
+def test_a_new_peak_prefills_changed_parts_again(omni, loud_at):
+    """The peak clips the whole log-mel, so a late peak changes earlier blocks below its 80 dB."""
     wave, session = noise(5.37, loud_at), omni.listen()
     tower = omni.thinker.audio_tower
-    with mock.patch.object(tower, "forward", wraps=tower.forward) as ears:
+    with mock.patch.object(tower, "forward", wraps=tower.forward) as forward:
         for chunk in wave.split(1600):
             session.add_audio(chunk)
         session.respond()
-    assert (ears.call_count > 3) == (loud_at > 2)  # three blocks, and again those before a bang
-    same(session, at_once(omni, user({"audio": wave})))
+    # Three blocks, and again those before the peak.
+    assert (forward.call_count > 3) == (loud_at > 2)
+    same(session, prefill_at_once(omni, user({"audio": wave})))
 
 
 TIMES = {
@@ -139,18 +135,18 @@ TIMES = {
 
 
 @pytest.mark.parametrize("times", TIMES)
-def test_frames_one_by_one_are_a_clip(omni, times):
-    clip, session = film(*TIMES[times]), omni.listen()
-    for frame, at in zip(clip.frames, TIMES[times]):
+def test_frames_one_by_one_equal_a_clip(omni, times):
+    clip, session = clip_of(*TIMES[times]), omni.listen()
+    for frame, at in zip(clip.frames, TIMES[times], strict=True):
         session.add_frame(frame.numpy(), at)
     session.respond("what happens")
-    same(session, at_once(omni, user({"video": clip}, {"text": "what happens"})))
+    same(session, prefill_at_once(omni, user({"video": clip}, {"text": "what happens"})))
 
 
 @pytest.mark.parametrize("seconds", [0.5, 3.9, 4.61, 9.0])
 @pytest.mark.parametrize("times", TIMES)
-def test_sound_and_frames_take_turns_as_in_a_clip(omni, times, seconds):
-    clip, session = film(*TIMES[times]), omni.listen()
+def test_audio_and_frames_are_interleaved_as_in_a_clip(omni, times, seconds):
+    clip, session = clip_of(*TIMES[times]), omni.listen()
     clip.wave = noise(seconds, loud_at=0.3)
     begin, shown = TIMES[times][0], 0
     for step, chunk in enumerate(clip.wave.split(RATE // 10)):
@@ -161,40 +157,39 @@ def test_sound_and_frames_take_turns_as_in_a_clip(omni, times, seconds):
     for i in range(shown, len(clip.frames)):
         session.add_frame(clip.frames[i].numpy(), TIMES[times][i])
     session.respond()
-    same(session, at_once(omni, user({"video": clip}), use_audio_in_video=True))
+    same(session, prefill_at_once(omni, user({"video": clip}), use_audio_in_video=True))
 
 
-def test_only_the_last_block_is_left_to_do(omni):
+def test_respond_encodes_only_the_last_block(omni):
     session, tower = omni.listen(), omni.thinker.audio_tower
     empty = session.length
     for chunk in noise(7.5, loud_at=0.3).split(1000):
         session.add_audio(chunk)
     before = session.length
-    with mock.patch.object(tower, "forward", wraps=tower.forward) as ears:
+    with mock.patch.object(tower, "forward", wraps=tower.forward) as forward:
         session.respond()
-    assert ears.call_count == 1
+    assert forward.call_count == 1
     assert before == empty + 1 + 3 * 50
     assert session.length - before == 37 + 1 + len(
         session.processor.encode("<|im_end|>\n<|im_start|>assistant\n")
     )
 
 
-# ---------------------------------------------------------------------------------------------------
-# turn after turn
-def talk(session, **options) -> str:
+# ---------------------------------------------------------------------------------- turn after turn
+def reply_text(session, **options) -> str:
     *_, end = session.respond(**options)
     return end.reply.text
 
 
-def test_a_second_turn_goes_on_from_the_first():
-    """In float64, as trained weights amplify rounding: in float32 one state in 14,464 was off by
+def test_second_turn_reuses_the_cache():
+    """In float64, as trained weights amplify rounding: in float32 one of 14,464 states differed by
     1.07e-5.
     """
     shipped = minomni.load(str(ROOT / "data_samples" / "tiny"), dtype=torch.float64)
     question, session = ROOT / "data_samples" / "question.wav", shipped.listen(speech=False)
     wave = minomni.inputs.media.load_audio(question)
     session.add_audio(wave)
-    answer = talk(session)
+    answer = reply_text(session)
     cached, session_length = session.prefill.cache, session.length
     session.add_audio(wave)
     session.respond("say yes")
@@ -203,7 +198,7 @@ def test_a_second_turn_goes_on_from_the_first():
     assert len(answer.split()) > 3
     same(
         session,
-        at_once(
+        prefill_at_once(
             shipped,
             user({"audio": wave}),
             {"role": "assistant", "content": answer},
@@ -212,7 +207,7 @@ def test_a_second_turn_goes_on_from_the_first():
     )
 
 
-def test_a_session_answers_as_respond_does(shipped):
+def test_session_gives_the_reply_of_respond(shipped):
     wave = minomni.inputs.media.load_audio(ROOT / "data_samples" / "wish.wav")
     session = shipped.listen(voice="Karl")
     session.add_audio(wave)
@@ -222,9 +217,9 @@ def test_a_session_answers_as_respond_does(shipped):
     assert torch.equal(end.reply.codes, reply.codes)
 
 
-@pytest.mark.parametrize("heard_s", [0.0, 0.3, None])
+@pytest.mark.parametrize("played_s", [0.0, 0.3, None])
 @pytest.mark.parametrize("when", ["while it speaks", "after its end"])
-def test_an_interruption_keeps_what_was_heard(shipped, heard_s, when):
+def test_interrupt_keeps_the_played_text(shipped, played_s, when):
     session = shipped.listen()
     answer, sound_s, ended = "", 0.0, False
     for piece in session.respond("say the red circle is above the blue square"):
@@ -233,18 +228,18 @@ def test_an_interruption_keeps_what_was_heard(shipped, heard_s, when):
         ended = isinstance(piece, ReplyDone)
         if when == "while it speaks" and sound_s > 0.3:
             break
-    session.interrupt(heard_s)
+    session.interrupt(played_s)
     words = answer.split()
     rate = len(words) / sound_s if ended else 4.0
     kept = (
         len(words)
-        if ended and heard_s is None
-        else min(len(words), math.ceil((sound_s if heard_s is None else heard_s) * rate))
+        if ended and played_s is None
+        else min(len(words), math.ceil((sound_s if played_s is None else played_s) * rate))
     )
     session.respond("say yes")
     same(
         session,
-        at_once(
+        prefill_at_once(
             shipped,
             user({"text": "say the red circle is above the blue square"}),
             {"role": "assistant", "content": " ".join(words[:kept])},
@@ -253,7 +248,7 @@ def test_an_interruption_keeps_what_was_heard(shipped, heard_s, when):
     )
 
 
-def test_hearing_something_cuts_the_answer(shipped):
+def test_new_audio_interrupts_the_reply(shipped):
     session = shipped.listen()
     answer = session.respond("say the red circle")
     next(answer)
@@ -264,8 +259,7 @@ def test_hearing_something_cuts_the_answer(shipped):
         next(answer)
 
 
-# -------------------------------------------------------------------------------------------------------------
-# faults
+# ------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("chunk", "rate", "says"),
     [
@@ -288,18 +282,18 @@ def test_hearing_something_cuts_the_answer(shipped):
         ({"loud": 1}, RATE, "object"),
     ],
 )
-def test_bad_chunks_get_one_line_and_change_nothing(omni, chunk, rate, says):
+def test_bad_chunks_raise_and_change_nothing(omni, chunk, rate, says):
     session, wave = omni.listen(), noise(2.5)
     session.add_audio(wave[:20_000])
     with pytest.raises(UserError, match=says):
         session.add_audio(chunk, rate)
     session.add_audio(wave[20_000:])
     session.respond()
-    same(session, at_once(omni, user({"audio": wave})))
+    same(session, prefill_at_once(omni, user({"audio": wave})))
 
 
-def test_bad_frames_get_one_line(omni):
-    session, frame = omni.listen(), film(0).frames[0].numpy()
+def test_bad_frames_raise(omni):
+    session, frame = omni.listen(), clip_of(0).frames[0].numpy()
     session.add_frame(frame, 1.0)
     for bad, at, says in (
         (frame, 1.0, "in order of time"),
@@ -316,37 +310,39 @@ def test_bad_frames_get_one_line(omni):
             session.add_frame(bad, at)
 
 
-def test_what_a_turn_is_made_of_is_settled_early(omni):
+def test_kinds_of_input_are_fixed_with_the_first_part(omni):
     session = omni.listen()
     session.add_audio(noise(3))
     with pytest.raises(UserError, match="began without frames"):
-        session.add_frame(film(0).frames[0].numpy(), 3.0)
+        session.add_frame(clip_of(0).frames[0].numpy(), 3.0)
     session.respond()
     for at in (0, 1, 2, 3):
-        session.add_frame(film(0).frames[0].numpy(), at)
-    with pytest.raises(UserError, match="began without sound"):
+        session.add_frame(clip_of(0).frames[0].numpy(), at)
+    with pytest.raises(UserError, match="began without audio"):
         session.add_audio(noise(1))
 
 
-def test_nothing_and_silence_are_no_question(omni):
+def test_empty_and_silent_turns_are_refused(omni):
     session = omni.listen()
     empty = session.length
-    with pytest.raises(UserError, match="nothing was heard or seen yet"):
+    with pytest.raises(UserError, match="the turn is empty"):
         session.respond()
     for silence, says in (
-        (torch.zeros(5 * RATE), "only silence"),
+        (torch.zeros(5 * RATE), "the audio holds only silence"),
         (noise(0.01), "more than 20 ms"),
     ):
         session.add_audio(silence)
         with pytest.raises(UserError, match=says):
             session.respond()
-        assert session.length == empty  # and the turn is forgotten
+        assert session.length == empty  # the turn was discarded
     session.add_audio(torch.zeros(3 * RATE))
-    session.respond("say yes")  # silence and a text are a question
-    same(session, at_once(omni, user({"audio": torch.zeros(3 * RATE)}, {"text": "say yes"})))
+    session.respond("say yes")  # silence with text is accepted
+    same(
+        session, prefill_at_once(omni, user({"audio": torch.zeros(3 * RATE)}, {"text": "say yes"}))
+    )
 
 
-def test_a_full_context_is_said_and_bounds_the_memory(omni):
+def test_full_context_raises_and_bounds_memory(omni):
     session = omni.listen()
     with pytest.raises(UserError, match="do not fit the context of 2048; begin a new session"):
         for _ in range(90):
@@ -357,16 +353,14 @@ def test_a_full_context_is_said_and_bounds_the_memory(omni):
     assert length == session.length <= 2048
     with pytest.raises(UserError, match="do not fit the context"):
         session.respond()
-    assert session.length < 100  # the turn that was too long is forgotten
+    assert session.length < 100  # the turn that was too long was discarded
     session.add_audio(noise(1))
     session.respond()
 
 
 @pytest.mark.parametrize("answered", [False, True])
-def test_a_session_that_is_let_go_is_gone_at_once(shipped, answered):
-    """And not when Python next looks for circles: a minute of listening would wait in memory for
-    that.
-    """
+def test_dropped_session_is_freed_at_once(shipped, answered):
+    """Not only when Python next collects reference cycles: a minute of audio takes memory."""
     session = shipped.listen()
     session.add_audio(noise(2.5))
     if answered:
@@ -378,7 +372,7 @@ def test_a_session_that_is_let_go_is_gone_at_once(shipped, answered):
     assert gone() is None
 
 
-def test_unknown_voices_and_models_without_words_are_refused(omni, monkeypatch):
+def test_unknown_voice_and_missing_tokenizer_are_refused(omni, monkeypatch):
     with pytest.raises(UserError, match="unknown voice 'Nobody'"):
         omni.listen(voice="Nobody")
     monkeypatch.setattr(omni, "tokenizer", None)
@@ -386,7 +380,7 @@ def test_unknown_voices_and_models_without_words_are_refused(omni, monkeypatch):
         omni.listen()
 
 
-def test_tensors_of_any_float_type_are_heard(omni):
+def test_audio_of_any_float_type_is_accepted(omni):
     wave = noise(0.5)
     for chunk in (
         wave.double(),
@@ -401,7 +395,7 @@ def test_tensors_of_any_float_type_are_heard(omni):
         assert session.turn is None
 
 
-def test_arguments_of_the_wrong_type_get_one_line_and_keep_the_turn(omni):
+def test_wrong_arguments_raise_and_keep_the_turn(omni):
     session = omni.listen()
     session.add_audio(noise(0.5))
     for arguments, says in (
@@ -415,16 +409,16 @@ def test_arguments_of_the_wrong_type_get_one_line_and_keep_the_turn(omni):
     ):
         with pytest.raises(UserError, match=says):
             session.respond(**arguments)
-    session.respond(None, seed=None)  # None is not given
-    same(session, at_once(omni, user({"audio": noise(0.5)})))
+    session.respond(None, seed=None)  # None stands for the default
+    same(session, prefill_at_once(omni, user({"audio": noise(0.5)})))
     for bad in ("long", math.nan, -1.0):
-        with pytest.raises(UserError, match="heard_s is"):
+        with pytest.raises(UserError, match="played_s is"):
             session.interrupt(bad)
     with pytest.raises(UserError, match="system is 7"):
         omni.listen(system=7)
 
 
-def test_a_session_takes_the_options_of_respond(omni):
+def test_session_takes_the_options_of_respond(omni):
     for most in (1, 3):
         session = omni.listen()
         *_, end = session.respond(

@@ -58,8 +58,7 @@ CONVERSATIONS = [
 ]
 
 
-# --------------------------------------------------------------------------------------------
-# several conversations
+# ---------------------------------------------------------------------------- several conversations
 @pytest.mark.parametrize(
     "options", [{}, dict(temperature=1.1, talker_temperature=1.2, talker_top_k=0)], ids=str
 )
@@ -68,7 +67,9 @@ def test_a_batch_gets_the_replies_that_each_gets_alone(omni, options):
     together = omni.respond(CONVERSATIONS, voice=voices, seed=seeds, **options)
     assert len(together) == 4
     assert len({reply.text for reply in together}) > 2
-    for reply, conversation, voice, seed in zip(together, CONVERSATIONS, voices, seeds):
+    for reply, conversation, voice, seed in zip(
+        together, CONVERSATIONS, voices, seeds, strict=True
+    ):
         alone = omni.respond(conversation, voice=voice, seed=seed, **options)
         assert reply.text == alone.text
         assert reply.codes.tolist() == alone.codes.tolist()
@@ -87,7 +88,7 @@ def test_one_question_with_several_seeds_gets_several_answers(omni):
     assert one[0].text in one._repr_html_()
 
 
-def test_a_long_neighbour_takes_no_room_from_a_short_one(random_weights):
+def test_a_long_prompt_takes_no_context_from_a_short_one(random_weights):
     """Padded to 2,030 tokens, the short prompt would have 18 of 2,048 left for its answer."""
     long, short = [user({"text": "a" * 1980})], [user({"text": "say a"})]
     options = dict(speech=False, max_new_tokens=30, temperature=1.0)
@@ -97,7 +98,7 @@ def test_a_long_neighbour_takes_no_room_from_a_short_one(random_weights):
     ]
 
 
-def test_rows_of_generate_do_not_disturb_each_other(omni):
+def test_rows_of_generate_are_independent(omni):
     both = omni.generate(
         omni_inputs(omni, CONVERSATIONS[:2]), "Karl", seed=5, talker_temperature=1.2
     )
@@ -139,7 +140,7 @@ def omni_inputs(omni, rows):
         (dict(messages=[CONVERSATIONS[0]] * 2, seed=[1, 2**63]), "seed is"),
     ],
 )
-def test_bad_batches_get_one_line(omni, arguments, says):
+def test_bad_batches_raise(omni, arguments, says):
     with pytest.raises(UserError, match=says):
         omni.respond(**arguments)
 
@@ -149,8 +150,7 @@ def test_a_stream_is_one_conversation(omni):
         omni.stream(CONVERSATIONS)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# options
+# ------------------------------------------------------------------------------------------ options
 def test_options_limit_and_choose(omni):
     question = CONVERSATIONS[0]
     for most in (1, 2, 5):
@@ -180,8 +180,7 @@ def test_options_limit_and_choose(omni):
     assert end.reply.codes.tolist() == cold[0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# silence
+# ------------------------------------------------------------------------------------------ silence
 QUIET = 0.0005 * torch.sin(torch.arange(24_000) / 7)
 
 
@@ -195,20 +194,20 @@ QUIET = 0.0005 * torch.sin(torch.arange(24_000) / 7)
     ],
     ids=["zeros", "quiet", "two", "blank text"],
 )
-def test_silence_alone_is_no_question_here_as_in_listen(omni, content):
+def test_silence_alone_is_refused_as_in_listen(omni, content):
     for earlier in ([], CONVERSATIONS[2][:2]):
         for ask in (omni.respond, omni.stream):
-            with pytest.raises(UserError, match="only silence was heard"):
+            with pytest.raises(UserError, match="the audio holds only silence"):
                 ask([*earlier, user(*content)])
-    with pytest.raises(UserError, match="conversation 2 of 2: only silence"):
+    with pytest.raises(UserError, match="conversation 2 of 2: the audio holds only silence"):
         omni.respond([CONVERSATIONS[0], [user(*content)]])
     session = omni.listen()
     session.add_audio(QUIET)
-    with pytest.raises(UserError, match="only silence was heard"):
+    with pytest.raises(UserError, match="the audio holds only silence"):
         session.respond(" ")
 
 
-def test_silence_with_something_else_is_a_question(omni):
+def test_silence_with_other_input_is_accepted(omni):
     loud = torch.cat([torch.zeros(8_000), 0.002 * torch.ones(8_000)])
     for content in (
         [{"audio": QUIET}, {"text": "say yes"}],
@@ -224,8 +223,7 @@ def test_silence_with_something_else_is_a_question(omni):
     assert omni.respond(answered, speech=False).text
 
 
-# ----------------------------------------------------------------------------------------------------
-# wrong arguments
+# ---------------------------------------------------------------------------------- wrong arguments
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -252,7 +250,7 @@ def test_silence_with_something_else_is_a_question(omni):
         (dict(speaker="Anna"), "here it is voice="),
     ],
 )
-def test_wrong_arguments_get_one_line(omni, arguments, says):
+def test_wrong_arguments_raise(omni, arguments, says):
     for ask in (omni.respond, omni.stream):
         with pytest.raises(UserError, match=says):
             ask(**{"messages": CONVERSATIONS[0], **arguments})
@@ -294,7 +292,7 @@ def test_wrong_schedules_and_flows_are_refused_before_the_first_piece(omni, argu
     ],
     ids=str,
 )
-def test_flows_that_cannot_be_followed_are_refused(omni, changes):
+def test_wrong_flows_raise(omni, changes):
     with pytest.raises(
         ValueError, match=f"{next(iter(changes))} is"
     ) as caught:  # by the flow itself, or by stream()
@@ -313,20 +311,19 @@ def test_flows_that_cannot_be_followed_are_refused(omni, changes):
         (((1, None),), {}),
         (((10**12, 0),), {}),
         (((1, 0),), dict(back="all")),
-        (((1, 0),), dict(lead=0.5)),
-        (((1, 0),), dict(lead=True)),
+        (((1, 0),), dict(first_chunk_codes=0.5)),
+        (((1, 0),), dict(first_chunk_codes=True)),
     ],
     ids=str,
 )
-def test_schedules_of_the_wrong_kind_get_one_line(chunks, more):
+def test_wrong_schedules_raise(chunks, more):
     from minomni.token2wav.streaming import Schedule
 
     with pytest.raises(UserError, match="a schedule of chunks"):
         Schedule(chunks, **more)
 
 
-# ---------------------------------------------------------------------------------------------------
-# broken voices
+# ------------------------------------------------------------------------------------ broken voices
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -337,9 +334,7 @@ def test_schedules_of_the_wrong_kind_get_one_line(chunks, more):
         (dict(ref_mel=torch.full((1, 50, 80), math.nan)), "NaN"),
     ],
 )
-def test_a_voice_that_does_not_fit_is_refused_before_anything_is_said(
-    omni, monkeypatch, change, says
-):
+def test_a_wrong_voice_raises_before_the_first_chunk(omni, monkeypatch, change, says):
     monkeypatch.setitem(
         omni.voices, "Zoe", dataclasses.replace(omni.voices["Anna"], name="Zoe", **change)
     )
@@ -362,11 +357,10 @@ def test_make_voice_checks_its_name_and_token(omni):
             minomni.make_voice((speech.numpy(), 16_000), arguments[0], omni, *arguments[1:])
 
 
-# ---------------------------------------------------------------------------------------------------
-# broken weights
+# ----------------------------------------------------------------------------------- broken weights
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 @pytest.mark.parametrize("part", ["thinker.lm_head", "thinker.model.norm", "talker.codec_head"])
-def test_weights_without_sense_get_one_line(random_weights, part, value):
+def test_damaged_weights_raise(random_weights, part, value):
     broken = copy.deepcopy(random_weights)
     broken.get_submodule(part).weight.data.fill_(value)
     for ask in (
@@ -379,7 +373,7 @@ def test_weights_without_sense_get_one_line(random_weights, part, value):
         assert "\n" not in str(caught.value)
 
 
-def test_a_vocoder_without_sense_gets_one_line(random_weights):
+def test_damaged_vocoder_raises(random_weights):
     broken = copy.deepcopy(random_weights)
     next(broken.token2wav.code2wav_bigvgan_model.parameters()).data.fill_(math.nan)
     for ask in (
@@ -391,17 +385,16 @@ def test_a_vocoder_without_sense_gets_one_line(random_weights):
             ask(CONVERSATIONS[0])
 
 
-# ------------------------------------------------------------------------------------------------ a
-# Thinker alone
+# ---------------------------------------------------------------------------------- a Thinker alone
 def test_a_model_without_a_talker_answers_in_text(random_weights):
-    mute = copy.deepcopy(random_weights)
-    mute.talker = mute.token2wav = None
+    text_only = copy.deepcopy(random_weights)
+    text_only.talker = text_only.token2wav = None
     whole = random_weights.respond(CONVERSATIONS[0], speech=False)
-    reply = mute.respond(CONVERSATIONS[0], speech=False)
+    reply = text_only.respond(CONVERSATIONS[0], speech=False)
     assert reply.text == whole.text
     assert reply.seconds == 0
-    *_, end = mute.stream(CONVERSATIONS[0], speech=False)
+    *_, end = text_only.stream(CONVERSATIONS[0], speech=False)
     assert end.reply.text == whole.text
-    for ask in (mute.respond, mute.stream, lambda _: mute.listen()):
+    for ask in (text_only.respond, text_only.stream, lambda _: text_only.listen()):
         with pytest.raises(UserError, match="this model has no voice"):
             ask(CONVERSATIONS[0])

@@ -1,4 +1,4 @@
-"""A reply is heard while it is made: pieces go on unchanged, and into the page as they are."""
+"""The streaming player passes chunks on unchanged and sends their audio to the page."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ WAVES = torch.rand(3), torch.rand(5)
 
 @pytest.fixture
 def page(monkeypatch):
-    """What a page would get: things shown, and messages to the player."""
+    """What a notebook page receives: displayed objects, and messages to the player."""
     got = []
     monkeypatch.setattr(player, "display", lambda thing: got.append(type(thing).__name__))
     monkeypatch.setattr(
@@ -30,7 +30,7 @@ def pieces(waves=WAVES):
     )
 
 
-def test_without_a_reader_there_is_one_player_with_the_whole(page):
+def test_outside_a_notebook_there_is_one_player_at_the_end(page):
     kinds = [type(piece) for piece in player.seconds_heard(pieces())]
     assert kinds == [TextChunk, AudioChunk, AudioChunk, ReplyDone]
     assert page == ["Audio"]
@@ -38,7 +38,7 @@ def test_without_a_reader_there_is_one_player_with_the_whole(page):
     assert page == ["Audio"]
 
 
-def test_each_piece_is_in_the_page_before_it_is_handed_on(page, monkeypatch):
+def test_each_chunk_is_played_before_it_is_yielded(page, monkeypatch):
     monkeypatch.setattr(player, "is_interactive", lambda: True)
     seen = [len(page) for _ in player.seconds_heard(pieces())]
     assert seen == [1, 2, 3, 5]
@@ -50,7 +50,7 @@ def test_each_piece_is_in_the_page_before_it_is_handed_on(page, monkeypatch):
     assert np.frombuffer(one + two, np.float32).tolist() == torch.cat(WAVES).tolist()
 
 
-def test_whoever_stops_listening_stops_the_stream(page):
+def test_closing_the_player_closes_the_stream(page):
     stopped = []
 
     def endless():

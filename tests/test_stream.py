@@ -1,5 +1,5 @@
-"""Speaking while thinking: the same text and codes as afterwards, sound before the text is
-finished, and clean ends.
+"""Streaming: the text and codes of decoding sequentially, audio before the text is complete, and
+clean shutdown.
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ def messages(*content):
 
 
 def questions() -> list[list[dict]]:
-    """50 prompts: words, pictures, sounds and clips, one or several of them, in one turn or two."""
-    says = [
+    """50 prompts of text, images, audio and video, in one turn or two."""
+    text_prompts = [
         messages({"text": f"say the {a} is {where} the {b}"})
         for a, b, where in zip(SHAPES, SHAPES[::-1], itertools.cycle(["above", "below", "left of"]))
     ]
-    asks = [
+    image_prompts = [
         messages({"image": str(DATA / picture)}, {"text": text})
         for text in (
             "what do you see",
@@ -60,27 +60,27 @@ def questions() -> list[list[dict]]:
         )
         for picture in ("scene.png", "color.png", "digit.png")
     ]
-    hears = [
+    audio_prompts = [
         messages({"audio": str(path)}) for path in sorted((DATA / "speech").glob("*.flac"))[:17]
     ]
-    films = [
+    video_prompts = [
         messages({"video": str(DATA / name)}, {"text": "where does the shape go"})
         for name in ("moving.mp4", "sounding.mp4")
     ]
-    both = [
+    mixed_prompts = [
         messages({"image": str(DATA / "scene.png")}, {"audio": str(DATA / "question.wav")}),
         messages({"audio": str(DATA / "wish.wav")}),
         messages({"text": "say yes"}),
     ]
-    talks = [
+    dialogues = [
         [
             *question,
             {"role": "assistant", "content": "a red circle"},
             *messages({"text": f"say the {shape}"}),
         ]
-        for question, shape in zip(asks, SHAPES[:7])
+        for question, shape in zip(image_prompts, SHAPES[:7], strict=False)
     ]
-    return says + asks + hears + films + both + talks
+    return text_prompts + image_prompts + audio_prompts + video_prompts + mixed_prompts + dialogues
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def omni():
 
 
 @pytest.fixture
-def brief(omni, monkeypatch):
-    """Sets how the shipped model samples and how long it may speak, until the test is over."""
+def limited(omni, monkeypatch):
+    """Sets sampling and length limits of the shipped model until the test is over."""
 
     def set_to(temperature=0.5, words=6, codes=10, **flow):
         config = omni.config
@@ -110,9 +110,9 @@ def brief(omni, monkeypatch):
     return set_to
 
 
-def afterwards(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
-    """Text ids and codes the old way: all of the thinking, then all of the talking."""
-    with mock.patch.object(omni.thinker, "read", lambda *_: reading):
+def decode_sequentially(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
+    """Text ids and codes of Thinker.generate() and then Talker.generate()."""
+    with mock.patch.object(omni.thinker, "read", return_value=reading):
         reply = omni.thinker.generate(None, omni.config.thinker_sampling, seeded(seed))
     lines = talker_inputs(
         reply, bos_tokens(omni, reply.tokens), TOKENS, omni.thinker.model.embed_tokens
@@ -121,8 +121,8 @@ def afterwards(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
     return reply.tokens, [row.tolist() for row in codes]
 
 
-def meanwhile(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
-    """The same from the one loop."""
+def decode_interleaved(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
+    """Text ids and codes of generate_tokens()."""
     steps = {"text": [], "code": []}
     for kind, ids in generate_tokens(omni, reading, bos_tokens(omni, reading.hidden), seed):
         steps[kind].append(ids)
@@ -141,21 +141,20 @@ def read(omni, *conversations):
         return omni.thinker.read(inputs, omni.thinker.model.new_cache())
 
 
-def both_ways(omni, reading, seed):
-    then = afterwards(omni, reading, seed)
+def decode_both_ways(omni, reading, seed):
+    then = decode_sequentially(omni, reading, seed)
     reading.cache.truncate(reading.hidden.shape[1])
-    return then, meanwhile(omni, reading, seed)
+    return then, decode_interleaved(omni, reading, seed)
 
 
-# ---------------------------------------------------------------------------------------------------
-# the same answers
-def test_fifty_answers_are_the_same(brief):
+# --------------------------------------------------------------------------------- the same answers
+def test_fifty_replies_are_the_same(limited):
     asked = questions()
     assert len(asked) >= 50
     spoken = []
     for seed, question in enumerate(asked):
-        omni = brief(temperature=0.9 * (seed % 2))  # by turns greedy and sampled
-        then, now = both_ways(omni, read(omni, question), seed)
+        omni = limited(temperature=0.9 * (seed % 2))  # alternately greedy and sampled
+        then, now = decode_both_ways(omni, read(omni, question), seed)
         assert then == now, question
         spoken += now[1]
     assert sum(map(len, spoken)) > 400
@@ -163,32 +162,30 @@ def test_fifty_answers_are_the_same(brief):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_batches_answer_the_same(brief, temperature):
-    """Rows of very different length, of which some end early: a reply may be over before another
-    has begun to speak.
-    """
-    omni = brief(temperature, words=12, codes=14)
+def test_batches_give_the_same_replies(limited, temperature):
+    """Rows of very different length: one reply may end before another has begun its speech."""
+    omni = limited(temperature, words=12, codes=14)
     rows = [
         question
         for question in questions()
         if not any("video" in item for item in question[0]["content"])
     ][::6]
-    then, now = both_ways(omni, read(omni, *rows), seed=3)
+    then, now = decode_both_ways(omni, read(omni, *rows), seed=3)
     assert then == now
     assert len(set(map(len, now[0]))) > 2
 
 
 @pytest.mark.parametrize("words", [1, 2, 3])
-def test_answers_cut_by_the_limit_are_the_same(brief, words):
-    omni = brief(words=words)
-    then, now = both_ways(omni, read(omni, messages({"text": "say yes"})), seed=0)
+def test_truncated_replies_are_the_same(limited, words):
+    omni = limited(words=words)
+    then, now = decode_both_ways(omni, read(omni, messages({"text": "say yes"})), seed=0)
     assert then == now
     assert len(now[0][0]) == words
     assert bool(now[1][0]) == (words > 1)
 
 
-def test_respond_and_stream_say_the_same(brief):
-    omni = brief(codes=30, points=3)
+def test_respond_and_stream_give_the_same_reply(limited):
+    omni = limited(codes=30, points=3)
     question = messages({"text": f"say the {SHAPES[0]} is above the {SHAPES[4]}"})
     reply = omni.respond(question, seed=4)
     for schedule in ("eager", RELEASE_SCHEDULE, None):
@@ -206,10 +203,9 @@ def test_respond_and_stream_say_the_same(brief):
     assert torch.equal(end.reply.wave, reply.wave)  # schedule None is respond()
 
 
-# -------------------------------------------------------------------------------------------------------
-# in this order
-def test_talker_takes_one_line_a_step_and_never_pads_early(brief):
-    omni = brief(temperature=0.0, words=12, codes=20)
+# ----------------------------------------------------------------------------------- order and time
+def test_thinker_and_talker_alternate_until_the_text_ends(limited):
+    omni = limited(temperature=0.0, words=12, codes=20)
     kinds = [
         kind
         for kind, _ in generate_tokens(omni, read(omni, questions()[0]), bos_tokens(omni, "1"), 0)
@@ -219,7 +215,7 @@ def test_talker_takes_one_line_a_step_and_never_pads_early(brief):
     assert 5 < words < 13
 
 
-def test_sound_leaves_before_the_last_word(omni):
+def test_audio_starts_before_the_text_is_complete(omni):
     for question in (questions()[0], messages({"audio": str(DATA / "wish.wav")})):
         pieces = list(
             itertools.takewhile(
@@ -232,13 +228,12 @@ def test_sound_leaves_before_the_last_word(omni):
 
 
 @pytest.fixture
-def machine(omni, monkeypatch):
-    """Puts a clock of our own in place of the computer's: a step of Thinker and Talker takes step_s
-    seconds, and a frame of mel with its sound frame_s seconds. What is measured then does not
-    depend on this machine, nor its load.
+def fake_clock(omni, monkeypatch):
+    """Replaces the clock: a step of Thinker and Talker takes step_s seconds, and a mel frame with
+    its audio frame_s seconds, so that measured times do not depend on the computer or its load.
     """
 
-    def of_speed(step_s: float, frame_s: float) -> None:
+    def set_speed(step_s: float, frame_s: float) -> None:
         now, step, paint = [0.0], omni.talker.step, MelStream.paint
 
         def slow_step(*arguments):
@@ -253,32 +248,30 @@ def machine(omni, monkeypatch):
         monkeypatch.setattr(omni.talker, "step", slow_step)
         monkeypatch.setattr(MelStream, "paint", slow_paint)
 
-    return of_speed
+    return set_speed
 
 
-def player_waits(omni, **options) -> float:
+def buffer_needed_s(omni, **options) -> float:
     return required_buffer_s(
         [piece for piece in omni.stream(questions()[0], **options) if isinstance(piece, AudioChunk)]
     )
 
 
-def test_a_player_never_runs_dry(omni, machine):
-    """On a machine that makes a code (40 ms of speech) in 5 ms and a frame (10 ms) in 1 ms: 0.22 s
-    for a second.
-    """
-    machine(step_s=0.005, frame_s=0.001)
-    assert player_waits(omni) == 0
+def test_fast_model_needs_no_buffer(omni, fake_clock):
+    """A code (40 ms of speech) takes 5 ms and a mel frame (10 ms) 1 ms: 0.22 s per second."""
+    fake_clock(step_s=0.005, frame_s=0.001)
+    assert buffer_needed_s(omni) == 0
     assert (
-        player_waits(omni, schedule=Schedule(((1, 0), (9, 0)))) > 0.1
+        buffer_needed_s(omni, schedule=Schedule(((1, 0), (9, 0)))) > 0.1
     )  # a short first chunk, and then a long one
 
 
-def test_a_player_runs_dry_on_a_machine_that_is_too_slow(omni, machine):
-    machine(step_s=0.05, frame_s=0.002)
-    assert player_waits(omni) > 0.1
+def test_slow_model_needs_a_buffer(omni, fake_clock):
+    fake_clock(step_s=0.05, frame_s=0.002)
+    assert buffer_needed_s(omni) > 0.1
 
 
-def test_waiting_is_the_latest_piece_behind_the_player():
+def test_required_buffer_is_the_largest_delay():
     def piece(at_s, seconds):
         return AudioChunk(torch.zeros(int(100 * seconds)), 100, at_s)
 
@@ -288,9 +281,9 @@ def test_waiting_is_the_latest_piece_behind_the_player():
     )  # the third is due at 2 and comes at 4
 
 
-def test_trace_tells_every_hand_over(brief):
+def test_timings_record_every_step_in_order(limited):
     question = messages({"image": str(DATA / "color.png")}, {"text": "what do you see"})
-    *_, end = brief(codes=12, points=3).stream(question)
+    *_, end = limited(codes=12, points=3).stream(question)
     trace = end.reply.timings
     order = [
         trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "sound")
@@ -301,19 +294,19 @@ def test_trace_tells_every_hand_over(brief):
     assert trace.first("nothing") is None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# clean ends
-def held() -> tuple[int, int]:
-    """Threads, and caches that something still holds."""
+# ----------------------------------------------------------------------------------------- shutdown
+def live_objects() -> tuple[int, int]:
+    """Numbers of threads and of cache objects that are alive."""
     gc.collect()
     return threading.active_count(), sum(
         type(thing) in (KVCache, BlockCache, StageStream) for thing in gc.get_objects()
     )
 
 
-def test_a_hundred_broken_streams_leave_nothing_behind(brief):
-    omni = brief(codes=30, points=2, solver="euler")
-    question, before = messages({"text": "say the red circle is left of the blue square"}), held()
+def test_closed_streams_release_their_memory(limited):
+    omni = limited(codes=30, points=2, solver="euler")
+    question = messages({"text": "say the red circle is left of the blue square"})
+    before = live_objects()
     for i in range(100):
         stream = omni.stream(question, seed=i)
         for _ in range(i % 9):
@@ -321,28 +314,28 @@ def test_a_hundred_broken_streams_leave_nothing_behind(brief):
         if i % 3 == 0:
             stream.close()
         elif i % 3 == 1:
-            with pytest.raises(RuntimeError, match="the line went dead"):
-                stream.throw(RuntimeError("the line went dead"))
-        del stream  # a consumer that reads no more
-    assert held() == before
+            with pytest.raises(RuntimeError, match="connection lost"):
+                stream.throw(RuntimeError("connection lost"))
+        del stream  # the consumer stops reading
+    assert live_objects() == before
 
 
-def test_an_error_in_the_middle_comes_out_and_leaves_nothing_behind(brief):
+def test_errors_propagate_and_release_memory(limited):
     def broken(*_):
-        raise OSError("out of luck")
+        raise OSError("no device")
 
-    omni, before = brief(codes=30, points=2, solver="euler"), held()
+    omni, before = limited(codes=30, points=2, solver="euler"), live_objects()
     for module, name in (
         (omni.talker, "step"),
         (omni.thinker.lm_head, "forward"),
         (omni.token2wav.code2wav_dit_model, "look"),
     ):
-        with mock.patch.object(module, name, broken), pytest.raises(OSError, match="out of luck"):
+        with mock.patch.object(module, name, broken), pytest.raises(OSError, match="no device"):
             list(omni.stream(messages({"text": "say the red circle"})))
-    assert held() == before
+    assert live_objects() == before
 
 
-def test_questions_that_cannot_be_asked_are_refused_at_once(omni):
+def test_bad_arguments_raise_before_the_first_chunk(omni):
     for bad, says in (([], "no messages"), (messages({"audio": "nowhere.wav"}), "no such file")):
         with pytest.raises(UserError, match=says):
             omni.stream(bad)  # before the first piece is asked for
@@ -352,17 +345,16 @@ def test_questions_that_cannot_be_asked_are_refused_at_once(omni):
         next(omni.stream(questions()[0], schedule="at once"))
 
 
-def test_text_alone_streams_too(brief):
-    pieces = list(brief().stream(messages({"text": "say yes"}), speech=False))
+def test_text_only_stream(limited):
+    pieces = list(limited().stream(messages({"text": "say yes"}), speech=False))
     assert {type(piece) for piece in pieces} == {TextChunk, ReplyDone}
     assert len(pieces[-1].reply.wave) == 0
 
 
-def test_the_outside_judge_understands_a_stream_as_well(omni):
-    """Held-out sentences: by the same solver its word error differs by at most a point, two words
-    in two hundred.
+def test_streamed_speech_has_the_word_error_rate_of_respond(omni):
+    """Held-out sentences: with the same solver the word error rate differs by at most one percent.
 
-    By Euler's steps, its default, it is at most a point higher. It may be lower.
+    With Euler steps, the default of streams, it is at most one percent higher, and may be lower.
     """
     judge, random, wrong, words = (
         SpeechRecognizer(),
@@ -380,7 +372,7 @@ def test_the_outside_judge_understands_a_stream_as_well(omni):
         *_, end = omni.stream(asked, seed=seed)
         *_, alike = omni.stream(asked, seed=seed, flow=omni.config.flow)
         replies = end.reply, alike.reply, omni.respond(asked, seed=seed)
-        for name, reply in zip(wrong, replies):
+        for name, reply in zip(wrong, replies, strict=True):
             wrong[name] += edit_distance(
                 right, judge.transcribe(reply.wave, reply.sample_rate).split()
             )
@@ -391,13 +383,10 @@ def test_the_outside_judge_understands_a_stream_as_well(omni):
     assert wrong["stream"] < 0.1 * words
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the bench
-def test_bench_measures_every_row_and_leaves_the_model_as_it_was(brief, monkeypatch, tmp_path):
-    """What the rows say depends on the machine: the benchmark prints it, and nothing of it is
-    asserted here.
-    """
-    omni = brief(words=30, codes=60, points=3)
+# ---------------------------------------------------------------------------------------- benchmark
+def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch, tmp_path):
+    """The values depend on the computer, so none is asserted here."""
+    omni = limited(words=30, codes=60, points=3)
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1), ("SESSION_S", 3)):
         monkeypatch.setattr(benchmark, name, value)
     config = omni.config, omni.talker.config
@@ -429,15 +418,15 @@ def test_bench_measures_every_row_and_leaves_the_model_as_it_was(brief, monkeypa
     near, far = (
         result.schedules[f"3 blocks, the past remembered, {ahead} ahead"][1] for ahead in (2, 0)
     )
-    assert near < far  # who looks further ahead comes closer to the whole
+    assert near < far  # more look-ahead comes closer to the whole utterance
     result.draw(tmp_path / "waterfall.png")
     assert (tmp_path / "waterfall.png").stat().st_size > 1000
     with pytest.raises(UserError, match="cannot be written"):
         result.draw(tmp_path / "waterfall.png" / "below.png")
 
 
-def test_bench_of_a_size_that_nobody_trained(monkeypatch):
-    """Weights of chance speak, without an end, and every time is there."""
+def test_benchmark_of_random_weights(monkeypatch):
+    """Random weights speak until the length limit, and every time is measured."""
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1)):
         monkeypatch.setattr(benchmark, name, value)
     rows = benchmark.first_sound(benchmark.random_model("tiny", "cpu"))

@@ -1,1 +1,1 @@
-"""A conversation: prompt -> text and speech, streamed; listening while it is spoken to."""
+"""Conversations: streamed replies in text and speech, and sessions that prefill during input."""

@@ -1,34 +1,77 @@
-"""Thinking, talking and sounding at the same time: the one loop behind omni.stream(), respond() and
-generate().
+"""The decode loop behind omni.respond(), omni.stream() and omni.generate().
 
-    Thinker    t0  t1  t2  t3  ...              a step of each in turn; line i of the Talker's text is the Thinker's
-    Talker         c0  c1  c2  ...              state after token i, and is there once token i + 1 has been chosen
-    Token2Wav              [mel, sound] ...     as soon as the codes of a chunk are there
+    Thinker    t0  t1  t2  t3  ...              Thinker and Talker take one step each in turn
+    Talker         c0  c1  c2  ...              step i reads the Thinker's state of token i
+    Token2Wav              [mel, audio] ...     one chunk as soon as its codes are complete
 
-There are no threads: whoever reads the events drives the loop, and closing it drops all that it
-holds.
+The Thinker computes the state of token i when that token is fed back to choose token i + 1. The
+Talker therefore runs one step behind.
+
+There are no threads. Each request for the next event advances the loop, and closing the iterator
+releases all caches.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minomni.arguments import number, shown, whole_number
+from minomni.arguments import shown
 from minomni.chat.generation_options import sampling_configs
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk, Timings
 from minomni.config import FlowConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.talker.talker import TalkerInputs
 from minomni.thinker.thinker import PrefillState
-from minomni.token2wav.ode_solver import STEPS, with_euler
+from minomni.token2wav.ode_solver import with_euler
 from minomni.token2wav.streaming import Schedule, SpeechStream, low_latency_schedule
 from minomni.token2wav.voice import Voice
 
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+
+class TalkerText:
+    """Text embeddings of one reply, appended by the Thinker while the Talker reads them.
+
+    A sequence of vectors [E], one per Talker step, with the part of the list interface that
+    Talker.steps() uses. close() ends it with the embeddings `end` and `pad` [E]; the Talker repeats
+    the last vector from then on.
+    """
+
+    def __init__(self, end: Tensor, pad: Tensor):
+        self.end = end
+        self.pad = pad
+        self.embeds: list[Tensor] = []
+        self.closed = False
+
+    def append(self, state: Tensor) -> None:
+        """Add the state plus embedding [E] of the next reply token; ignored after close()."""
+        if not self.closed:
+            self.embeds.append(state)
+
+    def close(self) -> None:
+        """Mark the reply as complete. A reply of one token has no states and stays empty."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.embeds:
+            self.embeds.append(self.end)
+            self.embeds.append(self.pad)
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.embeds[index]
+
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Each part draws from a generator of its own, so that it draws the same however the others
-    keep pace.
+    """A random generator with this seed.
+
+    Thinker, Talker and Token2Wav each draw from their own generator, so that the draws of one do
+    not depend on when the others run.
     """
     return torch.Generator(device).manual_seed(seed)
 
@@ -37,153 +80,228 @@ def generators(
     seed: int | list[int], device: torch.device | str
 ) -> torch.Generator | list[torch.Generator]:
     """One generator for a whole batch, or one for each row."""
-    return [seeded(one, device) for one in seed] if isinstance(seed, list) else seeded(seed, device)
+    if isinstance(seed, list):
+        return [seeded(row_seed, device) for row_seed in seed]
+    return seeded(seed, device)
 
 
 @torch.no_grad()
 def generate_tokens(
-    omni,
-    reading: PrefillState,
+    omni: "Omni",
+    prefill: PrefillState,
     bos_tokens: list[int] | None,
     seed: int | list[int],
     sampling: tuple[SamplingConfig, SamplingConfig] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Answer a batch of read prompts: yields ("text", ids [B]) and ("code", ids [B]) in order of
-    readiness.
+    """Decode a batch of prefilled prompts: yields ("text", ids [B]) and ("code", ids [B]) as soon
+    as they are known.
 
     bos_tokens: the voice's token of each row; None for no speech. seed: one for the batch, or one
-    for each row, which then draws as it does alone. sampling: of Thinker and Talker, by default the
-    model's. Rows that are done go on with filler, as in Thinker.steps and Talker.steps. Text and
-    codes are those of Thinker.generate and then Talker.generate.
+    for each row, which then draws the same numbers as it does alone. sampling: for Thinker and
+    Talker, by default the model's. Finished rows yield padding, as in Thinker.steps() and
+    Talker.steps(). Text and codes equal those of Thinker.generate() followed by Talker.generate().
     """
-    config, tokens, device = omni.config, omni.config.thinker.tokens, omni.thinker.device
-    thinking_as, talking_as = sampling or sampling_configs(config, {})
-    thoughts = omni.thinker.steps(reading, thinking_as, generators(seed, device))
+    thinker_sampling, talker_sampling = sampling or sampling_configs(omni.config, {})
+    device = omni.thinker.device
+    thinker_steps = omni.thinker.steps(prefill, thinker_sampling, generators(seed, device))
     if bos_tokens is None:
-        yield from (("text", ids) for ids, _ in thoughts)
+        for ids, _ in thinker_steps:
+            yield "text", ids
         return
-    end, pad, *voices = omni.thinker.model.embed_tokens(
-        torch.tensor([tokens.tts_text_end, tokens.tts_text_pad, *bos_tokens], device=device)
-    )  # [E] each
-    rows: list[list[Tensor]] = [
-        [] for _ in voices
-    ]  # lines of text, growing while the Talker reads them
-    script = TalkerInputs(
-        reading.hidden + reading.text_embeds,
-        reading.position_ids,
-        reading.attention_mask,
-        torch.stack(voices),
-        rows,
+
+    # The Talker reads `texts` while this loop appends to them.
+    assert omni.talker is not None
+    voices, texts = talker_text(omni, bos_tokens)
+    talker_inputs = TalkerInputs(
+        prefill.hidden + prefill.text_embeds,
+        prefill.position_ids,
+        prefill.attention_mask,
+        voices,
+        texts,
     )
-    talk = omni.talker.steps(script, talking_as, omni.num_codes, generators(seed, device))
-    thinking = set(range(len(rows)))
-    for ids, states in thoughts:
+    talker_steps = omni.talker.steps(
+        talker_inputs, talker_sampling, omni.num_codes, generators(seed, device)
+    )
+
+    im_end = omni.config.thinker.tokens.im_end
+    for ids, states in thinker_steps:
         yield "text", ids
+        # The states belong to the previous token of each row.
         if states is not None:
-            for row in thinking:
-                rows[row].append(states[row])
-        for row in thinking & set((ids == tokens.im_end).nonzero()[:, 0].tolist()):
-            thinking.remove(row)
-            rows[row] += [end, pad] if rows[row] else []
+            for text, state in zip(texts, states, strict=True):
+                text.append(state)
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            if token == im_end:
+                text.close()
+        # One Talker step per Thinker step, once there are states.
         if states is not None:
-            yield from (("code", codes) for codes in [next(talk, None)] if codes is not None)
-    for row in thinking:  # cut by the limit
-        rows[row] += [end, pad] if rows[row] else []
-    yield from (("code", codes) for codes in talk)
+            codes = next(talker_steps, None)
+            if codes is not None:
+                yield "code", codes
+
+    # Replies that reached the length limit end here. The Talker then finishes its speech.
+    for text in texts:
+        text.close()
+    for codes in talker_steps:
+        yield "code", codes
+
+
+def talker_text(omni: "Omni", bos_tokens: list[int]) -> tuple[Tensor, list[TalkerText]]:
+    """Embeddings of the voice tokens [B, E], and an empty TalkerText for each row."""
+    tokens = omni.config.thinker.tokens
+    ids = torch.tensor(
+        [tokens.tts_text_end, tokens.tts_text_pad, *bos_tokens], device=omni.thinker.device
+    )
+    embeds = omni.thinker.model.embed_tokens(ids)  # [2 + B, E]
+    end, pad = embeds[:2]
+    return embeds[2:], [TalkerText(end, pad) for _ in bos_tokens]
 
 
 def check_schedule(schedule: Schedule | str | None) -> None:
-    """Raise UserError for what cuts no sound."""
-    if schedule is not None and schedule != "eager" and not isinstance(schedule, Schedule):
-        raise UserError(
-            f'schedule {shown(schedule)}; give "eager", a Schedule, or None for sound in one go'
-        )
+    """Raise UserError for anything but None, "eager" or a Schedule."""
+    if schedule is None or schedule == "eager" or isinstance(schedule, Schedule):
+        return
+    raise UserError(
+        f'schedule {shown(schedule)}; give "eager", a Schedule, or None for all audio at the end'
+    )
 
 
 def check_flow(flow: FlowConfig | None) -> None:
-    """Raise UserError for a flow that cannot be followed, or not in any sensible time."""
-    if flow is None:
-        return
-    if not isinstance(flow, FlowConfig):
+    """Raise UserError for anything but None or a FlowConfig, which checks its own values."""
+    if flow is not None and not isinstance(flow, FlowConfig):
         raise UserError(
             f"flow is {shown(flow)}; expected a FlowConfig, such as "
             f"dataclasses.replace(omni.config.flow, points=4)"
         )
-    whole_number(flow.points, "flow.points", 2, 1000)
-    number(flow.guidance, "flow.guidance", -100, 100)
-    number(flow.sway, "flow.sway", -1, 1)
-    if not isinstance(flow.solver, str) or flow.solver not in STEPS:
-        raise UserError(f"flow.solver is {shown(flow.solver)}; expected one of {', '.join(STEPS)}")
 
 
 def check_wave(wave: Tensor) -> Tensor:
-    """The wave [samples] itself. Raises UserError where weights without sense have made it."""
+    """Return the waveform [samples]. Raises UserError for NaN and infinity, which only damaged
+    weights produce.
+    """
     if not wave.isfinite().all():
         raise UserError(
-            "the weights of token2wav give NaN or infinite samples instead of sound; the model's files are "
-            "damaged, copy them again"
+            "the weights of token2wav give NaN or infinite samples; the model's files are damaged, "
+            "copy them again"
         )
     return wave
 
 
+class SpeechDecoder:
+    """Codes of one reply in, AudioChunks out: while the codes arrive, or all at the end."""
+
+    def __init__(
+        self,
+        omni: "Omni",
+        voice: Voice,
+        schedule: Schedule | str | None,
+        flow: FlowConfig | None,
+        seed: int,
+        timings: Timings,
+    ):
+        """The arguments are those of stream_reply()."""
+        # With a voice, the model has a Talker and Token2Wav: Omni.choose_voice() checks that.
+        talker_config = omni.config.talker
+        assert talker_config is not None
+        assert omni.token2wav is not None
+        if flow is None:
+            flow = omni.config.flow if schedule is None else with_euler(omni.config.flow)
+        if isinstance(schedule, str):  # "eager", as check_schedule() has made sure
+            schedule = low_latency_schedule(omni.token2wav)
+        self.token2wav = omni.token2wav
+        self.voice = voice
+        self.flow = flow
+        self.timings = timings
+        self.generator = seeded(seed)
+        self.stop_codes = (talker_config.codec_pad, talker_config.codec_eos)
+        self.codes: list[int] = []
+        self.waves: list[Tensor] = []
+        self.stream: SpeechStream | None = None
+        if schedule is not None:
+            self.stream = SpeechStream(
+                self.token2wav, voice, flow, schedule, self.generator, timings.mark
+            )
+
+    def feed(self, ids: Tensor) -> Iterator[AudioChunk]:
+        """The next code [1] -> the audio that it completes. Stop codes make no audio."""
+        code = int(ids)
+        if code in self.stop_codes:
+            return
+        self.codes.append(code)
+        if self.stream is not None:
+            for wave in self.stream.feed(ids[None]):
+                yield self.audio_chunk(wave)
+
+    def finish(self) -> Iterator[AudioChunk]:
+        """There are no more codes -> the rest of the audio; without a schedule, all of it."""
+        if not self.codes:
+            return
+        if self.stream is not None:
+            for wave in self.stream.finish():
+                yield self.audio_chunk(wave)
+        else:
+            codes = torch.tensor([self.codes])
+            wave = self.token2wav(codes, self.voice, self.flow, self.generator)
+            yield self.audio_chunk(wave)
+
+    def audio_chunk(self, wave: Tensor) -> AudioChunk:
+        """Check a waveform [samples], keep it for the whole reply and record its time."""
+        wave = check_wave(wave).cpu()
+        self.waves.append(wave)
+        sample_rate = self.token2wav.config.sample_rate
+        return AudioChunk(wave, sample_rate, self.timings.mark("sound"))
+
+
 def stream_reply(
-    omni,
-    reading: PrefillState,
+    omni: "Omni",
+    prefill: PrefillState,
     voice: Voice | None,
     schedule: Schedule | str | None,
     flow: FlowConfig | None,
     seed: int,
-    trace: Timings,
-    said: list[int],
+    timings: Timings,
+    reply_ids: list[int],
     sampling: tuple[SamplingConfig, SamplingConfig] | None = None,
 ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
-    """Answer one read prompt piece by piece; said is filled with the text ids as they come.
+    """Answer one prefilled prompt in chunks of text and audio; the last event is ReplyDone.
 
-    schedule: how the sound is cut, or "eager"; None makes it at the end, in one go. flow: None for
-    the default of omni.stream(). sampling: of Thinker and Talker, by default the model's. Raises
-    UserError for weights that give no finite numbers.
+    voice: None for no speech. schedule: how the audio is split into chunks, or "eager"; None
+    synthesizes all audio at the end. flow: None for the default of omni.stream(). timings: records
+    each event. reply_ids: the text ids are appended to it. sampling: for Thinker and Talker, by
+    default the model's. Raises UserError for weights that give no finite numbers.
     """
-    config, generator, codes, waves, text = omni.config, seeded(seed), [], [], ""
-    speech, stops, sample_rate = None, (), omni.sample_rate
-    flow = flow or (config.flow if schedule is None else with_euler(config.flow))
+    bos_tokens = None
+    speech = None
     if voice is not None:
-        stops = config.talker.codec_pad, config.talker.codec_eos
-        if schedule is not None:
-            schedule = low_latency_schedule(omni.token2wav) if schedule == "eager" else schedule
-            speech = SpeechStream(omni.token2wav, voice, flow, schedule, generator, trace.mark)
+        bos_tokens = [voice.bos_token]
+        speech = SpeechDecoder(omni, voice, schedule, flow, seed, timings)
 
-    def sound(pieces: Iterable[Tensor]) -> Iterator[AudioChunk]:
-        for wave in pieces:
-            waves.append(check_wave(wave).cpu())
-            yield AudioChunk(waves[-1], sample_rate, trace.mark("sound"))
-
-    bos_tokens = None if voice is None else [voice.bos_token]
-    for kind, ids in generate_tokens(omni, reading, bos_tokens, seed, sampling):
-        token, at = int(ids), trace.mark(kind)
+    text = ""
+    for kind, ids in generate_tokens(omni, prefill, bos_tokens, seed, sampling):
+        token = int(ids)
+        at_s = timings.mark(kind)
         if kind == "text":
-            said.append(token)
-            whole = omni.tokenizer.decode(said, skip_special=True)
-            if len(whole) > len(text) and not whole.endswith(
-                "\N{REPLACEMENT CHARACTER}"
-            ):  # half of a letter waits
-                yield TextChunk(whole[len(text) :], at)
-                text = whole
-        elif token not in stops:
-            codes.append(token)
-            if speech is not None:
-                yield from sound(speech.feed(ids[None]))
-    spoken = torch.tensor(codes, dtype=torch.long)
-    if speech is not None and codes:
-        yield from sound(speech.finish())
-    elif voice is not None and codes:
-        yield from sound([omni.token2wav(spoken[None], voice, flow, generator)])
-    yield ReplyDone(
-        Reply(
-            omni.tokenizer.decode(said, skip_special=True),
-            torch.cat(waves) if waves else torch.zeros(0),
-            sample_rate,
-            spoken,
-            trace.mark("end"),
-            trace,
-        )
+            reply_ids.append(token)
+            decoded = omni.decode(reply_ids)
+            # A character whose bytes are not complete yet decodes to U+FFFD: wait for the rest.
+            if len(decoded) > len(text) and not decoded.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield TextChunk(decoded[len(text) :], at_s)
+                text = decoded
+        elif speech is not None:
+            yield from speech.feed(ids)
+
+    codes: list[int] = []
+    waves: list[Tensor] = []
+    if speech is not None:
+        yield from speech.finish()
+        codes = speech.codes
+        waves = speech.waves
+    reply = Reply(
+        text=omni.decode(reply_ids),
+        wave=torch.cat(waves) if waves else torch.zeros(0),
+        sample_rate=omni.sample_rate,
+        codes=torch.tensor(codes, dtype=torch.long),
+        total_s=timings.mark("end"),
+        timings=timings,
     )
+    yield ReplyDone(reply)

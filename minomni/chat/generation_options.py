@@ -1,11 +1,11 @@
-"""How long an answer gets and how its tokens are chosen, as asked for in one call. No PyTorch:
---help needs it too.
+"""Generation options of one call: the length limit and sampling settings. No PyTorch, as --help
+imports this file.
 
     omni.respond(messages, max_new_tokens=50, temperature=0.7, talker_top_k=20)
 
-A bare name is for the Thinker, and so is one that begins with thinker_; talker_ is for the Talker.
-These are the names of transformers' Qwen2_5OmniForConditionalGeneration.generate(). What is not
-asked for stays as the model's generation_config.json says. None is the same as not asked.
+Names without a prefix, or with the prefix thinker_, are for the Thinker; talker_ is for the Talker.
+The names are those of transformers' Qwen2_5OmniForConditionalGeneration.generate(). Options that
+are missing or None keep the value of the model's generation_config.json.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from minomni.arguments import flag, number, shown, whole_number
-from minomni.config import SamplingConfig
+from minomni.config import OmniConfig, SamplingConfig
 from minomni.errors import UserError
+
+PREFIXES = ("thinker_", "talker_")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option. check(value, name) returns the value or raises UserError; read turns the text of
-    an option of the command line into a value.
+    """One option. check(value, name) returns the value or raises UserError; read() parses the text
+    of a command-line option.
     """
 
     check: Callable
@@ -29,14 +31,23 @@ class Option:
     help: str
 
 
+def max_new_tokens(value, name: str) -> int:
+    """Raises UserError unless the value is a whole number from 1."""
+    return whole_number(value, name, 1, 1_000_000)
+
+
 def temperature(value, name: str) -> float:
+    """Raises UserError unless the value is 0 or from 0.001 to 100: dividing logits by less would
+    leave the range of float32.
+    """
     value = number(value, name, 0, 100)
-    if 0 < value < 0.001:  # logits divided by it would leave the range of float32
+    if 0 < value < 0.001:
         raise UserError(f"{name} is {value}; expected 0, or a number from 0.001 to 100")
     return value
 
 
 def top_p(value, name: str) -> float:
+    """Raises UserError unless the value is above 0 and at most 1."""
     value = number(value, name, 0, 1)
     if value < 1e-6:
         raise UserError(f"{name} is {value:g}; expected a number above 0 and up to 1")
@@ -44,40 +55,55 @@ def top_p(value, name: str) -> float:
 
 
 def top_k(value, name: str) -> int:
-    return max(0, whole_number(value, name, -1, 1_000_000))  # -1 is another spelling of "all"
+    """-1 and 0 both keep all tokens; returns 0 for them. Raises UserError for what is no count."""
+    return max(0, whole_number(value, name, -1, 1_000_000))
+
+
+def repetition_penalty(value, name: str) -> float:
+    """Raises UserError unless the value is from 0.01 to 100."""
+    return number(value, name, 0.01, 100)
 
 
 OPTIONS = {
     "max_new_tokens": Option(
-        lambda value, name: whole_number(value, name, 1, 1_000_000),
+        max_new_tokens,
         int,
-        "a whole number from 1",
-        "longest answer, in tokens",
+        expected="a whole number from 1",
+        help="maximum length of the answer in tokens",
     ),
     "temperature": Option(
         temperature,
         float,
-        "0, or a number from 0.001 to 100",
-        "0 takes the most likely token, more is more random",
+        expected="0, or a number from 0.001 to 100",
+        help="0 takes the most likely token, higher values are more random",
     ),
     "top_p": Option(
         top_p,
         float,
-        "a number above 0 and up to 1",
-        "choose among the fewest tokens whose probabilities reach this sum",
+        expected="a number above 0 and up to 1",
+        help="sample from the fewest tokens whose probabilities reach this sum",
     ),
     "top_k": Option(
-        top_k, int, "a whole number; 0 keeps all", "choose among this many tokens; 0 keeps all"
+        top_k,
+        int,
+        expected="a whole number; 0 keeps all",
+        help="sample from this many tokens; 0 keeps all",
     ),
     "repetition_penalty": Option(
-        lambda value, name: number(value, name, 0.01, 100),
+        repetition_penalty,
         float,
-        "a number from 0.01 to 100",
-        "above 1 makes repeated tokens less likely",
+        expected="a number from 0.01 to 100",
+        help="above 1 makes repeated tokens less likely",
     ),
-    "do_sample": Option(flag, bool, "True or False", "False takes the most likely token"),
+    "do_sample": Option(
+        flag,
+        bool,
+        expected="True or False",
+        help="False takes the most likely token",
+    ),
 }
-ELSEWHERE = {  # transformers' words for what has another name here
+# Names in transformers -> what has the same effect here.
+ELSEWHERE = {
     "speaker": "voice=",
     "return_audio": "speech=",
     "generation_mode": "speech=",
@@ -87,67 +113,76 @@ ELSEWHERE = {  # transformers' words for what has another name here
 }
 
 
-def require_known(options: dict) -> tuple[dict, dict]:
-    """Keyword arguments -> what is asked of the Thinker and of the Talker, checked. Raises
-    UserError.
+def split_options(options: dict) -> tuple[dict, dict]:
+    """Keyword arguments -> checked options of the Thinker and of the Talker, without prefixes.
+
+    Raises UserError for unknown names and wrong values.
     """
-    bare, thinker, talker = {}, {}, {}
+    by_prefix: dict[str, dict] = {"": {}, "thinker_": {}, "talker_": {}}
     for name, value in options.items():
-        place, key = bare, name
-        for prefix, part in (("thinker_", thinker), ("talker_", talker)):
-            if name.startswith(prefix):
-                place, key = part, name.removeprefix(prefix)
+        prefix = prefix_of(name)
+        key = name.removeprefix(prefix)
         if key not in OPTIONS:
-            raise unknown(name)
+            raise unknown_option(name)
         if value is not None:
-            place[key] = OPTIONS[key].check(value, name)
-    return bare | thinker, talker  # the longer name wins, as in transformers
+            by_prefix[prefix][key] = OPTIONS[key].check(value, name)
+    # As in transformers, the name with a prefix takes precedence.
+    thinker = by_prefix[""] | by_prefix["thinker_"]
+    return thinker, by_prefix["talker_"]
 
 
-def unknown(name: str) -> UserError:
-    """What to say of an option that does not exist."""
+def prefix_of(name: str) -> str:
+    """The prefix thinker_ or talker_ of an option's name, or an empty string."""
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return prefix
+    return ""
+
+
+def unknown_option(name: str) -> UserError:
+    """The error for an option that does not exist, with the closest one that does."""
     if name in ELSEWHERE:
         return UserError(f"unknown option {name!r}; here it is {ELSEWHERE[name]}")
-    prefix = next((prefix for prefix in ("thinker_", "talker_") if name.startswith(prefix)), "")
-    near = get_close_matches(name.removeprefix(prefix), OPTIONS, n=1)
-    meant = f", did you mean {prefix}{near[0]}?" if near else ";"
+    prefix = prefix_of(name)
+    matches = get_close_matches(name.removeprefix(prefix), OPTIONS, n=1)
+    suggestion = f", did you mean {prefix}{matches[0]}?" if matches else ";"
     return UserError(
-        f"unknown option {shown(name)}{meant} the options are {', '.join(OPTIONS)}, for the Thinker, and "
-        f"the same with talker_ in front for the Talker"
+        f"unknown option {shown(name)}{suggestion} the options are {', '.join(OPTIONS)} for the "
+        f"Thinker, and the same with the prefix talker_ for the Talker"
     )
 
 
-def changed(stored: SamplingConfig, asked: dict) -> SamplingConfig:
-    """The stored settings of one part with what is asked of it. Raises UserError where that
-    contradicts itself.
+def changed(stored: SamplingConfig, options: dict) -> SamplingConfig:
+    """The model's stored settings of one part with the given options applied.
 
     A temperature above 0 samples. do_sample=False takes the most likely token whatever the
     temperature; do_sample=True without a temperature samples at the stored one, or at 1.0 where
-    that is 0.
+    that is 0. Raises UserError for options that contradict each other or have no effect.
     """
-    changes = {name: value for name, value in asked.items() if name != "do_sample"}
-    sampled = asked.get("do_sample")
-    if sampled and asked.get("temperature") == 0:
+    changes = dict(options)
+    do_sample = changes.pop("do_sample", None)
+    has_temperature = "temperature" in options
+    if do_sample and has_temperature and options["temperature"] == 0:
         raise UserError(
             "do_sample=True and temperature 0 contradict each other; give a temperature above 0"
         )
-    if sampled is False:
+    if do_sample is False:
         changes["temperature"] = 0.0
-    elif sampled and "temperature" not in asked and stored.temperature == 0:
+    elif do_sample and not has_temperature and stored.temperature == 0:
         changes["temperature"] = 1.0
     settings = replace(stored, **changes)
-    narrowed = asked.get("top_k", 0) > 0 or asked.get("top_p", 1) < 1
-    if narrowed and settings.temperature == 0 and sampled is None and "temperature" not in asked:
+
+    # top_k and top_p have no effect on greedy decoding that was not asked for.
+    narrowed = options.get("top_k", 0) > 0 or options.get("top_p", 1) < 1
+    if narrowed and settings.temperature == 0 and do_sample is None and not has_temperature:
         raise UserError(
-            "top_p and top_k change nothing at this model's temperature of 0, which takes the most likely "
-            "token; give a temperature above 0 too"
+            "top_p and top_k change nothing at this model's temperature of 0, which takes the most "
+            "likely token; give a temperature above 0 too"
         )
     return settings
 
 
-def sampling_configs(config, options: dict) -> tuple[SamplingConfig, SamplingConfig]:
-    """An OmniConfig and keyword arguments -> the settings of Thinker and Talker for one answer.
-    Raises UserError.
-    """
-    thinker, talker = require_known(options)
+def sampling_configs(config: OmniConfig, options: dict) -> tuple[SamplingConfig, SamplingConfig]:
+    """Keyword arguments of one call -> settings of Thinker and Talker. Raises UserError."""
+    thinker, talker = split_options(options)
     return changed(config.thinker_sampling, thinker), changed(config.talker_sampling, talker)

@@ -1,6 +1,4 @@
-"""What comes out of a model: a reply, the pieces in which it arrives, and when each of them was
-there.
-"""
+"""What the model returns: replies, the chunks in which they arrive, and the times of each step."""
 
 import time
 from collections import defaultdict
@@ -13,105 +11,106 @@ from torch import Tensor
 from minomni.errors import UserError
 from minomni.files import write_atomically
 
+# File name extension -> format and subtype, as soundfile names them.
 AUDIO_FILES = {
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_16"),
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
-}  # as soundfile names them: format and subtype
-# samples that are encoded at once: some versions of libsndfile crash on much longer blocks of
-# Vorbis
+}
+# Samples encoded per call: some versions of libsndfile crash on much longer blocks of Vorbis.
 BLOCK = 65_536
 
 
 class Timings:
-    """When things were handed on, in seconds since the question.
+    """When each step produced its outputs, in seconds since the question.
 
-    times: for each of input, encode, prefill, text, code, mel and sound, when its first piece was
-    there, when the second, and so on. A stage that had nothing to do is missing.
+    times: for each of input, encode, prefill, text, code, mel and sound, the time of its first
+    output, of its second, and so on. Steps that had nothing to do are missing.
     """
 
-    def __init__(self):
-        self.began = time.perf_counter()
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
         self.times: dict[str, list[float]] = defaultdict(list)
 
-    def mark(self, what: str) -> float:
-        """One more piece is there, now -> seconds since the question."""
-        now = time.perf_counter() - self.began
-        self.times[what].append(now)
+    def mark(self, step: str) -> float:
+        """Record that a step has produced one more output, now -> seconds since the question."""
+        now = time.perf_counter() - self.start
+        self.times[step].append(now)
         return now
 
-    def first(self, what: str) -> float | None:
-        return self.times[what][0] if what in self.times else None
+    def first(self, step: str) -> float | None:
+        """Time of a step's first output, None if there is none."""
+        return self.times[step][0] if step in self.times else None
 
-    def last(self, what: str) -> float | None:
-        return self.times[what][-1] if what in self.times else None
+    def last(self, step: str) -> float | None:
+        """Time of a step's last output, None if there is none."""
+        return self.times[step][-1] if step in self.times else None
 
 
 @dataclass
 class GenerateOutput:
-    """Answers to a batch, as the parts made them."""
+    """Replies to a batch, before decoding."""
 
     tokens: list[list[int]]  # per row the text ids, stop id included
     codes: list[Tensor]  # per row the codec ids [n]
-    waves: list[Tensor]  # per row the sound [samples], float32
+    waves: list[Tensor]  # per row the waveform [samples], float32
 
 
 @dataclass
 class Reply:
-    """One answer. In a notebook it shows its text and a player."""
+    """One reply. A notebook displays its text and an audio player."""
 
     text: str
-    wave: Tensor  # float32 [samples] in [-1, 1]; empty where no speech was asked for
+    wave: Tensor  # float32 [samples] in [-1, 1]; empty without speech
     sample_rate: int  # Hz
-    codes: Tensor  # the codec ids that were spoken [n]
-    total_s: float  # seconds from messages to the last sample
+    codes: Tensor  # codec ids [n] of the speech
+    total_s: float  # seconds from the messages to the last sample
     timings: Timings = field(repr=False)
 
     @property
     def seconds(self) -> float:
-        """Length of the speech."""
+        """Duration of the speech."""
         return len(self.wave) / self.sample_rate if len(self.wave) else 0.0
 
     def save(self, path: str | Path) -> None:
-        """Write the speech into a file, whole or not at all; the name says which kind: wav, flac,
-        ogg or mp3.
+        """Write the speech to a wav, flac, ogg or mp3 file, as its extension says. The file is
+        written completely or not at all.
 
-        A reply whose answer is empty is a file of no samples. Raises UserError for another name,
-        for a model that answers in text alone, and where the file cannot be written.
+        An empty reply makes a file without samples. Raises UserError for another extension, for a
+        model that answers in text only, and where the file cannot be written.
         """
         import soundfile
 
-        kind, subtype = audio_file(path)
+        file_format, subtype = audio_file(path)
         if not self.sample_rate:
-            raise UserError(f"{path}: nothing to write, as this model answers in text alone")
-        content, samples = BytesIO(), self.wave.cpu().numpy()
-        with soundfile.SoundFile(content, "w", self.sample_rate, 1, subtype, format=kind) as file:
+            raise UserError(f"{path}: nothing to write, as this model answers in text only")
+        encoded = BytesIO()
+        samples = self.wave.cpu().numpy()
+        with soundfile.SoundFile(
+            encoded, "w", self.sample_rate, channels=1, subtype=subtype, format=file_format
+        ) as file:
             for start in range(0, len(samples), BLOCK):
                 file.write(samples[start : start + BLOCK])
-        write_atomically(Path(path), lambda file: file.write(content.getbuffer()))
+        write_atomically(Path(path), lambda file: file.write(encoded.getbuffer()))
 
     def _repr_html_(self) -> str:
         from html import escape
 
         from IPython.display import Audio
 
-        player = (
-            Audio(self.wave.cpu().numpy(), rate=self.sample_rate)._repr_html_()
-            if len(self.wave)
-            else ""
-        )
+        player = ""
+        if len(self.wave):
+            player = Audio(self.wave.cpu().numpy(), rate=self.sample_rate)._repr_html_()
         return f"<p>{escape(self.text)}</p>{player}"
 
 
 class Replies(list):
-    """The replies to several conversations, in their order. In a notebook they show one below the
-    other.
-    """
+    """Replies to several conversations, in order. A notebook displays them one below the other."""
 
     @property
     def text(self) -> list[str]:
-        """The texts of all."""
+        """The text of each reply."""
         return [reply.text for reply in self]
 
     def _repr_html_(self) -> str:
@@ -119,36 +118,37 @@ class Replies(list):
 
 
 def audio_file(path: str | Path) -> tuple[str, str]:
-    """Format and subtype of the sound file that a name stands for; a device or a pipe gets a wav.
+    """soundfile's format and subtype for a file name; wav for a device or a pipe.
 
-    Raises UserError for a name that is none.
+    Raises UserError for any other name.
     """
     if not isinstance(path, (str, Path)):
         raise UserError(f"the file to write is a {type(path).__name__}; expected a path")
     path = Path(path)
-    if path.suffix.lower() in AUDIO_FILES:
-        return AUDIO_FILES[path.suffix.lower()]
+    extension = path.suffix.lower()
+    if extension in AUDIO_FILES:
+        return AUDIO_FILES[extension]
     if is_device(path):
         return AUDIO_FILES[".wav"]
     raise UserError(
-        f"{path}: speech is written as {', '.join(AUDIO_FILES)}; give a name that ends so"
+        f"{path}: speech is written as {', '.join(AUDIO_FILES)}; give a name that ends in one"
     )
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path names a device, a pipe, or a file of /dev or /proc, such as /dev/stdout that
-    leads to a file.
-    """
+    """Whether a path names a device, a pipe, or anything in /dev or /proc, such as /dev/stdout."""
     try:
-        of_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))
-        return path.exists() and not path.is_dir() and (of_the_system or not path.is_file())
-    except (OSError, ValueError):  # a name that is too long, or holds NUL
+        if not path.exists() or path.is_dir():
+            return False
+        in_system_folder = path.absolute().parts[1:2] in (("dev",), ("proc",))
+        return in_system_folder or not path.is_file()
+    except (OSError, ValueError):  # the name is too long or contains NUL
         return False
 
 
 @dataclass
 class TextChunk:
-    """The next bit of the answer's text."""
+    """The next piece of a reply's text."""
 
     text: str
     at_s: float  # seconds since the question
@@ -156,28 +156,29 @@ class TextChunk:
 
 @dataclass
 class AudioChunk:
-    """The next bit of the answer's sound."""
+    """The next piece of a reply's audio."""
 
     wave: Tensor  # float32 [samples]
     sample_rate: int  # Hz
-    at_s: float
+    at_s: float  # seconds since the question
 
 
 @dataclass
 class ReplyDone:
-    """Nothing more comes; the pieces put together."""
+    """The end of a reply, with all its chunks joined."""
 
     reply: Reply
 
 
-def required_buffer_s(pieces: list[AudioChunk]) -> float:
-    """Seconds that a player has to wait before it starts, counted from the first piece, lest it run
-    dry later.
+def required_buffer_s(chunks: list[AudioChunk]) -> float:
+    """Seconds that a player must wait after the first chunk so that it never runs out of audio.
 
-    0 means that it may start at once. Piece k is needed when all before it has been played.
+    0 means that it can start at once. Chunk k must be there when all before it have been played.
     """
-    played, wait = 0.0, 0.0
-    for piece in pieces:
-        wait = max(wait, piece.at_s - pieces[0].at_s - played)
-        played += len(piece.wave) / piece.sample_rate
+    played = 0.0
+    wait = 0.0
+    for chunk in chunks:
+        arrival = chunk.at_s - chunks[0].at_s
+        wait = max(wait, arrival - played)
+        played += len(chunk.wave) / chunk.sample_rate
     return wait

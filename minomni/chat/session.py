@@ -1,18 +1,19 @@
-"""Listening while it is being said: sound and frames are encoded and read as they arrive, two
-seconds at a time.
+"""A conversation that is prefilled while the user speaks: audio and frames are encoded in parts of
+two seconds as they arrive.
 
     session = omni.listen(voice="Anna")
-    session.add_audio(chunk)  # as often as there is sound: float [samples] at 16 kHz
-    session.add_frame(frame, at_seconds=0.5)  # as often as there is a frame: uint8 [height, width, 3]
-    for piece in session.respond():  # only the last part of what was heard and seen is left to read
+    session.add_audio(chunk)  # once per audio chunk: float [samples] at 16 kHz
+    session.add_frame(frame, at_seconds=0.5)  # once per frame: uint8 [height, width, 3]
+    for event in session.respond():  # only the last part is still to be encoded
         ...
 
-What the Thinker has read when a turn ends is what it reads of that turn all at once (paper sec. 2.2
-and 2.4).
+At the end of a turn the prefilled tokens and states are those of the same turn prefilled at once
+(paper sec. 2.2 and 2.4).
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from math import ceil
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,77 +26,76 @@ from minomni.chat.user_turn import UserTurn
 from minomni.config import LISTENING_RATE, FlowConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.prompt import Processor
-from minomni.thinker.thinker import PrefillState
+from minomni.layers import KVCache
+from minomni.thinker.thinker import PrefillState, Thinker
 from minomni.thinker.tmrope import text_positions
 from minomni.token2wav.streaming import Schedule
 
-OPENS, ENDS = "<|im_start|>user\n", "<|im_end|>\n"
-TEXT_RATE = 4.0  # tokens of text in a second of speech, about: three words
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+USER_START = "<|im_start|>user\n"
+ASSISTANT_START = "<|im_start|>assistant\n"
+MESSAGE_END = "<|im_end|>\n"
+TEXT_RATE = 4.0  # text tokens per second of speech: about three words
 
 
 class Session:
-    """A conversation that is read while it happens. All that was read stays in the Thinker's cache,
-    turn after turn.
-    """
+    """A conversation whose tokens stay in the Thinker's KV cache from turn to turn."""
 
     def __init__(
-        self, omni, voice: str | None = None, speech: bool = True, system: str | None = None
+        self, omni: "Omni", voice: str | None = None, speech: bool = True, system: str | None = None
     ):
-        """voice and speech: as in omni.respond(); system: the first message, by default the size's
-        own.
+        """voice and speech: as in omni.respond(). system: the system message, by default the one
+        that this model size was trained with.
 
-        Raises UserError for a model without tokenizer, and for an unknown voice.
+        Raises UserError for a model without a tokenizer, and for an unknown voice.
         """
         if system is not None and not isinstance(system, str):
-            raise UserError(f"system is {shown(system)}; expected the text of the first message")
-        system = omni.config.media.system_prompt if system is None else system
+            raise UserError(f"system is {shown(system)}; expected the text of the system message")
+        if system is None:
+            system = omni.config.media.system_prompt
         self.omni = omni
-        self.speaker, _ = omni.prepare(
-            [{"role": "system", "content": system}], voice, speech, False
+        self.voice, _ = omni.prepare([{"role": "system", "content": system}], voice, speech, False)
+        self.processor = Processor(omni.config, omni.require_tokenizer())
+
+        self.cache: KVCache = omni.thinker.model.new_cache()
+        self.prefill = empty_prefill(omni.thinker, self.cache)
+        self.position = 0  # of the next text token
+        self.append_text(f"<|im_start|>system\n{system}{MESSAGE_END}{USER_START}")
+        # The user's current turn; None while and after the model replies.
+        self.turn: UserTurn | None = UserTurn(self)
+
+        self.reply_stream: Generator[TextChunk | AudioChunk | ReplyDone, None, None] | None = None
+        self.reset_reply()
+
+    def reset_reply(self) -> None:
+        """Clear the record of the last reply."""
+        self.reply_ids: list[int] = []
+        self.audio_s = 0.0  # seconds of audio handed out
+        self.ended = False  # whether the reply was generated to its end
+        self.played_s: float | None = (
+            None  # seconds that the user heard, where interrupt() was told
         )
-        self.processor = Processor(omni.config, omni.tokenizer)
-        nowhere = torch.zeros(1, 0, dtype=torch.long, device=omni.thinker.device)
-        nothing = omni.thinker.model.embed_tokens(nowhere).detach()  # [1, 0, D]
-        self.prefill = PrefillState(
-            nothing,
-            nothing,
-            nowhere.expand(3, -1, -1),
-            nowhere,
-            nowhere,
-            omni.thinker.model.new_cache(),
-        )
-        self.position = 0  # of the next token of text
-        self.append_text(f"<|im_start|>system\n{system}{ENDS}{OPENS}")
-        self.turn: UserTurn | None = UserTurn(
-            self
-        )  # None from an answer on until the next turn begins
-        self.answering: Iterator | None = None
-        self.reply_ids, self.sound_s, self.ended, self.played_s = (
-            [],
-            0.0,
-            False,
-            None,
-        )  # of the last answer
 
     @property
     def length(self) -> int:
-        """Tokens read so far."""
+        """Number of tokens prefilled so far."""
         return self.prefill.hidden.shape[1]
 
     def add_audio(self, chunk, rate: int = LISTENING_RATE) -> None:
-        """The next bit of sound, float [samples] at 16 kHz. An answer that is being given is cut.
+        """Add the next audio chunk, float [samples] at 16 kHz. Interrupts a running reply.
 
         Raises UserError for another rate, shape or type, for NaN, and where the context is full.
         """
         self.begin_turn().add_audio(chunk, rate)
 
     def add_frame(self, frame, at_seconds: float) -> None:
-        """The next frame, uint8 [height, width, 3], shown at that time on a clock of which only
-        differences matter.
+        """Add the next video frame, uint8 [height, width, 3]. Interrupts a running reply.
 
-        The first frame belongs to the first sound. An answer that is being given is cut. Raises
-        UserError for a frame of another size, for one that is not later than the one before it, and
-        where the context is full.
+        at_seconds: its time on any clock, as only differences count; the first frame is aligned
+        with the first audio sample. Raises UserError for a frame of another size, for one that is
+        not later than the one before it, and where the context is full.
         """
         self.begin_turn().add_frame(frame, at_seconds)
 
@@ -107,156 +107,186 @@ class Session:
         flow: FlowConfig | None = None,
         **options,
     ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
-        """Answer what was heard and seen, and then `text`, in pieces as omni.stream() does, with
-        the same options.
+        """End the user's turn with `text` and answer it, in chunks and with the options of
+        omni.stream().
 
-        Raises UserError where nothing was heard or seen, or nothing but silence, and where the
-        context is full; that turn is forgotten then.
+        Raises UserError for an empty turn, for one with nothing but silence, and where the context
+        is full; the turn is then discarded.
         """
-        text = "" if text is None else text
+        if text is None:
+            text = ""
         if not isinstance(text, str):
             raise UserError(f"text is {shown(text)}; expected a str")
-        sampling, seed = sampling_configs(self.omni.config, options), seed_of(seed)
+        sampling = sampling_configs(self.omni.config, options)
+        seed = seed_of(seed)
         check_schedule(schedule)
         check_flow(flow)
-        turn, trace = self.begin_turn(), Timings()
-        trace.mark("input")
+
+        turn = self.begin_turn()
+        timings = Timings()
+        timings.mark("input")
         try:
-            turn.finish(something_said=bool(text.strip()))
-            trace.mark("encode")
-            self.append_text(f"{text}{ENDS}<|im_start|>assistant\n")
-            trace.mark("prefill")
+            turn.finish(has_text=bool(text.strip()))
+            timings.mark("encode")
+            self.append_text(f"{text}{MESSAGE_END}{ASSISTANT_START}")
+            timings.mark("prefill")
         except UserError:
             self.truncate(turn.length, turn.position)
             self.turn = UserTurn(self)
             raise
-        self.turn, self.reply_ids, self.sound_s, self.ended, self.played_s = (
-            None,
-            [],
-            0.0,
-            False,
-            None,
-        )
-        self.answering = self.answer(seed, schedule, flow, trace, sampling)
-        return self.answering
 
-    def answer(
+        self.turn = None
+        self.reset_reply()
+        self.reply_stream = self.track_reply(seed, schedule, flow, timings, sampling)
+        return self.reply_stream
+
+    def track_reply(
         self,
         seed: int,
         schedule: Schedule | str | None,
         flow: FlowConfig | None,
-        trace: Timings,
+        timings: Timings,
         sampling: tuple[SamplingConfig, SamplingConfig],
-    ) -> Iterator:
-        """stream_reply(), and note what of it the user may have heard."""
-        for piece in stream_reply(
+    ) -> Generator[TextChunk | AudioChunk | ReplyDone, None, None]:
+        """stream_reply(), recording how much of the reply was handed out."""
+        events = stream_reply(
             self.omni,
             self.prefill,
-            self.speaker,
+            self.voice,
             schedule,
             flow,
             seed,
-            trace,
+            timings,
             self.reply_ids,
             sampling,
-        ):
-            if isinstance(piece, AudioChunk):
-                self.sound_s += len(piece.wave) / piece.sample_rate
-            self.ended = isinstance(piece, ReplyDone)
-            yield piece
+        )
+        for event in events:
+            if isinstance(event, AudioChunk):
+                self.audio_s += len(event.wave) / event.sample_rate
+            self.ended = isinstance(event, ReplyDone)
+            yield event
 
-    def interrupt(self, heard_s: float | None = None) -> None:
-        """Stop the answer, if one is being given. heard_s: seconds of its sound that the user has
-        heard, by default all that was handed out; only so much of its text, about, stays in the
-        conversation. May come after the answer's end, as sound is made faster than it is played.
-        Raises UserError where heard_s is no time.
+    def interrupt(self, played_s: float | None = None) -> None:
+        """Stop the reply if it is running, and keep in the conversation only the text that the user
+        heard.
+
+        played_s: seconds of the reply's audio that were played, by default all that was handed out;
+        see played_ids(). May also be called after the reply's end, since audio is generated faster
+        than it is played. Raises UserError where played_s is not a time.
         """
-        if heard_s is not None:
-            heard_s = number(heard_s, "heard_s", 0, 1e12)
-        if self.answering is not None:
-            self.answering.close()
-            self.answering = None
-        if heard_s is not None:
-            self.played_s = heard_s
+        if played_s is not None:
+            played_s = number(played_s, "played_s", 0, 1e12)
+        if self.reply_stream is not None:
+            self.reply_stream.close()
+            self.reply_stream = None
+        if played_s is not None:
+            self.played_s = played_s
 
     def played_ids(self) -> list[int]:
-        """The ids of the last answer that the user has heard; a stop id is none of them.
+        """The text ids of the last reply that the user heard, without the stop id.
 
-        Nothing says which sound belongs to which word, so time decides: the answer's own rate where
-        it has ended, or else TEXT_RATE. Without speech all was read.
+        The model does not align text and audio, so the number of ids is estimated from the time
+        played: at the reply's own rate if it was generated to its end, at TEXT_RATE otherwise.
+        Without speech all ids count.
         """
-        ids = [i for i in self.reply_ids if i != self.omni.config.thinker.tokens.im_end]
-        heard_s = self.sound_s if self.played_s is None else min(self.played_s, self.sound_s)
-        if self.speaker is None or self.ended and heard_s == self.sound_s:
+        im_end = self.omni.config.thinker.tokens.im_end
+        ids = [token for token in self.reply_ids if token != im_end]
+        if self.voice is None:
             return ids
-        return ids[: ceil(heard_s * (len(ids) / self.sound_s if self.ended else TEXT_RATE))]
+
+        played_s = self.audio_s
+        if self.played_s is not None:
+            played_s = min(self.played_s, self.audio_s)
+        if not self.ended:
+            return ids[: ceil(played_s * TEXT_RATE)]
+        if played_s == self.audio_s:
+            return ids
+        return ids[: ceil(played_s * (len(ids) / self.audio_s))]
 
     def begin_turn(self) -> UserTurn:
-        """The turn that is going on; if there is none, the last answer is put on record and one
-        begins.
+        """The user's current turn. A new one first stops the last reply and adds its played text to
+        the conversation.
         """
         self.interrupt()
         if self.turn is None:
-            self.append_text(f"{ENDS}{OPENS}", before=self.played_ids())
+            self.append_text(f"{MESSAGE_END}{USER_START}", prefix_ids=self.played_ids())
             self.turn = UserTurn(self)
         return self.turn
 
-    # ----------------------------------------------------------------------------------------------------
-    # the reading
-    def append_text(self, text: str, before: list[int] = ()) -> None:
-        """Read ids and then text."""
-        ids = torch.tensor([*before, *self.processor.encode(text)])
-        self.append_tokens(
-            ids, None, text_positions(self.position, len(ids)), self.position + len(ids)
-        )
+    # ---------------------------------------------------------------------------- prefilling
+    def append_text(self, text: str, prefix_ids: Sequence[int] = ()) -> None:
+        """Prefill the tokens prefix_ids and then those of the text."""
+        ids = torch.tensor([*prefix_ids, *self.processor.encode(text)])
+        positions = text_positions(self.position, len(ids))
+        self.append_tokens(ids, None, positions, self.position + len(ids))
 
     @torch.no_grad()
     def append_tokens(
-        self, ids: Tensor, features: Tensor | None, places: Tensor, then: int
+        self, ids: Tensor, features: Tensor | None, positions: Tensor, next_position: int
     ) -> None:
-        """Read tokens: ids [n], features [n, D] of media or None for text, places [3, n]; then: the
-        next position.
+        """Prefill tokens.
 
-        Raises UserError, and reads nothing, where the context has no room for them.
+        ids: [n]. features: [n, D] of media, or None for text. positions: [3, n]. next_position: of
+        the text token that follows. Raises UserError, and changes nothing, where the context has no
+        room for them.
         """
-        thinker, old, context = (
-            self.omni.thinker,
-            self.prefill,
-            self.omni.config.thinker.text.max_position_embeddings,
-        )
+        thinker = self.omni.thinker
+        context = self.omni.config.thinker.text.max_position_embeddings
         if self.length + len(ids) > context:
             raise UserError(
-                f"the conversation has {self.length} tokens, {len(ids)} more do not fit the context of "
-                f"{context}; begin a new session"
+                f"the conversation has {self.length} tokens, {len(ids)} more do not fit the "
+                f"context of {context}; begin a new session"
             )
-        ids, places = ids[None].to(thinker.device), places[:, None].to(thinker.device)
-        words = thinker.model.embed_tokens(ids)  # [1, n, D]
-        embeds, text_embeds = (
-            (words, words) if features is None else (features[None], torch.zeros_like(words))
-        )
-        old.cache.truncate(
-            self.length
-        )  # forget what an answer, or a part that is read again, has left there
-        hidden = thinker.model(embeds.to(words.dtype), places, None, old.cache)
-        self.prefill = PrefillState(
-            torch.cat((old.hidden, hidden), 1),
-            torch.cat((old.text_embeds, text_embeds), 1),
-            torch.cat((old.position_ids, places), 2),
-            torch.cat((old.attention_mask, torch.ones_like(ids)), 1),
-            torch.cat((old.input_ids, ids), 1),
-            old.cache,
-        )
-        self.position = then
 
-    def truncate(self, length: int, position: int) -> None:
-        """Forget all but the first tokens; position: where the next one goes."""
+        # Embed the tokens; media positions have no text embedding.
+        ids = ids[None].to(thinker.device)
+        positions = positions[:, None].to(thinker.device)
+        token_embeds = thinker.model.embed_tokens(ids)  # [1, n, D]
+        if features is None:
+            embeds = token_embeds
+            text_embeds = token_embeds
+        else:
+            embeds = features[None].to(token_embeds.dtype)
+            text_embeds = torch.zeros_like(token_embeds)
+
+        # The cache may still hold a reply, or a part that is prefilled again: drop it first.
+        self.cache.truncate(self.length)
+        hidden = thinker.model(embeds, positions, None, self.cache)
+
         old = self.prefill
         self.prefill = PrefillState(
-            old.hidden[:, :length],
-            old.text_embeds[:, :length],
-            old.position_ids[:, :, :length],
-            old.attention_mask[:, :length],
-            old.input_ids[:, :length],
-            old.cache,
+            hidden=torch.cat((old.hidden, hidden), 1),
+            text_embeds=torch.cat((old.text_embeds, text_embeds), 1),
+            position_ids=torch.cat((old.position_ids, positions), 2),
+            attention_mask=torch.cat((old.attention_mask, torch.ones_like(ids)), 1),
+            input_ids=torch.cat((old.input_ids, ids), 1),
+            cache=self.cache,
+        )
+        self.position = next_position
+
+    def truncate(self, length: int, position: int) -> None:
+        """Keep only the first `length` tokens; position: of the next text token."""
+        old = self.prefill
+        self.prefill = PrefillState(
+            hidden=old.hidden[:, :length],
+            text_embeds=old.text_embeds[:, :length],
+            position_ids=old.position_ids[:, :, :length],
+            attention_mask=old.attention_mask[:, :length],
+            input_ids=old.input_ids[:, :length],
+            cache=self.cache,
         )
         self.position = position
+
+
+def empty_prefill(thinker: Thinker, cache: KVCache) -> PrefillState:
+    """The state of a conversation without tokens: batch 1, length 0."""
+    ids = torch.zeros(1, 0, dtype=torch.long, device=thinker.device)
+    embeds = thinker.model.embed_tokens(ids).detach()  # [1, 0, D]
+    return PrefillState(
+        hidden=embeds,
+        text_embeds=embeds,
+        position_ids=ids.expand(3, -1, -1),
+        attention_mask=ids,
+        input_ids=ids,
+        cache=cache,
+    )
