@@ -20,8 +20,8 @@ MEL_RATE = 100  # mel frames per second, of input and of generated speech
 
 # Bounds of a configuration that is read from a file.
 LARGEST = 2**24  # of any size: products of two stay far below 2**63
-MOST_LAYERS = 1024  # of any module, so that a model is built in seconds
-LONGEST_LIST = 32  # kernel sizes, rates, channels: one entry per convolution
+MAX_LAYERS = 1024  # of any module, so that a model is built in seconds
+MAX_LIST_LENGTH = 32  # kernel sizes, rates, channels: one entry per convolution
 
 
 def require(condition: bool, message: str) -> None:
@@ -65,11 +65,11 @@ def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...]
     for field in fields(config):
         value = getattr(config, field.name)
         low = 0 if field.name in indexes else 1
-        high = MOST_LAYERS if field.name in layers else LARGEST
+        high = MAX_LAYERS if field.name in layers else LARGEST
         if field.type is int:
             require_int(field.name, value, low, high)
         elif field.type is not float and not is_dataclass(value):
-            longest = MOST_LAYERS if field.name in indexes else LONGEST_LIST
+            longest = MAX_LAYERS if field.name in indexes else MAX_LIST_LENGTH
             nested = field.type == tuple[tuple[int, ...], ...]
             require_list(field.name, value, low, longest, nested)
 

@@ -59,11 +59,11 @@ def same_tensors(a, b) -> bool:
 
 
 def index_of(folder: Path) -> dict:
-    return json.loads((folder / weights.INDEX).read_text())["weight_map"]
+    return json.loads((folder / weights.INDEX_FILE).read_text())["weight_map"]
 
 
 def reindex(folder: Path, **changes) -> None:
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": index_of(folder) | changes}))
+    (folder / weights.INDEX_FILE).write_text(json.dumps({"weight_map": index_of(folder) | changes}))
 
 
 def edit(folder: Path, change) -> None:
@@ -72,9 +72,9 @@ def edit(folder: Path, change) -> None:
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
         file.unlink()
-    (folder / weights.INDEX).unlink(missing_ok=True)
+    (folder / weights.INDEX_FILE).unlink(missing_ok=True)
     change(tensors)
-    save_file(tensors, folder / weights.WHOLE)
+    save_file(tensors, folder / weights.WEIGHTS_FILE)
 
 
 def refuse(folder: Path, *messages: str) -> str:
@@ -191,7 +191,7 @@ def transformers():
 def test_folder_written_by_transformers(transformers, tmp_path):
     official = oracle.hf_model()
     official.save_pretrained(tmp_path, max_shard_size="2MB")
-    torch.save(official.speaker_map, tmp_path / weights.VOICES)
+    torch.save(official.speaker_map, tmp_path / weights.VOICES_FILE)
     model = weights.load(tmp_path)
     theirs = {oracle.hf_name(name): tensor for name, tensor in official.state_dict().items()}
     ours = model.state_dict()
@@ -265,9 +265,9 @@ def test_only_the_documented_extra_is_tolerated(folder, omni):
 def test_missing_folder_and_files(tmp_path, folder):
     refuse(tmp_path / "nowhere", "no such folder")
     for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": []}'):
-        (folder / weights.INDEX).write_text(text)
+        (folder / weights.INDEX_FILE).write_text(text)
         refuse(folder, "index.json: has no weight_map")
-    (folder / weights.INDEX).unlink()
+    (folder / weights.INDEX_FILE).unlink()
     for file in folder.glob("*.safetensors"):
         file.unlink()
     refuse(folder, "neither model.safetensors nor model.safetensors.index.json")
@@ -283,7 +283,7 @@ def test_missing_folder_and_files(tmp_path, folder):
 
 def test_a_missing_index(folder, omni):
     """The headers of the files make up for it, and their names tell how many there are."""
-    (folder / weights.INDEX).unlink()
+    (folder / weights.INDEX_FILE).unlink()
     assert same_tensors(weights.load(folder), omni)
     first, *_, last = sorted(folder.glob("*.safetensors"))
     shutil.copy(first, folder / "a.safetensors")
@@ -356,7 +356,7 @@ def test_a_hub_cache(folder, omni, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_files_linked_from_another_disk(folder, omni, tmp_path):
     (tmp_path / "disk").mkdir()
-    for file in (*folder.glob("*.safetensors"), folder / weights.VOICES):
+    for file in (*folder.glob("*.safetensors"), folder / weights.VOICES_FILE):
         file.rename(tmp_path / "disk" / file.name)
         file.symlink_to(tmp_path / "disk" / file.name)
     assert same_tensors(weights.load(folder), omni)
@@ -366,8 +366,8 @@ def test_files_linked_from_another_disk(folder, omni, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        weights.INDEX,
-        weights.VOICES,
+        weights.INDEX_FILE,
+        weights.VOICES_FILE,
         "tokenizer.json",
         "model-00002-of-00006.safetensors",
         "generation_config.json",
@@ -638,9 +638,9 @@ class MaliciousPickle:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_voices_that_run_code_are_refused(folder, tmp_path):
     file = tmp_path / "executed"
-    torch.save({"Chelsie": MaliciousPickle(file)}, folder / weights.VOICES)
+    torch.save({"Chelsie": MaliciousPickle(file)}, folder / weights.VOICES_FILE)
     refuse(folder, "spk_dict.pt: is cut short or wants to run code")
-    (folder / weights.VOICES).write_bytes(pickle.dumps(MaliciousPickle(file)))
+    (folder / weights.VOICES_FILE).write_bytes(pickle.dumps(MaliciousPickle(file)))
     refuse(folder, "spk_dict.pt: is cut short or wants to run code")
     assert not file.exists()
 
@@ -689,16 +689,16 @@ def entry(bos=5, cond=(1, 12), ref_mel=(1, 9, 80)):
     ],
 )
 def test_voices_of_another_shape(folder, content, message):
-    torch.save(content, folder / weights.VOICES)
+    torch.save(content, folder / weights.VOICES_FILE)
     refuse(folder, "spk_dict.pt: ", message)
 
 
 def test_broken_and_absent_voices(folder):
-    whole = (folder / weights.VOICES).read_bytes()
+    whole = (folder / weights.VOICES_FILE).read_bytes()
     for size in (0, 20, len(whole) // 2):
-        (folder / weights.VOICES).write_bytes(whole[:size])
+        (folder / weights.VOICES_FILE).write_bytes(whole[:size])
         refuse(folder, "spk_dict.pt: ")
-    (folder / weights.VOICES).unlink()
+    (folder / weights.VOICES_FILE).unlink()
     silent = weights.load(folder)
     assert len(silent.generate(oracle.inputs("text"), None).tokens[0]) == 8
     with pytest.raises(UserError, match="unknown voice 'Chelsie'; this model has none"):
@@ -707,15 +707,17 @@ def test_broken_and_absent_voices(folder):
 
 def test_voices_that_unpack_to_too_much(folder):
     """300 million zeros take 300 thousand bytes in a compressed archive."""
-    archive = zipfile.ZipFile(folder / weights.VOICES, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    archive = zipfile.ZipFile(
+        folder / weights.VOICES_FILE, "w", zipfile.ZIP_DEFLATED, compresslevel=1
+    )
     with archive, archive.open("archive/data/0", "w", force_zip64=True) as file:
         for _ in range(300):
             file.write(bytes(1_000_000))
     refuse(folder, "spk_dict.pt: unpacks to 300,000,000 bytes, expected at most")
-    with open(folder / weights.VOICES, "wb") as file:
+    with open(folder / weights.VOICES_FILE, "wb") as file:
         file.truncate(300_000_000)
     refuse(folder, "spk_dict.pt: has 300,000,000 bytes, expected at most")
-    (folder / weights.VOICES).write_bytes(
+    (folder / weights.VOICES_FILE).write_bytes(
         b"version https://git-lfs.github.com/spec/v1\noid sha256:9f\nsize 259544\n"
     )
     refuse(folder, "spk_dict.pt: is a git-LFS pointer")

@@ -329,7 +329,7 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
     section = {key: value for key, value in section.items() if value is not None}
     name = f"{where(file)}: {'.'.join(path)}"
 
-    # (key of the release, value that the section has under another key)
+    # Collect (key of the release, value that the section has under another key).
     rope = section.pop("rope_parameters", {})
     check_rope(rope, name)
     renamed = [("rope_theta", rope.get("rope_theta"))]
@@ -339,10 +339,12 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
     if "dit_config" in path:
         renamed += [(release, section.pop(key, None)) for key, release in DIT_SPELLINGS.items()]
 
+    # Put them under the release's keys, where another value may be.
     for key, value in renamed:
         if value is None:
             continue
-        if section.setdefault(key, value) != value:
+        section.setdefault(key, value)
+        if section[key] != value:
             raise UserError(
                 f"{name} says both {quote(section[key])} and {quote(value)} for {key}; keep one"
             )

@@ -29,9 +29,9 @@ from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
 from minomni.token2wav.voice import Voice
 
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
-VOICES = "spk_dict.pt"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+VOICES_FILE = "spk_dict.pt"
 SHARD_BYTES = 5_000_000_000
 # transformers 4.x stores these rotary frequencies, although they follow from the sizes, and reports
 # them as missing where they are not stored.
@@ -48,20 +48,20 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-HISTORY = "trained.json"  # how the model was trained; train/ writes it
+HISTORY_FILE = "trained.json"  # how the model was trained; train/ writes it
 # The files of a saved model, beside the shards that its index names. Anything else is foreign.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
-    INDEX,
-    WHOLE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
     "model-?????-of-?????.safetensors",
-    VOICES,
-    HISTORY,
+    VOICES_FILE,
+    HISTORY_FILE,
     *TOKENIZER_FILES,
 )
-CODEC_FILES = {"config.json", WHOLE}
+CODEC_FILES = {"config.json", WEIGHTS_FILE}
 # Other copies of the weights, which are never copied into another folder.
 OTHER_WEIGHTS = (
     "*.bin",
@@ -192,7 +192,7 @@ def is_model_file(entry: Path) -> bool:
 def indexed_tensors(folder: Path) -> dict[str, str]:
     """The index {tensor: shard} of a folder; empty where there is none, or a broken one."""
     try:
-        index = read_json(folder / INDEX, optional=True).get("weight_map", {})
+        index = read_json(folder / INDEX_FILE, optional=True).get("weight_map", {})
     except UserError:
         return {}
     return index if isinstance(index, dict) else {}
@@ -210,8 +210,8 @@ def holds_model(folder: Path) -> bool:
 def holds_speech(folder: Path) -> bool:
     """Whether a model folder holds tensors of a Talker."""
     names = list(indexed_tensors(folder))
-    if (folder / WHOLE).is_file():
-        with safe_open(folder / WHOLE, "pt") as file:
+    if (folder / WEIGHTS_FILE).is_file():
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             names += file.keys()
     return any(name.startswith("talker.") for name in names)
 
@@ -246,10 +246,10 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
         tensors[DIT_ANGLES] = dit_angles(config.token2wav.dit)
     write_tensors(tensors, folder, shard_bytes)
     if config.codec is not None:
-        write_file(codec, folder / CODEC_FOLDER / WHOLE)
+        write_file(codec, folder / CODEC_FOLDER / WEIGHTS_FILE)
 
     if omni.voices:
-        write_voices(omni.voices, folder / VOICES)
+        write_voices(omni.voices, folder / VOICES_FILE)
     if omni.tokenizer is not None:
         write_tokenizer(omni.tokenizer, config, folder, source)
 
@@ -319,7 +319,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        write_file(shards[0], folder / WHOLE)
+        write_file(shards[0], folder / WEIGHTS_FILE)
         return
 
     weight_map = {}
@@ -329,7 +329,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
         weight_map.update(dict.fromkeys(shard, file_name))
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX_FILE, index)
 
 
 def write_file(tensors: dict[str, Tensor], file: Path) -> None:
@@ -369,8 +369,8 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
                         link(file, fresh / CODEC_FOLDER / file.name)
             elif not is_model_file(entry):
                 link(entry, fresh / entry.name)
-    if is_loaded_folder(folder, source) and (folder / HISTORY).is_file():
-        link(folder / HISTORY, fresh / HISTORY)
+    if is_loaded_folder(folder, source) and (folder / HISTORY_FILE).is_file():
+        link(folder / HISTORY_FILE, fresh / HISTORY_FILE)
     for file in copied_files(source):
         if not (fresh / file.name).exists():
             shutil.copy2(file, fresh / file.name)

@@ -34,7 +34,7 @@ from minomni.checkpoint.hf_config import (
     read_json,
     without_speech,
 )
-from minomni.checkpoint.saving import DIT_ANGLES, INDEX, VOICES, WHOLE, save
+from minomni.checkpoint.saving import DIT_ANGLES, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
 from minomni.config import DiTConfig, OmniConfig
 from minomni.devices import device_of, dtype_of
 from minomni.errors import UserError, shorten
@@ -44,7 +44,7 @@ from minomni.omni import TEXT_HEAD, Omni
 from minomni.token2wav.token2wav import shortest_reference
 from minomni.token2wav.voice import Voice
 
-__all__ = ["INDEX", "VOICES", "WHOLE", "load", "load_voices", "save"]
+__all__ = ["INDEX_FILE", "VOICES_FILE", "WEIGHTS_FILE", "load", "load_voices", "save"]
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
 COMPUTED = {DIT_ANGLES}  # stored for transformers 4.x, computed here
@@ -127,7 +127,7 @@ def load(
         omni.load_state_dict(tensors, strict=False, assign=True)
     omni.thinker.tie_head()
 
-    omni.voices = load_voices(folder / VOICES, config, device)
+    omni.voices = load_voices(folder / VOICES_FILE, config, device)
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         omni.tokenizer = Tokenizer.load(folder)
         check_tokenizer(folder, omni.tokenizer, config)
@@ -224,7 +224,7 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
     The headers of the files make up for a missing index. Raises UserError for a broken one.
     """
-    file = folder / INDEX
+    file = folder / INDEX_FILE
     if not file.exists():
         return [folder / name for name in unindexed_files(folder)], None
     index = read_json(file).get("weight_map")
@@ -255,8 +255,8 @@ def unindexed_files(folder: Path) -> list[str]:
 
     Raises UserError where there is none, or where a numbered one is missing.
     """
-    if (folder / WHOLE).exists() or (folder / WHOLE).is_symlink():
-        return [WHOLE]
+    if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
+        return [WEIGHTS_FILE]
     for pattern, content in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
             raise UserError(f"{where(folder)}: holds {content}")
@@ -266,7 +266,8 @@ def unindexed_files(folder: Path) -> list[str]:
     ]
     if not names:
         raise UserError(
-            f"{where(folder)}: holds neither {WHOLE} nor {INDEX}; give the folder of a model"
+            f"{where(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder of a "
+            f"model"
         )
     for name in names:
         match = NUMBERED.fullmatch(name)
@@ -302,7 +303,7 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if index is not None and sorted(pairs) != sorted(index.items()):
         name, file_name = min(set(pairs) ^ set(index.items()))
         raise UserError(
-            f"{where(folder / INDEX)}: index and files disagree, first about {quote(name)} in "
+            f"{where(folder / INDEX_FILE)}: index and files disagree, first about {quote(name)} in "
             f"{quote(file_name)}; copy the folder again"
         )
     counts = Counter(name for name, _ in pairs)
@@ -316,7 +317,7 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if not any(name.startswith(PARTS) for name in counts):
         for file, names in found.items():
             found[file] = {f"thinker.{name}": tensor for name, tensor in names.items()}
-    codec = folder / CODEC_FOLDER / WHOLE
+    codec = folder / CODEC_FOLDER / WEIGHTS_FILE
     if codec.exists():
         found[codec] = header(codec)
     return found
