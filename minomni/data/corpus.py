@@ -136,12 +136,15 @@ def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     random = Random(1)
     voices = list(grammar.VOICES)
     words = [*grammar.WORDS, *english.trained]
+    # Every trained statement.
     pairs = []  # (voice, text)
     for text in all_statements(held=False):
         count = len(voices) if text in rare_statements() else 2
         pairs += [(name, text) for name in random.sample(voices, count)]
+    # Long statements.
     for _ in range(LONG):
         pairs.append((random.choice(voices), grammar.long_statement(random, held=False)))
+    # Random words, loose and in frames.
     for _ in range(STRINGS + 3 * len(english.trained)):
         pairs.append((random.choice(voices), grammar.word_string(random, words)))
     for _ in range(FRAMED + len(english.trained)):
@@ -164,7 +167,7 @@ def listening_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
         texts.append(grammar.word_string(random, words))
     for _ in range(HEARD_FRAMED):
         texts.append(grammar.framed_words(random, words))
-    # Who says what: each voice asks each question four times.
+    # Each voice asks each question four times; a random voice says each sentence.
     pairs = [
         (name, question) for name, question, _ in product(voices, grammar.all_questions(), range(4))
     ]
@@ -172,7 +175,7 @@ def listening_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     return [varied_job(name, text, grammar.LISTENING_VOICES, random) for name, text in pairs]
 
 
-def test_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (no test)
+def test_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (not a test)
     """Held-out sentences for evaluation: statements by the model's voices, and spoken questions at
     unseen rates and pitches.
 
@@ -181,6 +184,7 @@ def test_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (
     added: trained words first, then held-out words.
     """
     random = Random(3)
+    # Statements, as the model speaks them.
     texts = [grammar.statement(random, held=True) for _ in range(100)]
     speakers = list(grammar.VOICES) * 25
     jobs = [speaker_job(name, text) for name, text in zip(speakers, texts, strict=True)]

@@ -273,17 +273,17 @@ def checked(
 
 
 def add_line(
-    rows: JsonlRows, text: bytes, start: int, processor: Processor, omni: "Omni", place: str
+    rows: JsonlRows, text: bytes, start: int, processor: Processor, omni: "Omni", label: str
 ) -> str | None:
     """Validate one line and add it to the rows -> what is wrong with it, None if nothing is.
 
-    start: its offset in the file. place: "line 3", for messages.
+    start: its offset in the file. label: "line 3", for messages.
     """
     if not text.strip():
         return None
     try:
         row = parse(text, rows.folder, rows.system_prompt)
-        dry_run(row, processor, rows, omni, place)
+        dry_run(row, processor, rows, omni, label)
     except UserError as error:
         return str(error)
     except Exception as error:  # anything else a line may cause must name the line too
@@ -317,7 +317,7 @@ def row_error(shown: str, errors: list[str], run: Path | None, unit: str) -> str
 
 
 def dry_run(
-    line: JsonlRow, processor: Processor, lines: JsonlRows, omni: "Omni", place: str = ""
+    line: JsonlRow, processor: Processor, lines: JsonlRows, omni: "Omni", label: str = ""
 ) -> None:
     """Do once with a row everything that training will do with it.
 
@@ -353,7 +353,7 @@ def dry_run(
     if not voice:
         raise UserError('the model has no voices; give this recording a "voice"')
     if voice not in omni.voices:
-        lines.add_speech(voice, wave, f"{place}: {line.speech}")
+        lines.add_speech(voice, wave, f"{label}: {line.speech}")
 
 
 def voice_errors(lines: JsonlRows, omni: "Omni") -> list[str]:
@@ -526,7 +526,7 @@ def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def epoch_index(seed: int, count: int, place: int) -> int:
-    """The row at step `place` (0, 1, ...) of an unlimited number of epochs of `count` rows."""
-    epoch, position = divmod(place, count)
+def epoch_index(seed: int, count: int, step: int) -> int:
+    """The row at a step (0, 1, ...) of an unlimited number of epochs of `count` rows."""
+    epoch, position = divmod(step, count)
     return int(epoch_permutation(seed, epoch, count)[position])

@@ -64,14 +64,14 @@ def cell_words(example: Example, grid: Grid, vision: VisionEncoderConfig, encode
     words[..., 0] = EMPTY
     for step, objects in zip(words, example.objects, strict=True):
         # First the cells that are ambiguous, then on top of them those that are certain.
-        for thing in objects:
-            x, y = thing.center
+        for obj in objects:
+            x, y = obj.center
             step[cells_near(y, vision), cells_near(x, vision)] = IGNORE_INDEX
-        for thing in objects:
-            x, y = thing.center
+        for obj in objects:
+            x, y = obj.center
             row = int(y // vision.cell_size)
             column = int(x // vision.cell_size)
-            step[row, column] = object_words(thing, rows, columns, vision, encode)
+            step[row, column] = object_words(obj, rows, columns, vision, encode)
     return words.flatten(0, 2)
 
 
@@ -83,14 +83,14 @@ def cells_near(pixel: float, vision: VisionEncoderConfig) -> slice:
 
 
 def object_words(
-    thing: SceneObject, rows: int, columns: int, vision: VisionEncoderConfig, encode: Encode
+    obj: SceneObject, rows: int, columns: int, vision: VisionEncoderConfig, encode: Encode
 ) -> Tensor:
     """Token ids of an object's color, shape, horizontal and vertical position [4]."""
-    x, y = thing.center
+    x, y = obj.center
     across = position_word(x / columns / vision.cell_size, "left", "right")
     down = position_word(y / rows / vision.cell_size, "up", "down")
     ids = []
-    for word in (thing.color, thing.shape, across, down):
+    for word in (obj.color, obj.shape, across, down):
         if word is None:
             ids.append(IGNORE_INDEX)
         else:

@@ -299,8 +299,8 @@ def shown_in_order(random: Random, count: int, n: int) -> tuple[list[Frame], lis
     # Each object is visible until the next one.
     ends = [*begins[1:], n]
     frames: list[Frame] = []
-    for thing, begin, end in zip(shown, begins, ends, strict=True):
-        frames += [[thing]] * (end - begin)
+    for obj, begin, end in zip(shown, begins, ends, strict=True):
+        frames += [[obj]] * (end - begin)
     return frames, begins
 
 
@@ -346,16 +346,16 @@ def clip_with_tone(random: Random) -> Example:
     # The tone lies inside the interval of one of the shapes.
     at_second = random.random() < 0.5
     if at_second:
-        thing = frames[-1][0]
+        obj = frames[-1][0]
         begin, end = times[change], duration
     else:
-        thing = frames[0][0]
+        obj = frames[0][0]
         begin, end = 0.0, times[change]
     tone_start = float(random.uniform(begin + 0.05, end - 0.35))
 
     return Example(
         "what was there at the sound",
-        f"it was the {thing.color} {thing.shape}",
+        f"it was the {obj.color} {obj.shape}",
         clip=(pixels, times),
         objects=frames[::2],
         sound=tone(random, duration, tone_start),
