@@ -15,6 +15,7 @@ import torch
 from minomni.errors import UserError
 from minomni.inputs.audio import LONGEST_SECONDS, audio_track
 from minomni.inputs.media import MediaOptions, load_audio
+from minomni.inputs.options import NO_OPTIONS
 
 
 def tone(seconds: float, rate: int = 16_000, hz: float = 700) -> np.ndarray:
@@ -50,7 +51,7 @@ def container(
     return path
 
 
-def refused(source, *says, options=MediaOptions()):
+def refused(source, *says, options=NO_OPTIONS):
     with pytest.raises(UserError) as error:
         load_audio(source, options)
     message = str(error.value)
@@ -59,7 +60,7 @@ def refused(source, *says, options=MediaOptions()):
     assert len(message) <= 500
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # arrays
 @pytest.mark.parametrize(
     ("kind", "scale", "middle"),
@@ -208,7 +209,7 @@ def test_arrays_that_claim_any_length():
     refused((np.zeros(2_000, np.float32), 1), "more than 1311 s")
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # start and end
 @pytest.mark.parametrize("rate", [16_000, 11_025, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize(
@@ -269,8 +270,8 @@ def test_start_and_end_out_of_range(start, end, says):
     refused(file_of(tone(0.8), 16_000, "FLAC"), says, options=options)
 
 
-# --------------------------------------------------------------------------------------- streams
-# that change or rebegin
+# --------------------------------------------------------------------------------------------------
+# streams that change or begin again
 @pytest.mark.parametrize(
     ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16")]
 )
@@ -280,7 +281,7 @@ def test_start_and_end_out_of_range(start, end, says):
 def test_files_behind_each_other(kind, subtype, rates):
     parts = [
         file_of(np.stack([tone(s, r)] * c, 1), r, kind, subtype)
-        for s, r, c in zip((0.8, 1.2), rates, (1, 2))
+        for s, r, c in zip((0.8, 1.2), rates, (1, 2), strict=True)
     ]
     wave = load_audio(b"".join(parts))
     assert len(wave) == 32_000
@@ -292,7 +293,10 @@ def test_files_behind_each_other(kind, subtype, rates):
 
 @pytest.mark.parametrize("rates", [(16_000, 44_100), (44_100, 22_050), (32_000, 48_000)])
 def test_mp3_whose_rate_changes(rates):
-    parts = [file_of(np.stack([tone(1, r)] * c, 1), r, "MP3") for r, c in zip(rates, (2, 1))]
+    parts = [
+        file_of(np.stack([tone(1, rate)] * channels, 1), rate, "MP3")
+        for rate, channels in zip(rates, (2, 1), strict=True)
+    ]
     wave = load_audio(b"".join(parts))
     assert len(wave) == pytest.approx(32_000, abs=3_500)
     assert pitches(wave) == {700}
@@ -328,7 +332,7 @@ def test_broadcasts_joined_and_left_within_a_frame(tmp_path, kind, codec):
         assert 700 in pitches(wave)
 
 
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # headers that are wrong
 def flac_that_claims(samples: int) -> bytes:
     content = bytearray(file_of(tone(1), 16_000, "FLAC"))
@@ -459,7 +463,8 @@ def test_decoders_say_nothing_themselves(tmp_path):
     broken[9_000:9_900] = b"\0" * 900
     (tmp_path / "broken.mp3").write_bytes(broken[:-100])
     script = (
-        "import sys\nfrom minomni.errors import UserError\nfrom minomni.inputs.media import load_audio\n"
+        "import sys\nfrom minomni.errors import UserError\n"
+        "from minomni.inputs.media import load_audio\n"
         "try: load_audio(sys.argv[1])\nexcept UserError: pass"
     )
     done = subprocess.run(
@@ -468,8 +473,8 @@ def test_decoders_say_nothing_themselves(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# ------------------------------------------------------------------------------------------------
-# tracks placed in time
+# --------------------------------------------------------------------------------------------------
+# tracks at their times
 def silence(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * 48_000), np.float32)
 
@@ -610,4 +615,5 @@ def test_files_are_as_ffmpeg_decodes_them(tmp_path):
         )
         wave = load_audio(path).numpy()
         expected = load_audio((expected, 48_000)).numpy()
-        assert len(wave) == len(expected) and np.allclose(wave, expected, atol=1e-4), (name, codec)
+        assert len(wave) == len(expected), (name, codec)
+        assert np.allclose(wave, expected, atol=1e-4), (name, codec)

@@ -78,6 +78,16 @@ def is_ramp(image, levels=RAMP) -> bool:
     return gray(image).shape == levels.shape and abs(gray(image) - levels * 255).max() <= 1
 
 
+def refusal(source, is_right) -> str | None:
+    """The message of the refusal; None where the image was read, which has to be right."""
+    try:
+        image = load_image(source)
+    except UserError as error:
+        return str(error)
+    assert is_right(image)
+    return None
+
+
 def refused(source, *says):
     with pytest.raises(UserError) as error:
         load_image(source)
@@ -87,7 +97,7 @@ def refused(source, *says):
     assert len(message) <= 500
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # deeper than 8 bits
 @pytest.mark.parametrize("order", "<>")
 def test_gray_tiffs_that_tell_their_scale(order):
@@ -154,7 +164,7 @@ def test_deep_pgm():
         assert is_ramp(load_image(content))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # arrays
 COLORS = np.random.RandomState(3).randint(0, 256, (6, 9, 3), np.uint8)
 
@@ -235,7 +245,7 @@ def test_sizes_are_bounded_before_pixels_are_made():
         refused(small.replace(struct.pack(">II", 1, 1), struct.pack(">II", side, side)), "pi")
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # states of PIL images
 def test_pil_images_that_are_broken(tmp_path):
     whole = bytes_of(
@@ -247,10 +257,8 @@ def test_pil_images_that_are_broken(tmp_path):
     refused(Image.open(io.BytesIO(whole[:-900])), "not a readable picture")
     with Image.open(io.BytesIO(whole)) as closed:
         pass
-    try:
-        assert load_image(closed).size == (64, 64)
-    except UserError as error:
-        assert "not a readable picture" in str(error)
+    message = refusal(closed, lambda image: image.size == (64, 64))
+    assert message is None or "not a readable picture" in message
     lazy = Image.open(io.BytesIO(whole))
     assert load_image(lazy).size == load_image(lazy).size == (64, 64)
 
@@ -268,10 +276,8 @@ def test_modes_of_pil_images(mode):
 
 
 def test_modes_that_have_no_rgb():
-    try:
-        assert load_image(Image.new("LAB", (2, 2))).mode == "RGB"
-    except UserError as error:
-        assert "not a readable picture" in str(error)
+    message = refusal(Image.new("LAB", (2, 2)), lambda image: image.mode == "RGB")
+    assert message is None or "not a readable picture" in message
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_moving_pictures_show_the_first(kind, options):
     assert load_image(content).getpixel((3, 2)) == (0, 255, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # EXIF
 def exif(orientation, more: bytes = b"", count: int = 1) -> bytes:
     entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
@@ -362,8 +368,6 @@ def test_broken_bytes_are_one_line(kind):
         content = bytearray(whole[: random.randint(1, len(whole) + 1)])
         for _ in range(random.randint(0, 9)):
             content[random.randint(min(len(content), 200))] = random.randint(256)
-        try:
-            assert load_image(bytes(content)).mode == "RGB"
-        except UserError as error:
-            assert str(error).isprintable()
-            assert len(str(error)) <= 500
+        message = refusal(bytes(content), lambda image: image.mode == "RGB")
+        assert message is None or message.isprintable()
+        assert message is None or len(message) <= 500

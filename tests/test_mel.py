@@ -94,7 +94,7 @@ def test_filters_equal_librosa():
     [(1, 0), (2, 0), (3, 1), (100, 25), (301, 75), (630, 157), (30_000, 7_500)],
 )
 def test_tokens_of_frames(frames, tokens):
-    """One per 40 ms, as the encoder makes them by two halvings (release: none for the first 20 ms)."""
+    """One per 40 ms, halved twice as in the encoder (release: none for the first 20 ms)."""
     assert (
         num_audio_tokens(frames)
         == tokens
@@ -103,7 +103,7 @@ def test_tokens_of_frames(frames, tokens):
     )
 
 
-def test_the_tail_hears_silence_and_not_its_reflection():
+def test_clip_is_padded_with_silence():
     """A clip and the same clip followed by a second of silence agree on the clip's frames."""
     for samples in (3_000, 3_200, 3_333):
         clip = wave(samples)
@@ -131,7 +131,7 @@ def test_scale_by_hand():
 
 def test_voice_mel_lines_up_with_the_wave():
     click = torch.zeros(16_000)
-    click[160 * 40 + 80] = 1.0  # the centre of frame 40
+    click[160 * 40 + 80] = 1.0  # the center of frame 40
     mel = voice_mel(click)
     assert mel.shape == (100, 80)
     assert int(mel.mean(1).argmax()) == 40

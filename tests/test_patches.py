@@ -25,7 +25,7 @@ SIZES = ((84, 112), (150, 270), (29, 300), (300, 41), (56, 56))
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """Coloured waves: smooth, so that resizing has something to do, and different everywhere."""
+    """Colored waves: smooth, so that resizing changes them, and different everywhere."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 7 + c) * np.cos(y / 11 - c) for c in range(3)]
     return ((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8)
@@ -98,7 +98,7 @@ def test_sizes_equal_the_official_ones():
             assert smart_resize(height, width, 28, least, most) == expected, (height, width)
 
 
-def test_frames_of_a_clip_are_official_pictures_in_pairs():
+def test_video_equals_pairs_of_official_images():
     """The official video processor is the image processor with two different frames in the place of
     two equal ones.
     """
@@ -113,16 +113,19 @@ def test_frames_of_a_clip_are_official_pictures_in_pairs():
     theirs = [
         torch.from_numpy(official(frame)[0]).view(-1, 3, 2, 196) for frame in (*frames, frames[-1])
     ]
-    expected = [torch.stack([a[:, :, 0], b[:, :, 0]], 2) for a, b in zip(theirs[::2], theirs[1::2])]
+    expected = [
+        torch.stack([a[:, :, 0], b[:, :, 0]], 2)
+        for a, b in zip(theirs[::2], theirs[1::2], strict=True)
+    ]
     assert (ours.view(2, -1, 3, 2, 196) - torch.stack(expected)).abs().max() < 1e-5
 
 
-def test_nothing_to_see_is_refused():
+def test_images_without_pixels_are_refused():
     with pytest.raises(UserError, match="0x8 pixels"):
         smart_resize(8, 0, 28, 3136, 12_845_056)
 
 
-def test_stretched_pictures_are_refused():
+def test_large_aspect_ratios_are_refused():
     smart_resize(10, 2000, 28, 3136, 12_845_056)
     with pytest.raises(UserError, match="2001x10 pixels"):
         smart_resize(10, 2001, 28, 3136, 12_845_056)
@@ -180,7 +183,7 @@ def test_frames_of_long_clips_get_smaller(n, most):
     assert 0.85 * most < height * width <= most
 
 
-def test_white_is_normalised():
+def test_white_is_normalized():
     patches, _ = image_patches(Image.new("RGB", (56, 56), "white"), VISION, MEDIA)
     expected = (1 - CHANNEL_MEAN) / CHANNEL_STD
     assert torch.allclose(patches.view(-1, 3, 392).mean((0, 2)), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Messages become the release's ChatML, its placeholders and its turns of sound and picture."""
+"""Messages to the release's ChatML, its placeholders and its order of audio and video."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 from minomni.config import QWEN7B, TINY
 from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
-from minomni.inputs.interleave import chunk_bounds
+from minomni.inputs.interleave import chunk_bounds, interleave
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Processor, render
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
@@ -68,7 +68,7 @@ def runs(ids: list[int], tokens=TOKENS) -> list[tuple[str, int]]:
     return [(name, len(list(group))) for name, group in groupby(names.get(i, "text") for i in ids)]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
 def test_template():
     assert (
@@ -99,11 +99,13 @@ def test_template_numbers_media_on_demand():
 
 
 def test_template_equals_the_official_one():
-    """The release's template in jinja, behaviour by behaviour; jinja comes with the notebooks."""
+    """The release's template in jinja, behavior by behavior; jinja comes with the notebooks."""
     jinja2 = pytest.importorskip("jinja2", reason="jinja2 renders the official template")
     official = jinja2.Template(
-        "{% set n = namespace(a=0, v=0, i=0) %}{% for m in messages %}{% if loop.first and m.role != 'system' %}"
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+        "{% set n = namespace(a=0, v=0, i=0) %}{% for m in messages %}"
+        "{% if loop.first and m.role != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m.role }}\n"
         "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
         "{% if c.type == 'image' or 'image' in c or 'image_url' in c %}{% set n.i = n.i + 1 %}"
         "{% if vision %}Picture {{ n.i }}: {% endif %}<|vision_bos|><|IMAGE|><|vision_eos|>"
@@ -111,7 +113,8 @@ def test_template_equals_the_official_one():
         "{% if audio %}Audio {{ n.a }}: {% endif %}<|audio_bos|><|AUDIO|><|audio_eos|>"
         "{% elif c.type == 'video' or 'video' in c %}{% set n.v = n.v + 1 %}"
         "{% if vision %}Video {{ n.v }}: {% endif %}<|vision_bos|><|VIDEO|><|vision_eos|>"
-        "{% elif 'text' in c %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% elif 'text' in c %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}"
         "{% if ask %}<|im_start|>assistant\n{% endif %}",
         keep_trailing_newline=True,
     )
@@ -204,7 +207,7 @@ def test_every_spelling_of_an_item(item, kind):
         ),
         (user({"image": "b.png", "text": "a"}), "holds image and text; give two items"),
         (user({"type": "image", "image": "b.png", "url": "c.png"}), "has both image and url"),
-        (user({"type": "image", "image": "b.png", "colour": "red"}), "unknown key 'colour'"),
+        (user({"type": "image", "image": "b.png", "color": "red"}), "unknown key 'color'"),
         (
             user({"type": "input_image", "image_url": None, "file_id": "f"}),
             "expected one of image, image_url",
@@ -242,7 +245,8 @@ def test_other_names_of_roles_and_texts():
         {"role": "assistant", "content": [{"type": "output_text", "text": "c", "annotations": []}]},
     ]
     assert render(given, add_generation_prompt=False) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+        "<|im_start|>assistant\nc<|im_end|>\n"
     )
 
 
@@ -281,7 +285,7 @@ def test_web_addresses_are_not_fetched(processor, item):
         processor([user(item)])
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ids
 def test_as_the_official_processor():
     """Qwen2_5OmniProcessor of transformers 5.23.0 with torchvision 0.28.0 on the same conversation,
@@ -358,6 +362,29 @@ def test_chunks(times, expected):
 
 
 @pytest.mark.parametrize(
+    ("seconds", "audio_tokens", "expected"),
+    [
+        (
+            [0, 1, 2, 3],
+            110,
+            [
+                ("video", 0, 2),
+                ("audio", 0, 50),
+                ("video", 2, 4),
+                ("audio", 50, 100),
+                ("audio", 100, 110),
+            ],
+        ),
+        ([0, 1, 2, 4], 3, [("video", 0, 2), ("audio", 0, 3), ("video", 2, 3), ("video", 3, 4)]),
+        ([0], 0, [("video", 0, 1)]),
+    ],
+)
+def test_interleave(seconds, audio_tokens, expected):
+    """The track that is longer goes on alone, and no segment is empty."""
+    assert interleave(torch.tensor(seconds), audio_tokens, TINY.thinker) == expected
+
+
+@pytest.mark.parametrize(
     ("frames", "fps", "samples", "expected"),
     [
         (
@@ -371,12 +398,12 @@ def test_chunks(times, expected):
             2.0,
             16_000,
             "V18 A25 V36",
-        ),  # the sound is over: pictures go on (two chunks beside each other)
-        (2, 2.0, 96_000, "V9 A150"),  # the picture is over: so does the sound
+        ),  # the audio ends first: the last two video chunks are adjacent
+        (2, 2.0, 96_000, "V9 A150"),  # the video ends first: the audio goes on
         (8, 0.5, 256_000, "V9 A50 V9 A50 V9 A50 V9 A250"),  # 4 s a step: one step a chunk
     ],
 )
-def test_sound_and_picture_take_turns(processor, frames, fps, samples, expected):
+def test_audio_and_video_alternate(processor, frames, fps, samples, expected):
     inputs = processor([user(video(frames, samples, fps))], use_audio_in_video=True)
     names = {"VIDEO": "V", "AUDIO": "A"}
     found = runs(inputs.input_ids[0].tolist())
@@ -386,7 +413,7 @@ def test_sound_and_picture_take_turns(processor, frames, fps, samples, expected)
     assert len(inputs.mels) == len(inputs.video_seconds) == 1
 
 
-def test_uneven_times_reach_the_cutting(processor):
+def test_uneven_times_reach_the_interleaving(processor):
     """A grid step's time is that of its first frame, counted from the first frame of the clip."""
     item = video(8, 64_000)
     item["video"].seconds = torch.tensor([9.0, 9.1, 9.2, 9.3, 12.0, 12.5, 12.9, 13.0])
@@ -442,14 +469,14 @@ def test_text_around_media_is_encoded_apart(processor):
     assert ids == processor.tokenizer.encode(whole)
 
 
-def test_without_a_question_for_training(processor):
+def test_without_generation_prompt(processor):
     ids = processor([user(text("red"))], add_generation_prompt=False).input_ids[0].tolist()
     assert processor.tokenizer.decode(ids) == f"{SYSTEM}<|im_start|>user\nred<|im_end|>\n"
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # options
-def test_sizes_that_items_ask_for(processor):
+def test_size_options_of_items(processor):
     """TINY takes pictures from 3,136 to 12,544 pixels, frames up to 7,056; an item may ask for more
     or less.
     """
@@ -468,7 +495,7 @@ def test_sizes_that_items_ask_for(processor):
     ]
 
 
-def test_films_with_and_without_sound(processor):
+def test_videos_with_and_without_audio(processor):
     loud, mute = video(4, 32_000), video(4)
     inputs = processor(
         [user(loud, mute | {"use_audio_in_video": False}, loud)], use_audio_in_video=True
@@ -482,7 +509,7 @@ def test_films_with_and_without_sound(processor):
     assert len(one.mels) == 1
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # refusals
 @pytest.mark.parametrize(
     ("written", "read"),
@@ -576,7 +603,10 @@ def test_clips_with_wrong_fields(processor, clip):
 def test_too_long_prompts_name_the_longest_item(processor, tmp_path):
     path = tmp_path / "lecture.wav"
     soundfile.write(path, 0.1 * np.random.RandomState(0).randn(90 * 16_000), 16_000)
-    says = r"has 22\d\d tokens and the context holds 2048; the longest item is .*lecture.wav with 2252 tokens, shorten"
+    says = (
+        r"has 22\d\d tokens and the context holds 2048; "
+        "the longest item is .*lecture.wav with 2252 tokens, shorten"
+    )
     with pytest.raises(UserError, match=says):
         processor([user({"type": "audio", "audio": str(path)}, text("what"))])
     with pytest.raises(UserError, match="the longest item is a text with"):
@@ -586,12 +616,12 @@ def test_too_long_prompts_name_the_longest_item(processor, tmp_path):
 @pytest.mark.parametrize(
     "typed", ["<|IMAGE|>", "<|AUDIO|>", "<|VIDEO|>", "<|audio_bos|>", "<|vision_bos|>"]
 )
-def test_nobody_types_the_places_of_media(processor, typed):
+def test_tokens_of_media_in_texts_are_refused(processor, typed):
     with pytest.raises(UserError, match="which only media may put there"):
         processor([user(text(f"see {typed}"))])
 
 
-def test_sound_that_was_asked_for(processor):
+def test_missing_audio_track_is_refused(processor):
     with pytest.raises(UserError, match="the video given: has no sound track"):
         processor([user(video(4))], use_audio_in_video=True)
 

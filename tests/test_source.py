@@ -175,8 +175,8 @@ def test_dictionaries_of_datasets(tmp_path):
 def test_open_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav())
-    closed = open(path, "rb")
-    closed.close()
+    with open(path, "rb") as closed:
+        pass
     refused(closed, "a.wav: an open file that cannot be read")
     with open(path, encoding="latin-1") as text:
         refused(text, "opened as text")
@@ -357,7 +357,7 @@ def test_segments(size, whole):
             require_whole(io.BytesIO(content), "a.mkv")
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # broken headers
 def counted(content: bytes) -> tuple[io.BytesIO, list]:
     """A stream, and the sizes of all reads from it."""
@@ -446,7 +446,7 @@ def test_streams_that_break_while_their_header_is_read():
     ):
 
         class Broken(io.BytesIO):
-            def seek(self, offset, whence=0):
+            def seek(self, offset, whence=0, error=error):
                 if whence == io.SEEK_END:
                     raise error
                 return super().seek(offset, whence)

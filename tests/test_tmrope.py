@@ -1,4 +1,4 @@
-"""TMRoPE: every token's time, height and width as the paper says and the official code computes."""
+"""TMRoPE: the time, height and width of every token equal the paper and the official code."""
 
 from dataclasses import replace
 from itertools import zip_longest
@@ -82,10 +82,10 @@ def rows_of(row: Row) -> list[list[int]]:
 
 
 def triples(row: Row) -> list[tuple[int, int, int]]:
-    return list(zip(*rows_of(row)))
+    return list(zip(*rows_of(row), strict=True))
 
 
-def test_text_and_picture():
+def test_text_and_image():
     assert triples(Row().text(2).image(4, 4).text(1)) == [
         (0, 0, 0),
         (1, 1, 1),
@@ -117,7 +117,7 @@ def test_irregular_frames_keep_their_times():
     assert [t for t, _, _ in triples(row)][2:5] == [2, 2 + 10, 2 + 75]
 
 
-def test_sound_then_picture():
+def test_audio_then_image():
     assert triples(Row().text(1).audio(3).text(1).image(2, 4).text(1)) == [
         *((i, i, i) for i in range(8)),
         (8, 8, 8),
@@ -127,7 +127,7 @@ def test_sound_then_picture():
     ]
 
 
-def test_video_with_sound():
+def test_video_with_audio():
     found = triples(Row().text(1).video(3, 2, 4, sound=60).text(1))
     assert found == [
         (0, 0, 0),
@@ -147,7 +147,7 @@ def test_video_with_sound():
     ]
 
 
-def test_after_a_wide_picture_with_a_short_sound_ids_go_back():
+def test_ids_go_back_after_a_wide_video_with_short_audio():
     """The next segment begins after the last part, the sound, even where the picture reached
     further (release).
     """
@@ -156,7 +156,7 @@ def test_after_a_wide_picture_with_a_short_sound_ids_go_back():
     assert found[-3:] == [(4, 4, 4), (4, 4, 4), (5, 5, 5)]
 
 
-def test_silent_and_sounding_videos_may_mix():
+def test_videos_with_and_without_audio_may_mix():
     """The official code gets these wrong; here each video is what its own markers say."""
     found = triples(Row().video(1, 2, 2).video(1, 2, 2, sound=2).video(1, 2, 2).text(1))
     assert found == [
@@ -269,7 +269,7 @@ def test_equals_what_the_official_code_answered():
     """
     golden = np.load(oracle.GOLDEN / "tmrope.npz")["sums"]
     assert len(golden) == LAYOUTS
-    for (rows, _), sums in zip(layouts(), golden):
+    for (rows, _), sums in zip(layouts(), golden, strict=True):
         inputs = join([row.inputs() for row in rows], pad=ID.endoftext)
         assert checksum(position_ids(inputs, CONFIG), inputs.attention_mask) == sums.tolist()
 

@@ -1,6 +1,7 @@
 """Byte-level BPE: the release's vocabulary, our own, and every text back again."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -65,7 +66,7 @@ def test_release_vocabulary_and_public_vectors(tmp_path):
     answers = (VECTORS / "qwen2_vectors.out").read_text().split("\n")
     right = sum(
         tokenizer.encode(text) == [int(i) for i in answer.split()]
-        for text, answer in zip(texts, answers)
+        for text, answer in zip(texts, answers, strict=True)
     )
     assert right == 47
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
@@ -86,7 +87,7 @@ def test_any_text_comes_back():
     check()
 
 
-def test_text_is_normalised(small):
+def test_text_is_normalized(small):
     assert small.encode("e\u0301") == small.encode("\u00e9")  # e and an accent are one letter
 
 
@@ -96,7 +97,7 @@ def naive(word: bytes, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
     """
     pieces = [bytes([b]) for b in word]
     while ranks := [
-        (merges.index(pair), i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in merges
+        (merges.index(pair), i) for i, pair in enumerate(pairwise(pieces)) if pair in merges
     ]:
         i = min(ranks)[1]
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]

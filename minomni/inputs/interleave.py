@@ -1,8 +1,8 @@
-"""The order of frames and audio in a video with an audio track (paper, sec. 2.2).
+"""The order of video and audio tokens in a video with an audio track (paper, sec. 2.2).
 
-Both tracks are cut every 2 seconds, and their chunks alternate, video first. This module is the one
-place of that rule: inputs/prompt.py lays out token ids by it and thinker/tmrope.py position ids.
-chat/user_turn.py applies it incrementally, while the two tracks are still arriving.
+Both tracks are cut every 2 seconds, and their chunks alternate, video first. The rule is defined
+only here: inputs/prompt.py orders token ids by it, and thinker/tmrope.py orders position ids.
+chat/user_turn.py follows the same rule incrementally, while both tracks are still arriving.
 """
 
 from itertools import zip_longest
@@ -45,9 +45,9 @@ def interleave(
 ) -> list[tuple[str, int, int]]:
     """Seconds [t] of the grid steps and the number of audio tokens -> segments in sequence order.
 
-    A segment is (kind, begin, end). Indices of kind "video" count grid steps, each of which has
-    rows * columns tokens; indices of kind "audio" count audio tokens. No segment is empty. When one
-    track ends, the chunks of the other one follow each other.
+    A segment is (kind, begin, end). For kind "video", begin and end are indices of grid steps, each
+    of which has rows * columns tokens; for kind "audio", indices of audio tokens. No segment is
+    empty. After the end of one track, the remaining chunks of the other are adjacent.
     """
     ids_per_second = config.position_id_per_seconds
     ids_per_chunk = config.seconds_per_chunk * ids_per_second

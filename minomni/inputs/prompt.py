@@ -249,6 +249,7 @@ class Processor:
         ids: list[int] = []
         pieces: list[tuple[int, str]] = []  # number of tokens and name of each piece of the prompt
 
+        # Texts become tokens, and items become placeholder tokens; their features go into `media`.
         for part in _joined_texts(parts_of(messages, add_generation_prompt)):
             if isinstance(part, str):
                 name = "a text"

@@ -73,6 +73,7 @@ class Tokenizer:
         self._word_ids: dict[str, list[int]] = {}  # cache of _encode_word
 
     def _require_free(self, special_tokens: dict[str, int]) -> None:
+        """Raise UserError for special tokens that have the ids of ordinary tokens."""
         taken = sorted(i for i in special_tokens.values() if i in self.bytes_of)
         if taken:
             first = ", ".join(str(i) for i in taken[:3])
