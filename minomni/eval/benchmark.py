@@ -1,11 +1,10 @@
-"""How soon and how fast: speaking while thinking against speaking afterwards, stage by stage,
-measured in one run.
+"""Latency and cost of streaming, compared with decoding speech after the whole text reply.
 
-measure() asks a model all that, first_sound() any size how soon it speaks, with weights of chance
-where it has no others.
+measure() benchmarks a trained model; first_sound() measures the time to first audio of any size,
+with random weights if there are no others.
 
-A ten-second answer is asked for by forbidding the codes that end speech. Ratios come from runs that
-take turns, so that what else the machine does falls on both alike.
+The reply lasts ANSWER_S seconds: the codes that end speech are suppressed. Both sides of a ratio
+are measured in alternating runs, so that other load on the machine affects them equally.
 """
 
 import dataclasses
@@ -16,16 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from minomni import config as sizes
 from minomni.chat.generate import generate_tokens, seeded
 from minomni.chat.reply import AudioChunk, Reply, required_buffer_s
-from minomni.config import FlowConfig
+from minomni.config import LISTENING_RATE, FlowConfig
 from minomni.errors import UserError
 from minomni.files import write_atomically
 from minomni.omni import Omni
+from minomni.thinker.thinker import PrefillState
 from minomni.token2wav.ode_solver import with_euler
 from minomni.token2wav.streaming import (
     RELEASE_SCHEDULE,
@@ -37,15 +38,17 @@ from minomni.token2wav.streaming import (
 )
 from minomni.token2wav.voice import Voice
 
-ANSWER_S, ROUNDS, SESSION_S = 10, 3, 600
-WORDS_PER_S = 3  # text tokens to a second of speech, at most: chance would go on writing for ever
+ANSWER_S = 10
+ROUNDS = 3  # repetitions of each measurement
+SESSION_S = 600
+WORDS_PER_S = 3  # text tokens per second of speech, at most: random weights never stop
 QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
 STAGES = {
-    "prefill": "the prompt is read",
-    "text": "first word",
+    "prefill": "end of prefill",
+    "text": "first text token",
     "code": "first code",
     "mel": "first mel",
-    "sound": "first sound",
+    "sound": "first audio",
 }
 SCHEDULES = {
     "serving: 3 blocks, 2 back computed again, 1 ahead": RELEASE_SCHEDULE,
@@ -54,220 +57,253 @@ SCHEDULES = {
     "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
     "6 blocks, the past remembered, 1 ahead": Schedule(((6, 1),)),
 }
+WHOLE_UTTERANCE = Schedule(((10_000, 0),))
+
+Rows = dict[str, tuple[float, str]]  # by name: value and description
 
 
 @dataclass
 class Streaming:
-    """What measure() found."""
+    """Results of measure()."""
 
-    rows: dict[str, tuple[float, str]]  # by name: value and what it is
+    rows: Rows
     stages: dict[str, tuple[float, float]]  # seconds since the question, predicted and measured
-    schedules: dict[
-        str, tuple[int, float]
-    ]  # codes that the first sound waits for, mean distance of the mel
+    schedules: dict[str, tuple[int, float]]  # codes before the first audio, distance of the mel
 
     def ratios(self) -> dict[str, float]:
+        """Values of the rows by name."""
         return {name: round(value, 4) for name, (value, _) in self.rows.items()}
 
     def markdown(self) -> str:
+        """All results as Markdown tables."""
         lines = [table(self.rows), "", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
-        lines += [
-            f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
-            for name, (predicted, measured) in self.stages.items()
-        ]
-        lines += [
-            "",
-            "| schedule | codes before the first sound | mel distance to the whole utterance |",
-            "|---|---|---|",
-        ]
-        return "\n".join(
-            lines
-            + [f"| {name} | {codes} | {far:.3f} |" for name, (codes, far) in self.schedules.items()]
+        for name, (predicted, measured) in self.stages.items():
+            lines.append(f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |")
+        lines.append("")
+        lines.append(
+            "| schedule | codes before the first audio | mel distance to offline decoding |"
         )
+        lines.append("|---|---|---|")
+        for name, (codes, distance) in self.schedules.items():
+            lines.append(f"| {name} | {codes} | {distance:.3f} |")
+        return "\n".join(lines)
 
     def draw(self, path: Path) -> None:
-        """A waterfall of the stages into a png. Raises UserError where it cannot be written."""
+        """Write a waterfall chart of the stages as PNG. Raises UserError if that fails."""
         import matplotlib
 
         matplotlib.use("agg")
         from minomni.notebook import viz
 
-        ax, bottom = viz.axes(width=7, height=2.6), len(self.stages)
-        for column, name, color in (
-            (0, "predicted", viz.PALE),
-            (1, "measured", viz.COLORS["audio"]),
-        ):
+        count = len(self.stages)
+        ax = viz.axes(width=7, height=2.6)
+        series = (("predicted", viz.PALE), ("measured", viz.COLORS["audio"]))
+        for column, (label, color) in enumerate(series):
             ends = [1e3 * times[column] for times in self.stages.values()]
             begins = [0.0, *ends[:-1]]
-            rows = [bottom - i - 0.4 * column for i in range(len(ends))]
-            ax.barh(
-                rows,
-                [end - begin for begin, end in zip(begins, ends)],
-                0.38,
-                begins,
-                color=color,
-                label=name,
-            )
-        ax.set(yticks=[bottom - i - 0.2 for i in range(bottom)], xlabel="ms since the question")
+            widths = [end - begin for begin, end in zip(begins, ends)]
+            rows = [count - i - 0.4 * column for i in range(count)]
+            ax.barh(rows, widths, 0.38, begins, color=color, label=label)
+
+        ax.set(yticks=[count - i - 0.2 for i in range(count)], xlabel="ms since the question")
         ax.set_yticklabels([STAGES[name] for name in self.stages])
         ax.legend(frameon=False, fontsize=8)
         write_atomically(path, lambda file: ax.figure.savefig(file, format="png", dpi=100))
 
 
-def table(rows: dict[str, tuple[float, str]]) -> str:
-    """Rows, each a value and what it is, as a Markdown table."""
-    lines = [f"| {name} | {value:.3g} | {what} |" for name, (value, what) in rows.items()]
-    return "\n".join(["| streaming | value | what it is |", "|---|---|---|", *lines])
+def table(rows: Rows) -> str:
+    """Values with their descriptions as a Markdown table."""
+    lines = ["| streaming | value | description |", "|---|---|---|"]
+    for name, (value, description) in rows.items():
+        lines.append(f"| {name} | {value:.3g} | {description} |")
+    return "\n".join(lines)
+
+
+# Measurements
 
 
 @contextmanager
-def without_eos(omni) -> Iterator[None]:
-    """Within it an answer's speech does not end of itself, but after ANSWER_S seconds; its text
-    within them.
-    """
-    config, talker = omni.config, omni.talker.config
-    codes = ANSWER_S * config.token2wav.codes_per_second
+def without_eos(omni: Omni) -> Iterator[None]:
+    """Context in which speech lasts ANSWER_S seconds, and the text fits into that time."""
+    config = omni.config
+    talker_config = omni.talker.config
+    max_codes = ANSWER_S * config.token2wav.codes_per_second
+    max_words = ANSWER_S * WORDS_PER_S
     omni.config = dataclasses.replace(
         config,
-        talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=codes),
-        thinker_sampling=dataclasses.replace(
-            config.thinker_sampling, max_new_tokens=ANSWER_S * WORDS_PER_S
-        ),
+        talker_sampling=dataclasses.replace(config.talker_sampling, max_new_tokens=max_codes),
+        thinker_sampling=dataclasses.replace(config.thinker_sampling, max_new_tokens=max_words),
     )
-    omni.talker.config = dataclasses.replace(
-        talker, codec_eos=talker.codec_bos
-    )  # which is never spoken
+    # The Talker stops at codec_bos instead, which it never generates.
+    omni.talker.config = dataclasses.replace(talker_config, codec_eos=talker_config.codec_bos)
     try:
         yield
     finally:
-        omni.config, omni.talker.config = config, talker
+        omni.config = config
+        omni.talker.config = talker_config
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float, object]:
-    """-> seconds by the clock, seconds of CPU, and what the work gives."""
-    clock, cpu = time.perf_counter(), time.process_time()
+def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """-> wall-clock seconds, CPU seconds, and the result of the work."""
+    clock = time.perf_counter()
+    cpu = time.process_time()
     result = work()
     return time.perf_counter() - clock, time.process_time() - cpu, result
 
 
-def streamed(omni, flow: FlowConfig | None = None) -> tuple[list[AudioChunk], Reply]:
-    pieces = list(omni.stream(QUESTION, flow=flow))
-    return [piece for piece in pieces if isinstance(piece, AudioChunk)], pieces[-1].reply
+def fastest(work: Callable[[], Any], times: int = 7) -> tuple[float, Any]:
+    """Shortest wall-clock time of several runs in seconds, and the result of the last run."""
+    runs = [timed(work) for _ in range(times)]
+    return min(seconds for seconds, _, _ in runs), runs[-1][2]
 
 
-def measure(omni) -> Streaming:
-    """All rows for a model. Takes about two minutes for tiny on two cores. Raises UserError for one
-    without voices.
+def streamed(omni: Omni, flow: FlowConfig | None = None) -> tuple[list[AudioChunk], Reply]:
+    """Stream the reply to QUESTION -> its audio chunks and the reply."""
+    chunks = list(omni.stream(QUESTION, flow=flow))
+    return [chunk for chunk in chunks if isinstance(chunk, AudioChunk)], chunks[-1].reply
+
+
+def measure(omni: Omni) -> Streaming:
+    """All results for a model, in about two minutes for tiny on two cores.
+
+    Raises UserError for a model without voices.
     """
-    rows = {}
     omni.respond(QUESTION)  # warm up
+    offline_runs = []
+    streaming_runs = []
+    same_solver_runs = []
     with without_eos(omni):
-        whole, live, alike = [], [], []
         for _ in range(ROUNDS):
-            whole.append(timed(lambda: omni.respond(QUESTION)))
-            live.append(timed(lambda: streamed(omni)))
-            alike.append(timed(lambda: streamed(omni, omni.config.flow)))
+            offline_runs.append(timed(lambda: omni.respond(QUESTION)))
+            streaming_runs.append(timed(lambda: streamed(omni)))
+            same_solver_runs.append(timed(lambda: streamed(omni, omni.config.flow)))
         predicted = predict(omni, with_euler(omni.config.flow))
-    offline_s, offline_cpu = (min(run[i] for run in whole) for i in (0, 1))
-    stream_s, stream_cpu, (sounds, reply) = min(live, key=lambda run: run[0])
-    alike_cpu = min(run[1] for run in alike)
-    first = min(run[2][1].timings.first("sound") for run in live)
-    text, codes = (reply.timings.times[kind] for kind in ("text", "code"))
-    words, rate = len(text), omni.config.token2wav.codes_per_second
-    needed = words * (text[-1] - text[0]) / (words - 1) - words / rate
-    rows["first_sound_ms"] = 1e3 * first, "from the question to the first sound"
-    rows["first_sound_ratio"] = (
-        first / offline_s,
-        f"the same : a whole reply of {ANSWER_S} s made afterwards",
-    )
-    rows["streamed_cost_ratio"] = (
-        stream_cpu / offline_cpu,
-        "CPU time of a streamed reply : of one made afterwards",
-    )
-    rows["streamed_cost_ratio_same_solver"] = (
-        alike_cpu / offline_cpu,
-        ("the same, had it taken the reply's solver and not Euler's"),
-    )
-    rows["realtime_factor"] = (
-        stream_s / reply.seconds,
-        "seconds of work for a second of streamed speech",
-    )
-    rows["player_waits_ms"] = (
-        1e3 * required_buffer_s(sounds),
-        "how long a player must hold the first sound to play without gap",
-    )
-    rows["buffer_by_rule_ms"] = (
-        1e3 * max(needed, 0),
-        (
-            f"what a slow Thinker would ask for: N / r - N / R, N = {words} "
-            f"tokens at r a second, R = {rate} codes a second"
-        ),
-    )
-    late = sum(at > reply.timings.first("sound") for at in text)
-    rows["words_after_first_sound"] = late, "text tokens that come after it"
-    rows["prediction_ratio"] = (
-        predicted["sound"] / first,
-        "predicted : measured time to the first sound",
-    )
+
+    # Earliest time of each stage over the streaming runs.
+    timings = [reply.timings for _, _, (_, reply) in streaming_runs]
+    measured = {name: min(timing.first(name) for timing in timings) for name in STAGES}
+    stages = {name: (predicted[name], measured[name]) for name in STAGES}
+
+    rows = latency_rows(offline_runs, streaming_runs, measured["sound"])
+    rows |= cost_rows(offline_runs, streaming_runs, same_solver_runs)
+    rows |= playback_rows(omni, streaming_runs)
+    ratio = predicted["sound"] / measured["sound"]
+    rows["prediction_ratio"] = (ratio, "predicted : measured time to first audio")
     rows["session_growth_mb"] = (
         session_memory_growth(omni),
-        f"memory that {SESSION_S} s of listening add to the first context",
-    )
-    stages = {
-        name: (predicted[name], min(run[2][1].timings.first(name) for run in live))
-        for name in STAGES
-    }
-    schedules = {
-        "eager, the default of stream()": low_latency_schedule(omni.token2wav),
-        **SCHEDULES,
-    }
-    return Streaming(
-        rows, stages, {name: distance(omni, schedule) for name, schedule in schedules.items()}
+        f"growth of memory after the first full context in {SESSION_S} s of listening",
     )
 
+    schedules = {"eager, the default of stream()": low_latency_schedule(omni.token2wav)}
+    schedules |= SCHEDULES
+    distances = {name: distance(omni, schedule) for name, schedule in schedules.items()}
+    return Streaming(rows, stages, distances)
 
-def first_sound(omni) -> dict[str, tuple[float, str]]:
-    """How soon a streamed answer is heard, on whatever device the model is, and whether it can be
-    kept up.
 
-    Raises UserError for a model that says nothing.
+def latency_rows(offline_runs: list, streaming_runs: list, first_audio_s: float) -> Rows:
+    """Time to first audio, alone and relative to an offline reply."""
+    offline_s = min(seconds for seconds, _, _ in offline_runs)
+    return {
+        "first_sound_ms": (1e3 * first_audio_s, "time to first audio"),
+        "first_sound_ratio": (
+            first_audio_s / offline_s,
+            f"time to first audio : time of an offline reply of {ANSWER_S} s",
+        ),
+    }
+
+
+def cost_rows(offline_runs: list, streaming_runs: list, same_solver_runs: list) -> Rows:
+    """CPU time of streaming relative to an offline reply."""
+    offline_cpu = min(cpu for _, cpu, _ in offline_runs)
+    _, streaming_cpu, _ = fastest_run(streaming_runs)
+    same_solver_cpu = min(cpu for _, cpu, _ in same_solver_runs)
+    return {
+        "streamed_cost_ratio": (
+            streaming_cpu / offline_cpu,
+            "CPU time of a streamed reply : of an offline reply",
+        ),
+        "streamed_cost_ratio_same_solver": (
+            same_solver_cpu / offline_cpu,
+            "the same, with the offline reply's solver instead of Euler's",
+        ),
+    }
+
+
+def playback_rows(omni: Omni, streaming_runs: list) -> Rows:
+    """Whether a player can play the stream without gaps."""
+    seconds, _, (chunks, reply) = fastest_run(streaming_runs)
+    text_times = reply.timings.times["text"]
+    words = len(text_times)
+
+    # N tokens at r per second, of which the Talker consumes R per second.
+    codes_per_s = omni.config.token2wav.codes_per_second
+    text_s = words * (text_times[-1] - text_times[0]) / (words - 1)
+    buffer_s = text_s - words / codes_per_s
+    after_audio = [at for at in text_times if at > reply.timings.first("sound")]
+    return {
+        "realtime_factor": (seconds / reply.seconds, "seconds of work per second of speech"),
+        "player_waits_ms": (
+            1e3 * required_buffer_s(chunks),
+            "buffer before playback, to play without gaps",
+        ),
+        "buffer_by_rule_ms": (
+            1e3 * max(buffer_s, 0),
+            f"buffer that a slow Thinker would need: N / r - N / R, N = {words} tokens at r a "
+            f"second, R = {codes_per_s} codes a second",
+        ),
+        "words_after_first_sound": (len(after_audio), "text tokens after the first audio"),
+    }
+
+
+def fastest_run(runs: list) -> tuple[float, float, Any]:
+    """The run of timed() with the shortest wall-clock time."""
+    return min(runs, key=lambda run: run[0])
+
+
+def first_sound(omni: Omni) -> Rows:
+    """Time to first audio of a streamed reply and its parts, on the model's device.
+
+    Raises UserError for a model that generates no speech.
     """
     with without_eos(omni):
-        if not streamed(omni)[0]:  # which also warms up
+        chunks, _ = streamed(omni)  # also warms up
+        if not chunks:
             raise UserError("the model answers without speech; there is no first sound to wait for")
-        sounds, reply = min(
-            (streamed(omni) for _ in range(ROUNDS)), key=lambda run: run[1].timings.first("sound")
-        )
-    text, code, sound = (reply.timings.times[kind] for kind in ("text", "code", "sound"))
+        runs = [streamed(omni) for _ in range(ROUNDS)]
+    chunks, reply = min(runs, key=lambda run: run[1].timings.first("sound"))
+
+    times = reply.timings.times
+    code_times = times["code"]
     needed = codes_until_audio(low_latency_schedule(omni.token2wav), omni.token2wav)
-    alone = [later - earlier for earlier, later in zip(code, code[1:]) if earlier > text[-1]]
+    last_needed = code_times[needed - 1]
+    both_s = (last_needed - code_times[0]) / (needed - 1)
+    # After the last text token the Talker runs alone.
+    talker_steps = [
+        later - earlier
+        for earlier, later in zip(code_times, code_times[1:])
+        if earlier > times["text"][-1]
+    ]
+    talker_s = median(talker_steps) if talker_steps else float("nan")
     return {
-        "first_text_ms": (1e3 * text[0], "from the question to the first word"),
-        "codes_before_sound": (needed, "that the first sound waits for"),
-        "thinker_and_talker_ms": (
-            1e3 * (code[needed - 1] - code[0]) / (needed - 1),
-            "one step of both",
-        ),
-        "talker_ms": (1e3 * median(alone or [float("nan")]), "one step of the Talker alone"),
+        "first_text_ms": (1e3 * times["text"][0], "time to first text token"),
+        "codes_before_sound": (needed, "codes before the first audio"),
+        "thinker_and_talker_ms": (1e3 * both_s, "one step of both"),
+        "talker_ms": (1e3 * talker_s, "one step of the Talker alone"),
         "mel_and_sound_ms": (
-            1e3 * (sound[0] - code[needed - 1]),
-            "from the last of those codes to the first sound",
+            1e3 * (times["sound"][0] - last_needed),
+            "from the last of those codes to the first audio",
         ),
-        "first_sound_ms": (1e3 * sound[0], "from the question to the first sound"),
-        "realtime_factor": (
-            reply.total_s / reply.seconds,
-            "seconds of work for a second of streamed speech",
-        ),
+        "first_sound_ms": (1e3 * times["sound"][0], "time to first audio"),
+        "realtime_factor": (reply.total_s / reply.seconds, "seconds of work per second of speech"),
         "player_waits_ms": (
-            1e3 * required_buffer_s(sounds),
-            "how long a player must hold the first sound to play without gap",
+            1e3 * required_buffer_s(chunks),
+            "buffer before playback, to play without gaps",
         ),
     }
 
 
 def random_model(size: str, device: str) -> Omni:
-    """A model of a size with weights of chance, as fast as a trained one: it answers nonsense in a
-    voice of noise.
+    """A model of a size with random weights and a random voice, as fast as a trained one.
 
     On a GPU Thinker and Talker are bf16. Raises UserError for an unknown size.
     """
@@ -278,110 +314,140 @@ def random_model(size: str, device: str) -> Omni:
         raise UserError(f"unknown size {size!r}; the sizes are {', '.join(sizes.SIZES)}")
     with torch.device(device):
         omni = Omni(sizes.size(size)).eval()
-        dit, tokens = omni.config.token2wav.dit, omni.config.thinker.tokens
-        noise = torch.randn(1, dit.enc_emb_dim), torch.randn(1, 300, dit.mel_dim) - 5
+        dit = omni.config.token2wav.dit
+        cond = torch.randn(1, dit.enc_emb_dim)
+        ref_mel = torch.randn(1, 300, dit.mel_dim) - 5
     if device == "cuda":
-        omni.thinker.bfloat16(), omni.talker.bfloat16()
-    omni.tokenizer, omni.voices = (
-        world_tokenizer(tokens),
-        {"chance": Voice("chance", tokens.tts_text_pad + 5, *noise)},
-    )
+        omni.thinker.bfloat16()
+        omni.talker.bfloat16()
+    tokens = omni.config.thinker.tokens
+    omni.tokenizer = world_tokenizer(tokens)
+    omni.voices = {"random": Voice("random", tokens.tts_text_pad + 5, cond, ref_mel)}
     return omni
 
 
-def predict(omni, flow: FlowConfig) -> dict[str, float]:
-    """Seconds from the question to each stage, added up from what one step of each part takes,
-    measured alone.
-    """
-    config, voice = omni.config, omni.voice(next(iter(omni.voices)))
-    cost: dict[str, list[float]] = {"text": [], "code": []}
-    _, inputs = omni.prepare(QUESTION, None, True, False)
+# Prediction of the time to first audio
 
-    def read():
-        with torch.no_grad():
-            return omni.thinker.read(inputs, omni.thinker.model.new_cache())
 
-    prefill, reading = fastest(lambda: omni.prepare(QUESTION, None, True, False))[0], None
-    seconds, reading = fastest(read)
-    then = time.perf_counter()
-    for kind, _ in generate_tokens(omni, reading, [voice.bos_token], 0):
-        now = time.perf_counter()
-        cost[kind].append(now - then)
-        then = now
+def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
+    """Seconds from the question to each stage, as the sum of the parts measured alone."""
+    voice = default_voice(omni)
     schedule = low_latency_schedule(omni.token2wav)
-    codes = torch.zeros(1, codes_until_audio(schedule, omni.token2wav), dtype=torch.long)
-    painting, _ = fastest(
-        lambda: next(
-            MelStream(omni.token2wav.code2wav_dit_model, voice, flow, schedule, seeded(0)).feed(
-                codes
-            )
-        )
-    )
+    needed = codes_until_audio(schedule, omni.token2wav)
+    prefill_s, state = prefill_time(omni)
+    text_s, code_s = step_times(omni, state, voice)
+    setup_s, mel_s, audio_s = decoder_times(omni, voice, flow, schedule, needed)
 
-    def speech():
-        return SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
-
-    setting_up, _ = fastest(speech)
-    sounding, _ = fastest(lambda: next(wave for wave in speech().feed(codes) if len(wave)))
-    early = codes.shape[1]  # later steps have more to look back at
-    step = median(cost["text"][2 : early + 1]) + median(cost["code"][1:early])
-    until = {"prefill": prefill + seconds}
-    until["text"] = until["prefill"] + setting_up + cost["text"][0]
-    until["code"] = until["text"] + cost["text"][1] + cost["code"][0]
-    until["mel"] = (
-        until["code"]
-        + (schedule.first_codes(config.token2wav.dit) - 1) * step
-        + painting
-        - setting_up
-    )
-    until["sound"] = until["code"] + (codes.shape[1] - 1) * step + sounding - setting_up
+    # Only early steps: later ones attend to a longer cache.
+    step = median(text_s[2 : needed + 1]) + median(code_s[1:needed])
+    first_mel_codes = schedule.first_codes(omni.config.token2wav.dit)
+    until = {"prefill": prefill_s}
+    until["text"] = until["prefill"] + setup_s + text_s[0]
+    until["code"] = until["text"] + text_s[1] + code_s[0]
+    # The decoder's setup is included in mel_s and audio_s, but is over before the first text token.
+    until["mel"] = until["code"] + (first_mel_codes - 1) * step + mel_s - setup_s
+    until["sound"] = until["code"] + (needed - 1) * step + audio_s - setup_s
     return until
 
 
-def fastest(work: Callable[[], object], times: int = 7) -> tuple[float, object]:
-    """The least of several times, in seconds, and what the work gives."""
-    runs = [timed(work) for _ in range(times)]
-    return min(run[0] for run in runs), runs[-1][2]
+def prefill_time(omni: Omni) -> tuple[float, PrefillState]:
+    """Seconds to preprocess and prefill QUESTION, and the resulting state."""
+    _, inputs = omni.prepare(QUESTION, None, True, False)
+
+    def prefill() -> PrefillState:
+        with torch.no_grad():
+            return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+
+    prepare_s, _ = fastest(lambda: omni.prepare(QUESTION, None, True, False))
+    prefill_s, state = fastest(prefill)
+    return prepare_s + prefill_s, state
 
 
-def distance(omni, schedule: Schedule) -> tuple[int, float]:
-    """Codes that must be there before the first sound, and how far a schedule's mel is from the
-    whole utterance's.
+def step_times(omni: Omni, state: PrefillState, voice: Voice) -> tuple[list[float], list[float]]:
+    """Seconds of each step of the Thinker and of the Talker in one reply."""
+    seconds: dict[str, list[float]] = {"text": [], "code": []}
+    before = time.perf_counter()
+    for kind, _ in generate_tokens(omni, state, [voice.bos_token], 0):
+        now = time.perf_counter()
+        seconds[kind].append(now - before)
+        before = now
+    return seconds["text"], seconds["code"]
 
-    The mean over frames and bands of the absolute difference, in nats, for one spoken sentence and
-    one noise.
+
+def decoder_times(
+    omni: Omni, voice: Voice, flow: FlowConfig, schedule: Schedule, needed: int
+) -> tuple[float, float, float]:
+    """Seconds to set up the decoder, to its first mel, and to its first audio of `needed` codes."""
+    codes = torch.zeros(1, needed, dtype=torch.long)
+    dit = omni.token2wav.code2wav_dit_model
+
+    def new_stream() -> SpeechStream:
+        return SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
+
+    def first_mel() -> torch.Tensor:
+        return next(MelStream(dit, voice, flow, schedule, seeded(0)).feed(codes))
+
+    def first_audio() -> torch.Tensor:
+        return next(wave for wave in new_stream().feed(codes) if len(wave))
+
+    mel_s, _ = fastest(first_mel)
+    setup_s, _ = fastest(new_stream)
+    audio_s, _ = fastest(first_audio)
+    return setup_s, mel_s, audio_s
+
+
+# Quality of a schedule, and memory
+
+
+def distance(omni: Omni, schedule: Schedule) -> tuple[int, float]:
+    """Codes before the first audio, and the distance of the mel to that of the whole utterance.
+
+    The mean absolute difference over frames and bands, in nats, for one sentence and one noise.
     """
-    voice, dit = omni.voice(next(iter(omni.voices))), omni.token2wav.code2wav_dit_model
     codes = omni.respond(QUESTION).codes[None]
-    mels = []
-    for cut in (schedule, Schedule(((10_000, 0),))):
-        stream = MelStream(dit, voice, omni.config.flow, cut, seeded(0))
-        mels.append(torch.cat([*stream.feed(codes), *stream.finish()], dim=2))
-    return codes_until_audio(schedule, omni.token2wav), float((mels[0] - mels[1]).abs().mean())
+    mel = streamed_mel(omni, codes, schedule)
+    whole = streamed_mel(omni, codes, WHOLE_UTTERANCE)
+    return codes_until_audio(schedule, omni.token2wav), float((mel - whole).abs().mean())
 
 
-def session_memory_growth(omni) -> float:
-    """Megabytes that SESSION_S seconds of listening add to the process after its first full
-    context.
+def streamed_mel(omni: Omni, codes: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Codes [1, n] -> mel [1, bands, T], decoded in the chunks of a schedule."""
+    dit = omni.token2wav.code2wav_dit_model
+    stream = MelStream(dit, default_voice(omni), omni.config.flow, schedule, seeded(0))
+    return torch.cat([*stream.feed(codes), *stream.finish()], dim=2)
 
-    A context is heard full, which ends in a UserError that says so, and another session begins. NaN
-    where the system does not say how large a process is.
+
+def default_voice(omni: Omni) -> Voice:
+    """The first voice of a model."""
+    return omni.voice(next(iter(omni.voices)))
+
+
+def session_memory_growth(omni: Omni) -> float:
+    """Growth of the process in megabytes over SESSION_S seconds of listening.
+
+    Counted from the end of the first context: a full context raises a UserError, and a new session
+    starts. NaN if the system does not report the size of a process.
     """
     try:
         import resource
     except ImportError:
         return float("nan")
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    second = 0.1 * torch.randn(16_000, generator=seeded(0))
-    heard, first = 0, None
-    while heard < SESSION_S:
+
+    def peak_memory() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    second = 0.1 * torch.randn(LISTENING_RATE, generator=seeded(0))
+    listened_s = 0
+    first_full = None
+    while listened_s < SESSION_S:
         session = omni.listen()
         try:
-            while heard < SESSION_S:
+            while listened_s < SESSION_S:
                 session.add_audio(second)
-                heard += 1
+                listened_s += 1
         except UserError:
-            first = first or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (
-        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - (first or 0)) / unit if first else 0.0
-    )
+            first_full = first_full or peak_memory()
+    if first_full is None:
+        return 0.0
+    bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
+    return (peak_memory() - first_full) * bytes_per_unit / 2**20

@@ -7,7 +7,7 @@ from minomni.data.examples import ExampleBuilder
 from minomni.thinker.thinker import Thinker
 from minomni.train.loop import Stage
 
-PLAIN = 0.5  # weight of embedding_mse()
+MSE_WEIGHT = 0.5  # weight of embedding_mse()
 
 
 def classes_of(thinker: Thinker, blank: int) -> Tensor:

@@ -10,7 +10,7 @@ from minomni.data.scenes import Example
 from minomni.inputs.mel import log_mel
 from minomni.train import losses
 from minomni.train.stages.alignment import (
-    PLAIN,
+    MSE_WEIGHT,
     AlignStage,
     classes_of,
     embedding_mse,
@@ -38,7 +38,7 @@ class AudioAlignStage(AlignStage):
             labels.append(torch.tensor(words) + 1)  # class 0 is silence
         # In the second half of the stage the weight of the regression rises from 0.
         progress = number / (self.recipe.steps * self.recipe.accumulate)
-        weight = PLAIN * max(0.0, 2 * progress - 1)
+        weight = MSE_WEIGHT * max(0.0, 2 * progress - 1)
         return mels, labels, weight
 
     def clip(self, random: Random, with_tone: bool) -> tuple[Tensor, list[int]]:

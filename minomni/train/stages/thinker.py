@@ -22,7 +22,7 @@ PARTS = 2  # parts of a batch, so that short prompts are not padded to the lengt
 # the second.
 IMAGES_UNTIL = 0.25
 VIDEOS_UNTIL = 0.45
-MOMENTS = 0.5  # weight of the loss on the object that is visible at each audio token
+FRAME_WEIGHT = 0.5  # weight of the loss on the object that is visible at each audio token
 
 Part = tuple[list[Example], Inputs, Tensor]  # examples, model inputs, targets [B, L]
 
@@ -64,16 +64,16 @@ class ThinkerStage(Stage):
 
     def losses(self, batch):
         text_parts = []
-        moment_parts = []
+        frame_parts = []
         for examples, inputs, targets in batch:
             logits = self.logits(examples, inputs)
             text_parts.append((logits, targets))
-            moments = self.builder.frame_targets(examples, inputs)
-            if (moments != IGNORE_INDEX).any():
-                moment_parts.append((logits, moments))
+            frame_targets = self.builder.frame_targets(examples, inputs)
+            if (frame_targets != IGNORE_INDEX).any():
+                frame_parts.append((logits, frame_targets))
         result = {"text": losses.in_parts(text_parts)}
-        if moment_parts:
-            result["moments"] = MOMENTS * losses.in_parts(moment_parts)
+        if frame_parts:
+            result["moments"] = FRAME_WEIGHT * losses.in_parts(frame_parts)
         return result
 
     def logits(self, examples: list[Example], inputs: Inputs) -> Tensor:
