@@ -182,6 +182,19 @@ def test_finished_stage_is_not_done_again(tmp_path, capsys):
     assert "stage codec is finished" in capsys.readouterr().out
 
 
+def test_settings_of_the_command_line(tmp_path):
+    """--set reaches the stage; a resume with other settings is one line of error."""
+    process = start(tmp_path, "--set", "codec.steps=4", "--no-progress")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert steps_of(tmp_path / "stages" / "log.jsonl") == [1, 2, 3, 4]
+    process = start(tmp_path, "--resume", "--set", "codec.steps=5")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "stage codec has begun with steps=4 and cannot go on with steps=5" in errors
+    assert errors.count("\n") == 1
+
+
 # ----------------------------------------------------------------------------------------------
 # kills and full disks
 

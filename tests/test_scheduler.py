@@ -14,7 +14,7 @@ SECONDS = {name: row.seconds for name, row in measurements.measured("tiny").item
 
 
 def test_the_longest_path_goes_first():
-    """By hand: dpo and then speakers wait for chat. A stage has a longer path than the next ones."""
+    """By hand: dpo and then speakers wait for chat. A stage has a longer path than its users."""
     path = scheduler.critical_path_s("chat", "tiny")
     assert path == SECONDS["chat"] + SECONDS["dpo"] + SECONDS["speakers"]
     for name, stage in STAGES.items():
@@ -117,7 +117,7 @@ def test_finished_stages_are_left_out(clock, tmp_path):
 
 def test_a_stage_that_fails_ends_the_others(clock, tmp_path):
     run = clock(broken="vision_align")
-    with pytest.raises(UserError, match="stage vision_align stopped with exit code 1; its message"):
+    with pytest.raises(UserError, match="vision_align stopped with exit code 1; see its message"):
         scheduler.run_all("tiny", tmp_path, seed=0)
     assert run.names() == ["language", "vision_align"]
     assert [process.code for process in run.started] == [-15, 1]

@@ -257,11 +257,11 @@ def same_groups(kept: Any, fresh: list[dict]) -> bool:
     return True
 
 
-def save_stage(folder: Path, name: str, learnt: Mapping[str, Tensor]) -> None:
+def save_stage(folder: Path, name: str, trained: Mapping[str, Tensor]) -> None:
     """Write the trained parameters of a finished stage and delete its checkpoint, with any
     incomplete file that a kill left.
     """
-    tensors = {n: p.detach().cpu().contiguous() for n, p in learnt.items()}
+    tensors = {n: p.detach().cpu().contiguous() for n, p in trained.items()}
     path = folder / f"{name}.safetensors"
     with disk_errors(path):
         write_atomically(path, lambda f: f.write(save(tensors)))
@@ -295,14 +295,14 @@ def load_stages(omni: nn.Module, folder: Path, stages: list[str]) -> None:
         path = folder / f"{name}.safetensors"
         if not path.exists():
             raise UserError(f"{path} is missing: run stage {name} first")
-        learnt = read_tensors(path)
-        for key in sorted(learnt):
-            if key not in parameters or parameters[key].shape != learnt[key].shape:
+        trained = read_tensors(path)
+        for key in sorted(trained):
+            if key not in parameters or parameters[key].shape != trained[key].shape:
                 raise UserError(
                     f"{path} belongs to another model, first {key!r}; "
                     f"--stage {name} --fresh trains the stage again"
                 )
-        for key, value in learnt.items():
+        for key, value in trained.items():
             parameters[key].data.copy_(value)
 
 

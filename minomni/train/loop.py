@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
 OTHERS_SHARE = 0.4  # of the learning rate, for the parameters that Muon does not update
-LOG_LINES = 8  # per stage; each comes with a checkpoint and samples
+LOG_LINES = 8  # per stage, each with a checkpoint and samples
 OLD_SHARE, NEW_SHARE = 0.95, 0.05  # of the running mean of a loss and of its newest value
 
 
@@ -238,7 +238,7 @@ def train(
             if step % log_every and step < last:
                 continue
 
-            # The checkpoint comes first: a step that the log mentions is safe on the disk.
+            # The checkpoint is written first, so every step in the log is safe on the disk.
             if step < recipe.steps:
                 checkpoint.save_checkpoint(folder, stage.name, step, means, unlocked, optimizers)
             step_s = (time.perf_counter() - began) / (step - first)
@@ -282,8 +282,8 @@ def running_means(means: dict[str, float], losses: dict[str, float]) -> dict[str
 def save_trained(stage: Stage, folder: Path, unlocked: dict[str, nn.Parameter]) -> None:
     """Write the trained parameters of the model, without modules that only the stage has."""
     of_model = dict(stage.omni.named_parameters())
-    learnt = {name: p for name, p in unlocked.items() if name in of_model}
-    checkpoint.save_stage(folder, stage.name, learnt)
+    trained = {name: p for name, p in unlocked.items() if name in of_model}
+    checkpoint.save_stage(folder, stage.name, trained)
 
 
 def gradients(
@@ -291,7 +291,7 @@ def gradients(
 ) -> dict[str, float]:
     """Leave the mean gradient of a step's batches in the parameters -> the mean losses by name.
 
-    batches: an iterator of make_loader() that stands at this step. The forward pass runs in bf16
+    batches: an iterator over make_loader(), positioned at this step. The forward pass runs in bf16
     where the stage allows it and the device has it. Raises UserError for a loss that is not finite.
     """
     if batches is None:
@@ -307,8 +307,8 @@ def gradients(
         if isinstance(batch, UserError):
             raise batch
 
-        # Dropout and noise of the losses go on from the state that the batch left, whichever
-        # process made it, so that they repeat, resumed or not.
+        # Dropout and noise in losses() continue from the random state that batch() left in its
+        # process. They are the same with any number of workers and after a resume.
         torch.manual_seed(batch_seed(stage, number))
         torch.set_rng_state(random_state)
         batch = to_device(batch, device)
@@ -344,7 +344,7 @@ def check_finite(name: str, step: int, losses: dict[str, Tensor]) -> None:
         if not torch.isfinite(value):
             raise UserError(
                 f"stage {name}: loss {key} is {value.item()} at step {step}; "
-                f"lower the learning rate of this stage, as with --set {name}.lr=1e-4"
+                f"lower the learning rate of this stage"
             )
 
 
@@ -372,7 +372,7 @@ def log_progress(
         f"{step_s * 1000:.0f} ms/step  {items_per_s:.0f} items/s  {left_s:.0f} s left"
     )
     bar.write(f"{line}  | {sample}" if sample else line)
-    sys.stdout.flush()  # the line is to be read now, in a pipe or a log file too
+    sys.stdout.flush()  # also when the output is a pipe or a file
     entry = {
         "stage": stage.name,
         "step": step,

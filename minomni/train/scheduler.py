@@ -78,7 +78,7 @@ def start_stage(name: str, size: str, home: Path, seed: int, device: str) -> sub
 def check_exit(name: str, code: int) -> None:
     """Raises UserError where the process of a stage has failed."""
     if code:
-        raise UserError(f"stage {name} stopped with exit code {code}; its message stands above")
+        raise UserError(f"stage {name} stopped with exit code {code}; see its message above")
 
 
 def critical_path_s(name: str, size: str) -> float:
