@@ -14,7 +14,7 @@ from minomni.config import LISTENING_RATE, QWEN7B
 from minomni.errors import UserError, shorten
 from minomni.inputs.containers import is_ogg, parts_of_stream, pcm_samples, require_whole
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
-from minomni.inputs.source import array_of, complaints, name_of, open_source
+from minomni.inputs.source import array_of, name_of, one_line_errors, open_source
 
 SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
 # Seconds of audio that fill the context of the largest model: 32,768 tokens, 25 per second.
@@ -188,7 +188,7 @@ def _decode_ogg(stream: Any, name: str) -> Iterator[Block]:
     except soundfile.SoundFileError:  # a codec that libsndfile does not know
         yield from _decode(stream, name)
         return
-    with complaints(name, "not readable as sound"), file:
+    with one_line_errors(name, "not readable as sound"), file:
         while len(samples := file.read(BLOCK, dtype="float32", always_2d=True)):
             yield samples, file.samplerate, None
 
@@ -198,7 +198,7 @@ def _decode(stream: Any, name: str) -> Iterator[Block]:
     import av
 
     stream.seek(0)
-    with complaints(name, "not readable as sound"), av.open(stream) as container:
+    with one_line_errors(name, "not readable as sound"), av.open(stream) as container:
         if not container.streams.audio:
             return
         format_now = None
@@ -511,7 +511,7 @@ def _require_short_pcm(stream: Any, start: float, end: float | None, name: str) 
 
     To decode it first and then refuse it would take minutes.
     """
-    with complaints(name, "its header cannot be read"):
+    with one_line_errors(name, "its header cannot be read"):
         found = pcm_samples(stream)
     if found is None:
         return

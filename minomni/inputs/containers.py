@@ -9,7 +9,7 @@ import struct
 from typing import Any
 
 from minomni.errors import UserError
-from minomni.inputs.source import complaints
+from minomni.inputs.source import one_line_errors
 
 # Boxes of an mp4 with next to no content, or chunks before the samples of a wav or the frames of an
 # avi.
@@ -29,7 +29,7 @@ def require_whole(stream: Any, name: str) -> None:
     pipes write the header first. Also raises UserError for headers that are followed by zeros or by
     countless empty parts: decoders read those for minutes.
     """
-    with complaints(name, "its header cannot be read"):
+    with one_line_errors(name, "its header cannot be read"):
         end = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         needed = _stated_size(stream, end, name)

@@ -27,7 +27,7 @@ SOURCE_KEYS = {
     "text": ("text",),
 }
 # Keys that other programs write and that could not change a reply here.
-WITHOUT_MEANING = frozenset(
+IGNORED_KEYS = frozenset(
     (
         "type",
         "annotations",
@@ -71,7 +71,7 @@ def parse_item(item: dict) -> Item:
     # The remaining keys are options.
     given = {}
     for key, value in item.items():
-        if key != source_key and key not in WITHOUT_MEANING:
+        if key != source_key and key not in IGNORED_KEYS:
             given[key] = value
     other_kinds = sorted(key for key in given if key in KIND_OF_TYPE)
     if other_kinds:
@@ -153,7 +153,7 @@ def _unwrapped(wrapper: dict, key: str, inner_key: str) -> Any:
     """The value of inner_key. Raises UserError for other keys in the dictionary under `key`."""
     wrapper = {name: value for name, value in wrapper.items() if value is not None}
     for name in wrapper:
-        if name != inner_key and name not in WITHOUT_MEANING:
+        if name != inner_key and name not in IGNORED_KEYS:
             raise UserError(f"{key} has the unknown key {shown(name)}; expected {inner_key}")
     if inner_key not in wrapper:
         raise UserError(f"{key} has the keys {listed(wrapper)}; expected {inner_key}")

@@ -206,7 +206,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def complaints(name: str, what: str) -> Iterator[None]:
+def one_line_errors(name: str, what: str) -> Iterator[None]:
     """Turn the errors of a decoder into one UserError: the file, what is wrong, and the reason."""
     import av
 

@@ -24,7 +24,7 @@ from minomni.inputs.containers import require_whole
 from minomni.inputs.image import load_image
 from minomni.inputs.options import NO_OPTIONS, SAMPLING, SIZES, MediaOptions
 from minomni.inputs.patches import frame_size, smart_resize
-from minomni.inputs.source import complaints, name_of, open_source
+from minomni.inputs.source import name_of, one_line_errors, open_source
 
 # Pixels of one frame. 8K television has 33 million, and a decoder holds up to 16 frames.
 MOST_PIXELS = 36_000_000
@@ -401,7 +401,7 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         raise UserError(
             f"{name}: sample_fps is for lists of frames, and this is a file; set fps instead"
         )
-    with complaints(name, "not a readable video"):
+    with one_line_errors(name, "not a readable video"):
         _refuse_image(stream, name)
         if request.most_tokens is not None:
             _refuse_long_video(stream, request)
