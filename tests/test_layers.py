@@ -36,7 +36,7 @@ def test_rms_norm_casts_before_the_weight():
 
 
 @pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
-def test_fast_and_slow_attention_agree(causal, masked):
+def test_attention_equals_its_written_out_form(causal, masked):
     q, k, v = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
     mask = (torch.rand(2, 1, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool) if masked else None
     slow, weights = attention_with_weights(q, k, v, mask, causal)
@@ -50,13 +50,11 @@ def test_rotary_scores_depend_on_distance_only():
     config = TINY.thinker.text
     q, k = torch.randn(config.head_dim), torch.randn(config.head_dim)
     cos, sin = rotary_cos_sin(torch.arange(50).expand(3, 1, 50), config)
-    scores = (
-        apply_rotary(q.expand_as(cos), cos, sin)[0, 0]
-        @ apply_rotary(k.expand_as(cos), cos, sin)[0, 0].T
-    )
-    torch.testing.assert_close(
-        scores[3, 1], scores[40, 38], rtol=0, atol=2e-5
-    )  # angles up to 50 rad in fp32
+    q = apply_rotary(q.expand_as(cos), cos, sin)[0, 0]
+    k = apply_rotary(k.expand_as(cos), cos, sin)[0, 0]
+    scores = q @ k.T
+    # Angles go up to 50 rad in fp32.
+    torch.testing.assert_close(scores[3, 1], scores[40, 38], rtol=0, atol=2e-5)
     assert (scores[3, 1] - scores[3, 2]).abs() > 1e-3
 
 
@@ -68,30 +66,32 @@ def test_each_section_of_tmrope_follows_its_own_axis():
     assert sin[0, 0, 0].nonzero()[:, 0].tolist() == [*range(16, 40), *range(80, 104)]
 
 
-def test_cache_equals_full_pass_and_grows():
-    model, (embeds, position_ids) = decoder(), case(length=9)
+def test_cached_chunks_equal_a_full_pass():
+    model = decoder()
+    embeds, position_ids = case(length=9)
     cache = model.new_cache()
     with torch.no_grad():
         whole = model(embeds, position_ids)
-        pieces = [
+        chunks = [
             model(embeds[:, a:b], position_ids[:, :, a:b], None, cache)
             for a, b in [(0, 4), (4, 5), (5, 9)]
         ]
-    torch.testing.assert_close(
-        torch.cat(pieces, 1), whole, rtol=0, atol=1e-5
-    )  # four layers of reordered sums
+    # Four layers of sums in another order.
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=0, atol=1e-5)
     assert cache.length == 9
-    big = KVCache(1)
+
+
+def test_cache_grows():
+    cache = KVCache(1)
     for i in range(700):
-        keys, values = big.append(
-            0, torch.full((1, 1, 1, 2), float(i)), torch.full((1, 1, 1, 2), -float(i))
-        )
+        step = torch.full((1, 1, 1, 2), float(i))
+        keys, values = cache.append(0, step, -step)
     assert torch.equal(keys[0, 0, :, 0], torch.arange(700.0))
     assert torch.equal(values, -keys)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_and_makes_no_nan(side):
+def test_padding_changes_nothing_and_gives_no_nan(side):
     model, (embeds, position_ids) = decoder(), case(rows=1, length=6)
     alone = model(embeds, position_ids)
     pad = (3, 0) if side == "left" else (0, 3)
@@ -115,22 +115,24 @@ def test_cached_step_ignores_left_padding():
     torch.testing.assert_close(step, whole[:, 5:], rtol=0, atol=1e-5)
 
 
-def test_initial_stream_keeps_its_variance():
+def test_initialization_keeps_the_variance_of_the_residual_stream():
     model, (embeds, position_ids) = decoder(), case(length=32)
     stream = []
     model.norm.register_forward_pre_hook(lambda _, args: stream.append(args[0].std().item()))
     model(embeds, position_ids)
-    assert 0.9 < stream[0] < 2.0  # 1 went in; eight branches of about 1/sqrt(8) each were added
+    # The input has 1; eight branches of about 1/sqrt(8) each were added.
+    assert 0.9 < stream[0] < 2.0
 
 
-def test_listening_has_no_length_limit_and_crosses_no_border():
-    """A clip of 320 seconds and a bit makes the tokens of its two-second pieces, in order."""
-    ears, mel = AudioEncoder(TINY.thinker.audio).eval(), torch.randn(128, 32_075)
+def test_audio_encoder_has_no_length_limit_and_blocks_are_independent():
+    """A clip of 320.75 seconds gives the tokens of its two-second blocks, in order."""
+    encoder = AudioEncoder(TINY.thinker.audio).eval()
+    mel = torch.randn(128, 32_075)
     with torch.no_grad():
-        whole = ears([mel])
-        pieces = torch.cat([ears([piece]) for piece in mel.split(200, dim=1)])
+        whole = encoder([mel])
+        blocks = torch.cat([encoder([block]) for block in mel.split(200, dim=1)])
     assert len(whole) == token_count(32_075) == 8_019
-    torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole, blocks, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -138,49 +140,38 @@ def test_listening_has_no_length_limit_and_crosses_no_border():
     [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (100, 25), (199, 50), (301, 75), (630, 157)],
 )
 def test_audio_token_counts(frames, tokens):
-    assert (
-        token_count(frames)
-        == len(AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)]))
-        == tokens
-    )
+    encoded = AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)])
+    assert token_count(frames) == len(encoded) == tokens
 
 
-def test_pictures_of_a_batch_do_not_mix():
-    """Ragged windows, several pictures and frames: each frame is seen as if it were alone, in its
-    own order.
-    """
-    eyes = VisionEncoder(TINY.thinker.vision).eval()
+def test_images_of_a_batch_are_independent():
+    """Ragged windows, several images and frames: each frame is encoded as if it were alone."""
+    encoder = VisionEncoder(TINY.thinker.vision).eval()
     grids = [(1, 4, 4), (3, 6, 10), (1, 30, 2), (1, 6, 6)]
     patches = [torch.randn(math.prod(grid), TINY.thinker.vision.patch_dim) for grid in grids]
     with torch.no_grad():
-        together = eyes(torch.cat(patches), grids)
-        alone = torch.cat(
-            [
-                eyes(frame, [(1, *grid[1:])])
-                for grid, x in zip(grids, patches)
-                for frame in x.chunk(grid[0])
-            ]
-        )
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+        together = encoder(torch.cat(patches), grids)
+        alone = []
+        for (frame_pairs, rows, columns), item in zip(grids, patches, strict=True):
+            for frame in item.chunk(frame_pairs):
+                alone.append(encoder(frame, [(1, rows, columns)]))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-def test_windows_bound_what_a_patch_sees():
-    """With windows only, a change in one corner stays in its window; one whole-frame block carries
-    it everywhere.
-    """
-    for fullatt, touched in ((), 4), ((1,), 16):
-        config = dataclasses.replace(
-            TINY.thinker.vision, fullatt_block_indexes=fullatt
-        )  # windows of 2 x 2 cells
-        eyes, patches = (
-            VisionEncoder(config).eval(),
-            torch.randn(64, config.patch_dim),
-        )  # 4 x 4 cells
-        changed = patches.clone()
-        changed[0] += 1
-        with torch.no_grad():
-            difference = (eyes(patches, [(1, 8, 8)]) - eyes(changed, [(1, 8, 8)])).abs().amax(1)
-        assert int((difference > 1e-6).sum()) == touched
+@pytest.mark.parametrize(("full_layers", "changed_cells"), [((), 4), ((1,), 16)])
+def test_window_attention_limits_the_receptive_field(full_layers, changed_cells):
+    """With windows only, a change stays in its window; one whole-frame layer spreads it."""
+    # 4 x 4 merge cells in windows of 2 x 2 cells
+    config = dataclasses.replace(TINY.thinker.vision, fullatt_block_indexes=full_layers)
+    encoder = VisionEncoder(config).eval()
+    patches = torch.randn(64, config.patch_dim)
+    changed = patches.clone()
+    changed[0] += 1
+    with torch.no_grad():
+        before = encoder(patches, [(1, 8, 8)])
+        after = encoder(changed, [(1, 8, 8)])
+    difference = (before - after).abs().amax(1)
+    assert int((difference > 1e-6).sum()) == changed_cells
 
 
 def settings(**changes):
@@ -198,10 +189,9 @@ def frequencies_of(logits, sampling, draws=4000, **kwargs):
 
 def test_sampling_follows_the_softmax():
     logits = [2.0, 1.0, 0.0, -1.0]
-    spread = 4 * (0.25 / 4000) ** 0.5  # four standard deviations of a frequency
-    torch.testing.assert_close(
-        frequencies_of(logits, settings()), torch.tensor(logits).softmax(0), rtol=0, atol=spread
-    )
+    atol = 4 * (0.25 / 4000) ** 0.5  # four standard deviations of a frequency
+    expected = torch.tensor(logits).softmax(0)
+    torch.testing.assert_close(frequencies_of(logits, settings()), expected, rtol=0, atol=atol)
 
 
 def test_greedy_penalty_and_suppression():
@@ -214,7 +204,7 @@ def test_greedy_penalty_and_suppression():
     assert sample(negative, torch.tensor([[True, False]]), greedy).tolist() == [1]
 
 
-def test_top_k_and_top_p_keep_the_right_ids():
+def test_top_k_and_top_p_keep_the_most_likely_ids():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
 
     def kept(**changes):
@@ -225,8 +215,5 @@ def test_top_k_and_top_p_keep_the_right_ids():
     assert kept(top_p=0.81) == [0, 1, 2]  # 0.5 + 0.3 do not reach 0.81
     assert kept(top_p=0.79) == [0, 1]
     assert kept(top_p=0.01) == [0]
-    assert kept(top_k=3, top_p=0.9) == [
-        0,
-        1,
-        2,
-    ]  # top-p counts what top-k left: 0.5/0.95 + 0.3/0.95 = 0.84
+    # top-p is applied to what top-k left: 0.5 / 0.95 + 0.3 / 0.95 = 0.84
+    assert kept(top_k=3, top_p=0.9) == [0, 1, 2]

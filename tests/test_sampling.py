@@ -1,4 +1,4 @@
-"""Choosing the next token: as transformers does, row by row, with options that are checked."""
+"""Sampling: equal to transformers, independent rows, checked options."""
 
 import dataclasses
 import math
@@ -26,10 +26,10 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-# ---------------------------------------------------------------------------------------------- as
-# transformers does
-def theirs(logits, ids, settings, suppress):
-    """Scores after transformers' own processors, in the order in which its generate() applies them."""
+# --------------------------------------------------------------------------------------------------
+# Equal to transformers
+def expected_scores(logits, ids, settings, suppress):
+    """Scores after transformers' own processors, in the order of its generate()."""
     process = pytest.importorskip(
         "transformers.generation.logits_process", reason="transformers is not installed"
     )
@@ -50,7 +50,7 @@ def test_scores_and_draws_equal_those_of_transformers(number, kind):
     logits = (4 * torch.randn(6, 900, generator=generator)).to(kind).float()
     ids = torch.randint(0, 900, (6, 50), generator=generator)
     history = torch.zeros(6, 900, dtype=torch.bool).scatter(1, ids, True)
-    scores = theirs(logits, ids, settings, suppress)
+    scores = expected_scores(logits, ids, settings, suppress)
 
     ours = penalize_repetition(logits, history, settings["repetition_penalty"]).index_fill(
         1, torch.tensor(suppress), NEVER
@@ -68,9 +68,9 @@ def test_scores_and_draws_equal_those_of_transformers(number, kind):
         )
 
 
-# --------------------------------------------------------------------------------------------------------
-# row by row
-def test_a_row_with_its_own_generator_draws_as_it_does_alone():
+# --------------------------------------------------------------------------------------------------
+# Independent rows
+def test_a_row_with_its_own_generator_does_not_depend_on_its_batch():
     logits = torch.randn(5, 60)
     config = dataclasses.replace(TINY.talker_sampling, temperature=1.5, top_k=0, top_p=1.0)
     for seeds in ((1, 2, 3, 4, 5), (9, 9, 9, 9, 9)):
@@ -78,14 +78,15 @@ def test_a_row_with_its_own_generator_draws_as_it_does_alone():
         alone = generators(*seeds)
         for _ in range(8):
             together = sample(logits, None, config, generator=batch)
-            assert together.tolist() == [
+            one_by_one = [
                 int(sample(row[None], None, config, generator=own))
-                for row, own in zip(logits, alone)
+                for row, own in zip(logits, alone, strict=True)
             ]
+            assert together.tolist() == one_by_one
 
 
-# ---------------------------------------------------------------------------------------------
-# weights without sense
+# --------------------------------------------------------------------------------------------------
+# Broken weights
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize(
     ("bad", "says"),
@@ -101,8 +102,8 @@ def test_logits_that_are_not_finite_get_one_line(temperature, bad, says):
         sample(torch.full((2, 40), 0.25), None, config)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# options
+# --------------------------------------------------------------------------------------------------
+# Options
 def test_options_change_what_they_name_and_nothing_else():
     asked = dict(max_new_tokens=7, thinker_temperature=0.4, talker_top_k=11, talker_top_p=None)
     thinker, talker = sampling_configs(QWEN7B, asked)
@@ -134,12 +135,8 @@ def test_the_longer_name_wins_as_in_transformers():
 )
 def test_sampling_or_the_most_likely_token(stored, asked, temperature):
     model = dataclasses.replace(TINY.thinker_sampling, temperature=stored)
-    assert (
-        changed(
-            model, {name: OPTIONS[name].check(value, name) for name, value in asked.items()}
-        ).temperature
-        == temperature
-    )
+    options = {name: OPTIONS[name].check(value, name) for name, value in asked.items()}
+    assert changed(model, options).temperature == temperature
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -1,6 +1,4 @@
-"""Thinker and Talker: batches equal single rows, teacher forcing equals speaking, no forbidden id
-is said.
-"""
+"""Thinker and Talker: batches equal single rows, teacher forcing equals generation."""
 
 import dataclasses
 
@@ -11,7 +9,13 @@ import torch.nn.functional as F
 from minomni.config import IGNORE_INDEX, TINY
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
-from minomni.talker.talker import Talker, TalkerInputs, reply_embeds, talker_inputs
+from minomni.talker.talker import (
+    Talker,
+    TalkerInputs,
+    reply_embeds,
+    talker_inputs,
+    text_at,
+)
 from minomni.thinker.thinker import Thinker
 
 TOKENS = TINY.thinker.tokens
@@ -19,20 +23,19 @@ ROWS = TINY.token2wav.dit.num_embeds + 1
 GREEDY = dataclasses.replace(
     TINY.talker_sampling, temperature=0.0, repetition_penalty=1.05, max_new_tokens=12
 )
-VOICE = 492  # any id of the table's tail
+VOICE = 492  # any unused token id
 CLOSE = dict(rtol=0, atol=3e-5)  # logits of scale 1 after four layers, padded sums in another order
 
 
 def prompts(*lengths):
     """Text prompts of random ids, left-padded to one batch."""
-    rows = [
-        torch.randint(10, 400, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths
-    ]
-    pad = [max(lengths) - n for n in lengths]
-    ids = torch.stack([F.pad(row, (p, 0), value=TOKENS.endoftext) for row, p in zip(rows, pad)])
-    return text_only(
-        ids, torch.stack([F.pad(torch.ones_like(row), (p, 0)) for row, p in zip(rows, pad)])
-    )
+    ids, masks = [], []
+    for n in lengths:
+        row = torch.randint(10, 400, (n,), generator=torch.Generator().manual_seed(n))
+        padding = (max(lengths) - n, 0)
+        ids.append(F.pad(row, padding, value=TOKENS.endoftext))
+        masks.append(F.pad(torch.ones_like(row), padding))
+    return text_only(torch.stack(ids), torch.stack(masks))
 
 
 def text_only(ids, mask):
@@ -52,29 +55,27 @@ def talker():
 
 
 def stopping_at(thinker, stop):
-    """The same weights, answering until another id."""
-    other = Thinker(
-        dataclasses.replace(TINY.thinker, tokens=dataclasses.replace(TOKENS, im_end=stop))
-    )
+    """The same weights with another stop id."""
+    tokens = dataclasses.replace(TOKENS, im_end=stop)
+    other = Thinker(dataclasses.replace(TINY.thinker, tokens=tokens))
     other.load_state_dict(thinker.state_dict())
     return other.eval()
 
 
-def answers(thinker, inputs, tokens=6):
-    return thinker.generate(
-        inputs, dataclasses.replace(TINY.thinker_sampling, max_new_tokens=tokens)
-    )
+def replies(thinker, inputs, tokens=6):
+    sampling = dataclasses.replace(TINY.thinker_sampling, max_new_tokens=tokens)
+    return thinker.generate(inputs, sampling)
 
 
-def scripts(thinker, inputs, tokens=6):
-    reply = answers(thinker, inputs, tokens)
+def reply_inputs(thinker, inputs, tokens=6):
+    reply = replies(thinker, inputs, tokens)
     return talker_inputs(reply, [VOICE] * len(reply.tokens), TOKENS, thinker.model.embed_tokens)
 
 
 def test_thinker_batch_equals_single_rows(thinker):
-    both = answers(thinker, prompts(5, 9))
+    both = replies(thinker, prompts(5, 9))
     for row, length in enumerate((5, 9)):
-        alone = answers(thinker, prompts(length))
+        alone = replies(thinker, prompts(length))
         assert both.tokens[row] == alone.tokens[0]
         assert both.reply_states[row].shape == (5, TINY.thinker.text.hidden_size)
         torch.testing.assert_close(both.reply_states[row], alone.reply_states[0], **CLOSE)
@@ -85,7 +86,7 @@ def test_thinker_batch_equals_single_rows(thinker):
 
 def test_reply_states_are_what_a_full_pass_gives(thinker):
     inputs = prompts(7)
-    reply = answers(thinker, inputs)
+    reply = replies(thinker, inputs)
     ids = torch.cat((inputs.input_ids, torch.tensor([reply.tokens[0][:-1]])), dim=1)
     whole = thinker.read(text_only(ids, torch.ones_like(ids)))
     torch.testing.assert_close(
@@ -95,9 +96,9 @@ def test_reply_states_are_what_a_full_pass_gives(thinker):
 
 
 def test_stop_id_ends_a_row_and_only_that_row(thinker):
-    free = answers(thinker, prompts(5, 9)).tokens
+    free = replies(thinker, prompts(5, 9)).tokens
     stop = next(i for i in free[0] if i not in free[1])
-    reply = answers(stopping_at(thinker, stop), prompts(5, 9))
+    reply = replies(stopping_at(thinker, stop), prompts(5, 9))
     assert reply.tokens == [free[0][: free[0].index(stop) + 1], free[1]]
     assert [len(row) for row in reply.reply_states] == [len(row) - 1 for row in reply.tokens]
 
@@ -108,13 +109,13 @@ def test_penalty_ignores_padding(thinker):
     assert both == [thinker.generate(prompts(n), sampling).tokens[0] for n in (5, 9)]
 
 
-def test_prompt_beyond_the_context_is_refused(thinker):
+def test_prompt_longer_than_the_context_raises(thinker):
     with pytest.raises(UserError, match="2049 tokens and the context holds 2048"):
-        answers(thinker, prompts(2049))
-    assert len(answers(thinker, prompts(2046)).tokens[0]) == 2  # room for two
+        replies(thinker, prompts(2049))
+    assert len(replies(thinker, prompts(2046)).tokens[0]) == 2  # room for two
 
 
-def test_media_and_places_must_match(thinker):
+def test_media_and_placeholders_must_match(thinker):
     inputs = prompts(9)
     inputs.input_ids[0, 2:5] = TOKENS.audio
     with pytest.raises(UserError, match="3 places for audio"):
@@ -127,7 +128,8 @@ def test_media_and_places_must_match(thinker):
 
 def test_gradients_reach_every_part(thinker):
     inputs = prompts(20)
-    inputs.input_ids[0, 2:5], inputs.input_ids[0, 6:10] = TOKENS.audio, TOKENS.image
+    inputs.input_ids[0, 2:5] = TOKENS.audio
+    inputs.input_ids[0, 6:10] = TOKENS.image
     inputs = dataclasses.replace(
         inputs,
         mels=[torch.randn(128, 12)],
@@ -136,78 +138,73 @@ def test_gradients_reach_every_part(thinker):
     )
     thinker.zero_grad()
     thinker(inputs).logsumexp(-1).sum().backward()
-    without = [
-        name
-        for name, p in thinker.named_parameters()
-        if p.grad is None or not p.grad.abs().max() > 0
-    ]
-    assert without == ["audio_tower.audio_bos_eos_token.weight"]
+    without_gradient = []
+    for name, p in thinker.named_parameters():
+        if p.grad is None or not p.grad.abs().max() > 0:
+            without_gradient.append(name)
+    assert without_gradient == ["audio_tower.audio_bos_eos_token.weight"]
 
 
-def test_teacher_forced_logits_equal_spoken_ones(thinker, talker):
-    both = scripts(thinker, prompts(5, 9))
+def test_teacher_forced_logits_equal_generated_ones(thinker, talker):
+    both = reply_inputs(thinker, prompts(5, 9))
     codes = talker.generate(both, GREEDY, ROWS)
     codes[1] = codes[1][:4]  # rows of unequal length
     embeds, position_ids, mask, targets = talker.teacher_forced(both, codes)
     logits = talker(embeds, position_ids, mask)
-    for row, spoken in enumerate(codes):
-        here = slice(row, row + 1)
+    for row, row_codes in enumerate(codes):
+        only = slice(row, row + 1)
         one = TalkerInputs(
-            both.prompt[here],
-            both.position_ids[:, here],
-            both.attention_mask[here],
-            both.voice[here],
-            both.reply_embeds[here],
+            both.prompt[only],
+            both.position_ids[:, only],
+            both.attention_mask[only],
+            both.voice[only],
+            both.reply_embeds[only],
         )
         first, state = talker.prefill(one)
-        steps = [first] + [
-            talker.step(code[None], one.reply_embeds[0][min(i + 1, len(one.reply_embeds[0]) - 1)][None], state)
-            for i, code in enumerate(spoken)
-        ]
-        asked = targets[row] != IGNORE_INDEX
-        torch.testing.assert_close(logits[row, asked], torch.cat(steps), **CLOSE)
-        assert targets[row, asked].tolist() == [*spoken.tolist(), TINY.talker.codec_eos]
+        steps = [first]
+        for i, code in enumerate(row_codes):
+            steps.append(talker.step(code[None], text_at(one, i + 1), state))
+        has_loss = targets[row] != IGNORE_INDEX
+        torch.testing.assert_close(logits[row, has_loss], torch.cat(steps), **CLOSE)
+        assert targets[row, has_loss].tolist() == [*row_codes.tolist(), TINY.talker.codec_eos]
 
 
 def test_talker_batch_equals_single_rows(thinker, talker):
-    both = talker.generate(scripts(thinker, prompts(5, 9)), GREEDY, ROWS)
+    both = talker.generate(reply_inputs(thinker, prompts(5, 9)), GREEDY, ROWS)
     assert len(both[0]) > 3
     for row, length in enumerate((5, 9)):
-        assert (
-            both[row].tolist()
-            == talker.generate(scripts(thinker, prompts(length)), GREEDY, ROWS)[0].tolist()
-        )
+        alone = talker.generate(reply_inputs(thinker, prompts(length)), GREEDY, ROWS)
+        assert both[row].tolist() == alone[0].tolist()
 
 
 def test_a_reply_of_one_token_is_silent(thinker, talker):
-    first = [row[0] for row in answers(thinker, prompts(5, 9)).tokens]
+    first = [row[0] for row in replies(thinker, prompts(5, 9)).tokens]
     mute = stopping_at(thinker, first[0])
-    both = talker.generate(scripts(mute, prompts(5, 9)), GREEDY, ROWS)
+    both = talker.generate(reply_inputs(mute, prompts(5, 9)), GREEDY, ROWS)
     assert len(both[0]) == 0
     assert len(both[1]) > 0
-    assert talker.generate(scripts(mute, prompts(5)), GREEDY, ROWS)[0].tolist() == []
-    embeds, position_ids, mask, targets = talker.teacher_forced(scripts(mute, prompts(5, 9)), both)
+    assert talker.generate(reply_inputs(mute, prompts(5)), GREEDY, ROWS)[0].tolist() == []
+    embeds, position_ids, mask, targets = talker.teacher_forced(
+        reply_inputs(mute, prompts(5, 9)), both
+    )
     assert (targets[0] == IGNORE_INDEX).all()
     assert talker(embeds, position_ids, mask).isfinite().all()
 
 
-def test_only_codes_of_the_table_and_stops_are_spoken(thinker, talker):
-    loud = Talker(TINY.talker)
-    loud.load_state_dict(talker.state_dict())
-    speech = scripts(thinker, prompts(5))
-    wild = dataclasses.replace(
+def test_only_codes_of_the_table_and_stop_ids_are_sampled(thinker, talker):
+    inputs = reply_inputs(thinker, prompts(5))
+    hot = dataclasses.replace(
         TINY.talker_sampling, temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=300
     )
-    spoken = torch.cat([*loud.steps(speech, wild, 40, torch.Generator().manual_seed(0))])
-    config, stops = TINY.talker, {TINY.talker.codec_pad, TINY.talker.codec_eos}
-    assert set(spoken.tolist()) <= set(range(40)) | stops
-    assert (
-        set(range(config.decoder.vocab_size)) - set(loud.suppressed_ids(40).tolist())
-        == set(range(40)) | stops
-    )
+    generator = torch.Generator().manual_seed(0)
+    sampled = torch.cat([*talker.steps(inputs, hot, 40, generator)])
+    allowed = {*range(40), TINY.talker.codec_pad, TINY.talker.codec_eos}
+    assert set(sampled.tolist()) <= allowed
+    suppressed = set(talker.suppressed_ids(40).tolist())
+    assert set(range(TINY.talker.decoder.vocab_size)) - suppressed == allowed
 
 
-def test_text_lines_end_with_end_and_endless_pad():
+def test_reply_embeds_end_with_end_and_pad():
     states, end, pad = torch.ones(3, 2), torch.full((2,), 5.0), torch.full((2,), 7.0)
     assert reply_embeds(states, end, pad)[:, 0].tolist() == [1, 1, 1, 5, 7]
     assert reply_embeds(states[:0], end, pad).shape == (0, 2)

@@ -1,7 +1,8 @@
-"""Token2Wav against the official code, and against slow versions of itself that say plainly what
-the quick ones do.
+"""Token2Wav against the official code, and against slow, simple versions of its parts.
 
-python tests/test_token2wav.py        # writes tests/golden/token2wav.npz again; needs transformers 5.23.0
+To write tests/golden/token2wav.npz again (needs transformers 5.23.0):
+
+    python tests/test_token2wav.py
 """
 
 import dataclasses
@@ -23,9 +24,8 @@ from minomni.token2wav.voice import Voice
 
 CONFIG = oracle.CONFIG.token2wav
 FLOW = QWEN7B.flow
-CODES = torch.from_numpy(
-    np.random.RandomState(0).randint(0, 8448, (1, 15))
-)  # 30 frames: a block and a quarter
+# 30 frames: a block and a quarter.
+CODES = torch.from_numpy(np.random.RandomState(0).randint(0, 8448, (1, 15)))
 NOISE = torch.from_numpy(oracle.numbers("noise", 1, 30, 80))
 VOICE = oracle.voices()["Chelsie"]
 TIME = 0.3
@@ -45,10 +45,10 @@ def model() -> Token2Wav:
     return filled()
 
 
-# ----------------------------------------------------------------------------------------------------
-# the official code
+# --------------------------------------------------------------------------------------------------
+# The official code
 @torch.no_grad()
-def ask_official() -> dict[str, np.ndarray]:
+def official_outputs() -> dict[str, np.ndarray]:
     from transformers import Qwen2_5OmniToken2WavConfig
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavModel
 
@@ -58,7 +58,7 @@ def ask_official() -> dict[str, np.ndarray]:
     dit, cond = official.code2wav_dit_model, VOICE.cond[:, None].expand(-1, 30, -1)
     speaker = dit.input_embed.spk_encoder(VOICE.ref_mel)
     velocity = dit(NOISE, VOICE.ref_mel, cond, CODES, torch.tensor(TIME), apply_cfg=False)
-    with mock.patch("torch.randn", lambda *args, **kwargs: NOISE.clone()):
+    with mock.patch("torch.randn", return_value=NOISE.clone()):
         mel = dit.sample(VOICE.cond, VOICE.ref_mel, CODES)
     wave = official.code2wav_bigvgan_model(mel)
     answers = {
@@ -71,7 +71,7 @@ def ask_official() -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def ask_ours(model: Token2Wav) -> dict[str, torch.Tensor]:
+def our_outputs(model: Token2Wav) -> dict[str, torch.Tensor]:
     dit, voice = model.code2wav_dit_model, (VOICE.cond, VOICE.ref_mel)
     mel = dit.sample(CODES, *voice, FLOW, NOISE)
     speaker, velocity = dit.input_embed.spk_encoder(VOICE.ref_mel), dit(NOISE, CODES, TIME, *voice)
@@ -89,45 +89,44 @@ def compare(mine: dict[str, torch.Tensor], theirs: dict[str, np.ndarray]) -> Non
         np.testing.assert_allclose(mine[name], expected, rtol=0, atol=TOLERANCE[name], err_msg=name)
 
 
-def test_says_what_the_official_code_said(model):
-    compare(ask_ours(model), oracle.golden("token2wav"))
+def test_equals_the_golden_file_of_the_official_code(model):
+    compare(our_outputs(model), oracle.golden("token2wav"))
 
 
-def test_says_what_the_official_code_says(model):
+def test_equals_the_official_code(model):
     transformers = pytest.importorskip(
         "transformers", reason="only needed to compare with the official code itself"
     )
     if transformers.__version__ != oracle.VERSION:
         pytest.skip(f"the comparison is written for transformers {oracle.VERSION}")
-    compare(ask_ours(model), ask_official())
+    compare(our_outputs(model), official_outputs())
 
 
-def test_golden_would_notice_a_changed_weight(model):
+def test_golden_file_detects_a_changed_weight(model):
     model.code2wav_dit_model.transformer_blocks[1].attn.to_k.weight.data[0] *= 1.01  # one row
     with pytest.raises(AssertionError, match="velocity"):
-        compare(ask_ours(model), oracle.golden("token2wav"))
+        compare(our_outputs(model), oracle.golden("token2wav"))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DiT
-def dense_attention(attn: BlockAttention, h, cos, sin, exists, past=None, finished=0):
-    """The attention of the paper's figure: every frame against every frame, and a mask of blocks
-    over it.
-    """
+def dense_attention(attn: BlockAttention, h, cos, sin, valid, cache=None, finished=0):
+    """The attention of the paper's figure: all frames against all frames, with a mask of blocks."""
     frames = h.shape[1]
     block = torch.arange(frames) // attn.block_size
     distance = block[None] - block[:, None]
     mask = (distance >= -attn.back) & (distance <= attn.ahead)
-    mask = mask if exists is None else mask & exists
+    if valid is not None:
+        mask = mask & valid
 
     def heads(x):
         return x.reshape(len(h), frames, attn.heads, -1).transpose(1, 2)  # [B, H, T, d]
 
     q, k, v = heads(attn.to_q(h)), heads(attn.to_k(h)), heads(attn.to_v(h))
-    turn = torch.complex(cos, sin)[:, 0]  # [T, d/2], a pair of neighbours is a complex number
+    rotation = torch.complex(cos, sin)[:, 0]  # [T, d/2], neighboring pairs are complex numbers
     for x in (q, k):
         pairs = torch.view_as_complex(x[:, 0].unflatten(-1, (-1, 2)).contiguous())  # [B, T, d/2]
-        x[:, 0] = torch.view_as_real(pairs * turn).flatten(-2)
+        x[:, 0] = torch.view_as_real(pairs * rotation).flatten(-2)
     scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
     return attn.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -144,47 +143,39 @@ def test_blocks_equal_a_dense_mask(model, frames):
 
 
 @torch.no_grad()
-def test_one_call_hears_two_blocks_back_and_one_ahead():
+def test_one_forward_pass_sees_two_blocks_back_and_one_ahead():
     layers = "num_hidden_layers", "look_ahead_layers", "look_backward_layers"
     pattern = {name: getattr(QWEN7B.token2wav.dit, name) for name in layers}
-    dit = filled(
-        dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, **pattern))
-    ).code2wav_dit_model
-    x, codes, voice = (
-        torch.randn(1, 8 * 24, 80),
-        torch.randint(0, 8448, (1, 8 * 12)),
-        (VOICE.cond, VOICE.ref_mel),
-    )
+    config = dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, **pattern))
+    dit = filled(config).code2wav_dit_model
+    x = torch.randn(1, 8 * 24, 80)
+    codes = torch.randint(0, 8448, (1, 8 * 12))
+    voice = (VOICE.cond, VOICE.ref_mel)
     other = codes.clone()
     other[0, 4 * 12 + 5] += 1  # a code in the middle of block 4
-    moved = (dit(x, codes, TIME, *voice) - dit(x, other % 8448, TIME, *voice)).abs().amax(-1)[
-        0
-    ] > 1e-6
-    assert moved.reshape(8, 24).all(1).tolist() == moved.reshape(8, 24).any(1).tolist()
-    assert moved[::24].nonzero()[:, 0].tolist() == [
-        3,
-        4,
-        5,
-        6,
-    ]  # block 5, say, hears 3 and 4 behind it and 6 ahead
+    difference = dit(x, codes, TIME, *voice) - dit(x, other % 8448, TIME, *voice)
+    changed = difference.abs().amax(-1)[0] > 1e-6  # [T]
+    assert changed.reshape(8, 24).all(1).tolist() == changed.reshape(8, 24).any(1).tolist()
+    # Block 5, for example, sees blocks 3 and 4 before it and block 6 after it.
+    assert changed[::24].nonzero()[:, 0].tolist() == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 @torch.no_grad()
 def test_sample_is_guided_calls_of_forward(model, guidance):
-    dit, blank = model.code2wav_dit_model, torch.zeros_like
+    dit = model.code2wav_dit_model
     flow = dataclasses.replace(FLOW, guidance=guidance, points=4)
-    listener = dit.input_embed.spk_encoder
+    encoder = dit.input_embed.spk_encoder
+    zeros = [torch.zeros_like(x) for x in (CODES, VOICE.cond, VOICE.ref_mel)]
 
-    def field(time, x):
-        asked = dit(x, CODES, time, VOICE.cond, VOICE.ref_mel)
-        return asked + guidance * (
-            asked - dit(x, blank(CODES), time, blank(VOICE.cond), blank(VOICE.ref_mel))
-        )
+    def velocity_fn(time, x):
+        conditional = dit(x, CODES, time, VOICE.cond, VOICE.ref_mel)
+        unconditional = dit(x, zeros[0], time, zeros[1], zeros[2])
+        return conditional + guidance * (conditional - unconditional)
 
-    expected = solve(field, NOISE, time_grid(flow), "rk4").transpose(1, 2)
+    expected = solve(velocity_fn, NOISE, time_grid(flow), "rk4").transpose(1, 2)
     with (
-        mock.patch.object(listener, "forward", wraps=listener.forward) as speaker,
+        mock.patch.object(encoder, "forward", wraps=encoder.forward) as speaker,
         mock.patch.object(dit, "velocity", wraps=dit.velocity) as velocity,
     ):
         mel = dit.sample(CODES, VOICE.cond, VOICE.ref_mel, flow, NOISE)
@@ -218,18 +209,24 @@ def test_unknown_solver_is_named():
         solve(lambda t, y: y, NOISE, time_grid(FLOW), "heun")
 
 
-def test_training_reaches_every_parameter_and_hears_the_voice_once():
+def test_every_parameter_has_a_gradient_and_the_voice_is_encoded_once():
     dit = filled(TINY.token2wav).code2wav_dit_model.train()
     x, codes = torch.randn(2, 100, 80), torch.randint(0, 1000, (2, 25))
     speaker = dit.input_embed.spk_encoder
-    with mock.patch.object(speaker, "forward", wraps=speaker.forward) as hears:
-        dit(
-            x, codes, torch.rand(2), torch.randn(2, 160), torch.randn(2, 40, 80)
-        ).square().mean().backward()
-    assert hears.call_count == 1
-    assert [
-        name for name, p in dit.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
-    ] == []
+    with mock.patch.object(speaker, "forward", wraps=speaker.forward) as encode:
+        velocity = dit(x, codes, torch.rand(2), torch.randn(2, 160), torch.randn(2, 40, 80))
+    velocity.square().mean().backward()
+    assert encode.call_count == 1
+    assert without_gradient(dit) == []
+
+
+def without_gradient(module) -> list[str]:
+    """The names of parameters whose gradient is missing or zero."""
+    names = []
+    for name, p in module.named_parameters():
+        if p.grad is None or not p.grad.abs().max() > 0:
+            names.append(name)
+    return names
 
 
 def test_dropout_is_for_training_only(model):
@@ -239,31 +236,25 @@ def test_dropout_is_for_training_only(model):
         assert not torch.equal(dit.train()(*inputs), dit(*inputs))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # BigVGAN
 def test_kaiser_taps_of_the_release():
     half = [0.00202896, 0.00938947, -0.02554346, -0.05765738, 0.12857258, 0.44320980]
-    np.testing.assert_allclose(
-        kaiser_taps(), half + half[::-1], rtol=0, atol=5e-8
-    )  # the release computes them in fp32
+    # The release computes them in fp32.
+    np.testing.assert_allclose(kaiser_taps(), half + half[::-1], rtol=0, atol=5e-8)
     assert sum(kaiser_taps()) == pytest.approx(1)
 
 
 def plain_activation(x, act):
-    """The same with a padded signal at twice the rate and depthwise convolutions. [B, T, C]"""
+    """Activation with replicate padding and depthwise convolutions. [B, T, C] -> same."""
     x, channels = x.transpose(1, 2), x.shape[-1]
     taps = torch.tensor(kaiser_taps(), dtype=x.dtype).expand(channels, 1, -1)
-    x = (
-        2
-        * F.conv_transpose1d(F.pad(x, (5, 5), mode="replicate"), taps, stride=2, groups=channels)[
-            ..., 15:-15
-        ]
-    )
+    x = F.pad(x, (5, 5), mode="replicate")
+    x = 2 * F.conv_transpose1d(x, taps, stride=2, groups=channels)[..., 15:-15]
     alpha, beta = act.alpha.exp()[:, None], act.beta.exp()[:, None]
     x = x + (x * alpha).sin().square() / (beta + 1e-9)
-    return F.conv1d(F.pad(x, (5, 6), mode="replicate"), taps, stride=2, groups=channels).transpose(
-        1, 2
-    )
+    x = F.pad(x, (5, 6), mode="replicate")
+    return F.conv1d(x, taps, stride=2, groups=channels).transpose(1, 2)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7, 40])
@@ -273,14 +264,14 @@ def test_shifted_additions_equal_padded_convolutions(frames):
     x = torch.randn(2, frames, 5, requires_grad=True)
     weights = torch.randn(2, frames, 5)
     leaves = x, activation.act.alpha, activation.act.beta
-    quick, plain = activation(x), plain_activation(x, activation.act)
-    torch.testing.assert_close(quick, plain, rtol=0, atol=1e-6)
-    for mine, expected in zip(
-        *(torch.autograd.grad((y * weights).sum(), leaves) for y in (quick, plain))
-    ):
-        torch.testing.assert_close(
-            mine, expected, rtol=1e-5, atol=5e-6
-        )  # sums over B and T in another order
+    fast = activation(x)
+    plain = plain_activation(x, activation.act)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-6)
+    gradients = torch.autograd.grad((fast * weights).sum(), leaves)
+    expected = torch.autograd.grad((plain * weights).sum(), leaves)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        # Sums over B and T in another order.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 9])
@@ -303,16 +294,12 @@ def test_length_is_frames_times_rates(config):
 def test_vocoder_trains_every_parameter():
     vocoder = filled(TINY.token2wav).code2wav_bigvgan_model
     vocoder(torch.randn(2, 80, 6) - 4).square().mean().backward()
-    assert [
-        name
-        for name, p in vocoder.named_parameters()
-        if p.grad is None or not p.grad.abs().max() > 0
-    ] == []
+    assert without_gradient(vocoder) == []
 
 
-# ----------------------------------------------------------------------------------------------------------
-# all of it
-def test_one_code_is_spoken_and_a_seed_repeats(model):
+# --------------------------------------------------------------------------------------------------
+# Token2Wav
+def test_one_code_gives_audio_and_a_seed_repeats(model):
     for codes in (CODES[:, :1], CODES):
         first, again, other = (
             model(codes, VOICE, FLOW, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
@@ -360,7 +347,7 @@ def test_release_on_the_meta_device():
     assert list(model.buffers()) == []  # so that a checkpoint fills all there is
 
 
-def test_built_on_meta_and_loaded_by_assign_speaks_the_same(model):
+def test_built_on_meta_and_loaded_by_assign_gives_the_same_waveform(model):
     with torch.device("meta"):
         empty = Token2Wav(CONFIG).eval()
     empty.load_state_dict(model.state_dict(), assign=True)
@@ -373,4 +360,4 @@ def test_built_on_meta_and_loaded_by_assign_speaks_the_same(model):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    np.savez_compressed(oracle.GOLDEN / "token2wav.npz", **ask_official())
+    np.savez_compressed(oracle.GOLDEN / "token2wav.npz", **official_outputs())

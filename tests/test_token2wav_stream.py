@@ -1,6 +1,4 @@
-"""Sound in pieces: the vocoder's are exact, the DiT's are those of the same schedule computed in
-one go.
-"""
+"""Streaming Token2Wav: the vocoder is exact, the DiT equals its schedule computed in one solve."""
 
 import dataclasses
 import math
@@ -27,16 +25,14 @@ from minomni.token2wav.streaming import (
 )
 from minomni.token2wav.voice import Voice
 
-SHORT = dataclasses.replace(
-    FLOW, points=3
-)  # 8 looks at the field: enough for them to meet each other's past
+# 8 evaluations of the velocity field: enough for each to depend on the caches of the others.
+SHORT = dataclasses.replace(FLOW, points=3)
 EULER = dataclasses.replace(SHORT, solver="euler", guidance=0.0)
-MANY = torch.randint(
-    0, 8448, (1, 125), generator=torch.Generator().manual_seed(1)
-)  # 250 frames: 10 blocks and a bit
+# 250 frames: 10 blocks and a part of one.
+MANY = torch.randint(0, 8448, (1, 125), generator=torch.Generator().manual_seed(1))
 BLOCK = CONFIG.dit.block_size
-EAGER = low_latency_schedule(filled())
-SAME = dict(rtol=0, atol=1e-4)  # mels of scale 10, and sums in another order at every look
+LOW_LATENCY = low_latency_schedule(filled())
+SAME = dict(rtol=0, atol=1e-4)  # mels of scale 10, and sums in another order at every evaluation
 
 
 def seeded(seed=0):
@@ -48,48 +44,45 @@ def model():
     return filled()
 
 
-def painted(model, codes, flow, schedule, step=None) -> torch.Tensor:
-    """The whole mel of a stream that hears its codes `step` at a time."""
+def streamed_mel(model, codes, flow, schedule, step=None) -> torch.Tensor:
+    """The whole mel of a stream that gets its codes `step` at a time."""
     stream = MelStream(model.code2wav_dit_model, VOICE, flow, schedule, seeded())
-    pieces = [
-        piece for some in codes.split(step or codes.shape[1], dim=1) for piece in stream.feed(some)
-    ]
-    return torch.cat([*pieces, *stream.finish()], dim=2)
+    chunks = []
+    for some in codes.split(step or codes.shape[1], dim=1):
+        chunks += stream.feed(some)
+    return torch.cat([*chunks, *stream.finish()], dim=2)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # BigVGAN
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
 @pytest.mark.parametrize("pieces", [[1] * 30, [24] * 4, [7, 90], [40, 0, 3], [2]], ids=str)
 @torch.no_grad()
-def test_pieces_of_sound_are_the_whole_sound(config, pieces):
-    vocoder, mel = filled(config).code2wav_bigvgan_model, torch.randn(1, 80, sum(pieces)) - 4
+def test_vocoder_chunks_equal_the_whole_waveform(config, pieces):
+    vocoder = filled(config).code2wav_bigvgan_model
+    mel = torch.randn(1, 80, sum(pieces)) - 4
     stream = VocoderStream(vocoder)
-    waves = [stream.feed(piece) for piece in mel.split(pieces, dim=2)] + [
-        stream.feed(None, last=True)
-    ]
+    waves = [stream.feed(piece) for piece in mel.split(pieces, dim=2)]
+    waves.append(stream.feed(None, last=True))
     torch.testing.assert_close(torch.cat(waves), vocoder(mel)[0], rtol=0, atol=1e-5)
 
 
 def depends_on(function, x, output) -> list[int]:
-    """Which frames of x [1, T, C] move an output frame."""
+    """The frames of x [1, T, C] that an output frame depends on."""
     x = x.clone().requires_grad_()
     function(x)[0, output].sum().backward()
     return x.grad.abs().sum(2)[0].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
-def test_stages_reach_no_further_than_they_say(config):
+def test_stages_have_exactly_their_context_frames(config):
     for i, stage in enumerate(BigVGAN.stages(filled(config).code2wav_bigvgan_model)):
         x = 0.1 * torch.randn(1, 200, width(config.bigvgan, i))
-        seen = [
-            f for at in range(stage.rate) for f in depends_on(stage.run, x, 100 * stage.rate + at)
-        ]
-        assert 100 - min(seen) <= stage.context_frames
-        assert max(seen) - 100 <= stage.context_frames
-        assert max(100 - min(seen), max(seen) - 100) == stage.context_frames, (
-            "one frame less would do"
-        )
+        seen = []
+        for at in range(stage.rate):
+            seen += depends_on(stage.run, x, 100 * stage.rate + at)
+        left, right = 100 - min(seen), max(seen) - 100
+        assert max(left, right) == stage.context_frames
 
 
 def width(config, stage) -> int:
@@ -103,13 +96,14 @@ def test_activation_reaches_five_frames():
     assert Activation.context_frames == 5
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DiT
 @pytest.mark.parametrize("flow", [SHORT, EULER], ids=["rk4", "euler"])
 @torch.no_grad()
 def test_windows_equal_samples_of_slices(model, flow):
-    """The serving recipe, spelled out: a solve for each window over slices of one noise; the middle
-    is kept.
+    """The release's schedule written out: one solve per window over slices of one noise tensor.
+
+    The middle of each window is kept.
     """
     dit, frames, chunk, back, ahead = model.code2wav_dit_model, 250, 3 * BLOCK, 2 * BLOCK, BLOCK
     noise, expected, done = torch.randn(1, frames, 80, generator=seeded()), [], 0
@@ -123,18 +117,17 @@ def test_windows_equal_samples_of_slices(model, flow):
         expected.append(mel[:, :, done - begin : kept - begin])
         done = kept
     torch.testing.assert_close(
-        painted(model, MANY, flow, RELEASE_SCHEDULE), torch.cat(expected, dim=2), **SAME
+        streamed_mel(model, MANY, flow, RELEASE_SCHEDULE), torch.cat(expected, dim=2), **SAME
     )
 
 
 def unrolled(schedule, frames):
-    """One sequence that holds a remembering schedule's blocks, those of the chunks and those only
-    looked at.
+    """One sequence of all blocks that a schedule with caches computes, look-ahead included.
 
-    -> rows of (chunk, block, final): what a block sees is settled by this, for dense_unrolled().
+    -> rows of (chunk, block, final), which determine what each block attends to.
     """
     rows, done, chunk = [], 0, 0
-    frames += lacking(schedule)  # the first block begins before the utterance
+    frames += first_block_missing(schedule)  # the first block begins before the utterance
     while done * BLOCK < frames:
         blocks, ahead = schedule.chunks[min(chunk, len(schedule.chunks) - 1)]
         end = done + blocks if (done + blocks + ahead) * BLOCK <= frames else -(-frames // BLOCK)
@@ -144,15 +137,13 @@ def unrolled(schedule, frames):
     return rows
 
 
-def lacking(schedule) -> int:
-    """Frames that a schedule's first block has less than the others."""
+def first_block_missing(schedule) -> int:
+    """How many frames shorter a schedule's first block is than the others."""
     return 0 if schedule.first_chunk_codes is None else BLOCK - 2 * schedule.first_chunk_codes
 
 
-def sees(row, other, back, ahead) -> bool:
-    """Whether one row may look at another: at its own chunk's, and behind it at what earlier chunks
-    made final.
-    """
+def attends_to(row, other, back, ahead) -> bool:
+    """Whether a row attends to another: in its own chunk, or to final blocks of earlier chunks."""
     (chunk, block, _), (chunk2, block2, final2) = row, other
     if not -back <= block2 - block <= ahead:
         return False
@@ -163,7 +154,7 @@ def sees(row, other, back, ahead) -> bool:
 @pytest.mark.parametrize(
     "schedule",
     [
-        EAGER,
+        LOW_LATENCY,
         Schedule(((2, 1),)),
         Schedule(((1, 2), (1, 0))),
         Schedule(((1, 0), (1, 0)), first_chunk_codes=5),
@@ -172,25 +163,23 @@ def sees(row, other, back, ahead) -> bool:
     ids=str,
 )
 @torch.no_grad()
-def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule):
-    """Every block that is ever computed stands in one long sequence, under one dense mask, in one
-    solve.
-    """
+def test_caches_equal_one_solve_over_all_blocks(model, flow, schedule):
+    """All blocks that are ever computed, in one sequence with one dense mask and one solve."""
     dit, frames = model.code2wav_dit_model, 250
     rows, noise = unrolled(schedule, frames), torch.randn(1, frames, 80, generator=seeded())
     at = torch.tensor(
         [frame for _, block, _ in rows for frame in range(block * BLOCK, (block + 1) * BLOCK)]
     )
-    at = at - lacking(schedule)
-    exists, at = (at >= 0) & (at < frames), at.clamp(0, frames - 1)
+    at = at - first_block_missing(schedule)
+    valid, at = (at >= 0) & (at < frames), at.clamp(0, frames - 1)
     attentions = [block.attn for block in dit.transformer_blocks]
     masks = {
         attn: torch.tensor(
-            [[sees(row, other, attn.back, attn.ahead) for other in rows] for row in rows]
+            [[attends_to(row, other, attn.back, attn.ahead) for other in rows] for row in rows]
         )
         .repeat_interleave(BLOCK, 0)
         .repeat_interleave(BLOCK, 1)
-        & exists
+        & valid
         for attn in attentions
     }
 
@@ -206,23 +195,23 @@ def test_remembering_equals_one_solve_over_all_its_blocks(model, flow, schedule)
     inputs = (both_branches(x, flow) for x in (MANY, VOICE.cond, VOICE.ref_mel))
     context = dit.context(*inputs)[:, at]
 
-    def field(time, x):
+    def velocity_fn(time, x):
         return guided(dit.velocity(x.expand(len(context), -1, -1), time, context), flow)
 
     with mock.patch.object(BlockAttention, "forward", dense):
-        mel = solve(field, noise[:, at], time_grid(flow), flow.solver)[0]
-    kept = torch.tensor([final for _, _, final in rows]).repeat_interleave(BLOCK) & exists
-    torch.testing.assert_close(painted(model, MANY, flow, schedule)[0].T, mel[kept], **SAME)
+        mel = solve(velocity_fn, noise[:, at], time_grid(flow), flow.solver)[0]
+    kept = torch.tensor([final for _, _, final in rows]).repeat_interleave(BLOCK) & valid
+    torch.testing.assert_close(streamed_mel(model, MANY, flow, schedule)[0].T, mel[kept], **SAME)
 
 
 @torch.no_grad()
-def test_a_short_first_block_is_painted_first(model):
-    """With as many codes as a block has it is no other schedule; and none of the windows is longer
-    for it.
-    """
-    plain = painted(model, MANY, EULER, Schedule(((1, 0), (2, 1))))
+def test_a_short_first_block_is_the_first_chunk(model):
+    """With as many codes as a block has it changes nothing; and no window becomes longer."""
+    plain = streamed_mel(model, MANY, EULER, Schedule(((1, 0), (2, 1))))
     torch.testing.assert_close(
-        painted(model, MANY, EULER, Schedule(((1, 0), (2, 1)), first_chunk_codes=12)), plain, **SAME
+        streamed_mel(model, MANY, EULER, Schedule(((1, 0), (2, 1)), first_chunk_codes=12)),
+        plain,
+        **SAME,
     )
     stream = MelStream(
         model.code2wav_dit_model,
@@ -247,8 +236,8 @@ def test_a_short_first_block_is_painted_first(model):
 
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
 @torch.no_grad()
-def test_eager_sounds_as_soon_as_a_moment_can_be_heard(config):
-    """One code fewer in the first block, and the first piece would be shorter than a moment."""
+def test_low_latency_schedule_has_the_shortest_first_chunk(config):
+    """With one code less in the first block, the first chunk of audio would be too short."""
     model = filled(config)
     voice = (
         VOICE
@@ -257,67 +246,70 @@ def test_eager_sounds_as_soon_as_a_moment_can_be_heard(config):
     )
     schedule = low_latency_schedule(model)
     codes = torch.zeros(1, codes_until_audio(schedule, model), dtype=torch.long)
-    moment = FIRST_CHUNK_FRAMES * math.prod(config.bigvgan.upsample_rates)  # samples
+    first_chunk = FIRST_CHUNK_FRAMES * math.prod(config.bigvgan.upsample_rates)  # samples
     for fewer in (0, 1):
         shorter = dataclasses.replace(
             schedule, first_chunk_codes=schedule.first_chunk_codes - fewer
         )
         stream = SpeechStream(model, voice, EULER, shorter, seeded())
-        heard = sum(map(len, stream.feed(codes[:, fewer:])))
-        assert (heard >= moment) is (fewer == 0)
+        samples = sum(map(len, stream.feed(codes[:, fewer:])))
+        assert (samples >= first_chunk) is (fewer == 0)
     assert not list(SpeechStream(model, voice, EULER, schedule, seeded()).feed(codes[:, 1:]))
 
 
-@pytest.mark.parametrize("schedule", [EAGER, RELEASE_SCHEDULE], ids=["eager", "serving"])
+@pytest.mark.parametrize(
+    "schedule", [LOW_LATENCY, RELEASE_SCHEDULE], ids=["low latency", "release"]
+)
 @torch.no_grad()
-def test_when_codes_come_changes_nothing(model, schedule):
-    whole = painted(model, MANY, EULER, schedule)
+def test_when_codes_arrive_changes_nothing(model, schedule):
+    whole = streamed_mel(model, MANY, EULER, schedule)
     for step in (1, 7, 50):
         torch.testing.assert_close(
-            painted(model, MANY, EULER, schedule, step), whole, rtol=0, atol=0
+            streamed_mel(model, MANY, EULER, schedule, step), whole, rtol=0, atol=0
         )
 
 
 @torch.no_grad()
-def test_remembering_computes_finished_blocks_once(model):
-    """Blocks that go through the network: each once, and once more those that were only looked at."""
-    dit, blocks = model.code2wav_dit_model, []
+def test_caches_compute_finished_blocks_once(model):
+    """The network computes each block once, and look-ahead blocks once more."""
+    dit = model.code2wav_dit_model
     look = dit.look
-    with mock.patch.object(
-        dit, "look", lambda x, *a: blocks.append(-(-x.shape[1] // BLOCK)) or look(x, *a)
-    ):
-        painted(model, MANY, EULER, Schedule(((1, 0), (2, 0))))
-        assert sum(blocks) == 11 * len(evaluation_times(EULER))  # 250 frames are 11 blocks
+    blocks = []
+
+    def counted(x, *rest):
+        blocks.append(math.ceil(x.shape[1] / BLOCK))
+        return look(x, *rest)
+
+    def blocks_per_evaluation(schedule) -> float:
         blocks.clear()
-        painted(model, MANY, EULER, Schedule(((3, 1),)))
-        assert sum(blocks) == (11 + 3) * len(
-            evaluation_times(EULER)
-        )  # three chunks end before the last one
-        blocks.clear()
-        painted(model, MANY, EULER, RELEASE_SCHEDULE)
-        assert sum(blocks) == (4 + 6 + 6 + 4) * len(evaluation_times(EULER))
+        with mock.patch.object(dit, "look", counted):
+            streamed_mel(model, MANY, EULER, schedule)
+        return sum(blocks) / len(evaluation_times(EULER))
+
+    assert blocks_per_evaluation(Schedule(((1, 0), (2, 0)))) == 11  # 250 frames are 11 blocks
+    # Three chunks end before the last one.
+    assert blocks_per_evaluation(Schedule(((3, 1),))) == 11 + 3
+    assert blocks_per_evaluation(RELEASE_SCHEDULE) == 4 + 6 + 6 + 4
 
 
 @torch.no_grad()
 def test_short_speech_is_whole_utterance_speech(model):
-    """Where the first chunk never fills there is one solve and one vocoder call, those of Token2Wav
-    itself.
-    """
+    """Speech shorter than the first chunk takes one solve and one vocoder call."""
     for codes in (CODES[:, :1], CODES):
         stream = SpeechStream(model, VOICE, SHORT, RELEASE_SCHEDULE, seeded())
         wave = torch.cat([*stream.feed(codes), *stream.finish()])
         torch.testing.assert_close(wave, model(codes, VOICE, SHORT, seeded()), rtol=0, atol=1e-5)
 
 
-def moved(first, second, atol=1e-5) -> list[int]:
+def changed_blocks(first, second, atol=1e-5) -> list[int]:
     """The blocks in which two mels [1, 80, T] differ."""
     frames = (first - second).abs().amax(1)[0] > atol
     return [i for i, block in enumerate(frames.split(BLOCK)) if block.any()]
 
 
 @torch.no_grad()
-def test_every_look_of_a_solve_reaches_two_more_blocks_back_and_one_ahead():
-    """So a whole solve, of 36 looks at the release's settings, is beyond any finite window."""
+def test_every_evaluation_extends_the_context_by_two_blocks_back_and_one_ahead():
+    """A whole solve, 36 evaluations with the release's settings, exceeds any finite window."""
     dit, codes, noise = (
         filled().double().code2wav_dit_model,
         MANY[:, :120],
@@ -334,33 +326,29 @@ def test_every_look_of_a_solve_reaches_two_more_blocks_back_and_one_ahead():
         flow = dataclasses.replace(EULER, points=points)
         mels = [dit.sample(x, cond, ref_mel, flow, noise) for x in (codes, other)]
         n = points - 1
-        assert moved(*mels, atol=1e-11) == list(
+        assert changed_blocks(*mels, atol=1e-11) == list(
             range(max(5 - n * ahead, 0), min(5 + n * back, 9) + 1)
         )
 
 
 @torch.no_grad()
-def test_a_schedule_bounds_what_a_code_can_move(model):
+def test_a_schedule_bounds_what_a_code_can_change(model):
     other = MANY.clone()
-    other[0, 5 * 12 + 3] = (
-        MANY[0, 5 * 12 + 3] + 4000
-    ) % 8448  # in block 5, which the second chunk makes final
+    # In block 5, which the second chunk makes final.
+    other[0, 5 * 12 + 3] = (MANY[0, 5 * 12 + 3] + 4000) % 8448
     for schedule, blocks in (
         (RELEASE_SCHEDULE, range(3, 9)),
         (Schedule(((3, 1),)), range(3, 11)),
-        (EAGER, range(3, 11)),
+        (LOW_LATENCY, range(3, 11)),
     ):
-        mels = [painted(model, codes, SHORT, schedule) for codes in (MANY, other)]
-        assert set(moved(*mels)) <= set(blocks)
-        assert 5 in moved(*mels)
-    before = (
-        2 * EAGER.first_chunk_codes + 3 * BLOCK
-    )  # frames of the chunks before the one that holds it: no whole blocks here
-    assert (
-        (mels[0] - mels[1])[:, :, :before].abs().max()
-        <= 1e-5
-        < (mels[0] - mels[1])[:, :, before:].abs().max()
-    )
+        mels = [streamed_mel(model, codes, SHORT, schedule) for codes in (MANY, other)]
+        assert set(changed_blocks(*mels)) <= set(blocks)
+        assert 5 in changed_blocks(*mels)
+    # Frames of the chunks before the one that holds the code: no whole blocks here.
+    before = 2 * LOW_LATENCY.first_chunk_codes + 3 * BLOCK
+    difference = (mels[0] - mels[1]).abs()
+    assert difference[:, :, :before].max() <= 1e-5
+    assert difference[:, :, before:].max() > 1e-5
 
 
 @torch.no_grad()
@@ -370,8 +358,8 @@ def test_noise_is_one_tensor(model):
     assert torch.equal(pieces[-1], torch.randn(1, 100, 80, generator=seeded(5)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# faults
+# --------------------------------------------------------------------------------------------------
+# Bad input
 def test_bad_schedules_and_codes_get_one_line(model):
     for bad in (
         dict(chunks=()),
@@ -381,10 +369,10 @@ def test_bad_schedules_and_codes_get_one_line(model):
     ):
         with pytest.raises(UserError, match="a schedule of chunks"):
             Schedule(**bad)
-    stream = SpeechStream(model, VOICE, FLOW, EAGER, seeded())
+    stream = SpeechStream(model, VOICE, FLOW, LOW_LATENCY, seeded())
     with pytest.raises(UserError, match="sounds for 0 to 8447"):
         list(stream.feed(torch.tensor([[9000]])))
     with pytest.raises(UserError, match="'Chelsie': cond"):
         SpeechStream(
-            model, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), FLOW, EAGER, seeded()
+            model, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), FLOW, LOW_LATENCY, seeded()
         )

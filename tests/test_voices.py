@@ -1,6 +1,4 @@
-"""A voice from a few seconds of speech: it fits the model, sounds like itself, is saved, and
-silence makes none.
-"""
+"""make_voice(): a voice fits the model, resembles its speaker and is saved; silence raises."""
 
 import subprocess
 import sys
@@ -31,9 +29,11 @@ def recordings():
 
 def spoken_by(recordings, name: str, count: int) -> list[torch.Tensor]:
     """The first recordings of a voice."""
-    return [recordings.wave(i) for i, u in enumerate(recordings.utterances) if u.voice == name][
-        :count
-    ]
+    waves = []
+    for index, utterance in enumerate(recordings.utterances):
+        if utterance.voice == name and len(waves) < count:
+            waves.append(recordings.wave(index))
+    return waves
 
 
 def test_a_voice_fits_the_model_and_speaks(omni, recordings, tmp_path):
@@ -59,9 +59,7 @@ def test_a_voice_fits_the_model_and_speaks(omni, recordings, tmp_path):
 
 
 def test_the_same_speaker_is_nearest(omni, recordings):
-    """Two recordings of one speaker are more alike than one of each, whatever is said, and however
-    loud.
-    """
+    """Recordings of one speaker are closer than those of two, for any text and level."""
     names = "Anna", "Karl", "Fiona", "Adam"
     pairs = {name: spoken_by(recordings, name, 4) for name in names}
     first = {
@@ -89,9 +87,8 @@ def test_a_path_at_another_rate(omni, recordings, tmp_path):
     from_file = minomni.make_voice(tmp_path / "me.wav", "x", omni, bos_token=500)
     assert from_file.bos_token == 500
     direct = minomni.make_voice(wave, "x", omni).cond
-    assert (
-        float((from_file.cond * direct).sum()) > 0.99
-    )  # holding samples dulls the top of the spectrum a little
+    # Repeating samples attenuates the top of the spectrum a little.
+    assert float((from_file.cond * direct).sum()) > 0.99
 
 
 @pytest.mark.parametrize(
@@ -108,7 +105,7 @@ def test_a_path_at_another_rate(omni, recordings, tmp_path):
         (np.full(32_000, np.nan, np.float32), "NaN"),
     ],
 )
-def test_what_is_no_speech_is_named(omni, samples, says, tmp_path):
+def test_recordings_without_speech_raise(omni, samples, says, tmp_path):
     path = tmp_path / "bad.wav"
     soundfile.write(path, samples, 16_000, subtype="FLOAT")
     with pytest.raises(UserError, match=says) as error:
@@ -116,7 +113,7 @@ def test_what_is_no_speech_is_named(omni, samples, says, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_models_without_our_speaker_vectors_are_refused(omni, recordings):
+def test_models_with_other_speaker_vectors_raise(omni, recordings):
     class Release:
         config, voices = SIZES["qwen7b"], {}
 
@@ -124,21 +121,26 @@ def test_models_without_our_speaker_vectors_are_refused(omni, recordings):
         minomni.make_voice(spoken_by(recordings, "Anna", 1)[0], "me", Release)
 
 
-def test_no_token_is_given_twice(omni, recordings):
-    wave, kept = spoken_by(recordings, "Anna", 1)[0], dict(omni.voices)
-    try:
+def test_every_voice_gets_its_own_token(omni, recordings):
+    wave = spoken_by(recordings, "Anna", 1)[0]
+    kept = dict(omni.voices)
+
+    def add_voices():
         while True:
             name = f"voice {len(omni.voices)}"
             omni.voices[name] = minomni.make_voice(wave, name, omni)
-    except UserError as error:
-        assert "all 512 token ids are taken" in str(error)
+
+    with pytest.raises(UserError, match="all 512 token ids are taken"):
+        add_voices()
     tokens = [voice.bos_token for voice in omni.voices.values()]
     omni.voices = kept
     assert len(tokens) == len(set(tokens)) == 12
     assert max(tokens) == 511
 
 
-def test_the_command_line_takes_a_recording(tiny_folder, recordings, tmp_path, monkeypatch, capsys):
+def test_the_command_line_accepts_a_recording(
+    tiny_folder, recordings, tmp_path, monkeypatch, capsys
+):
     soundfile.write(tmp_path / "me.wav", spoken_by(recordings, "Karl", 1)[0], 16_000)
     line = [
         "minomni",
@@ -158,8 +160,11 @@ def test_the_command_line_takes_a_recording(tiny_folder, recordings, tmp_path, m
     assert "you.wav: no such file" in capsys.readouterr().err
 
 
-def test_import_stays_quick():
-    code = "import sys, minomni; assert 'torch' not in sys.modules; minomni.make_voice; assert 'torch' in sys.modules"
+def test_import_is_lazy():
+    code = (
+        "import sys, minomni; assert 'torch' not in sys.modules; "
+        "minomni.make_voice; assert 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="make_choice"):
         getattr(minomni, "make_choice")  # noqa: B009

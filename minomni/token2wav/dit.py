@@ -161,13 +161,12 @@ class BlockAttention(nn.Module):
         self.block_size = config.block_size
         self.back = back
         self.ahead = ahead
+        width = config.hidden_size
         inner = config.num_attention_heads * config.head_dim
-        self.to_q = nn.Linear(config.hidden_size, inner)
-        self.to_k = nn.Linear(config.hidden_size, inner)
-        self.to_v = nn.Linear(config.hidden_size, inner)
-        self.to_out = nn.Sequential(
-            nn.Linear(inner, config.hidden_size), nn.Dropout(config.dropout)
-        )
+        self.to_q = nn.Linear(width, inner)
+        self.to_k = nn.Linear(width, inner)
+        self.to_v = nn.Linear(width, inner)
+        self.to_out = nn.Sequential(nn.Linear(inner, width), nn.Dropout(config.dropout))
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> queries, keys and values, each [B, blocks, size, H, d]."""
@@ -247,7 +246,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        width, inner = config.hidden_size, config.hidden_size * config.ff_mult
+        width = config.hidden_size
+        inner = width * config.ff_mult
         self.ff = nn.Sequential(
             nn.Linear(width, inner),
             nn.GELU(approximate="tanh"),

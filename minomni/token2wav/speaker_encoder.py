@@ -113,10 +113,9 @@ class SpeakerEncoder(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        sizes = zip(
-            config.enc_channels, config.enc_kernel_sizes, config.enc_dilations, strict=True
-        )  # (channels, kernel size, dilation) of each layer
-        first, *middle, last = sizes
+        # Channels, kernel size and dilation of each layer.
+        sizes = (config.enc_channels, config.enc_kernel_sizes, config.enc_dilations)
+        first, *middle, last = zip(*sizes, strict=True)
         channels = last[0]
         self.blocks = nn.ModuleList([TDNN(config.mel_dim, *first)])
         for layer in middle:

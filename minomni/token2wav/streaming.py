@@ -29,6 +29,10 @@ from minomni.token2wav.voice import Voice
 MAX_BLOCKS = 1_000_000  # largest number in a schedule: days of speech
 
 
+def is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How an utterance is cut into chunks, counted in the DiT's blocks of frames.
@@ -84,10 +88,6 @@ class Schedule:
         blocks, ahead = self.chunks[0]
         frames = (blocks + ahead) * dit.block_size - self.first_block_missing(dit)
         return frames // dit.repeats
-
-
-def is_pair(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 RELEASE_SCHEDULE = Schedule(chunks=((3, 1),), back=2)  # how the release is served
