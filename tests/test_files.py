@@ -96,14 +96,12 @@ def test_links_are_followed_and_stay(write, tmp_path):
 
 @WRITERS
 def test_an_open_file_of_proc_is_written_through(write, tmp_path):
-    """As /dev/stdout is where a shell sends it into a file: that file is written, not put in the
-    place of.
-    """
+    """Like /dev/stdout redirected to a file: that file is written to, not replaced."""
     with open(tmp_path / "out", "wb") as file:
-        place = Path(f"/proc/self/fd/{file.fileno()}")
-        if not place.exists():
+        descriptor = Path(f"/proc/self/fd/{file.fileno()}")
+        if not descriptor.exists():
             pytest.skip("this system has no /proc")
-        (tmp_path / "stdout").symlink_to(place)
+        (tmp_path / "stdout").symlink_to(descriptor)
         number = os.stat(tmp_path / "out").st_ino
         write(tmp_path / "stdout")
     assert os.stat(tmp_path / "out").st_ino == number
@@ -168,11 +166,16 @@ def test_a_private_file_stays_private(write, tmp_path):
 def test_an_interrupted_write_restores_the_old_file(error, tmp_path):
     path = tmp_path / "answer.wav"
     path.write_bytes(b"an old answer")
-    for file in (path, tmp_path / "none.wav"):
-        with pytest.raises(error), growing_wav(file, 8000) as wav:
+
+    def write_and_fail(file: Path) -> None:
+        with growing_wav(file, 8000) as wav:
             wav.write(TONE)
             wav.flush()
             raise error("broken")
+
+    for file in (path, tmp_path / "none.wav"):
+        with pytest.raises(error):
+            write_and_fail(file)
     assert path.read_bytes() == b"an old answer"
     assert not foreign(tmp_path, "answer.wav")
     with pytest.raises(

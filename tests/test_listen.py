@@ -344,9 +344,13 @@ def test_empty_and_silent_turns_are_refused(omni):
 
 def test_full_context_raises_and_bounds_memory(omni):
     session = omni.listen()
-    with pytest.raises(UserError, match="do not fit the context of 2048; begin a new session"):
-        for _ in range(90):
+
+    def add_seconds(count: int) -> None:
+        for _ in range(count):
             session.add_audio(noise(1))
+
+    with pytest.raises(UserError, match="do not fit the context of 2048; begin a new session"):
+        add_seconds(90)
     length = session.length
     with pytest.raises(UserError, match="do not fit the context"):
         session.add_audio(noise(1))
