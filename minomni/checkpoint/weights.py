@@ -101,7 +101,7 @@ def load(
     (models--...), of which the main snapshot is read. A folder with a Thinker alone gives a model
     that answers in text. device: "cpu", "cuda", "mps" or "auto". dtype: of Thinker and Talker; None
     or "auto" keeps what is stored, and takes the most common precision where tensors differ.
-    Token2Wav and codec are fp32. On a CPU tensors are mapped or copied as described above; on a GPU
+    Token2Wav and codec are fp32. On a CPU tensors are mapped where possible (see above); on a GPU
     the host's memory peaks at one shard. omni.loaded_from is the folder. Raises UserError naming
     the file for tensors or files that are missing, extra, misshapen or broken.
     """
@@ -260,10 +260,10 @@ def unindexed_files(folder: Path) -> list[str]:
     for pattern, content in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
             raise UserError(f"{where(folder)}: holds {content}")
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    names = [
-        name for name in names if name != "adapter_model.safetensors" and not name.startswith(".")
-    ]
+    names = []
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != "adapter_model.safetensors" and not file.name.startswith("."):
+            names.append(file.name)
     if not names:
         raise UserError(
             f"{where(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder of a "
@@ -343,7 +343,7 @@ def header(file: Path) -> dict[str, Stored]:
 # --------------------------------------------------------------------------------------------------
 # tensors
 def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
-    """Raise UserError for tensors that are not plain floating-point numbers, as quantized ones."""
+    """Raise UserError for tensors of other than floating-point numbers, such as quantized ones."""
     quantized = [name for name in stored if name.endswith(QUANTIZED)]
     if quantized:
         raise UserError(
@@ -361,7 +361,10 @@ def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
 
 
 def most_common_dtype(stored: dict[str, Stored]) -> torch.dtype:
-    """The precision of most numbers of Thinker and Talker, which pass states on and share one."""
+    """The precision that most numbers of Thinker and Talker are stored in.
+
+    Both use it, because the Talker reads the Thinker's states.
+    """
     counts: Counter[str] = Counter()
     for name, tensor in stored.items():
         if name.startswith(ANY_PRECISION):
