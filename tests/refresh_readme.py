@@ -12,7 +12,7 @@
 Needs the package: pip install -e .
 
 A generated table stands between <!-- NAME --> and <!-- end of NAME -->. Measured numbers come from
-data_samples/tiny/results.json, sizes and stages from the package, chapters from the notebooks.
+data_samples/tiny_results.json, sizes and stages from the package, chapters from the notebooks.
 """
 
 import argparse
@@ -27,10 +27,11 @@ import torch
 
 from minomni import config
 from minomni.omni import Omni
-from minomni.train import pipeline, recipes
+from minomni.train import recipes
+from minomni.train.measurements import measured
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "data_samples" / "tiny" / "results.json"
+RESULTS = ROOT / "data_samples" / "tiny_results.json"
 DOCUMENTS = {"README.md": "en", "README_zh.md": "zh", "notebooks/results.md": "en"}
 BEGIN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
 
@@ -306,10 +307,11 @@ def stages(language: str) -> str:
     """Steps, seconds and last losses of the stages of tiny."""
     heads = ("stage | trains | steps | seconds | last loss", "阶段 | 训练 | 步数 | 秒 | 最后的损失")
     rows = []
-    for name, (seconds, loss) in pipeline.EXPECTED["tiny"].items():
+    for name, measurement in measured("tiny").items():
         steps = recipes.recipe_of(name, "tiny").steps
-        losses = loss.replace("  ", ", ")
-        rows.append([name, in_language(STAGES[name], language), str(steps), str(seconds), losses])
+        losses = ", ".join(f"{loss} {value:.3f}" for loss, value in measurement.losses.items())
+        seconds = f"{measurement.seconds:.0f}"
+        rows.append([name, in_language(STAGES[name], language), str(steps), seconds, losses])
     return table(in_language(heads, language).split(" | "), rows)
 
 
