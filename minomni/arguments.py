@@ -31,7 +31,7 @@ def shown(value) -> str:
     return text
 
 
-def whole_number(value, name: str, lowest: int, highest: int) -> int:
+def check_int(value, name: str, lowest: int, highest: int) -> int:
     """An int of Python or numpy from lowest to highest; bool is not accepted. Raises UserError."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or not lowest <= value <= highest:
@@ -41,7 +41,7 @@ def whole_number(value, name: str, lowest: int, highest: int) -> int:
     return int(value)
 
 
-def number(value, name: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
+def check_number(value, name: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
     """A finite number of Python or numpy from lowest to highest; bool is not accepted. Raises
     UserError.
     """
@@ -57,7 +57,7 @@ def number(value, name: str, lowest: float = -math.inf, highest: float = math.in
     return result
 
 
-def flag(value, name: str) -> bool:
+def check_bool(value, name: str) -> bool:
     """True or False, of Python or numpy. Raises UserError."""
     # numpy's type is called bool_ before version 2 and bool since.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
@@ -65,9 +65,9 @@ def flag(value, name: str) -> bool:
     return bool(value)
 
 
-def seed_of(value) -> int:
+def check_seed(value) -> int:
     """The random seed of one answer; None is the default, 0. Raises UserError."""
     if value is None:
         return 0
     lowest, highest = SEEDS
-    return whole_number(value, "seed", lowest, highest)
+    return check_int(value, "seed", lowest, highest)

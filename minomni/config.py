@@ -15,11 +15,11 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 
 IGNORE_INDEX = -100  # the target that every cross-entropy skips, as in PyTorch
-LISTENING_RATE = 16_000  # Hz, the sampling rate of the audio encoder's and the codec's input
+INPUT_SAMPLE_RATE = 16_000  # Hz, the sampling rate of the audio encoder's and the codec's input
 MEL_RATE = 100  # mel frames per second, of input and of generated speech
 
 # Bounds of a configuration that is read from a file.
-LARGEST = 2**24  # of any size: products of two stay far below 2**63
+MAX_SIZE = 2**24  # of any size: products of two stay far below 2**63
 MAX_LAYERS = 1024  # of any module, so that a model is built in seconds
 MAX_LIST_LENGTH = 32  # kernel sizes, rates, channels: one entry per convolution
 
@@ -65,7 +65,7 @@ def require_sizes(config, indexes: tuple[str, ...] = (), layers: tuple[str, ...]
     for field in fields(config):
         value = getattr(config, field.name)
         low = 0 if field.name in indexes else 1
-        high = MAX_LAYERS if field.name in layers else LARGEST
+        high = MAX_LAYERS if field.name in layers else MAX_SIZE
         if field.type is int:
             require_int(field.name, value, low, high)
         elif field.type is not float and not is_dataclass(value):
@@ -83,7 +83,7 @@ def require_list(name: str, value, low: int, longest: int, nested: bool = False)
         if nested:
             require_list(f"an entry of {name}", entry, low, longest)
         else:
-            require_int(f"an entry of {name}", entry, low, LARGEST)
+            require_int(f"an entry of {name}", entry, low, MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -422,7 +422,7 @@ class SamplingConfig:
     def __post_init__(self):
         if self.temperature != 0 or isinstance(self.temperature, bool):
             require_number("temperature", self.temperature, 0.001, 1000)
-        require_int("top_k", self.top_k, -1, LARGEST)
+        require_int("top_k", self.top_k, -1, MAX_SIZE)
         require_number("top_p", self.top_p, 1e-9, 1)
         require_number("repetition_penalty", self.repetition_penalty, 0.001, 1000)
         require_int("max_new_tokens", self.max_new_tokens, 1, 1_000_000)

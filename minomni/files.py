@@ -45,7 +45,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             return
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(target, "part")
+        temporary = sibling_path(target, "part")
         try:
             with open(temporary, "xb") as file:
                 write(file)
@@ -73,7 +73,7 @@ def growing_wav(path: str | Path, sample_rate: int) -> Iterator["GrowingWav"]:
         # Move the old file out of the way.
         old = None
         if target.exists() and not to_stream:
-            old = beside(target, "old")
+            old = sibling_path(target, "old")
             os.replace(target, old)
     try:
         with writing(path):
@@ -248,6 +248,6 @@ def is_stream(path: Path) -> bool:
     return not path.is_file() or path.parent.resolve().is_relative_to("/proc")
 
 
-def beside(path: Path, suffix: str) -> Path:
+def sibling_path(path: Path, suffix: str) -> Path:
     """A new file name in the same folder. A long name is cut, as names have at most 255 bytes."""
     return path.with_name(f"{path.name[:50]}.{secrets.token_hex(4)}.{suffix}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from minomni.errors import UserError, shorten
 
 # Bytes. The release's tokenizer.json has 7 million; parsing needs up to 25 times a file's size.
-MOST_JSON = 32_000_000
+MAX_JSON_BYTES = 32_000_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -25,7 +25,7 @@ def quote(value: object, room: int = 80) -> str:
     return shorten(repr(value), room)
 
 
-def where(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """A path for an error message: on one line, its beginning and its end if it is long."""
     return shorten(path, 160)
 
@@ -42,24 +42,26 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
             target = shorten(os.readlink(path), 80)
             problem = f"is a link to {target}, which is not there"
         else:
-            problem = f"cannot be read ({reason(error)})"
-        raise UserError(f"{where(path)}: {problem}; {advice}") from None
+            problem = f"cannot be read ({os_reason(error)})"
+        raise UserError(f"{shown_path(path)}: {problem}; {advice}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{where(path)}: is no ordinary file; {advice}")
+        raise UserError(f"{shown_path(path)}: is no ordinary file; {advice}")
     if not status.st_size:
-        raise UserError(f"{where(path)}: is empty; {advice}")
+        raise UserError(f"{shown_path(path)}: is empty; {advice}")
     if largest is not None and status.st_size > largest:
         raise UserError(
-            f"{where(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; this is "
+            f"{shown_path(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; this is "
             f"not the file that a model folder holds under this name"
         )
     try:
         pointer = is_pointer(path)
     except OSError as error:
-        raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
+        raise UserError(
+            f"{shown_path(path)}: cannot be read ({os_reason(error)}); {advice}"
+        ) from None
     if pointer:
         raise UserError(
-            f"{where(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in "
+            f"{shown_path(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in "
             f"its folder"
         )
 
@@ -72,27 +74,33 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def reason(error: Exception) -> str:
+def os_reason(error: Exception) -> str:
     """The system's reason for a failure, without the path, which may be long."""
     return getattr(error, "strerror", None) or quote(str(error))[1:-1]
 
 
-def read_object(path: Path, advice: str = "copy it again", largest: int = MOST_JSON) -> dict:
+def read_json_object(
+    path: Path, advice: str = "copy it again", largest: int = MAX_JSON_BYTES
+) -> dict:
     """The JSON object in a file. Raises UserError for anything else."""
     check_file(path, largest, advice)
     try:
         with open(path, "rb") as file:
             data = json.loads(file.read(largest).decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{where(path)}: cannot be read ({reason(error)}); {advice}") from None
+        raise UserError(
+            f"{shown_path(path)}: cannot be read ({os_reason(error)}); {advice}"
+        ) from None
     except RecursionError:
-        raise UserError(f"{where(path)}: not valid JSON (nested too deeply); {advice}") from None
+        raise UserError(
+            f"{shown_path(path)}: not valid JSON (nested too deeply); {advice}"
+        ) from None
     except ValueError as error:
         raise UserError(
-            f"{where(path)}: not valid JSON ({quote(str(error))[1:-1]}); {advice}"
+            f"{shown_path(path)}: not valid JSON ({quote(str(error))[1:-1]}); {advice}"
         ) from None
     if not isinstance(data, dict):
         raise UserError(
-            f"{where(path)}: holds a {type(data).__name__}, not an object with settings; {advice}"
+            f"{shown_path(path)}: holds a {type(data).__name__}, not an object with settings; {advice}"
         )
     return data

@@ -9,13 +9,13 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from minomni.arguments import flag, seed_of, shown, whole_number
+from minomni.arguments import check_bool, check_int, check_seed, shown
 from minomni.chat.generate import (
     check_flow,
     check_schedule,
     check_wave,
     generate_tokens,
-    seeded,
+    seeded_generator,
     stream_reply,
 )
 from minomni.chat.generation_options import sampling_configs
@@ -32,8 +32,8 @@ from minomni.chat.session import Session
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
 from minomni.errors import UserError
-from minomni.inputs.audio import SILENCE
-from minomni.inputs.prompt import Inputs, Processor, join, messages_of
+from minomni.inputs.audio import SILENCE_LEVEL
+from minomni.inputs.prompt import Inputs, Processor, checked_messages, collate
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.talker.codec import Codec
 from minomni.talker.talker import Talker
@@ -96,7 +96,7 @@ class Omni(nn.Module):
                 f"voices[{name!r}] is {shown(voice)}; expected a Voice, such as make_voice() makes"
             )
         vocab_size = self.config.thinker.text.vocab_size
-        whole_number(voice.bos_token, f"bos_token of voice {name!r}", 0, vocab_size - 1)
+        check_int(voice.bos_token, f"bos_token of voice {name!r}", 0, vocab_size - 1)
         if self.token2wav is not None:
             check_voice(voice, self.token2wav.config.dit)
         if not (voice.cond.isfinite().all() and voice.ref_mel.isfinite().all()):
@@ -110,7 +110,7 @@ class Omni(nn.Module):
 
         A name is checked even without speech. Raises UserError.
         """
-        if flag(speech, "speech") and (self.talker is None or self.token2wav is None):
+        if check_bool(speech, "speech") and (self.talker is None or self.token2wav is None):
             raise UserError(
                 "this model has no voice: its folder holds the Thinker alone; give speech=False, "
                 "or --no-speech, for an answer in text"
@@ -145,13 +145,13 @@ class Omni(nn.Module):
             )
         rows = len(inputs.input_ids)
         voices: list[Voice | None] = []
-        for name in each(voice, rows, "voice"):
+        for name in broadcast(voice, rows, "voice"):
             voices.append(None if name is None else self.choose_voice(name, speech=True))
         if None in voices and any(voices):
             raise UserError(
                 "some rows have a voice and some have none; give all of them a voice, or none"
             )
-        seeds = [seed_of(row_seed) for row_seed in each(seed, rows, "seed")]
+        seeds = [check_seed(row_seed) for row_seed in broadcast(seed, rows, "seed")]
         return self.answer(inputs, voices, seeds, sampling_configs(self.config, options))
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class Omni(nn.Module):
         for row, voice, seed in zip(codes, chosen, seeds, strict=True):
             wave = torch.zeros(0)
             if len(row):
-                wave = self.token2wav(row[None], voice, self.config.flow, seeded(seed))
+                wave = self.token2wav(row[None], voice, self.config.flow, seeded_generator(seed))
             waves.append(check_wave(wave))
         return GenerateOutput(tokens, codes, waves)
 
@@ -219,7 +219,7 @@ class Omni(nn.Module):
                 "stream() answers one conversation, a list of messages; respond() takes several"
             )
         sampling = sampling_configs(self.config, options)
-        seed = seed_of(seed)
+        seed = check_seed(seed)
         check_schedule(schedule)
         check_flow(flow)
         chosen, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
@@ -283,12 +283,12 @@ class Omni(nn.Module):
         timings = Timings()
         count = len(conversations)
         sampling = sampling_configs(self.config, options)
-        seeds = [seed_of(row_seed) for row_seed in each(seed, count, "seed")]
+        seeds = [check_seed(row_seed) for row_seed in broadcast(seed, count, "seed")]
 
         # Check and encode all conversations before the first one is answered.
         voices = []
         rows = []
-        names = each(voice, count, "voice")
+        names = broadcast(voice, count, "voice")
         for number, (messages, name) in enumerate(zip(conversations, names, strict=True), 1):
             try:
                 chosen, inputs = self.prepare(messages, name, speech, use_audio_in_video)
@@ -300,7 +300,7 @@ class Omni(nn.Module):
 
         lengths = [row.input_ids.shape[1] for row in rows]
         if self.fits_padded(lengths, sampling, speech):
-            batch = join(rows, self.config.thinker.tokens.endoftext)
+            batch = collate(rows, self.config.thinker.tokens.endoftext)
             output = self.answer(batch, voices, seeds, sampling)
         else:
             output = self.answer_one_by_one(rows, voices, seeds, sampling)
@@ -384,11 +384,11 @@ class Omni(nn.Module):
         encoded prompt. Raises UserError.
         """
         tokenizer = self.require_tokenizer()
-        messages = messages_of(messages)
+        messages = checked_messages(messages)
         if not messages:
             raise UserError("no messages were given; give at least one with role 'user'")
         chosen = self.choose_voice(voice, speech)
-        flag(use_audio_in_video, "use_audio_in_video")
+        check_bool(use_audio_in_video, "use_audio_in_video")
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.media.system_prompt}, *messages]
         inputs = Processor(self.config, tokenizer)([messages], use_audio_in_video)
@@ -412,7 +412,7 @@ class Omni(nn.Module):
         if num_clips == 0 or tokens.vision_bos in message:
             return
         words = self.decode(message).split()
-        if words == ["user"] and max(inputs.peaks[-num_clips:]) < SILENCE:
+        if words == ["user"] and max(inputs.peaks[-num_clips:]) < SILENCE_LEVEL:
             raise UserError(ONLY_SILENCE)
 
 
@@ -433,7 +433,7 @@ def is_batch(messages) -> TypeGuard[list[list[dict]]]:
     return True
 
 
-def each(value, rows: int, name: str) -> list:
+def broadcast(value, rows: int, name: str) -> list:
     """A list with one entry for each row, or one value for all of them -> the list. Raises
     UserError.
     """

@@ -77,7 +77,7 @@ def make(folder: Path) -> None:
         talker=replace(talker, embedding_size=1024, decoder=decoder),
         codec=None,
     )
-    with torch.device("meta"), weights.Empty():
+    with torch.device("meta"), weights.SkipInit():
         omni = Omni(config)
     omni.thinker.bfloat16(), omni.talker.bfloat16()
     omni.to_empty(device="cpu")

@@ -68,12 +68,16 @@ def questions() -> list[dict]:
     """One question for each way of asking; seeds that training never draws."""
     random = Random("data samples")
     scene = next(
-        e for e in iter(lambda: scenes.scene(random), None) if e.question.startswith("where is")
+        e
+        for e in iter(lambda: scenes.random_scene(random), None)
+        if e.question.startswith("where is")
     )
     color = next(
-        e for e in iter(lambda: scenes.scene(random), None) if e.question.startswith("what color")
+        e
+        for e in iter(lambda: scenes.random_scene(random), None)
+        if e.question.startswith("what color")
     )
-    digit = scenes.handwriting(random, scenes.digits(held=True))
+    digit = scenes.handwriting(random, scenes.handwritten_digits(held=True))
     move, sound = scenes.moving_clip(random), scenes.clip_with_tone(random)
     statement = grammar.statement(random, held=True)
     for example, name in ((scene, "scene.png"), (color, "color.png"), (digit, "digit.png")):

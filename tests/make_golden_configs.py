@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracle  # noqa: E402
 import transformers  # noqa: E402
 
-from minomni.checkpoint.hf_config import plain, to_json  # noqa: E402
+from minomni.checkpoint.hf_config import as_json, to_json  # noqa: E402
 
 
 def keep(config, name: str) -> None:
@@ -31,6 +31,6 @@ def keep(config, name: str) -> None:
 
 
 if __name__ == "__main__":
-    whole = transformers.Qwen2_5OmniConfig(**plain(to_json(oracle.CONFIG)))
+    whole = transformers.Qwen2_5OmniConfig(**as_json(to_json(oracle.CONFIG)))
     keep(whole, "saved_by")
     keep(whole.thinker_config, "thinker_saved_by")

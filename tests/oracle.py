@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minomni.checkpoint.hf_config import plain, to_json
+from minomni.checkpoint.hf_config import as_json, to_json
 from minomni.config import (
     QWEN7B,
     AudioEncoderConfig,
@@ -395,7 +395,9 @@ def hf_model(repaired: bool = True, fill=fill):
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model = Qwen2_5OmniForConditionalGeneration(Qwen2_5OmniConfig(**plain(to_json(CONFIG)))).eval()
+    model = Qwen2_5OmniForConditionalGeneration(
+        Qwen2_5OmniConfig(**as_json(to_json(CONFIG)))
+    ).eval()
     fill({hf_name(name): p for name, p in model.named_parameters()})
     model.speaker_map = {
         voice.name: {"bos_token": voice.bos_token, "cond": voice.cond, "ref_mel": voice.ref_mel}

@@ -32,7 +32,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")
     monkeypatch.setattr(SpeechStage, "sample", lambda self: "")
     monkeypatch.setattr(SpeechStage, "sound", lambda self: None)
-    monkeypatch.setattr(DPOStage, "prompts", 8)
+    monkeypatch.setattr(DPOStage, "num_prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
@@ -52,7 +52,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
         weights = {
             n: p.detach()
             for n, p in load(str(home / "model")).named_parameters()
-            if n.startswith(STAGES[name].learns)
+            if n.startswith(STAGES[name].trainable)
         }
         save_file(weights, home / "stages" / f"{name}.safetensors")
     return home

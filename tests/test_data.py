@@ -29,8 +29,8 @@ def test_lessons_are_fair_to_kinds_of_sentences():
     texts = (
         ["the red circle is above the blue cross"] * 7 + ["the digit is nine"] * 2 + ["red two up"]
     )
-    share = corpus.FAIR / 3
-    rest = (1 - corpus.FAIR) / 10
+    share = corpus.BALANCED_SHARE / 3
+    rest = (1 - corpus.BALANCED_SHARE) / 10
     assert corpus.sampling_weights(texts) == pytest.approx(
         [rest + share / 7] * 7 + [rest + share / 2] * 2 + [rest + share]
     )
@@ -91,10 +91,10 @@ def test_english_words_where_there_is_room_for_them():
     assert len(foreign) < 0.05 * len(
         words.held
     )  # of the others every piece has been heard and said
-    tested = [job.text for _, job in corpus.test_jobs(words)][len(corpus.test_jobs()) :]
+    tested = [job.text for _, job in corpus.evaluation_jobs(words)][len(corpus.evaluation_jobs()) :]
     assert len(tested) == 96
     assert not set(tested) & set(jobs)
-    assert corpus.test_jobs(words)[: -len(tested)] == corpus.test_jobs()
+    assert corpus.evaluation_jobs(words)[: -len(tested)] == corpus.evaluation_jobs()
 
 
 def test_no_trained_sentence_is_held_out():
@@ -109,7 +109,7 @@ def test_no_trained_sentence_is_held_out():
     assert {
         word for text in held for word in text.split()
     } <= words  # what nobody has said cannot be learnt
-    tested = {job.text.removeprefix("say ") for _, job in corpus.test_jobs()} - set(
+    tested = {job.text.removeprefix("say ") for _, job in corpus.evaluation_jobs()} - set(
         grammar.all_questions()
     )
     assert tested <= held
@@ -130,8 +130,8 @@ def test_a_part_of_what_is_heard_cannot_be_guessed():
         for name, text in drawn
         if corpus.sentence_kind(text.removeprefix("say ")) == "words"
     ]
-    assert len(without) == corpus.HEARD_STRINGS + corpus.HEARD_FRAMED
-    assert len(drawn) - len(without) == corpus.HEARD
+    assert len(without) == corpus.LISTENING_STRINGS + corpus.LISTENING_FRAMED
+    assert len(drawn) - len(without) == corpus.LISTENING_STATEMENTS
     assert {name for name, _ in without} == set(grammar.LISTENING_VOICES)
     assert set(grammar.WORDS) <= {word for _, text in without for word in text.split()}
 
@@ -141,9 +141,12 @@ def test_teacher_keeps_to_its_side(tmp_path):
         teacher, random = ExampleBuilder(TINY, tmp_path, held), Random(0)
         for kind in ("say-typed", "say-spoken"):
             assert all(
-                grammar.held_out(teacher.example(kind, random).answer) == held for _ in range(50)
+                grammar.is_held_out(teacher.example(kind, random).answer) == held for _ in range(50)
             )
-    train_digits, test_digits = scenes.digits(False)[0], scenes.digits(True)[0]
+    train_digits, test_digits = (
+        scenes.handwritten_digits(False)[0],
+        scenes.handwritten_digits(True)[0],
+    )
     assert len(train_digits) + len(test_digits) == 1797
     seen = {digit.tobytes() for digit in train_digits}
     assert (
@@ -159,7 +162,9 @@ def test_recordings_are_drawn_fairly_but_for_tests():
     ]
     there = Counter(corpus.sentence_kind(text.removeprefix("say ")) for text in teacher.spoken)
     for kind, count in there.items():
-        share = (1 - corpus.FAIR) * count / len(teacher.spoken) + corpus.FAIR / len(there)
+        share = (1 - corpus.BALANCED_SHARE) * count / len(
+            teacher.spoken
+        ) + corpus.BALANCED_SHARE / len(there)
         assert kinds.count(kind) / drawn == pytest.approx(share, abs=0.03)
     assert ExampleBuilder(TINY, CACHE, held=True).weights is None
 
@@ -194,8 +199,8 @@ def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
     ):
         for _ in range(20):
             example = made(random)
-            asked = dict([(example.question, example.answer), *example.more])
-            assert len(example.more) == more
+            asked = dict([(example.question, example.answer), *example.follow_ups])
+            assert len(example.follow_ups) == more
             assert len(asked) == more + 1
             for question, seen in (
                 ("what was there first", example.objects[0]),
@@ -207,7 +212,7 @@ def test_what_was_first_and_last_in_a_clip_agrees_with_what_is_seen():
 def test_answers_agree_with_pictures():
     random = Random(3)
     for _ in range(50):
-        example = scenes.scene(random)
+        example = scenes.random_scene(random)
         if example.question.startswith("what color is the"):
             color = example.answer.split()[-1]
             pixels = (

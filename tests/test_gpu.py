@@ -89,7 +89,7 @@ def seven():
 def test_seven_billion_weights_say_what_the_official_code_says(case, seven, monkeypatch):
     omni, official = seven  # the official one draws its noise where it is
     monkeypatch.setattr(
-        "minomni.omni.seeded", lambda seed: torch.Generator("cuda").manual_seed(seed)
+        "minomni.omni.seeded_generator", lambda seed: torch.Generator("cuda").manual_seed(seed)
     )
     mine, theirs = ask(omni, case), oracle.ask_official(official, case)
     far = {
@@ -153,7 +153,7 @@ def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
 def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
     """Losses and gradients are finite, and where chance has no part in them, those of a CPU."""
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
-    monkeypatch.setattr(pipeline.STAGES["dpo"], "prompts", 4)
+    monkeypatch.setattr(pipeline.STAGES["dpo"], "num_prompts", 4)
     worse = count(0, 2)
     monkeypatch.setattr(
         dpo_stage, "edits", lambda *_: next(worse)

@@ -60,7 +60,7 @@ def test_off_centre_by_hand():
     grid = torch.tensor(
         [[[1.0, -1.0], [0.5, 1.0], [9.0, 9.0]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]]
     )  # [B, C, channels]
-    assert losses.off_centre(grid, torch.tensor([2, 3])).item() == pytest.approx(
+    assert losses.off_center(grid, torch.tensor([2, 3])).item() == pytest.approx(
         (0.75**2 + 0 + 1 + 0) / 2
     )
 

@@ -445,7 +445,7 @@ def test_squares_are_lines_from_the_top(sliders):
     assert ax.yaxis_inverted()
 
 
-@pytest.mark.parametrize("length", [3, viz.ROOM_FOR_NUMBERS, viz.ROOM_FOR_NUMBERS + 1])
+@pytest.mark.parametrize("length", [3, viz.MAX_NUMBERED_TOKENS, viz.MAX_NUMBERED_TOKENS + 1])
 def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     tokens = TINY.thinker.tokens
     kinds = viz.modalities(

@@ -14,7 +14,7 @@ from PIL import Image
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
 from minomni.inputs.item import parse_item
-from minomni.inputs.media import SHORTEST, Clip, load_audio, load_video, sample_indices
+from minomni.inputs.media import MIN_SAMPLES, Clip, load_audio, load_video, sample_indices
 from minomni.inputs.options import MediaOptions, options_of
 from minomni.inputs.patches import frame_size, image_size
 from minomni.inputs.video import frame_range
@@ -220,6 +220,6 @@ def test_sounds_of_the_table():
     def run(given, samples):
         return len(load_audio(np.full(samples, 0.1, np.float32), options_of("audio", given)))
 
-    cases = [case if case[-1] > SHORTEST else [*case[:-1], "error"] for case in TABLE["sounds"]]
+    cases = [case if case[-1] > MIN_SAMPLES else [*case[:-1], "error"] for case in TABLE["sounds"]]
     assert len(cases) == 30
     assert not wrong(cases, run)

@@ -236,7 +236,7 @@ def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
 
     monkeypatch.setattr(jsonl.Processor, "__call__", broken)
     with pytest.raises(UserError) as error:
-        jsonl.checked(write(tmp_path, [line(), "", line()]), omni)
+        jsonl.validate(write(tmp_path, [line(), "", line()]), omni)
     text = str(error.value)
     assert "2 bad lines" in text
     assert "line 1: cannot be read (ZeroDivisionError: of a part" in text
@@ -245,7 +245,7 @@ def test_an_unexpected_exception_names_its_line(tmp_path, omni, monkeypatch):
 
 def test_message_is_short_and_validation_stops_after_many_errors(tmp_path, omni):
     with pytest.raises(UserError) as error:
-        jsonl.checked(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
+        jsonl.validate(write(tmp_path, ["?"] * 5000, name="x" * 200), omni)
     text = str(error.value)
     assert text.isprintable()
     assert len(text) <= 500
@@ -273,12 +273,12 @@ def test_speech_needs_a_voice_that_can_be_made(tmp_path, omni, recordings):
     with pytest.raises(
         UserError, match=r"line 2: .*short.wav, of voice .*a voice needs at least 1 s"
     ):
-        jsonl.checked(path, omni)
+        jsonl.validate(path, omni)
     omni.voices = {}
     with pytest.raises(
         UserError, match='line 1: the model has no voices; give this recording a "voice"'
     ):
-        jsonl.checked(write(tmp_path, [line(speech="short.wav")]), omni)
+        jsonl.validate(write(tmp_path, [line(speech="short.wav")]), omni)
 
 
 def test_media_paths_are_relative_to_the_file(tmp_path, omni, recordings):
@@ -290,7 +290,7 @@ def test_media_paths_are_relative_to_the_file(tmp_path, omni, recordings):
         {"type": "audio", "audio": str(tmp_path / "q.wav")},
     ]
     turns = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]
-    lines = jsonl.checked(
+    lines = jsonl.validate(
         write(tmp_path, ["", {"messages": [*turns, *line(asked)["messages"]]}]), omni
     )
     question = lines[0].question
@@ -305,7 +305,7 @@ def test_media_paths_are_relative_to_the_file(tmp_path, omni, recordings):
         "type": "image",
         "image": str(tmp_path / "media" / "a.png"),
     }
-    inputs = jsonl.prompt(lines[0], jsonl.Processor(omni.config, omni.tokenizer))
+    inputs = jsonl.prompt_inputs(lines[0], jsonl.Processor(omni.config, omni.tokenizer))
     assert len(inputs.mels) == 1
     assert len(inputs.image_grids) == 1
 
@@ -669,11 +669,12 @@ def test_broken_arrays(text, says, tmp_path, omni):
 @pytest.mark.parametrize("begin", ["file:", "FILE://", "fIle://localhost"])
 def test_image_uris_are_opened(begin, tmp_path, omni):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
-    lines = jsonl.checked(
+    lines = jsonl.validate(
         write(tmp_path, [line("<image> what", images=[f"{begin}{tmp_path}/b.png"])]), omni
     )
     assert (
-        len(jsonl.prompt(lines[0], jsonl.Processor(omni.config, omni.tokenizer)).image_grids) == 1
+        len(jsonl.prompt_inputs(lines[0], jsonl.Processor(omni.config, omni.tokenizer)).image_grids)
+        == 1
     )
 
 
@@ -709,7 +710,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     for count in (200, 2000):
         path = write(tmp_path, [line("a " * 500, f"{i}", voice="v" * 3000) for i in range(count)])
         tracemalloc.start()
-        lines = jsonl.checked(path, omni)
+        lines = jsonl.validate(path, omni)
         stage = finetune.FinetuneChatStage(
             omni, Recipe(steps=1000, batch=8, lr=1e-3), tmp_path, 0, lines
         )
@@ -724,7 +725,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
 def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
-        lines = jsonl.checked(write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh)
+        lines = jsonl.validate(write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh)
         stage = finetune.STAGES[name](fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines)
         stage.sample = lambda: ""
         return stage

@@ -222,10 +222,11 @@ def test_sizes_fit_the_stages(config):
     assert config.codec.mel_dim == config.token2wav.dit.mel_dim
     assert config.token2wav.dit.enc_emb_dim == 2 * config.codec.mel_dim  # speaker vectors
     tokens = config.thinker.tokens
-    assert tokens.tts_text_pad + corpus.FIRST_VOICE + 4 <= config.thinker.text.vocab_size
+    assert tokens.tts_text_pad + corpus.FIRST_VOICE_OFFSET + 4 <= config.thinker.text.vocab_size
     for name, kind in pipeline.STAGES.items():
         there = [
-            any(n.startswith(prefix) for n, _ in omni.named_parameters()) for prefix in kind.learns
+            any(n.startswith(prefix) for n, _ in omni.named_parameters())
+            for prefix in kind.trainable
         ]
         assert there, name
         assert all(there), name

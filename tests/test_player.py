@@ -31,16 +31,16 @@ def pieces(waves=WAVES):
 
 
 def test_outside_a_notebook_there_is_one_player_at_the_end(page):
-    kinds = [type(piece) for piece in player.seconds_heard(pieces())]
+    kinds = [type(piece) for piece in player.play(pieces())]
     assert kinds == [TextChunk, AudioChunk, AudioChunk, ReplyDone]
     assert page == ["Audio"]
-    assert [type(piece) for piece in player.seconds_heard(pieces(()))] == [TextChunk, ReplyDone]
+    assert [type(piece) for piece in player.play(pieces(()))] == [TextChunk, ReplyDone]
     assert page == ["Audio"]
 
 
 def test_each_chunk_is_played_before_it_is_yielded(page, monkeypatch):
     monkeypatch.setattr(player, "is_interactive", lambda: True)
-    seen = [len(page) for _ in player.seconds_heard(pieces())]
+    seen = [len(page) for _ in player.play(pieces())]
     assert seen == [1, 2, 3, 5]
     assert page[0] == "Player"
     assert page[-1] == "Audio"
@@ -60,7 +60,7 @@ def test_closing_the_player_closes_the_stream(page):
         finally:
             stopped.append(True)
 
-    listening = player.seconds_heard(endless())
+    listening = player.play(endless())
     next(listening)
     listening.close()
     assert stopped == [True]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minomni import paths
-from minomni.config import LISTENING_RATE, SMALL
+from minomni.config import INPUT_SAMPLE_RATE, SMALL
 from minomni.data import corpus, grammar, text_to_speech
-from minomni.data.vocabulary import English, english, told_apart
+from minomni.data.vocabulary import English, english, evaluation_words
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
 from minomni.eval import asr, evaluator, report, stats
@@ -148,16 +148,16 @@ def test_english_words_are_scored_without_the_template(monkeypatch):
 def test_recognizer_understands_english_words():
     """Fewer than one word in four is wrong in recordings, for trained and for held-out words."""
     words = english(SMALL.thinker.tokens)
-    jobs = [job for _, job in corpus.test_jobs(words)[-96:]][::8]
+    jobs = [job for _, job in corpus.evaluation_jobs(words)[-96:]][::8]
     for vocabulary, chosen in (
-        (told_apart(words.trained), jobs[:6]),
-        (told_apart(words.held), jobs[6:]),
+        (evaluation_words(words.trained), jobs[:6]),
+        (evaluation_words(words.held), jobs[6:]),
     ):
         recognizer = SpeechRecognizer(ENGLISH, vocabulary)
         edits = 0
         for job, wave in zip(chosen, text_to_speech.synthesize(chosen, 0)):
             samples = torch.from_numpy(wave) / 32768
-            transcript = recognizer.transcribe(samples, LISTENING_RATE).split()
+            transcript = recognizer.transcribe(samples, INPUT_SAMPLE_RATE).split()
             reference = [word for word in job.text.split() if word in vocabulary]
             edits += edit_distance(reference, [word for word in transcript if word in vocabulary])
         assert edits / (4 * len(chosen)) < 0.25

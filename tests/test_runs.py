@@ -495,7 +495,7 @@ def test_every_stage_learns_on_another_device(name, cache, monkeypatch, untraine
     """
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(loop, "has_bf16", lambda device: False)  # both count the same digits
-    monkeypatch.setattr(DPOStage, "prompts", 4)
+    monkeypatch.setattr(DPOStage, "num_prompts", 4)
     with Factories(), Functions():
         away = make(name, cache, ELSEWHERE)
         losses = loop.gradients(away, 0)

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from minomni.chat.generation_options import ELSEWHERE, OPTIONS, changed, sampling_configs
+from minomni.chat.generation_options import (
+    OPTIONS,
+    RENAMED_OPTIONS,
+    apply_options,
+    sampling_configs,
+)
 from minomni.config import QWEN7B, TINY, SamplingConfig
 from minomni.errors import UserError
 from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalize_repetition, sample
@@ -136,7 +141,7 @@ def test_the_longer_name_wins_as_in_transformers():
 def test_sampling_or_the_most_likely_token(stored, asked, temperature):
     model = dataclasses.replace(TINY.thinker_sampling, temperature=stored)
     options = {name: OPTIONS[name].check(value, name) for name, value in asked.items()}
-    assert changed(model, options).temperature == temperature
+    assert apply_options(model, options).temperature == temperature
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -171,7 +176,7 @@ def test_numbers_of_numpy_are_numbers():
         (dict(max_tokens=5), "did you mean max_new_tokens"),
         (dict(talker_speed=2), "'talker_speed'; the options are max_new_tokens, temperature"),
         (dict(num_beams=2), "with talker_ in front"),
-        *[({name: 1}, f"here it is {word}") for name, word in ELSEWHERE.items()],
+        *[({name: 1}, f"here it is {word}") for name, word in RENAMED_OPTIONS.items()],
     ],
 )
 def test_bad_options_get_one_line(options, says):

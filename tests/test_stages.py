@@ -63,7 +63,7 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
     """The recipe for a GPU, on the CPU: every stage starts from what the ones before it left; then
     it is one model.
     """
-    monkeypatch.setattr(DPOStage, "prompts", 2)
+    monkeypatch.setattr(DPOStage, "num_prompts", 2)
     home = tmp_path / "small"
     for name in pipeline.STAGES:
         recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
@@ -136,7 +136,7 @@ def test_talker_is_asked_for_the_word_it_says():
     assert (lesson.words.diff() >= 0).all()
     targets = torch.full((1, len(lesson.codes) + 9), IGNORE_INDEX)
     targets[0, 5 : 5 + len(lesson.codes)] = lesson.codes
-    places, words = stage.said([lesson], targets)
+    places, words = stage.word_targets([lesson], targets)
     assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
     assert (places[0, :5] == IGNORE_INDEX).all()
     assert (words[0, 5 + len(lesson.codes) :] == IGNORE_INDEX).all()
@@ -146,14 +146,14 @@ def test_talker_is_asked_for_the_word_it_says():
     assert lesson.text.split()[int(lesson.words[0])].startswith(first)
     before = {name for name, _ in stage.omni.named_parameters()}
     assert {name for name in stage.parameters() if name not in before} == {
-        "place_head.weight",
-        "place_head.bias",
+        "word_head.weight",
+        "word_head.bias",
     }
     gradients(stage, 0)
-    once = stage.place_head.weight.grad.clone()
+    once = stage.word_head.weight.grad.clone()
     gradients(stage, 0)  # what is thrown away later is cleared between steps too
     assert once.abs().max() > 0
-    assert torch.equal(stage.place_head.weight.grad, once)
+    assert torch.equal(stage.word_head.weight.grad, once)
 
 
 def test_the_better_try_is_a_lesson_as_any_other():
@@ -168,4 +168,4 @@ def test_the_better_try_is_a_lesson_as_any_other():
         taught = code_loss(
             stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs]
         )
-    assert losses_of["better"].item() == pytest.approx(stage.better * taught.item(), rel=1e-4)
+    assert losses_of["better"].item() == pytest.approx(stage.sft_weight * taught.item(), rel=1e-4)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import minomni
-from minomni.chat.generate import generate_tokens, seeded
+from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, required_buffer_s
 from minomni.config import TINY
 from minomni.data import grammar
@@ -113,11 +113,13 @@ def limited(omni, monkeypatch):
 def decode_sequentially(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
     """Text ids and codes of Thinker.generate() and then Talker.generate()."""
     with mock.patch.object(omni.thinker, "read", return_value=reading):
-        reply = omni.thinker.generate(None, omni.config.thinker_sampling, seeded(seed))
+        reply = omni.thinker.generate(None, omni.config.thinker_sampling, seeded_generator(seed))
     lines = talker_inputs(
         reply, bos_tokens(omni, reply.tokens), TOKENS, omni.thinker.model.embed_tokens
     )
-    codes = omni.talker.generate(lines, omni.config.talker_sampling, omni.num_codes, seeded(seed))
+    codes = omni.talker.generate(
+        lines, omni.config.talker_sampling, omni.num_codes, seeded_generator(seed)
+    )
     return reply.tokens, [row.tolist() for row in codes]
 
 
@@ -234,7 +236,7 @@ def fake_clock(omni, monkeypatch):
     """
 
     def set_speed(step_s: float, frame_s: float) -> None:
-        now, step, paint = [0.0], omni.talker.step, MelStream.paint
+        now, step, paint = [0.0], omni.talker.step, MelStream.decode_chunk
 
         def slow_step(*arguments):
             now[0] += step_s
@@ -246,7 +248,7 @@ def fake_clock(omni, monkeypatch):
 
         monkeypatch.setattr("minomni.chat.reply.time", SimpleNamespace(perf_counter=lambda: now[0]))
         monkeypatch.setattr(omni.talker, "step", slow_step)
-        monkeypatch.setattr(MelStream, "paint", slow_paint)
+        monkeypatch.setattr(MelStream, "decode_chunk", slow_paint)
 
     return set_speed
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minomni.errors import UserError
-from minomni.inputs.prompt import Inputs, join
+from minomni.inputs.prompt import Inputs, collate
 from minomni.thinker.tmrope import position_ids
 from tests import oracle
 
@@ -179,7 +179,7 @@ def test_videos_with_and_without_audio_may_mix():
 
 def test_padding_changes_nothing():
     short, long = Row().text(2).image(4, 4).text(1), Row().text(3).audio(30).video(2, 4, 4).text(2)
-    both = join([short.inputs(), long.inputs()], pad=ID.endoftext)
+    both = collate([short.inputs(), long.inputs()], pad=ID.endoftext)
     found = position_ids(both, CONFIG)
     left = len(long.ids) - len(short.ids)
     assert (found[:, 0, :left] == 1).all()
@@ -255,7 +255,7 @@ def test_equals_the_official_positions_on_random_layouts():
         )
     model, compared = oracle.hf_model(), 0
     for number, (rows, sounding) in enumerate(layouts()):
-        inputs = join([row.inputs() for row in rows], pad=ID.endoftext)
+        inputs = collate([row.inputs() for row in rows], pad=ID.endoftext)
         real = inputs.attention_mask.bool()
         theirs, ours = official(model, rows, inputs, sounding), position_ids(inputs, CONFIG)
         assert torch.equal(ours[:, real], theirs[:, real]), f"layout {number}"
@@ -270,7 +270,7 @@ def test_equals_what_the_official_code_answered():
     golden = np.load(oracle.GOLDEN / "tmrope.npz")["sums"]
     assert len(golden) == LAYOUTS
     for (rows, _), sums in zip(layouts(), golden, strict=True):
-        inputs = join([row.inputs() for row in rows], pad=ID.endoftext)
+        inputs = collate([row.inputs() for row in rows], pad=ID.endoftext)
         assert checksum(position_ids(inputs, CONFIG), inputs.attention_mask) == sums.tolist()
 
 
@@ -286,6 +286,6 @@ def write_golden() -> None:
     """python -c "from tests.test_tmrope import write_golden; write_golden()" """
     model, sums = oracle.hf_model(), []
     for rows, sounding in layouts():
-        inputs = join([row.inputs() for row in rows], pad=ID.endoftext)
+        inputs = collate([row.inputs() for row in rows], pad=ID.endoftext)
         sums.append(checksum(official(model, rows, inputs, sounding), inputs.attention_mask))
     np.savez_compressed(oracle.GOLDEN / "tmrope.npz", sums=np.array(sums))

@@ -273,7 +273,7 @@ def test_when_codes_arrive_changes_nothing(model, schedule):
 def test_caches_compute_finished_blocks_once(model):
     """The network computes each block once, and look-ahead blocks once more."""
     dit = model.code2wav_dit_model
-    look = dit.look
+    look = dit.predict_velocity
     blocks = []
 
     def counted(x, *rest):
@@ -282,7 +282,7 @@ def test_caches_compute_finished_blocks_once(model):
 
     def blocks_per_evaluation(schedule) -> float:
         blocks.clear()
-        with mock.patch.object(dit, "look", counted):
+        with mock.patch.object(dit, "predict_velocity", counted):
             streamed_mel(model, MANY, EULER, schedule)
         return sum(blocks) / len(evaluation_times(EULER))
 

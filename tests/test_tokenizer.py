@@ -111,7 +111,7 @@ def test_heap_merges_as_the_definition_says():
         tokenizer = Tokenizer.train([letters], 256 + random.randint(1, 40), {})
         for length in (1, 2, 3, 17, 60):
             word = "".join(random.choices("abc", k=length)).encode()
-            assert tokenizer._merged(word) == naive(word, tokenizer.merges)
+            assert tokenizer._apply_merges(word) == naive(word, tokenizer.merges)
 
 
 def test_a_very_long_word_takes_no_hours():

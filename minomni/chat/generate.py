@@ -67,7 +67,7 @@ class TalkerText:
         return self.embeds[index]
 
 
-def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator with this seed.
 
     Thinker, Talker and Token2Wav each draw from their own generator, so that the draws of one do
@@ -81,8 +81,8 @@ def generators(
 ) -> torch.Generator | list[torch.Generator]:
     """One generator for a whole batch, or one for each row."""
     if isinstance(seed, list):
-        return [seeded(row_seed, device) for row_seed in seed]
-    return seeded(seed, device)
+        return [seeded_generator(row_seed, device) for row_seed in seed]
+    return seeded_generator(seed, device)
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ class SpeechDecoder:
         self.voice = voice
         self.flow = flow
         self.timings = timings
-        self.generator = seeded(seed)
+        self.generator = seeded_generator(seed)
         self.stop_codes = (talker_config.codec_pad, talker_config.codec_eos)
         self.codes: list[int] = []
         self.waves: list[Tensor] = []

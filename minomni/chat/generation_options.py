@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from minomni.arguments import flag, number, shown, whole_number
+from minomni.arguments import check_bool, check_int, check_number, shown
 from minomni.config import OmniConfig, SamplingConfig
 from minomni.errors import UserError
 
@@ -33,14 +33,14 @@ class Option:
 
 def max_new_tokens(value, name: str) -> int:
     """Raises UserError unless the value is a whole number from 1."""
-    return whole_number(value, name, 1, 1_000_000)
+    return check_int(value, name, 1, 1_000_000)
 
 
 def temperature(value, name: str) -> float:
     """Raises UserError unless the value is 0 or from 0.001 to 100: dividing logits by less would
     leave the range of float32.
     """
-    value = number(value, name, 0, 100)
+    value = check_number(value, name, 0, 100)
     if 0 < value < 0.001:
         raise UserError(f"{name} is {value}; expected 0, or a number from 0.001 to 100")
     return value
@@ -48,7 +48,7 @@ def temperature(value, name: str) -> float:
 
 def top_p(value, name: str) -> float:
     """Raises UserError unless the value is above 0 and at most 1."""
-    value = number(value, name, 0, 1)
+    value = check_number(value, name, 0, 1)
     if value < 1e-6:
         raise UserError(f"{name} is {value:g}; expected a number above 0 and up to 1")
     return value
@@ -56,12 +56,12 @@ def top_p(value, name: str) -> float:
 
 def top_k(value, name: str) -> int:
     """-1 and 0 both keep all tokens; returns 0 for them. Raises UserError for what is no count."""
-    return max(0, whole_number(value, name, -1, 1_000_000))
+    return max(0, check_int(value, name, -1, 1_000_000))
 
 
 def repetition_penalty(value, name: str) -> float:
     """Raises UserError unless the value is from 0.01 to 100."""
-    return number(value, name, 0.01, 100)
+    return check_number(value, name, 0.01, 100)
 
 
 OPTIONS = {
@@ -96,14 +96,14 @@ OPTIONS = {
         help="above 1 makes repeated tokens less likely",
     ),
     "do_sample": Option(
-        flag,
+        check_bool,
         bool,
         expected="True or False",
         help="False takes the most likely token",
     ),
 }
 # Names in transformers -> what has the same effect here.
-ELSEWHERE = {
+RENAMED_OPTIONS = {
     "speaker": "voice=",
     "return_audio": "speech=",
     "generation_mode": "speech=",
@@ -141,8 +141,8 @@ def prefix_of(name: str) -> str:
 
 def unknown_option(name: str) -> UserError:
     """The error for an option that does not exist, with the closest one that does."""
-    if name in ELSEWHERE:
-        return UserError(f"unknown option {name!r}; here it is {ELSEWHERE[name]}")
+    if name in RENAMED_OPTIONS:
+        return UserError(f"unknown option {name!r}; here it is {RENAMED_OPTIONS[name]}")
     prefix = prefix_of(name)
     matches = get_close_matches(name.removeprefix(prefix), OPTIONS, n=1)
     suggestion = f", did you mean {prefix}{matches[0]}?" if matches else ";"
@@ -152,7 +152,7 @@ def unknown_option(name: str) -> UserError:
     )
 
 
-def changed(stored: SamplingConfig, options: dict) -> SamplingConfig:
+def apply_options(stored: SamplingConfig, options: dict) -> SamplingConfig:
     """The model's stored settings of one part with the given options applied.
 
     A temperature above 0 samples. do_sample=False takes the most likely token whatever the
@@ -185,4 +185,6 @@ def changed(stored: SamplingConfig, options: dict) -> SamplingConfig:
 def sampling_configs(config: OmniConfig, options: dict) -> tuple[SamplingConfig, SamplingConfig]:
     """Keyword arguments of one call -> settings of Thinker and Talker. Raises UserError."""
     thinker, talker = split_options(options)
-    return changed(config.thinker_sampling, thinker), changed(config.talker_sampling, talker)
+    return apply_options(config.thinker_sampling, thinker), apply_options(
+        config.talker_sampling, talker
+    )

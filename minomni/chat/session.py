@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minomni.arguments import number, seed_of, shown
+from minomni.arguments import check_number, check_seed, shown
 from minomni.chat.generate import check_flow, check_schedule, stream_reply
 from minomni.chat.generation_options import sampling_configs
 from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, Timings
 from minomni.chat.user_turn import UserTurn
-from minomni.config import LISTENING_RATE, FlowConfig, SamplingConfig
+from minomni.config import INPUT_SAMPLE_RATE, FlowConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.prompt import Processor
 from minomni.layers import KVCache
@@ -83,7 +83,7 @@ class Session:
         """Number of tokens prefilled so far."""
         return self.prefill.hidden.shape[1]
 
-    def add_audio(self, chunk, rate: int = LISTENING_RATE) -> None:
+    def add_audio(self, chunk, rate: int = INPUT_SAMPLE_RATE) -> None:
         """Add the next audio chunk, float [samples] at 16 kHz. Interrupts a running reply.
 
         Raises UserError for another rate, shape or type, for NaN, and where the context is full.
@@ -118,7 +118,7 @@ class Session:
         if not isinstance(text, str):
             raise UserError(f"text is {shown(text)}; expected a str")
         sampling = sampling_configs(self.omni.config, options)
-        seed = seed_of(seed)
+        seed = check_seed(seed)
         check_schedule(schedule)
         check_flow(flow)
 
@@ -175,7 +175,7 @@ class Session:
         than it is played. Raises UserError where played_s is not a time.
         """
         if played_s is not None:
-            played_s = number(played_s, "played_s", 0, 1e12)
+            played_s = check_number(played_s, "played_s", 0, 1e12)
         if self.reply_stream is not None:
             self.reply_stream.close()
             self.reply_stream = None

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.arguments import number, shown
-from minomni.config import LISTENING_RATE
+from minomni.arguments import check_number, shown
+from minomni.config import INPUT_SAMPLE_RATE
 from minomni.errors import UserError
-from minomni.inputs.audio import LOUDEST, SHORTEST, SILENCE
+from minomni.inputs.audio import MAX_AMPLITUDE, MIN_SAMPLES, SILENCE_LEVEL
 from minomni.inputs.image import load_image
 from minomni.inputs.mel import HOP, log_power, normalize_log_mel, num_audio_tokens
 from minomni.inputs.patches import video_patches
 from minomni.inputs.prompt import video_times
-from minomni.inputs.source import array_of
+from minomni.inputs.source import to_numpy
 from minomni.thinker.tmrope import text_positions, video_positions
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class UserTurn:
     def add_frame(self, frame, at_seconds: float) -> None:
         """See Session.add_frame()."""
         self.require_kind("frames")
-        at_seconds = number(at_seconds, "at_seconds", -1e12, 1e12)
+        at_seconds = check_number(at_seconds, "at_seconds", -1e12, 1e12)
         self.check_frame_time(at_seconds)
         image = load_image(frame)
         if self.frame_size is not None and self.frame_size != image.size:
@@ -164,13 +164,13 @@ class UserTurn:
                 "the turn is empty; call add_audio() or add_frame() before respond(), or give it "
                 "text"
             )
-        if 0 < num_samples <= SHORTEST:
+        if 0 < num_samples <= MIN_SAMPLES:
             raise UserError(
-                f"the turn has {num_samples * 1000 / LISTENING_RATE:.0f} ms of audio; "
+                f"the turn has {num_samples * 1000 / INPUT_SAMPLE_RATE:.0f} ms of audio; "
                 f"more than 20 ms are needed"
             )
         only_audio = num_samples > 0 and not has_frames and not has_text
-        if only_audio and self.wave.abs().max() < SILENCE:
+        if only_audio and self.wave.abs().max() < SILENCE_LEVEL:
             raise UserError(ONLY_SILENCE)
 
         # A last frame without a partner is paired with itself.
@@ -356,11 +356,11 @@ def check_chunk(chunk, rate: int, max_samples: int) -> Tensor:
     """A chunk of audio -> float32 [samples]. Raises UserError for another rate, shape or type, for
     too many samples and for values that are no waveform.
     """
-    if isinstance(rate, bool) or not isinstance(rate, Real) or rate != LISTENING_RATE:
+    if isinstance(rate, bool) or not isinstance(rate, Real) or rate != INPUT_SAMPLE_RATE:
         raise UserError(
-            f"a chunk at {shown(rate)} Hz; expected {LISTENING_RATE} Hz, resample it first"
+            f"a chunk at {shown(rate)} Hz; expected {INPUT_SAMPLE_RATE} Hz, resample it first"
         )
-    samples = array_of(chunk, "a chunk of audio")
+    samples = to_numpy(chunk, "a chunk of audio")
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise UserError(
             f"a chunk of shape {list(samples.shape)} and type {samples.dtype}; "
@@ -368,13 +368,13 @@ def check_chunk(chunk, rate: int, max_samples: int) -> Tensor:
         )
     if len(samples) > max_samples:
         raise UserError(
-            f"a chunk of {len(samples) / LISTENING_RATE:.0f} s of audio; the whole context holds "
-            f"{max_samples / LISTENING_RATE:.0f} s. Give shorter chunks, and begin a new session "
+            f"a chunk of {len(samples) / INPUT_SAMPLE_RATE:.0f} s of audio; the whole context holds "
+            f"{max_samples / INPUT_SAMPLE_RATE:.0f} s. Give shorter chunks, and begin a new session "
             f"when it is full"
         )
     if not np.isfinite(samples).all():
         raise UserError("a chunk holds NaN or infinite samples; check the microphone")
-    if len(samples) and abs(samples).max() > LOUDEST:
+    if len(samples) and abs(samples).max() > MAX_AMPLITUDE:
         raise UserError(
             f"a chunk with samples as high as {abs(samples).max():g}; expected floats from -1 to "
             f"1: divide 16-bit samples by 32768"

@@ -33,7 +33,7 @@ from minomni.config import (
 )
 from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
-from minomni.model_files import quote, read_object, where
+from minomni.model_files import quote, read_json_object, shown_path
 
 # The codec's subfolder. Programs that do not know the codec read all tensors of the folder above.
 CODEC_FOLDER = "codec"
@@ -186,14 +186,14 @@ def read_config(folder: Path) -> OmniConfig:
         raise
     except RecursionError:
         raise UserError(
-            f"{where(file)}: is nested too deeply for settings; copy it again"
+            f"{shown_path(file)}: is nested too deeply for settings; copy it again"
         ) from None
     except ValueError as error:  # sizes that contradict each other
-        raise UserError(f"{where(file)}: {shorten(error, 260)}") from None
+        raise UserError(f"{shown_path(file)}: {shorten(error, 260)}") from None
     # Whatever was not read is found by writing the configuration and comparing.
     given.pop("codec_config", None)  # of older folders, checked by parse_codec
-    written = normalize_hf_keys(plain(to_json(config)), file)
-    compare(given, written, where(file))
+    written = normalize_hf_keys(as_json(to_json(config)), file)
+    check_round_trip(given, written, shown_path(file))
     return config
 
 
@@ -207,7 +207,7 @@ def check_not_quantized(data: dict, file: Path) -> None:
         if isinstance(section, dict) and section.get("quantization_config") is not None:
             method = quantization(section["quantization_config"])
             raise UserError(
-                f"{where(file)}: this model is quantized (quantization_config: {method}); such "
+                f"{shown_path(file)}: this model is quantized (quantization_config: {method}); such "
                 f"weights are not read here, take the bf16 release {RELEASE}"
             )
 
@@ -232,7 +232,7 @@ def whole_model(data: dict, file: Path) -> dict:
         data = {"enable_audio_output": False, "thinker_config": data}
     elif model_type != MODEL_TYPE:
         raise UserError(
-            f"{where(file)}: model_type is {quote(model_type)}, this code runs '{MODEL_TYPE}' and "
+            f"{shown_path(file)}: model_type is {quote(model_type)}, this code runs '{MODEL_TYPE}' and "
             f"'{MODEL_TYPE}_thinker'; take {RELEASE}"
         )
     if data.get("enable_audio_output") is not False:
@@ -282,10 +282,12 @@ def read_json(file: Path, optional: bool = False) -> dict:
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    return read_object(file, "a model folder holds config.json and *.safetensors", MAX_JSON_BYTES)
+    return read_json_object(
+        file, "a model folder holds config.json and *.safetensors", MAX_JSON_BYTES
+    )
 
 
-def plain(data: dict) -> dict:
+def as_json(data: dict) -> dict:
     """The object as JSON would give it back: tuples become lists."""
     return json.loads(json.dumps(data))
 
@@ -327,7 +329,7 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
     Raises UserError where two keys of one setting disagree.
     """
     section = {key: value for key, value in section.items() if value is not None}
-    name = f"{where(file)}: {'.'.join(path)}"
+    name = f"{shown_path(file)}: {'.'.join(path)}"
 
     # Collect (key of the release, value that the section has under another key).
     rope = section.pop("rope_parameters", {})
@@ -387,7 +389,7 @@ def unify_tying(data: dict, file: Path) -> dict:
             value = section["tie_word_embeddings"]
             if not isinstance(value, bool):
                 raise UserError(
-                    f"{where(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, "
+                    f"{shown_path(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, "
                     f"expected true or false"
                 )
             tied = tied or value
@@ -456,7 +458,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
 
     Adds to `data` the two keys that depend on others: vision_token_id and head_dim.
     """
-    root = Section(data, where(folder / "config.json"))
+    root = Section(data, shown_path(folder / "config.json"))
     thinker = root.section("thinker_config")
     speech_tokens = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
     talker = token2wav = codec = None
@@ -470,7 +472,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
         codec = parse_codec(root, folder)
 
     file = folder / "generation_config.json"
-    generation = Section(read_json(file, optional=True), where(file))
+    generation = Section(read_json(file, optional=True), shown_path(file))
     return OmniConfig(
         thinker=parse_thinker(thinker, speech_tokens),
         talker=talker,
@@ -534,7 +536,7 @@ def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
     """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
     if file.exists():
-        return parse_own(Section(read_json(file), where(file)), CodecConfig)
+        return parse_own(Section(read_json(file), shown_path(file)), CodecConfig)
     return parse_group(root, "codec_config", CodecConfig, None)
 
 
@@ -581,14 +583,14 @@ def image_settings(folder: Path) -> Section:
     file = folder / "preprocessor_config.json"
     newer = folder / "processor_config.json"
     if file.exists() or not newer.exists():
-        return Section(read_json(file, optional=True), where(file))
-    processor = Section(read_json(newer), where(newer))
+        return Section(read_json(file, optional=True), shown_path(file))
+    processor = Section(read_json(newer), shown_path(newer))
     if "image_processor" in processor.data:
         return processor.section("image_processor")
     return processor
 
 
-def compare(given: dict, written: dict, name: str) -> None:
+def check_round_trip(given: dict, written: dict, name: str) -> None:
     """Raise UserError naming the first given key that we would not write, or with another value."""
     for key, value in given.items():
         if key in IGNORED_KEYS:
@@ -601,7 +603,7 @@ def compare(given: dict, written: dict, name: str) -> None:
                 f"for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
-            compare(value, written[key], f"{name}, {key}")
+            check_round_trip(value, written[key], f"{name}, {key}")
         elif value != written[key]:
             raise UserError(
                 f"{name}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} "

@@ -5,7 +5,7 @@ its own and does not read them.
 from pathlib import Path
 
 from minomni.checkpoint.hf_config import write_json
-from minomni.config import LISTENING_RATE, OmniConfig
+from minomni.config import INPUT_SAMPLE_RATE, OmniConfig
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, LOG_FFT
 from minomni.inputs.patches import CHANNEL_MEAN, CHANNEL_STD
@@ -72,12 +72,12 @@ def processor_settings(config: OmniConfig) -> dict:
         "image_std": [round(x, 8) for x in CHANNEL_STD.tolist()],
         "feature_extractor_type": "WhisperFeatureExtractor",
         "feature_size": config.thinker.audio.num_mel_bins,
-        "sampling_rate": LISTENING_RATE,
+        "sampling_rate": INPUT_SAMPLE_RATE,
         "n_fft": LOG_FFT,
         "hop_length": HOP,
         "chunk_length": AUDIO_SECONDS,
-        "n_samples": AUDIO_SECONDS * LISTENING_RATE,
-        "nb_max_frames": AUDIO_SECONDS * LISTENING_RATE // HOP,
+        "n_samples": AUDIO_SECONDS * INPUT_SAMPLE_RATE,
+        "nb_max_frames": AUDIO_SECONDS * INPUT_SAMPLE_RATE // HOP,
         "padding_side": "right",
         "padding_value": 0.0,
         "dither": 0.0,

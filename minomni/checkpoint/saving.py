@@ -24,7 +24,7 @@ from minomni.checkpoint.processor_files import (
 )
 from minomni.config import DiTConfig, OmniConfig
 from minomni.errors import UserError, shorten
-from minomni.files import beside
+from minomni.files import sibling_path
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
 from minomni.token2wav.voice import Voice
@@ -94,8 +94,8 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
     try:
         folder = Path(os.path.realpath(target))
         check_target(target, folder, omni)
-        fresh = beside(folder, "part")
-        old = beside(folder, "old")
+        fresh = sibling_path(folder, "part")
+        old = sibling_path(folder, "old")
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL in it

@@ -39,7 +39,7 @@ from minomni.config import DiTConfig, OmniConfig
 from minomni.devices import device_of, dtype_of
 from minomni.errors import UserError, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.model_files import check_file, quote, where
+from minomni.model_files import check_file, quote, shown_path
 from minomni.omni import TEXT_HEAD, Omni
 from minomni.token2wav.token2wav import shortest_reference
 from minomni.token2wav.voice import Voice
@@ -135,7 +135,7 @@ def load(
     return omni.eval()
 
 
-class Empty(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Skips the initialization of parameters while modules are built on the meta device.
 
     Meta tensors hold no values, but torch would still decompose every random draw, which takes
@@ -167,7 +167,7 @@ def empty_model(folder: Path, config: OmniConfig) -> Omni:
     Raises UserError where torch cannot build what the configuration describes.
     """
     try:
-        with torch.device("meta"), Empty():
+        with torch.device("meta"), SkipInit():
             return Omni(config)
     except (
         RuntimeError,
@@ -178,7 +178,7 @@ def empty_model(folder: Path, config: OmniConfig) -> Omni:
         MemoryError,
     ) as error:
         raise UserError(
-            f"{where(folder / 'config.json')}: describes a model that cannot be built "
+            f"{shown_path(folder / 'config.json')}: describes a model that cannot be built "
             f"({shorten(error, 200)})"
         ) from None
 
@@ -192,7 +192,7 @@ def snapshot(folder: Path) -> Path:
     """
     if not os.path.isdir(folder):
         raise UserError(
-            f"{where(folder)}: no such folder; give one that holds config.json and *.safetensors"
+            f"{shown_path(folder)}: no such folder; give one that holds config.json and *.safetensors"
         )
     snapshots = folder / "snapshots"
     if (folder / "config.json").exists() or not snapshots.is_dir():
@@ -207,7 +207,7 @@ def snapshot(folder: Path) -> Path:
     if len(names) == 1:
         return snapshots / names[0]
     raise UserError(
-        f"{where(folder)}: is a cache folder whose refs/main names none of its snapshots; give one "
+        f"{shown_path(folder)}: is a cache folder whose refs/main names none of its snapshots; give one "
         f"of {list_names(names)} in snapshots/"
     )
 
@@ -231,13 +231,13 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     valid = isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
     if not index or not valid:
         raise UserError(
-            f"{where(file)}: has no weight_map from tensor names to file names; copy it again"
+            f"{shown_path(file)}: has no weight_map from tensor names to file names; copy it again"
         )
     names = sorted(set(index.values()))
     for name in names:
         if not is_plain_name(name):
             raise UserError(
-                f"{where(file)}: names the file {quote(name)}, which is outside the model's "
+                f"{shown_path(file)}: names the file {quote(name)}, which is outside the model's "
                 f"folder; copy it again"
             )
     return [folder / name for name in names], index
@@ -259,14 +259,14 @@ def unindexed_files(folder: Path) -> list[str]:
         return [WEIGHTS_FILE]
     for pattern, content in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
-            raise UserError(f"{where(folder)}: holds {content}")
+            raise UserError(f"{shown_path(folder)}: holds {content}")
     names = []
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "adapter_model.safetensors" and not file.name.startswith("."):
             names.append(file.name)
     if not names:
         raise UserError(
-            f"{where(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder of a "
+            f"{shown_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder of a "
             f"model"
         )
     for name in names:
@@ -283,7 +283,7 @@ def numbered_files(folder: Path, names: list[str], match: re.Match) -> list[str]
     missing = sorted(set(expected) - set(names))
     if missing:
         raise UserError(
-            f"{where(folder)}: {len(missing)} of {len(expected)} files are missing: "
+            f"{shown_path(folder)}: {len(missing)} of {len(expected)} files are missing: "
             f"{list_names(missing)}; copy them again"
         )
     return expected
@@ -303,14 +303,14 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if index is not None and sorted(pairs) != sorted(index.items()):
         name, file_name = min(set(pairs) ^ set(index.items()))
         raise UserError(
-            f"{where(folder / INDEX_FILE)}: index and files disagree, first about {quote(name)} in "
+            f"{shown_path(folder / INDEX_FILE)}: index and files disagree, first about {quote(name)} in "
             f"{quote(file_name)}; copy the folder again"
         )
     counts = Counter(name for name, _ in pairs)
     repeated = [name for name, times in counts.items() if times > 1]
     if repeated:
         raise UserError(
-            f"{where(folder)}: {len(repeated)} tensors lie in more than one file: "
+            f"{shown_path(folder)}: {len(repeated)} tensors lie in more than one file: "
             f"{list_names(repeated)}; keep the files of one model"
         )
 
@@ -334,7 +334,7 @@ def header(file: Path) -> dict[str, Stored]:
                 stored[name] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{where(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
+            f"{shown_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
             f"again"
         ) from None
     return stored
@@ -347,14 +347,14 @@ def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
     quantized = [name for name in stored if name.endswith(QUANTIZED)]
     if quantized:
         raise UserError(
-            f"{where(folder)}: its weights are quantized ({len(quantized)} tensors such as "
+            f"{shown_path(folder)}: its weights are quantized ({len(quantized)} tensors such as "
             f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release "
             f"{RELEASE}"
         )
     wrong = [name for name, tensor in stored.items() if tensor.precision not in PRECISIONS]
     if wrong:
         raise UserError(
-            f"{where(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
+            f"{shown_path(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
             f"{shorten(wrong[0], 80)}; only {', '.join(PRECISIONS)} are read here, take the bf16 "
             f"release {RELEASE}"
         )
@@ -434,7 +434,7 @@ def read_shard(
                 tensors[name] = aligned(shard.get_tensor(key).to(device, precision))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{where(file)}: cannot be read ({shorten(error, 100)}); copy it again"
+            f"{shown_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"
         ) from None
     return tensors
 
@@ -456,14 +456,14 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: OmniConfig) -> N
     largest = max(*tokenizer.bytes_of, *tokenizer.special_tokens.values())
     if largest >= vocab_size:
         raise UserError(
-            f"{where(folder)}: the tokenizer has the id {largest}, the model embeds ids below "
+            f"{shown_path(folder)}: the tokenizer has the id {largest}, the model embeds ids below "
             f"{vocab_size}; use files of one model"
         )
     for name, token in special_tokens(config.thinker.tokens).items():
         found = tokenizer.special_tokens.get(name, token)
         if found != token:
             raise UserError(
-                f"{where(folder)}: {name} is {found} in the tokenizer's files and {token} in "
+                f"{shown_path(folder)}: {name} is {found} in the tokenizer's files and {token} in "
                 f"config.json; use files of one model"
             )
 
@@ -485,15 +485,17 @@ def load_voices(
             data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile pickle can raise any exception
         raise UserError(
-            f"{where(file)}: is cut short or wants to run code ({type(error).__name__}); "
+            f"{shown_path(file)}: is cut short or wants to run code ({type(error).__name__}); "
             f"get it from its source again"
         ) from None
     if not isinstance(data, dict):
-        raise UserError(f"{where(file)}: holds a {type(data).__name__}, not a dictionary of voices")
+        raise UserError(
+            f"{shown_path(file)}: holds a {type(data).__name__}, not a dictionary of voices"
+        )
     dit, vocab_size = config.token2wav.dit, config.thinker.text.vocab_size
     voices = {}
     for name, entry in data.items():
-        title = f"{where(file)}: voice {quote(name, 40)}"
+        title = f"{shown_path(file)}: voice {quote(name, 40)}"
         bos, cond, ref_mel = voice_entry(entry, title)
         check_voice_entry(bos, cond, ref_mel, dit, vocab_size, title)
         cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
@@ -514,7 +516,7 @@ def check_unpacked(file: Path) -> None:
         return  # torch reads some of these, and raises for the others
     if unpacked > MAX_VOICES_BYTES:
         raise UserError(
-            f"{where(file)}: unpacks to {unpacked:,} bytes, expected at most {MAX_VOICES_BYTES:,}; "
+            f"{shown_path(file)}: unpacks to {unpacked:,} bytes, expected at most {MAX_VOICES_BYTES:,}; "
             f"get it from its source again"
         )
 

@@ -21,23 +21,23 @@ from torch import Tensor
 from minomni import paths
 from minomni.data import grammar, text_to_speech
 from minomni.data.text_to_speech import Job
-from minomni.data.vocabulary import NO_ENGLISH, English, told_apart
+from minomni.data.vocabulary import NO_ENGLISH, English, evaluation_words
 from minomni.files import write_atomically
 from minomni.inputs.mel import voice_mel
 from minomni.token2wav.voice import Voice, voice_of
 
 # Utterances of the speaking corpus beside the plain statements.
-LONG = 2400  # two statements joined by "and"
-STRINGS = 1200  # random words
-FRAMED = 2000  # random words in the frame of a statement
+SPEAKING_LONG = 2400  # two statements joined by "and"
+SPEAKING_STRINGS = 1200  # random words
+SPEAKING_FRAMED = 2000  # random words in the frame of a statement
 # Utterances of the listening corpus beside the questions.
-HEARD = 2200  # statements
-HEARD_STRINGS = 400  # random words
-HEARD_FRAMED = 600  # random words in the frame of a statement
+LISTENING_STATEMENTS = 2200  # statements
+LISTENING_STRINGS = 400  # random words
+LISTENING_FRAMED = 600  # random words in the frame of a statement
 
 FEW = 100  # every voice says a kind of statement that has fewer members than this
-FAIR = 0.5  # share of all draws that balances the kinds of sentences
-FIRST_VOICE = 5  # offset of the voices' token ids from tts_text_pad
+BALANCED_SHARE = 0.5  # share of all draws that balances the kinds of sentences
+FIRST_VOICE_OFFSET = 5  # offset of the voices' token ids from tts_text_pad
 REFERENCE_RECORDINGS = 4  # recordings from which a voice is made
 CODE_SAMPLES = 640  # samples of one code (40 ms)
 
@@ -104,7 +104,7 @@ class SpeechCorpus:
 
 def all_statements(held: bool) -> list[str]:
     """Every held-out statement of the language, or every other one, sorted."""
-    return sorted(text for text in grammar.statements() if grammar.held_out(text) == held)
+    return sorted(text for text in grammar.statements() if grammar.is_held_out(text) == held)
 
 
 @cache
@@ -142,12 +142,12 @@ def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
         count = len(voices) if text in rare_statements() else 2
         pairs += [(name, text) for name in random.sample(voices, count)]
     # Long statements.
-    for _ in range(LONG):
+    for _ in range(SPEAKING_LONG):
         pairs.append((random.choice(voices), grammar.long_statement(random, held=False)))
     # Random words, loose and in frames.
-    for _ in range(STRINGS + 3 * len(english.trained)):
+    for _ in range(SPEAKING_STRINGS + 3 * len(english.trained)):
         pairs.append((random.choice(voices), grammar.word_string(random, words)))
-    for _ in range(FRAMED + len(english.trained)):
+    for _ in range(SPEAKING_FRAMED + len(english.trained)):
         pairs.append((random.choice(voices), grammar.framed_words(random, words)))
     return [speaker_job(name, text) for name, text in pairs]
 
@@ -162,10 +162,10 @@ def listening_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     voices = list(grammar.LISTENING_VOICES)
     words = [*grammar.WORDS, *english.trained]
     # Sentences to repeat.
-    texts = random.sample(all_statements(held=False), HEARD)
-    for _ in range(HEARD_STRINGS + 2 * len(english.trained)):
+    texts = random.sample(all_statements(held=False), LISTENING_STATEMENTS)
+    for _ in range(LISTENING_STRINGS + 2 * len(english.trained)):
         texts.append(grammar.word_string(random, words))
-    for _ in range(HEARD_FRAMED):
+    for _ in range(LISTENING_FRAMED):
         texts.append(grammar.framed_words(random, words))
     # Each voice asks each question four times; a random voice says each sentence.
     pairs = [
@@ -175,7 +175,7 @@ def listening_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     return [varied_job(name, text, grammar.LISTENING_VOICES, random) for name, text in pairs]
 
 
-def test_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (not a test)
+def evaluation_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (not a test)
     """Held-out sentences for evaluation: statements by the model's voices, and spoken questions at
     unseen rates and pitches.
 
@@ -199,7 +199,7 @@ def test_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (
         if not words:
             continue
         for name in list(grammar.VOICES) * 12:
-            a, b, c, d = random.sample(told_apart(words), 4)
+            a, b, c, d = random.sample(evaluation_words(words), 4)
             relation = random.choice(list(grammar.RELATIONS))
             jobs.append(speaker_job(name, f"the {a} {b} is {relation} the {c} {d}"))
     return jobs
@@ -231,7 +231,7 @@ def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0)
     """
     if not text_to_speech.available():
         return sample_recordings(held=name == "test")
-    makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": test_jobs}
+    makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": evaluation_jobs}
     jobs = digit_jobs() if name == "digits" else makers[name](english)
     recipe = json.dumps([seed, text_to_speech.PART, jobs])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
@@ -268,7 +268,7 @@ def sample_recordings(held: bool) -> SpeechCorpus:
     labels = []
     waves = []
     for row in json.loads((folder / "index.json").read_text()):
-        if grammar.held_out(row["text"].removeprefix("say ")) != held:
+        if grammar.is_held_out(row["text"].removeprefix("say ")) != held:
             continue
         wave, _ = soundfile.read(folder / row["file"], dtype="int16")
         labels.append((row["text"], row["voice"]))
@@ -307,11 +307,11 @@ def sampling_weights(texts: Sequence[str]) -> list[float]:
     """
     kinds = [sentence_kind(text) for text in texts]
     counts = Counter(kinds)
-    uniform = (1 - FAIR) / len(texts)
-    return [uniform + FAIR / (len(counts) * counts[kind]) for kind in kinds]
+    uniform = (1 - BALANCED_SHARE) / len(texts)
+    return [uniform + BALANCED_SHARE / (len(counts) * counts[kind]) for kind in kinds]
 
 
-def make_voices(speech: SpeechCorpus, first_bos: int) -> dict[str, Voice]:
+def voices_of_corpus(speech: SpeechCorpus, first_bos: int) -> dict[str, Voice]:
     """A Voice for each of the model's speakers: reference mel and speaker vector of its first
     recordings.
     """

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.config import IGNORE_INDEX, LISTENING_RATE, OmniConfig
+from minomni.config import IGNORE_INDEX, INPUT_SAMPLE_RATE, OmniConfig
 from minomni.data import grammar, scenes
 from minomni.data.corpus import corpus, sampling_weights
 from minomni.data.oracle_features import AUDIO_TOKENS_PER_SECOND
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english, world_tokenizer
 from minomni.inputs.media import Clip
-from minomni.inputs.prompt import Inputs, Processor, join
+from minomni.inputs.prompt import Inputs, Processor, collate
 
 TRANSCRIBE = "write what you hear"
 GENERATORS = {
-    "scene": [scenes.scene],
+    "scene": [scenes.random_scene],
     "video": [scenes.moving_clip, scenes.ordered_clip],
     "sync": [scenes.clip_with_tone],
 }
@@ -71,7 +71,7 @@ class ExampleBuilder:
         """held: draw from the held-out set. cache: folder of the synthesized corpora."""
         self.processor = Processor(config, world_tokenizer(config.thinker.tokens))
         self.held = held
-        self.digits = scenes.digits(held)
+        self.digits = scenes.handwritten_digits(held)
         self.english = english(config.thinker.tokens)
         self.words = [*grammar.WORDS, *self.english.trained]
         self.speech = corpus("test" if held else "listening", cache, self.english)
@@ -124,7 +124,7 @@ class ExampleBuilder:
             text = self.recorded_text(random)
             wave = self.recording(text, random)
             samples = sum(map(len, waves)) + len(wave)
-            if waves and samples > seconds * LISTENING_RATE:
+            if waves and samples > seconds * INPUT_SAMPLE_RATE:
                 break
             waves.append(wave)
             texts.append(text)
@@ -188,9 +188,9 @@ class ExampleBuilder:
         """
         first = self.example(kind, random)
         turns = 1 if first.voice or kind.endswith("-alone") else MAX_TURNS
-        count = min(turns - 1, len(first.more))
+        count = min(turns - 1, len(first.follow_ups))
         examples = [first]
-        for question, answer in random.sample(first.more, count):
+        for question, answer in random.sample(first.follow_ups, count):
             examples.append(Example(question, answer, kind=first.kind))
         return examples
 
@@ -202,7 +202,7 @@ class ExampleBuilder:
             inputs, loss_mask = self._conversation_row(examples, random)
             rows.append(inputs)
             masks.append(loss_mask)
-        inputs = join(rows, pad=self.processor.config.thinker.tokens.endoftext)
+        inputs = collate(rows, pad=self.processor.config.thinker.tokens.endoftext)
         return inputs, shifted_targets(inputs.input_ids, masks)
 
     def _conversation_row(
@@ -218,7 +218,7 @@ class ExampleBuilder:
             input_ids += question + answer
             loss_mask += [False] * len(question) + [True] * len(answer)
         # The media of all turns, in reading order, under the ids of the whole conversation.
-        return with_ids(join(prompts, pad=0), torch.tensor([input_ids])), loss_mask
+        return with_ids(collate(prompts, pad=0), torch.tensor([input_ids])), loss_mask
 
     def frame_targets(self, examples: list[Example], inputs: Inputs) -> Tensor:
         """Targets [B, L] at the audio tokens of clips: the color or the shape that is visible then.
@@ -281,7 +281,7 @@ def append_answer(
         ids = torch.cat([prompt.input_ids, torch.tensor([answer])], 1)
         rows.append(with_ids(prompt, ids))
         masks.append([True] * len(answer))
-    inputs = join(rows, pad)
+    inputs = collate(rows, pad)
     return inputs, shifted_targets(inputs.input_ids, masks)
 
 

@@ -52,7 +52,7 @@ STATEMENTS = (
 STATEMENT_WEIGHTS = (6, 3, 1, 1, 4, 1, 1, 1)  # how often each is drawn
 WORDS = (*COLORS, *SHAPES, *NUMBERS, *MOVES)
 # Statements with the words left out.
-FRAMES = (
+STATEMENT_FRAMES = (
     *(re.sub(r"<\w+>", "<>", statement) for statement in STATEMENTS if statement != "<count>"),
     "there is one <>",
     "there are two <>",
@@ -72,7 +72,7 @@ QUESTIONS = (
 )
 
 
-def held_out(text: str) -> bool:
+def is_held_out(text: str) -> bool:
     """Whether a sentence belongs to the held-out tenth, chosen by a hash of its text.
 
     Digits and counts are never held out: "six" occurs in one sentence only, and a word that was
@@ -101,7 +101,7 @@ def statement(random: Random, held: bool) -> str:
     while True:
         template = random.choices(STATEMENTS, weights=STATEMENT_WEIGHTS)[0]
         text = fill_template(template, random)
-        if held_out(text) == held:
+        if is_held_out(text) == held:
             return text
 
 
@@ -125,7 +125,7 @@ def word_string(random: Random, words: Sequence[str] = WORDS) -> str:
 def framed_words(random: Random, words: Sequence[str] = WORDS) -> str:
     """Random words in the frame of a statement: "the seven is circle". Never a statement."""
     while True:
-        text = random.choice(FRAMES)
+        text = random.choice(STATEMENT_FRAMES)
         for _ in range(text.count("<>")):
             text = text.replace("<>", random.choice([*words, *RELATIONS]), 1)
         if text not in statements():

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minomni.config import LISTENING_RATE
+from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data.grammar import NUMBERS
 from minomni.data.jsonl_layouts import standard
 from minomni.errors import UserError, shorten
 from minomni.files import open_regular, write_atomically
-from minomni.inputs.audio import SILENCE, load_audio
+from minomni.inputs.audio import SILENCE_LEVEL, load_audio
 from minomni.inputs.prompt import CHATML, Inputs, Processor
 from minomni.token2wav.voice import make_voice
 
@@ -117,7 +117,7 @@ def require_no_special_tokens(message: dict) -> None:
             )
 
 
-def prompt(line: JsonlRow, processor: Processor) -> Inputs:
+def prompt_inputs(line: JsonlRow, processor: Processor) -> Inputs:
     """Model inputs of the question alone."""
     return processor([line.question], line.use_audio_in_video)
 
@@ -161,7 +161,7 @@ class JsonlRows:
         """Keep the first VOICE_SECONDS of an unknown voice. source: line and file, for messages."""
         self.first_recordings.setdefault(name, source)
         earlier = self.voices.get(name, wave[:0])
-        self.voices[name] = torch.cat([earlier, wave])[: VOICE_SECONDS * LISTENING_RATE]
+        self.voices[name] = torch.cat([earlier, wave])[: VOICE_SECONDS * INPUT_SAMPLE_RATE]
 
 
 def read(data: Path, run: Path, omni: "Omni") -> JsonlRows:
@@ -175,11 +175,11 @@ def read(data: Path, run: Path, omni: "Omni") -> JsonlRows:
     if is_folder(data):
         write_rows(layout(data), converted)
         unit = "row" if (data / "metadata.csv").is_file() else "recording"
-        return checked(converted, omni, run, unit, data=data)
+        return validate(converted, omni, run, unit, data=data)
     with open_regular(data, "the data") as file:
         start = file.read(4096)
     if has_row_per_line(start):
-        return checked(data, omni, run)
+        return validate(data, omni, run)
     # An array, or UTF-16.
     text = whole_text(data)
     if text.lstrip().startswith("["):
@@ -188,7 +188,7 @@ def read(data: Path, run: Path, omni: "Omni") -> JsonlRows:
     else:
         unit = "line"
         write_rows(text.split("\n"), converted)
-    return checked(converted, omni, run, unit, data=data, folder=data.parent)
+    return validate(converted, omni, run, unit, data=data, folder=data.parent)
 
 
 def is_folder(path: Path) -> bool:
@@ -224,7 +224,7 @@ def is_row(start: bytes) -> bool:
     return True
 
 
-def checked(
+def validate(
     path: Path,
     omni: "Omni",
     run: Path | None = None,
@@ -327,7 +327,7 @@ def dry_run(
     # Question and answer have to fit the Thinker's context.
     context = omni.config.thinker.text.max_position_embeddings
     answer_length = len(processor.encode(line.answer)) + 1
-    prompt_length = prompt(line, processor).input_ids.shape[1]
+    prompt_length = prompt_inputs(line, processor).input_ids.shape[1]
     total = prompt_length + answer_length
     if total > context:
         raise UserError(
@@ -338,11 +338,11 @@ def dry_run(
 
     # The recording must not be silent, and has to fit the Talker's context.
     wave = load_audio(line.speech)
-    if float(wave.abs().max()) < SILENCE:
+    if float(wave.abs().max()) < SILENCE_LEVEL:
         raise UserError(f"{shorten(line.speech, 200)}: is silent; give a recording of the answer")
     assert omni.config.token2wav is not None  # every size that has a recipe can speak
     assert omni.config.talker is not None
-    codes = len(wave) * omni.config.token2wav.codes_per_second // LISTENING_RATE
+    codes = len(wave) * omni.config.token2wav.codes_per_second // INPUT_SAMPLE_RATE
     if prompt_length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:
         raise UserError(
             f"{line.speech}: is too long for the Talker's context with {codes} codes; cut it up"

@@ -135,9 +135,9 @@ def oracle_embeds(
             images.append(cell_words(example, next(image_grids), vision, encode))
         if example.clip is not None:
             videos.append(cell_words(example, next(video_grids), vision, encode))
-        if example.sound_at is not None:
+        if example.tone_start_s is not None:
             silence = torch.full((next(audio_counts), 1), tokens.audio)
-            audio.append(_put_tone(silence, tone_token(encode), example.sound_at, random))
+            audio.append(_put_tone(silence, tone_token(encode), example.tone_start_s, random))
         if example.voice is not None:
             silence = torch.full((next(audio_counts), 1), tokens.audio)
             audio.append(_spread_words(silence, audio_words(example, encode), random))

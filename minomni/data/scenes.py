@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minomni.config import LISTENING_RATE
+from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data.grammar import COLORS, GRAMMAR, MOVES, NUMBERS, RELATIONS, SHAPES
 
 SCENE_SIZE = 112  # pixels, side of a picture
@@ -56,8 +56,8 @@ class Example:
     # The recording, if it is not from the corpus, float32 [samples] at 16 kHz.
     wave: Tensor | None = None
     objects: list[Frame] = field(default_factory=list)  # what is visible at each grid step
-    sound_at: float | None = None  # when the tone starts, seconds into the clip
-    more: list[QuestionAnswer] = field(default_factory=list)  # other questions, with answers
+    tone_start_s: float | None = None  # when the tone starts, seconds into the clip
+    follow_ups: list[QuestionAnswer] = field(default_factory=list)  # other questions, with answers
     kind: str = ""
 
 
@@ -65,7 +65,7 @@ class Example:
 # pictures
 
 
-def draw(
+def draw_shape(
     draw_on: ImageDraw.ImageDraw, shape: str, color: str, center: Point, radius: float
 ) -> None:
     """Draw one shape of the world."""
@@ -85,7 +85,7 @@ def draw(
         draw_on.line((x, y - radius, x, y + radius), fill=rgb, width=width)
 
 
-def blank(side: int, random: Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def blank_image(side: int, random: Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """An empty picture whose background differs from the color of every shape."""
     red = random.randint(110, 190)
     green = red + random.randint(-8, 8)
@@ -101,7 +101,7 @@ def random_objects(random: Random, n: int) -> list[tuple[str, str]]:
     return list(zip(colors, shapes, strict=True))
 
 
-def scene(random: Random) -> Example:
+def random_scene(random: Random) -> Example:
     """A picture with one to three shapes and a question about it."""
     # The question decides how many objects there are.
     kind = random.choices(list(QUESTION_WEIGHTS), weights=list(QUESTION_WEIGHTS.values()))[0]
@@ -113,7 +113,7 @@ def scene(random: Random) -> Example:
         objects[1] = (objects[0][0], objects[1][1])
 
     # Place and draw the objects.
-    image, pen = blank(SCENE_SIZE, random)
+    image, pen = blank_image(SCENE_SIZE, random)
     relation = random.choice(["left of", "right of"] if kind == "describe" else list(RELATIONS))
     centers = related_centers(relation) if n == 2 else random_cells(random, n)
     placed = [
@@ -121,14 +121,14 @@ def scene(random: Random) -> Example:
         for (color, shape), center in zip(objects, centers, strict=True)
     ]
     for color, shape, center, radius in placed:
-        draw(pen, shape, color, center, radius)
+        draw_shape(pen, shape, color, center, radius)
 
     # Ask one question; all others about the picture are follow-ups.
     questions = questions_about(objects, relation if n == 2 else None)
     question, answer = random.choice(questions[kind])
     pairs = sum(questions.values(), [])
     more = [pair for pair in pairs if pair[0] != question]
-    return Example(question, answer, image=image, objects=[placed], more=more, kind="scene")
+    return Example(question, answer, image=image, objects=[placed], follow_ups=more, kind="scene")
 
 
 def related_centers(relation: str) -> list[Point]:
@@ -209,7 +209,7 @@ def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Exampl
     )
 
 
-def digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
+def handwritten_digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 handwritten digits -> images [n, 8, 8] and labels [n].
 
     Every fifth is held out.
@@ -237,9 +237,9 @@ def draw_clip(
     background = random.randint(0, 1 << 30)
     pictures = []
     for objects in frames:
-        image, pen = blank(CLIP_SIZE, Random(background))
+        image, pen = blank_image(CLIP_SIZE, Random(background))
         for color, shape, center, radius in objects:
-            draw(pen, shape, color, center, radius)
+            draw_shape(pen, shape, color, center, radius)
         pictures.append(np.asarray(image))
     # A frame is shown until the next one; both frames of a pair for the same time.
     pairs = len(frames) // 2
@@ -321,7 +321,7 @@ def first_or_last(frames: list[Frame], clip: TimedFrames, random: Random) -> Exa
     questions = order_of(frames)
     question, answer = random.choice(questions)
     other = [pair for pair in questions if pair[0] != question]
-    return Example(question, answer, clip=clip, objects=frames[::2], more=other, kind="video")
+    return Example(question, answer, clip=clip, objects=frames[::2], follow_ups=other, kind="video")
 
 
 def order_of(frames: list[Frame]) -> list[QuestionAnswer]:
@@ -358,24 +358,24 @@ def clip_with_tone(random: Random) -> Example:
         f"it was the {obj.color} {obj.shape}",
         clip=(pixels, times),
         objects=frames[::2],
-        sound=tone(random, duration, tone_start),
-        sound_at=tone_start,
-        more=order_of(frames),
+        sound=noise_with_tone(random, duration, tone_start),
+        tone_start_s=tone_start,
+        follow_ups=order_of(frames),
         kind="sync",
     )
 
 
-def tone(random: Random, seconds: float, at: float) -> np.ndarray:
+def noise_with_tone(random: Random, seconds: float, at: float) -> np.ndarray:
     """Quiet noise of some length with one tone of 0.3 s -> float32 [samples] at 16 kHz."""
-    samples = int(seconds * LISTENING_RATE)
+    samples = int(seconds * INPUT_SAMPLE_RATE)
     generator = np.random.RandomState(random.randrange(1 << 31))
     wave = 0.003 * generator.randn(samples)
 
     # The tone is a sine that fades in and out.
-    tone_samples = int(TONE_SECONDS * LISTENING_RATE)
-    t = np.arange(tone_samples) / LISTENING_RATE
+    tone_samples = int(TONE_SECONDS * INPUT_SAMPLE_RATE)
+    t = np.arange(tone_samples) / INPUT_SAMPLE_RATE
     frequency = random.uniform(400, 1200)
     sine = 0.3 * np.sin(2 * np.pi * frequency * t)
-    start = int(at * LISTENING_RATE)
+    start = int(at * INPUT_SAMPLE_RATE)
     wave[start : start + tone_samples] += sine * np.hanning(tone_samples)
     return wave.astype(np.float32)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import soxr
 
-from minomni.config import LISTENING_RATE
+from minomni.config import INPUT_SAMPLE_RATE
 from minomni.errors import UserError
 
 ESPEAK_RATE = 22_050  # Hz, espeak-ng's output
@@ -127,7 +127,7 @@ def _trim(samples: np.ndarray) -> np.ndarray:
 
     Then speech and text begin and end together.
     """
-    wave = soxr.resample(samples.astype(np.float32), ESPEAK_RATE, LISTENING_RATE)
+    wave = soxr.resample(samples.astype(np.float32), ESPEAK_RATE, INPUT_SAMPLE_RATE)
     loud = np.flatnonzero(np.abs(wave) > SILENCE)
     wave = np.pad(wave[loud[0] : loud[-1] + 1], MARGIN)
     return np.clip(np.round(wave), *INT16).astype(np.int16)

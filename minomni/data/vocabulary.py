@@ -36,12 +36,12 @@ def english(tokens: TokenIds) -> English:
         return NO_ENGLISH
     # words.txt: common in the notebooks, known to the speech recognizer, no two sound alike.
     words = (paths.data_samples() / "words.txt").read_text(encoding="utf-8").split()
-    trained = tuple(word for word in words if not grammar.held_out(word))
-    held = tuple(word for word in words if grammar.held_out(word))
+    trained = tuple(word for word in words if not grammar.is_held_out(word))
+    held = tuple(word for word in words if grammar.is_held_out(word))
     return English(trained, held)
 
 
-def told_apart(words: tuple[str, ...]) -> list[str]:
+def evaluation_words(words: tuple[str, ...]) -> list[str]:
     """A sample of long words, which a speech recognizer distinguishes reliably."""
     long = [word for word in words if len(word) >= LONG]
     return Random(6).sample(long, min(TESTED, len(long)))

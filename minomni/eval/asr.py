@@ -10,7 +10,7 @@ import numpy as np
 import soxr
 from torch import Tensor
 
-from minomni.config import LISTENING_RATE
+from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar
 from minomni.errors import UserError
 
@@ -51,9 +51,9 @@ class SpeechRecognizer:
 
     def transcribe(self, wave: Tensor, sample_rate: int) -> str:
         """Float waveform [samples] -> the recognized sentence, or '' if there is none."""
-        samples = soxr.resample(wave.detach().numpy(), sample_rate, LISTENING_RATE)
+        samples = soxr.resample(wave.detach().numpy(), sample_rate, INPUT_SAMPLE_RATE)
         # The recognizer needs silence around speech.
-        silence = np.zeros(LISTENING_RATE // 5, np.float32)
+        silence = np.zeros(INPUT_SAMPLE_RATE // 5, np.float32)
         samples = np.concatenate([silence, samples, silence])
         pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
 

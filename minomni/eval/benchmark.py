@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from minomni import config as sizes
-from minomni.chat.generate import generate_tokens, seeded
+from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk, Reply, required_buffer_s
-from minomni.config import LISTENING_RATE, FlowConfig
+from minomni.config import INPUT_SAMPLE_RATE, FlowConfig
 from minomni.errors import UserError
 from minomni.files import write_atomically
 from minomni.omni import Omni
@@ -382,10 +382,10 @@ def decoder_times(
     dit = omni.token2wav.code2wav_dit_model
 
     def new_stream() -> SpeechStream:
-        return SpeechStream(omni.token2wav, voice, flow, schedule, seeded(0))
+        return SpeechStream(omni.token2wav, voice, flow, schedule, seeded_generator(0))
 
     def first_mel() -> torch.Tensor:
-        return next(MelStream(dit, voice, flow, schedule, seeded(0)).feed(codes))
+        return next(MelStream(dit, voice, flow, schedule, seeded_generator(0)).feed(codes))
 
     def first_audio() -> torch.Tensor:
         return next(wave for wave in new_stream().feed(codes) if len(wave))
@@ -413,7 +413,7 @@ def distance(omni: Omni, schedule: Schedule) -> tuple[int, float]:
 def streamed_mel(omni: Omni, codes: torch.Tensor, schedule: Schedule) -> torch.Tensor:
     """Codes [1, n] -> mel [1, bands, T], decoded in the chunks of a schedule."""
     dit = omni.token2wav.code2wav_dit_model
-    stream = MelStream(dit, default_voice(omni), omni.config.flow, schedule, seeded(0))
+    stream = MelStream(dit, default_voice(omni), omni.config.flow, schedule, seeded_generator(0))
     return torch.cat([*stream.feed(codes), *stream.finish()], dim=2)
 
 
@@ -436,7 +436,7 @@ def session_memory_growth(omni: Omni) -> float:
     def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    second = 0.1 * torch.randn(LISTENING_RATE, generator=seeded(0))
+    second = 0.1 * torch.randn(INPUT_SAMPLE_RATE, generator=seeded_generator(0))
     listened_s = 0
     first_full = None
     while listened_s < SESSION_S:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from minomni import paths
 from minomni.chat.reply import Reply
-from minomni.config import LISTENING_RATE
+from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
 from minomni.data.corpus import SpeechCorpus, corpus
 from minomni.data.examples import TRANSCRIBE, ExampleBuilder
 from minomni.data.scenes import Example
-from minomni.data.vocabulary import told_apart
+from minomni.data.vocabulary import evaluation_words
 from minomni.data.word_errors import edit_distance
 from minomni.eval.asr import ENGLISH, LONG, STATEMENT, SpeechRecognizer
 from minomni.eval.stats import Metric, bootstrap, word_error_metric
@@ -162,7 +162,10 @@ class Evaluator:
         """
         words = self.builder.english
         metrics = []
-        for suffix, tested in (("", told_apart(words.trained)), ("_new", told_apart(words.held))):
+        for suffix, tested in (
+            ("", evaluation_words(words.trained)),
+            ("_new", evaluation_words(words.held)),
+        ):
             if tested:
                 metrics += self.english_words(suffix, tested)
         return metrics
@@ -184,7 +187,7 @@ class Evaluator:
             hypotheses = {
                 "asr": transcript.split(),
                 "speech": recognized_words(recognizer, reply.wave, reply.sample_rate),
-                "natural_speech": recognized_words(recognizer, speech.wave(i), LISTENING_RATE),
+                "natural_speech": recognized_words(recognizer, speech.wave(i), INPUT_SAMPLE_RATE),
             }
             reference = [word for word in utterance.text.split() if word in words]
             for name, hypothesis in hypotheses.items():
@@ -242,7 +245,7 @@ class Evaluator:
         streamed = self.speak_streaming(utterance.text, voice, seed=index)
 
         # Speech that stops far too early or too late, or only at the limit of codes.
-        relative_length = reply.seconds / (len(recording) / LISTENING_RATE)
+        relative_length = reply.seconds / (len(recording) / INPUT_SAMPLE_RATE)
         max_codes = self.omni.config.talker_sampling.max_new_tokens
         stop_error = not 0.5 < relative_length < 2 or len(reply.codes) == max_codes
 
@@ -256,7 +259,7 @@ class Evaluator:
         return SpeechResult(
             generated=score(reply.wave, reply.sample_rate),
             streamed=score(streamed, reply.sample_rate),
-            recorded=score(recording, LISTENING_RATE),
+            recorded=score(recording, INPUT_SAMPLE_RATE),
             stop_error=stop_error,
             voice_correct=voice_correct,
         )

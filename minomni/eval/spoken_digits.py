@@ -27,7 +27,7 @@ from minomni.data.jsonl import DIGIT_NAME, WHICH_DIGIT, digit_files
 from minomni.errors import UserError
 from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP, log_mel
-from minomni.inputs.prompt import Inputs, Processor, join
+from minomni.inputs.prompt import Inputs, Processor, collate
 from minomni.train import losses
 from minomni.train.loop import Recipe, Stage, train
 from minomni.train.stages.alignment import word_log_probs
@@ -288,7 +288,7 @@ def count_correct(omni: "Omni", clips: list[Clip], batch: int = 50) -> int:
     texts = []
     for begin in range(0, len(clips), batch):
         prompts = [question(mel, processor) for mel, _ in clips[begin : begin + batch]]
-        inputs = join(prompts, omni.config.thinker.tokens.endoftext)
+        inputs = collate(prompts, omni.config.thinker.tokens.endoftext)
         reply = omni.thinker.generate(inputs, omni.config.thinker_sampling)
         texts += [omni.tokenizer.decode(row, skip_special=True) for row in reply.tokens]
     return sum(text == answer(digit) for text, (_, digit) in zip(texts, clips))

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from minomni.arguments import shown
-from minomni.config import LISTENING_RATE, QWEN7B
+from minomni.config import INPUT_SAMPLE_RATE, QWEN7B
 from minomni.errors import UserError, shorten
 from minomni.inputs.containers import is_ogg, parts_of_stream, pcm_samples, require_whole
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
-from minomni.inputs.source import array_of, name_of, one_line_errors, open_source
+from minomni.inputs.source import name_of, one_line_errors, open_source, to_numpy
 
-SHORTEST = LISTENING_RATE // 50  # samples: 20 ms or less make no audio token
+MIN_SAMPLES = INPUT_SAMPLE_RATE // 50  # samples: 20 ms or less make no audio token
 # Seconds of audio that fill the context of the largest model: 32,768 tokens, 25 per second.
 LONGEST_SECONDS = (
     QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
 )
-SILENCE = 1e-3  # of full scale: speech is louder
+SILENCE_LEVEL = 1e-3  # of full scale: speech is louder
 # Of full scale. Lossy codecs overshoot it a little, unscaled samples by a factor of thousands.
-LOUDEST = 8.0
+MAX_AMPLITUDE = 8.0
 MOST_CHANNELS = 64
 # Samples over all channels: 21 minutes of eight channels at 48 kHz, or of two at 192 kHz.
 MOST_SAMPLES = 2**29
@@ -66,7 +66,7 @@ def load_audio(source: Any, options: MediaOptions = NO_OPTIONS) -> Tensor:
         array, rate = _array_and_rate(source, name)
         return _of_array(array, rate, start, end, name)
     if isinstance(source, (np.ndarray, Tensor)):
-        return _of_array(source, LISTENING_RATE, start, end, name)
+        return _of_array(source, INPUT_SAMPLE_RATE, start, end, name)
 
     timeline = _Timeline(name)
     with open_source(source, name) as stream:
@@ -103,7 +103,7 @@ def audio_track(
     wave = timeline.wave()
     if origin is None or end is None:
         return wave
-    length = max(0, round((end - origin) * LISTENING_RATE))
+    length = max(0, round((end - origin) * INPUT_SAMPLE_RATE))
     return wave[:length]
 
 
@@ -266,7 +266,7 @@ class _Timeline:
         self.origin = origin
         # One buffer at 16 kHz that doubles. A list of small arrays, allocated between large blocks,
         # fragments the memory.
-        self.buffer = np.zeros(LISTENING_RATE, np.float32)
+        self.buffer = np.zeros(INPUT_SAMPLE_RATE, np.float32)
         self.length = 0  # samples in the buffer
         self.rate: float | None = None  # Hz of the current part
         self.resampler: Any = None  # of the current part
@@ -302,8 +302,8 @@ class _Timeline:
         """All samples so far -> [samples]."""
         self._end_part()
         self.rate = None
-        if self.length <= SHORTEST:
-            milliseconds = self.length * 1000 / LISTENING_RATE
+        if self.length <= MIN_SAMPLES:
+            milliseconds = self.length * 1000 / INPUT_SAMPLE_RATE
             raise UserError(
                 f"{self.name}: {milliseconds:.0f} ms of sound; more than 20 ms are needed"
             )
@@ -314,7 +314,7 @@ class _Timeline:
         high = float(samples.max())
         if not (isfinite(low) and isfinite(high)):
             raise UserError(f"{self.name}: holds NaN or infinite samples; repair the recording")
-        if max(high, -low) > LOUDEST:
+        if max(high, -low) > MAX_AMPLITUDE:
             raise UserError(
                 f"{self.name}: samples from {low:g} to {high:g}; expected floats from -1 to 1, "
                 f"divide them by their full scale"
@@ -330,14 +330,14 @@ class _Timeline:
         self.made = 0
         self.drop = 0
         self.resampler = None
-        if rate != LISTENING_RATE:
-            self.resampler = soxr.ResampleStream(rate, LISTENING_RATE, 1, dtype="float32")
+        if rate != INPUT_SAMPLE_RATE:
+            self.resampler = soxr.ResampleStream(rate, INPUT_SAMPLE_RATE, 1, dtype="float32")
         if self.origin is None:
             return
 
         # Fill a gap with silence, and drop samples that overlap the part before.
         _require_short(begin, self.name)
-        missing = round(begin * LISTENING_RATE) - self.length
+        missing = round(begin * INPUT_SAMPLE_RATE) - self.length
         if missing > 0:
             self._append(np.zeros(missing, np.float32))
             self.made = 0
@@ -348,7 +348,7 @@ class _Timeline:
             return
         self._append(self.resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         # Pad to the length that librosa gives, which the release's reader uses: rounded up.
-        length = ceil(self.read * (LISTENING_RATE / self.rate))
+        length = ceil(self.read * (INPUT_SAMPLE_RATE / self.rate))
         self._append(np.zeros(max(0, length - self.made), np.float32))
         self.resampler = None
 
@@ -357,7 +357,7 @@ class _Timeline:
         kept = wave[self.drop :]
         self.drop -= len(wave) - len(kept)
         length = self.length + len(kept)
-        _require_short(length / LISTENING_RATE, self.name)
+        _require_short(length / INPUT_SAMPLE_RATE, self.name)
         if length > len(self.buffer):
             capacity = max(length, 2 * len(self.buffer))
             self.buffer = np.pad(self.buffer, (0, capacity - len(self.buffer)))
@@ -423,7 +423,7 @@ def _of_array(source: Any, rate: Any, start: float, end: float | None, name: str
     dtype = None
     peak = 0  # of signed integers
     for i in range(0, len(samples), BLOCK):
-        block = array_of(samples[i : i + BLOCK], name)
+        block = to_numpy(samples[i : i + BLOCK], name)
         dtype = block.dtype
         if dtype.kind == "i":
             peak = max(peak, int(block.max()), -int(block.min()))
@@ -437,7 +437,7 @@ def _channels_last(source: Any, name: str) -> Any:
     """An array or tensor in one of the layouts of _of_array -> [samples, channels]."""
     is_strided = isinstance(source, Tensor) and source.layout == torch.strided
     if not isinstance(source, np.ndarray) and not is_strided:
-        source = array_of(source, name)
+        source = to_numpy(source, name)
     shape = tuple(source.shape)
     samples = source
     if len(shape) == 1:
@@ -488,7 +488,7 @@ def _require_full_range(peak: int, name: str) -> None:
 def _checked_rate(rate: Any, name: str) -> float:
     """A plausible sampling rate in Hz. Raises UserError for others."""
     if isinstance(rate, (np.ndarray, np.generic, Tensor)) and rate.ndim == 0:
-        rate = array_of(rate, name).item()
+        rate = to_numpy(rate, name).item()
     is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if not is_number or not 1 <= rate <= HIGHEST_RATE:
         raise UserError(

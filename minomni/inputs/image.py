@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from minomni.errors import UserError, shorten
-from minomni.inputs.source import array_of, first_line, name_of, open_source
+from minomni.inputs.source import first_line, name_of, open_source, to_numpy
 
 # The largest phone cameras have 108 megapixels; conversions hold a few copies of 4 bytes per pixel.
 MOST_PIXELS = 120_000_000
@@ -165,7 +165,7 @@ def _to_pil(source: Any, name: str) -> Image.Image:
     height, width = source.shape[:2]
     _require_size(width, height, name)
 
-    levels = array_of(source, name)
+    levels = to_numpy(source, name)
     if _is_uint16(levels) and 0 < levels.max() <= TWELVE_BITS:
         raise UserError(
             f"{name}: uint16 levels that reach {levels.max()} at most; expected the full range, to "

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minomni.config import LISTENING_RATE, MEL_RATE
+from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE
 
-HOP = LISTENING_RATE // MEL_RATE  # samples per mel frame
+HOP = INPUT_SAMPLE_RATE // MEL_RATE  # samples per mel frame
 
 # Of the audio encoder: 25 ms window.
 LOG_FFT = 400
@@ -47,7 +47,7 @@ def mel_filters(n_fft: int, bands: int) -> Tensor:
 
     -> [bands, n_fft / 2 + 1]
     """
-    nyquist = LISTENING_RATE / 2
+    nyquist = INPUT_SAMPLE_RATE / 2
     highest_mel = hz_to_mel(torch.tensor(nyquist, dtype=torch.float64))
     mels = torch.linspace(0, float(highest_mel), bands + 2, dtype=torch.float64)
     edges = mel_to_hz(mels)[:, None]  # [bands + 2, 1]

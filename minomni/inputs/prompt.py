@@ -30,10 +30,10 @@ __all__ = [
     "Inputs",
     "Processor",
     "chunk_bounds",
-    "join",
+    "collate",
     "kind_and_source",
-    "messages_of",
-    "parts_of",
+    "checked_messages",
+    "chat_parts",
     "render",
     "video_times",
 ]
@@ -41,7 +41,7 @@ __all__ = [
 ROLES = ("system", "user", "assistant")
 SAME_ROLE = {"developer": "system"}  # OpenAI's newer name
 # Keys of a message that other programs write and that could not change a reply here.
-WITHOUT_MEANING = frozenset(
+IGNORED_KEYS = frozenset(
     ("annotations", "date", "id", "loss", "metadata", "name", "refusal", "timestamp", "weight")
 )
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -84,7 +84,7 @@ class _Media:
     video_seconds: list[Tensor] = field(default_factory=list)
 
 
-def messages_of(messages: list[dict]) -> list[dict]:
+def checked_messages(messages: list[dict]) -> list[dict]:
     """Messages as users write them -> the same with role and content alone.
 
     Developer messages become system messages. A content is a text or a list of items; the items are
@@ -109,7 +109,7 @@ def _message(message: dict, number: int) -> dict:
 
     for key, value in message.items():
         is_empty = isinstance(value, (list, dict)) and not value
-        if key not in ("role", "content") and key not in WITHOUT_MEANING and not is_empty:
+        if key not in ("role", "content") and key not in IGNORED_KEYS and not is_empty:
             raise UserError(
                 f"a message has the unknown key {shown(key)}; expected role and content"
             )
@@ -135,7 +135,7 @@ def _role(role: object) -> str:
     return role
 
 
-def parts_of(
+def chat_parts(
     messages: list[dict],
     add_generation_prompt: bool,
     add_vision_id: bool = False,
@@ -146,7 +146,7 @@ def parts_of(
     A conversation that does not begin with a system message gets the template's default. Raises
     UserError for wrong messages, unknown roles and unknown items.
     """
-    messages = messages_of(messages)
+    messages = checked_messages(messages)
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
 
@@ -194,7 +194,7 @@ def render(
     add_audio_id: bool = False,
 ) -> str:
     """Messages -> the release's ChatML text, with one placeholder per image, audio and video."""
-    parts = parts_of(messages, add_generation_prompt, add_vision_id, add_audio_id)
+    parts = chat_parts(messages, add_generation_prompt, add_vision_id, add_audio_id)
     texts = [part if isinstance(part, str) else PLACEHOLDERS[part.kind] for part in parts]
     return "".join(texts)
 
@@ -239,7 +239,7 @@ class Processor:
         rows = []
         for messages in conversations:
             rows.append(self._row(messages, use_audio_in_video, add_generation_prompt))
-        return join(rows, pad=self.config.thinker.tokens.endoftext)
+        return collate(rows, pad=self.config.thinker.tokens.endoftext)
 
     def _row(
         self, messages: list[dict], use_audio_in_video: bool, add_generation_prompt: bool
@@ -250,7 +250,7 @@ class Processor:
         pieces: list[tuple[int, str]] = []  # number of tokens and name of each piece of the prompt
 
         # Texts become tokens, and items become placeholder tokens; their features go into `media`.
-        for part in _joined_texts(parts_of(messages, add_generation_prompt)):
+        for part in _joined_texts(chat_parts(messages, add_generation_prompt)):
             if isinstance(part, str):
                 name = "a text"
                 part_ids = self.encode(part)
@@ -412,7 +412,7 @@ class Processor:
             )
 
 
-def join(rows: list[Inputs], pad: int) -> Inputs:
+def collate(rows: list[Inputs], pad: int) -> Inputs:
     """Collate single rows into one batch. Shorter rows are left-padded with the id `pad`."""
     longest = max(row.input_ids.shape[1] for row in rows)
     input_ids = []

@@ -176,7 +176,7 @@ def _require_regular(stream: Any, name: str) -> None:
         raise UserError(f"{name}: an open {_kind_of(mode)}; give a file, or the bytes read from it")
 
 
-def array_of(source: Any, name: str) -> np.ndarray:
+def to_numpy(source: Any, name: str) -> np.ndarray:
     """An array, tensor or list of numbers -> array of the same shape, in numpy's types.
 
     bfloat16 and float16 tensors become float32. Values are copied only where needed, but check the

@@ -12,7 +12,15 @@ import regex
 from minomni.config import TokenIds
 from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
-from minomni.model_files import MOST_JSON, check_file, is_pointer, quote, read_object, reason, where
+from minomni.model_files import (
+    MAX_JSON_BYTES,
+    check_file,
+    is_pointer,
+    os_reason,
+    quote,
+    read_json_object,
+    shown_path,
+)
 
 # How the release splits text into words before merging: contractions, letters, single digits,
 # punctuation, line breaks, spaces.
@@ -38,7 +46,7 @@ def _byte_letters() -> dict[int, str]:
 
 LETTER_OF = _byte_letters()
 BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
-FIRST_IDS = [bytes([byte]) for byte in LETTER_OF]  # the token of each id below 256
+BYTE_TOKENS = [bytes([byte]) for byte in LETTER_OF]  # the token of each id below 256
 
 
 def special_tokens(tokens: TokenIds) -> dict[str, int]:
@@ -66,7 +74,7 @@ class Tokenizer:
         self.merges = merges
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.special_tokens = special_tokens
-        self.bytes_of = dict(enumerate(FIRST_IDS + [left + right for left, right in merges]))
+        self.bytes_of = dict(enumerate(BYTE_TOKENS + [left + right for left, right in merges]))
         self.id_of = {token: i for i, token in self.bytes_of.items()}
         self._require_free(special_tokens)
         self._special = _pattern_of(special_tokens)
@@ -113,11 +121,11 @@ class Tokenizer:
     def _encode_word(self, word: str) -> list[int]:
         """Ids of one word; cached, since words repeat."""
         if word not in self._word_ids:
-            pieces = self._merged(word.encode())
+            pieces = self._apply_merges(word.encode())
             self._word_ids[word] = [self.id_of[piece] for piece in pieces]
         return self._word_ids[word]
 
-    def _merged(self, word: bytes) -> list[bytes]:
+    def _apply_merges(self, word: bytes) -> list[bytes]:
         """Merge the bytes of a word: always the pair of lowest rank, the leftmost one first.
 
         A heap of pairs and a linked list of pieces keep the cost at O(n log n), so a "word" of
@@ -186,7 +194,7 @@ class Tokenizer:
         pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
 
         merges: list[tuple[bytes, bytes]] = []
-        while len(FIRST_IDS) + len(merges) < vocab_size:
+        while len(BYTE_TOKENS) + len(merges) < vocab_size:
             # Count all pairs of adjacent pieces.
             pairs: Counter[tuple[bytes, bytes]] = Counter()
             for word, parts in pieces.items():
@@ -233,7 +241,7 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{where(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})"
+                f"{shown_path(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})"
             ) from None
 
         # Where there is a vocabulary, it has to agree with the merges.
@@ -243,7 +251,7 @@ class Tokenizer:
         if differing:
             tokens = {token for token, _ in differing}
             raise UserError(
-                f"{where(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, first "
+                f"{shown_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, first "
                 f"{quote(_spell(min(tokens)))}; use files of one model"
             )
         return tokenizer
@@ -295,7 +303,7 @@ def _read_files(folder: Path) -> Files:
         return _read_single_file(single_file)
     if not merges_file.exists():
         raise UserError(
-            f"{where(folder)}: no tokenizer here; expected vocab.json with merges.txt, or "
+            f"{shown_path(folder)}: no tokenizer here; expected vocab.json with merges.txt, or "
             f"tokenizer.json"
         )
     vocab_file = folder / "vocab.json"
@@ -308,11 +316,13 @@ def _read_files(folder: Path) -> Files:
 
 def _read_merges(file: Path) -> list:
     """The merges in a merges.txt."""
-    check_file(file, MOST_JSON)
+    check_file(file, MAX_JSON_BYTES)
     try:
         lines = file.read_text(encoding="utf-8").split("\n", MOST_TOKENS + 1)
     except (OSError, ValueError) as error:
-        raise UserError(f"{where(file)}: cannot be read ({reason(error)}); copy it again") from None
+        raise UserError(
+            f"{shown_path(file)}: cannot be read ({os_reason(error)}); copy it again"
+        ) from None
     merges = [line for line in lines if line and not line.startswith("#version")]
     return _checked_merges(merges, file)
 
@@ -324,20 +334,20 @@ def _read_single_file(file: Path) -> Files:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocab, dict) or "merges" not in model:
         raise UserError(
-            f"{where(file)}: holds no byte-level BPE: model with vocab and merges; use the "
+            f"{shown_path(file)}: holds no byte-level BPE: model with vocab and merges; use the "
             f"release's file"
         )
     entries = data.get("added_tokens", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(
-            f"{where(file)}: 'added_tokens' is {quote(entries)}, expected a list of objects"
+            f"{shown_path(file)}: 'added_tokens' is {quote(entries)}, expected a list of objects"
         )
     added = {}
     for entry in entries:
         name = entry.get("content")
         if not isinstance(name, str):
             raise UserError(
-                f"{where(file)}: an added token is {quote(entry)}, expected an object with "
+                f"{shown_path(file)}: an added token is {quote(entry)}, expected an object with "
                 f"content and id"
             )
         added[name] = entry.get("id")
@@ -353,7 +363,7 @@ def _write(path: Path, text: str) -> None:
 
 def _read_json(path: Path) -> dict:
     """The object in a file; an empty one where there is no file."""
-    return read_object(path) if path.exists() else {}
+    return read_json_object(path) if path.exists() else {}
 
 
 def _checked_merges(merges: list, file: Path) -> list:
@@ -363,7 +373,7 @@ def _checked_merges(merges: list, file: Path) -> list:
     """
     if not isinstance(merges, list) or len(merges) > MOST_TOKENS:
         raise UserError(
-            f"{where(file)}: its merges are {quote(merges)}, expected a list of at most "
+            f"{shown_path(file)}: its merges are {quote(merges)}, expected a list of at most "
             f"{MOST_TOKENS:,}"
         )
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
@@ -371,7 +381,7 @@ def _checked_merges(merges: list, file: Path) -> list:
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or not all(isinstance(part, str) for part in pair):
             raise UserError(
-                f"{where(file)}: holds no byte-level BPE: merge {number} is "
+                f"{shown_path(file)}: holds no byte-level BPE: merge {number} is "
                 f"{quote(merges[number - 1])}, expected two tokens"
             )
     return pairs
@@ -381,12 +391,12 @@ def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
     """A vocabulary with valid ids. Raises UserError that names the first invalid one."""
     if len(vocab) > MOST_TOKENS:
         raise UserError(
-            f"{where(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}"
+            f"{shown_path(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}"
         )
     for token, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
             raise UserError(
-                f"{where(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number "
+                f"{shown_path(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number "
                 f"from 0"
             )
     return vocab
@@ -396,7 +406,7 @@ def _checked_added(added: dict, file: Path) -> dict[str, int]:
     """Added tokens with valid names and ids. Raises UserError for others, and for too many."""
     if len(added) > MOST_ADDED or "" in added:
         raise UserError(
-            f"{where(file)}: has {len(added):,} added tokens, expected at most {MOST_ADDED:,}, "
+            f"{shown_path(file)}: has {len(added):,} added tokens, expected at most {MOST_ADDED:,}, "
             f"none of them empty"
         )
     return _checked_vocab(added, file)

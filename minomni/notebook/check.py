@@ -48,7 +48,7 @@ def same(name: str, mine: Any, theirs: Any, tolerance: float = 1e-6) -> None:
     if problem:
         raise AssertionError(f"{name}: {problem}")
     criterion = f"max|Δ| ≤ {tolerance:g}".replace("e-0", "e-")
-    if is_whole(theirs):
+    if is_exact(theirs):
         criterion = "every number"
     print(f"{name} {list(theirs.shape)} same ✓ ({criterion})")
 
@@ -62,14 +62,14 @@ def difference(mine: Tensor, theirs: Tensor, tolerance: float) -> str:
     error = (mine.double() - theirs.double()).abs()
     error = torch.where(mine == theirs, 0.0, error)  # equal infinities are equal
     error = error.nan_to_num(nan=float("inf"))
-    if error.max() <= (0 if is_whole(theirs) else tolerance):
+    if error.max() <= (0 if is_exact(theirs) else tolerance):
         return ""
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     where = f" at {list(worst)}" if worst else ""
     return f"{mine[worst].item():g}{where}, expected {theirs[worst].item():g}"
 
 
-def is_whole(x: Tensor) -> bool:
+def is_exact(x: Tensor) -> bool:
     """Whether x holds integers or booleans, which must agree exactly."""
     return not (x.is_floating_point() or x.is_complex())
 

@@ -25,7 +25,7 @@ class Player(anywidget.AnyWidget):
         self.send({"over": True})
 
 
-def seconds_heard(
+def play(
     pieces: Iterable[TextChunk | AudioChunk | ReplyDone],
 ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
     """Pass on the events of a reply and play each audio chunk as it comes, if a person is watching.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minomni.config import LISTENING_RATE, MEL_RATE, TokenIds
+from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE, TokenIds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ COLORS = {
     "video": "#4575b4",
 }
 AXES = ("time", "height", "width")
-ROOM_FOR_NUMBERS = 40  # tokens in a row whose ids are still legible
+MAX_NUMBERED_TOKENS = 40  # tokens in a row whose ids are still legible
 
 
 def axes(
@@ -53,7 +53,7 @@ def plain(ax: "Axes") -> "Axes":
     return ax
 
 
-def waveform(ax: "Axes", wave: Tensor, rate: int = LISTENING_RATE, title: str = "") -> None:
+def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str = "") -> None:
     """Air pressure over time. wave [samples]."""
     seconds = torch.arange(len(wave)) / rate
     ax.plot(seconds, wave, color=COLORS["audio"], linewidth=0.6)
@@ -90,7 +90,7 @@ def mel(
 
 
 def filters(
-    ax: "Axes", bank: Tensor, top: float = LISTENING_RATE / 2, every: int = 1, title: str = ""
+    ax: "Axes", bank: Tensor, top: float = INPUT_SAMPLE_RATE / 2, every: int = 1, title: str = ""
 ) -> None:
     """A filter bank [bands, bins] over 0 .. top Hz, each `every`-th filter drawn."""
     import matplotlib
@@ -182,7 +182,7 @@ def tmrope(ids: Tensor, kinds: list[str], title: str = "") -> None:
 
     kinds [L]: what modalities() gives.
     """
-    if ids.shape[1] <= ROOM_FOR_NUMBERS:
+    if ids.shape[1] <= MAX_NUMBERED_TOKENS:
         _cells(ids, kinds, title)
     else:
         _tracks(ids, kinds, title)

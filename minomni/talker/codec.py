@@ -21,8 +21,8 @@ from minomni.layers import attention
 
 FIRST_CODE = 1  # code 0 is the DiT's "no code" in classifier-free guidance
 # Mean and scale that bring natural-log mels (about -11.5 ... 2) near unit scale.
-MEL_CENTRE = -5.0
-MEL_SPREAD = 3.0
+MEL_MEAN = -5.0
+MEL_STD = 3.0
 LETTERS = " abcdefghijklmnopqrstuvwxyz"  # CTC class i + 1; class 0 is blank
 
 
@@ -192,7 +192,7 @@ class Codec(nn.Module):
 
         C = T / downsample.
         """
-        x = ((mel - MEL_CENTRE) / MEL_SPREAD).transpose(1, 2)  # [B, mel_dim, T]
+        x = ((mel - MEL_MEAN) / MEL_STD).transpose(1, 2)  # [B, mel_dim, T]
         x = F.gelu(self.stem(x))
         for layer in self.down:
             x = F.gelu(layer(x))  # halves T
@@ -215,7 +215,7 @@ class Codec(nn.Module):
             x = x + F.gelu(layer(x))
             if i < len(self.down):
                 x = x.repeat_interleave(2, -1)  # doubles T
-        return self.mel_out(x).transpose(1, 2) * MEL_SPREAD + MEL_CENTRE
+        return self.mel_out(x).transpose(1, 2) * MEL_STD + MEL_MEAN
 
     def _in_blocks(self, x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
         """Run layers on x [B, C, D], split into blocks of time that do not attend to each other."""
@@ -237,6 +237,6 @@ def speaker_vector(mel: Tensor) -> Tensor:
     The release's extractor was never published, and the long-term spectrum is enough to distinguish
     a handful of voices.
     """
-    x = (mel - MEL_CENTRE) / MEL_SPREAD
+    x = (mel - MEL_MEAN) / MEL_STD
     statistics = torch.cat([x.mean(0), x.std(0)])
     return F.normalize(statistics, dim=0)

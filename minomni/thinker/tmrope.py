@@ -102,7 +102,7 @@ def text_positions(start: int, n: int) -> Tensor:
 def image_positions(start: int, grid: Grid, config: ThinkerConfig) -> Tensor:
     """An image: one time, and the rows and columns of its merge cells -> [3, cells]."""
     times = torch.zeros(1, dtype=torch.long)
-    return _cells(start, times, grid, config)
+    return _grid_positions(start, times, grid, config)
 
 
 def video_positions(start: int, grid: Grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
@@ -111,7 +111,7 @@ def video_positions(start: int, grid: Grid, seconds: Tensor, config: ThinkerConf
     Every step has the same rows and columns.
     """
     times = video_times(seconds, config.position_id_per_seconds).long()
-    return _cells(start, times, grid, config)
+    return _grid_positions(start, times, grid, config)
 
 
 def audio_video_positions(
@@ -134,7 +134,7 @@ def audio_video_positions(
     return segments
 
 
-def _cells(start: int, times: Tensor, grid: Grid, config: ThinkerConfig) -> Tensor:
+def _grid_positions(start: int, times: Tensor, grid: Grid, config: ThinkerConfig) -> Tensor:
     """Ids of merge cells at the times [t], row-major inside a step -> [3, t * rows * columns]."""
     rows = grid[1] // config.vision.spatial_merge_size
     columns = grid[2] // config.vision.spatial_merge_size

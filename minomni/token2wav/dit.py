@@ -179,7 +179,7 @@ class BlockAttention(nn.Module):
         blocks = (-1, self.block_size)
         return q.unflatten(1, blocks), k.unflatten(1, blocks), v.unflatten(1, blocks)
 
-    def neighbourhood(self, x: Tensor, missing: int) -> Tensor:
+    def window(self, x: Tensor, missing: int) -> Tensor:
         """The frames that each new block attends to, zeros beyond the ends.
 
         [B, known blocks, size, ...] -> [B, new blocks, seen, ...]. missing: how many of the `back`
@@ -224,11 +224,11 @@ class BlockAttention(nn.Module):
         missing = self.back + new_blocks - k.shape[1]
 
         # Each block gets the keys and values of its own window.
-        k = self.neighbourhood(k, missing)  # [B, blocks, seen, H, d]
-        v = self.neighbourhood(v, missing)
+        k = self.window(k, missing)  # [B, blocks, seen, H, d]
+        v = self.window(v, missing)
         mask = None
         if needs_mask:
-            valid = self.neighbourhood(valid, missing)  # [1, blocks, seen]
+            valid = self.window(valid, missing)  # [1, blocks, seen]
             mask = valid.expand(len(h), -1, -1).flatten(0, 1)  # [B * blocks, seen]
             mask = mask[:, None, None]
 
@@ -344,9 +344,11 @@ class DiT(nn.Module):
         """
         time = torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1)  # [B or 1]
         modulations = self.modulations(time)
-        return self.look(x, context, modulations, first_block_missing=first_block_missing)
+        return self.predict_velocity(
+            x, context, modulations, first_block_missing=first_block_missing
+        )
 
-    def look(
+    def predict_velocity(
         self,
         x: Tensor,
         context: Tensor,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minomni.arguments import shown, whole_number
+from minomni.arguments import check_int, shown
 from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import BigVGAN, UpsampleStage, normalize
@@ -56,13 +56,13 @@ class Schedule:
                 f"((1, 0), (2, 1)): how many a chunk adds, and how many it looks ahead"
             )
         for blocks, ahead in pairs:
-            whole_number(blocks, "a schedule of chunks: the blocks of one", 1, MAX_BLOCKS)
-            whole_number(ahead, "a schedule of chunks: the look-ahead of one", 0, MAX_BLOCKS)
+            check_int(blocks, "a schedule of chunks: the blocks of one", 1, MAX_BLOCKS)
+            check_int(ahead, "a schedule of chunks: the look-ahead of one", 0, MAX_BLOCKS)
         if self.back is not None:
-            whole_number(self.back, "a schedule of chunks: back", 0, MAX_BLOCKS)
+            check_int(self.back, "a schedule of chunks: back", 0, MAX_BLOCKS)
         if self.first_chunk_codes is not None:
             name = "a schedule of chunks: first_chunk_codes"
-            whole_number(self.first_chunk_codes, name, 0, MAX_BLOCKS)
+            check_int(self.first_chunk_codes, name, 0, MAX_BLOCKS)
 
     def chunk(self, index: int) -> tuple[int, int]:
         """Blocks and look-ahead blocks of a chunk; the last pair repeats."""
@@ -193,16 +193,16 @@ class MelStream:
             seen = end + ahead * block
             if seen > frames:
                 return
-            yield self.paint(end, seen)
+            yield self.decode_chunk(end, seen)
 
     def finish(self) -> Iterator[Tensor]:
         """After the last codes -> the rest of the mel, if any."""
         frames = self.codes.shape[1] * self.dit.config.repeats
         if self.done < frames:
-            yield self.paint(frames, frames)
+            yield self.decode_chunk(frames, frames)
 
     @torch.no_grad()
-    def paint(self, end: int, seen: int) -> Tensor:
+    def decode_chunk(self, end: int, seen: int) -> Tensor:
         """Generate the next chunk of mel [1, 80, frames].
 
         It ends at frame `end`, and the DiT sees context up to frame `seen`.
@@ -225,7 +225,7 @@ class MelStream:
         def velocity_fn(_: Tensor, x: Tensor) -> Tensor:
             at = next(evaluations)
             x = x.expand(len(context), -1, -1)
-            velocity = self.dit.look(
+            velocity = self.dit.predict_velocity(
                 x, context, at.modulations, begin, at.caches, finished, first_block_missing
             )
             return guided(velocity, self.flow)

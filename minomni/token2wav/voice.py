@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
-from minomni.arguments import shown, whole_number
-from minomni.config import LISTENING_RATE, MEL_RATE
+from minomni.arguments import check_int, shown
+from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE
 from minomni.errors import UserError
 from minomni.inputs.media import load_audio, name_of
 from minomni.inputs.mel import voice_mel
@@ -60,7 +60,7 @@ def make_voice(wav, name: str, omni: "Omni", bos_token: int | None = None) -> Vo
             "this model has no Token2Wav, so it cannot speak in any voice; load one that has"
         )
     if bos_token is not None:
-        bos_token = whole_number(bos_token, "bos_token", 0, config.thinker.text.vocab_size - 1)
+        bos_token = check_int(bos_token, "bos_token", 0, config.thinker.text.vocab_size - 1)
     given = name_of(wav, "audio")
     dit = config.token2wav.dit
     if dit.enc_emb_dim != 2 * dit.mel_dim:
@@ -111,7 +111,7 @@ def speech_frames(wave: Tensor, given: str) -> Tensor:
         raise UserError(
             f"{given}: is silent (its peak is {peak:.5f} of 1); give a recording of speech"
         )
-    wave = F.pad(wave[: MAX_SPEECH * LISTENING_RATE], (0, LISTENING_RATE))
+    wave = F.pad(wave[: MAX_SPEECH * INPUT_SAMPLE_RATE], (0, INPUT_SAMPLE_RATE))
     mel = voice_mel(wave * (PEAK / peak))  # [T, 80]
 
     # The threshold follows the loudest 90 ms, so that a click does not set it.

@@ -19,7 +19,7 @@ from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.data.batching import pad_mels
 from minomni.data.examples import append_answer
-from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt, read
+from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read
 from minomni.errors import UserError, shorten
 from minomni.files import writing
 from minomni.inputs.media import load_audio
@@ -75,7 +75,7 @@ class FinetuneChatStage(FinetuneStage):
     learns = ("thinker.",)
 
     def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
-        pairs = [(prompt(row, self.processor), row) for row in batch]
+        pairs = [(prompt_inputs(row, self.processor), row) for row in batch]
         # Rows of similar length share a part of the batch, which keeps padding short.
         pairs.sort(key=lambda pair: pair[0].input_ids.shape[1])
         size = ceil(len(pairs) / PARTS)
@@ -89,7 +89,7 @@ class FinetuneChatStage(FinetuneStage):
     def sample(self) -> str:
         row = self.rows[0]
         sampling = self.omni.config.thinker_sampling
-        reply = self.omni.thinker.generate(prompt(row, self.processor), sampling)
+        reply = self.omni.thinker.generate(prompt_inputs(row, self.processor), sampling)
         text = self.processor.tokenizer.decode(reply.tokens[0], skip_special=True)
         return f"{row.answer!r} -> {text!r}"
 
@@ -104,7 +104,7 @@ class FinetuneTalkerStage(FinetuneStage):
         return self.rows.spoken[epoch_index(self.seed, len(self.rows.spoken), position)]
 
     def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
-        prompts = [prompt(row, self.processor) for row in batch]
+        prompts = [prompt_inputs(row, self.processor) for row in batch]
         handovers = talker_prompts(self.omni.thinker, *self.collate(prompts, batch))
         default_voice = next(iter(self.omni.voices))
         examples = []

@@ -53,8 +53,8 @@ class Stage:
 
     name: str
     needs: tuple[str, ...] = ()  # stages whose results this one starts from
-    learns: tuple[str, ...] = ()
-    about: str = ""
+    trainable: tuple[str, ...] = ()
+    description: str = ""
     data: str = ""  # what it is trained on
     bf16 = True  # where the device has it
     setup_s: float | None = None  # seconds that setup() took; None until run_setup()
@@ -91,10 +91,10 @@ class Stage:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this stage trains, by name."""
-        chosen = {n: p for n, p in self.omni.named_parameters() if n.startswith(self.learns)}
+        chosen = {n: p for n, p in self.omni.named_parameters() if n.startswith(self.trainable)}
         if not chosen:
             raise UserError(
-                f"stage {self.name}: no parameter begins with {' or '.join(self.learns)}"
+                f"stage {self.name}: no parameter begins with {' or '.join(self.trainable)}"
             )
         return chosen
 

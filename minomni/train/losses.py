@@ -51,7 +51,7 @@ def masked_l1(predicted: Tensor, target: Tensor, frames: Tensor) -> Tensor:
     return (predicted - target).abs().mean(-1)[valid].mean()
 
 
-def off_centre(grid: Tensor, lengths: Tensor) -> Tensor:
+def off_center(grid: Tensor, lengths: Tensor) -> Tensor:
     """Squared mean of each channel of FSQ values [B, C, channels], summed, averaged over rows.
 
     Only the first `lengths` [B] values of a row count. The loss keeps channels in use: a channel

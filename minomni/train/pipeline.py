@@ -13,7 +13,7 @@ from minomni import config as sizes
 from minomni import paths
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.data.corpus import FIRST_VOICE, corpus, make_voices
+from minomni.data.corpus import FIRST_VOICE_OFFSET, corpus, voices_of_corpus
 from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
 from minomni.errors import UserError
@@ -109,14 +109,14 @@ def stage_table(size: str) -> str:
             f"{recipe.lr:.0e}",
             seconds,
             losses,
-            short_names(stage.learns),
+            short_names(stage.trainable),
             short_names(frozen_parts(stage)),
             stage.data,
         )
         rows.append(row)
 
     hardware = " and ".join(sorted({row.hardware for row in measurements.values()}))
-    notes = [f"{name:<14}{stage.about}" for name, stage in STAGES.items()]
+    notes = [f"{name:<14}{stage.description}" for name, stage in STAGES.items()]
     footnote = f"* measured on {hardware or 'no machine yet'}; - not measured"
     return "\n".join([*align_columns(rows), "", footnote, "", *notes])
 
@@ -135,7 +135,7 @@ def frozen_parts(stage: type[Stage]) -> list[str]:
     """Prefixes of the parameters that earlier stages trained, and that this one uses unchanged."""
     used: set[str] = set()
     for need in stage.needs:
-        used.update(part for part in STAGES[need].learns if not part.startswith(stage.learns))
+        used.update(part for part in STAGES[need].trainable if not part.startswith(stage.trainable))
     # A prefix such as "thinker." covers the longer ones that begin with it.
     return sorted(part for part in used if not part.startswith(tuple(used - {part})))
 
@@ -286,7 +286,7 @@ def export_model(size: str, home: Path, seed: int) -> None:
     tokens = omni.config.thinker.tokens
     omni.tokenizer = world_tokenizer(tokens)
     speech = corpus("speaking", cache_of(home), english(tokens))
-    omni.voices = make_voices(speech, tokens.tts_text_pad + FIRST_VOICE)
+    omni.voices = voices_of_corpus(speech, tokens.tts_text_pad + FIRST_VOICE_OFFSET)
     weights.save(omni, home / "model")
 
     trained = {

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from minomni.arguments import number, shown, whole_number
+from minomni.arguments import check_int, check_number, shown
 from minomni.errors import UserError
 from minomni.train.loop import Recipe
 
@@ -119,9 +119,9 @@ def check_field(stage: str, field: str, value: object) -> float:
     """The value of a recipe's field. Raises UserError for an unknown field and a bad value."""
     label = f"{stage}.{field}"
     if field in WHOLE_FIELDS:
-        return whole_number(value, label, *WHOLE_FIELDS[field])
+        return check_int(value, label, *WHOLE_FIELDS[field])
     if field in REAL_FIELDS:
-        return number(value, label, *REAL_FIELDS[field])
+        return check_number(value, label, *REAL_FIELDS[field])
     fields = ", ".join([*WHOLE_FIELDS, *REAL_FIELDS])
     raise UserError(f"--set: unknown field {shown(field)} of a recipe; the fields are {fields}")
 

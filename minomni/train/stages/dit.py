@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from minomni.data.codes import encode_corpus
 from minomni.data.corpus import sentence_kind
-from minomni.talker.codec import MEL_CENTRE, MEL_SPREAD
+from minomni.talker.codec import MEL_MEAN, MEL_STD
 from minomni.train import losses
 from minomni.train.stages.mel_stage import MelStage
 
@@ -37,8 +37,8 @@ class DiTStage(MelStage):
             ]
             self.initialize_code_embeddings()
             dit = self.omni.token2wav.code2wav_dit_model
-            dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_SPREAD
-            dit.proj_out.bias.fill_(MEL_CENTRE)  # the velocity starts at the mean mel
+            dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_STD
+            dit.proj_out.bias.fill_(MEL_MEAN)  # the velocity starts at the mean mel
 
     def initialize_code_embeddings(self) -> None:
         """Set each code's embedding to the principal components of its mean mel.
@@ -65,7 +65,7 @@ class DiTStage(MelStage):
         counts = torch.zeros(num_codes, 1)
         for i in range(0, len(self.speech), max(1, len(self.speech) // INIT_UTTERANCES)):
             codes = self.codes[i]
-            normalized = (self.mel(i) - MEL_CENTRE) / MEL_SPREAD
+            normalized = (self.mel(i) - MEL_MEAN) / MEL_STD
             frames = normalized.reshape(len(codes), -1)  # [C, repeats * bands]
             sums.index_add_(0, codes, frames)
             counts.index_add_(0, codes, torch.ones(len(codes), 1))

@@ -65,16 +65,18 @@ class DPOStage(SpeechStage):
         )
         pairs = []
         for prompts in self.dpo_prompts():
-            repeated = [prompt for prompt in prompts for _ in range(self.tries)]
+            repeated = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
             samples = self.speak(repeated, sampling, generator)
             for i, prompt in enumerate(prompts):
-                own_samples = samples[i * self.tries : (i + 1) * self.tries]
+                own_samples = samples[
+                    i * self.samples_per_prompt : (i + 1) * self.samples_per_prompt
+                ]
                 pair = self.best_and_worst(prompt, own_samples)
                 if pair is not None:
                     pairs.append(pair)
         if not pairs:
             raise UserError(
-                f"stage {self.name}: the samples of each of {self.prompts} sentences are equally "
+                f"stage {self.name}: the samples of each of {self.num_prompts} sentences are equally "
                 "good; the talker stage needs more steps"
             )
         # Pairs of a batch are padded together, so they should have similar lengths.
@@ -95,7 +97,7 @@ class DPOStage(SpeechStage):
         """Batches of prompts to say long sentences in random voices, without codes."""
         builder = ExampleBuilder(self.omni.config, self.cache)
         random = Random(self.seed + 12)
-        examples = [builder.example("say-long", random) for _ in range(self.prompts)]
+        examples = [builder.example("say-long", random) for _ in range(self.num_prompts)]
         voices = [voice.bos_token for voice in self.voices.values()]
         no_codes = torch.zeros(0, dtype=torch.long)
 
@@ -151,6 +153,6 @@ class DPOStage(SpeechStage):
         chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)  # each with its stop code
         return {
             "dpo": losses.dpo(chosen, rejected, *reference, self.beta),
-            "better": -self.better * chosen.sum() / chosen_codes,
+            "better": -self.sft_weight * chosen.sum() / chosen_codes,
             **super().losses(examples),
         }

@@ -5,7 +5,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from minomni.data.corpus import corpus, drop_long, make_voices, sampling_weights
+from minomni.data.corpus import corpus, drop_long, sampling_weights, voices_of_corpus
 from minomni.data.vocabulary import english
 from minomni.inputs.mel import voice_mel
 from minomni.train.loop import Stage
@@ -23,7 +23,7 @@ class MelStage(Stage):
         self.speech = drop_long(self.spoken)  # long sentences cost time and add nothing new
         utterances = self.speech.utterances
         self.weights = sampling_weights([utterance.text for utterance in utterances])
-        self.voices = make_voices(self.speech, first_bos=0)
+        self.voices = voices_of_corpus(self.speech, first_bos=0)
         self.lengths = [utterance.end - utterance.start for utterance in utterances]
         self.text = utterances[0].text  # of the utterance in previews
 

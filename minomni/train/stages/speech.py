@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from minomni.config import IGNORE_INDEX, SamplingConfig, TokenIds
 from minomni.data.batching import similar_lengths
 from minomni.data.codes import cache_key, encode_corpus
-from minomni.data.corpus import FIRST_VOICE, corpus, make_voices, sampling_weights
+from minomni.data.corpus import FIRST_VOICE_OFFSET, corpus, sampling_weights, voices_of_corpus
 from minomni.data.examples import ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english
@@ -137,7 +137,7 @@ class SpeechStage(Stage):
         self.tokens = self.omni.config.thinker.tokens
         self.table = self.omni.thinker.model.embed_tokens
         self.speech = corpus("speaking", self.cache, english(self.tokens))
-        self.voices = make_voices(self.speech, self.tokens.tts_text_pad + FIRST_VOICE)
+        self.voices = voices_of_corpus(self.speech, self.tokens.tts_text_pad + FIRST_VOICE_OFFSET)
 
     def setup(self) -> None:
         """Run the Thinker and the codec over the corpus, and compute the sampling weights."""

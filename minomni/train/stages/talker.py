@@ -35,8 +35,8 @@ class TalkerStage(SpeechStage):
         config = self.omni.config
         self.tokenizer = world_tokenizer(self.tokens)
         classes = MAX_WORDS + config.thinker.text.vocab_size
-        self.place_head = nn.Linear(config.talker.decoder.hidden_size, classes)
-        self.place_head.to(self.device)
+        self.word_head = nn.Linear(config.talker.decoder.hidden_size, classes)
+        self.word_head.to(self.device)
 
     def make_examples(self):
         examples = super().make_examples()
@@ -59,7 +59,7 @@ class TalkerStage(SpeechStage):
         return torch.tensor([self.tokenizer.encode(f" {word}")[0] for word in text.split()])
 
     def parameters(self):
-        head = {f"place_head.{name}": p for name, p in self.place_head.named_parameters()}
+        head = {f"word_head.{name}": p for name, p in self.word_head.named_parameters()}
         return super().parameters() | head
 
     def losses(self, batch):
@@ -70,9 +70,9 @@ class TalkerStage(SpeechStage):
         hidden = talker.hidden_states(embeds, position_ids, mask)  # [B, T, D]
 
         # Auxiliary losses on the current word.
-        index_targets, token_targets = self.said(batch, targets.cpu())
+        index_targets, token_targets = self.word_targets(batch, targets.cpu())
         vocab_size = self.omni.config.thinker.text.vocab_size
-        word_logits = self.place_head(hidden).float()
+        word_logits = self.word_head(hidden).float()
         index_logits, token_logits = word_logits.split([MAX_WORDS, vocab_size], dim=-1)
         return {
             "codes": losses.next_token(talker.codec_head(hidden).float(), targets),
@@ -80,7 +80,7 @@ class TalkerStage(SpeechStage):
             "word": WORD_WEIGHT * losses.next_token(token_logits, token_targets),
         }
 
-    def said(self, examples: list[TalkerExample], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def word_targets(self, examples: list[TalkerExample], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of the auxiliary head from code targets [B, T] -> two [B, T].
 
         The index of the spoken word, and its first token; IGNORE_INDEX where it is unknown.
