@@ -46,10 +46,10 @@ class Recipe:
     clip: float = 1.0
 
 
+class Stage:
     """One training stage. Subclasses define what it trains, on which data and with which losses.
 
     `trainable` holds prefixes of parameter names.
-    """
     """
 
     name: str
