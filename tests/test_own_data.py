@@ -762,7 +762,7 @@ def test_load_fine_tuned_model(tmp_path, small, tiny_folder, spoken):
     assert tuned.voices["Me"].bos_token == 502
     assert tuned.respond([{"role": "user", "content": "say a"}], voice="Me")
     assert json.loads((out / "trained.json").read_text())["stages"] == ["chat", "talker"]
-    with pytest.raises(UserError, match="--resume goes on with it"):
+    with pytest.raises(UserError, match="--resume continues it"):
         finetune.finetune("tiny", data, out, epochs=1)
     with pytest.raises(UserError, match="begun with other epochs"):
         finetune.finetune("tiny", data, out, epochs=2, resume=True)

@@ -175,7 +175,7 @@ def test_numbers_of_numpy_are_numbers():
         (dict(thinker_do_sample=True, temperature=0), "contradict"),
         (dict(max_tokens=5), "did you mean max_new_tokens"),
         (dict(talker_speed=2), "'talker_speed'; the options are max_new_tokens, temperature"),
-        (dict(num_beams=2), "with talker_ in front"),
+        (dict(num_beams=2), "prefix talker_"),
         *[({name: 1}, f"here it is {word}") for name, word in RENAMED_OPTIONS.items()],
     ],
 )
