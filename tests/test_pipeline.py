@@ -161,7 +161,7 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
 def test_train_sets_up_a_stage_that_nobody_has(tmp_path):
     class Late(loop.Stage):
         name = "late"
-        learns = ("0.",)
+        trainable = ("0.",)
 
         def setup(self):
             self.rows = torch.ones(2, 3)

@@ -594,7 +594,9 @@ def test_devices_by_name(monkeypatch):
 class Rows(Stage):
     """A linear map of 96 rows that never change, taken in order."""
 
-    name, learns, bf16 = "rows", ("0.",), False  # exact, for comparisons
+    name = "rows"
+    trainable = ("0.",)
+    bf16 = False  # exact, for comparisons
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(1)

@@ -217,7 +217,7 @@ class DigitsStage(Stage):
     """Fine-tuning on spoken digits: CTC for the audio encoder, next-token loss on the answers."""
 
     name = "digits"
-    learns = (
+    trainable = (
         "thinker.audio_tower.",
         "thinker.model.layers.",
         "thinker.model.norm.",

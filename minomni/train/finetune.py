@@ -72,7 +72,7 @@ class FinetuneChatStage(FinetuneStage):
     """Next-token loss on the answers; the whole Thinker trains."""
 
     name = "chat"
-    learns = ("thinker.",)
+    trainable = ("thinker.",)
 
     def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
         pairs = [(prompt_inputs(row, self.processor), row) for row in batch]
@@ -98,7 +98,7 @@ class FinetuneTalkerStage(FinetuneStage):
     """Next-code loss on the recordings of the answers, given the states of the frozen Thinker."""
 
     name = "talker"
-    learns = ("talker.",)
+    trainable = ("talker.",)
 
     def row_index(self, position: int) -> int:
         return self.rows.spoken[epoch_index(self.seed, len(self.rows.spoken), position)]

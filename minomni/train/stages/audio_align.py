@@ -22,8 +22,8 @@ class AudioAlignStage(AlignStage):
     """CTC over word embeddings; later also regression onto the predicted embeddings."""
 
     name = "audio_align"
-    learns = ("thinker.audio_tower.",)
-    about = (
+    trainable = ("thinker.audio_tower.",)
+    description = (
         "the audio encoder learns to predict the spoken words by CTC (instead of Whisper's weights)"
     )
     data = "spoken questions and sentences, tones"

@@ -15,8 +15,8 @@ class CodecStage(MelStage):
     """CTC loss on letters and L1 loss on the mel, both from the quantized values."""
 
     name = "codec"
-    learns = ("codec.",)
-    about = "speech tokenizer: FSQ codes that predict letters (CTC) and reconstruct the mel"
+    trainable = ("codec.",)
+    description = "speech tokenizer: FSQ codes that predict letters (CTC) and reconstruct the mel"
 
     def batch(self, number):
         indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)

@@ -21,9 +21,9 @@ class DiTStage(MelStage):
     """Flow matching on crops, conditioned on codes, speaker vector and reference mel."""
 
     name = "dit"
-    learns = ("token2wav.code2wav_dit_model.",)
+    trainable = ("token2wav.code2wav_dit_model.",)
     needs = ("codec",)
-    about = "flow-matching DiT: codes to mel in sliding blocks"
+    description = "flow-matching DiT: codes to mel in sliding blocks"
 
     def setup(self) -> None:
         """Encode the corpus, and initialize the DiT from the mels."""

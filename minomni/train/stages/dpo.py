@@ -30,14 +30,15 @@ class DPOStage(SpeechStage):
 
     name = "dpo"
     needs = ("codec", *THINKER, "talker")
-    about = (
+    description = (
         "direct preference optimization: the most intelligible of several samples over the worst"
     )
     data = "its own samples of sentences without a recording, and the recorded ones as before"
     beta = 0.05
-    tries = 4  # samples per prompt
-    prompts = 640
-    better = 0.5  # weight of the next-code loss on chosen samples: preference alone did not help
+    samples_per_prompt = 4
+    num_prompts = 640
+    # Weight of the next-code loss on chosen samples: preference alone did not help.
+    sft_weight = 0.5
 
     def setup(self) -> None:
         """Also sample the preference pairs, and compute their reference log-probabilities."""

@@ -8,4 +8,4 @@ class SpeakersStage(SpeechStage):
 
     name = "speakers"
     needs = ("codec", *THINKER, "talker", "dpo")
-    about = "speaker tuning: all voices once more, at a low learning rate"
+    description = "speaker tuning: all voices once more, at a low learning rate"

@@ -128,7 +128,7 @@ def code_loss(omni: "Omni", examples: list[TalkerExample]) -> Tensor:
 class SpeechStage(Stage):
     """A stage of the Talker: next-code loss on the recorded sentences as answers."""
 
-    learns = ("talker.",)
+    trainable = ("talker.",)
     data = "spoken sentences as answers, with the Thinker's states for them"
     cache_prefix = "talker-examples"  # of the file in the cache
 

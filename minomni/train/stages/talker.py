@@ -27,7 +27,7 @@ class TalkerStage(SpeechStage):
 
     name = "talker"
     needs = ("codec", *THINKER[:5])  # also works with the later Thinkers, not only with thinker2's
-    about = "next code: from the Thinker's states and words to speech codes"
+    description = "next code: from the Thinker's states and words to speech codes"
     cache_prefix = "talker-examples-with-words"
 
     def __init__(self, *args):

@@ -100,8 +100,8 @@ class LanguageStage(ThinkerStage):
     """
 
     name = "language"
-    learns = ("thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
-    about = (
+    trainable = ("thinker.model.layers.", "thinker.model.norm.", "thinker.lm_head.")
+    description = (
         "the decoder learns the world's sentences, with word embeddings as media features "
         "(instead of Qwen2.5's weights)"
     )
@@ -148,8 +148,8 @@ class Thinker1Stage(ThinkerStage):
 
     name = "thinker1"
     needs = ("language", "audio_align", "vision_align")
-    learns = ("thinker.audio_tower.", "thinker.visual.")
-    about = "pre-training 1: the decoder is frozen, the encoders adapt to it"
+    trainable = ("thinker.audio_tower.", "thinker.visual.")
+    description = "pre-training 1: the decoder is frozen, the encoders adapt to it"
     data = "audio to transcribe, typed questions about images, digits and videos"
     mixture = {"hear": 3, "scene-typed": 4, "handwriting-typed": 1, "video-typed": 1}
     fixed = ("hear", "scene-typed")
@@ -160,8 +160,8 @@ class Thinker2Stage(ThinkerStage):
 
     name = "thinker2"
     needs = ("language", "audio_align", "vision_align", "thinker1")
-    learns = ("thinker.",)
-    about = "pre-training 2: all parameters, all kinds of input"
+    trainable = ("thinker.",)
+    description = "pre-training 2: all parameters, all kinds of input"
     data = "the same, sentences to say, and videos with audio"
     mixture = {
         "hear": 2.5,
@@ -181,8 +181,8 @@ class Thinker3Stage(ThinkerStage):
 
     name = "thinker3"
     needs = ("language", "audio_align", "vision_align", "thinker1", "thinker2")
-    learns = ("thinker.",)
-    about = (
+    trainable = ("thinker.",)
+    description = (
         "pre-training 3: longer sequences: several sentences, a minute of video, three examples in "
         "one dialogue"
     )
@@ -206,8 +206,8 @@ class ChatStage(ThinkerStage):
 
     name = "chat"
     needs = ("language", "audio_align", "vision_align", "thinker1", "thinker2", "thinker3")
-    learns = ("thinker.",)
-    about = "ChatML tuning: typed and spoken questions about all kinds of input"
+    trainable = ("thinker.",)
+    description = "ChatML tuning: typed and spoken questions about all kinds of input"
     data = "requests and questions, typed and spoken, about all kinds of input"
     mixture = {
         "hear": 2,

@@ -25,8 +25,8 @@ class VisionAlignStage(AlignStage):
     """Classification of each merge cell into the words of its object, and regression onto them."""
 
     name = "vision_align"
-    learns = ("thinker.visual.",)
-    about = (
+    trainable = ("thinker.visual.",)
+    description = (
         "the vision encoder learns to predict the words of each cell (instead of Qwen2.5-VL's "
         "weights)"
     )

@@ -15,8 +15,8 @@ class VocoderStage(MelStage):
     """Mel L1 and multi-resolution STFT loss, without a discriminator."""
 
     name = "vocoder"
-    learns = ("token2wav.code2wav_bigvgan_model.",)
-    about = "BigVGAN: mel to waveform by mel and spectrogram distance"
+    trainable = ("token2wav.code2wav_bigvgan_model.",)
+    description = "BigVGAN: mel to waveform by mel and spectrogram distance"
     bf16 = False  # spectra of quiet audio need full precision
 
     def batch(self, number):
