@@ -77,8 +77,8 @@ class DPOStage(SpeechStage):
                     pairs.append(pair)
         if not pairs:
             raise UserError(
-                f"stage {self.name}: the samples of each of {self.num_prompts} sentences are equally "
-                "good; the talker stage needs more steps"
+                f"stage {self.name}: the samples of each of {self.num_prompts} sentences are "
+                "equally good; the talker stage needs more steps"
             )
         # Pairs of a batch are padded together, so they should have similar lengths.
         pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))
