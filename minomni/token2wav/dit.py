@@ -8,8 +8,9 @@ everything the paper leaves open.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -331,7 +332,8 @@ class DiT(nn.Module):
         Each is [B, 1, D].
         """
         embedding = self.time_embed(time)  # [B, D]
-        norms = [block.attn_norm for block in self.transformer_blocks]
+        blocks = cast(Iterable[DiTBlock], self.transformer_blocks)
+        norms = [block.attn_norm for block in blocks]
         norms.append(self.norm_out)
         return [norm(embedding) for norm in norms]
 

@@ -133,10 +133,8 @@ class DPOStage(SpeechStage):
         chosen = [codes for _, codes, _ in pairs]
         rejected = [codes for _, _, codes in pairs]
         inputs = collate(prompts + prompts, self.tokens, self.table)
-        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(
-            inputs, chosen + rejected
-        )
-        logits = self.omni.talker(embeds, position_ids, mask)
+        embeds, position_ids, mask, targets = self.talker.teacher_forced(inputs, chosen + rejected)
+        logits = self.talker(embeds, position_ids, mask)
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 
     def batch(self, number):
