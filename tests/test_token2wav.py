@@ -52,7 +52,7 @@ def official_outputs() -> dict[str, np.ndarray]:
     from transformers import Qwen2_5OmniToken2WavConfig
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavModel
 
-    given = oracle.plain(oracle.to_json(oracle.CONFIG))["token2wav_config"]
+    given = oracle.as_json(oracle.to_json(oracle.CONFIG))["token2wav_config"]
     official = Qwen2_5OmniToken2WavModel(Qwen2_5OmniToken2WavConfig(**given)).eval()
     oracle.fill({f"token2wav.{name}": p for name, p in official.named_parameters()})
     dit, cond = official.code2wav_dit_model, VOICE.cond[:, None].expand(-1, 30, -1)

@@ -313,7 +313,7 @@ class DiT(nn.Module):
 
         Time runs from 0 (noise) to 1 (speech). codes [B, n] with T = n * repeats, cond [B, E],
         ref_mel [B, R, 80]. Zeros in codes, cond and ref_mel are the unconditional branch of
-        classifier-free guidance. first_block_missing: see look().
+        classifier-free guidance. first_block_missing: see predict_velocity().
         """
         context = self.context(codes, cond, ref_mel)
         return self.velocity(x, time, context, first_block_missing)
