@@ -50,8 +50,8 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
         raise UserError(f"{shown_path(path)}: is empty; {advice}")
     if largest is not None and status.st_size > largest:
         raise UserError(
-            f"{shown_path(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; this is "
-            f"not the file that a model folder holds under this name"
+            f"{shown_path(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; "
+            f"this is not the file that a model folder holds under this name"
         )
     try:
         pointer = is_pointer(path)
@@ -61,8 +61,8 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
         ) from None
     if pointer:
         raise UserError(
-            f"{shown_path(path)}: is a git-LFS pointer, which stands for the file; run git lfs pull in "
-            f"its folder"
+            f"{shown_path(path)}: is a git-LFS pointer, which stands for the file; run git lfs "
+            f"pull in its folder"
         )
 
 
@@ -101,6 +101,7 @@ def read_json_object(
         ) from None
     if not isinstance(data, dict):
         raise UserError(
-            f"{shown_path(path)}: holds a {type(data).__name__}, not an object with settings; {advice}"
+            f"{shown_path(path)}: holds a {type(data).__name__}, not an object with settings; "
+            f"{advice}"
         )
     return data

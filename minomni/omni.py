@@ -4,7 +4,7 @@ Messages in, a reply out.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +227,28 @@ class Omni(nn.Module):
         with torch.no_grad():
             prefill = self.thinker.read(inputs, self.thinker.model.new_cache(), timings.mark)
         return stream_reply(self, prefill, chosen, schedule, flow, seed, timings, [], sampling)
+
+    @overload
+    def respond(
+        self,
+        messages: list[dict],
+        voice: str | None = None,
+        speech: bool = True,
+        use_audio_in_video: bool = False,
+        seed: int = 0,
+        **options,
+    ) -> Reply: ...
+
+    @overload
+    def respond(
+        self,
+        messages: list[list[dict]],
+        voice: str | list[str] | None = None,
+        speech: bool = True,
+        use_audio_in_video: bool = False,
+        seed: int | list[int] = 0,
+        **options,
+    ) -> Replies: ...
 
     def respond(
         self,

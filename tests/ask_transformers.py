@@ -1,7 +1,8 @@
 """What transformers' users get of a folder saved here: run by test_export.py in a process of its
 own, for any version.
 
-    python tests/ask_transformers.py FOLDER CASES ANSWERS [COPY]    # CASES and ANSWERS are files of torch.save
+    # CASES and ANSWERS are files of torch.save
+    python tests/ask_transformers.py FOLDER CASES ANSWERS [COPY]
 
 It opens the folder with from_pretrained and AutoProcessor, answers every case greedily, and saves
 what it has opened as another folder, COPY, with save_pretrained.

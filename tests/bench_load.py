@@ -1,8 +1,9 @@
 """How long a folder of about 1.75 GB in five files takes to load, here and in transformers, each
 run in a new process.
 
-    python tests/bench_load.py [runs]      needs Linux, transformers, 2 GB in the temporary folder; the runs take turns
+    python tests/bench_load.py [runs]
 
+It needs Linux, transformers and 2 GB in the temporary folder; the runs take turns.
 Wall and CPU time of the loading alone (imports done before), and how far the process's memory rose
 above its start.
 """
@@ -128,7 +129,8 @@ def main(runs: int) -> None:
     for key, unit in (("wall", "s"), ("cpu", "s"), ("memory", "MiB")):
         ours, theirs = (medians[name][key] for name in PROGRAMS)
         print(
-            f"{key:6} minomni {ours:8.2f} {unit:3}  transformers {theirs:8.2f} {unit:3}  ratio {ours / theirs:.2f}"
+            f"{key:6} minomni {ours:8.2f} {unit:3}  transformers {theirs:8.2f} {unit:3}  "
+            f"ratio {ours / theirs:.2f}"
         )
 
 

@@ -4,7 +4,8 @@ test_processors.py runs them as on other processors, by these environment variab
 
     MINOMNI_TEST_THREADS=n       n threads instead of one
     MINOMNI_TEST_ONEDNN=off      matrix products and convolutions without oneDNN
-    MINOMNI_TEST_BF16=on|off     training as on a processor that multiplies bf16 in hardware, or on one that does not
+    MINOMNI_TEST_BF16=on|off     training as on a processor that multiplies bf16 in hardware, or
+                                 on one that does not
 """
 
 import os

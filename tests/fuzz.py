@@ -1,8 +1,10 @@
 """Damages files in random but repeatable ways and reads them: a well-formed answer or one clear
 line, and nothing else.
 
-    python tests/fuzz.py --cases 20000 --seed 1               all readers, in child processes
-    python tests/fuzz.py --seed 1 --case 1234 --keep DIR      one case again, in this process, with its traceback
+    # all readers, in child processes
+    python tests/fuzz.py --cases 20000 --seed 1
+    # one case again, in this process, with its traceback
+    python tests/fuzz.py --seed 1 --case 1234 --keep DIR
 
 A case is known by its seed and number: they choose the reader, the file and what is done to it
 (bits flipped, the end cut off, pieces moved, copied or taken from another file, numbers
@@ -17,6 +19,7 @@ too, or is refused.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import hashlib
 import json
@@ -108,7 +111,7 @@ ODD_VALUES = (
 )
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # files to damage
 
 
@@ -302,7 +305,7 @@ def data_files(folder: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # readers
 
 
@@ -449,7 +452,7 @@ FILES = [
 ROUND = [(file, reader) for file, reader, times in FILES for _ in range(times)]
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # damage
 
 
@@ -570,7 +573,7 @@ def case_of(seed: int, number: int, inputs: Path) -> tuple[str, str, bytes]:
     return file, reader, damaged(content, other, file, random)
 
 
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # running
 
 
@@ -596,7 +599,8 @@ def check_message(error: ValueError) -> str:
     message = str(error)
     if not message.isprintable() or len(message) > 500 or not message:
         raise AssertionError(
-            f"a message of {len(message)} characters and {message.count(chr(10)) + 1} lines: {message[:200]!r}"
+            f"a message of {len(message)} characters and {message.count(chr(10)) + 1} lines: "
+            f"{message[:200]!r}"
         )
     return message
 
@@ -688,10 +692,8 @@ def memory(what: str, process: str = "self") -> int:
 
 def reset_peak() -> None:
     """Let Linux count the peak of memory anew."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def cpu_seconds(pid: int) -> float:
@@ -768,9 +770,8 @@ class Result:
         for fault in self.faults:
             groups[(fault.file, fault.what)].append(fault.number)
         for (file, what), numbers in sorted(groups.items(), key=lambda group: -len(group[1])):
-            lines.append(
-                f"{len(numbers)} x {file}: {what} (--seed {seed} --case {' '.join(map(str, numbers[:4]))})"
-            )
+            cases = " ".join(map(str, numbers[:4]))
+            lines.append(f"{len(numbers)} x {file}: {what} (--seed {seed} --case {cases})")
         return "\n".join(lines)
 
 

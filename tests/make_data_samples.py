@@ -3,7 +3,8 @@ a synthesiser.
 
 python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
 python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
-python -m tests.make_data_samples convert  the tiny model that is there, with three pairs in each block of its vocoder
+python -m tests.make_data_samples convert  the tiny model that is there, with three pairs in each
+                                           block of its vocoder
 """
 
 import dataclasses
@@ -154,7 +155,7 @@ def recordings(count: int = 32) -> None:
 
 
 def model() -> None:
-    """Keep runs/tiny/model as data_samples/tiny, at half its size: load() brings it back to fp32."""
+    """Keep runs/tiny/model as data_samples/tiny, at half its size: load() converts it to fp32."""
     weights.save(minomni.load("tiny").half(), FOLDER / "tiny")
     shutil.copy(minomni.folder_of("tiny") / TRAINED, FOLDER / "tiny")
 
@@ -185,7 +186,7 @@ def with_three_pairs(omni: Omni, dilations: tuple[int, int, int] = (1, 3, 5)) ->
 
 
 def convert() -> None:
-    """Give the tiny model that is there its third pairs of zeros; what it was trained with stays."""
+    """Add third pairs of zeros to the tiny model that is there; its TRAINED file stays the same."""
     trained = read_json(FOLDER / "tiny" / TRAINED)
     omni = with_three_pairs(weights.load(FOLDER / "tiny"))
     weights.save(omni.half(), FOLDER / "tiny")

@@ -2,7 +2,8 @@
 tests/golden.
 
     pip install --no-deps --target DIR transformers==4.57.1 "huggingface-hub<1" "tokenizers<0.23"
-    PYTHONPATH=DIR python tests/make_golden_configs.py       # writes saved_by_4.57.1.json, thinker_saved_by_4.57.1.json
+    # writes saved_by_4.57.1.json and thinker_saved_by_4.57.1.json
+    PYTHONPATH=DIR python tests/make_golden_configs.py
 
 The same for 5.24.0, whose libraries are those of requirements-dev.txt.
 """

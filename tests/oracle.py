@@ -165,7 +165,7 @@ CONFIG = OmniConfig(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # numbers
 def numbers(name: str, *shape: int) -> np.ndarray:
     """Normal numbers that depend on the name alone, on every machine."""
@@ -223,7 +223,7 @@ def voices() -> dict[str, Voice]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # prompts
 def words(seed: int, count: int) -> list[int]:
     return np.random.RandomState(seed).randint(10, 390, count).tolist()
@@ -342,7 +342,7 @@ def stopping(case: str, free: dict[str, np.ndarray]) -> OmniConfig:
     return dataclasses.replace(CONFIG, thinker=thinker, talker=talker)
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # official code
 def hf_inputs(case: str) -> dict:
     """The same tensors as the official generate() takes them. Pixels need a prefix lest the talker

@@ -60,7 +60,7 @@ def refused(source, *says, options=NO_OPTIONS):
     assert len(message) <= 500
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # arrays
 @pytest.mark.parametrize(
     ("kind", "scale", "middle"),
@@ -209,7 +209,7 @@ def test_arrays_that_claim_any_length():
     refused((np.zeros(2_000, np.float32), 1), "more than 1311 s")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # start and end
 @pytest.mark.parametrize("rate", [16_000, 11_025, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_start_and_end_out_of_range(start, end, says):
     refused(file_of(tone(0.8), 16_000, "FLAC"), says, options=options)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # streams that change or begin again
 @pytest.mark.parametrize(
     ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16")]
@@ -332,7 +332,7 @@ def test_broadcasts_joined_and_left_within_a_frame(tmp_path, kind, codec):
         assert 700 in pitches(wave)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # headers that are wrong
 def flac_that_claims(samples: int) -> bytes:
     content = bytearray(file_of(tone(1), 16_000, "FLAC"))
@@ -473,7 +473,7 @@ def test_decoders_say_nothing_themselves(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # tracks at their times
 def silence(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * 48_000), np.float32)

@@ -32,7 +32,8 @@ QUIET = (
     "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 )
-IDLE = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+SESSION = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session"
+IDLE = f"() => {SESSION}?.kernel?.status === 'idle'"
 ORDER = "command => window.jupyterapp.commands.execute(command)"
 COUNTS = """() => window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model)
               .filter(cell => cell.type === 'code').map(cell => cell.executionCount)"""
@@ -206,7 +207,7 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
 
 
 def check_what_is_played(page) -> None:
-    """The reply came in several pieces that can be heard, none before the one before it was over."""
+    """The reply came in several audible pieces, none of them before the previous one was over."""
     line = page.locator(".minomni-player")
     line.scroll_into_view_if_needed()
     page.get_by_text("heard while they were made").wait_for()

@@ -597,11 +597,11 @@ BUGS = {
     },
     "14": {
         "pull": [
-            lambda w, l, w0, l0, b: 1 / (1 + math.exp(b * (w - w0 - l + l0))),
-            lambda w, l, w0, l0, b: b / (1 + math.exp(b * (l - l0 - w + w0))),
-            lambda w, l, w0, l0, b: b / (1 + math.exp(w - w0 - l + l0)),
-            lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - l))),
-            lambda w, l, w0, l0, b: b / (1 + math.exp(b * (w - w0 + l - l0))),
+            lambda w, r, w0, r0, b: 1 / (1 + math.exp(b * (w - w0 - r + r0))),
+            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (r - r0 - w + w0))),
+            lambda w, r, w0, r0, b: b / (1 + math.exp(w - w0 - r + r0)),
+            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (w - r))),
+            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (w - w0 + r - r0))),
         ],
         "pair_of": [
             lambda n: [n.index(min(n)), n.index(max(n))],

@@ -60,9 +60,8 @@ def install(request, name: str, *packages: str) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             shutil.rmtree(fresh, ignore_errors=True)
-            pytest.skip(
-                f"pip cannot install {', '.join(packages)}: {(done.stderr.splitlines() or ['?'])[-1]}"
-            )
+            last_line = (done.stderr.splitlines() or ["?"])[-1]
+            pytest.skip(f"pip cannot install {', '.join(packages)}: {last_line}")
         fresh.rename(folder)
     return folder
 

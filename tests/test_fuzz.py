@@ -110,7 +110,7 @@ def test_wrong_answers_are_found_where_the_right_one_is_known(inputs, tmp_path):
 
 
 class Hostile(Planted):
-    """Readers that end their process, never end, and take 3 GB, once they are given damaged files."""
+    """Readers that end their process, never end, or take 3 GB when they are given damaged files."""
 
     def film(self, path):
         if path.read_text(errors="replace") != WHOLE:
@@ -144,10 +144,8 @@ def test_crashes_hangs_and_memory_are_found_and_the_rest_goes_on(inputs, monkeyp
             "voices": "MemoryError",
             "tokenizer": None,
         }[reader]
-        assert len(what) == (expected is not None) and all(expected in text for text in what), (
-            reader,
-            what,
-        )
+        assert len(what) == (expected is not None), (reader, what)
+        assert all(expected in text for text in what), (reader, what)
     assert len(seen) == 4
 
 

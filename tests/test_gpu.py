@@ -114,7 +114,8 @@ def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
     again = load(str(tmp_path / "model"), "cuda")
     assert again.thinker.lm_head.weight.dtype == torch.bfloat16
     for name, tensor in again.state_dict().items():
-        assert tensor.is_cuda and torch.equal(tensor.cpu(), kept.pop(name)), name
+        assert tensor.is_cuda, name
+        assert torch.equal(tensor.cpu(), kept.pop(name)), name
     assert not kept
     monkeypatch.setattr(benchmark, "ANSWER_S", 1)
     with benchmark.without_eos(again):  # chance would go on for ever

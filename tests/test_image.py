@@ -97,7 +97,7 @@ def refused(source, *says):
     assert len(message) <= 500
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # deeper than 8 bits
 @pytest.mark.parametrize("order", "<>")
 def test_gray_tiffs_that_tell_their_scale(order):
@@ -164,7 +164,7 @@ def test_deep_pgm():
         assert is_ramp(load_image(content))
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # arrays
 COLORS = np.random.RandomState(3).randint(0, 256, (6, 9, 3), np.uint8)
 
@@ -245,7 +245,7 @@ def test_sizes_are_bounded_before_pixels_are_made():
         refused(small.replace(struct.pack(">II", 1, 1), struct.pack(">II", side, side)), "pi")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # states of PIL images
 def test_pil_images_that_are_broken(tmp_path):
     whole = bytes_of(
@@ -289,7 +289,7 @@ def test_moving_pictures_show_the_first(kind, options):
     assert load_image(content).getpixel((3, 2)) == (0, 255, 0)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # EXIF
 def exif(orientation, more: bytes = b"", count: int = 1) -> bytes:
     entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)

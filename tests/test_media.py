@@ -70,7 +70,7 @@ def pitch(wave: torch.Tensor) -> float:
     return float(torch.fft.rfft(wave).abs().argmax()) * 16_000 / len(wave)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # sound
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
@@ -149,7 +149,7 @@ def test_no_sound_in_files(tmp_path):
         load_audio(film(tmp_path / "mute.mp4", frames=2))
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # pictures
 def bytes_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     stream = io.BytesIO()
@@ -213,7 +213,7 @@ def test_broken_pictures(tmp_path):
         assert "0x" not in str(error.value)  # no memory addresses
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # clips
 @pytest.mark.parametrize(
     ("total", "rate", "expected"),

@@ -66,7 +66,7 @@ def test_there_are_notebooks():
 
 
 def test_executed_once_from_top_to_bottom(notebook):
-    """A notebook without counts and outputs passes nbval silently: nothing of it would be compared."""
+    """A notebook without counts and outputs passes nbval silently: nothing would be compared."""
     assert [cell.execution_count for cell in notebook.codes] == list(
         range(1, len(notebook.codes) + 1)
     )

@@ -57,7 +57,7 @@ def ask(omni: Omni, case: str) -> dict[str, np.ndarray]:
     # Each of our rows draws its own noise, so that it sounds as it does alone; the official code
     # draws for one row after the other. Here both take the same numbers.
     noise = torch.Generator().manual_seed(0)
-    with mock.patch("minomni.omni.seeded_generator", lambda seed: noise):
+    with mock.patch("minomni.omni.seeded_generator", return_value=noise):
         spoken = omni.generate(prompt, "Chelsie", seed=0)
     longest = max(map(len, spoken.tokens))
     tokens = torch.tensor(

@@ -31,7 +31,8 @@ TRAINING = (
     "tests/test_muon.py",
     "tests/test_stages.py",
     "-k",
-    "muon or newton or resume_is_exact or overfits_one_batch and (codec or audio_align or language)",
+    "muon or newton or resume_is_exact"
+    " or overfits_one_batch and (codec or audio_align or language)",
 )
 PROCESSORS = {
     "no AVX, no oneDNN, two threads": {

@@ -68,7 +68,7 @@ def runs(ids: list[int], tokens=TOKENS) -> list[tuple[str, int]]:
     return [(name, len(list(group))) for name, group in groupby(names.get(i, "text") for i in ids)]
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # text
 def test_template():
     assert (
@@ -285,7 +285,7 @@ def test_web_addresses_are_not_fetched(processor, item):
         processor([user(item)])
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # ids
 def test_as_the_official_processor():
     """Qwen2_5OmniProcessor of transformers 5.23.0 with torchvision 0.28.0 on the same conversation,
@@ -474,7 +474,7 @@ def test_without_generation_prompt(processor):
     assert processor.tokenizer.decode(ids) == f"{SYSTEM}<|im_start|>user\nred<|im_end|>\n"
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # options
 def test_size_options_of_items(processor):
     """TINY takes pictures from 3,136 to 12,544 pixels, frames up to 7,056; an item may ask for more
@@ -509,7 +509,7 @@ def test_videos_with_and_without_audio(processor):
     assert len(one.mels) == 1
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # refusals
 @pytest.mark.parametrize(
     ("written", "read"),

@@ -264,9 +264,8 @@ def refused(process: subprocess.Popen) -> None:
     assert process.returncode == 2
     assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith("minomni: ")]
-    assert len(lines) == 1 and re.search(
-        r"codec\.\S*: cannot be written \(.*\); make room", lines[0]
-    ), errors
+    assert len(lines) == 1, errors
+    assert re.search(r"codec\.\S*: cannot be written \(.*\); make room", lines[0]), errors
 
 
 def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
@@ -290,7 +289,10 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         or subprocess.run([*mount, small], capture_output=True).returncode
     ):
         pytest.skip("this system lets nobody mount a small disk")
-    script = f'{small} && cp -r {tmp_path}/stages {disk}/ && "$@"; code=$?; cp -r {disk}/stages {out}/; exit $code'
+    script = (
+        f'{small} && cp -r {tmp_path}/stages {disk}/ && "$@"; code=$?; '
+        f"cp -r {disk}/stages {out}/; exit $code"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     refused(
@@ -528,7 +530,7 @@ def test_bf16_says_about_the_same(name, cache, monkeypatch):
     """Losses within 2 %, of three digits that bf16 has, and gradients that point the same way."""
     measured = {}
     for bf16 in (True, False):
-        monkeypatch.setattr(loop, "has_bf16", lambda device: bf16)
+        monkeypatch.setattr(loop, "has_bf16", lambda device, bf16=bf16: bf16)
         stage = make(name, cache)
         losses = loop.gradients(stage, 0)
         measured[bf16] = (
@@ -575,12 +577,12 @@ def test_devices_by_name(monkeypatch):
     assert device_of("cpu").type == "cpu"
     there = {"cuda": torch.cuda, "mps": torch.backends.mps}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, best in (("cuda", "mps"), ("mps", "cpu")):
+    for name, next_best in (("cuda", "mps"), ("mps", "cpu")):
         monkeypatch.setattr(there[name], "is_available", lambda: True)
         monkeypatch.setattr(there["mps"], "is_available", lambda: True)
         assert device_of("auto").type == name
         monkeypatch.setattr(there[name], "is_available", lambda: False)
-        assert device_of("auto").type == ("mps" if name == "cuda" else "cpu")
+        assert device_of("auto").type == next_best
     with pytest.raises(
         UserError, match="device 'cuda': this machine, with this PyTorch, has cpu; or use auto"
     ):
@@ -594,7 +596,9 @@ def test_devices_by_name(monkeypatch):
 class Rows(Stage):
     """A linear map of 96 rows that never change, taken in order."""
 
-    name, trainable, bf16 = "rows", ("0.",), False  # exact, for comparisons
+    name = "rows"
+    trainable = ("0.",)
+    bf16 = False  # exact, for comparisons
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(1)

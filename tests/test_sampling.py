@@ -31,7 +31,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Equal to transformers
 def expected_scores(logits, ids, settings, suppress):
     """Scores after transformers' own processors, in the order of its generate()."""
@@ -73,7 +73,7 @@ def test_scores_and_draws_equal_those_of_transformers(number, kind):
         )
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Independent rows
 def test_a_row_with_its_own_generator_does_not_depend_on_its_batch():
     logits = torch.randn(5, 60)
@@ -90,7 +90,7 @@ def test_a_row_with_its_own_generator_does_not_depend_on_its_batch():
             assert together.tolist() == one_by_one
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Broken weights
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_logits_that_are_not_finite_get_one_line(temperature, bad, says):
         sample(torch.full((2, 40), 0.25), None, config)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Options
 def test_options_change_what_they_name_and_nothing_else():
     asked = dict(max_new_tokens=7, thinker_temperature=0.4, talker_top_k=11, talker_top_p=None)

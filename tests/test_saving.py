@@ -74,7 +74,7 @@ def refuse(omni, target, *parts: str) -> None:
         assert part in message, message
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the codec
 def test_codec_has_a_folder_of_its_own(omni, folder):
     assert same_tensors(weights.load(folder), omni)
@@ -131,7 +131,7 @@ def test_a_broken_codec_folder_is_named(folder):
         weights.load(folder)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # round trips
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
@@ -182,7 +182,7 @@ def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # three pairs in a block
 def two_pairs() -> Omni:
     """A tiny model with two pairs in each block of the vocoder, none of them zero."""
@@ -230,7 +230,7 @@ def test_a_new_model_has_nonzero_weights_in_all_pairs():
         assert all(conv.weight.any() for conv in block.convs2)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # foreign files
 @pytest.fixture
 def official(omni, tmp_path) -> Path:
@@ -334,7 +334,7 @@ def test_a_loaded_folder_may_be_gone(folder, tmp_path):
     assert same_tensors(weights.load(tmp_path / "again"), model)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # targets
 def test_an_older_model_is_replaced(folder, omni):
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"an old shard")
@@ -472,7 +472,7 @@ def test_a_failed_rename_restores_the_old_model(folder, omni, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the processor
 CONVERSATIONS = [
     [{"role": "user", "content": "a\n b "}],

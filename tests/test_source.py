@@ -357,7 +357,7 @@ def test_segments(size, whole):
             require_whole(io.BytesIO(content), "a.mkv")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # broken headers
 def counted(content: bytes) -> tuple[io.BytesIO, list]:
     """A stream, and the sizes of all reads from it."""

@@ -27,6 +27,5 @@ def test_format():
     run_tool("ruff", "format", "--check", *CHECKED)
 
 
-@pytest.mark.skip(reason="the package is not yet free of type errors")
 def test_types():
     run_tool("mypy")

@@ -45,7 +45,7 @@ def model() -> Token2Wav:
     return filled()
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The official code
 @torch.no_grad()
 def official_outputs() -> dict[str, np.ndarray]:
@@ -108,7 +108,7 @@ def test_golden_file_detects_a_changed_weight(model):
         compare(our_outputs(model), oracle.golden("token2wav"))
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # DiT
 def dense_attention(attn: BlockAttention, h, cos, sin, valid, cache=None, finished=0):
     """The attention of the paper's figure: all frames against all frames, with a mask of blocks."""
@@ -236,7 +236,7 @@ def test_dropout_is_for_training_only(model):
         assert not torch.equal(dit.train()(*inputs), dit(*inputs))
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # BigVGAN
 def test_kaiser_taps_of_the_release():
     half = [0.00202896, 0.00938947, -0.02554346, -0.05765738, 0.12857258, 0.44320980]
@@ -297,7 +297,7 @@ def test_vocoder_trains_every_parameter():
     assert without_gradient(vocoder) == []
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Token2Wav
 def test_one_code_gives_audio_and_a_seed_repeats(model):
     for codes in (CODES[:, :1], CODES):

@@ -53,7 +53,7 @@ def streamed_mel(model, codes, flow, schedule, step=None) -> torch.Tensor:
     return torch.cat([*chunks, *stream.finish()], dim=2)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # BigVGAN
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
 @pytest.mark.parametrize("pieces", [[1] * 30, [24] * 4, [7, 90], [40, 0, 3], [2]], ids=str)
@@ -96,7 +96,7 @@ def test_activation_reaches_five_frames():
     assert Activation.context_frames == 5
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # DiT
 @pytest.mark.parametrize("flow", [SHORT, EULER], ids=["rk4", "euler"])
 @torch.no_grad()
@@ -358,7 +358,7 @@ def test_noise_is_one_tensor(model):
     assert torch.equal(pieces[-1], torch.randn(1, 100, 80, generator=seeded(5)))
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Bad input
 def test_bad_schedules_and_codes_get_one_line(model):
     for bad in (

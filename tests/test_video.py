@@ -78,7 +78,7 @@ def film(
     return stream.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # orientation
 def displayed(content: bytes, a: int, b: int, c: int, d: int) -> bytes:
     """An mp4 whose track header says: show x, y at a x + c y, b x + d y."""
@@ -138,7 +138,7 @@ def test_orientations_are_those_of_ffmpeg(matrix, tmp_path):
     assert corners(ours) == corners(theirs)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # times
 @pytest.mark.parametrize(
     ("times", "last", "header", "expected"),
@@ -247,7 +247,7 @@ def test_frames_that_there_are_not(options, total, says):
         sample_indices(total, 4.0, MEDIA, options)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # pixels and memory
 def test_transparent_films_lie_on_white():
     stream, clear = io.BytesIO(), Image.new("RGBA", (84, 56), (0, 0, 0, 0))
@@ -282,7 +282,7 @@ def test_long_films_are_refused_by_their_packets(monkeypatch):
         load_video(film([250 * i for i in range(40)]), MEDIA, with_audio=False, most_tokens=50)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # lists of frames
 def spellings(tmp_path) -> list:
     """One frame as a path, a PIL image, a data: URI, an array, and bytes."""
@@ -404,7 +404,7 @@ def test_rates_of_other_types():
         ]
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # clips of known size
 def sized(height: int, width: int) -> Clip:
     return Clip(

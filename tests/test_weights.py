@@ -87,7 +87,7 @@ def refuse(folder: Path, *messages: str) -> str:
     return str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # round trips
 def test_saved_folder_round_trips(omni, saved):
     again = weights.load(saved)
@@ -181,7 +181,7 @@ def test_misaligned_tensors_are_copied(saved, tmp_path):
     assert same_tensors(model, weights.load(saved))
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # official code
 @pytest.fixture(scope="module")
 def transformers():
@@ -215,7 +215,7 @@ def test_folder_read_by_transformers(transformers, saved):
     assert set(official.speaker_map) == {"Chelsie", "Ethan"}
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # bijection
 def test_one_error_lists_all_differences(folder):
     def change(tensors):
@@ -260,7 +260,7 @@ def test_only_the_documented_extra_is_tolerated(folder, omni):
     refuse(folder, "1 extra: .*bigvgan")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # bad folders
 def test_missing_folder_and_files(tmp_path, folder):
     refuse(tmp_path / "nowhere", "no such folder")
@@ -382,7 +382,7 @@ def test_pipes_and_devices_are_not_read(folder, name):
     refuse(folder, f"{name}: is no ordinary file")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # a Thinker by itself
 def thinker_alone(folder: Path, prefix: bool = True, kind: str = "qwen2_5_omni_thinker") -> None:
     """Remove all but the Thinker from a folder. prefix: whether its names keep "thinker."."""
@@ -456,7 +456,7 @@ def test_a_thinker_with_half_a_talker_is_refused(folder):
     refuse(folder, r"\d+ missing: token2wav\S+, token2wav\S+, token2wav\S+ and \d+ more$")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # tied embeddings
 def tie(folder: Path, stored: bool) -> None:
     """Turn tying on in config.json. stored: whether the text head stays in the files."""
@@ -495,7 +495,7 @@ def test_a_missing_head_is_an_error(folder):
     refuse(folder, "1 missing: thinker.lm_head.weight")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # precisions
 @pytest.mark.parametrize(
     ("dtype", "name"),
@@ -603,7 +603,7 @@ def test_a_folder_named_like_a_size(saved, tmp_path, monkeypatch):
     assert minomni.folder_of("tiny") == Path("tiny")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # files that disagree
 def test_a_tokenizer_of_another_model(folder):
     Tokenizer.train(["the red circle"] * 3, 262, {"<|im_end|>": 300}).save(folder)
@@ -623,7 +623,7 @@ def test_sizes_that_cannot_be_built(folder):
     refuse(folder, "config.json: describes a model that cannot be built")
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # voices
 class MaliciousPickle:
     """Makes a file when it is unpickled."""

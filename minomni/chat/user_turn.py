@@ -368,9 +368,9 @@ def check_chunk(chunk, rate: int, max_samples: int) -> Tensor:
         )
     if len(samples) > max_samples:
         raise UserError(
-            f"a chunk of {len(samples) / INPUT_SAMPLE_RATE:.0f} s of audio; the whole context holds "
-            f"{max_samples / INPUT_SAMPLE_RATE:.0f} s. Give shorter chunks, and begin a new session "
-            f"when it is full"
+            f"a chunk of {len(samples) / INPUT_SAMPLE_RATE:.0f} s of audio; the whole context "
+            f"holds {max_samples / INPUT_SAMPLE_RATE:.0f} s. Give shorter chunks, and begin a new "
+            f"session when it is full"
         )
     if not np.isfinite(samples).all():
         raise UserError("a chunk holds NaN or infinite samples; check the microphone")

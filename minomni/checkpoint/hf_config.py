@@ -207,8 +207,8 @@ def check_not_quantized(data: dict, file: Path) -> None:
         if isinstance(section, dict) and section.get("quantization_config") is not None:
             method = quantization(section["quantization_config"])
             raise UserError(
-                f"{shown_path(file)}: this model is quantized (quantization_config: {method}); such "
-                f"weights are not read here, take the bf16 release {RELEASE}"
+                f"{shown_path(file)}: this model is quantized (quantization_config: {method}); "
+                f"such weights are not read here, take the bf16 release {RELEASE}"
             )
 
 
@@ -232,8 +232,8 @@ def whole_model(data: dict, file: Path) -> dict:
         data = {"enable_audio_output": False, "thinker_config": data}
     elif model_type != MODEL_TYPE:
         raise UserError(
-            f"{shown_path(file)}: model_type is {quote(model_type)}, this code runs '{MODEL_TYPE}' and "
-            f"'{MODEL_TYPE}_thinker'; take {RELEASE}"
+            f"{shown_path(file)}: model_type is {quote(model_type)}, this code runs "
+            f"'{MODEL_TYPE}' and '{MODEL_TYPE}_thinker'; take {RELEASE}"
         )
     if data.get("enable_audio_output") is not False:
         return data

@@ -192,7 +192,8 @@ def snapshot(folder: Path) -> Path:
     """
     if not os.path.isdir(folder):
         raise UserError(
-            f"{shown_path(folder)}: no such folder; give one that holds config.json and *.safetensors"
+            f"{shown_path(folder)}: no such folder; give one that holds config.json and "
+            f"*.safetensors"
         )
     snapshots = folder / "snapshots"
     if (folder / "config.json").exists() or not snapshots.is_dir():
@@ -207,8 +208,8 @@ def snapshot(folder: Path) -> Path:
     if len(names) == 1:
         return snapshots / names[0]
     raise UserError(
-        f"{shown_path(folder)}: is a cache folder whose refs/main names none of its snapshots; give one "
-        f"of {list_names(names)} in snapshots/"
+        f"{shown_path(folder)}: is a cache folder whose refs/main names none of its snapshots; "
+        f"give one of {list_names(names)} in snapshots/"
     )
 
 
@@ -266,8 +267,8 @@ def unindexed_files(folder: Path) -> list[str]:
             names.append(file.name)
     if not names:
         raise UserError(
-            f"{shown_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder of a "
-            f"model"
+            f"{shown_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder "
+            f"of a model"
         )
     for name in names:
         match = NUMBERED.fullmatch(name)
@@ -303,8 +304,8 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if index is not None and sorted(pairs) != sorted(index.items()):
         name, file_name = min(set(pairs) ^ set(index.items()))
         raise UserError(
-            f"{shown_path(folder / INDEX_FILE)}: index and files disagree, first about {quote(name)} in "
-            f"{quote(file_name)}; copy the folder again"
+            f"{shown_path(folder / INDEX_FILE)}: index and files disagree, first about "
+            f"{quote(name)} in {quote(file_name)}; copy the folder again"
         )
     counts = Counter(name for name, _ in pairs)
     repeated = [name for name, times in counts.items() if times > 1]
@@ -334,8 +335,8 @@ def header(file: Path) -> dict[str, Stored]:
                 stored[name] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{shown_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); copy it "
-            f"again"
+            f"{shown_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); "
+            f"copy it again"
         ) from None
     return stored
 
@@ -516,8 +517,8 @@ def check_unpacked(file: Path) -> None:
         return  # torch reads some of these, and raises for the others
     if unpacked > MAX_VOICES_BYTES:
         raise UserError(
-            f"{shown_path(file)}: unpacks to {unpacked:,} bytes, expected at most {MAX_VOICES_BYTES:,}; "
-            f"get it from its source again"
+            f"{shown_path(file)}: unpacks to {unpacked:,} bytes, expected at most "
+            f"{MAX_VOICES_BYTES:,}; get it from its source again"
         )
 
 

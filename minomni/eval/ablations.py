@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,16 @@ from minomni.train.checkpoint import load_stages
 from minomni.train.loop import train
 from minomni.train.pipeline import cache_of, make_stage, STAGES, TRAINED
 from minomni.train.recipes import recipe_of
+from minomni.train.stages.dpo import DPOStage
 
 BETAS = (0.03, 0.1, 0.3, 1.0)
 SILENCE = 0.01  # of full scale: a 10-ms frame that stays below is silent
 # Changes to the recipes of the fine-tuning that may break the speech, and of its repair. The first
 # learning rate is five times that of stage chat: a careless fine-tuning.
-TUNING = {"chat": {"steps": 150, "lr": 3e-3}, "talker": {"steps": 200, "lr": 2.5e-3}}
+TUNING: dict[str, dict[str, Any]] = {
+    "chat": {"steps": 150, "lr": 3e-3},
+    "talker": {"steps": 200, "lr": 2.5e-3},
+}
 
 ErrorPair = tuple[int, int]  # edits and words of one sentence
 
@@ -61,6 +66,9 @@ def beta(home: Path, items: int, seed: int) -> str:
     evaluator = Evaluator(load(str(home / "model")), items, cache_of(home))
     sentences = hard_sentences(held=False)[:items]
     stage = make_stage("dpo", trained_size(home), home, seed)
+    assert isinstance(stage, DPOStage)
+    assert stage.omni.talker is not None
+    assert evaluator.omni.talker is not None
     errors = {}
     replies = {}
     reductions = []

@@ -21,7 +21,7 @@ import torch
 
 from minomni import config as sizes
 from minomni.chat.generate import generate_tokens, seeded_generator
-from minomni.chat.reply import AudioChunk, Reply, required_buffer_s
+from minomni.chat.reply import AudioChunk, Reply, ReplyDone, required_buffer_s
 from minomni.config import INPUT_SAMPLE_RATE, FlowConfig
 from minomni.errors import UserError
 from minomni.files import write_atomically
@@ -36,6 +36,7 @@ from minomni.token2wav.streaming import (
     codes_until_audio,
     low_latency_schedule,
 )
+from minomni.token2wav.token2wav import Token2Wav
 from minomni.token2wav.voice import Voice
 
 ANSWER_S = 10
@@ -126,8 +127,10 @@ def table(rows: Rows) -> str:
 def without_eos(omni: Omni) -> Iterator[None]:
     """Context in which speech lasts ANSWER_S seconds, and the text fits into that time."""
     config = omni.config
-    talker_config = omni.talker.config
-    max_codes = ANSWER_S * config.token2wav.codes_per_second
+    talker = omni.talker
+    assert talker is not None  # only models that speak are measured
+    talker_config = talker.config
+    max_codes = ANSWER_S * token2wav_of(omni).config.codes_per_second
     max_words = ANSWER_S * WORDS_PER_S
     omni.config = dataclasses.replace(
         config,
@@ -135,12 +138,18 @@ def without_eos(omni: Omni) -> Iterator[None]:
         thinker_sampling=dataclasses.replace(config.thinker_sampling, max_new_tokens=max_words),
     )
     # The Talker stops at codec_bos instead, which it never generates.
-    omni.talker.config = dataclasses.replace(talker_config, codec_eos=talker_config.codec_bos)
+    talker.config = dataclasses.replace(talker_config, codec_eos=talker_config.codec_bos)
     try:
         yield
     finally:
         omni.config = config
-        omni.talker.config = talker_config
+        talker.config = talker_config
+
+
+def token2wav_of(omni: Omni) -> Token2Wav:
+    """The speech decoder of a model that speaks; only such models are measured."""
+    assert omni.token2wav is not None
+    return omni.token2wav
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -159,8 +168,9 @@ def fastest(work: Callable[[], Any], times: int = 7) -> tuple[float, Any]:
 
 def streamed(omni: Omni, flow: FlowConfig | None = None) -> tuple[list[AudioChunk], Reply]:
     """Stream the reply to QUESTION -> its audio chunks and the reply."""
-    chunks = list(omni.stream(QUESTION, flow=flow))
-    return [chunk for chunk in chunks if isinstance(chunk, AudioChunk)], chunks[-1].reply
+    *chunks, done = omni.stream(QUESTION, flow=flow)
+    assert isinstance(done, ReplyDone)
+    return [chunk for chunk in chunks if isinstance(chunk, AudioChunk)], done.reply
 
 
 def measure(omni: Omni) -> Streaming:
@@ -194,7 +204,7 @@ def measure(omni: Omni) -> Streaming:
         f"growth of memory after the first full context in {SESSION_S} s of listening",
     )
 
-    schedules = {"eager, the default of stream()": low_latency_schedule(omni.token2wav)}
+    schedules = {"eager, the default of stream()": low_latency_schedule(token2wav_of(omni))}
     schedules |= SCHEDULES
     distances = {name: distance(omni, schedule) for name, schedule in schedules.items()}
     return Streaming(rows, stages, distances)
@@ -236,7 +246,7 @@ def playback_rows(omni: Omni, streaming_runs: list) -> Rows:
     words = len(text_times)
 
     # N tokens at r per second, of which the Talker consumes R per second.
-    codes_per_s = omni.config.token2wav.codes_per_second
+    codes_per_s = token2wav_of(omni).config.codes_per_second
     text_s = words * (text_times[-1] - text_times[0]) / (words - 1)
     buffer_s = text_s - words / codes_per_s
     after_audio = [at for at in text_times if at > reply.timings.first("sound")]
@@ -270,11 +280,12 @@ def first_sound(omni: Omni) -> Rows:
         if not chunks:
             raise UserError("the model answers without speech; there is no first sound to wait for")
         runs = [streamed(omni) for _ in range(ROUNDS)]
-    chunks, reply = min(runs, key=lambda run: run[1].timings.first("sound"))
+    chunks, reply = min(runs, key=lambda run: run[1].timings.times["sound"][0])
 
     times = reply.timings.times
     code_times = times["code"]
-    needed = codes_until_audio(low_latency_schedule(omni.token2wav), omni.token2wav)
+    token2wav = token2wav_of(omni)
+    needed = codes_until_audio(low_latency_schedule(token2wav), token2wav)
     last_needed = code_times[needed - 1]
     both_s = (last_needed - code_times[0]) / (needed - 1)
     # After the last text token the Talker runs alone.
@@ -314,10 +325,11 @@ def random_model(size: str, device: str) -> Omni:
         raise UserError(f"unknown size {size!r}; the sizes are {', '.join(sizes.SIZES)}")
     with torch.device(device):
         omni = Omni(sizes.size(size)).eval()
-        dit = omni.config.token2wav.dit
+        dit = token2wav_of(omni).config.dit
         cond = torch.randn(1, dit.enc_emb_dim)
         ref_mel = torch.randn(1, 300, dit.mel_dim) - 5
     if device == "cuda":
+        assert omni.talker is not None  # every size can speak
         omni.thinker.bfloat16()
         omni.talker.bfloat16()
     tokens = omni.config.thinker.tokens
@@ -332,15 +344,16 @@ def random_model(size: str, device: str) -> Omni:
 def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
     """Seconds from the question to each stage, as the sum of the parts measured alone."""
     voice = default_voice(omni)
-    schedule = low_latency_schedule(omni.token2wav)
-    needed = codes_until_audio(schedule, omni.token2wav)
+    token2wav = token2wav_of(omni)
+    schedule = low_latency_schedule(token2wav)
+    needed = codes_until_audio(schedule, token2wav)
     prefill_s, state = prefill_time(omni)
     text_s, code_s = step_times(omni, state, voice)
     setup_s, mel_s, audio_s = decoder_times(omni, voice, flow, schedule, needed)
 
     # Only early steps: later ones attend to a longer cache.
     step = median(text_s[2 : needed + 1]) + median(code_s[1:needed])
-    first_mel_codes = schedule.first_codes(omni.config.token2wav.dit)
+    first_mel_codes = schedule.first_codes(token2wav.config.dit)
     until = {"prefill": prefill_s}
     until["text"] = until["prefill"] + setup_s + text_s[0]
     until["code"] = until["text"] + text_s[1] + code_s[0]
@@ -379,10 +392,11 @@ def decoder_times(
 ) -> tuple[float, float, float]:
     """Seconds to set up the decoder, to its first mel, and to its first audio of `needed` codes."""
     codes = torch.zeros(1, needed, dtype=torch.long)
-    dit = omni.token2wav.code2wav_dit_model
+    token2wav = token2wav_of(omni)
+    dit = token2wav.code2wav_dit_model
 
     def new_stream() -> SpeechStream:
-        return SpeechStream(omni.token2wav, voice, flow, schedule, seeded_generator(0))
+        return SpeechStream(token2wav, voice, flow, schedule, seeded_generator(0))
 
     def first_mel() -> torch.Tensor:
         return next(MelStream(dit, voice, flow, schedule, seeded_generator(0)).feed(codes))
@@ -407,12 +421,13 @@ def distance(omni: Omni, schedule: Schedule) -> tuple[int, float]:
     codes = omni.respond(QUESTION).codes[None]
     mel = streamed_mel(omni, codes, schedule)
     whole = streamed_mel(omni, codes, WHOLE_UTTERANCE)
-    return codes_until_audio(schedule, omni.token2wav), float((mel - whole).abs().mean())
+    difference = float((mel - whole).abs().mean())
+    return codes_until_audio(schedule, token2wav_of(omni)), difference
 
 
 def streamed_mel(omni: Omni, codes: torch.Tensor, schedule: Schedule) -> torch.Tensor:
     """Codes [1, n] -> mel [1, bands, T], decoded in the chunks of a schedule."""
-    dit = omni.token2wav.code2wav_dit_model
+    dit = token2wav_of(omni).code2wav_dit_model
     stream = MelStream(dit, default_voice(omni), omni.config.flow, schedule, seeded_generator(0))
     return torch.cat([*stream.feed(codes), *stream.finish()], dim=2)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.chat.reply import Reply
+from minomni.chat.reply import Reply, ReplyDone
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
 from minomni.data.corpus import SpeechCorpus, corpus
@@ -74,7 +74,7 @@ class Evaluator:
             batch = conversations[begin : begin + BATCH]
             inputs = self.builder.processor(batch, use_audio_in_video)
             reply = self.omni.thinker.generate(inputs, self.omni.config.thinker_sampling)
-            texts += [self.omni.tokenizer.decode(row, skip_special=True) for row in reply.tokens]
+            texts += [self.omni.decode(row) for row in reply.tokens]
         return texts
 
     def is_correct(self, examples: list[Example], random: Random) -> list[bool]:
@@ -274,6 +274,7 @@ class Evaluator:
             return [Metric(name, None) for name in stage_of_metric]
 
         talker = self.omni.talker
+        assert talker is not None  # every size that is trained here can speak
         own_weights = {name: tensor.clone() for name, tensor in talker.state_dict().items()}
         sentences = hard_sentences()[: self.items]
         metrics = []
@@ -311,6 +312,7 @@ class Evaluator:
         """The same request as a stream: same codes, decoded in chunks -> waveform [samples]."""
         messages = [{"role": "user", "content": f"say {text}"}]
         *_, done = self.omni.stream(messages, voice=voice, seed=seed)
+        assert isinstance(done, ReplyDone)
         return done.reply.wave
 
 

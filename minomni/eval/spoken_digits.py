@@ -65,8 +65,9 @@ def recordings_by_speaker(folder: Path) -> dict[str, list[Path]]:
     """Files of each speaker in a folder. Raises UserError for fewer than two speakers."""
     files = defaultdict(list)
     for path in digit_files(folder):
-        speaker = DIGIT_NAME.fullmatch(path.name)[2]
-        files[speaker].append(path)
+        name = DIGIT_NAME.fullmatch(path.name)
+        assert name is not None  # digit_files() returns only such names
+        files[name[2]].append(path)
     if len(files) < 2:
         raise UserError(
             f"{folder}: recordings of {len(files)} speakers; leaving one out takes at least two"
@@ -239,8 +240,9 @@ class DigitsStage(Stage):
         self.synthetic = synthetic
         self.tokens = omni.config.thinker.tokens
         self.levels = band_levels([mel for mel, _ in real])
-        self.processor = Processor(omni.config, omni.tokenizer)
-        encode = omni.tokenizer.encode
+        tokenizer = omni.require_tokenizer()
+        self.processor = Processor(omni.config, tokenizer)
+        encode = tokenizer.encode
         # CTC classes: 0 is silence, i + 1 the token i.
         self.words = [torch.tensor(encode(f" {number}")) + 1 for number in NUMBERS]
         self.answers = [encode(answer(digit)) + [self.tokens.im_end] for digit in range(10)]
@@ -284,13 +286,13 @@ def question(mel: Tensor, processor: Processor) -> Inputs:
 @torch.no_grad()
 def count_correct(omni: "Omni", clips: list[Clip], batch: int = 50) -> int:
     """Number of clips whose answer is exactly right."""
-    processor = Processor(omni.config, omni.tokenizer)
+    processor = Processor(omni.config, omni.require_tokenizer())
     texts = []
     for begin in range(0, len(clips), batch):
         prompts = [question(mel, processor) for mel, _ in clips[begin : begin + batch]]
         inputs = collate(prompts, omni.config.thinker.tokens.endoftext)
         reply = omni.thinker.generate(inputs, omni.config.thinker_sampling)
-        texts += [omni.tokenizer.decode(row, skip_special=True) for row in reply.tokens]
+        texts += [omni.decode(row) for row in reply.tokens]
     return sum(text == answer(digit) for text, (_, digit) in zip(texts, clips))
 
 

@@ -241,7 +241,8 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{shown_path(folder)}: its tokenizer files hold no byte-level BPE ({shorten(why, 200)})"
+                f"{shown_path(folder)}: its tokenizer files hold no byte-level BPE "
+                f"({shorten(why, 200)})"
             ) from None
 
         # Where there is a vocabulary, it has to agree with the merges.
@@ -251,8 +252,8 @@ class Tokenizer:
         if differing:
             tokens = {token for token, _ in differing}
             raise UserError(
-                f"{shown_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, first "
-                f"{quote(_spell(min(tokens)))}; use files of one model"
+                f"{shown_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, "
+                f"first {quote(_spell(min(tokens)))}; use files of one model"
             )
         return tokenizer
 
@@ -396,8 +397,8 @@ def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
     for token, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
             raise UserError(
-                f"{shown_path(file)}: the id of {quote(token)} is {quote(i)}, expected a whole number "
-                f"from 0"
+                f"{shown_path(file)}: the id of {quote(token)} is {quote(i)}, expected a whole "
+                f"number from 0"
             )
     return vocab
 
@@ -406,8 +407,8 @@ def _checked_added(added: dict, file: Path) -> dict[str, int]:
     """Added tokens with valid names and ids. Raises UserError for others, and for too many."""
     if len(added) > MOST_ADDED or "" in added:
         raise UserError(
-            f"{shown_path(file)}: has {len(added):,} added tokens, expected at most {MOST_ADDED:,}, "
-            f"none of them empty"
+            f"{shown_path(file)}: has {len(added):,} added tokens, expected at most "
+            f"{MOST_ADDED:,}, none of them empty"
         )
     return _checked_vocab(added, file)
 

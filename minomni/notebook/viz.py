@@ -14,6 +14,7 @@ from torch import Tensor
 from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE, TokenIds
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
 INK = "#222222"
@@ -62,7 +63,7 @@ def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str
 
 def mel(
     ax: "Axes",
-    bands: Tensor,
+    bands: "Tensor | np.ndarray",
     title: str = "",
     low: float | None = None,
     high: float | None = None,

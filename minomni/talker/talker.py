@@ -10,8 +10,9 @@ r_i is the Thinker's final hidden state at reply token i plus that token's embed
 r_i comes the text embedding `end` once, then the text embedding `pad`, each plus the last code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,14 @@ from minomni.sampling import Generators, sample
 from minomni.thinker.thinker import ThinkerOutput
 
 
+class ReplyEmbeds(Protocol):
+    """Text embeddings [E] of one reply by step: a tensor [n, E], or a list that still grows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
 @dataclass
 class TalkerInputs:
     """What the Talker generates speech from; all in the Thinker's width E."""
@@ -33,7 +42,7 @@ class TalkerInputs:
     attention_mask: Tensor  # [B, L]
     voice: Tensor  # [B, E] embedding of the voice's token
     # Per row the result of reply_embeds(): one embedding per step, the last one repeats.
-    reply_embeds: list[Tensor]
+    reply_embeds: Sequence[ReplyEmbeds]
 
 
 @dataclass
@@ -243,7 +252,8 @@ class Talker(nn.Module):
         targets = mask.new_full((len(codes), total), IGNORE_INDEX)
         begin = embeds.shape[1] - 1  # the last input of the prefill predicts the first code
         code_embeds = []  # [m, E] each
-        for row, (row_codes, text) in enumerate(zip(codes, inputs.reply_embeds, strict=True)):
+        texts = cast(Sequence[Tensor], inputs.reply_embeds)  # whole replies: none grows here
+        for row, (row_codes, text) in enumerate(zip(codes, texts, strict=True)):
             # Input i + 1 is code i plus the text of step i + 1, the last of which repeats.
             text_steps = torch.arange(1, len(row_codes) + 1, device=device)
             text_steps = text_steps.clamp(max=len(text) - 1)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -215,15 +216,20 @@ class AMPBlock(nn.Module):
         """
         indices = []
         for i, conv in enumerate(self.convs2):
-            if self.training or conv.weight.any() or conv.bias.any():
+            if self.training or any(parameter.any() for parameter in conv.parameters()):
                 indices.append(i)
         return indices
+
+    def convs(self, i: int) -> tuple[nn.Conv1d, nn.Conv1d]:
+        """The two convolutions of a pair."""
+        return cast(nn.Conv1d, self.convs1[i]), cast(nn.Conv1d, self.convs2[i])
 
     def context_frames(self, pairs: list[int]) -> int:
         """Frames on each side that an output depends on."""
         frames = 0
         for i in pairs:
-            frames += conv_context(self.convs1[i]) + conv_context(self.convs2[i])
+            first, second = self.convs(i)
+            frames += conv_context(first) + conv_context(second)
             frames += 2 * Activation.context_frames
         return frames
 
@@ -231,10 +237,11 @@ class AMPBlock(nn.Module):
         if pairs is None:
             pairs = self.pairs()
         for i in pairs:
+            first, second = self.convs(i)
             y = self.activations[2 * i](x)
-            y = convolve(self.convs1[i], y)
+            y = convolve(first, y)
             y = self.activations[2 * i + 1](y)
-            x = x + convolve(self.convs2[i], y)
+            x = x + convolve(second, y)
         return x
 
 
@@ -288,9 +295,10 @@ class BigVGAN(nn.Module):
         """
         first = partial(convolve, self.conv_pre)
         stages = [UpsampleStage(first, conv_context(self.conv_pre))]
-        for i, (up,) in enumerate(self.ups):
+        for i, layer in enumerate(self.ups):
+            (up,) = cast(list[nn.ConvTranspose1d], layer)
             blocks = list(self.resblocks[self.kinds * i : self.kinds * (i + 1)])
-            stages += [upsampling_stage(up), amp_stage(blocks)]
+            stages += [upsampling_stage(up), amp_stage(cast(list[AMPBlock], blocks))]
         context_frames = Activation.context_frames + conv_context(self.conv_post)
         stages.append(UpsampleStage(self.output, context_frames))
         return stages
@@ -321,7 +329,7 @@ def upsampling_stage(up: nn.ConvTranspose1d) -> UpsampleStage:
     """A transposed convolution: [B, T, C] -> [B, rate * T, C / 2]."""
     rate = up.stride[0]
     # Samples that an input adds to after the first sample of its own frame.
-    after = up.kernel_size[0] - 1 - up.padding[0]
+    after = up.kernel_size[0] - 1 - int(up.padding[0])
 
     def run(x: Tensor) -> Tensor:
         return up(x.transpose(1, 2)).transpose(1, 2).contiguous()

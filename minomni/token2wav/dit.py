@@ -8,8 +8,9 @@ everything the paper leaves open.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -312,7 +313,7 @@ class DiT(nn.Module):
 
         Time runs from 0 (noise) to 1 (speech). codes [B, n] with T = n * repeats, cond [B, E],
         ref_mel [B, R, 80]. Zeros in codes, cond and ref_mel are the unconditional branch of
-        classifier-free guidance. first_block_missing: see look().
+        classifier-free guidance. first_block_missing: see predict_velocity().
         """
         context = self.context(codes, cond, ref_mel)
         return self.velocity(x, time, context, first_block_missing)
@@ -331,7 +332,8 @@ class DiT(nn.Module):
         Each is [B, 1, D].
         """
         embedding = self.time_embed(time)  # [B, D]
-        norms = [block.attn_norm for block in self.transformer_blocks]
+        blocks = cast(Iterable[DiTBlock], self.transformer_blocks)
+        norms = [block.attn_norm for block in blocks]
         norms.append(self.norm_out)
         return [norm(embedding) for norm in norms]
 

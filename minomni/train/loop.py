@@ -26,6 +26,7 @@ from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
+    from minomni.talker.codec import Codec
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
 OTHERS_SHARE = 0.4  # of the learning rate, for the parameters that Muon does not update
@@ -66,6 +67,12 @@ class Stage:
         self.cache = cache
         self.seed = seed
         self.device = next(omni.parameters()).device
+
+    @property
+    def codec(self) -> "Codec":
+        """The speech codec. Every size that is trained here has one."""
+        assert self.omni.codec is not None
+        return self.omni.codec
 
     def setup(self) -> None:
         """Work before the first step: read the corpus, encode it, initialize weights from it."""

@@ -1,6 +1,7 @@
 """Muon that orthogonalizes matrices of equal shape together, in one batched Newton-Schulz."""
 
 from collections import defaultdict
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
         """Update all matrices that have a gradient."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
@@ -30,8 +31,8 @@ class Muon(torch.optim.Muon):
                 self._update(matrices, group)
 
     def _update(self, matrices: list[Tensor], group: dict) -> None:
-        """Update matrices of one shape, or its transpose."""
-        grads = [matrix.grad for matrix in matrices]
+        """Update matrices of one shape, or its transpose; all have a gradient."""
+        grads = [cast(Tensor, matrix.grad) for matrix in matrices]
         buffers = []
         for matrix in matrices:
             state = self.state[matrix]

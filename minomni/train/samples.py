@@ -2,7 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def write_samples(stage: "Stage", folder: Path, step: int, shown: str) -> None:
             text, generated = audio
             mel, wave = mel_and_wave(generated.float().cpu())
             title = f"{text}, step {step}"
-            rate = stage.omni.config.token2wav.sample_rate
+            rate = stage.omni.sample_rate
             write_atomically(path.with_suffix(".wav"), lambda file: write_wav(file, wave, rate))
             write_atomically(path.with_suffix(".png"), lambda file: write_picture(file, mel, title))
             lines.append(f"said  {text!r}")
@@ -62,6 +62,7 @@ def trained_codec(stage: "Stage", folder: Path) -> Codec | None:
     if not file.exists():
         return None
     weights = {name.removeprefix("codec."): value for name, value in read_tensors(file).items()}
+    assert stage.omni.config.codec is not None  # every size that is trained here has a codec
     codec = Codec(stage.omni.config.codec)
     codec.load_state_dict(weights)
     return codec
@@ -84,7 +85,12 @@ def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
     magnitude = (inverse @ mel.T.exp()).clamp_min(0)  # [bins, T]
 
     window = torch.hann_window(VOICE_WINDOW)
-    stft = {"n_fft": VOICE_FFT, "hop_length": HOP, "win_length": VOICE_WINDOW, "window": window}
+    stft: dict[str, Any] = {
+        "n_fft": VOICE_FFT,
+        "hop_length": HOP,
+        "win_length": VOICE_WINDOW,
+        "window": window,
+    }
     samples = len(mel) * HOP
 
     # From random phases, alternate between a waveform and the phases of its spectrum.

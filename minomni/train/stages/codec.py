@@ -29,7 +29,7 @@ class CodecStage(MelStage):
 
     def losses(self, batch):
         mels, frames, letters, conds, mel_weight = batch
-        codec = self.omni.codec
+        codec = self.codec
         grid, _ = codec.quantize(mels)
         reconstructed = codec.mel(grid, conds)
         lengths = frames // codec.config.downsample
@@ -41,7 +41,7 @@ class CodecStage(MelStage):
 
     def sample(self):
         """Codes in use, bits per second, and the word error rate of reconstructed speech."""
-        codec = self.omni.codec
+        codec = self.codec
         codes = []
         edits = 0
         words = 0
@@ -69,9 +69,9 @@ class CodecStage(MelStage):
 
     def transcribe(self, mel: Tensor) -> str:
         """The codec's transcript of a mel [1, T, bands]."""
-        grid, _ = self.omni.codec.quantize(mel)
-        return ids_to_letters(self.omni.codec.letters(grid)[0].argmax(-1))
+        grid, _ = self.codec.quantize(mel)
+        return ids_to_letters(self.codec.letters(grid)[0].argmax(-1))
 
     def sound(self):
-        grid, _ = self.omni.codec.quantize(self.mel(0)[None].to(self.device))
-        return self.text, self.omni.codec.mel(grid, self.conds([0]).to(self.device))[0]
+        grid, _ = self.codec.quantize(self.mel(0)[None].to(self.device))
+        return self.text, self.codec.mel(grid, self.conds([0]).to(self.device))[0]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from minomni.data.codes import encode_corpus
 from minomni.data.corpus import sentence_kind
 from minomni.talker.codec import MEL_MEAN, MEL_STD
+from minomni.token2wav.dit import DiT
 from minomni.train import losses
 from minomni.train.stages.mel_stage import MelStage
 
@@ -25,10 +26,16 @@ class DiTStage(MelStage):
     needs = ("codec",)
     description = "flow-matching DiT: codes to mel in sliding blocks"
 
+    @property
+    def dit(self) -> DiT:
+        """The DiT. Every size that is trained here has one."""
+        assert self.omni.token2wav is not None
+        return self.omni.token2wav.code2wav_dit_model
+
     def setup(self) -> None:
         """Encode the corpus, and initialize the DiT from the mels."""
         with torch.no_grad():
-            codes = encode_corpus(self.omni.codec, self.spoken, self.cache)
+            codes = encode_corpus(self.codec, self.spoken, self.cache)
             # self.speech lacks the long sentences of self.spoken.
             self.codes = [
                 row
@@ -36,16 +43,16 @@ class DiTStage(MelStage):
                 if sentence_kind(utterance.text) != "long"
             ]
             self.initialize_code_embeddings()
-            dit = self.omni.token2wav.code2wav_dit_model
-            dit.input_embed.proj.weight[:, : dit.config.mel_dim] /= MEL_STD
-            dit.proj_out.bias.fill_(MEL_MEAN)  # the velocity starts at the mean mel
+            weight = self.dit.input_embed.proj.weight
+            weight[:, : self.dit.config.mel_dim] /= MEL_STD
+            self.dit.proj_out.bias.fill_(MEL_MEAN)  # the velocity starts at the mean mel
 
     def initialize_code_embeddings(self) -> None:
         """Set each code's embedding to the principal components of its mean mel.
 
         Codes that do not occur keep their random embedding.
         """
-        table = self.omni.token2wav.code2wav_dit_model.text_embed.codec_embed.weight
+        table = self.dit.text_embed.codec_embed.weight
         means, used = self.mean_mels(len(table))
         centered = means - means.mean(0)
         components = torch.linalg.svd(centered, full_matrices=False).Vh[: table.shape[1]]
@@ -60,7 +67,7 @@ class DiTStage(MelStage):
 
         -> means [used codes, repeats * bands], mask of the used codes [num_codes].
         """
-        dit = self.omni.config.token2wav.dit
+        dit = self.dit.config
         sums = torch.zeros(num_codes, dit.repeats * dit.mel_dim)
         counts = torch.zeros(num_codes, 1)
         for i in range(0, len(self.speech), max(1, len(self.speech) // INIT_UTTERANCES)):
@@ -74,7 +81,7 @@ class DiTStage(MelStage):
 
     def batch(self, number):
         random = Random(f"{self.seed}-dit-{number}")
-        dit = self.omni.config.token2wav.dit
+        dit = self.dit.config
 
         # The first and last block may be short: streams start, and speech ends, with short blocks.
         first = self.outer_block(random)
@@ -101,7 +108,7 @@ class DiTStage(MelStage):
 
     def outer_block(self, random: Random) -> int:
         """Mel frames of the first or last block of a crop: a whole block or a random part."""
-        dit = self.omni.config.token2wav.dit
+        dit = self.dit.config
         part = random.randrange(dit.repeats, dit.block_size, dit.repeats)
         return random.choice((dit.block_size, part))
 
@@ -118,19 +125,16 @@ class DiTStage(MelStage):
         time = 1 - torch.cos(uniform * torch.pi / 2)
         noise = torch.randn_like(mels)
 
-        dit = self.omni.token2wav.code2wav_dit_model
-
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return dit(x, codes, t, conds, references, left_pad)
+            return self.dit(x, codes, t, conds, references, left_pad)
 
         return {"flow": losses.flow_matching(velocity, mels, noise, time)}
 
     def sound(self):
-        dit = self.omni.token2wav.code2wav_dit_model
         voice = self.voices[self.speech.utterances[0].voice]
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *self.mel(0).shape, generator=generator)  # [1, T, bands]
-        mel = dit.sample(
+        mel = self.dit.sample(
             self.codes[0][None].to(self.device),
             voice.cond.to(self.device),
             voice.ref_mel.to(self.device),

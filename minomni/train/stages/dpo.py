@@ -35,11 +35,10 @@ class DPOStage(SpeechStage):
     )
     data = "its own samples of sentences without a recording, and the recorded ones as before"
     beta = 0.05
-    samples_per_prompt = 4  # samples per prompt
+    samples_per_prompt = 4
     num_prompts = 640
-    sft_weight = (
-        0.5  # weight of the next-code loss on chosen samples: preference alone did not help
-    )
+    # Weight of the next-code loss on chosen samples: preference alone did not help.
+    sft_weight = 0.5
 
     def setup(self) -> None:
         """Also sample the preference pairs, and compute their reference log-probabilities."""
@@ -78,8 +77,8 @@ class DPOStage(SpeechStage):
                     pairs.append(pair)
         if not pairs:
             raise UserError(
-                f"stage {self.name}: the samples of each of {self.num_prompts} sentences are equally "
-                "good; the talker stage needs more steps"
+                f"stage {self.name}: the samples of each of {self.num_prompts} sentences are "
+                "equally good; the talker stage needs more steps"
             )
         # Pairs of a batch are padded together, so they should have similar lengths.
         pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))
@@ -134,10 +133,8 @@ class DPOStage(SpeechStage):
         chosen = [codes for _, codes, _ in pairs]
         rejected = [codes for _, _, codes in pairs]
         inputs = collate(prompts + prompts, self.tokens, self.table)
-        embeds, position_ids, mask, targets = self.omni.talker.teacher_forced(
-            inputs, chosen + rejected
-        )
-        logits = self.omni.talker(embeds, position_ids, mask)
+        embeds, position_ids, mask, targets = self.talker.teacher_forced(inputs, chosen + rejected)
+        logits = self.talker(embeds, position_ids, mask)
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 
     def batch(self, number):

@@ -19,7 +19,7 @@ from minomni.data.word_errors import edit_distance
 from minomni.files import write_atomically
 from minomni.inputs.prompt import Inputs
 from minomni.talker.codec import ids_to_letters
-from minomni.talker.talker import TalkerInputs, reply_embeds
+from minomni.talker.talker import Talker, TalkerInputs, reply_embeds
 from minomni.thinker.thinker import Thinker
 from minomni.train import losses
 from minomni.train.loop import Stage
@@ -121,8 +121,10 @@ def code_loss(omni: "Omni", examples: list[TalkerExample]) -> Tensor:
     """Mean next-code loss of the Talker on some examples."""
     inputs = collate(examples, omni.config.thinker.tokens, omni.thinker.model.embed_tokens)
     codes = [example.codes for example in examples]
-    embeds, position_ids, mask, targets = omni.talker.teacher_forced(inputs, codes)
-    return losses.next_token(omni.talker(embeds, position_ids, mask), targets)
+    talker = omni.talker
+    assert talker is not None  # only models that speak are trained on speech
+    embeds, position_ids, mask, targets = talker.teacher_forced(inputs, codes)
+    return losses.next_token(talker(embeds, position_ids, mask), targets)
 
 
 class SpeechStage(Stage):
@@ -139,6 +141,12 @@ class SpeechStage(Stage):
         self.speech = corpus("speaking", self.cache, english(self.tokens))
         self.voices = voices_of_corpus(self.speech, self.tokens.tts_text_pad + FIRST_VOICE_OFFSET)
 
+    @property
+    def talker(self) -> Talker:
+        """The Talker. Every size that is trained here has one."""
+        assert self.omni.talker is not None
+        return self.omni.talker
+
     def setup(self) -> None:
         """Run the Thinker and the codec over the corpus, and compute the sampling weights."""
         self.omni.eval()
@@ -153,7 +161,7 @@ class SpeechStage(Stage):
 
         The stages dpo and speakers share the file.
         """
-        models = [self.omni.thinker, self.omni.codec]
+        models = [self.omni.thinker, self.codec]
         key = cache_key(models, self.seed, self.speech.utterances)
         path = self.cache / f"{self.cache_prefix}-{key}.pt"
         if path.exists():
@@ -167,7 +175,7 @@ class SpeechStage(Stage):
         """For each recording a prompt whose answer is its sentence, with the Thinker's states."""
         builder = ExampleBuilder(self.omni.config, self.cache)
         random = Random(self.seed + 11)
-        codes = encode_corpus(self.omni.codec, self.speech, self.cache)
+        codes = encode_corpus(self.codec, self.speech, self.cache)
         questions = self.questions(builder, random)
 
         examples = []
@@ -218,12 +226,11 @@ class SpeechStage(Stage):
     ) -> list[Tensor]:
         """Codes [m] that the Talker generates for each example."""
         inputs = collate(examples, self.tokens, self.table)
-        num_codes = self.omni.config.token2wav.dit.num_embeds + 1
-        return self.omni.talker.generate(inputs, sampling, num_codes, generator)
+        return self.talker.generate(inputs, sampling, self.omni.num_codes, generator)
 
     def letter_log_probs(self, codes: Tensor) -> Tensor:
         """Log-probabilities of our codec's CTC head for codes [m] -> [m, classes]."""
-        codec = self.omni.codec
+        codec = self.codec
         grid = codec.fsq.values(codes.to(self.device))[None]
         return codec.letters(grid)[0]
 
@@ -253,7 +260,7 @@ class SpeechStage(Stage):
 
     def sound(self):
         example = self.examples[0]
-        codec = self.omni.codec
+        codec = self.codec
         generator = torch.Generator(self.device).manual_seed(0)
         codes = self.speak([example], self.omni.config.talker_sampling, generator)[0]
         if len(codes) == 0:

@@ -32,10 +32,9 @@ class TalkerStage(SpeechStage):
 
     def __init__(self, *args):
         super().__init__(*args)
-        config = self.omni.config
         self.tokenizer = world_tokenizer(self.tokens)
-        classes = MAX_WORDS + config.thinker.text.vocab_size
-        self.word_head = nn.Linear(config.talker.decoder.hidden_size, classes)
+        classes = MAX_WORDS + self.omni.config.thinker.text.vocab_size
+        self.word_head = nn.Linear(self.talker.config.decoder.hidden_size, classes)
         self.word_head.to(self.device)
 
     def make_examples(self):
@@ -63,7 +62,7 @@ class TalkerStage(SpeechStage):
         return super().parameters() | head
 
     def losses(self, batch):
-        talker = self.omni.talker
+        talker = self.talker
         inputs = collate(batch, self.tokens, self.table)
         codes = [example.codes for example in batch]
         embeds, position_ids, mask, targets = talker.teacher_forced(inputs, codes)
