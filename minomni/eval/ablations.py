@@ -25,7 +25,7 @@ from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
 from minomni.train.checkpoint import load_stages
 from minomni.train.loop import train
-from minomni.train.pipeline import cache_of, make_stage, STAGES, TRAINED
+from minomni.train.pipeline import STAGES, TRAINED, cache_of, make_stage
 from minomni.train.recipes import recipe_of
 from minomni.train.stages.dpo import DPOStage
 
