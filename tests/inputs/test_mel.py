@@ -152,7 +152,7 @@ def test_gradient_of_silence_is_finite():
 
 
 def write_golden() -> None:
-    """python -c "from tests.test_mel import write_golden; write_golden()" """
+    """python -c "from tests.inputs.test_mel import write_golden; write_golden()" """
     np.savez_compressed(
         GOLDEN / "mel.npz", **{str(n): digest(official(wave(n).numpy())) for n in LENGTHS}
     )

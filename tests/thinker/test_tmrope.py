@@ -283,7 +283,7 @@ def checksum(ids: torch.Tensor, mask: torch.Tensor) -> list[int]:
 
 
 def write_golden() -> None:
-    """python -c "from tests.test_tmrope import write_golden; write_golden()" """
+    """python -c "from tests.thinker.test_tmrope import write_golden; write_golden()" """
     model, sums = oracle.hf_model(), []
     for rows, sounding in layouts():
         inputs = collate([row.inputs() for row in rows], pad=ID.endoftext)

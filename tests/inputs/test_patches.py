@@ -190,6 +190,6 @@ def test_white_is_normalized():
 
 
 def write_golden() -> None:
-    """python -c "from tests.test_patches import write_golden; write_golden()" """
+    """python -c "from tests.inputs.test_patches import write_golden; write_golden()" """
     answers = {"x".join(map(str, size)): digest(official(picture(*size))[0]) for size in SIZES}
     np.savez_compressed(GOLDEN / "patches.npz", **answers)

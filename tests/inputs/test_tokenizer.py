@@ -12,7 +12,7 @@ from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import LETTER_OF, WORDS, Tokenizer, special_tokens
 
-VECTORS = Path(__file__).parents[2] / "shared" / "data" / "tokenizer"
+VECTORS = Path(__file__).parents[3] / "shared" / "data" / "tokenizer"
 TEXTS = [
     "the red circle",
     "  two  spaces\n\n",

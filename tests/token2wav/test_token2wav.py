@@ -2,7 +2,7 @@
 
 To write tests/golden/token2wav.npz again (needs transformers 5.23.0):
 
-    python tests/test_token2wav.py
+    python tests/token2wav/test_token2wav.py
 """
 
 import dataclasses

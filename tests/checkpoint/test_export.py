@@ -20,9 +20,9 @@ from minomni.checkpoint import weights
 from minomni.inputs.media import load_audio, load_image, load_video
 from minomni.inputs.tokenizer import special_tokens
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "data_samples"
-ASK = Path(__file__).with_name("ask_transformers.py")
+ASK = Path(__file__).parents[1] / "ask_transformers.py"
 OLD, NEW = "4.57.1", oracle.VERSION
 VISION = "torchvision==0.28.0"  # for torch 2.13; transformers' processor wants it
 OLD_PACKAGES = (f"transformers=={OLD}", "huggingface-hub==0.36.2", "tokenizers==0.22.2", VISION)

@@ -35,7 +35,7 @@ from minomni.train import checkpoint, loop, pipeline, samples
 from minomni.train.loop import Recipe, Stage
 from minomni.train.stages.dpo import DPOStage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BRIEF = replace(
     TINY,
     thinker_sampling=replace(TINY.thinker_sampling, max_new_tokens=3),

@@ -17,7 +17,7 @@ from minomni.omni import Omni
 from minomni.train import finetune, loop, measurements, pipeline, recipes
 from minomni.train.stages.codec import CodecStage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from minomni.talker.talker import talker_inputs
 from minomni.token2wav.dit import BlockCache
 from minomni.token2wav.streaming import RELEASE_SCHEDULE, MelStream, Schedule, StageStream
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 DATA, TOKENS = ROOT / "data_samples", TINY.thinker.tokens
 SHAPES = [

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIRST = (
     "06_tmrope",
     "10_flow_dit",

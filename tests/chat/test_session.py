@@ -19,7 +19,7 @@ from minomni.errors import UserError
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Processor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CLOSE = dict(rtol=0, atol=1e-5)  # hidden states of scale 1, summed in another order
 RATE = 16_000

@@ -23,7 +23,7 @@ from refresh_notebooks import ROOT as CHECKOUT
 from minomni.config import TINY
 from minomni.notebook import viz
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECTIONS = (
     "it first",

@@ -16,7 +16,7 @@ from minomni.errors import UserError
 from minomni.eval import spoken_digits
 from minomni.train.loop import Recipe, train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 DIGITS = Path(os.environ.get("MINOMNI_DIGITS", ROOT.parent / "shared" / "data" / "fsdd"))
 

@@ -19,7 +19,7 @@ from exercises import solved, stubs
 
 from minomni.notebook.check import grade, same, show
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def pairs(words: dict, weighted: bool = True) -> Counter:
