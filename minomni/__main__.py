@@ -295,7 +295,7 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_model(bench)
     bench.add_argument(
-        "--chance",
+        "--random-weights",
         action="store_true",
         help="random weights of the size that --model names, which are as fast as trained ones",
     )
@@ -668,7 +668,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
-    make = benchmark.random_model if arguments.chance else load
+    make = benchmark.random_model if arguments.random_weights else load
     omni = make(arguments.model, device)
 
     if arguments.what == "first":

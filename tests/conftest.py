@@ -42,7 +42,7 @@ def untrained_tries(monkeypatch):
     short = lambda **sampling: SamplingConfig(**{**sampling, "max_new_tokens": 6})  # noqa: E731
     monkeypatch.setattr(dpo, "SamplingConfig", short)
     worse = count(0, 2)
-    monkeypatch.setattr(dpo, "edits", lambda *_: next(worse))
+    monkeypatch.setattr(dpo, "edit_distance", lambda *_: next(worse))
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def test_tuning_table(home, monkeypatch):
     text = ablations.ablate("tuning", home, items=2, seed=0)
     assert text.count("\n| ") == 3
     assert "after tuning the Thinker" in text
-    assert (home.parent / "ablate-tuning" / "chat.safetensors").exists()
+    assert (home / "ablate-tuning" / "chat.safetensors").exists()
     after = dict(load(str(home / "model")).named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)  # the model is unchanged
 

@@ -157,7 +157,7 @@ def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
     monkeypatch.setattr(pipeline.STAGES["dpo"], "num_prompts", 4)
     worse = count(0, 2)
     monkeypatch.setattr(
-        dpo_stage, "edits", lambda *_: next(worse)
+        dpo_stage, "edit_distance", lambda *_: next(worse)
     )  # every try has a better and a worse one
     stage = make(name, cache, "cuda")
     rough = loop.gradients(stage, 0)

@@ -46,7 +46,7 @@ NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
 ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")
 PACES = list(product(range(120, 221, 20), range(20, 81, 20)))
 # fmt: off
-CROWD = [
+SYNTHETIC_SPEAKERS = [
     "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt",
     "klatt2", "klatt3", "klatt4", "klatt5", "klatt6", "adam", "Alex", "Alicia", "Andrea",
     "Andy", "Annie", "aunty", "belinda", "benjamin", "boris", "caleb", "david", "ed", "edward",
@@ -211,7 +211,7 @@ def digit_jobs() -> list[NamedJob]:
     """
     random = Random(4)
     jobs = []
-    for variant, _, number in product(CROWD, range(4), grammar.NUMBERS):
+    for variant, _, number in product(SYNTHETIC_SPEAKERS, range(4), grammar.NUMBERS):
         accent = random.choice(ACCENTS)
         rate, pitch = random.choice(PACES)
         jobs.append((variant, Job(number, f"{accent}+{variant}", rate, pitch)))

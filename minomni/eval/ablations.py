@@ -25,7 +25,7 @@ from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
 from minomni.train.checkpoint import load_stages
 from minomni.train.loop import train
-from minomni.train.pipeline import STAGES, TRAINED, make_stage
+from minomni.train.pipeline import STAGES, TRAINED, cache_of, make_stage
 from minomni.train.recipes import recipe_of
 from minomni.train.stages.dpo import DPOStage
 
@@ -46,7 +46,7 @@ def dpo(home: Path, items: int, seed: int) -> str:
 
     Beside it, signs of reward hacking: speech that gets short, silent or repetitive.
     """
-    evaluator = Evaluator(load(str(home / "model")), items)
+    evaluator = Evaluator(load(str(home / "model")), items, cache_of(home))
     sentences = hard_sentences()[:items]
     errors = {}
     replies = {}
@@ -63,7 +63,7 @@ def beta(home: Path, items: int, seed: int) -> str:
 
     The sentences are training sentences, because the stage's beta is chosen by this table.
     """
-    evaluator = Evaluator(load(str(home / "model")), items)
+    evaluator = Evaluator(load(str(home / "model")), items, cache_of(home))
     sentences = hard_sentences(held=False)[:items]
     stage = make_stage("dpo", trained_size(home), home, seed)
     assert isinstance(stage, DPOStage)
@@ -97,8 +97,8 @@ def tuning(home: Path, items: int, seed: int) -> str:
     """
     omni = load(str(home / "model"))
     size = trained_size(home)
-    evaluator = Evaluator(omni, items)
-    folder = home.parent / "ablate-tuning"
+    evaluator = Evaluator(omni, items, cache_of(home))
+    folder = home / "ablate-tuning"
 
     # Sentences of the test recordings, at equal distances.
     recorded = {utterance.text for utterance in evaluator.builder.speech.utterances}
@@ -111,7 +111,7 @@ def tuning(home: Path, items: int, seed: int) -> str:
         ("talker", "after tuning the Talker to it"),
     ):
         recipe = replace(recipe_of(name, size), **TUNING[name])
-        stage = STAGES[name](omni, recipe, home.parent / "corpus", seed + 1)
+        stage = STAGES[name](omni, recipe, cache_of(home), seed + 1)
         stage.setup()
         train(stage, folder)
         omni.eval()
@@ -124,7 +124,7 @@ def stage3(home: Path, items: int, seed: int) -> str:
 
     Short ones are listed too. The examples are long, so there are half as many as in the report.
     """
-    evaluator = Evaluator(load(str(home / "model")), items)
+    evaluator = Evaluator(load(str(home / "model")), items, cache_of(home))
     count = max(2, items // 2)
     columns = []
     for stage in ("thinker2", "thinker3"):
@@ -145,7 +145,7 @@ def tmrope(home: Path, items: int, seed: int) -> str:
     Trains the Thinker's stages again, or resumes that. The encoders' first stages are copied,
     because they have no positions in time. The result is also written for the report.
     """
-    run = home.parent / f"{home.name}-mrope"
+    run = home / "mrope"
     train_plain_mrope(home, run, seed)
 
     metrics = {}
@@ -153,7 +153,7 @@ def tmrope(home: Path, items: int, seed: int) -> str:
         ("TMRoPE", position_ids, home),
         ("plain M-RoPE", plain_mrope, run),
     ):
-        evaluator = Evaluator(load(str(home / "model")), items)
+        evaluator = Evaluator(load(str(home / "model")), items, cache_of(home))
         load_stages(evaluator.omni, stages / "stages", ["chat"])
         evaluator.omni.thinker.position_ids = position_function
         metrics[name] = evaluator.accuracy("sync_accuracy", ANSWERS["sync_accuracy"])
@@ -172,7 +172,7 @@ def train_plain_mrope(home: Path, run: Path, seed: int) -> None:
     for name in ("audio_align", "vision_align"):
         shutil.copy(home / "stages" / f"{name}.safetensors", run / "stages")
     for name in ("language", "thinker1", "thinker2", "thinker3", "chat"):
-        stage = make_stage(name, size, run, seed)
+        stage = make_stage(name, size, run, seed, cache=cache_of(home))
         stage.omni.thinker.position_ids = plain_mrope
         if not (run / "stages" / f"{name}.safetensors").exists():
             train(stage, run / "stages", resume=True)

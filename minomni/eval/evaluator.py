@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni import paths
 from minomni.chat.reply import Reply, ReplyDone
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
@@ -56,11 +55,11 @@ class SpeechResult:
 class Evaluator:
     """Scores one model. Its seeds and sentences are held out: training never draws them."""
 
-    def __init__(self, omni: "Omni", items: int):
-        """items: number of examples per metric."""
+    def __init__(self, omni: "Omni", items: int, cache: Path):
+        """items: number of examples per metric. cache: folder of the corpora, of a run if any."""
         self.omni = omni
         self.items = items
-        self.cache = paths.runs() / "corpus"
+        self.cache = cache
         self.builder = ExampleBuilder(omni.config, self.cache, held=True)
 
     # Answers in text

@@ -15,7 +15,7 @@ from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.spoken_digits import check_recordings, leave_one_out
 from minomni.eval.stats import Metric, bootstrap
 from minomni.files import write_atomically
-from minomni.train.pipeline import TRAINED, commit
+from minomni.train.pipeline import TRAINED, cache_of, commit
 
 MROPE = "sync_mrope.json"  # in the run folder: the result of `ablate tmrope`
 
@@ -78,13 +78,14 @@ def measure(
         check_recordings(digits)  # fail early: the other metrics take up to an hour
 
     omni = load(model, device)
-    evaluator = Evaluator(omni, items)
+    cache = cache_of_model(folder)
+    evaluator = Evaluator(omni, items, cache)
     rows = [evaluator.accuracy(name, kinds) for name, kinds in ANSWERS.items()]
     rows.append(mrope_metric(folder.parent / MROPE))
     rows.append(evaluator.spoken_over_typed())
     rows.append(evaluator.transcription("asr_wer", grammar.LISTENING_VOICES))
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
-    rows.append(spoken_digits_metric(model, digits))
+    rows.append(spoken_digits_metric(model, digits, cache))
     rows += evaluator.speech()
     rows += evaluator.preference(folder.parent / "stages")
     rows += evaluator.english()
@@ -99,6 +100,12 @@ def measure(
     return report
 
 
+def cache_of_model(folder: Path) -> Path:
+    """The corpora that a model was trained on, or runs/corpus for a model without its run."""
+    home = folder.parent
+    return cache_of(home) if (home / "stages").exists() else paths.runs() / "corpus"
+
+
 def mrope_metric(file: Path) -> Metric:
     """sync_accuracy of the model trained with plain M-RoPE, from the file of `ablate tmrope`.
 
@@ -110,14 +117,14 @@ def mrope_metric(file: Path) -> Metric:
     return Metric("sync_accuracy_mrope", result["sync_accuracy_mrope"], result["items"])
 
 
-def spoken_digits_metric(model: str, digits: Path | None) -> Metric:
+def spoken_digits_metric(model: str, digits: Path | None, cache: Path) -> Metric:
     """Accuracy on recorded spoken digits of people, each speaker left out of the fine-tuning.
 
     The interval resamples speakers, because the errors of one speaker are correlated.
     """
     if digits is None:
         return Metric("real_digits_accuracy", None)
-    speakers = list(leave_one_out(model, digits, paths.runs() / "corpus").values())
+    speakers = list(leave_one_out(model, digits, cache).values())
     count = sum(count for _, count in speakers)
     interval = bootstrap(pooled_accuracy, speakers)
     return Metric("real_digits_accuracy", pooled_accuracy(speakers), count, interval)

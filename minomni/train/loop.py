@@ -48,8 +48,9 @@ class Recipe:
 
 
 class Stage:
-    """One training stage. Subclasses define what is trained (`learns`: parameter name prefixes), on
-    which data and with which losses.
+    """One training stage. Subclasses define what it trains, on which data and with which losses.
+
+    `trainable` holds prefixes of parameter names.
     """
 
     name: str

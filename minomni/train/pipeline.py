@@ -213,9 +213,12 @@ def elapsed_s(home: Path, more: float = 0.0) -> float:
 # one stage
 
 
-def make_stage(name: str, size: str, home: Path, seed: int, device: str = "cpu") -> Stage:
+def make_stage(
+    name: str, size: str, home: Path, seed: int, device: str = "cpu", cache: Path | None = None
+) -> Stage:
     """A stage ready to train: the model as its predecessors left it, on its device, after setup().
 
+    cache: folder of the corpora, by default the run's own.
     Raises UserError for an unknown stage or size, a device that is not there, a predecessor that
     has not finished.
     """
@@ -223,7 +226,8 @@ def make_stage(name: str, size: str, home: Path, seed: int, device: str = "cpu")
     torch.manual_seed(seed)
     omni = Omni(sizes.size(size))
     load_stages(omni, home / "stages", list(STAGES[name].needs))
-    stage = STAGES[name](omni.to(device_of(device)), recipe, cache_of(home), seed)
+    omni = omni.to(device_of(device))
+    stage = STAGES[name](omni, recipe, cache or cache_of(home), seed)
     run_setup(stage)
     return stage
 
