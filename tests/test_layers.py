@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from minomni.config import QWEN7B, TINY
-from minomni.decoder import Decoder, rotary_cos_sin
-from minomni.layers import KVCache, RMSNorm, apply_rotary, attention, attention_with_weights
+from minomni.decoder import Decoder
+from minomni.kv_cache import KVCache
+from minomni.layers import RMSNorm, attention, attention_with_weights
+from minomni.rotary import apply_rotary, rotary_cos_sin
 from minomni.sampling import sample
 from minomni.thinker.audio_encoder import AudioEncoder, token_count
 from minomni.thinker.vision_encoder import VisionEncoder

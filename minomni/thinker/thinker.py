@@ -13,7 +13,8 @@ from minomni.config import SamplingConfig, ThinkerConfig
 from minomni.decoder import Decoder, next_position
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
-from minomni.layers import KVCache, init_weights
+from minomni.kv_cache import KVCache
+from minomni.layers import init_weights
 from minomni.sampling import Generators, sample
 from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.tmrope import position_ids as tmrope_ids

@@ -24,7 +24,7 @@ from minomni.errors import UserError
 from minomni.eval import benchmark
 from minomni.eval.asr import SpeechRecognizer
 from minomni.inputs.prompt import Processor
-from minomni.layers import KVCache
+from minomni.kv_cache import KVCache
 from minomni.omni import until_stop
 from minomni.talker.talker import talker_inputs
 from minomni.token2wav.dit import BlockCache
