@@ -140,7 +140,7 @@ def bos_tokens(omni, rows) -> list[int]:
 def read(omni, *conversations):
     inputs = Processor(omni.config, omni.tokenizer)(list(conversations))
     with torch.no_grad():
-        return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+        return omni.thinker.prefill(inputs, omni.thinker.model.new_cache())
 
 
 def decode_both_ways(omni, reading, seed):
