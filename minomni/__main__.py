@@ -56,7 +56,7 @@ def whole(lowest: int, below: int) -> Callable[[str], int]:
     return convert
 
 
-def answer_option(name: str) -> Callable[[str], float]:
+def generation_option(name: str) -> Callable[[str], float]:
     """A type for one of the options of generation_options.py."""
     option = OPTIONS[name]
 
@@ -235,7 +235,7 @@ def add_generation_options(chat: argparse.ArgumentParser, prefix: str, part: str
     for name in generation_names():
         chat.add_argument(
             f"--{(prefix + name).replace('_', '-')}",
-            type=answer_option(name),
+            type=generation_option(name),
             metavar="N",
             help=f"{OPTIONS[name].help} ({part}; default: the model's)",
         )
@@ -541,9 +541,9 @@ def show_reply(
 ) -> None:
     """Print a reply, while it is generated or at its end, and write its speech to `path`."""
     if arguments.stream:
-        reply = stream_reply(chunks, path, omni.sample_rate, quiet=arguments.json)
+        reply = print_stream(chunks, path, omni.sample_rate, quiet=arguments.json)
     else:
-        reply = stream_reply(chunks, None, omni.sample_rate, quiet=True)
+        reply = print_stream(chunks, None, omni.sample_rate, quiet=True)
         if path:
             reply.save(path)
 
@@ -575,7 +575,7 @@ def reply_fields(reply: "Reply", path: Path | None, streamed: bool) -> dict:
     return fields
 
 
-def stream_reply(
+def print_stream(
     chunks: "Iterator[TextChunk | AudioChunk | ReplyDone]",
     path: Path | None,
     sample_rate: int,

@@ -4,31 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from minomni.config import DecoderConfig
-from minomni.layers import (
-    KVCache,
-    RMSNorm,
-    SwiGLU,
-    apply_rotary,
-    attention,
-    init_weights,
-    rotary_frequencies,
-)
-
-
-def rotary_cos_sin(position_ids: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of TMRoPE.
-
-    position_ids [3, B, L] (time, height, width) -> two of [B, 1, L, head_dim], fp32. Of the
-    head_dim/2 angles the first mrope_section[0] follow time, then height, then width (source: paper
-    sec. 2.2). Where the three ids are equal, as in text, this is plain rotary embedding.
-    """
-    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)
-    angles = position_ids[..., None] * frequencies  # [3, B, L, d/2]
-    sections = angles.split(config.mrope_section, dim=-1)
-    by_axis = [section[axis] for axis, section in enumerate(sections)]
-    angles = torch.cat(by_axis, dim=-1)  # [B, L, d/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, L, d]
-    return angles.cos(), angles.sin()
+from minomni.kv_cache import KVCache
+from minomni.layers import RMSNorm, SwiGLU, attention, init_weights
+from minomni.rotary import apply_rotary, rotary_cos_sin
 
 
 def next_position(position_ids: Tensor, attention_mask: Tensor) -> Tensor:

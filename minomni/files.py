@@ -175,7 +175,7 @@ def cause_of(error: Exception, path: str | Path) -> str | None:
         return "its name cannot be a file's"
     cause = error if isinstance(error, OSError) else error.__context__
     if isinstance(cause, FileExistsError):  # from creating the parent folders
-        return f"{shorten(cause.filename, SHOWN)} is no folder"
+        return f"{shorten(cause.filename, SHOWN)} is not a folder"
     if isinstance(cause, OSError):
         return cause.strerror or str(cause)
     return None

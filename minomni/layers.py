@@ -1,4 +1,4 @@
-"""Shared layers: RMSNorm, SwiGLU, rotary embeddings, attention, the KV cache, initialization."""
+"""Shared layers: RMSNorm, SwiGLU, attention, initialization."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CACHE_STEP = 256  # a full KV cache grows by at least this many positions
 # SDPA backends on CUDA. cuDNN is excluded: it plans for milliseconds whenever a shape is new, and
 # the shape changes at every token and in every batch.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -42,29 +41,6 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = F.silu(self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x))
-
-
-def rotary_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
-    """Rotary frequencies theta^(-2j / size), j = 0 .. size/2 - 1. -> [size / 2] fp32."""
-    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-    return 1.0 / theta**exponents
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a) for the halves a and b of the last axis.
-
-    This rotates each pair x[j], x[j + half] by 90 degrees.
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair x[j], x[j + half] of the last axis by its angle.
-
-    x [..., head_dim]; cos and sin broadcast to it. -> [..., head_dim]
-    """
-    return x * cos + rotate_half(x) * sin
 
 
 def attention(
@@ -105,45 +81,6 @@ def attention_with_weights(
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(dim=-1)
     return weights @ v, weights
-
-
-class KVCache:
-    """Keys and values of past positions, [B, H_kv, length, d] per layer, in buffers that grow."""
-
-    def __init__(self, layers: int):
-        self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self.lengths = [0] * layers
-
-    @property
-    def length(self) -> int:
-        """Positions that all layers hold."""
-        return self.lengths[-1]
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, H_kv, L, d] and return all keys and values of the layer."""
-        start = self.lengths[layer]
-        end = start + k.shape[2]
-        buffers = self.buffers[layer]
-        if buffers is None:
-            buffers = (k, v)
-        elif end > buffers[0].shape[2]:
-            # Grow by half of the new length at least, so that copies stay rare.
-            room = end - start + max(CACHE_STEP, end // 2)
-            keys, values = buffers
-            keys = F.pad(keys[:, :, :start], (0, 0, 0, room))
-            values = F.pad(values[:, :, :start], (0, 0, 0, room))
-            buffers = (keys, values)
-        self.buffers[layer] = buffers
-        self.lengths[layer] = end
-
-        keys, values = buffers
-        keys[:, :, start:end] = k
-        values[:, :, start:end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def truncate(self, length: int) -> None:
-        """Drop all but the first `length` positions."""
-        self.lengths = [min(length, current) for current in self.lengths]
 
 
 def init_weights(module: nn.Module, depth: int, embedding_std: float = 0.02) -> None:

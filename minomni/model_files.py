@@ -45,7 +45,7 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
             problem = f"cannot be read ({os_reason(error)})"
         raise UserError(f"{shown_path(path)}: {problem}; {advice}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{shown_path(path)}: is no ordinary file; {advice}")
+        raise UserError(f"{shown_path(path)}: is not a regular file; {advice}")
     if not status.st_size:
         raise UserError(f"{shown_path(path)}: is empty; {advice}")
     if largest is not None and status.st_size > largest:

@@ -165,7 +165,7 @@ class Omni(nn.Module):
         """generate() with checked arguments. voices: one for each row, or None for each; seeds: one
         for each row.
         """
-        prefill = self.thinker.read(inputs, self.thinker.model.new_cache())
+        prefill = self.thinker.prefill(inputs, self.thinker.model.new_cache())
         chosen = [voice for voice in voices if voice is not None]
         bos_tokens = [voice.bos_token for voice in chosen] or None
         steps: dict[str, list[Tensor]] = {"text": [], "code": []}
@@ -225,7 +225,7 @@ class Omni(nn.Module):
         chosen, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
         timings.mark("input")
         with torch.no_grad():
-            prefill = self.thinker.read(inputs, self.thinker.model.new_cache(), timings.mark)
+            prefill = self.thinker.prefill(inputs, self.thinker.model.new_cache(), timings.mark)
         return stream_reply(self, prefill, chosen, schedule, flow, seed, timings, [], sampling)
 
     @overload

@@ -409,11 +409,11 @@ def test_errors_name_the_bad_file(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(UserError, match="config.json: is no ordinary file"):
+    with pytest.raises(UserError, match="config.json: is not a regular file"):
         read_config(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="config.json: is no ordinary file"):
+    with pytest.raises(UserError, match="config.json: is not a regular file"):
         read_config(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").symlink_to(tmp_path / "gone")

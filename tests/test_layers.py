@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from minomni.config import QWEN7B, TINY
-from minomni.decoder import Decoder, rotary_cos_sin
-from minomni.layers import KVCache, RMSNorm, apply_rotary, attention, attention_with_weights
+from minomni.decoder import Decoder
+from minomni.inputs.mel import num_audio_tokens
+from minomni.kv_cache import KVCache
+from minomni.layers import RMSNorm, attention, attention_with_weights
+from minomni.rotary import apply_rotary, rotary_cos_sin
 from minomni.sampling import sample
-from minomni.thinker.audio_encoder import AudioEncoder, token_count
+from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.vision_encoder import VisionEncoder
 
 EXACT = dict(rtol=0, atol=2e-6)  # fp32 sums in another order
@@ -131,7 +134,7 @@ def test_audio_encoder_has_no_length_limit_and_blocks_are_independent():
     with torch.no_grad():
         whole = encoder([mel])
         blocks = torch.cat([encoder([block]) for block in mel.split(200, dim=1)])
-    assert len(whole) == token_count(32_075) == 8_019
+    assert len(whole) == num_audio_tokens(32_075) == 8_019
     torch.testing.assert_close(whole, blocks, rtol=0, atol=1e-5)
 
 
@@ -141,7 +144,7 @@ def test_audio_encoder_has_no_length_limit_and_blocks_are_independent():
 )
 def test_audio_token_counts(frames, tokens):
     encoded = AudioEncoder(TINY.thinker.audio)([torch.randn(128, frames)])
-    assert token_count(frames) == len(encoded) == tokens
+    assert num_audio_tokens(frames) == len(encoded) == tokens
 
 
 def test_images_of_a_batch_are_independent():

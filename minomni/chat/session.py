@@ -26,7 +26,7 @@ from minomni.chat.user_turn import UserTurn
 from minomni.config import INPUT_SAMPLE_RATE, FlowConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.prompt import Processor
-from minomni.layers import KVCache
+from minomni.kv_cache import KVCache
 from minomni.thinker.thinker import PrefillState, Thinker
 from minomni.thinker.tmrope import text_positions
 from minomni.token2wav.streaming import Schedule

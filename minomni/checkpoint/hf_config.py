@@ -278,13 +278,15 @@ def write_json(file: Path, data: dict) -> None:
     write_atomically(file, lambda f: f.write(text.encode()))
 
 
-def read_json(file: Path, optional: bool = False) -> dict:
+def read_json(
+    file: Path,
+    optional: bool = False,
+    advice: str = "a model folder holds config.json and *.safetensors",
+) -> dict:
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    return read_json_object(
-        file, "a model folder holds config.json and *.safetensors", MAX_JSON_BYTES
-    )
+    return read_json_object(file, advice, MAX_JSON_BYTES)
 
 
 def as_json(data: dict) -> dict:

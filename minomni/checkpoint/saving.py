@@ -171,7 +171,7 @@ def check_content(target: Path, folder: Path, loaded_from: Path | None) -> None:
     """Raise UserError unless an existing folder holds a model and nothing that saving deletes."""
     entries = sorted(folder.iterdir())
     if entries and not holds_model(folder):
-        raise UserError(f"{target}: holds something that is no model; choose another folder")
+        raise UserError(f"{target}: contains something other than a model; choose another folder")
     copied = {file.name for file in copied_files(loaded_from)}
     for entry in entries:
         if entry.name not in copied and not is_model_file(entry):

@@ -175,7 +175,7 @@ def listening_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     return [varied_job(name, text, grammar.LISTENING_VOICES, random) for name, text in pairs]
 
 
-def evaluation_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:  # noqa: PT028 (not a test)
+def evaluation_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     """Held-out sentences for evaluation: statements by the model's voices, and spoken questions at
     unseen rates and pitches.
 
@@ -299,8 +299,8 @@ def sentence_kind(text: str) -> str:
 
 
 def sampling_weights(texts: Sequence[str]) -> list[float]:
-    """How often to draw the recording of each text: a share FAIR of the draws balances the kinds
-    of sentences, the rest is uniform.
+    """How often to draw the recording of each text: a share BALANCED_SHARE of the draws
+    balances the kinds of sentences, the rest is uniform.
 
     Three quarters of all sentences describe where something is; "the digit is nine" has four
     recordings.

@@ -185,7 +185,7 @@ def turns(row: dict) -> list:
     for key in sorted(foreign):
         if row[key] not in ("", []):
             raise UserError(
-                f"{key!r} is no key of a row with {layout!r}, and would be ignored; "
+                f"{key!r} is not a key of a row with {layout!r}, and would be ignored; "
                 f"put it into {layout!r}, or leave it out"
             )
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -205,7 +205,7 @@ def question_and_answer(row: dict, layout: str) -> list[dict]:
     history = row.get("history", [])
     is_list_of_pairs = isinstance(history, list) and all(map(is_pair, history))
     if not is_list_of_pairs:
-        raise UserError("'history' is no list of pairs of a question and an answer")
+        raise UserError("'history' is not a list of pairs of a question and an answer")
     messages = []
     for asked, answered in [*history, [question, answer]]:
         messages.append({"role": "user", "content": asked})

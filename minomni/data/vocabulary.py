@@ -31,7 +31,7 @@ NO_ENGLISH = English()
 
 @cache
 def english(tokens: TokenIds) -> English:
-    """The English words of a vocabulary; none if it has no room for more than OWN ids."""
+    """The English words of a vocabulary; none if it has fewer than OWN + PIECES ids."""
     if min(special_tokens(tokens).values()) < OWN + PIECES:
         return NO_ENGLISH
     # words.txt: common in the notebooks, known to the speech recognizer, no two sound alike.

@@ -112,7 +112,6 @@ def tuning(home: Path, items: int, seed: int) -> str:
     ):
         recipe = replace(recipe_of(name, size), **TUNING[name])
         stage = STAGES[name](omni, recipe, cache_of(home), seed + 1)
-        stage.setup()
         train(stage, folder)
         omni.eval()
         errors[row] = evaluator.reply_errors(sentences, evaluator.speak_all(sentences))
@@ -273,5 +272,5 @@ def ablate(name: str, home: Path, items: int, seed: int) -> str:
     ]
     for file in files:
         if not file.exists():
-            raise UserError(f"{file} is missing: python -m minomni train tiny makes it")
+            raise UserError(f"{file} is missing; python -m minomni train --home {home} makes it")
     return ABLATIONS[name](home, items, seed)

@@ -194,7 +194,7 @@ def measure(omni: Omni) -> Streaming:
     measured = {name: min(timing.first(name) for timing in timings) for name in STAGES}
     stages = {name: (predicted[name], measured[name]) for name in STAGES}
 
-    rows = latency_rows(offline_runs, streaming_runs, measured["sound"])
+    rows = latency_rows(offline_runs, measured["sound"])
     rows |= cost_rows(offline_runs, streaming_runs, same_solver_runs)
     rows |= playback_rows(omni, streaming_runs)
     ratio = predicted["sound"] / measured["sound"]
@@ -210,7 +210,7 @@ def measure(omni: Omni) -> Streaming:
     return Streaming(rows, stages, distances)
 
 
-def latency_rows(offline_runs: list, streaming_runs: list, first_audio_s: float) -> Rows:
+def latency_rows(offline_runs: list, first_audio_s: float) -> Rows:
     """Time to first audio, alone and relative to an offline reply."""
     offline_s = min(seconds for seconds, _, _ in offline_runs)
     return {
@@ -369,7 +369,7 @@ def prefill_time(omni: Omni) -> tuple[float, PrefillState]:
 
     def prefill() -> PrefillState:
         with torch.no_grad():
-            return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+            return omni.thinker.prefill(inputs, omni.thinker.model.new_cache())
 
     prepare_s, _ = fastest(lambda: omni.prepare(QUESTION, None, True, False))
     prefill_s, state = fastest(prefill)

@@ -85,7 +85,7 @@ def measure(
     rows.append(evaluator.spoken_over_typed())
     rows.append(evaluator.transcription("asr_wer", grammar.LISTENING_VOICES))
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
-    rows.append(spoken_digits_metric(model, digits, cache))
+    rows.append(spoken_digits_metric(model, digits, cache, device))
     rows += evaluator.speech()
     rows += evaluator.preference(folder.parent / "stages")
     rows += evaluator.english()
@@ -117,14 +117,14 @@ def mrope_metric(file: Path) -> Metric:
     return Metric("sync_accuracy_mrope", result["sync_accuracy_mrope"], result["items"])
 
 
-def spoken_digits_metric(model: str, digits: Path | None, cache: Path) -> Metric:
+def spoken_digits_metric(model: str, digits: Path | None, cache: Path, device: str) -> Metric:
     """Accuracy on recorded spoken digits of people, each speaker left out of the fine-tuning.
 
     The interval resamples speakers, because the errors of one speaker are correlated.
     """
     if digits is None:
         return Metric("real_digits_accuracy", None)
-    speakers = list(leave_one_out(model, digits, cache).values())
+    speakers = list(leave_one_out(model, digits, cache, device=device).values())
     count = sum(count for _, count in speakers)
     interval = bootstrap(pooled_accuracy, speakers)
     return Metric("real_digits_accuracy", pooled_accuracy(speakers), count, interval)

@@ -297,7 +297,7 @@ def count_correct(omni: "Omni", clips: list[Clip], batch: int = 50) -> int:
 
 
 def leave_one_out(
-    model: str, folder: Path, cache: Path, seed: int = 0
+    model: str, folder: Path, cache: Path, seed: int = 0, device: str = "cpu"
 ) -> dict[str, tuple[int, int]]:
     """Fine-tune on all other speakers and evaluate, for each speaker of a folder.
 
@@ -307,7 +307,7 @@ def leave_one_out(
     synthetic = synthetic_speakers(cache)
     scores = {}
     for speaker, held_out in clips.items():
-        omni = load(model, dtype=torch.float32)  # to be trained, whatever dtype the folder stores
+        omni = load(model, device, torch.float32)  # fp32 for training, whatever the folder stores
         training = []
         for other, other_clips in clips.items():
             if other != speaker:

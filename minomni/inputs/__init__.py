@@ -1,1 +1,1 @@
-"""1. Files and messages to token ids, mels and patches."""
+"""Files and messages to token ids, mels and patches."""

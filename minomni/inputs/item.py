@@ -164,7 +164,7 @@ def _decoded(text: str, key: str) -> bytes:
     try:
         return decode_base64(text)
     except ValueError:
-        raise UserError(f"{key} is no base64; expected the bytes of a file in base64") from None
+        raise UserError(f"{key} is not base64; expected the bytes of a file in base64") from None
 
 
 def listed(keys: Iterable) -> str:

@@ -5,12 +5,15 @@ Both have 100 frames per second.
 
 from functools import cache
 from math import ceil, log
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE
+
+Frames = TypeVar("Frames", int, torch.Tensor)
 
 HOP = INPUT_SAMPLE_RATE // MEL_RATE  # samples per mel frame
 
@@ -61,8 +64,11 @@ def mel_filters(n_fft: int, bands: int) -> Tensor:
     return (triangles * 2 / (right - left)).float()
 
 
-def num_audio_tokens(frames: int) -> int:
-    """Tokens that the audio encoder makes of mel frames: halved twice, one token per 40 ms."""
+def num_audio_tokens(frames: Frames) -> Frames:
+    """Tokens that the audio encoder makes of mel frames: halved twice, one token per 40 ms.
+
+    An int or a tensor of ints; none for one or two frames.
+    """
     return (frames + 1) // 4
 
 

@@ -1,1 +1,1 @@
-"""3. Generates speech codes from hidden states and text (checkpoint prefix `talker.`)."""
+"""Hidden states and text to speech codes (checkpoint prefix `talker.`)."""

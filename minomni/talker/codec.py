@@ -228,15 +228,3 @@ class Codec(nn.Module):
         for layer in layers:
             blocks = layer(blocks, mask)
         return blocks.view(b, -1, d)[:, :c]
-
-
-def speaker_vector(mel: Tensor) -> Tensor:
-    """Voice mel [T, mel_dim] of a few seconds of one voice -> unit vector [2 * mel_dim].
-
-    It holds the mean and standard deviation of each band: statistics instead of a trained network.
-    The release's extractor was never published, and the long-term spectrum is enough to distinguish
-    a handful of voices.
-    """
-    x = (mel - MEL_MEAN) / MEL_STD
-    statistics = torch.cat([x.mean(0), x.std(0)])
-    return F.normalize(statistics, dim=0)

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minomni.config import IGNORE_INDEX, SamplingConfig, TalkerConfig, TokenIds
 from minomni.decoder import Decoder, next_position
-from minomni.layers import KVCache, init_weights
+from minomni.kv_cache import KVCache
+from minomni.layers import init_weights
 from minomni.sampling import Generators, sample
 from minomni.thinker.thinker import ThinkerOutput
 

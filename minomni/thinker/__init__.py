@@ -1,1 +1,1 @@
-"""2. Hears, sees, reads and writes text (checkpoint prefix `thinker.`)."""
+"""Text, audio, images and video to hidden states and text (checkpoint prefix `thinker.`)."""

@@ -11,12 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import AudioEncoderConfig
+from minomni.inputs.mel import num_audio_tokens
 from minomni.layers import attention, init_weights
-
-
-def token_count(frames: int) -> int:
-    """Audio tokens of a clip of `frames` mel frames: one per four, none for one or two frames."""
-    return (frames + 1) // 4
 
 
 def sinusoids(length: int, size: int, device: torch.device) -> Tensor:
@@ -75,8 +71,6 @@ class AudioEncoder(nn.Module):
     The projection maps to the Thinker's width.
     """
 
-    token_count = staticmethod(token_count)
-
     def __init__(self, config: AudioEncoderConfig):
         super().__init__()
         self.config = config
@@ -124,7 +118,7 @@ class AudioEncoder(nn.Module):
         return x + positions.to(x.dtype)
 
     def forward(self, mels: list[Tensor]) -> Tensor:
-        """Encode clips [num_mel_bins, F] -> packed tokens [sum of token_count(F), output_dim].
+        """Encode clips [num_mel_bins, F] -> packed tokens [sum of num_audio_tokens(F), output_dim].
 
         Positions restart in every block. As in the release: pool, then ln_post, then proj.
         """
@@ -148,7 +142,7 @@ class AudioEncoder(nn.Module):
         x = x.unflatten(1, (pairs, 2)).mean(2)  # [blocks, pairs, D]
 
         # Keep the tokens of real audio.
-        counts = (frames + 1) // 4  # [blocks], token_count() of each
+        counts = num_audio_tokens(frames)  # [blocks]
         valid = steps[:pairs] < counts[:, None]  # [blocks, pairs]
         x = x[valid]  # [N, D]
         return self.proj(self.ln_post(x))  # [N, output_dim]

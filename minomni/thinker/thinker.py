@@ -13,7 +13,8 @@ from minomni.config import SamplingConfig, ThinkerConfig
 from minomni.decoder import Decoder, next_position
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
-from minomni.layers import KVCache, init_weights
+from minomni.kv_cache import KVCache
+from minomni.layers import init_weights
 from minomni.sampling import Generators, sample
 from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.tmrope import position_ids as tmrope_ids
@@ -113,7 +114,7 @@ class Thinker(nn.Module):
         is_media = is_audio | is_image | is_video
         return embeds, text_embeds.masked_fill(is_media[..., None], 0)
 
-    def read(
+    def prefill(
         self,
         inputs: Inputs,
         cache: KVCache | None = None,
@@ -142,7 +143,7 @@ class Thinker(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """-> logits [B, L, V], row i for token i + 1."""
-        return self.lm_head(self.read(inputs).hidden)
+        return self.lm_head(self.prefill(inputs).hidden)
 
     @torch.no_grad()
     def steps(
@@ -200,7 +201,7 @@ class Thinker(nn.Module):
 
         Raises UserError for a prompt that is longer than the context.
         """
-        prompt = self.read(inputs, self.model.new_cache())
+        prompt = self.prefill(inputs, self.model.new_cache())
         ids: list[Tensor] = []  # [B] each
         states = [prompt.hidden[:, :0]]  # [B, 0 or 1, D] each
         for step_ids, state in self.steps(prompt, sampling, generator):

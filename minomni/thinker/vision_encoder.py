@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import VisionEncoderConfig
-from minomni.layers import (
-    RMSNorm,
-    SwiGLU,
-    apply_rotary,
-    attention,
-    init_weights,
-    rotary_frequencies,
-)
+from minomni.layers import RMSNorm, SwiGLU, attention, init_weights
+from minomni.rotary import apply_rotary, rotary_frequencies
 
 Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
 # Not in the release's config.json:

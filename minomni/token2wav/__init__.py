@@ -1,1 +1,1 @@
-"""4. Codes to mel, and mel to waveform (checkpoint prefix `token2wav.`)."""
+"""Speech codes to mel to waveform (checkpoint prefix `token2wav.`)."""

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import DiTConfig, FlowConfig
-from minomni.layers import attention, rotary_frequencies
+from minomni.layers import attention
+from minomni.rotary import rotary_frequencies
 from minomni.token2wav.ode_solver import solve, time_grid
 from minomni.token2wav.speaker_encoder import SpeakerEncoder
 

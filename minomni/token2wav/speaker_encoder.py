@@ -5,9 +5,11 @@ vector per voice.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import DiTConfig
+from minomni.talker.codec import MEL_MEAN, MEL_STD
 
 
 class TDNN(nn.Module):
@@ -133,3 +135,15 @@ class SpeakerEncoder(nn.Module):
             outputs.append(x)
         x = self.mfa(torch.cat(outputs, dim=1))  # [B, sum of the outputs' C, R]
         return self.fc(self.asp(x)).squeeze(-1)  # [B, enc_dim]
+
+
+def speaker_vector(mel: Tensor) -> Tensor:
+    """Voice mel [T, mel_dim] of a few seconds of one voice -> unit vector [2 * mel_dim].
+
+    It holds the mean and standard deviation of each band: statistics instead of a trained network.
+    The release's extractor was never published, and the long-term spectrum is enough to distinguish
+    a handful of voices.
+    """
+    x = (mel - MEL_MEAN) / MEL_STD
+    statistics = torch.cat([x.mean(0), x.std(0)])
+    return F.normalize(statistics, dim=0)

@@ -11,7 +11,7 @@ from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE
 from minomni.errors import UserError
 from minomni.inputs.media import load_audio, name_of
 from minomni.inputs.mel import voice_mel
-from minomni.talker.codec import speaker_vector
+from minomni.token2wav.speaker_encoder import speaker_vector
 
 if TYPE_CHECKING:
     from minomni.omni import Omni

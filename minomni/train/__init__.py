@@ -1,1 +1,1 @@
-"""5. Makes a model: the world it learns from, the losses, one loop, the stages."""
+"""Training: losses, the loop, stages, recipes, runs, fine-tuning."""

@@ -137,14 +137,14 @@ def save_checkpoint(
     name: str,
     step: int,
     means: dict,
-    unlocked: Mapping[str, Tensor],
+    trainable: Mapping[str, Tensor],
     optimizers: list,
 ) -> None:
     """Write everything that a stage needs to resume."""
     state = {
         "step": step,
         "means": means,
-        "parameters": {name: parameter.detach() for name, parameter in unlocked.items()},
+        "parameters": {name: parameter.detach() for name, parameter in trainable.items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
     path = folder / f"{name}.resume.pt"
@@ -153,7 +153,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, name: str, unlocked: Mapping[str, Tensor], optimizers: list
+    folder: Path, name: str, trainable: Mapping[str, Tensor], optimizers: list
 ) -> tuple[int, dict]:
     """Restore the last checkpoint of a stage -> (step, running means of the losses), (0, {}) where
     there is none.
@@ -170,14 +170,14 @@ def load_checkpoint(
         raise UserError(f"{path}: is not the checkpoint of a stage; {start_over}")
 
     kept_shapes = {key: parameter.shape for key, parameter in state["parameters"].items()}
-    if kept_shapes != {key: parameter.shape for key, parameter in unlocked.items()}:
+    if kept_shapes != {key: parameter.shape for key, parameter in trainable.items()}:
         raise UserError(f"{path} belongs to another model; {start_over}")
     kept_optimizers = state["optimizers"]
     same_count = len(kept_optimizers) == len(optimizers)
     if not same_count or not all(map(matches_optimizer, kept_optimizers, optimizers)):
         raise UserError(f"{path} was written with other optimizers; {start_over}")
 
-    for key, parameter in unlocked.items():
+    for key, parameter in trainable.items():
         parameter.data.copy_(state["parameters"][key])
     for optimizer, kept in zip(optimizers, kept_optimizers, strict=True):
         optimizer.load_state_dict(kept)

@@ -209,9 +209,9 @@ def check_size_and_stage(size: str, stage: str | None) -> None:
     """Raises UserError for a size or a stage that cannot be fine-tuned."""
     if size not in RECIPES:
         sizes = ", ".join(RECIPES)
-        raise UserError(f"no recipe tunes {size!r}; sizes that can be tuned are {sizes}")
+        raise UserError(f"cannot fine-tune size {size!r}; sizes with a recipe are {sizes}")
     if stage is not None and stage not in STAGES:
-        raise UserError(f"own data has no stage {stage!r}; its stages are {', '.join(STAGES)}")
+        raise UserError(f"fine-tuning has no stage {stage!r}; its stages are {', '.join(STAGES)}")
 
 
 def run_folder(out: Path, home: Path | None) -> Path:
@@ -219,7 +219,7 @@ def run_folder(out: Path, home: Path | None) -> Path:
 
     Raises UserError where no model can be written as `out`.
     """
-    shown = shorten(out, 200) or "an empty name"
+    shown = shorten(out, 200)
     with writing(out):
         if out.name in ("", ".."):
             raise UserError(
@@ -231,7 +231,8 @@ def run_folder(out: Path, home: Path | None) -> Path:
             )
         if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
             raise UserError(
-                f"--out {shown}: holds something that is no model; give the name of a new folder"
+                f"--out {shown}: contains something other than a model; "
+                "give the name of a new folder"
             )
     return (home or out.parent) / f"{out.name}.run"
 

@@ -218,15 +218,15 @@ def train(
     if stage.setup_s is None:
         run_setup(stage)
     recipe = stage.recipe
-    unlocked = stage.parameters()
+    trainable = stage.parameters()
     for name, parameter in stage.omni.named_parameters():
-        parameter.requires_grad_(name in unlocked)
-    optimizers = make_optimizers(unlocked, recipe)
+        parameter.requires_grad_(name in trainable)
+    optimizers = make_optimizers(trainable, recipe)
 
     step: int = 0
     means: dict[str, float] = {}
     if resume:
-        step, means = checkpoint.load_checkpoint(folder, stage.name, unlocked, optimizers)
+        step, means = checkpoint.load_checkpoint(folder, stage.name, trainable, optimizers)
     last = recipe.steps if until is None else until
     log_every = max(1, recipe.steps // LOG_LINES)
 
@@ -237,7 +237,7 @@ def train(
         first = step
         while step < last:
             losses = gradients(stage, step, batches)
-            torch.nn.utils.clip_grad_norm_(unlocked.values(), recipe.clip)
+            torch.nn.utils.clip_grad_norm_(trainable.values(), recipe.clip)
             update(optimizers, learning_rate(recipe, step))
             step += 1
             means = running_means(means, losses)
@@ -248,13 +248,13 @@ def train(
 
             # The checkpoint is written first, so every step in the log is safe on the disk.
             if step < recipe.steps:
-                checkpoint.save_checkpoint(folder, stage.name, step, means, unlocked, optimizers)
+                checkpoint.save_checkpoint(folder, stage.name, step, means, trainable, optimizers)
             step_s = (time.perf_counter() - began) / (step - first)
             log_progress(stage, folder, step, means, step_s, bar)
             began = time.perf_counter()
             first = step
     if step == recipe.steps:
-        save_trained(stage, folder, unlocked)
+        save_trained(stage, folder, trainable)
     return means
 
 
@@ -287,10 +287,10 @@ def running_means(means: dict[str, float], losses: dict[str, float]) -> dict[str
     }
 
 
-def save_trained(stage: Stage, folder: Path, unlocked: dict[str, nn.Parameter]) -> None:
+def save_trained(stage: Stage, folder: Path, trainable: dict[str, nn.Parameter]) -> None:
     """Write the trained parameters of the model, without modules that only the stage has."""
     of_model = dict(stage.omni.named_parameters())
-    trained = {name: p for name, p in unlocked.items() if name in of_model}
+    trained = {name: p for name, p in trainable.items() if name in of_model}
     checkpoint.save_stage(folder, stage.name, trained)
 
 

@@ -167,13 +167,12 @@ def prepare_run(home: Path, resume: bool, fresh: bool, stage: str | None = None)
     if begun and not resume:
         what = f"stage {stage} of an earlier run" if stage else "an earlier run"
         raise UserError(f"{folder} holds {what}; --resume continues it, --fresh deletes it")
-    make_home(folder)
 
 
 def read_settings(home: Path) -> Settings:
     """What --set changed in the recipes of a run. Raises UserError for a damaged file."""
     path = home / "stages" / SETTINGS
-    return check_settings(read_json(path, optional=True), str(path))
+    return check_settings(read_json(path, True, "--fresh deletes the run"), str(path))
 
 
 def record_settings(home: Path, given: Settings) -> None:
@@ -196,7 +195,7 @@ def record_settings(home: Path, given: Settings) -> None:
 
 def forget_settings(folder: Path, stage: str) -> None:
     """Remove one stage from the noted settings."""
-    recorded = read_json(folder / SETTINGS, optional=True)
+    recorded = read_json(folder / SETTINGS, True, "--fresh deletes the run")
     if recorded.pop(stage, None) is not None:
         write_json(folder / SETTINGS, recorded)
 
@@ -204,7 +203,7 @@ def forget_settings(folder: Path, stage: str) -> None:
 def elapsed_s(home: Path, more: float = 0.0) -> float:
     """Seconds that all calls together have trained in this folder, after adding some."""
     file = home / "stages" / "seconds.json"
-    total = read_json(file, optional=True).get("seconds", 0.0) + more
+    total = read_json(file, True, "--fresh deletes the run").get("seconds", 0.0) + more
     write_json(file, {"seconds": total})
     return total
 

@@ -91,7 +91,7 @@ def parse_settings(texts: list[str]) -> Settings:
                 f"--set {shown(text)}: expected STAGE.FIELD=VALUE, as in --set talker.steps=200"
             )
         check_stage(stage)
-        settings.setdefault(stage, {})[field] = check_field(stage, field, to_number(value))
+        settings.setdefault(stage, {})[field] = check_field(stage, field, to_number(value), "--set")
     return settings
 
 
@@ -103,7 +103,7 @@ def check_settings(data: dict, source: str) -> Settings:
         if not isinstance(fields, dict):
             raise UserError(f"{source}: {stage} is {shown(fields)}; expected an object of fields")
         settings[stage] = {
-            field: check_field(stage, field, value) for field, value in fields.items()
+            field: check_field(stage, field, value, source) for field, value in fields.items()
         }
     return settings
 
@@ -115,15 +115,18 @@ def check_stage(name: str) -> None:
         raise UserError(f"unknown stage {shown(name)}; the stages are {', '.join(stages)}")
 
 
-def check_field(stage: str, field: str, value: object) -> float:
-    """The value of a recipe's field. Raises UserError for an unknown field and a bad value."""
-    label = f"{stage}.{field}"
+def check_field(stage: str, field: str, value: object, source: str) -> float:
+    """The value of a recipe's field. source: its name in messages.
+
+    Raises UserError for an unknown field and a bad value.
+    """
+    label = f"{source}: {stage}.{field}"
     if field in WHOLE_FIELDS:
         return check_int(value, label, *WHOLE_FIELDS[field])
     if field in REAL_FIELDS:
         return check_number(value, label, *REAL_FIELDS[field])
     fields = ", ".join([*WHOLE_FIELDS, *REAL_FIELDS])
-    raise UserError(f"--set: unknown field {shown(field)} of a recipe; the fields are {fields}")
+    raise UserError(f"{source}: unknown field {shown(field)} of a recipe; the fields are {fields}")
 
 
 def to_number(text: str) -> object:

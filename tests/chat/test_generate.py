@@ -24,7 +24,7 @@ from minomni.errors import UserError
 from minomni.eval import benchmark
 from minomni.eval.asr import SpeechRecognizer
 from minomni.inputs.prompt import Processor
-from minomni.layers import KVCache
+from minomni.kv_cache import KVCache
 from minomni.omni import until_stop
 from minomni.talker.talker import talker_inputs
 from minomni.token2wav.dit import BlockCache
@@ -140,7 +140,7 @@ def bos_tokens(omni, rows) -> list[int]:
 def read(omni, *conversations):
     inputs = Processor(omni.config, omni.tokenizer)(list(conversations))
     with torch.no_grad():
-        return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+        return omni.thinker.prefill(inputs, omni.thinker.model.new_cache())
 
 
 def decode_both_ways(omni, reading, seed):

@@ -70,7 +70,7 @@ def prefill_at_once(omni, *messages, use_audio_in_video=False):
     system = {"role": "system", "content": omni.config.media.system_prompt}
     inputs = Processor(omni.config, omni.tokenizer)([[system, *messages]], use_audio_in_video)
     with torch.no_grad():
-        return omni.thinker.read(inputs, omni.thinker.model.new_cache())
+        return omni.thinker.prefill(inputs, omni.thinker.model.new_cache())
 
 
 def user(*content) -> dict:

@@ -360,7 +360,7 @@ def test_foreign_weights_are_not_part_of_the_model(omni, folder, tmp_path):
     """An adapter alone, a codec folder with notes, and an adapter beside a model."""
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "my_lora.safetensors").write_bytes(b"weights")
-    refuse(omni, tmp_path / "lora", "holds something that is no model")
+    refuse(omni, tmp_path / "lora", "contains something other than a model")
     (folder / "codec" / "notes.txt").write_text("mine")
     refuse(omni, folder, "'codec'")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")

@@ -376,10 +376,10 @@ def test_files_linked_from_another_disk(folder, omni, tmp_path):
 def test_pipes_and_devices_are_not_read(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    refuse(folder, f"{name}: is no ordinary file")
+    refuse(folder, f"{name}: is not a regular file")
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    refuse(folder, f"{name}: is no ordinary file")
+    refuse(folder, f"{name}: is not a regular file")
 
 
 # ----------------------------------------------------------------------------------------------

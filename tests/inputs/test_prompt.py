@@ -222,7 +222,7 @@ def test_every_spelling_of_an_item(item, kind):
         ),
         (
             user({"type": "input_audio", "input_audio": {"data": "no base64!"}}),
-            "input_audio is no base64",
+            "input_audio is not base64",
         ),
     ],
 )

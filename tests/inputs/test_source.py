@@ -108,7 +108,7 @@ def test_base64_of_both_alphabets(kind, key):
     for text in (usual, safe, safe.rstrip("="), f"{safe[:40]}\n{safe[40:]}"):
         assert parse_item({"type": kind, key: text}).source == content
     for text in ("a*b", "abcde", "größe"):
-        with pytest.raises(UserError, match=f"{key} is no base64"):
+        with pytest.raises(UserError, match=f"{key} is not base64"):
             parse_item({"type": kind, key: text})
 
 

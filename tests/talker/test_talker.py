@@ -88,7 +88,7 @@ def test_reply_states_are_what_a_full_pass_gives(thinker):
     inputs = prompts(7)
     reply = replies(thinker, inputs)
     ids = torch.cat((inputs.input_ids, torch.tensor([reply.tokens[0][:-1]])), dim=1)
-    whole = thinker.read(text_only(ids, torch.ones_like(ids)))
+    whole = thinker.prefill(text_only(ids, torch.ones_like(ids)))
     torch.testing.assert_close(
         (whole.hidden + whole.text_embeds)[0, 7:], reply.reply_states[0], **CLOSE
     )

@@ -314,16 +314,19 @@ def kept_stage(folder: Path) -> tuple[Stage, Path]:
 def go_back(folder: Path) -> tuple[int, dict]:
     """load_checkpoint() into a fresh stage, of which nothing may have changed where it refuses."""
     stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
-    unlocked, before = stage.parameters(), [p.detach().clone() for p in stage.parameters().values()]
+    trainable, before = (
+        stage.parameters(),
+        [p.detach().clone() for p in stage.parameters().values()],
+    )
     try:
         return checkpoint.load_checkpoint(
-            folder, "rows", unlocked, loop.make_optimizers(unlocked, stage.recipe)
+            folder, "rows", trainable, loop.make_optimizers(trainable, stage.recipe)
         )
     except UserError as error:
         assert str(error).isprintable()
         assert len(str(error)) <= 500
         assert "rows.resume.pt" in str(error)
-        assert all(map(torch.equal, before, unlocked.values()))
+        assert all(map(torch.equal, before, trainable.values()))
         raise
 
 

@@ -115,7 +115,7 @@ BAD = [
     ),
     (line(images=["x.png"], question="<image><image> a"), "more <image> tags than the 1"),
     (line(images=[5]), "an entry of 'images' is 5"),
-    ({"query": "a", "response": "b", "history": [["a"]]}, "'history' is no list of pairs"),
+    ({"query": "a", "response": "b", "history": [["a"]]}, "'history' is not a list of pairs"),
     ({"query": "a"}, "message 2 has no content"),
     (
         {"messages": [*line()["messages"][:1], {"role": "assistant", "content": "a", "weight": 0}]},
@@ -156,15 +156,15 @@ BAD = [
         {"messages": [{"role": "user", "content": "a", "value": "b"}, *line()["messages"][1:]]},
         "both 'content' and 'value'",
     ),
-    (line(output="b"), "'output' is no key of a row with 'messages'"),
+    (line(output="b"), "'output' is not a key of a row with 'messages'"),
     (
         {"conversations": line()["messages"], "history": [["a", "b"]]},
-        "'history' is no key of a row with 'conversations'",
+        "'history' is not a key of a row with 'conversations'",
     ),
-    ({"query": "a", "response": "b", "input": "c"}, "'input' is no key of a row with 'query'"),
+    ({"query": "a", "response": "b", "input": "c"}, "'input' is not a key of a row with 'query'"),
     (
         {"instruction": "a", "output": "b", "response": "c"},
-        "'response' is no key of a row with 'instruction'",
+        "'response' is not a key of a row with 'instruction'",
     ),
     (line([{"type": ["audio"]}], audios=["words.wav"]), "a content item"),
     (
@@ -873,7 +873,7 @@ def test_broken_metadata(content, says, tmp_path):
         ("..", "expected the name of a folder"),
         ("file", "is a file"),
         ("file/below", "cannot be written"),
-        ("full", "holds something that is no model"),
+        ("full", "contains something other than a model"),
         ("x" * 300, "File name too long"),
         ("x" * 253, "File name too long"),
     ],
@@ -897,8 +897,8 @@ def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
     [
         (["--data", "none.jsonl"], "no such file or folder"),
         (["--data", "."], "and no metadata.csv"),
-        (["--data", "none.jsonl", "--stage", "codec"], "own data has no stage 'codec'"),
-        (["huge", "--data", "none.jsonl"], "no recipe tunes 'huge'"),
+        (["--data", "none.jsonl", "--stage", "codec"], "fine-tuning has no stage 'codec'"),
+        (["huge", "--data", "none.jsonl"], "cannot fine-tune size 'huge'"),
         (["--epochs", "3"], "go with --data"),
         (["--out", "x"], "go with --data"),
     ],

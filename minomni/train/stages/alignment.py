@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from minomni.data.examples import ExampleBuilder
+from minomni.inputs.mel import num_audio_tokens
 from minomni.thinker.thinker import Thinker
 from minomni.train.loop import Stage
 
@@ -42,7 +43,7 @@ def word_log_probs(thinker: Thinker, mels: list[Tensor], features: Tensor) -> tu
     mels: log-mels [bands, F] of the clips. features: the audio encoder's outputs for all clips,
     packed [sum of tokens, D].
     """
-    counts = [thinker.audio_tower.token_count(mel.shape[-1]) for mel in mels]
+    counts = [num_audio_tokens(mel.shape[-1]) for mel in mels]
     log_probs = embedding_similarity(features, thinker, thinker.config.tokens.audio)
     rows = log_probs.split(counts)
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -64,7 +64,7 @@ def talker_prompts(
     the CPU.
     """
     with torch.no_grad():
-        state = thinker.read(inputs)
+        state = thinker.prefill(inputs)
     states = (state.hidden + state.text_embeds).cpu()  # [B, L, E]
     position_ids = state.position_ids.cpu()  # [3, B, L]
     end = inputs.input_ids.shape[1]

@@ -33,6 +33,7 @@ class VisionAlignStage(AlignStage):
     data = "generated images and videos, handwritten digits"
 
     def batch(self, number):
+        # The seed keeps a former name of the stage, so that runs repeat.
         return self.draw(Random(f"{self.seed}-eyes-{number}"), self.recipe.batch)
 
     def draw(self, random: Random, count: int) -> tuple[Tensor, list, Tensor]:
