@@ -112,7 +112,7 @@ def limited(omni, monkeypatch):
 
 def decode_sequentially(omni, reading, seed) -> tuple[list[list[int]], list[list[int]]]:
     """Text ids and codes of Thinker.generate() and then Talker.generate()."""
-    with mock.patch.object(omni.thinker, "read", return_value=reading):
+    with mock.patch.object(omni.thinker, "prefill", return_value=reading):
         reply = omni.thinker.generate(None, omni.config.thinker_sampling, seeded_generator(seed))
     lines = talker_inputs(
         reply, bos_tokens(omni, reply.tokens), TOKENS, omni.thinker.model.embed_tokens

@@ -772,4 +772,4 @@ def test_same_states_what_was_met_and_raises_on_any_difference(capsys):
 
 def test_show_prints_the_file(capsys):
     show(same)
-    assert capsys.readouterr().out.startswith("def same(name: str, mine, theirs")
+    assert capsys.readouterr().out.startswith("def same(name: str, mine")
