@@ -345,7 +345,7 @@ def stopping(case: str, free: dict[str, np.ndarray]) -> OmniConfig:
 # ----------------------------------------------------------------------------------------------
 # official code
 def hf_inputs(case: str) -> dict:
-    """The same tensors as the official generate() takes them. Pixels need a prefix lest the talker
+    """The same tensors as the official generate() takes them. Pixels need a prefix, or the talker
     refuse them.
     """
     ours, video = inputs(case), EARLY_STOPS.get(case, case) == "audio_in_video"

@@ -118,7 +118,7 @@ def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
         assert torch.equal(tensor.cpu(), kept.pop(name)), name
     assert not kept
     monkeypatch.setattr(benchmark, "ANSWER_S", 1)
-    with benchmark.without_eos(again):  # chance would go on for ever
+    with benchmark.without_eos(again):  # random weights would not stop
         assert len(again.respond(benchmark.QUESTION).wave)
 
 

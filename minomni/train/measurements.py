@@ -1,7 +1,8 @@
 """Seconds and final losses of measured runs: one JSON line per stage.
 
 data_samples/tiny_log.jsonl is of the run whose weights are in data_samples/tiny (two cores, two
-stages at a time; seconds of the current code), data_samples/small_log.jsonl of a run on one H100.
+stages at a time; seconds of an earlier version of the code), data_samples/small_log.jsonl of a run
+on one H100.
 A line has the keys stage, step, losses, seconds and hardware; unmeasured stages have none.
 """
 

@@ -236,19 +236,19 @@ def fake_clock(omni, monkeypatch):
     """
 
     def set_speed(step_s: float, frame_s: float) -> None:
-        now, step, paint = [0.0], omni.talker.step, MelStream.decode_chunk
+        now, step, decode_chunk = [0.0], omni.talker.step, MelStream.decode_chunk
 
         def slow_step(*arguments):
             now[0] += step_s
             return step(*arguments)
 
-        def slow_paint(stream, end, seen):
+        def slow_decode_chunk(stream, end, seen):
             now[0] += frame_s * (seen - stream.done)
-            return paint(stream, end, seen)
+            return decode_chunk(stream, end, seen)
 
         monkeypatch.setattr("minomni.chat.reply.time", SimpleNamespace(perf_counter=lambda: now[0]))
         monkeypatch.setattr(omni.talker, "step", slow_step)
-        monkeypatch.setattr(MelStream, "decode_chunk", slow_paint)
+        monkeypatch.setattr(MelStream, "decode_chunk", slow_decode_chunk)
 
     return set_speed
 
