@@ -345,11 +345,11 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import pipeline, scheduler
+    from minomni.train import pipeline, stage_pool
 
     began = time.perf_counter()
     try:
-        scheduler.run_all(size, home, seed, device)
+        stage_pool.run_all(size, home, seed, device)
     finally:
         seconds = pipeline.elapsed_s(home, time.perf_counter() - began)
     pipeline.export_model(size, home, seed)

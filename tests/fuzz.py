@@ -225,7 +225,7 @@ def models(folder: Path) -> None:
 
 
 def resume_files(folder: Path) -> None:
-    from minomni.train import checkpoint
+    from minomni.train import run_folder
 
     network, optimizers = small_stage()
     for _ in range(2):
@@ -233,7 +233,7 @@ def resume_files(folder: Path) -> None:
         network(next(network.parameters()).new_ones(4, 5)).square().sum().backward()
         for optimizer in optimizers:
             optimizer.step()
-    checkpoint.save_checkpoint(
+    run_folder.save_checkpoint(
         folder, "rows", 2, {"square": 0.5}, dict(network.named_parameters()), optimizers
     )
 
@@ -391,10 +391,10 @@ class Readers:
         return omni.config.thinker == self.omni.config.thinker and digest(*omni.parameters())
 
     def resume(self, path: Path):
-        from minomni.train import checkpoint
+        from minomni.train import run_folder
 
         network, optimizers = small_stage()
-        step, means = checkpoint.load_checkpoint(
+        step, means = run_folder.load_checkpoint(
             path.parent, "rows", dict(network.named_parameters()), optimizers
         )
         return (

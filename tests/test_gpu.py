@@ -9,8 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_checkpoint import cache, make  # noqa: F401  (a fixture)
 from test_parity import ask, compare
+from test_run_folder import cache, make  # noqa: F401  (a fixture)
 
 from minomni import load
 from minomni.checkpoint import weights

@@ -23,10 +23,10 @@ from minomni.eval.stats import Metric, bootstrap, word_error_metric, word_error_
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
-from minomni.train.checkpoint import load_stages
 from minomni.train.loop import train
 from minomni.train.pipeline import STAGES, TRAINED, cache_of, make_stage
 from minomni.train.recipes import recipe_of
+from minomni.train.run_folder import load_stages
 from minomni.train.stages.dpo import DPOStage
 
 BETAS = (0.03, 0.1, 0.3, 1.0)

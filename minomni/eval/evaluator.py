@@ -20,7 +20,7 @@ from minomni.data.word_errors import edit_distance
 from minomni.eval.asr import ENGLISH, LONG, STATEMENT, SpeechRecognizer
 from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import voice_mel
-from minomni.train.checkpoint import load_stages
+from minomni.train.run_folder import load_stages
 
 if TYPE_CHECKING:
     from minomni.omni import Omni

@@ -27,9 +27,9 @@ from minomni.inputs.mel import HOP, voice_mel
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses
-from minomni.train.checkpoint import load_stages
 from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import TRAINED, commit, config_hash, prepare_run
+from minomni.train.run_folder import load_stages
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import PARTS
 
@@ -162,7 +162,7 @@ def finetune(
     check_size_and_stage(size, stage)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    run = run_folder(out, home)
+    run = working_folder(out, home)
     prepare_run(run, resume, fresh)
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
@@ -214,7 +214,7 @@ def check_size_and_stage(size: str, stage: str | None) -> None:
         raise UserError(f"fine-tuning has no stage {stage!r}; its stages are {', '.join(STAGES)}")
 
 
-def run_folder(out: Path, home: Path | None) -> Path:
+def working_folder(out: Path, home: Path | None) -> Path:
     """The folder of the run: NAME.run in `home`, or beside the tuned model without one.
 
     Raises UserError where no model can be written as `out`.

@@ -1,7 +1,7 @@
 """One training loop for all stages: schedule, gradient accumulation, logs, checkpoints, resume.
 
 A batch is a function of (seed, number) alone. A run that stops and resumes sees the batches of an
-uninterrupted one, and the checkpoint needs no position in the data. Files of a run: checkpoint.py.
+uninterrupted one, and the checkpoint needs no position in the data. Files of a run: run_folder.py.
 """
 
 import math
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minomni.devices import has_bf16
 from minomni.errors import UserError
-from minomni.train import checkpoint, samples
+from minomni.train import run_folder, samples
 from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def train(
     step: int = 0
     means: dict[str, float] = {}
     if resume:
-        step, means = checkpoint.load_checkpoint(folder, stage.name, trainable, optimizers)
+        step, means = run_folder.load_checkpoint(folder, stage.name, trainable, optimizers)
     last = recipe.steps if until is None else until
     log_every = max(1, recipe.steps // LOG_LINES)
 
@@ -248,7 +248,7 @@ def train(
 
             # The checkpoint is written first, so every step in the log is safe on the disk.
             if step < recipe.steps:
-                checkpoint.save_checkpoint(folder, stage.name, step, means, trainable, optimizers)
+                run_folder.save_checkpoint(folder, stage.name, step, means, trainable, optimizers)
             step_s = (time.perf_counter() - began) / (step - first)
             log_progress(stage, folder, step, means, step_s, bar)
             began = time.perf_counter()
@@ -291,7 +291,7 @@ def save_trained(stage: Stage, folder: Path, trainable: dict[str, nn.Parameter])
     """Write the trained parameters of the model, without modules that only the stage has."""
     of_model = dict(stage.omni.named_parameters())
     trained = {name: p for name, p in trainable.items() if name in of_model}
-    checkpoint.save_stage(folder, stage.name, trained)
+    run_folder.save_stage(folder, stage.name, trained)
 
 
 def gradients(
@@ -389,4 +389,4 @@ def log_progress(
         "items_per_s": round(items_per_s, 1),
         "sample": sample,
     }
-    checkpoint.log(folder, entry)
+    run_folder.log(folder, entry)

@@ -18,18 +18,18 @@ from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
 from minomni.errors import UserError
 from minomni.omni import Omni
-from minomni.train.checkpoint import (
+from minomni.train.loop import Stage, format_losses, run_setup, train
+from minomni.train.measurements import measured, write_summary
+from minomni.train.recipes import Settings, check_settings, format_settings, recipe_of
+from minomni.train.run_folder import (
     check_run_config,
-    clear_home,
+    clear_stages_folder,
     delete_stage,
     has_begun,
     load_stages,
     log,
-    make_home,
+    make_stages_folder,
 )
-from minomni.train.loop import Stage, format_losses, run_setup, train
-from minomni.train.measurements import measured, write_summary
-from minomni.train.recipes import Settings, check_settings, format_settings, recipe_of
 from minomni.train.stages.audio_align import AudioAlignStage
 from minomni.train.stages.codec import CodecStage
 from minomni.train.stages.dit import DiTStage
@@ -156,12 +156,12 @@ def prepare_run(home: Path, resume: bool, fresh: bool, stage: str | None = None)
     Raises UserError where earlier work would be lost or mixed with new work without being asked.
     """
     folder = home / "stages"
-    make_home(folder)
+    make_stages_folder(folder)
     if fresh and stage:
         delete_stage(folder, stage)
         forget_settings(folder, stage)
     elif fresh:
-        clear_home(folder)
+        clear_stages_folder(folder)
 
     begun = has_begun(folder, stage) if stage else any(folder.glob("*"))
     if begun and not resume:

@@ -11,7 +11,7 @@ from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
 from minomni.notebook import viz
 from minomni.talker.codec import Codec, ids_to_letters
-from minomni.train.checkpoint import disk_errors, read_tensors
+from minomni.train.run_folder import disk_errors, read_tensors
 
 if TYPE_CHECKING:
     from minomni.train.loop import Stage

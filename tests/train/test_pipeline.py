@@ -124,8 +124,8 @@ def test_everything_lies_under_home(tmp_path):
     stage = pipeline.make_stage("codec", "tiny", home, seed=0)
     assert stage.cache == pipeline.cache_of(home)
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
-    assert finetune.run_folder(Path("x/tuned"), home) == home / "tuned.run"
-    assert finetune.run_folder(Path("x/tuned"), None) == Path("x/tuned.run")
+    assert finetune.working_folder(Path("x/tuned"), home) == home / "tuned.run"
+    assert finetune.working_folder(Path("x/tuned"), None) == Path("x/tuned.run")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -153,7 +153,9 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
     measurements.write_summary(log, tmp_path / "log.jsonl")
     (summary,) = measurements.read_log(tmp_path / "log.jsonl")
     assert summary["step"] == 3
-    assert summary["losses"] == {key: round(steps[-1][key], 3) for key in ("ctc", "mel", "even")}
+    assert summary["losses"] == {
+        key: round(steps[-1][key], 3) for key in ("ctc", "mel", "fsq_mean")
+    }
     assert summary["seconds"] == pytest.approx(setup_entry["seconds"] + end["seconds"], abs=0.1)
     assert summary.keys() == vars(measurements.measured("tiny")["codec"]).keys()
 

@@ -168,4 +168,4 @@ def test_the_better_try_is_a_lesson_as_any_other():
         taught = code_loss(
             stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs]
         )
-    assert losses_of["better"].item() == pytest.approx(stage.sft_weight * taught.item(), rel=1e-4)
+    assert losses_of["sft"].item() == pytest.approx(stage.sft_weight * taught.item(), rel=1e-4)

@@ -66,7 +66,7 @@ class AudioAlignStage(AlignStage):
         target = probs @ classes_of(thinker, self.tokens.audio)
         return {
             "ctc": losses.ctc(log_probs, counts, labels),
-            "plain": weight * embedding_mse(features, target),
+            "mse": weight * embedding_mse(features, target),
         }
 
     def sample(self):

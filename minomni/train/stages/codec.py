@@ -36,7 +36,7 @@ class CodecStage(MelStage):
         return {
             "ctc": losses.ctc(codec.letters(grid), lengths, letters),
             "mel": mel_weight * losses.masked_l1(reconstructed, mels, frames),
-            "even": losses.off_center(grid, lengths),
+            "fsq_mean": losses.off_center(grid, lengths),
         }
 
     def sample(self):

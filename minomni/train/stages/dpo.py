@@ -152,6 +152,6 @@ class DPOStage(SpeechStage):
         chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)  # each with its stop code
         return {
             "dpo": losses.dpo(chosen, rejected, *reference, self.beta),
-            "better": -self.sft_weight * chosen.sum() / chosen_codes,
+            "sft": -self.sft_weight * chosen.sum() / chosen_codes,
             **super().losses(examples),
         }

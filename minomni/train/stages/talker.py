@@ -75,7 +75,7 @@ class TalkerStage(SpeechStage):
         index_logits, token_logits = word_logits.split([MAX_WORDS, vocab_size], dim=-1)
         return {
             "codes": losses.next_token(talker.codec_head(hidden).float(), targets),
-            "place": WORD_WEIGHT * losses.next_token(index_logits, index_targets),
+            "word_index": WORD_WEIGHT * losses.next_token(index_logits, index_targets),
             "word": WORD_WEIGHT * losses.next_token(token_logits, token_targets),
         }
 

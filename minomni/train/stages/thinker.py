@@ -73,7 +73,7 @@ class ThinkerStage(Stage):
                 frame_parts.append((logits, frame_targets))
         result = {"text": losses.in_parts(text_parts)}
         if frame_parts:
-            result["moments"] = FRAME_WEIGHT * losses.in_parts(frame_parts)
+            result["frames"] = FRAME_WEIGHT * losses.in_parts(frame_parts)
         return result
 
     def logits(self, examples: list[Example], inputs: Inputs) -> Tensor:

@@ -74,7 +74,7 @@ class VisionAlignStage(AlignStage):
         is_object = classes[:, 0] > 0
         object_mse = embedding_mse(features[is_object], target[is_object])
         labeled_mse = embedding_mse(features[any_label], target[any_label])
-        return {"cells": cell_loss, "plain": MSE_WEIGHT * (object_mse + labeled_mse)}
+        return {"cells": cell_loss, "mse": MSE_WEIGHT * (object_mse + labeled_mse)}
 
     def sample(self):
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)

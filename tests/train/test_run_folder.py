@@ -31,7 +31,7 @@ from minomni.devices import device_of, has_bf16
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.omni import Omni
-from minomni.train import checkpoint, loop, pipeline, samples
+from minomni.train import loop, pipeline, run_folder, samples
 from minomni.train.loop import Recipe, Stage
 from minomni.train.stages.dpo import DPOStage
 
@@ -106,7 +106,7 @@ def test_run_folder_can_be_looked_into(tmp_path):
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
     assert all(
-        entry.keys() == {"stage", "step", "ctc", "mel", "even", "ms", "items_per_s", "sample"}
+        entry.keys() == {"stage", "step", "ctc", "mel", "fsq_mean", "ms", "items_per_s", "sample"}
         for entry in entries
     )
     wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
@@ -131,7 +131,7 @@ def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
     stage = make("vocoder", tmp_path)
     assert samples.trained_codec(stage, tmp_path) is None
     learnt = {n: p for n, p in stage.omni.named_parameters() if n.startswith("codec.")}
-    checkpoint.save_stage(tmp_path, "codec", learnt)
+    run_folder.save_stage(tmp_path, "codec", learnt)
     reader = samples.trained_codec(stage, tmp_path)
     assert all(torch.equal(p, learnt[f"codec.{n}"]) for n, p in reader.named_parameters())
 
@@ -153,11 +153,11 @@ def test_a_mel_made_audible_still_says_the_same():
 
 
 def test_config_is_kept_and_guards(tmp_path):
-    checkpoint.check_run_config(tmp_path, TINY)
+    run_folder.check_run_config(tmp_path, TINY)
     assert hf_config.read_config(tmp_path) == TINY
-    checkpoint.check_run_config(tmp_path, TINY)
+    run_folder.check_run_config(tmp_path, TINY)
     with pytest.raises(UserError, match="holds a run of other sizes; --fresh"):
-        checkpoint.check_run_config(tmp_path, SMALL)
+        run_folder.check_run_config(tmp_path, SMALL)
 
 
 def test_one_stage_starts_over_alone(tmp_path):
@@ -254,7 +254,7 @@ def stopped_early(home: Path) -> bytes:
     """A run folder with a checkpoint at step 4 -> that checkpoint."""
     stage = make("codec", pipeline.cache_of(home), config=TINY, steps=16, batch=2, warmup=2)
     stage.sample, stage.sound = lambda: "", lambda: None
-    checkpoint.check_run_config(home / "stages", TINY)
+    run_folder.check_run_config(home / "stages", TINY)
     loop.train(stage, home / "stages", until=4)
     return (home / "stages" / "codec.resume.pt").read_bytes()
 
@@ -319,7 +319,7 @@ def go_back(folder: Path) -> tuple[int, dict]:
         [p.detach().clone() for p in stage.parameters().values()],
     )
     try:
-        return checkpoint.load_checkpoint(
+        return run_folder.load_checkpoint(
             folder, "rows", trainable, loop.make_optimizers(trainable, stage.recipe)
         )
     except UserError as error:
@@ -404,17 +404,17 @@ def test_other_files_in_the_place_of_a_resume_file(tmp_path):
 def test_what_a_stage_learnt_is_checked_before_it_is_used(tmp_path):
     stage, _ = kept_stage(tmp_path)
     path = tmp_path / "rows.safetensors"
-    checkpoint.save_stage(tmp_path, "rows", stage.parameters())
-    checkpoint.load_stages(stage.omni, tmp_path, ["rows"])
+    run_folder.save_stage(tmp_path, "rows", stage.parameters())
+    run_folder.load_stages(stage.omni, tmp_path, ["rows"])
     whole = path.read_bytes()
     for content in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="rows.safetensors: cut short or no safetensors file"):
-            checkpoint.load_stages(stage.omni, tmp_path, ["rows"])
+            run_folder.load_stages(stage.omni, tmp_path, ["rows"])
     for other in ({"0.weight": torch.zeros(2, 2)}, {"1.weight": torch.zeros(3, 5)}):
-        checkpoint.save_stage(tmp_path, "rows", other)
+        run_folder.save_stage(tmp_path, "rows", other)
         with pytest.raises(UserError, match="belongs to another model"):
-            checkpoint.load_stages(stage.omni, tmp_path, ["rows"])
+            run_folder.load_stages(stage.omni, tmp_path, ["rows"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -483,8 +483,8 @@ def test_fresh_empties_a_linked_folder_and_keeps_the_link(tmp_path):
 
 def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st')
-    checkpoint.log(tmp_path, {"step": 2})
-    checkpoint.log(tmp_path, {"step": 3})
+    run_folder.log(tmp_path, {"step": 2})
+    run_folder.log(tmp_path, {"step": 3})
     assert (tmp_path / "log.jsonl").read_text().splitlines()[2:] == ['{"step": 2}', '{"step": 3}']
 
 

@@ -54,7 +54,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def make_home(folder: Path) -> None:
+def make_stages_folder(folder: Path) -> None:
     """Make the folder of a run before any work begins.
 
     Raises UserError where that is impossible: a file of this name, a path below a file, a name that
@@ -70,7 +70,7 @@ def make_home(folder: Path) -> None:
         raise UserError(f"{error}; --home and --out take a folder that can be written to") from None
 
 
-def clear_home(folder: Path) -> None:
+def clear_stages_folder(folder: Path) -> None:
     """Empty the folder of an earlier run; the folder itself, or a link to it, stays.
 
     Raises UserError where it holds anything that a run does not write.

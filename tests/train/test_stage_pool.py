@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 
 from minomni.errors import UserError
-from minomni.train import measurements, recipes, scheduler
+from minomni.train import measurements, recipes, stage_pool
 from minomni.train.pipeline import STAGES
 
 SECONDS = {name: row.seconds for name, row in measurements.measured("tiny").items()}
@@ -15,14 +15,14 @@ SECONDS = {name: row.seconds for name, row in measurements.measured("tiny").item
 
 def test_the_longest_path_goes_first():
     """By hand: dpo and then speakers wait for chat. A stage has a longer path than its users."""
-    path = scheduler.critical_path_s("chat", "tiny")
+    path = stage_pool.critical_path_s("chat", "tiny")
     assert path == SECONDS["chat"] + SECONDS["dpo"] + SECONDS["speakers"]
     for name, stage in STAGES.items():
         for need in stage.needs:
-            before = scheduler.critical_path_s(need, "tiny")
-            assert before > scheduler.critical_path_s(name, "tiny")
+            before = stage_pool.critical_path_s(need, "tiny")
+            assert before > stage_pool.critical_path_s(name, "tiny")
     assert "dpo" not in measurements.measured("small")
-    assert scheduler.critical_path_s("dpo", "small") == (80 + 40) * scheduler.STEP_S
+    assert stage_pool.critical_path_s("dpo", "small") == (80 + 40) * stage_pool.STEP_S
 
 
 class Process:
@@ -83,9 +83,9 @@ def clock(monkeypatch):
 
     def make(broken: str | None = None) -> Clock:
         made = Clock(broken)
-        monkeypatch.setattr(scheduler, "start_stage", made.start)
-        monkeypatch.setattr(scheduler, "wait", made.wait)
-        monkeypatch.setattr(scheduler, "corpus", lambda *_: None)
+        monkeypatch.setattr(stage_pool, "start_stage", made.start)
+        monkeypatch.setattr(stage_pool, "wait", made.wait)
+        monkeypatch.setattr(stage_pool, "corpus", lambda *_: None)
         return made
 
     return make
@@ -94,14 +94,14 @@ def clock(monkeypatch):
 def test_all_stages_run_two_at_a_time(clock, tmp_path):
     """Every stage once, after those it needs; in all at most 5 % longer than the critical path."""
     run = clock()
-    scheduler.run_all("tiny", tmp_path, seed=0)
+    stage_pool.run_all("tiny", tmp_path, seed=0)
     begun = run.names()
     assert sorted(begun) == sorted(STAGES)
     assert begun[0] == "language"
     for name, stage in STAGES.items():
         assert all(begun.index(need) < begun.index(name) for need in stage.needs)
     assert run.most == 2
-    longest = max(scheduler.critical_path_s(name, "tiny") for name in STAGES)
+    longest = max(stage_pool.critical_path_s(name, "tiny") for name in STAGES)
     assert longest <= run.now <= 1.05 * longest
     assert all(process.code == 0 for process in run.started)
 
@@ -111,14 +111,14 @@ def test_finished_stages_are_left_out(clock, tmp_path):
     for name in ("language", "codec"):
         (tmp_path / "stages" / f"{name}.safetensors").write_bytes(b"x")
     run = clock()
-    scheduler.run_all("tiny", tmp_path, seed=0)
+    stage_pool.run_all("tiny", tmp_path, seed=0)
     assert sorted(run.names()) == sorted(set(STAGES) - {"language", "codec"})
 
 
 def test_a_stage_that_fails_ends_the_others(clock, tmp_path):
     run = clock(broken="vision_align")
     with pytest.raises(UserError, match="vision_align stopped with exit code 1; see its message"):
-        scheduler.run_all("tiny", tmp_path, seed=0)
+        stage_pool.run_all("tiny", tmp_path, seed=0)
     assert run.names() == ["language", "vision_align"]
     assert [process.code for process in run.started] == [-15, 1]
 
@@ -128,8 +128,8 @@ def test_a_stage_is_started_by_the_command_line(monkeypatch, tmp_path):
     from minomni.__main__ import parser
 
     commands = []
-    monkeypatch.setattr(scheduler.subprocess, "Popen", lambda line, cwd: commands.append(line))
-    scheduler.start_stage("dit", "small", tmp_path, 7, "cuda")
+    monkeypatch.setattr(stage_pool.subprocess, "Popen", lambda line, cwd: commands.append(line))
+    stage_pool.start_stage("dit", "small", tmp_path, 7, "cuda")
     ((_, dash_m, package, *line),) = commands
     assert (dash_m, package) == ("-m", "minomni")
     given = parser().parse_args(line)
