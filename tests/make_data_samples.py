@@ -78,9 +78,9 @@ def questions() -> list[dict]:
         for e in iter(lambda: scenes.random_scene(random), None)
         if e.question.startswith("what color")
     )
-    digit = scenes.handwriting(random, scenes.handwritten_digits(held=True))
+    digit = scenes.handwriting(random, scenes.handwritten_digits(held_out=True))
     move, sound = scenes.moving_clip(random), scenes.clip_with_tone(random)
-    statement = grammar.statement(random, held=True)
+    statement = grammar.statement(random, held_out=True)
     for example, name in ((scene, "scene.png"), (color, "color.png"), (digit, "digit.png")):
         example.image.save(FOLDER / name)
     return [
@@ -138,8 +138,8 @@ def recordings(count: int = 32) -> None:
     then spoken wishes.
     """
     random, rows = Random("recordings"), []
-    texts = random.sample(corpus.all_statements(held=False), count) + random.sample(
-        corpus.all_statements(held=True), count // 4
+    texts = random.sample(corpus.all_statements(held_out=False), count) + random.sample(
+        corpus.all_statements(held_out=True), count // 4
     )
     random.shuffle(texts)
     names = list(grammar.VOICES)

@@ -102,9 +102,9 @@ class SpeechCorpus:
 # which sentences are spoken
 
 
-def all_statements(held: bool) -> list[str]:
+def all_statements(held_out: bool) -> list[str]:
     """Every held-out statement of the language, or every other one, sorted."""
-    return sorted(text for text in grammar.statements() if grammar.is_held_out(text) == held)
+    return sorted(text for text in grammar.statements() if grammar.is_held_out(text) == held_out)
 
 
 @cache
@@ -138,12 +138,12 @@ def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     words = [*grammar.WORDS, *english.trained]
     # Every trained statement.
     pairs = []  # (voice, text)
-    for text in all_statements(held=False):
+    for text in all_statements(held_out=False):
         count = len(voices) if text in rare_statements() else 2
         pairs += [(name, text) for name in random.sample(voices, count)]
     # Long statements.
     for _ in range(SPEAKING_LONG):
-        pairs.append((random.choice(voices), grammar.long_statement(random, held=False)))
+        pairs.append((random.choice(voices), grammar.long_statement(random, held_out=False)))
     # Random words, loose and in frames.
     for _ in range(SPEAKING_STRINGS + 3 * len(english.trained)):
         pairs.append((random.choice(voices), grammar.word_string(random, words)))
@@ -162,7 +162,7 @@ def listening_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     voices = list(grammar.LISTENING_VOICES)
     words = [*grammar.WORDS, *english.trained]
     # Sentences to repeat.
-    texts = random.sample(all_statements(held=False), LISTENING_STATEMENTS)
+    texts = random.sample(all_statements(held_out=False), LISTENING_STATEMENTS)
     for _ in range(LISTENING_STRINGS + 2 * len(english.trained)):
         texts.append(grammar.word_string(random, words))
     for _ in range(LISTENING_FRAMED):
@@ -185,7 +185,7 @@ def evaluation_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     """
     random = Random(3)
     # Statements, as the model speaks them.
-    texts = [grammar.statement(random, held=True) for _ in range(100)]
+    texts = [grammar.statement(random, held_out=True) for _ in range(100)]
     speakers = list(grammar.VOICES) * 25
     jobs = [speaker_job(name, text) for name, text in zip(speakers, texts, strict=True)]
     # Questions and requests, by voices of the training and by unseen voices.
@@ -230,7 +230,7 @@ def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0)
     all jobs, so a changed recipe never reads an old file.
     """
     if not text_to_speech.available():
-        return sample_recordings(held=name == "test")
+        return sample_recordings(held_out=name == "test")
     makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": evaluation_jobs}
     jobs = digit_jobs() if name == "digits" else makers[name](english)
     recipe = json.dumps([seed, text_to_speech.PART, jobs])
@@ -260,7 +260,7 @@ def index_of(
     return rows
 
 
-def sample_recordings(held: bool) -> SpeechCorpus:
+def sample_recordings(held_out: bool) -> SpeechCorpus:
     """The recordings in data_samples/speech: those of held-out sentences, or the rest."""
     import soundfile
 
@@ -268,7 +268,7 @@ def sample_recordings(held: bool) -> SpeechCorpus:
     labels = []
     waves = []
     for row in json.loads((folder / "index.json").read_text()):
-        if grammar.is_held_out(row["text"].removeprefix("say ")) != held:
+        if grammar.is_held_out(row["text"].removeprefix("say ")) != held_out:
             continue
         wave, _ = soundfile.read(folder / row["file"], dtype="int16")
         labels.append((row["text"], row["voice"]))

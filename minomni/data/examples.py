@@ -67,19 +67,19 @@ def estimated_tokens(example: Example) -> int:
 class ExampleBuilder:
     """Makes examples of every kind from training or held-out data, and model inputs from them."""
 
-    def __init__(self, config: OmniConfig, cache: Path, held: bool = False):
-        """held: draw from the held-out set. cache: folder of the synthesized corpora."""
+    def __init__(self, config: OmniConfig, cache: Path, held_out: bool = False):
+        """held_out: draw from the held-out set. cache: folder of the synthesized corpora."""
         self.processor = Processor(config, world_tokenizer(config.thinker.tokens))
-        self.held = held
-        self.digits = scenes.handwritten_digits(held)
+        self.held_out = held_out
+        self.digits = scenes.handwritten_digits(held_out)
         self.english = english(config.thinker.tokens)
         self.words = [*grammar.WORDS, *self.english.trained]
-        self.speech = corpus("test" if held else "listening", cache, self.english)
+        self.speech = corpus("test" if held_out else "listening", cache, self.english)
         self.spoken = [u.text for u in self.speech.utterances]
         self.recorded = set(self.spoken)
         # Training balances the kinds of sentences; evaluation draws uniformly.
         self.weights = None
-        if not held:
+        if not held_out:
             self.weights = sampling_weights([text.removeprefix("say ") for text in self.spoken])
         self.end = config.thinker.tokens.im_end
 
@@ -104,7 +104,7 @@ class ExampleBuilder:
         """An example whose question is typed, of any kind but hear."""
         task, _, variant = kind.partition("-")
         if kind == "say-long":
-            return self.say(grammar.long_statement(random, self.held))
+            return self.say(grammar.long_statement(random, self.held_out))
         if kind == "say-words":
             return self.say(grammar.word_string(random, self.words))
         if kind == "video-long":
@@ -145,7 +145,7 @@ class ExampleBuilder:
     def _statement(self, variant: str, random: Random) -> str:
         """A statement to repeat. If it is spoken, it must have been recorded."""
         if variant == "typed":
-            return grammar.statement(random, self.held)
+            return grammar.statement(random, self.held_out)
         while True:
             text = self.recorded_text(random)
             if text.startswith("say "):
@@ -160,7 +160,7 @@ class ExampleBuilder:
     def recording(self, text: str, random: Random) -> Tensor:
         """A recording of a text [samples], with random gain and noise in training."""
         wave = self.speech.wave(self.speech.find(text, random))
-        if self.held:
+        if self.held_out:
             return wave
         generator = np.random.RandomState(random.randrange(1 << 31))
         noise = torch.from_numpy(generator.randn(len(wave)).astype(np.float32))
@@ -168,13 +168,13 @@ class ExampleBuilder:
         noise_level = random.choice(NOISE_LEVELS)
         return wave * gain + noise * noise_level
 
-    def conversation(self, example: Example, random: Random) -> list[dict]:
+    def question_messages(self, example: Example, random: Random) -> list[dict]:
         """Messages of the question alone, with a recording of it if it is spoken."""
         return user_messages(example, self.wave(example, random))
 
     def prompt(self, example: Example, random: Random) -> Inputs:
         """Model inputs of the question alone."""
-        messages = self.conversation(example, random)
+        messages = self.question_messages(example, random)
         return self.processor([messages], use_audio_in_video=example.sound is not None)
 
     def say(self, text: str) -> Example:
@@ -182,7 +182,7 @@ class ExampleBuilder:
         return Example(f"say {text}", text)
 
     def dialogue(self, kind: str, random: Random) -> list[Example]:
-        """A conversation: one example, and further turns if there is more to ask about it.
+        """A dialogue: one example, and further turns if there is more to ask about it.
 
         Kinds that end in -alone have one turn: an earlier answer could give away a later one.
         """
@@ -194,21 +194,19 @@ class ExampleBuilder:
             examples.append(Example(question, answer, kind=first.kind))
         return examples
 
-    def collate(self, talks: list[list[Example]], random: Random) -> tuple[Inputs, Tensor]:
-        """Conversations of one or more turns -> inputs and targets [B, L] at every answer."""
+    def collate(self, dialogues: list[list[Example]], random: Random) -> tuple[Inputs, Tensor]:
+        """Dialogues of one or more turns -> inputs and targets [B, L] at every answer."""
         rows = []
         masks = []
-        for examples in talks:
-            inputs, loss_mask = self._conversation_row(examples, random)
+        for examples in dialogues:
+            inputs, loss_mask = self._dialogue_row(examples, random)
             rows.append(inputs)
             masks.append(loss_mask)
         inputs = collate(rows, pad=self.processor.config.thinker.tokens.endoftext)
         return inputs, shifted_targets(inputs.input_ids, masks)
 
-    def _conversation_row(
-        self, examples: list[Example], random: Random
-    ) -> tuple[Inputs, list[bool]]:
-        """One conversation -> inputs [1, L] and a loss mask [L], true at the tokens of answers."""
+    def _dialogue_row(self, examples: list[Example], random: Random) -> tuple[Inputs, list[bool]]:
+        """One dialogue -> inputs [1, L] and a loss mask [L], true at the tokens of answers."""
         prompts = [self.prompt(example, random) for example in examples]
         input_ids: list[int] = []
         loss_mask: list[bool] = []
@@ -217,7 +215,7 @@ class ExampleBuilder:
             answer = self.processor.tokenizer.encode(example.answer) + [self.end]
             input_ids += question + answer
             loss_mask += [False] * len(question) + [True] * len(answer)
-        # The media of all turns, in reading order, under the ids of the whole conversation.
+        # The media of all turns, in reading order, under the ids of the whole dialogue.
         return with_ids(collate(prompts, pad=0), torch.tensor([input_ids])), loss_mask
 
     def frame_targets(self, examples: list[Example], inputs: Inputs) -> Tensor:

@@ -96,19 +96,19 @@ def fill_template(template: str, random: Random) -> str:
     return template
 
 
-def statement(random: Random, held: bool) -> str:
+def statement(random: Random, held_out: bool) -> str:
     """A random statement, from the held-out tenth or from the rest."""
     while True:
         template = random.choices(STATEMENTS, weights=STATEMENT_WEIGHTS)[0]
         text = fill_template(template, random)
-        if is_held_out(text) == held:
+        if is_held_out(text) == held_out:
             return text
 
 
-def long_statement(random: Random, held: bool) -> str:
+def long_statement(random: Random, held_out: bool) -> str:
     """Two statements joined by "and" in which a word repeats, both held out or both trained."""
     while True:
-        text = f"{statement(random, held)} and {statement(random, held)}"
+        text = f"{statement(random, held_out)} and {statement(random, held_out)}"
         words = text.split()
         content_words = [word for word in words if word not in ("a", "and", "is", "the")]
         has_repeat = len(set(content_words)) < len(content_words)

@@ -209,7 +209,7 @@ def handwriting(random: Random, digits: tuple[np.ndarray, np.ndarray]) -> Exampl
     )
 
 
-def handwritten_digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
+def handwritten_digits(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 handwritten digits -> images [n, 8, 8] and labels [n].
 
     Every fifth is held out.
@@ -218,7 +218,7 @@ def handwritten_digits(held: bool) -> tuple[np.ndarray, np.ndarray]:
 
     data = load_digits()
     is_held_out = np.arange(len(data.target)) % 5 == 0
-    chosen = is_held_out == held
+    chosen = is_held_out == held_out
     return data.images[chosen], data.target[chosen]
 
 

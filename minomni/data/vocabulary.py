@@ -23,7 +23,7 @@ class English(NamedTuple):
     """English words beside the world's own."""
 
     trained: tuple[str, ...] = ()
-    held: tuple[str, ...] = ()  # never trained on: one in ten
+    held_out: tuple[str, ...] = ()  # never trained on: one in ten
 
 
 NO_ENGLISH = English()
@@ -37,8 +37,8 @@ def english(tokens: TokenIds) -> English:
     # words.txt: common in the notebooks, known to the speech recognizer, no two sound alike.
     words = (paths.data_samples() / "words.txt").read_text(encoding="utf-8").split()
     trained = tuple(word for word in words if not grammar.is_held_out(word))
-    held = tuple(word for word in words if grammar.is_held_out(word))
-    return English(trained, held)
+    held_out = tuple(word for word in words if grammar.is_held_out(word))
+    return English(trained, held_out)
 
 
 def evaluation_words(words: tuple[str, ...]) -> list[str]:

@@ -64,7 +64,7 @@ def beta(home: Path, items: int, seed: int) -> str:
     The sentences are training sentences, because the stage's beta is chosen by this table.
     """
     evaluator = Evaluator(load(str(home / "model")), items, cache_of(home))
-    sentences = hard_sentences(held=False)[:items]
+    sentences = hard_sentences(held_out=False)[:items]
     stage = make_stage("dpo", trained_size(home), home, seed)
     assert isinstance(stage, DPOStage)
     assert stage.omni.talker is not None

@@ -60,7 +60,7 @@ class Evaluator:
         self.omni = omni
         self.items = items
         self.cache = cache
-        self.builder = ExampleBuilder(omni.config, self.cache, held=True)
+        self.builder = ExampleBuilder(omni.config, self.cache, held_out=True)
 
     # Answers in text
 
@@ -79,7 +79,7 @@ class Evaluator:
 
     def is_correct(self, examples: list[Example], random: Random) -> list[bool]:
         """Per example: does the answer match exactly? Either all examples have audio or none."""
-        conversations = [self.builder.conversation(example, random) for example in examples]
+        conversations = [self.builder.question_messages(example, random) for example in examples]
         has_audio = examples[0].sound is not None
         texts = self.replies(conversations, use_audio_in_video=has_audio)
         return [text == example.answer for text, example in zip(texts, examples)]
@@ -109,7 +109,9 @@ class Evaluator:
         metrics = []
         for name, seconds in (("word error, 30 s of speech", 30), ("word error, one sentence", 0)):
             examples = [self.builder.dictation(random, seconds) for _ in range(count)]
-            conversations = [self.builder.conversation(example, random) for example in examples]
+            conversations = [
+                self.builder.question_messages(example, random) for example in examples
+            ]
             texts = self.replies(conversations)
             pairs = [
                 word_errors(example.answer, text.split()) for example, text in zip(examples, texts)
@@ -163,7 +165,7 @@ class Evaluator:
         metrics = []
         for suffix, tested in (
             ("", evaluation_words(words.trained)),
-            ("_new", evaluation_words(words.held)),
+            ("_new", evaluation_words(words.held_out)),
         ):
             if tested:
                 metrics += self.english_words(suffix, tested)
@@ -336,10 +338,10 @@ def recognized_words(recognizer: SpeechRecognizer, wave: Tensor, sample_rate: in
     return recognizer.transcribe(wave, sample_rate).split()
 
 
-def hard_sentences(held: bool = True, count: int = 400) -> list[str]:
+def hard_sentences(held_out: bool = True, count: int = 400) -> list[str]:
     """Sentences of two held-out statements (or two trained ones) with a repeated word."""
     random = Random("hard")
-    return [grammar.long_statement(random, held) for _ in range(count)]
+    return [grammar.long_statement(random, held_out) for _ in range(count)]
 
 
 class VoiceClassifier:

@@ -366,7 +366,7 @@ def test_streamed_speech_has_the_word_error_rate_of_respond(omni):
     )
     texts = [
         text
-        for text in (grammar.statement(random, held=True) for _ in range(60))
+        for text in (grammar.statement(random, held_out=True) for _ in range(60))
         if len(text.split()) > 6
     ]
     for seed, text in enumerate(texts[:26]):

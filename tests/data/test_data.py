@@ -17,7 +17,7 @@ from minomni.talker.codec import Codec
 
 
 def test_voice_stages_leave_long_recordings_out():
-    first, second = corpus.all_statements(held=False)[:2]
+    first, second = corpus.all_statements(held_out=False)[:2]
     texts = [first, f"{first} and {second}", "red two up", "a red cross and a blue cross"]
     recordings = corpus.SpeechCorpus(
         np.zeros(1), [corpus.Utterance(text, "Anna", 0, 1) for text in texts]
@@ -51,7 +51,7 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     """What is read back is what was encoded, row by row; other recordings, as many, and another
     codec do not meet it.
     """
-    spoken, codec = corpus.sample_recordings(held=True), Codec(TINY.codec)
+    spoken, codec = corpus.sample_recordings(held_out=True), Codec(TINY.codec)
     fresh = codes.encode_corpus(codec, spoken, tmp_path)
     kept = codes.encode_corpus(codec, spoken, tmp_path)
     encoded = codes.encode_batches(codec, spoken)
@@ -76,20 +76,20 @@ def test_english_words_where_there_is_room_for_them():
     """
     assert english(TINY.thinker.tokens) == ((), ())
     words, known = english(SMALL.thinker.tokens), world_tokenizer(SMALL.thinker.tokens)
-    assert not set(words.trained) & set(words.held)
-    assert 0.05 < len(words.held) / len(sum(words, ())) < 0.15
+    assert not set(words.trained) & set(words.held_out)
+    assert 0.05 < len(words.held_out) / len(sum(words, ())) < 0.15
     own = {
         word for text in [*grammar.statements(), *grammar.all_questions()] for word in text.split()
     }
-    assert not own & {*words.trained, *words.held, "say"}
+    assert not own & {*words.trained, *words.held_out, "say"}
     jobs = [job.text for _, job in corpus.speaking_jobs(words) + corpus.listening_jobs(words)]
     said = {word for text in jobs for word in text.split()}
     assert set(words.trained) <= said
-    assert not said & set(words.held)
+    assert not said & set(words.held_out)
     pieces = {piece for word in said for piece in known.encode(f" {word}")}
-    foreign = [word for word in words.held if not set(known.encode(f" {word}")) <= pieces]
+    foreign = [word for word in words.held_out if not set(known.encode(f" {word}")) <= pieces]
     assert len(foreign) < 0.05 * len(
-        words.held
+        words.held_out
     )  # of the others every piece has been heard and said
     tested = [job.text for _, job in corpus.evaluation_jobs(words)][len(corpus.evaluation_jobs()) :]
     assert len(tested) == 96
@@ -98,7 +98,10 @@ def test_english_words_where_there_is_room_for_them():
 
 
 def test_no_trained_sentence_is_held_out():
-    trained, held = set(corpus.all_statements(held=False)), set(corpus.all_statements(held=True))
+    trained, held = (
+        set(corpus.all_statements(held_out=False)),
+        set(corpus.all_statements(held_out=True)),
+    )
     assert not trained & held
     assert 0.05 < len(held) / len(trained | held) < 0.15
     said = {job.text for _, job in corpus.speaking_jobs()} | {
@@ -166,7 +169,7 @@ def test_recordings_are_drawn_fairly_but_for_tests():
             teacher.spoken
         ) + corpus.BALANCED_SHARE / len(there)
         assert kinds.count(kind) / drawn == pytest.approx(share, abs=0.03)
-    assert ExampleBuilder(TINY, CACHE, held=True).weights is None
+    assert ExampleBuilder(TINY, CACHE, held_out=True).weights is None
 
 
 def test_kinds_of_sentences():
@@ -237,14 +240,16 @@ def test_a_color_that_two_things_share_is_not_asked_for():
 
 def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
     teacher, random = ExampleBuilder(TINY, tmp_path), Random(0)
-    talks = [teacher.dialogue(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")]
-    examples = sum(talks, [])
-    inputs, answers = teacher.collate(talks, random)
+    dialogues = [
+        teacher.dialogue(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")
+    ]
+    examples = sum(dialogues, [])
+    inputs, answers = teacher.collate(dialogues, random)
     moments = teacher.frame_targets(examples, inputs)
     assert torch.equal(moments != IGNORE_INDEX, inputs.input_ids == TINY.thinker.tokens.audio)
     assert not ((moments != IGNORE_INDEX) & (answers != IGNORE_INDEX)).any()
-    for row, talk in ((0, talks[0]), (2, talks[2])):
-        example, said = talk[0], moments[row][moments[row] != IGNORE_INDEX]
+    for row, dialogue in ((0, dialogues[0]), (2, dialogues[2])):
+        example, said = dialogue[0], moments[row][moments[row] != IGNORE_INDEX]
         change = next(i for i, seen in enumerate(example.objects) if seen != example.objects[0])
         begins = example.clip[1][2 * change]
         for i, word in enumerate(said.tolist()):
@@ -254,11 +259,11 @@ def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
 
 def test_a_picture_is_asked_about_several_times(tmp_path):
     teacher = ExampleBuilder(TINY, tmp_path)
-    talk = teacher.dialogue("scene-typed", Random(2))
-    assert 1 < len(talk) <= 4
-    assert len({example.question for example in talk}) == len(talk)
-    inputs, targets = teacher.collate([talk], Random(2))
-    answers = [teacher.processor.tokenizer.encode(example.answer) for example in talk]
+    dialogue = teacher.dialogue("scene-typed", Random(2))
+    assert 1 < len(dialogue) <= 4
+    assert len({example.question for example in dialogue}) == len(dialogue)
+    inputs, targets = teacher.collate([dialogue], Random(2))
+    answers = [teacher.processor.tokenizer.encode(example.answer) for example in dialogue]
     assert targets[targets != IGNORE_INDEX].tolist() == [
         i for row in answers for i in (*row, teacher.end)
     ]

@@ -94,7 +94,7 @@ def test_hard_sentences_are_long_held_out_and_repeat_a_word():
     hard = evaluator.hard_sentences()
     assert len(hard) > 20
     assert hard == evaluator.hard_sentences()
-    trained = set(corpus.all_statements(held=False))
+    trained = set(corpus.all_statements(held_out=False))
     for text in hard:
         words = [word for word in text.split() if word not in ("a", "and", "is", "the")]
         assert len(text.split()) >= 9
@@ -151,7 +151,7 @@ def test_recognizer_understands_english_words():
     jobs = [job for _, job in corpus.evaluation_jobs(words)[-96:]][::8]
     for vocabulary, chosen in (
         (evaluation_words(words.trained), jobs[:6]),
-        (evaluation_words(words.held), jobs[6:]),
+        (evaluation_words(words.held_out), jobs[6:]),
     ):
         recognizer = SpeechRecognizer(ENGLISH, vocabulary)
         edits = 0
@@ -164,7 +164,7 @@ def test_recognizer_understands_english_words():
 
 
 def test_voice_classifier_on_recordings():
-    recordings = corpus.sample_recordings(held=False)
+    recordings = corpus.sample_recordings(held_out=False)
     classifier = evaluator.VoiceClassifier(recordings, per_voice=3)
     tested = []
     for name in grammar.VOICES:
@@ -179,7 +179,7 @@ def test_voice_classifier_on_recordings():
 
 def test_recognizer_transcribes_recordings_and_rejects_noise():
     recognizer = SpeechRecognizer()
-    recordings = corpus.sample_recordings(held=False)
+    recordings = corpus.sample_recordings(held_out=False)
     tested = statements_in(recordings)
     texts = [recordings.utterances[i].text for i in tested]
     transcripts = [recognizer.transcribe(recordings.wave(i), 16_000) for i in tested]
@@ -205,7 +205,7 @@ def test_recognizer_grammar_contains_every_statement():
 
 
 def test_recognizer_of_long_sentences_accepts_two_statements():
-    recordings = corpus.sample_recordings(held=False)
+    recordings = corpus.sample_recordings(held_out=False)
     first, second = statements_in(recordings)[:2]
     wave = torch.cat([recordings.wave(first), recordings.wave(second)])
     transcript = SpeechRecognizer(LONG).transcribe(wave, 16_000).split()

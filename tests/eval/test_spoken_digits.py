@@ -24,7 +24,7 @@ DIGITS = Path(os.environ.get("MINOMNI_DIGITS", ROOT.parent / "shared" / "data" /
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Six corpus recordings, named like digits of two speakers."""
-    recordings = corpus.sample_recordings(held=False)
+    recordings = corpus.sample_recordings(held_out=False)
     for i in range(6):
         speaker = ("ann", "bob")[i % 2]
         soundfile.write(tmp_path / f"{i}_{speaker}_0.wav", recordings.wave(i), 16_000)

@@ -24,7 +24,7 @@ def omni(tiny_folder):
 
 @pytest.fixture(scope="module")
 def recordings():
-    return corpus.sample_recordings(held=False)
+    return corpus.sample_recordings(held_out=False)
 
 
 def spoken_by(recordings, name: str, count: int) -> list[torch.Tensor]:

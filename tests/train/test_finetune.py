@@ -23,7 +23,7 @@ from minomni.train.loop import Recipe, train
 
 @pytest.fixture(scope="module")
 def recordings():
-    return corpus.sample_recordings(held=False)
+    return corpus.sample_recordings(held_out=False)
 
 
 @pytest.fixture

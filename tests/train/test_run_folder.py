@@ -111,7 +111,7 @@ def test_run_folder_can_be_looked_into(tmp_path):
     )
     wave, rate = soundfile.read(tmp_path / "samples" / "codec" / "000002.wav")
     assert rate == 16_000
-    assert len(wave) == len(corpus.sample_recordings(held=False).wave(0))
+    assert len(wave) == len(corpus.sample_recordings(held_out=False).wave(0))
     assert abs(wave).max() > 0.001
     said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
     assert said.startswith("said  'say the")
@@ -140,7 +140,7 @@ def test_a_mel_made_audible_still_says_the_same():
     """The trained codec reads in the wave that is made of a mel what was said, but for a letter or
     two.
     """
-    codec, spoken = load("data_samples/tiny").codec, corpus.sample_recordings(held=False)
+    codec, spoken = load("data_samples/tiny").codec, corpus.sample_recordings(held_out=False)
     for i in (1, 3):
         mel = voice_mel(spoken.wave(i))
         wave = samples.griffin_lim(mel)
