@@ -2,12 +2,20 @@
 
 from collections.abc import Sequence
 from random import Random
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SILENCE = -11.5129  # log(1e-5), what voice_mel gives for zeros
+SILENT_MEL = -11.5129  # log(1e-5), what voice_mel gives for zeros
+
+Item = TypeVar("Item")
+
+
+def batched(items: list[Item], size: int) -> list[list[Item]]:
+    """Consecutive parts of a list, `size` items each; the last part may be shorter."""
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 def similar_lengths(
@@ -27,7 +35,7 @@ def similar_lengths(
     random = Random(f"{seed}-{step // pool}")
     indices = random.choices(range(len(lengths)), weights, k=batch * pool)
     indices.sort(key=lengths.__getitem__)
-    batches = [indices[begin : begin + batch] for begin in range(0, len(indices), batch)]
+    batches = batched(indices, batch)
     random.shuffle(batches)
     return batches[step % pool]
 
@@ -36,5 +44,5 @@ def pad_mels(mels: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mels [T_i, bands] -> one batch [B, T, bands] padded with silence, and their lengths [B]."""
     lengths = [len(mel) for mel in mels]
     longest = max(lengths)
-    padded = [F.pad(mel, (0, 0, 0, longest - len(mel)), value=SILENCE) for mel in mels]
+    padded = [F.pad(mel, (0, 0, 0, longest - len(mel)), value=SILENT_MEL) for mel in mels]
     return torch.stack(padded), torch.tensor(lengths)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minomni.data.batching import pad_mels
+from minomni.data.batching import batched, pad_mels
 from minomni.data.corpus import SpeechCorpus
 from minomni.files import write_atomically
 from minomni.inputs.mel import voice_mel
@@ -47,8 +47,7 @@ def encode_batches(codec: Codec, speech: SpeechCorpus) -> list[Tensor]:
     lengths = [utterance.end - utterance.start for utterance in speech.utterances]
     order = sorted(range(len(speech)), key=lengths.__getitem__)
     codes: dict[int, Tensor] = {}
-    for begin in range(0, len(order), BATCH):
-        indices = order[begin : begin + BATCH]
+    for indices in batched(order, BATCH):
         mels, frames = pad_mels([voice_mel(speech.wave(i)) for i in indices])
         rows = codec.encode(mels.to(device)).cpu()  # [B, C]
         counts = frames // codec.config.downsample

@@ -44,7 +44,7 @@ def user_messages(example: Example, wave: Tensor | None) -> list[dict]:
     if wave is not None:
         content.append({"type": "audio", "audio": wave})
     # A recording that is not the question itself comes with the question as text.
-    if wave is None or example.heard is not None:
+    if wave is None or example.transcript is not None:
         content.append({"type": "text", "text": example.question})
     return [{"role": "user", "content": content}]
 
@@ -95,7 +95,7 @@ class ExampleBuilder:
             return self.dictation(random, random.uniform(*LONG_SECONDS))
         if task == "hear":
             text = self.recorded_text(random)
-            return Example(TRANSCRIBE, text, voice="any", heard=text, kind=kind)
+            return Example(TRANSCRIBE, text, voice="any", transcript=text, kind=kind)
         example = self._typed_example(kind, random)
         is_spoken = variant == "spoken" and example.question in self.recorded
         return replace(example, voice="any" if is_spoken else None, kind=kind)
@@ -133,7 +133,7 @@ class ExampleBuilder:
             TRANSCRIBE,
             transcript,
             voice="any",
-            heard=transcript,
+            transcript=transcript,
             wave=torch.cat(waves),
             kind="hear-long",
         )
@@ -155,7 +155,7 @@ class ExampleBuilder:
         """The recording of an example [samples], None if the question is typed."""
         if example.voice is None or example.wave is not None:
             return example.wave
-        return self.recording(example.heard or example.question, random)
+        return self.recording(example.transcript or example.question, random)
 
     def recording(self, text: str, random: Random) -> Tensor:
         """A recording of a text [samples], with random gain and noise in training."""

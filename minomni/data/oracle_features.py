@@ -32,7 +32,7 @@ Encode = Callable[[str], list[int]]  # text to token ids
 
 def audio_words(example: Example, encode: Encode) -> list[int]:
     """Token ids of an example's recording, [] if it has none."""
-    return [] if example.voice is None else encode(example.heard or example.question)
+    return [] if example.voice is None else encode(example.transcript or example.question)
 
 
 def tone_token(encode: Encode) -> int:

@@ -52,7 +52,7 @@ class Example:
     image: Image.Image | None = None
     clip: TimedFrames | None = None
     sound: np.ndarray | None = None  # the clip's audio track, float32 [samples] at 16 kHz
-    heard: str | None = None  # transcript of the recording, if it is not the question
+    transcript: str | None = None  # text of the recording, if it is not the question
     # The recording, if it is not from the corpus, float32 [samples] at 16 kHz.
     wave: Tensor | None = None
     objects: list[Frame] = field(default_factory=list)  # what is visible at each grid step

@@ -15,6 +15,7 @@ import numpy as np
 import soxr
 
 from minomni.config import INPUT_SAMPLE_RATE
+from minomni.data.batching import batched
 from minomni.errors import UserError
 
 ESPEAK_RATE = 22_050  # Hz, espeak-ng's output
@@ -46,7 +47,7 @@ def synthesize(jobs: list[Job], seed: int) -> list[np.ndarray]:
     The same jobs and seed give the same samples. Raises UserError if the synthesizer is not
     installed or lacks a voice.
     """
-    parts = [jobs[begin : begin + PART] for begin in range(0, len(jobs), PART)]
+    parts = batched(jobs, PART)
     seeds = range(seed, seed + len(parts))
     waves = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -15,11 +15,12 @@ from minomni.chat.reply import Reply
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.config import ThinkerConfig
 from minomni.data.grammar import statements
+from minomni.data.word_errors import ErrorPair, word_error_rate
 from minomni.errors import UserError
 from minomni.eval.asr import LONG
 from minomni.eval.evaluator import ANSWERS, Evaluator, hard_sentences
 from minomni.eval.report import MROPE
-from minomni.eval.stats import Metric, bootstrap, word_error_metric, word_error_rate
+from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
@@ -37,8 +38,6 @@ TUNING: dict[str, dict[str, Any]] = {
     "chat": {"steps": 150, "lr": 3e-3},
     "talker": {"steps": 200, "lr": 2.5e-3},
 }
-
-ErrorPair = tuple[int, int]  # edits and words of one sentence
 
 
 def dpo(home: Path, items: int, seed: int) -> str:

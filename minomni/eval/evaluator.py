@@ -12,11 +12,12 @@ from torch import Tensor
 from minomni.chat.reply import Reply, ReplyDone
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
+from minomni.data.batching import batched
 from minomni.data.corpus import SpeechCorpus, corpus
 from minomni.data.examples import TRANSCRIBE, ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import evaluation_words
-from minomni.data.word_errors import edit_distance
+from minomni.data.word_errors import ErrorPair, edit_distance, word_errors
 from minomni.eval.asr import ENGLISH, LONG, STATEMENT, SpeechRecognizer
 from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import voice_mel
@@ -45,9 +46,9 @@ SPOKEN_KINDS = ("say-spoken", "scene-spoken", "handwriting-spoken", "video-spoke
 class SpeechResult:
     """Scores of one sentence that the model spoke; (edits, words) come from the recognizer."""
 
-    generated: tuple[int, int]  # speech decoded after the whole reply
-    streamed: tuple[int, int]  # the same codes, decoded chunk by chunk
-    recorded: tuple[int, int]  # the corpus recording of the sentence
+    generated: ErrorPair  # speech decoded after the whole reply
+    streamed: ErrorPair  # the same codes, decoded chunk by chunk
+    recorded: ErrorPair  # the corpus recording of the sentence
     stop_error: bool  # half or twice the recording's length, or no stop code at all
     voice_correct: bool
 
@@ -70,8 +71,7 @@ class Evaluator:
     ) -> list[str]:
         """The model's text answer to each conversation."""
         texts = []
-        for begin in range(0, len(conversations), BATCH):
-            batch = conversations[begin : begin + BATCH]
+        for batch in batched(conversations, BATCH):
             inputs = self.builder.processor(batch, use_audio_in_video)
             reply = self.omni.thinker.generate(inputs, self.omni.config.thinker_sampling)
             texts += [self.omni.decode(row) for row in reply.tokens]
@@ -254,7 +254,7 @@ class Evaluator:
         if classifier is not None and len(reply.wave) > 0:
             voice_correct = classifier.predict(reply.wave) == utterance.voice
 
-        def score(wave: Tensor, sample_rate: int) -> tuple[int, int]:
+        def score(wave: Tensor, sample_rate: int) -> ErrorPair:
             return word_errors(utterance.text, recognized_words(recognizer, wave, sample_rate))
 
         return SpeechResult(
@@ -296,7 +296,7 @@ class Evaluator:
 
     def reply_errors(
         self, sentences: list[str], replies: list[Reply], utterance: str = STATEMENT
-    ) -> list[tuple[int, int]]:
+    ) -> list[ErrorPair]:
         """Recognize the replies -> (edits, words) of each sentence. utterance: see asr.py."""
         recognizer = SpeechRecognizer(utterance)
         pairs = []
@@ -307,15 +307,18 @@ class Evaluator:
 
     def speak(self, text: str, voice: str | None, seed: int) -> Reply:
         """The spoken reply to a typed request to say a sentence."""
-        messages = [{"role": "user", "content": f"say {text}"}]
-        return self.omni.respond(messages, voice=voice, seed=seed)
+        return self.omni.respond(request(text), voice=voice, seed=seed)
 
     def speak_streaming(self, text: str, voice: str | None, seed: int) -> Tensor:
         """The same request as a stream: same codes, decoded in chunks -> waveform [samples]."""
-        messages = [{"role": "user", "content": f"say {text}"}]
-        *_, done = self.omni.stream(messages, voice=voice, seed=seed)
+        *_, done = self.omni.stream(request(text), voice=voice, seed=seed)
         assert isinstance(done, ReplyDone)
         return done.reply.wave
+
+
+def request(text: str) -> list[dict]:
+    """Messages that ask to say a sentence."""
+    return [{"role": "user", "content": f"say {text}"}]
 
 
 def correct_ratio(pairs: list[tuple[bool, bool]]) -> float:
@@ -323,12 +326,6 @@ def correct_ratio(pairs: list[tuple[bool, bool]]) -> float:
     first = sum(first for first, _ in pairs)
     second = sum(second for _, second in pairs)
     return first / max(1, second)
-
-
-def word_errors(text: str, hypothesis: list[str]) -> tuple[int, int]:
-    """Edits between a sentence and recognized words, and the number of words in the sentence."""
-    reference = text.split()
-    return edit_distance(reference, hypothesis), len(reference)
 
 
 def recognized_words(recognizer: SpeechRecognizer, wave: Tensor, sample_rate: int) -> list[str]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from minomni import load
 from minomni.data import text_to_speech
+from minomni.data.batching import batched
 from minomni.data.corpus import corpus
 from minomni.data.examples import append_answer
 from minomni.data.grammar import NUMBERS
@@ -288,8 +289,8 @@ def count_correct(omni: "Omni", clips: list[Clip], batch: int = 50) -> int:
     """Number of clips whose answer is exactly right."""
     processor = Processor(omni.config, omni.require_tokenizer())
     texts = []
-    for begin in range(0, len(clips), batch):
-        prompts = [question(mel, processor) for mel, _ in clips[begin : begin + batch]]
+    for part in batched(clips, batch):
+        prompts = [question(mel, processor) for mel, _ in part]
         inputs = collate(prompts, omni.config.thinker.tokens.endoftext)
         reply = omni.thinker.generate(inputs, omni.config.thinker_sampling)
         texts += [omni.decode(row) for row in reply.tokens]

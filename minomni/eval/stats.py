@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import sqrt
 from random import Random
 
+from minomni.data.word_errors import ErrorPair, word_error_rate
+
 BOOTSTRAP_SAMPLES = 1000
 Z_95 = 1.96  # quantile of the normal distribution for a two-sided 95 % interval
 
@@ -45,14 +47,7 @@ def bootstrap(value: Callable[[list], float], items: list) -> tuple[float, float
     return values[int(0.025 * BOOTSTRAP_SAMPLES)], values[int(0.975 * BOOTSTRAP_SAMPLES)]
 
 
-def word_error_rate(items: list[tuple[int, int]]) -> float:
-    """Word error rate of (edits, words) pairs, one pair per sentence."""
-    edits = sum(edits for edits, _ in items)
-    words = sum(words for _, words in items)
-    return edits / max(1, words)
-
-
-def word_error_metric(name: str, items: list[tuple[int, int]]) -> Metric:
+def word_error_metric(name: str, items: list[ErrorPair]) -> Metric:
     """Word error rate of (edits, words) pairs, one pair per sentence.
 
     The interval resamples sentences, because the errors within one sentence are correlated.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from minomni import load
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.data.batching import pad_mels
+from minomni.data.batching import batched, pad_mels
 from minomni.data.examples import append_answer
 from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read
 from minomni.errors import UserError, shorten
@@ -78,10 +78,9 @@ class FinetuneChatStage(FinetuneStage):
         pairs = [(prompt_inputs(row, self.processor), row) for row in batch]
         # Rows of similar length share a part of the batch, which keeps padding short.
         pairs.sort(key=lambda pair: pair[0].input_ids.shape[1])
-        size = ceil(len(pairs) / PARTS)
         parts = []
-        for first in range(0, len(pairs), size):
-            prompts, rows = zip(*pairs[first : first + size], strict=True)
+        for part in batched(pairs, ceil(len(pairs) / PARTS)):
+            prompts, rows = zip(*part, strict=True)
             inputs, targets = self.collate(list(prompts), list(rows))
             parts.append((self.omni.thinker(inputs), targets))
         return {"text": losses.in_parts(parts)}

@@ -48,7 +48,7 @@ def transcript(stage: "Stage", folder: Path, mel: Tensor) -> str:
     codec = trained_codec(stage, folder)
     if codec is None:
         return "not read: stage codec is not finished"
-    return repr(read(codec, mel))
+    return repr(transcribe(codec, mel))
 
 
 def trained_codec(stage: "Stage", folder: Path) -> Codec | None:
@@ -104,7 +104,7 @@ def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
     return torch.istft(spectrum, **stft, length=samples).clamp(-1, 1)
 
 
-def read(codec: Codec, mel: Tensor) -> str:
+def transcribe(codec: Codec, mel: Tensor) -> str:
     """The codec's transcript of a mel [T, bands]."""
     downsample = codec.config.downsample
     frames = len(mel) // downsample * downsample  # whole codes only

@@ -12,7 +12,7 @@ from minomni.config import IGNORE_INDEX, SMALL, TINY
 from minomni.data import codes, corpus, grammar, scenes, text_to_speech
 from minomni.data.examples import ExampleBuilder
 from minomni.data.vocabulary import english, world_tokenizer
-from minomni.data.word_errors import edit_distance, word_error_rate
+from minomni.data.word_errors import edit_distance, word_error_rate, word_errors
 from minomni.talker.codec import Codec
 
 
@@ -312,4 +312,6 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
 
 def test_word_error_by_hand():
     assert edit_distance(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
-    assert word_error_rate([("a b", "a b"), ("a b c d", "")]) == pytest.approx(4 / 6)
+    assert word_error_rate(
+        [word_errors("a b", ["a", "b"]), word_errors("a b c d", [])]
+    ) == pytest.approx(4 / 6)

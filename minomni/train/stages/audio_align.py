@@ -45,7 +45,7 @@ class AudioAlignStage(AlignStage):
     def clip(self, random: Random, with_tone: bool) -> tuple[Tensor, list[int]]:
         """A waveform [samples] and its token ids: the audio of a video with a tone, or speech."""
         text = self.builder.recorded_text(random)
-        example = Example("", "", voice="any", heard=text)
+        example = Example("", "", voice="any", transcript=text)
         if with_tone:
             example = self.builder.example("sync-typed", random)
         if example.voice is None:

@@ -1,13 +1,13 @@
 """Stage codec: speech to discrete codes and back to a mel."""
 
 import torch
-from torch import Tensor
 
 from minomni.config import MEL_RATE
 from minomni.data.batching import pad_mels, similar_lengths
-from minomni.data.word_errors import edit_distance
-from minomni.talker.codec import ids_to_letters, letters_to_ids
+from minomni.data.word_errors import word_error_rate, word_errors
+from minomni.talker.codec import letters_to_ids
 from minomni.train import losses
+from minomni.train.samples import transcribe
 from minomni.train.stages.mel_stage import MelStage
 
 
@@ -43,16 +43,14 @@ class CodecStage(MelStage):
         """Codes in use, bits per second, and the word error rate of reconstructed speech."""
         codec = self.codec
         codes = []
-        edits = 0
-        words = 0
+        errors = []
         for i in range(0, len(self.speech), max(1, len(self.speech) // 32)):
             mel = self.mel(i)[None].to(self.device)
             codes.append(codec.encode(mel)[0])
             grid = codec.fsq.values(codes[-1])[None]
             reconstructed = codec.mel(grid, self.conds([i]).to(self.device))  # [1, T, bands]
-            reference = self.speech.utterances[i].text.split()
-            edits += edit_distance(reference, self.transcribe(reconstructed).split())
-            words += len(reference)
+            transcript = transcribe(codec, reconstructed[0])
+            errors.append(word_errors(self.speech.utterances[i].text, transcript.split()))
 
         # Entropy of the codes.
         _, counts = torch.cat(codes).unique(return_counts=True)
@@ -60,17 +58,12 @@ class CodecStage(MelStage):
         bits_per_code = -(frequencies * frequencies.log2()).sum().item()
         bits_per_second = bits_per_code * MEL_RATE / codec.config.downsample
 
-        transcript = self.transcribe(self.mel(0)[None].to(self.device))
+        transcript = transcribe(codec, self.mel(0))
         return (
             f"{len(counts)} of {codec.config.num_codes} codes used, {bits_per_second:.0f} bits/s; "
-            f"word error rate of reconstructed speech {edits / words:.0%}; "
+            f"word error rate of reconstructed speech {word_error_rate(errors):.0%}; "
             f"transcript {transcript!r}"
         )
-
-    def transcribe(self, mel: Tensor) -> str:
-        """The codec's transcript of a mel [1, T, bands]."""
-        grid, _ = self.codec.quantize(mel)
-        return ids_to_letters(self.codec.letters(grid)[0].argmax(-1))
 
     def sound(self):
         grid, _ = self.codec.quantize(self.mel(0)[None].to(self.device))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minomni.config import SamplingConfig
+from minomni.data.batching import batched
 from minomni.data.examples import ExampleBuilder
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
@@ -20,7 +21,6 @@ from minomni.train.stages.speech import (
 )
 
 PAUSE = 8  # codes (a third of a second) without a letter that do not yet count as a pause
-PAIRS = 16  # preference pairs per batch
 
 Pair = tuple[TalkerExample, Tensor, Tensor]  # prompt, chosen codes [m], rejected codes [n]
 
@@ -44,11 +44,8 @@ class DPOStage(SpeechStage):
         """Also sample the preference pairs, and compute their reference log-probabilities."""
         super().setup()
         with torch.no_grad():
-            self.pairs = self.preference_pairs()
-            self.reference = [
-                self._log_probs(self.pairs[begin : begin + PAIRS])
-                for begin in range(0, len(self.pairs), PAIRS)
-            ]
+            self.pairs = batched(self.preference_pairs(), self.recipe.batch)
+            self.reference = [self._log_probs(pairs) for pairs in self.pairs]
 
     def preference_pairs(self) -> list[Pair]:
         """Best and worst of the Talker's samples for each prompt, sorted by length.
@@ -68,10 +65,7 @@ class DPOStage(SpeechStage):
         for prompts in self.dpo_prompts():
             repeated = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
             samples = self.speak(repeated, sampling, generator)
-            for i, prompt in enumerate(prompts):
-                own_samples = samples[
-                    i * self.samples_per_prompt : (i + 1) * self.samples_per_prompt
-                ]
+            for prompt, own_samples in zip(prompts, batched(samples, self.samples_per_prompt)):
                 pair = self.best_and_worst(prompt, own_samples)
                 if pair is not None:
                     pairs.append(pair)
@@ -103,8 +97,7 @@ class DPOStage(SpeechStage):
         no_codes = torch.zeros(0, dtype=torch.long)
 
         batches = []
-        for begin in range(0, len(examples), BATCH):
-            part = examples[begin : begin + BATCH]
+        for part in batched(examples, BATCH):
             inputs, targets = builder.collate([[example] for example in part], random)
             batch = []
             for row, example in zip(talker_prompts(self.omni.thinker, inputs, targets), part):
@@ -139,12 +132,11 @@ class DPOStage(SpeechStage):
 
     def batch(self, number):
         # Each epoch visits all batches of pairs in a random order.
-        batches = len(self.reference)
+        batches = len(self.pairs)
         epoch = number // batches
         order = Random(f"{self.seed}-dpo-{epoch}").sample(range(batches), batches)
         index = order[number % batches]
-        pairs = self.pairs[index * PAIRS : (index + 1) * PAIRS]
-        return pairs, self.reference[index], super().batch(number)
+        return self.pairs[index], self.reference[index], super().batch(number)
 
     def losses(self, batch):
         pairs, reference, examples = batch

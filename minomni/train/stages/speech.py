@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX, SamplingConfig, TokenIds
-from minomni.data.batching import similar_lengths
+from minomni.data.batching import batched, similar_lengths
 from minomni.data.codes import cache_key, encode_corpus
 from minomni.data.corpus import FIRST_VOICE_OFFSET, corpus, sampling_weights, voices_of_corpus
 from minomni.data.examples import ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english
-from minomni.data.word_errors import edit_distance
+from minomni.data.word_errors import word_error_rate, word_errors
 from minomni.files import write_atomically
 from minomni.inputs.prompt import Inputs
 from minomni.talker.codec import ids_to_letters
@@ -179,17 +179,17 @@ class SpeechStage(Stage):
         questions = self.questions(builder, random)
 
         examples = []
-        for begin in range(0, len(self.speech), BATCH):
-            utterances = self.speech.utterances[begin : begin + BATCH]
+        labeled = list(zip(self.speech.utterances, codes))
+        for part in batched(labeled, BATCH):
             dialogues = []
-            for utterance in utterances:
+            for utterance, _ in part:
                 # A question with this sentence as the answer, or else the request to say it.
                 candidates = questions.get(utterance.text)
                 prompt = candidates.pop() if candidates else builder.say(utterance.text)
                 dialogues.append([prompt])
             inputs, targets = builder.collate(dialogues, random)
             rows = talker_prompts(self.omni.thinker, inputs, targets)
-            for row, utterance, code in zip(rows, utterances, codes[begin : begin + BATCH]):
+            for row, (utterance, code) in zip(rows, part):
                 voice = self.voices[utterance.voice].bos_token
                 examples.append(TalkerExample(*row, voice, code.clone(), utterance.text))
         return examples
@@ -248,14 +248,8 @@ class SpeechStage(Stage):
         chosen = self.examples[:: max(1, len(self.examples) // 16)][:16]
         generated = self.speak(chosen, self.omni.config.talker_sampling, generator)
         transcripts = [self.transcribe(codes) for codes in generated]
-
-        edits = 0
-        words = 0
-        for example, transcript in zip(chosen, transcripts):
-            reference = example.text.split()
-            edits += edit_distance(reference, transcript.split())
-            words += len(reference)
-        rate = edits / words
+        errors = [word_errors(x.text, text.split()) for x, text in zip(chosen, transcripts)]
+        rate = word_error_rate(errors)
         return f"codec's word error rate {rate:.0%}; {chosen[0].text!r} -> {transcripts[0]!r}"
 
     def sound(self):

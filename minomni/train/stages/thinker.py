@@ -5,11 +5,13 @@ trained on the generated world's sentences. The encoders' first stages are audio
 vision_align.py; the examples are in data/examples.py.
 """
 
+from math import ceil
 from random import Random
 
 from torch import Tensor
 
 from minomni.config import IGNORE_INDEX
+from minomni.data.batching import batched
 from minomni.data.examples import ExampleBuilder, estimated_tokens
 from minomni.data.oracle_features import oracle_embeds
 from minomni.data.scenes import Example
@@ -45,10 +47,8 @@ class ThinkerStage(Stage):
         dialogues = [self.dialogue(kind, random) for kind in kinds]
         dialogues.sort(key=lambda dialogue: sum(map(estimated_tokens, dialogue)))
 
-        size = -(-len(dialogues) // PARTS)
         parts = []
-        for begin in range(0, len(dialogues), size):
-            part = dialogues[begin : begin + size]
+        for part in batched(dialogues, ceil(len(dialogues) / PARTS)):
             inputs, targets = self.builder.collate(part, random)
             examples = [example for dialogue in part for example in dialogue]
             parts.append((examples, inputs, targets))
