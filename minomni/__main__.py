@@ -351,7 +351,7 @@ def train_all(size: str, home: Path, seed: int, device: str) -> None:
     try:
         stage_pool.run_all(size, home, seed, device)
     finally:
-        seconds = pipeline.elapsed_s(home, time.perf_counter() - began)
+        seconds = pipeline.add_elapsed(home, time.perf_counter() - began)
     pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
 

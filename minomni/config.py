@@ -948,9 +948,3 @@ TINY = OmniConfig(
 )
 
 SIZES = {"tiny": TINY, "small": SMALL, "qwen7b": QWEN7B}
-
-
-def size(name: str) -> OmniConfig:
-    """The configuration of a named size. Raises ValueError listing the names."""
-    require(name in SIZES, f"unknown size {name!r}; the sizes are {', '.join(SIZES)}")
-    return SIZES[name]

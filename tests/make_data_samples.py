@@ -22,9 +22,10 @@ import torch
 import minomni
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import corpus, grammar, scenes, text_to_speech
 from minomni.omni import Omni
-from minomni.train.pipeline import TRAINED, config_hash
+from minomni.train.pipeline import config_hash
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
@@ -157,7 +158,7 @@ def recordings(count: int = 32) -> None:
 def model() -> None:
     """Keep runs/tiny/model as data_samples/tiny, at half its size: load() converts it to fp32."""
     weights.save(minomni.load("tiny").half(), FOLDER / "tiny")
-    shutil.copy(minomni.folder_of("tiny") / TRAINED, FOLDER / "tiny")
+    shutil.copy(minomni.folder_of("tiny") / HISTORY_FILE, FOLDER / "tiny")
 
 
 def with_three_pairs(omni: Omni, dilations: tuple[int, int, int] = (1, 3, 5)) -> Omni:
@@ -186,11 +187,11 @@ def with_three_pairs(omni: Omni, dilations: tuple[int, int, int] = (1, 3, 5)) ->
 
 
 def convert() -> None:
-    """Add third pairs of zeros to the tiny model that is there; its TRAINED file stays the same."""
-    trained = read_json(FOLDER / "tiny" / TRAINED)
+    """Add third pairs of zeros to the tiny model that is there; its history stays the same."""
+    trained = read_json(FOLDER / "tiny" / HISTORY_FILE)
     omni = with_three_pairs(weights.load(FOLDER / "tiny"))
     weights.save(omni.half(), FOLDER / "tiny")
-    write_json(FOLDER / "tiny" / TRAINED, trained | {"config": config_hash(omni.config)})
+    write_json(FOLDER / "tiny" / HISTORY_FILE, trained | {"config": config_hash(omni.config)})
 
 
 if __name__ == "__main__":

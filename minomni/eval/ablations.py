@@ -13,6 +13,7 @@ from torch import Tensor
 from minomni import load
 from minomni.chat.reply import Reply
 from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.config import ThinkerConfig
 from minomni.data.grammar import statements
 from minomni.data.word_errors import ErrorPair, word_error_rate
@@ -25,7 +26,7 @@ from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
 from minomni.train.loop import train
-from minomni.train.pipeline import STAGES, TRAINED, cache_of, make_stage
+from minomni.train.pipeline import STAGES, cache_of, make_stage
 from minomni.train.recipes import recipe_of
 from minomni.train.run_folder import load_stages
 from minomni.train.stages.dpo import DPOStage
@@ -197,7 +198,8 @@ def plain_mrope(inputs: Inputs, config: ThinkerConfig) -> Tensor:
 
 def trained_size(home: Path) -> str:
     """Size of the model that was trained in a run folder."""
-    return read_json(home / "model" / TRAINED)["size"]
+    advice = f"python -m minomni train --home {home} makes it"
+    return read_json(home / "model" / HISTORY_FILE, advice=advice)["size"]
 
 
 def error_table(errors: dict[str, list[ErrorPair]]) -> str:
@@ -265,7 +267,7 @@ def ablate(name: str, home: Path, items: int, seed: int) -> str:
     """The table of an ablation. Raises UserError if the run folder lacks a file that it needs."""
     stages = home / "stages"
     files = [
-        home / "model" / TRAINED,
+        home / "model" / HISTORY_FILE,
         stages / "talker.safetensors",
         stages / "dpo.safetensors",
     ]

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from minomni import config as sizes
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, required_buffer_s
-from minomni.config import INPUT_SAMPLE_RATE, FlowConfig
+from minomni.config import INPUT_SAMPLE_RATE, SIZES, FlowConfig
+from minomni.data.corpus import FIRST_VOICE_OFFSET
+from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
 from minomni.files import write_atomically
 from minomni.omni import Omni
@@ -44,7 +45,7 @@ ROUNDS = 3  # repetitions of each measurement
 SESSION_S = 600
 WORDS_PER_S = 3  # text tokens per second of speech, at most: random weights never stop
 QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
-STAGES = {
+LATENCY_PHASES = {
     "prefill": "end of prefill",
     "text": "first text token",
     "code": "first code",
@@ -68,7 +69,7 @@ class Streaming:
     """Results of measure()."""
 
     rows: Rows
-    stages: dict[str, tuple[float, float]]  # seconds since the question, predicted and measured
+    phases: dict[str, tuple[float, float]]  # seconds since the question, predicted and measured
     schedules: dict[str, tuple[int, float]]  # codes before the first audio, distance of the mel
 
     def ratios(self) -> dict[str, float]:
@@ -78,8 +79,10 @@ class Streaming:
     def markdown(self) -> str:
         """All results as Markdown tables."""
         lines = [table(self.rows), "", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
-        for name, (predicted, measured) in self.stages.items():
-            lines.append(f"| {STAGES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |")
+        for name, (predicted, measured) in self.phases.items():
+            lines.append(
+                f"| {LATENCY_PHASES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
+            )
         lines.append("")
         lines.append(
             "| schedule | codes before the first audio | mel distance to offline decoding |"
@@ -90,24 +93,24 @@ class Streaming:
         return "\n".join(lines)
 
     def draw(self, path: Path) -> None:
-        """Write a waterfall chart of the stages as PNG. Raises UserError if that fails."""
+        """Write a waterfall chart of the phases as PNG. Raises UserError if that fails."""
         import matplotlib
 
         matplotlib.use("agg")
         from minomni.notebook import viz
 
-        count = len(self.stages)
+        count = len(self.phases)
         ax = viz.axes(width=7, height=2.6)
         series = (("predicted", viz.PALE), ("measured", viz.COLORS["audio"]))
         for column, (label, color) in enumerate(series):
-            ends = [1e3 * times[column] for times in self.stages.values()]
+            ends = [1e3 * times[column] for times in self.phases.values()]
             begins = [0.0, *ends[:-1]]
             widths = [end - begin for begin, end in zip(begins, ends)]
             rows = [count - i - 0.4 * column for i in range(count)]
             ax.barh(rows, widths, 0.38, begins, color=color, label=label)
 
         ax.set(yticks=[count - i - 0.2 for i in range(count)], xlabel="ms since the question")
-        ax.set_yticklabels([STAGES[name] for name in self.stages])
+        ax.set_yticklabels([LATENCY_PHASES[name] for name in self.phases])
         ax.legend(frameon=False, fontsize=8)
         write_atomically(path, lambda file: ax.figure.savefig(file, format="png", dpi=100))
 
@@ -189,10 +192,10 @@ def measure(omni: Omni) -> Streaming:
             same_solver_runs.append(timed(lambda: streamed(omni, omni.config.flow)))
         predicted = predict(omni, with_euler(omni.config.flow))
 
-    # Earliest time of each stage over the streaming runs.
+    # Earliest time of each phase over the streaming runs.
     timings = [reply.timings for _, _, (_, reply) in streaming_runs]
-    measured = {name: min(timing.first(name) for timing in timings) for name in STAGES}
-    stages = {name: (predicted[name], measured[name]) for name in STAGES}
+    measured = {name: min(timing.first(name) for timing in timings) for name in LATENCY_PHASES}
+    phases = {name: (predicted[name], measured[name]) for name in LATENCY_PHASES}
 
     rows = latency_rows(offline_runs, measured["sound"])
     rows |= cost_rows(offline_runs, streaming_runs, same_solver_runs)
@@ -207,7 +210,7 @@ def measure(omni: Omni) -> Streaming:
     schedules = {"eager, the default of stream()": low_latency_schedule(token2wav_of(omni))}
     schedules |= SCHEDULES
     distances = {name: distance(omni, schedule) for name, schedule in schedules.items()}
-    return Streaming(rows, stages, distances)
+    return Streaming(rows, phases, distances)
 
 
 def latency_rows(offline_runs: list, first_audio_s: float) -> Rows:
@@ -318,13 +321,11 @@ def random_model(size: str, device: str) -> Omni:
 
     On a GPU Thinker and Talker are bf16. Raises UserError for an unknown size.
     """
-    from minomni.data.vocabulary import world_tokenizer
-
     torch.manual_seed(0)
-    if size not in sizes.SIZES:
-        raise UserError(f"unknown size {size!r}; the sizes are {', '.join(sizes.SIZES)}")
+    if size not in SIZES:
+        raise UserError(f"unknown size {size!r}; the sizes are {', '.join(SIZES)}")
     with torch.device(device):
-        omni = Omni(sizes.size(size)).eval()
+        omni = Omni(SIZES[size]).eval()
         dit = token2wav_of(omni).config.dit
         cond = torch.randn(1, dit.enc_emb_dim)
         ref_mel = torch.randn(1, 300, dit.mel_dim) - 5
@@ -334,7 +335,9 @@ def random_model(size: str, device: str) -> Omni:
         omni.talker.bfloat16()
     tokens = omni.config.thinker.tokens
     omni.tokenizer = world_tokenizer(tokens)
-    omni.voices = {"random": Voice("random", tokens.tts_text_pad + 5, cond, ref_mel)}
+    omni.voices = {
+        "random": Voice("random", tokens.tts_text_pad + FIRST_VOICE_OFFSET, cond, ref_mel)
+    }
     return omni
 
 
@@ -342,7 +345,7 @@ def random_model(size: str, device: str) -> Omni:
 
 
 def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
-    """Seconds from the question to each stage, as the sum of the parts measured alone."""
+    """Seconds from the question to the end of each phase: sums of parts that are measured alone."""
     voice = default_voice(omni)
     token2wav = token2wav_of(omni)
     schedule = low_latency_schedule(token2wav)

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from minomni import folder_of, load, paths
+from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import grammar
 from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.spoken_digits import check_recordings, leave_one_out
 from minomni.eval.stats import Metric, bootstrap
 from minomni.files import write_atomically
-from minomni.train.pipeline import TRAINED, cache_of, commit
+from minomni.train.pipeline import cache_of, commit
 
 MROPE = "sync_mrope.json"  # in the run folder: the result of `ablate tmrope`
 
@@ -91,8 +92,8 @@ def measure(
     rows += evaluator.english()
 
     train_seconds = None
-    if (folder / TRAINED).exists():
-        train_seconds = json.loads((folder / TRAINED).read_text(encoding="utf-8"))["seconds"]
+    if (folder / HISTORY_FILE).exists():
+        train_seconds = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))["seconds"]
     seconds = time.perf_counter() - start
     report = Report(model, rows, seconds, train_seconds, omni.thinker.device.type)
     markdown = report.markdown().encode()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from minomni import load
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data.batching import batched, pad_mels
 from minomni.data.examples import append_answer
 from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read
@@ -28,7 +29,7 @@ from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses
 from minomni.train.loop import Recipe, Stage, to_device, train
-from minomni.train.pipeline import TRAINED, commit, config_hash, prepare_run
+from minomni.train.pipeline import commit, config_hash, prepare_run
 from minomni.train.run_folder import load_stages
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import PARTS
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 # Without --epochs: at least so many epochs, and at least so many steps where there are few rows.
 MIN_EPOCHS = 3
 MIN_STEPS = 300
-MADE_OF = "made_of.json"  # in the folder of the run: the model, data and options it began with
+RUN_INPUTS = "made_of.json"  # in the folder of the run: the model, data and options it began with
 
 
 class FinetuneStage(Stage):
@@ -104,12 +105,12 @@ class FinetuneTalkerStage(FinetuneStage):
 
     def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
         prompts = [prompt_inputs(row, self.processor) for row in batch]
-        handovers = talker_prompts(self.omni.thinker, *self.collate(prompts, batch))
+        talker_inputs = talker_prompts(self.omni.thinker, *self.collate(prompts, batch))
         default_voice = next(iter(self.omni.voices))
         examples = []
-        for handover, codes, row in zip(handovers, self.codes(batch), batch, strict=True):
+        for inputs, codes, row in zip(talker_inputs, self.codes(batch), batch, strict=True):
             bos_token = self.omni.voice(row.voice or default_voice).bos_token
-            examples.append(TalkerExample(*handover, bos_token, codes, row.answer))
+            examples.append(TalkerExample(*inputs, bos_token, codes, row.answer))
         return {"codes": code_loss(self.omni, examples)}
 
     @torch.no_grad()
@@ -128,11 +129,11 @@ class FinetuneTalkerStage(FinetuneStage):
         return [codes[:count] for codes, count in zip(encoded, frames // downsample, strict=True)]
 
 
-STAGES: dict[str, type[FinetuneStage]] = {
+FINETUNE_STAGES: dict[str, type[FinetuneStage]] = {
     "chat": FinetuneChatStage,
     "talker": FinetuneTalkerStage,
 }
-RECIPES = {  # learning rate and batch; the steps follow from the epochs
+FINETUNE_RECIPES = {  # learning rate and batch; the steps follow from the epochs
     "tiny": {"chat": (2e-3, 16), "talker": (2e-3, 16)},
     "small": {"chat": (5e-4, 32), "talker": (5e-4, 32)},
 }
@@ -169,22 +170,23 @@ def finetune(
     rows = read(data, run, omni)
     if stage == "talker" and not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
-    names = [stage] if stage else [name for name in STAGES if name == "chat" or rows.spoken]
-    made_of = {
+    default_names = ["chat", "talker"] if rows.spoken else ["chat"]
+    names = [stage] if stage else default_names
+    inputs_of_run = {
         "data": rows.digest.hexdigest(),
         "model": weights_hash(omni),
         "seed": seed,
         "epochs": epochs,
         "stages": names,
     }
-    check_same_run(run, made_of)
+    check_same_run(run, inputs_of_run)
     for name, waveform in rows.voices.items():
         omni.voices[name] = make_voice(waveform, name, omni)
 
     # Each stage starts from the weights of the one before it.
     for name in names:
         if not (run / "stages" / f"{name}.safetensors").exists():
-            training = make_stage(name, size, omni, run, seed, rows, epochs)
+            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs)
             train(training, run / "stages", resume=True)
         load_stages(omni, run / "stages", [name])
 
@@ -200,17 +202,19 @@ def finetune(
         "config": config_hash(omni.config),
         "commit": commit(),
     }
-    write_json(out / TRAINED, trained)
+    write_json(out / HISTORY_FILE, trained)
     return out
 
 
 def check_size_and_stage(size: str, stage: str | None) -> None:
     """Raises UserError for a size or a stage that cannot be fine-tuned."""
-    if size not in RECIPES:
-        sizes = ", ".join(RECIPES)
+    if size not in FINETUNE_RECIPES:
+        sizes = ", ".join(FINETUNE_RECIPES)
         raise UserError(f"cannot fine-tune size {size!r}; sizes with a recipe are {sizes}")
-    if stage is not None and stage not in STAGES:
-        raise UserError(f"fine-tuning has no stage {stage!r}; its stages are {', '.join(STAGES)}")
+    if stage is not None and stage not in FINETUNE_STAGES:
+        raise UserError(
+            f"fine-tuning has no stage {stage!r}; its stages are {', '.join(FINETUNE_STAGES)}"
+        )
 
 
 def working_folder(out: Path, home: Path | None) -> Path:
@@ -236,7 +240,7 @@ def working_folder(out: Path, home: Path | None) -> Path:
     return (home or out.parent) / f"{out.name}.run"
 
 
-def make_stage(
+def make_finetune_stage(
     name: str,
     size: str,
     omni: "Omni",
@@ -246,14 +250,14 @@ def make_stage(
     epochs: int | None,
 ) -> FinetuneStage:
     """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least."""
-    lr, batch = RECIPES[size][name]
+    lr, batch = FINETUNE_RECIPES[size][name]
     count = len(rows.spoken) if name == "talker" else len(rows)
     if epochs:
         steps = ceil(epochs * count / batch)
     else:
         steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / batch))
     recipe = Recipe(steps, batch, lr, warmup=min(30, ceil(steps / 10)))
-    return STAGES[name](omni, recipe, run, seed, rows)
+    return FINETUNE_STAGES[name](omni, recipe, run, seed, rows)
 
 
 def weights_hash(omni: "Omni") -> str:
@@ -264,12 +268,12 @@ def weights_hash(omni: "Omni") -> str:
     return digest.hexdigest()
 
 
-def check_same_run(run: Path, made_of: dict) -> None:
+def check_same_run(run: Path, inputs_of_run: dict) -> None:
     """Note what a run is made of. Raises UserError where it has begun with something else."""
-    kept = read_json(run / MADE_OF, optional=True)
-    changed = [key for key, value in made_of.items() if kept.get(key, value) != value]
+    kept = read_json(run / RUN_INPUTS, True, "--fresh deletes the run")
+    changed = [key for key, value in inputs_of_run.items() if kept.get(key, value) != value]
     if changed and any((run / "stages").iterdir()):
         raise UserError(
             f"{run} was begun with other {' and '.join(changed)}; use --fresh, or another --out"
         )
-    write_json(run / MADE_OF, made_of)
+    write_json(run / RUN_INPUTS, inputs_of_run)

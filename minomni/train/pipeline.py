@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from minomni import config as sizes
 from minomni import paths
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.config import SIZES, OmniConfig
 from minomni.data.corpus import FIRST_VOICE_OFFSET, corpus, voices_of_corpus
 from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
@@ -46,8 +47,8 @@ from minomni.train.stages.thinker import (
 from minomni.train.stages.vision_align import VisionAlignStage
 from minomni.train.stages.vocoder import VocoderStage
 
-TRAINED = "trained.json"  # beside the weights: size, seed, command, seconds, config, commit
 SETTINGS = "settings.json"  # beside the stages: what --set changed
+SECONDS = "seconds.json"  # beside the stages: how long all calls together have trained
 LOADER_WORKERS = {"cuda": 2}  # processes per stage; on a CPU training itself takes all cores
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
@@ -200,11 +201,16 @@ def forget_settings(folder: Path, stage: str) -> None:
         write_json(folder / SETTINGS, recorded)
 
 
-def elapsed_s(home: Path, more: float = 0.0) -> float:
-    """Seconds that all calls together have trained in this folder, after adding some."""
-    file = home / "stages" / "seconds.json"
-    total = read_json(file, True, "--fresh deletes the run").get("seconds", 0.0) + more
-    write_json(file, {"seconds": total})
+def elapsed_s(home: Path) -> float:
+    """Seconds that all calls together have trained in this folder."""
+    recorded = read_json(home / "stages" / SECONDS, True, "--fresh deletes the run")
+    return recorded.get("seconds", 0.0)
+
+
+def add_elapsed(home: Path, seconds: float) -> float:
+    """Add the seconds of one call to those of the run -> their sum."""
+    total = elapsed_s(home) + seconds
+    write_json(home / "stages" / SECONDS, {"seconds": total})
     return total
 
 
@@ -223,7 +229,7 @@ def make_stage(
     """
     recipe = recipe_of(name, size, read_settings(home))
     torch.manual_seed(seed)
-    omni = Omni(sizes.size(size))
+    omni = Omni(SIZES[size])
     load_stages(omni, home / "stages", list(STAGES[name].needs))
     omni = omni.to(device_of(device))
     stage = STAGES[name](omni, recipe, cache or cache_of(home), seed)
@@ -247,7 +253,7 @@ def run_stage(
     another size.
     """
     folder = home / "stages"
-    check_run_config(folder, sizes.size(size))
+    check_run_config(folder, SIZES[size])
     if resume and (folder / f"{name}.safetensors").exists():
         print(f"stage {name} is finished; --stage {name} --fresh starts it over")
         return
@@ -284,7 +290,7 @@ def export_model(size: str, home: Path, seed: int) -> None:
     Its trained.json says how it was made; log.jsonl beside it has the seconds and final losses.
     """
     torch.manual_seed(seed)
-    omni = Omni(sizes.size(size))
+    omni = Omni(SIZES[size])
     load_stages(omni, home / "stages", list(STAGES))
     tokens = omni.config.thinker.tokens
     omni.tokenizer = world_tokenizer(tokens)
@@ -300,7 +306,7 @@ def export_model(size: str, home: Path, seed: int) -> None:
         "config": config_hash(omni.config),
         "commit": commit(),
     }
-    write_json(home / "model" / TRAINED, trained)
+    write_json(home / "model" / HISTORY_FILE, trained)
     write_summary(home / "stages" / "log.jsonl", home / "log.jsonl")
 
 
@@ -313,7 +319,7 @@ def training_command(size: str, seed: int, settings: Settings) -> str:
     return " ".join(words)
 
 
-def config_hash(config: sizes.OmniConfig) -> str:
+def config_hash(config: OmniConfig) -> str:
     """A fingerprint of all sizes of a model."""
     return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
 

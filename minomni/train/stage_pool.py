@@ -6,8 +6,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from minomni import config as sizes
 from minomni import paths
+from minomni.config import SIZES
 from minomni.data.corpus import corpus
 from minomni.data.vocabulary import english
 from minomni.errors import UserError
@@ -28,7 +28,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     """
     # Once, with all cores, before two stages synthesize the same recordings.
     for name in ("listening", "speaking"):
-        corpus(name, cache_of(home), english(sizes.size(size).thinker.tokens))
+        corpus(name, cache_of(home), english(SIZES[size].thinker.tokens))
 
     workers = WORKERS.get(device, WORKERS["cpu"])
     sorter = unfinished_stages(home / "stages")

@@ -408,9 +408,9 @@ def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch
     ]
     assert not any(value < 0 for value in result.ratios().values())
     assert all(f"| {name} |" in result.markdown() for name in result.rows)
-    times = [measured for _, measured in result.stages.values()]
+    times = [measured for _, measured in result.phases.values()]
     assert times == sorted(times)
-    assert list(result.stages) == [
+    assert list(result.phases) == [
         "prefill",
         "text",
         "code",

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from minomni import load, paths
 from minomni.checkpoint.hf_config import write_json
+from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.config import TINY
 from minomni.data import text_to_speech
 from minomni.data.examples import ExampleBuilder
@@ -17,7 +18,7 @@ from minomni.errors import UserError
 from minomni.eval import ablations, report
 from minomni.thinker.tmrope import position_ids
 from minomni.train import recipes
-from minomni.train.pipeline import STAGES, TRAINED
+from minomni.train.pipeline import STAGES
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import SpeechStage
 from minomni.train.stages.thinker import ThinkerStage
@@ -35,7 +36,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(DPOStage, "num_prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")
-    write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
+    write_json(home / "model" / HISTORY_FILE, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
     for name in (
         "codec",

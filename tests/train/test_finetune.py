@@ -38,7 +38,7 @@ def small(monkeypatch, tiny_folder):
     monkeypatch.setattr(
         finetune, "load", lambda size, device: minomni.load(str(tiny_folder), device)
     )
-    monkeypatch.setitem(finetune.RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
+    monkeypatch.setitem(finetune.FINETUNE_RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
     monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
 
 
@@ -721,12 +721,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     assert peaks[1] - peaks[0] < 100 * 1800, peaks  # at most 100 bytes a line, of 4,000
 
 
-@pytest.mark.parametrize("name", list(finetune.STAGES))
+@pytest.mark.parametrize("name", list(finetune.FINETUNE_STAGES))
 def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
         lines = jsonl.validate(write(tmp_path, [{**row, "voice": "Ann"} for row in spoken]), fresh)
-        stage = finetune.STAGES[name](fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines)
+        stage = finetune.FINETUNE_STAGES[name](
+            fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines
+        )
         stage.sample = lambda: ""
         return stage
 

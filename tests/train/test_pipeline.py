@@ -9,6 +9,7 @@ import torch
 from training import recordings_only  # noqa: F401  (a fixture)
 
 from minomni import paths
+from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.config import SMALL, TINY
 from minomni.data import corpus
 from minomni.errors import UserError
@@ -246,7 +247,7 @@ def test_recipes_can_be_followed(size):
 
 def test_shipped_model_fits_the_code():
     folder = paths.data_samples() / "tiny"
-    made = json.loads((folder / pipeline.TRAINED).read_text(encoding="utf-8"))
+    made = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
     assert made["config"] == pipeline.config_hash(TINY), (
         "sizes have changed: train again, then make_data_samples model"
     )
