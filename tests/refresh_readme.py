@@ -281,7 +281,7 @@ def ablate_beta(language: str) -> str:
 def ablate_dpo(language: str) -> str:
     measured = results()["ablations"]["dpo"]
     fall = measured["relative_fall"]
-    head = ["sentences", "WER before DPO", "WER after DPO", "relative fall", "95 % interval"]
+    head = ["sentences", "WER before DPO", "WER after DPO", "relative reduction", "95 % interval"]
     values = [measured["before"], measured["after"], fall["value"]]
     row = [str(measured["items"]), *map(percent, values), interval(fall)]
     return table(head, [row])

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minomni"
 # From the bottom to the top: a module imports from its own layer and from layers before it.
 LAYERS = (
-    {"errors", "arguments", "config", "paths", "files", "model_files", "devices"},
+    {"errors", "arguments", "config", "paths", "files", "model_files", "devices", "plot"},
     {"layers", "rotary", "kv_cache", "decoder", "sampling"},
     {"inputs"},
     {"thinker"},
@@ -20,10 +20,10 @@ LAYERS = (
     {"omni"},
     {"checkpoint"},
     {"__init__"},  # load() and save()
-    {"notebook"},
     {"data"},
     {"train"},
     {"eval"},
+    {"notebook"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

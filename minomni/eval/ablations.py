@@ -21,7 +21,7 @@ from minomni.errors import UserError
 from minomni.eval.asr import LONG
 from minomni.eval.evaluator import ANSWERS, Evaluator, hard_sentences
 from minomni.eval.report import MROPE
-from minomni.eval.stats import Metric, bootstrap, word_error_metric
+from minomni.eval.stats import bootstrap, markdown_table, word_error_metric
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
@@ -32,7 +32,7 @@ from minomni.train.run_folder import load_stages
 from minomni.train.stages.dpo import DPOStage
 
 BETAS = (0.03, 0.1, 0.3, 1.0)
-SILENCE = 0.01  # of full scale: a 10-ms frame that stays below is silent
+SILENT_LEVEL = 0.01  # of full scale: a 10-ms frame that stays below is silent
 # Changes to the recipes of the fine-tuning that may break the speech, and of its repair. The first
 # learning rate is five times that of stage chat: a careless fine-tuning.
 TUNING: dict[str, dict[str, Any]] = {
@@ -54,8 +54,8 @@ def dpo(home: Path, items: int, seed: int) -> str:
         load_stages(evaluator.omni, home / "stages", [stage])
         replies[name] = evaluator.speak_all(sentences)
         errors[name] = evaluator.reply_errors(sentences, replies[name], LONG)
-    fall = relative_reduction(errors["before DPO"], errors["after DPO"])
-    return "\n\n".join((error_table(errors), fall, speech_table(replies)))
+    reduction = relative_reduction(errors["before DPO"], errors["after DPO"])
+    return "\n\n".join((error_table(errors), reduction, speech_table(replies)))
 
 
 def beta(home: Path, items: int, seed: int) -> str:
@@ -130,12 +130,12 @@ def stage3(home: Path, items: int, seed: int) -> str:
         load_stages(evaluator.omni, home / "stages", [stage])
         columns.append(evaluator.long_metrics(count))
 
-    lines = ["| metric | before stage 3 | after it | 95 % interval | n |", "|---|---|---|---|---|"]
+    rows = []
     for before, after in zip(*columns):
-        low, high = after.interval()
-        values = f"{before.value:.1%} | {after.value:.1%} | {low:.1%} to {high:.1%}"
-        lines.append(f"| {before.name} | {values} | {after.n} |")
-    return "\n".join(lines)
+        name, *values = after.cells()
+        rows.append([name, f"{before.value:.1%}", *values])
+    header = ("metric", "before stage 3", "after it", "95 % interval", "n")
+    return markdown_table(header, rows)
 
 
 def tmrope(home: Path, items: int, seed: int) -> str:
@@ -159,9 +159,8 @@ def tmrope(home: Path, items: int, seed: int) -> str:
     result = {"sync_accuracy_mrope": metrics["plain M-RoPE"].value, "items": items}
     write_json(home / MROPE, result)
 
-    lines = ["| object visible at the tone | accuracy | 95 % interval | n |", "|---|---|---|---|"]
-    lines += [table_row(name, metric) for name, metric in metrics.items()]
-    return "\n".join(lines)
+    rows = [[name, *metric.cells()[1:]] for name, metric in metrics.items()]
+    return markdown_table(("object visible at the tone", "accuracy", "95 % interval", "n"), rows)
 
 
 def train_plain_mrope(home: Path, run: Path, seed: int) -> None:
@@ -204,28 +203,21 @@ def trained_size(home: Path) -> str:
 
 def error_table(errors: dict[str, list[ErrorPair]]) -> str:
     """(edits, words) of the same sentences by name -> a Markdown table of word error rates."""
-    lines = ["| speech | word error rate | 95 % interval | words |", "|---|---|---|---|"]
-    lines += [table_row(name, word_error_metric(name, pairs)) for name, pairs in errors.items()]
-    return "\n".join(lines)
-
-
-def table_row(name: str, metric: Metric) -> str:
-    """Name, value, interval and number of items as a row of a Markdown table."""
-    low, high = metric.interval()
-    return f"| {name} | {metric.value:.1%} | {low:.1%} to {high:.1%} | {metric.n} |"
+    rows = [word_error_metric(name, pairs).cells() for name, pairs in errors.items()]
+    return markdown_table(("speech", "word error rate", "95 % interval", "words"), rows)
 
 
 def relative_reduction(before: list[ErrorPair], after: list[ErrorPair]) -> str:
     """Relative reduction of the word error rate with its interval, as one line."""
     pairs = list(zip(before, after))
-    low, high = bootstrap(fall, pairs)
+    low, high = bootstrap(reduced_share, pairs)
     return (
-        f"relative fall {fall(pairs):.1%}, 95 % interval {low:.1%} to {high:.1%}, "
+        f"relative reduction {reduced_share(pairs):.1%}, 95 % interval {low:.1%} to {high:.1%}, "
         "sentences drawn in pairs"
     )
 
 
-def fall(pairs: list[tuple[ErrorPair, ErrorPair]]) -> float:
+def reduced_share(pairs: list[tuple[ErrorPair, ErrorPair]]) -> float:
     """Relative reduction of the word error rate over (before, after); 0 without errors before."""
     before = word_error_rate([before for before, _ in pairs])
     after = word_error_rate([after for _, after in pairs])
@@ -234,14 +226,14 @@ def fall(pairs: list[tuple[ErrorPair, ErrorPair]]) -> float:
 
 def speech_table(replies: dict[str, list[Reply]]) -> str:
     """Replies to the same sentences by name -> a Markdown table of length, silence, repetition."""
-    lines = ["| speech | seconds a sentence | silent | repeated codes |", "|---|---|---|---|"]
+    rows = []
     for name, spoken in replies.items():
         seconds = sum(reply.seconds for reply in spoken) / len(spoken)
-        silent = (peak_levels(spoken) < SILENCE).float().mean()
+        silent = (peak_levels(spoken) < SILENT_LEVEL).float().mean()
         repeated = sum(int((reply.codes[1:] == reply.codes[:-1]).sum()) for reply in spoken)
         codes = max(1, sum(len(reply.codes) for reply in spoken))
-        lines.append(f"| {name} | {seconds:.2f} | {silent:.1%} | {repeated / codes:.1%} |")
-    return "\n".join(lines)
+        rows.append([name, f"{seconds:.2f}", f"{silent:.1%}", f"{repeated / codes:.1%}"])
+    return markdown_table(("speech", "seconds a sentence", "silent", "repeated codes"), rows)
 
 
 def peak_levels(replies: list[Reply]) -> Tensor:

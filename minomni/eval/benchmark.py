@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from minomni import plot
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, required_buffer_s
 from minomni.config import INPUT_SAMPLE_RATE, SIZES, FlowConfig
 from minomni.data.corpus import FIRST_VOICE_OFFSET
 from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
+from minomni.eval.stats import markdown_table
 from minomni.files import write_atomically
 from minomni.omni import Omni
 from minomni.thinker.thinker import PrefillState
@@ -78,30 +80,32 @@ class Streaming:
 
     def markdown(self) -> str:
         """All results as Markdown tables."""
-        lines = [table(self.rows), "", "| until | predicted, ms | measured, ms |", "|---|---|---|"]
-        for name, (predicted, measured) in self.phases.items():
-            lines.append(
-                f"| {LATENCY_PHASES[name]} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} |"
-            )
-        lines.append("")
-        lines.append(
-            "| schedule | codes before the first audio | mel distance to offline decoding |"
+        phases = [
+            (LATENCY_PHASES[name], f"{1e3 * predicted:.0f}", f"{1e3 * measured:.0f}")
+            for name, (predicted, measured) in self.phases.items()
+        ]
+        schedules = [
+            (name, str(codes), f"{distance:.3f}")
+            for name, (codes, distance) in self.schedules.items()
+        ]
+        tables = (
+            table(self.rows),
+            markdown_table(("until", "predicted, ms", "measured, ms"), phases),
+            markdown_table(
+                ("schedule", "codes before the first audio", "mel distance to offline decoding"),
+                schedules,
+            ),
         )
-        lines.append("|---|---|---|")
-        for name, (codes, distance) in self.schedules.items():
-            lines.append(f"| {name} | {codes} | {distance:.3f} |")
-        return "\n".join(lines)
+        return "\n\n".join(tables)
 
     def draw(self, path: Path) -> None:
         """Write a waterfall chart of the phases as PNG. Raises UserError if that fails."""
         import matplotlib
 
         matplotlib.use("agg")
-        from minomni.notebook import viz
-
         count = len(self.phases)
-        ax = viz.axes(width=7, height=2.6)
-        series = (("predicted", viz.PALE), ("measured", viz.COLORS["audio"]))
+        ax = plot.axes(width=7, height=2.6)
+        series = (("predicted", plot.PALE), ("measured", plot.COLORS["audio"]))
         for column, (label, color) in enumerate(series):
             ends = [1e3 * times[column] for times in self.phases.values()]
             begins = [0.0, *ends[:-1]]
@@ -117,10 +121,8 @@ class Streaming:
 
 def table(rows: Rows) -> str:
     """Values with their descriptions as a Markdown table."""
-    lines = ["| streaming | value | description |", "|---|---|---|"]
-    for name, (value, description) in rows.items():
-        lines.append(f"| {name} | {value:.3g} | {description} |")
-    return "\n".join(lines)
+    cells = [(name, f"{value:.3g}", description) for name, (value, description) in rows.items()]
+    return markdown_table(("streaming", "value", "description"), cells)
 
 
 # Measurements

@@ -14,7 +14,7 @@ from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import grammar
 from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.spoken_digits import check_recordings, leave_one_out
-from minomni.eval.stats import Metric, bootstrap
+from minomni.eval.stats import Metric, bootstrap, markdown_table
 from minomni.files import write_atomically
 from minomni.train.pipeline import cache_of, commit
 
@@ -41,18 +41,12 @@ class Report:
 
     def markdown(self) -> str:
         """The report as a Markdown table."""
-        lines = [f"| {self.model} | value | 95 % interval | items |", "|---|---|---|---|"]
-        for row in self.rows:
-            if row.value is None:
-                lines.append(f"| {row.name} | not measurable here | | |")
-                continue
-            low, high = row.interval()
-            lines.append(f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
-
+        header = (self.model, "value", "95 % interval", "items")
+        table = markdown_table(header, [row.cells() for row in self.rows])
         footer = f"measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
         if self.train_seconds is not None:
             footer = f"trained in {self.train_seconds:.0f} s; {footer}"
-        return "\n".join([*lines, "", footer])
+        return f"{table}\n\n{footer}"
 
 
 def hardware(device: str = "cpu") -> str:

@@ -1,6 +1,6 @@
 """Metrics with confidence intervals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from random import Random
@@ -34,6 +34,23 @@ class Metric:
         low = max(0.0, (center - margin) / scale)
         high = min(1.0, (center + margin) / scale)
         return low, high
+
+    def cells(self) -> list[str]:
+        """Name, value, interval and number of items as the cells of a table row."""
+        if self.value is None:
+            return [self.name, "not measurable here", "", ""]
+        low, high = self.interval()
+        return [self.name, f"{self.value:.1%}", f"{low:.1%} to {high:.1%}", str(self.n)]
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with one line per row; an empty cell is one space wide."""
+    lines = []
+    for row in (header, *rows):
+        cells = "|".join(f" {cell} " if cell else " " for cell in row)
+        lines.append(f"|{cells}|")
+    lines.insert(1, "|---" * len(header) + "|")
+    return "\n".join(lines)
 
 
 def bootstrap(value: Callable[[list], float], items: list) -> tuple[float, float]:

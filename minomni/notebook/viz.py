@@ -11,47 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE, TokenIds
+from minomni.config import INPUT_SAMPLE_RATE, TokenIds
+from minomni.plot import COLORS, PALE, axes, plain
+from minomni.plot import mel as mel  # notebooks call viz.mel()
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
 
 INK = "#222222"
-PALE = "#d9d9d9"
-COLORS = {
-    "text": "#8c8c8c",
-    "marker": "#c8c8c8",
-    "audio": "#e08214",
-    "image": "#1b7837",
-    "video": "#4575b4",
-}
 AXES = ("time", "height", "width")
 MAX_NUMBERED_TOKENS = 40  # tokens in a row whose ids are still legible
-
-
-def axes(
-    rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 2.2, **options: Any
-) -> Any:
-    """A figure of rows x columns plots, each `height` inches high.
-
-    Returns the plot if there is one, or the list of them row by row.
-    """
-    import matplotlib.pyplot as plt
-
-    size = (width, height * rows)
-    _, grid = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, **options
-    )
-    plots = [plain(ax) for ax in grid.flat]
-    return plots[0] if len(plots) == 1 else plots
-
-
-def plain(ax: "Axes") -> "Axes":
-    """Remove the upper and right border of a plot."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8)
-    return ax
 
 
 def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str = "") -> None:
@@ -59,35 +28,6 @@ def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str
     seconds = torch.arange(len(wave)) / rate
     ax.plot(seconds, wave, color=COLORS["audio"], linewidth=0.6)
     ax.set(xlabel="seconds", ylabel="pressure", title=title, xlim=(0, len(wave) / rate))
-
-
-def mel(
-    ax: "Axes",
-    bands: "Tensor | np.ndarray",
-    title: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    bar: bool = True,
-) -> None:
-    """A mel or any other image of bands over frames. bands [C, F], one frame every 10 ms.
-
-    Low bands are at the bottom. low, high: the values of the darkest and brightest color. bar: add
-    a color bar.
-    """
-    seconds = bands.shape[1] / MEL_RATE
-    picture = ax.imshow(
-        bands,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        vmin=low,
-        vmax=high,
-        extent=(0, seconds, 0, bands.shape[0]),
-        interpolation="nearest",
-    )
-    ax.set(xlabel="seconds", ylabel="band", title=title)
-    if bar:
-        ax.figure.colorbar(picture, ax=ax, pad=0.01).ax.tick_params(labelsize=8)
 
 
 def filters(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from minomni import plot
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
-from minomni.notebook import viz
 from minomni.talker.codec import Codec, ids_to_letters
 from minomni.train.run_folder import disk_errors, read_tensors
 
@@ -128,5 +128,5 @@ def write_picture(file: BinaryIO, mel: Tensor, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.4), layout="constrained")  # not pyplot, which needs a display
-    viz.mel(viz.plain(figure.subplots()), mel.T.numpy(), title)
+    plot.mel(plot.plain(figure.subplots()), mel.T.numpy(), title)
     figure.savefig(file, format="png", dpi=80)

@@ -64,7 +64,7 @@ def test_dpo_table(home):
     # One table of word error rates and one of length, silence and repetition.
     assert text.count("\n| before DPO |") == 2
     assert text.count("\n| after DPO |") == 2
-    assert "relative fall 0.0%" in text  # both stages have the same weights
+    assert "relative reduction 0.0%" in text  # both stages have the same weights
 
 
 def test_beta_table(home, monkeypatch):
@@ -72,7 +72,7 @@ def test_beta_table(home, monkeypatch):
     monkeypatch.setattr(ablations, "BETAS", (0.1, 1.0))
     text = ablations.ablate("beta", home, items=2, seed=0)
     assert all(text.count(f"| {name} |") == 2 for name in ("before DPO", "beta 0.1", "beta 1"))
-    assert text.count("relative fall") == 2
+    assert text.count("relative reduction") == 2
 
 
 def short() -> dict:
@@ -117,8 +117,8 @@ def test_tmrope_table_and_metric_in_report(home, monkeypatch):
 
 
 def test_relative_reduction_of_known_errors():
-    assert ablations.fall([((2, 4), (1, 4)), ((2, 4), (2, 4))]) == 0.25
-    assert ablations.fall([((0, 4), (1, 4))]) == 0.0
+    assert ablations.reduced_share([((2, 4), (1, 4)), ((2, 4), (2, 4))]) == 0.25
+    assert ablations.reduced_share([((0, 4), (1, 4))]) == 0.0
 
 
 def test_missing_stage_is_reported(home):
