@@ -407,7 +407,7 @@ class Readers:
         from minomni.data import jsonl
 
         given = path.parent if path.name == "metadata.csv" else path
-        lines = jsonl.read(given, self.work / "run", self.omni)
+        lines = jsonl.read_dataset(given, self.work / "run", self.omni)
         lessons = [lines[i] for i in range(len(lines))]
         return all(lesson.answer.strip() for lesson in lessons) and lessons
 

@@ -1,4 +1,4 @@
-"""Training data of one's own: conversations on disk, validated in full and then read on demand.
+"""User-supplied training data: conversations on disk, validated in full, then read on demand.
 
     {"messages": [... as respond() takes them, the last one the assistant's text],
      "speech": "reply.wav", "voice": "Me"}
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data.grammar import NUMBERS
-from minomni.data.jsonl_layouts import standard
+from minomni.data.jsonl_layouts import normalize_row
 from minomni.errors import UserError, shorten
 from minomni.files import open_regular, write_atomically
 from minomni.inputs.audio import SILENCE_LEVEL, load_audio
@@ -39,12 +39,12 @@ from minomni.token2wav.voice import make_voice
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
-MAX_SHOWN = 3  # errors quoted in a message; the others are in BAD_LINES
+MAX_QUOTED = 3  # errors quoted in a message; the others are in BAD_LINES
 MAX_ERRORS = 1000  # errors after which the rest of a file is not validated
 BAD_LINES = "bad_lines.txt"  # in the run's folder
 MEBIBYTE = 2**20  # bytes
-LONGEST_LINE = 64 * MEBIBYTE  # a line with pictures as data: URIs may be long
-LARGEST_WHOLE = 256 * MEBIBYTE  # a file that cannot be read line by line
+MAX_LINE_BYTES = 64 * MEBIBYTE  # a line with pictures as data: URIs may be long
+MAX_WHOLE_BYTES = 256 * MEBIBYTE  # a file that cannot be read line by line
 VOICE_SECONDS = 20  # an unknown voice is made from this much of its first recordings
 DIGIT_NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")  # {digit}_{speaker}_{index}.wav
 WHICH_DIGIT = "which digit do you hear"
@@ -73,7 +73,7 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> JsonlRow:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({shorten(error, 100)})") from None
-    row = standard(row, folder)
+    row = normalize_row(row, folder)
     for message in row["messages"]:
         if message["role"] == "assistant":
             require_no_special_tokens(message)
@@ -96,7 +96,7 @@ def answer_of(message: dict) -> str:
         for item in content:
             if item.get("type", "text") != "text" or "text" not in item:
                 raise UserError(
-                    'the answer holds media; it is a text, and its recording goes under "speech"'
+                    'the answer holds media; give text; its recording goes under "speech"'
                 )
         content = "".join(item["text"] for item in content)
     if not content.strip():
@@ -105,7 +105,7 @@ def answer_of(message: dict) -> str:
 
 
 def require_no_special_tokens(message: dict) -> None:
-    """Raise UserError if an answer holds a special token of ChatML; training adds the end token."""
+    """Raises UserError if an answer holds a special token of ChatML. Training adds the last one."""
     content = message["content"]
     if not isinstance(content, str):
         content = "".join(item.get("text", "") for item in content)
@@ -117,9 +117,9 @@ def require_no_special_tokens(message: dict) -> None:
             )
 
 
-def prompt_inputs(line: JsonlRow, processor: Processor) -> Inputs:
+def prompt_inputs(row: JsonlRow, processor: Processor) -> Inputs:
     """Model inputs of the question alone."""
-    return processor([line.question], line.use_audio_in_video)
+    return processor([row.question], row.use_audio_in_video)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class JsonlRows:
     def __getitem__(self, i: int) -> JsonlRow:
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return parse(file.readline(LONGEST_LINE), self.folder, self.system_prompt)
+            return parse(file.readline(MAX_LINE_BYTES), self.folder, self.system_prompt)
 
     def add_speech(self, name: str, wave: Tensor, source: str) -> None:
         """Keep the first VOICE_SECONDS of an unknown voice. source: line and file, for messages."""
@@ -164,7 +164,7 @@ class JsonlRows:
         self.voices[name] = torch.cat([earlier, wave])[: VOICE_SECONDS * INPUT_SAMPLE_RATE]
 
 
-def read(data: Path, run: Path, omni: "Omni") -> JsonlRows:
+def read_dataset(data: Path, run: Path, omni: "Omni") -> JsonlRows:
     """A file of rows, or a folder in a known layout -> validated rows.
 
     Data that are not one row per line are converted to run/lines.jsonl. Every medium is opened and
@@ -248,13 +248,13 @@ def validate(
     ):
         for number in count(1):
             start = file.tell()
-            text = file.readline(LONGEST_LINE + 1)
+            text = file.readline(MAX_LINE_BYTES + 1)
             if not text or len(errors) >= MAX_ERRORS:
                 break
             progress.update()
-            if len(text) > LONGEST_LINE:
+            if len(text) > MAX_LINE_BYTES:
                 # What follows is not a line of its own, and may be endless.
-                limit = LONGEST_LINE // MEBIBYTE
+                limit = MAX_LINE_BYTES // MEBIBYTE
                 errors.append(
                     f"{unit} {number}: is longer than {limit} MB; keep media in files of their own"
                 )
@@ -266,7 +266,7 @@ def validate(
     if not errors:
         errors = voice_errors(rows, omni)
     if errors:
-        raise UserError(row_error(rows.shown, errors, run, unit))
+        raise UserError(bad_rows_message(rows.shown, errors, run, unit))
     if not len(rows):
         raise UserError(f"{rows.shown}: holds no line; each is a JSON object with messages")
     return rows
@@ -294,7 +294,7 @@ def add_line(
     return None
 
 
-def row_error(shown: str, errors: list[str], run: Path | None, unit: str) -> str:
+def bad_rows_message(shown: str, errors: list[str], run: Path | None, unit: str) -> str:
     """One message about all bad lines: how many there are, the first few, and where the rest is."""
     if run:
         encoded = [line.encode() + b"\n" for line in errors]
@@ -305,65 +305,65 @@ def row_error(shown: str, errors: list[str], run: Path | None, unit: str) -> str
         units = "entries" if unit == "entry" else f"{unit}s"
     number = f"{len(errors)} or more" if len(errors) >= MAX_ERRORS else f"{len(errors)}"
     # The first few share the space of the message.
-    space = 300 // min(len(errors), MAX_SHOWN)  # characters for each
-    first = "; ".join(shorten(line, space) for line in errors[:MAX_SHOWN])
+    space = 300 // min(len(errors), MAX_QUOTED)  # characters for each
+    first = "; ".join(shorten(line, space) for line in errors[:MAX_QUOTED])
     message = f"{shorten(shown, 80)}: {number} bad {units}, nothing was trained; {first}"
     # Where the others are.
-    if len(errors) > MAX_SHOWN:
-        message += f"; and {len(errors) - MAX_SHOWN} more"
+    if len(errors) > MAX_QUOTED:
+        message += f"; and {len(errors) - MAX_QUOTED} more"
         if run:
             message += f" in {shorten(run / BAD_LINES, 60)}"
     return message
 
 
 def dry_run(
-    line: JsonlRow, processor: Processor, lines: JsonlRows, omni: "Omni", label: str = ""
+    row: JsonlRow, processor: Processor, rows: JsonlRows, omni: "Omni", label: str = ""
 ) -> None:
     """Do once with a row everything that training will do with it.
 
-    Collects the recordings of unknown voices in `lines`. Raises UserError for what would stop
+    Collects the recordings of unknown voices in `rows`. Raises UserError for what would stop
     training later.
     """
     # Question and answer have to fit the Thinker's context.
     context = omni.config.thinker.text.max_position_embeddings
-    answer_length = len(processor.encode(line.answer)) + 1
-    prompt_length = prompt_inputs(line, processor).input_ids.shape[1]
+    answer_length = len(processor.encode(row.answer)) + 1
+    prompt_length = prompt_inputs(row, processor).input_ids.shape[1]
     total = prompt_length + answer_length
     if total > context:
         raise UserError(
             f"question and answer have {total} tokens and the context holds {context}; shorten them"
         )
-    if line.speech is None:
+    if row.speech is None:
         return
 
     # The recording must not be silent, and has to fit the Talker's context.
-    wave = load_audio(line.speech)
+    wave = load_audio(row.speech)
     if float(wave.abs().max()) < SILENCE_LEVEL:
-        raise UserError(f"{shorten(line.speech, 200)}: is silent; give a recording of the answer")
+        raise UserError(f"{shorten(row.speech, 200)}: is silent; give a recording of the answer")
     assert omni.config.token2wav is not None  # every size that has a recipe can speak
     assert omni.config.talker is not None
     codes = len(wave) * omni.config.token2wav.codes_per_second // INPUT_SAMPLE_RATE
     if prompt_length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:
         raise UserError(
-            f"{line.speech}: is too long for the Talker's context with {codes} codes; cut it up"
+            f"{row.speech}: is too long for the Talker's context with {codes} codes; cut it up"
         )
 
     # An unknown voice is made from its recordings.
-    voice = line.voice or next(iter(omni.voices), "")
+    voice = row.voice or next(iter(omni.voices), "")
     if not voice:
         raise UserError('the model has no voices; give this recording a "voice"')
     if voice not in omni.voices:
-        lines.add_speech(voice, wave, f"{label}: {line.speech}")
+        rows.add_speech(voice, wave, f"{label}: {row.speech}")
 
 
-def voice_errors(lines: JsonlRows, omni: "Omni") -> list[str]:
+def voice_errors(rows: JsonlRows, omni: "Omni") -> list[str]:
     """Why new voices of a file cannot be made, with the line of each one's first recording."""
     errors = []
-    for name, wave in lines.voices.items():
+    for name, wave in rows.voices.items():
         try:
             make_voice(wave, name, omni)
         except UserError as error:
-            source = lines.first_recordings[name]
+            source = rows.first_recordings[name]
             errors.append(f"{source}, of voice {shorten(name, 40)!r}: {error}")
     return errors
 
@@ -373,7 +373,7 @@ def voice_errors(lines: JsonlRows, omni: "Omni") -> list[str]:
 
 
 def write_rows(rows: Iterable[dict | str], path: Path) -> None:
-    """Write one row per line; texts as they are."""
+    """Write one row per line; strings as they are."""
     texts = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     encoded = (text.encode() + b"\n" for text in texts)
     write_atomically(path, lambda file: file.writelines(encoded))
@@ -382,12 +382,12 @@ def write_rows(rows: Iterable[dict | str], path: Path) -> None:
 def whole_text(path: Path) -> str:
     """The text of a file that cannot be read line by line.
 
-    Raises UserError if it is too large or not a text.
+    Raises UserError if it is too large or not text.
     """
     with open_regular(path, "the data") as file:
-        content = file.read(LARGEST_WHOLE + 1)
-    if len(content) > LARGEST_WHOLE:
-        limit = LARGEST_WHOLE // MEBIBYTE
+        content = file.read(MAX_WHOLE_BYTES + 1)
+    if len(content) > MAX_WHOLE_BYTES:
+        limit = MAX_WHOLE_BYTES // MEBIBYTE
         raise UserError(
             f"{shorten(path, 200)}: is larger than {limit} MB and not one JSON object a line; "
             f"write it as JSONL in UTF-8, which is read line by line"
@@ -405,9 +405,9 @@ def decoded(content: bytes, path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.upper().removesuffix("-SIG")
-        row = content.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{shorten(path, 200)}: is not {name} (byte {error.start}, in row {row}); "
+            f"{shorten(path, 200)}: is not {name} (byte {error.start}, in line {line}); "
             f"save it as UTF-8"
         ) from None
 

@@ -2,9 +2,9 @@
 
 - ours: messages; speech (a recording of the last answer), voice (who speaks it),
   use_audio_in_video
-- OpenAI fine-tuning: messages with role, content (a text, or parts: text, image_url, input_audio),
-  name, weight
-- ms-swift: messages (role, content, loss) whose texts hold <image>, <audio>, <video>; lists images,
+- OpenAI fine-tuning: messages with role, content (a string, or parts: text, image_url,
+  input_audio), name, weight
+- ms-swift: messages (role, content, loss) whose text has <image>, <audio>, <video>; lists images,
   audios, videos
 - ms-swift, older: query, response, history (pairs of a question and an answer), system, and the
   same lists
@@ -22,7 +22,7 @@ unsupported features (UNSUPPORTED) if they are empty; all others are errors.
 
 Media. The n-th tag of a kind stands for the n-th entry of its list; media without a tag come before
 the first question. A tag whose list is empty is an error. A tag without any list is plain text in
-rows with messages or instruction (a text may be about HTML); in rows with conversations or query it
+rows with messages or instruction (it may be about HTML); in rows with conversations or query it
 always stands for a medium, and is an error. Relative paths are relative to the file.
 """
 
@@ -84,32 +84,32 @@ PATH_KEYS = ("image", "audio", "video", "image_url", "audio_url", "video_url", "
 
 
 class Tag(NamedTuple):
-    """A tag in a text, which stands for a medium of this kind."""
+    """A tag in text, which stands for a medium of this kind."""
 
     kind: str
 
 
-def standard(row: Any, folder: Path) -> dict:
+def normalize_row(row: Any, folder: Path) -> dict:
     """A row in any layout -> a row in ours: messages with role and content, absolute paths.
 
-    The content of a message is a text, or a list of items as respond() takes them. Raises UserError
-    if the row is invalid.
+    The content of a message is a string, or a list of items as respond() takes them. Raises
+    UserError if the row is invalid.
     """
     if not isinstance(row, dict):
         raise UserError(f"{kind_of(row)}; expected an object with messages")
     row = without_empty(row)
     check_keys(row)
     written = turns(row)
-    messages = [spelled_alike(message, number) for number, message in enumerate(written, 1)]
+    messages = [normalize_message(message, number) for number, message in enumerate(written, 1)]
     check_roles(messages)
     check_weight(written[-1])
     put_media(messages, media_of(row))
     for message in messages:
         if isinstance(message["content"], list):
-            message["content"] = [whole_paths(item, folder) for item in message["content"]]
+            message["content"] = [absolute_paths(item, folder) for item in message["content"]]
     options = {key: row[key] for key in ("voice", "use_audio_in_video") if key in row}
     if row.get("speech"):
-        options["speech"] = whole_path(row["speech"], folder)
+        options["speech"] = absolute_path(row["speech"], folder)
     return {"messages": messages, **options}
 
 
@@ -128,7 +128,7 @@ def without_empty(row: dict) -> dict:
 
 
 def check_keys(row: dict) -> None:
-    """Raise UserError for unknown keys, and for options of the wrong type."""
+    """Raises UserError for unknown keys, and for options of the wrong type."""
     known = METADATA | LAYOUT_KEYS | {*OWN_KEYS, *MEDIA_KINDS}
     unknown = sorted(row.keys() - known)
     if unknown:
@@ -145,7 +145,7 @@ def check_keys(row: dict) -> None:
 
 
 def check_roles(messages: list[dict]) -> None:
-    """Raise UserError for an unknown role, and unless an answer of the assistant comes last."""
+    """Raises UserError for an unknown role, and unless an answer of the assistant comes last."""
     for message in messages:
         if message["role"] not in ROLES:
             role = shorten(message["role"], 60)
@@ -157,7 +157,7 @@ def check_roles(messages: list[dict]) -> None:
 
 
 def check_weight(last: dict) -> None:
-    """Raise UserError if the last message, the only target, is excluded from the loss."""
+    """Raises UserError if the last message, the only target, is excluded from the loss."""
     for key, zero in WEIGHT_KEYS.items():
         if last.get(key) == 0:  # also true of false
             raise UserError(
@@ -203,8 +203,7 @@ def question_and_answer(row: dict, layout: str) -> list[dict]:
         question += "\n" + text_of(row["input"], "'input'")
     answer = row.get("response" if layout == "query" else "output")
     history = row.get("history", [])
-    is_list_of_pairs = isinstance(history, list) and all(map(is_pair, history))
-    if not is_list_of_pairs:
+    if not isinstance(history, list) or not all(map(is_list_of_two, history)):
         raise UserError("'history' is not a list of pairs of a question and an answer")
     messages = []
     for asked, answered in [*history, [question, answer]]:
@@ -213,12 +212,12 @@ def question_and_answer(row: dict, layout: str) -> list[dict]:
     return messages
 
 
-def is_pair(value: Any) -> bool:
+def is_list_of_two(value: Any) -> bool:
     """Whether a value is a list of two."""
     return isinstance(value, list) and len(value) == 2
 
 
-def spelled_alike(message: Any, number: int) -> dict:
+def normalize_message(message: Any, number: int) -> dict:
     """A message in the spelling of any layout -> {"role", "content"}. Raises UserError."""
     if not isinstance(message, dict):
         raise UserError(
@@ -240,7 +239,7 @@ def spelled_alike(message: Any, number: int) -> dict:
 
 
 def check_message_keys(message: dict, number: int) -> None:
-    """Raise UserError for keys of a message that contradict each other, are unsupported or
+    """Raises UserError for keys of a message that contradict each other, are unsupported or
     unknown.
     """
     for new, old in (("role", "from"), ("content", "value")):
@@ -269,7 +268,7 @@ def checked_item(item: Any, number: int) -> dict:
         )
     item = without_nulls(item)
     if item.get("type") == "text" or "text" in item:
-        text_of(item.get("text"), f"a text of message {number}")
+        text_of(item.get("text"), f"text of message {number}")
     return item
 
 
@@ -375,12 +374,12 @@ def fill_tags(item: dict, queue: MediaQueue) -> list[dict]:
 
 
 def text_item(text: str) -> dict:
-    """A text as a content item."""
+    """Text as a content item."""
     return {"type": "text", "text": text}
 
 
 def split_at_tags(text: str, kinds: Collection[str]) -> list[str | Tag]:
-    """A text as a list of texts and of tags of these kinds."""
+    """Text as a list of strings and of tags of these kinds."""
     pieces: list[str | Tag] = []
     end = 0
     for match in TAG.finditer(text):
@@ -415,32 +414,32 @@ def source_of(entry: Any, kind: str) -> str:
 # paths
 
 
-def whole_paths(item: Any, folder: Path) -> Any:
+def absolute_paths(item: Any, folder: Path) -> Any:
     """A content item with an absolute path, under whichever key."""
     if not isinstance(item, dict):
         return item
-    whole = dict(item)
+    result = dict(item)
     for key in PATH_KEYS:
-        if key in whole:
-            whole[key] = whole_source(whole[key], folder)
-    return whole
+        if key in result:
+            result[key] = absolute_source(result[key], folder)
+    return result
 
 
-def whole_source(source: Any, folder: Path) -> Any:
+def absolute_source(source: Any, folder: Path) -> Any:
     """A path, a dictionary with one, or a list of both (the frames of a video) with absolute paths.
 
     Anything else is returned as it is.
     """
     if isinstance(source, str):
-        return whole_path(source, folder)
+        return absolute_path(source, folder)
     if isinstance(source, list):
-        return [whole_source(frame, folder) for frame in source]
+        return [absolute_source(frame, folder) for frame in source]
     if isinstance(source, dict):
-        return whole_paths(without_nulls(source), folder)
+        return absolute_paths(without_nulls(source), folder)
     return source
 
 
-def whole_path(source: str, folder: Path) -> str:
+def absolute_path(source: str, folder: Path) -> str:
     """A path relative to the folder as an absolute one; URLs, file: and data: URIs are kept."""
     return source if is_uri(source) else str(folder / source)
 
@@ -455,7 +454,7 @@ def without_nulls(row: dict) -> dict:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value holds nothing: "", [], {}, these as JSON in a text, or an object of such."""
+    """Whether a value is empty: "", [], {}, these as JSON in a string, or an object of such."""
     if isinstance(value, dict):
         return all(inner is None or is_empty(inner) for inner in value.values())
     if isinstance(value, str):
@@ -464,9 +463,9 @@ def is_empty(value: Any) -> bool:
 
 
 def text_of(value: Any, what: str) -> str:
-    """A value that has to be a text. Raises UserError for other types and for lone surrogates."""
+    """A value that has to be a string. Raises UserError for other types and for lone surrogates."""
     if not isinstance(value, str):
-        raise UserError(f"{what} is {kind_of(value)}; expected a text")
+        raise UserError(f"{what} is {kind_of(value)}; expected a string")
     if SURROGATE.search(value):
         raise UserError(
             f"{what} holds half of a character (a lone surrogate); write the file as UTF-8"
@@ -481,7 +480,7 @@ def kind_of(value: Any) -> str:
     names = {
         dict: "an object",
         list: "a list",
-        str: "a text",
+        str: "a string",
         bool: "true or false",
         type(None): "null",
     }

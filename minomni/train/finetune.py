@@ -20,7 +20,7 @@ from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data.batching import batched, pad_mels
 from minomni.data.examples import append_answer
-from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read
+from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read_dataset
 from minomni.errors import UserError, shorten
 from minomni.files import writing
 from minomni.inputs.media import load_audio
@@ -167,7 +167,7 @@ def finetune(
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device)
-    rows = read(data, run, omni)
+    rows = read_dataset(data, run, omni)
     if stage == "talker" and not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
     default_names = ["chat", "talker"] if rows.spoken else ["chat"]

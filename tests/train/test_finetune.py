@@ -76,7 +76,7 @@ BAD = [
     ({"messages": [], "speach": "x.wav"}, "unknown key 'speach'"),
     ({"messages": []}, "at least one question"),
     ({"messages": [{"role": "user", "content": "a"}]}, "the assistant's answer"),
-    ({"messages": ["a", "b"]}, "message 1 is a text; expected a dictionary"),
+    ({"messages": ["a", "b"]}, "message 1 is a string; expected a dictionary"),
     ({"messages": {"role": "user"}}, "'messages' is an object; expected a list"),
     (
         {"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "a"}]},
@@ -88,8 +88,8 @@ BAD = [
     (line(answer=[]), "the answer is empty"),
     (line(answer=0.5), "the content of message 2 is 0.5"),
     (line(answer=None), "message 2 has no content"),
-    (line(answer=["a"]), "a content item of message 2 is a text"),
-    (line(answer=[{"type": "text", "text": ["a"]}]), "a text of message 2 is a list"),
+    (line(answer=["a"]), "a content item of message 2 is a string"),
+    (line(answer=[{"type": "text", "text": ["a"]}]), "text of message 2 is a list"),
     (line(answer="half \udca9"), "half of a character"),
     (line([{"type": "text", "text": "\ud800"}]), "half of a character"),
     (line(answer=[{"type": "image", "image": "x.png"}]), "the answer holds media"),
@@ -97,7 +97,7 @@ BAD = [
     (line([{"type": "audio", "audio": "words.wav"}]), "words.wav: not readable as sound"),
     (line([{"type": "smell", "smell": "x"}]), "expected one of"),
     (line([{"type": "audio", "audio": "https://example.org/a.wav"}]), "not fetched"),
-    (line([{"type": "text"}]), "a text of message 1 is null"),
+    (line([{"type": "text"}]), "text of message 1 is null"),
     (line({"type": "text", "text": "a"}), "the content of message 1 is an object"),
     (line("so long " * 3000), "the context holds 2048"),
     (line(answer="so long " * 3000), "the context holds 2048"),
@@ -260,11 +260,11 @@ def test_endless_line_is_refused_quickly(tmp_path, omni):
         file.write(json.dumps(line()).encode() + b"\n{")
         file.truncate(20_000_000_000)
     with pytest.raises(UserError, match="line 2: is longer than 64 MB"):
-        jsonl.read(path, tmp_path, omni)
+        jsonl.read_dataset(path, tmp_path, omni)
     with open(path, "r+b") as file:
         file.write(b"[\n")
     with pytest.raises(UserError, match="larger than 256 MB and not one JSON object a line"):
-        jsonl.read(path, tmp_path, omni)
+        jsonl.read_dataset(path, tmp_path, omni)
 
 
 def test_speech_needs_a_voice_that_can_be_made(tmp_path, omni, recordings):
@@ -626,7 +626,7 @@ def test_files_of_rows(kind, tmp_path, omni):
         "utf-16 array": json.dumps(ROWS, indent=1).encode("utf-16"),
     }[kind]
     (tmp_path / "my.data").write_bytes(content)
-    lines = jsonl.read(tmp_path / "my.data", tmp_path / "run", omni)
+    lines = jsonl.read_dataset(tmp_path / "my.data", tmp_path / "run", omni)
     assert [lines[i].answer for i in range(len(lines))] == ['a "circle"', "a square", "a\nb"]
     assert lines[0].question[-1]["content"] == "say é [a] {b}"
 
@@ -635,13 +635,13 @@ def test_media_paths_of_an_array_are_relative_to_it(tmp_path, omni):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     path = tmp_path / "my.json"
     path.write_text(json.dumps([LAYOUTS["llava"][0]], indent=2))
-    lines = jsonl.read(path, tmp_path / "run", omni)
+    lines = jsonl.read_dataset(path, tmp_path / "run", omni)
     assert lines[0].question[-1]["content"][-1]["image"] == str(tmp_path / "a.png")
     path.write_text(json.dumps([line(), 5, line(answer="<|VIDEO|>")], indent=2))
     with pytest.raises(
         UserError, match=r"my.json: 2 bad entries, .*entry 2: 5; expected.*; entry 3: a text holds"
     ):
-        jsonl.read(path, tmp_path / "run", omni)
+        jsonl.read_dataset(path, tmp_path / "run", omni)
 
 
 @pytest.mark.parametrize(
@@ -661,7 +661,7 @@ def test_media_paths_of_an_array_are_relative_to_it(tmp_path, omni):
 def test_broken_arrays(text, says, tmp_path, omni):
     (tmp_path / "my.json").write_text(text)
     with pytest.raises(UserError) as error:
-        jsonl.read(tmp_path / "my.json", tmp_path / "run", omni)
+        jsonl.read_dataset(tmp_path / "my.json", tmp_path / "run", omni)
     assert says in str(error.value)
     assert "my.json" in str(error.value)
 
@@ -692,7 +692,7 @@ def test_image_uris_are_opened(begin, tmp_path, omni):
 def test_not_a_data_file(name, says, tmp_path, omni):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as error:
-        jsonl.read(tmp_path / name, tmp_path / "run", omni)
+        jsonl.read_dataset(tmp_path / name, tmp_path / "run", omni)
     assert says in str(error.value)
     assert str(error.value).isprintable()
 
@@ -842,7 +842,7 @@ def test_metadata_in_any_encoding(encoding, tmp_path):
     (tmp_path / "LJ" / "metadata.csv").write_bytes(text.encode(encoding.split()[0]))
     if not encoding.startswith("utf"):
         with pytest.raises(
-            UserError, match=r"metadata.csv: is not UTF-8 \(byte \d+, in row 2\); save it as UTF-8"
+            UserError, match=r"metadata.csv: is not UTF-8 \(byte \d+, in line 2\); save it as UTF-8"
         ):
             list(jsonl.layout(tmp_path / "LJ"))
         return
