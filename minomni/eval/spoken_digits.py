@@ -248,7 +248,7 @@ class DigitsStage(Stage):
         self.words = [torch.tensor(encode(f" {number}")) + 1 for number in NUMBERS]
         self.answers = [encode(answer(digit)) + [self.tokens.im_end] for digit in range(10)]
 
-    def batch(self, number):
+    def batch(self, number: int) -> tuple[list[Tensor], list[int]]:
         random = Random(f"{self.seed}-digits-{number}")
         synthetic = round(self.recipe.batch * SYNTHETIC_SHARE) if self.synthetic else 0
         clips = random.choices(self.real, k=self.recipe.batch - synthetic)
@@ -259,7 +259,7 @@ class DigitsStage(Stage):
         digits = [digit for _, digit in clips]
         return mels, digits
 
-    def losses(self, batch):
+    def losses(self, batch: tuple[list[Tensor], list[int]]) -> dict[str, Tensor]:
         mels, digits = batch
         thinker = self.omni.thinker
         log_probs, counts = word_log_probs(thinker, mels, thinker.audio_tower(mels))

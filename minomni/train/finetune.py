@@ -116,16 +116,14 @@ class FinetuneTalkerStage(FinetuneStage):
     @torch.no_grad()
     def codes(self, rows: list[JsonlRow]) -> list[Tensor]:
         """The recordings of the rows, encoded by our codec: codes [m] of each row."""
-        codec = self.omni.codec
-        assert codec is not None, "models that are trained here have a codec"
-        downsample = codec.config.downsample
+        downsample = self.codec.config.downsample
         mels = []
         for row in rows:
             waveform = load_audio(row.speech)
             missing = -len(waveform) % (HOP * downsample)  # samples to a whole code
             mels.append(voice_mel(F.pad(waveform, (0, missing))))
         padded, frames = pad_mels(mels)
-        encoded = codec.encode(padded.to(self.device)).cpu()
+        encoded = self.codec.encode(padded.to(self.device)).cpu()
         return [codes[:count] for codes, count in zip(encoded, frames // downsample, strict=True)]
 
 

@@ -27,6 +27,7 @@ from minomni.train.muon import Muon
 if TYPE_CHECKING:
     from minomni.omni import Omni
     from minomni.talker.codec import Codec
+    from minomni.token2wav.token2wav import Token2Wav
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
 OTHERS_SHARE = 0.4  # of the learning rate, for the parameters that Muon does not update
@@ -73,6 +74,12 @@ class Stage:
         """The speech codec. Every size that is trained here has one."""
         assert self.omni.codec is not None
         return self.omni.codec
+
+    @property
+    def token2wav(self) -> "Token2Wav":
+        """The speech decoder. Every size that is trained here has one."""
+        assert self.omni.token2wav is not None
+        return self.omni.token2wav
 
     def setup(self) -> None:
         """Work before the first step: read the corpus, encode it, initialize weights from it."""

@@ -1,5 +1,7 @@
 """Shared by the alignment stages: encoder features that predict the Thinker's word embeddings."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ def word_log_probs(thinker: Thinker, mels: list[Tensor], features: Tensor) -> tu
 class AlignStage(Stage):
     """A stage that aligns an encoder with the Thinker's word embeddings, which stay fixed."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
         self.builder = ExampleBuilder(self.omni.config, self.cache)
         self.tokens = self.omni.config.thinker.tokens

@@ -5,8 +5,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from minomni.data.oracle_features import audio_words, tone_token
-from minomni.data.scenes import Example
+from minomni.data.oracle_features import tone_token
 from minomni.inputs.mel import log_mel
 from minomni.train import losses
 from minomni.train.stages.alignment import (
@@ -16,6 +15,8 @@ from minomni.train.stages.alignment import (
     embedding_mse,
     word_log_probs,
 )
+
+Batch = tuple[list[Tensor], list[Tensor], float]  # mels, labels, weight of the MSE
 
 
 class AudioAlignStage(AlignStage):
@@ -28,7 +29,7 @@ class AudioAlignStage(AlignStage):
     )
     data = "spoken questions and sentences, tones"
 
-    def batch(self, number):
+    def batch(self, number: int) -> Batch:
         # The seed keeps a former name of the stage, so that runs repeat.
         random = Random(f"{self.seed}-ears-{number}")
         mels = []
@@ -44,17 +45,13 @@ class AudioAlignStage(AlignStage):
 
     def clip(self, random: Random, with_tone: bool) -> tuple[Tensor, list[int]]:
         """A waveform [samples] and its token ids: the audio of a video with a tone, or speech."""
-        text = self.builder.recorded_text(random)
-        example = Example("", "", voice="any", transcript=text)
+        text = self.builder.recorded_text(random)  # drawn in either case, so that runs repeat
         if with_tone:
             example = self.builder.example("sync-typed", random)
-        if example.voice is None:
-            wave = torch.from_numpy(example.sound)
-        else:
-            wave = self.builder.wave(example, random)
-        return wave, audio_words(example, self.encode) or [tone_token(self.encode)]
+            return torch.from_numpy(example.sound), [tone_token(self.encode)]
+        return self.builder.recording(text, random), self.encode(text)
 
-    def losses(self, batch):
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         mels, labels, weight = batch
         thinker = self.omni.thinker
         features = thinker.audio_tower(mels)
@@ -69,7 +66,7 @@ class AudioAlignStage(AlignStage):
             "mse": weight * embedding_mse(features, target),
         }
 
-    def sample(self):
+    def sample(self) -> str:
         mel = log_mel(self.builder.speech.wave(len(self.builder.speech) - 1))
         features = self.omni.thinker.audio_tower([mel])
         log_probs, _ = word_log_probs(self.omni.thinker, [mel], features)

@@ -1,6 +1,7 @@
 """Stage codec: speech to discrete codes and back to a mel."""
 
 import torch
+from torch import Tensor
 
 from minomni.config import MEL_RATE
 from minomni.data.batching import pad_mels, similar_lengths
@@ -10,6 +11,9 @@ from minomni.train import losses
 from minomni.train.samples import transcribe
 from minomni.train.stages.mel_stage import MelStage
 
+# Mels [B, T, bands] and their frames, letters, speaker vectors, weight of the mel loss
+Batch = tuple[Tensor, Tensor, list[Tensor], Tensor, float]
+
 
 class CodecStage(MelStage):
     """CTC loss on letters and L1 loss on the mel, both from the quantized values."""
@@ -18,7 +22,7 @@ class CodecStage(MelStage):
     trainable = ("codec.",)
     description = "speech tokenizer: FSQ codes that predict letters (CTC) and reconstruct the mel"
 
-    def batch(self, number):
+    def batch(self, number: int) -> Batch:
         indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)
         mels, frames = pad_mels([self.mel(i) for i in indices])
         letters = [letters_to_ids(self.speech.utterances[i].text) for i in indices]
@@ -27,7 +31,7 @@ class CodecStage(MelStage):
         mel_weight = min(1.0, 0.2 + progress / 0.4)
         return mels, frames, letters, self.conds(indices), mel_weight
 
-    def losses(self, batch):
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         mels, frames, letters, conds, mel_weight = batch
         codec = self.codec
         grid, _ = codec.quantize(mels)
@@ -39,7 +43,7 @@ class CodecStage(MelStage):
             "fsq_mean": losses.off_center(grid, lengths),
         }
 
-    def sample(self):
+    def sample(self) -> str:
         """Codes in use, bits per second, and the word error rate of reconstructed speech."""
         codec = self.codec
         codes = []
@@ -65,6 +69,6 @@ class CodecStage(MelStage):
             f"transcript {transcript!r}"
         )
 
-    def sound(self):
+    def sound(self) -> tuple[str, Tensor]:
         grid, _ = self.codec.quantize(self.mel(0)[None].to(self.device))
         return self.text, self.codec.mel(grid, self.conds([0]).to(self.device))[0]

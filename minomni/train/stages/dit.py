@@ -17,6 +17,9 @@ CROP_BLOCKS = (3, 4)  # attention blocks in a training crop; short sentences hav
 DROP_CONDITION = 0.15  # fraction of rows without condition, for classifier-free guidance
 INIT_UTTERANCES = 600  # about how many utterances initialize the code embeddings
 
+# Mels [B, T, bands], codes, speaker vectors, reference mels, left padding of the first block
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, int]
+
 
 class DiTStage(MelStage):
     """Flow matching on crops, conditioned on codes, speaker vector and reference mel."""
@@ -28,9 +31,8 @@ class DiTStage(MelStage):
 
     @property
     def dit(self) -> DiT:
-        """The DiT. Every size that is trained here has one."""
-        assert self.omni.token2wav is not None
-        return self.omni.token2wav.code2wav_dit_model
+        """The network that this stage trains."""
+        return self.token2wav.code2wav_dit_model
 
     def setup(self) -> None:
         """Encode the corpus, and initialize the DiT from the mels."""
@@ -79,7 +81,7 @@ class DiTStage(MelStage):
         used = counts[:, 0] > 0
         return sums[used] / counts[used], used
 
-    def batch(self, number):
+    def batch(self, number: int) -> Batch:
         random = Random(f"{self.seed}-dit-{number}")
         dit = self.dit.config
 
@@ -88,7 +90,7 @@ class DiTStage(MelStage):
         last = self.outer_block(random)
         length = (random.choice(CROP_BLOCKS) - 2) * dit.block_size + first + last  # mel frames
 
-        indices = []
+        indices: list[int] = []
         mels = []
         codes = []
         while len(indices) < self.recipe.batch:
@@ -112,7 +114,7 @@ class DiTStage(MelStage):
         part = random.randrange(dit.repeats, dit.block_size, dit.repeats)
         return random.choice((dit.block_size, part))
 
-    def losses(self, batch):
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         mels, codes, conds, references, left_pad = batch
         # Drop all conditions of some rows.
         keep = torch.rand(len(mels), device=self.device) >= DROP_CONDITION
@@ -130,7 +132,7 @@ class DiTStage(MelStage):
 
         return {"flow": losses.flow_matching(velocity, mels, noise, time)}
 
-    def sound(self):
+    def sound(self) -> tuple[str, Tensor]:
         voice = self.voices[self.speech.utterances[0].voice]
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *self.mel(0).shape, generator=generator)  # [1, T, bands]

@@ -1,6 +1,7 @@
 """Stage dpo: direct preference optimization for intelligible speech (paper, sec. 3.3)."""
 
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ class DPOStage(SpeechStage):
         logits = self.talker(embeds, position_ids, mask)
         return losses.sequence_log_prob(logits, targets).view(2, -1)
 
-    def batch(self, number):
+    def batch(self, number: int) -> Any:
         # Each epoch visits all batches of pairs in a random order.
         batches = len(self.pairs)
         epoch = number // batches
@@ -138,12 +139,12 @@ class DPOStage(SpeechStage):
         index = order[number % batches]
         return self.pairs[index], self.reference[index], super().batch(number)
 
-    def losses(self, batch):
+    def losses(self, batch: Any) -> dict[str, Tensor]:
         pairs, reference, examples = batch
         chosen, rejected = self._log_probs(pairs)
         chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)  # each with its stop code
         return {
-            "dpo": losses.dpo(chosen, rejected, *reference, self.beta),
+            "dpo": losses.dpo(chosen, rejected, reference[0], reference[1], self.beta),
             "sft": -self.sft_weight * chosen.sum() / chosen_codes,
             **super().losses(examples),
         }

@@ -1,6 +1,7 @@
 """Shared by the stages codec, vocoder and dit: the corpus, its mels and its voices."""
 
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class MelStage(Stage):
 
     data = "spoken sentences"
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
         tokens = self.omni.config.thinker.tokens
         self.spoken = corpus("speaking", self.cache, english(tokens))

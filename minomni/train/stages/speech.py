@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ class SpeechStage(Stage):
     data = "spoken sentences as answers, with the Thinker's states for them"
     cache_prefix = "talker-examples"  # of the file in the cache
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
         self.tokens = self.omni.config.thinker.tokens
         self.table = self.omni.thinker.model.embed_tokens
@@ -204,7 +204,7 @@ class SpeechStage(Stage):
                 by_answer.setdefault(example.answer, []).append(example)
         return by_answer
 
-    def batch(self, number):
+    def batch(self, number: int) -> list[TalkerExample]:
         indices = similar_lengths(
             self.lengths,
             self.recipe.batch,
@@ -215,7 +215,7 @@ class SpeechStage(Stage):
         )
         return [self.examples[i] for i in indices]
 
-    def losses(self, batch):
+    def losses(self, batch: list[TalkerExample]) -> dict[str, Tensor]:
         return {"codes": code_loss(self.omni, batch)}
 
     def speak(
@@ -243,7 +243,7 @@ class SpeechStage(Stage):
             return ""
         return ids_to_letters(self.letter_log_probs(codes).argmax(-1))
 
-    def sample(self):
+    def sample(self) -> str:
         generator = torch.Generator(self.device).manual_seed(0)
         chosen = self.examples[:: max(1, len(self.examples) // 16)][:16]
         generated = self.speak(chosen, self.omni.config.talker_sampling, generator)
@@ -252,7 +252,7 @@ class SpeechStage(Stage):
         rate = word_error_rate(errors)
         return f"codec's word error rate {rate:.0%}; {chosen[0].text!r} -> {transcripts[0]!r}"
 
-    def sound(self):
+    def sound(self) -> tuple[str, Tensor]:
         example = self.examples[0]
         codec = self.codec
         generator = torch.Generator(self.device).manual_seed(0)

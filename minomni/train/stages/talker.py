@@ -1,6 +1,7 @@
 """Stage talker: the next speech code from the Thinker's states (paper, sec. 3.3)."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,14 @@ class TalkerStage(SpeechStage):
     description = "next code: from the Thinker's states and words to speech codes"
     cache_prefix = "talker-examples-with-words"
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
         self.tokenizer = world_tokenizer(self.tokens)
         classes = MAX_WORDS + self.omni.config.thinker.text.vocab_size
         self.word_head = nn.Linear(self.talker.config.decoder.hidden_size, classes)
         self.word_head.to(self.device)
 
-    def make_examples(self):
+    def make_examples(self) -> list[TalkerExample]:
         examples = super().make_examples()
         return [replace(x, words=self.word_alignment(x.text, x.codes)) for x in examples]
 
@@ -57,11 +58,11 @@ class TalkerStage(SpeechStage):
         """First token of each word of a text [words]."""
         return torch.tensor([self.tokenizer.encode(f" {word}")[0] for word in text.split()])
 
-    def parameters(self):
+    def parameters(self) -> dict[str, nn.Parameter]:
         head = {f"word_head.{name}": p for name, p in self.word_head.named_parameters()}
         return super().parameters() | head
 
-    def losses(self, batch):
+    def losses(self, batch: list[TalkerExample]) -> dict[str, Tensor]:
         talker = self.talker
         inputs = collate(batch, self.tokens, self.table)
         codes = [example.codes for example in batch]

@@ -7,6 +7,7 @@ vision_align.py; the examples are in data/examples.py.
 
 from math import ceil
 from random import Random
+from typing import Any
 
 from torch import Tensor
 
@@ -35,11 +36,11 @@ class ThinkerStage(Stage):
     mixture: dict[str, float] = {}  # kinds of examples with sampling weights
     fixed: tuple[str, ...] = ("say-typed",)  # kinds of the prompts in previews
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
         self.builder = ExampleBuilder(self.omni.config, self.cache)
 
-    def batch(self, number) -> list[Part]:
+    def batch(self, number: int) -> list[Part]:
         """A batch of dialogues in PARTS parts, each of dialogues of similar length."""
         random = Random(f"{self.seed}-{self.name}-{number}")
         mixture = self.mixture_at(number)
@@ -62,7 +63,7 @@ class ThinkerStage(Stage):
         """One dialogue of a batch, as examples for its turns."""
         return self.builder.dialogue(kind, random)
 
-    def losses(self, batch):
+    def losses(self, batch: list[Part]) -> dict[str, Tensor]:
         text_parts = []
         frame_parts = []
         for examples, inputs, targets in batch:
@@ -80,7 +81,7 @@ class ThinkerStage(Stage):
         """The Thinker's next-token logits [B, L, V]."""
         return self.omni.thinker(inputs)
 
-    def sample(self):
+    def sample(self) -> str:
         random = Random(7)
         tokenizer = self.builder.processor.tokenizer
         lines = []
@@ -122,7 +123,7 @@ class LanguageStage(ThinkerStage):
     }
     fixed = ("scene-typed", "say-typed")
 
-    def mixture_at(self, number):
+    def mixture_at(self, number: int) -> dict[str, float]:
         """Only images, then mostly videos with some images, then everything.
 
         From a mixture alone, the model never learns which object has which color, and learns the
@@ -135,7 +136,7 @@ class LanguageStage(ThinkerStage):
             return {"sync-typed": 3, "video-typed": 2, "scene-typed": 1}
         return self.mixture
 
-    def logits(self, examples, inputs):
+    def logits(self, examples: list[Example], inputs: Inputs) -> Tensor:
         thinker = self.omni.thinker
         embeds = oracle_embeds(examples, inputs, thinker, self.builder.processor.tokenizer.encode)
         position_ids = thinker.position_ids(inputs, thinker.config).to(self.device)
@@ -193,7 +194,7 @@ class Thinker3Stage(ThinkerStage):
     mixture = {**Thinker2Stage.mixture, "hear-long": 6, "video-long": 6}
     fixed = ("hear-long", "video-long")
 
-    def dialogue(self, kind, random):
+    def dialogue(self, kind: str, random: Random) -> list[Example]:
         if kind.endswith("-long"):
             return [self.builder.example(kind, random)]
         short_kinds = [name for name in self.mixture if not name.endswith("-long")]

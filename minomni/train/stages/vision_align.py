@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX
 from minomni.data.oracle_features import cell_words
-from minomni.inputs.patches import image_patches, video_patches
+from minomni.inputs.patches import Grid, image_patches, video_patches
 from minomni.train.loop import to_device
 from minomni.train.stages.alignment import (
     MSE_WEIGHT,
@@ -19,6 +19,8 @@ from minomni.train.stages.alignment import (
 )
 
 KINDS = ("handwriting", "scene", "scene", "video")  # of the examples, in turn
+
+Batch = tuple[Tensor, list[Grid], Tensor]  # patches, grids, classes of the cells
 
 
 class VisionAlignStage(AlignStage):
@@ -32,11 +34,11 @@ class VisionAlignStage(AlignStage):
     )
     data = "generated images and videos, handwritten digits"
 
-    def batch(self, number):
+    def batch(self, number: int) -> Batch:
         # The seed keeps a former name of the stage, so that runs repeat.
         return self.draw(Random(f"{self.seed}-eyes-{number}"), self.recipe.batch)
 
-    def draw(self, random: Random, count: int) -> tuple[Tensor, list, Tensor]:
+    def draw(self, random: Random, count: int) -> Batch:
         """Patches [N, patch_dim], grids and classes [N / 4, 4] of some images and videos."""
         patches = []
         grids = []
@@ -45,9 +47,10 @@ class VisionAlignStage(AlignStage):
         media = self.omni.config.media
         for i in range(count):
             example = self.builder.example(KINDS[i % len(KINDS)], random)
-            if example.clip is None:
+            if example.image is not None:
                 rows, grid = image_patches(example.image, vision, media)
             else:
+                assert example.clip is not None  # every kind has an image or a clip
                 frames = torch.from_numpy(example.clip[0])
                 rows, grid = video_patches(frames, vision, media)
             patches.append(rows)
@@ -56,7 +59,7 @@ class VisionAlignStage(AlignStage):
             classes.append(torch.where(words == IGNORE_INDEX, words, words + 1))  # 0: background
         return torch.cat(patches), grids, torch.cat(classes)
 
-    def losses(self, batch):
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         patches, grids, classes = batch
         thinker = self.omni.thinker
         features = thinker.visual(patches, grids)
@@ -76,7 +79,7 @@ class VisionAlignStage(AlignStage):
         labeled_mse = embedding_mse(features[any_label], target[any_label])
         return {"cells": cell_loss, "mse": MSE_WEIGHT * (object_mse + labeled_mse)}
 
-    def sample(self):
+    def sample(self) -> str:
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
         features = self.omni.thinker.visual(patches, grids)
         log_probs = embedding_similarity(features, self.omni.thinker, self.tokens.image)

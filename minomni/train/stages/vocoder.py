@@ -3,6 +3,7 @@
 from random import Random
 
 import torch
+from torch import Tensor
 
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.train import losses
@@ -19,10 +20,10 @@ class VocoderStage(MelStage):
     description = "BigVGAN: mel to waveform by mel and spectrogram distance"
     bf16 = False  # spectra of quiet audio need full precision
 
-    def batch(self, number):
+    def batch(self, number: int) -> Tensor:
         random = Random(f"{self.seed}-vocoder-{number}")
         length = CROP_FRAMES * HOP
-        crops = []
+        crops: list[Tensor] = []
         while len(crops) < self.recipe.batch:
             wave = self.speech.wave(self.draw(random))
             if len(wave) <= length:
@@ -31,14 +32,14 @@ class VocoderStage(MelStage):
             crops.append(wave[start : start + length])
         return torch.stack(crops)  # [B, samples]
 
-    def losses(self, batch):
+    def losses(self, batch: Tensor) -> dict[str, Tensor]:
         mel = voice_mel(batch)  # [B, T, bands]
-        wave = self.omni.token2wav.code2wav_bigvgan_model(mel.transpose(1, 2))
+        wave = self.token2wav.code2wav_bigvgan_model(mel.transpose(1, 2))
         return {
             "mel": 2 * (voice_mel(wave) - mel).abs().mean(),
             "stft": losses.spectral(wave, batch),
         }
 
-    def sound(self):
+    def sound(self) -> tuple[str, Tensor]:
         mel = self.mel(0).T[None].to(self.device)  # [1, bands, T]
-        return self.text, self.omni.token2wav.code2wav_bigvgan_model(mel)[0]
+        return self.text, self.token2wav.code2wav_bigvgan_model(mel)[0]
