@@ -41,7 +41,6 @@ FIRST_VOICE_OFFSET = 5  # offset of the voices' token ids from tts_text_pad
 REFERENCE_RECORDINGS = 4  # recordings from which a voice is made
 CODE_SAMPLES = 640  # samples of one code (40 ms)
 
-NORMAL = dict(rate=180, pitch=50)  # how the model's own voices speak
 # The synthetic speakers of isolated digits: variants of espeak-ng, accents, (rate, pitch) pairs.
 ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")
 PACES = list(product(range(120, 221, 20), range(20, 81, 20)))
@@ -116,7 +115,7 @@ def rare_statements() -> set[str]:
 
 def speaker_job(name: str, text: str) -> NamedJob:
     """A sentence in one of the model's own voices."""
-    return name, Job(text, grammar.VOICES[name], **NORMAL)
+    return name, Job(text, grammar.VOICES[name])
 
 
 def varied_job(name: str, text: str, voices: dict[str, str], random: Random) -> NamedJob:

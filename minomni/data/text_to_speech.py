@@ -19,7 +19,7 @@ from minomni.data.batching import batched
 from minomni.errors import UserError
 
 ESPEAK_RATE = 22_050  # Hz, espeak-ng's output
-SILENCE = 150  # of 32767: quieter samples at both ends are cut off
+SILENT_SAMPLE = 150  # of 32767: quieter samples at both ends are cut off
 MARGIN = 640  # samples (40 ms) of silence at both ends
 PART = 500  # utterances per process
 INT16 = (-32768, 32767)
@@ -129,6 +129,6 @@ def _trim(samples: np.ndarray) -> np.ndarray:
     Then speech and text begin and end together.
     """
     wave = soxr.resample(samples.astype(np.float32), ESPEAK_RATE, INPUT_SAMPLE_RATE)
-    loud = np.flatnonzero(np.abs(wave) > SILENCE)
+    loud = np.flatnonzero(np.abs(wave) > SILENT_SAMPLE)
     wave = np.pad(wave[loud[0] : loud[-1] + 1], MARGIN)
     return np.clip(np.round(wave), *INT16).astype(np.int16)

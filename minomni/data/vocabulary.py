@@ -13,10 +13,10 @@ from minomni.config import TokenIds
 from minomni.data import grammar
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 
-TESTED = 40  # English words in an evaluation
-LONG = 6  # letters that each of them has at least
-OWN = 480  # token ids of the world's own words
-PIECES = 320  # token ids of pieces of English words
+EVALUATED_WORDS = 40  # English words in an evaluation
+MIN_LETTERS = 6  # letters that each of them has at least
+WORLD_IDS = 480  # token ids of the world's own words
+ENGLISH_IDS = 320  # token ids of pieces of English words
 
 
 class English(NamedTuple):
@@ -31,8 +31,8 @@ NO_ENGLISH = English()
 
 @cache
 def english(tokens: TokenIds) -> English:
-    """The English words of a vocabulary; none if it has fewer than OWN + PIECES ids."""
-    if min(special_tokens(tokens).values()) < OWN + PIECES:
+    """The English words of a vocabulary; none if it has fewer than WORLD_IDS + ENGLISH_IDS ids."""
+    if min(special_tokens(tokens).values()) < WORLD_IDS + ENGLISH_IDS:
         return NO_ENGLISH
     # words.txt: common in the notebooks, known to the speech recognizer, no two sound alike.
     words = (paths.data_samples() / "words.txt").read_text(encoding="utf-8").split()
@@ -43,15 +43,15 @@ def english(tokens: TokenIds) -> English:
 
 def evaluation_words(words: tuple[str, ...]) -> list[str]:
     """A sample of long words, which a speech recognizer distinguishes reliably."""
-    long = [word for word in words if len(word) >= LONG]
-    return Random(6).sample(long, min(TESTED, len(long)))
+    long = [word for word in words if len(word) >= MIN_LETTERS]
+    return Random(6).sample(long, min(EVALUATED_WORDS, len(long)))
 
 
 @cache
 def world_tokenizer(tokens: TokenIds) -> Tokenizer:
     """A tokenizer whose ordinary ids end below the first special one, trained in about a second."""
     special = special_tokens(tokens)
-    vocab_size = min(OWN + PIECES, *special.values())
+    vocab_size = min(WORLD_IDS + ENGLISH_IDS, *special.values())
     return Tokenizer.train(tokenizer_texts(tokens), vocab_size=vocab_size, special_tokens=special)
 
 

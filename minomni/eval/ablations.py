@@ -18,7 +18,7 @@ from minomni.config import ThinkerConfig
 from minomni.data.grammar import statements
 from minomni.data.word_errors import ErrorPair, word_error_rate
 from minomni.errors import UserError
-from minomni.eval.asr import LONG
+from minomni.eval.asr import LONG_STATEMENT
 from minomni.eval.evaluator import ANSWERS, Evaluator, hard_sentences
 from minomni.eval.report import MROPE
 from minomni.eval.stats import bootstrap, markdown_table, word_error_metric
@@ -53,7 +53,7 @@ def dpo(home: Path, items: int, seed: int) -> str:
     for stage, name in (("talker", "before DPO"), ("dpo", "after DPO")):
         load_stages(evaluator.omni, home / "stages", [stage])
         replies[name] = evaluator.speak_all(sentences)
-        errors[name] = evaluator.reply_errors(sentences, replies[name], LONG)
+        errors[name] = evaluator.reply_errors(sentences, replies[name], LONG_STATEMENT)
     reduction = relative_reduction(errors["before DPO"], errors["after DPO"])
     return "\n\n".join((error_table(errors), reduction, speech_table(replies)))
 
@@ -83,7 +83,7 @@ def beta(home: Path, items: int, seed: int) -> str:
 
         evaluator.omni.talker.load_state_dict(stage.omni.talker.state_dict())
         replies[name] = evaluator.speak_all(sentences)
-        errors[name] = evaluator.reply_errors(sentences, replies[name], LONG)
+        errors[name] = evaluator.reply_errors(sentences, replies[name], LONG_STATEMENT)
         if value is not None:
             reductions.append(f"{name}: {relative_reduction(errors['before DPO'], errors[name])}")
     return "\n\n".join((error_table(errors), "\n".join(reductions), speech_table(replies)))

@@ -16,7 +16,7 @@ from minomni.errors import UserError
 
 # What one utterance may consist of, as the right-hand side of a JSGF rule.
 STATEMENT = "<statement>"
-LONG = "<statement> and <statement>"
+LONG_STATEMENT = "<statement> and <statement>"
 ENGLISH = "the <word> <word> is <relation> the <word> <word>"
 
 

@@ -125,7 +125,8 @@ def table(rows: Rows) -> str:
     return markdown_table(("streaming", "value", "description"), cells)
 
 
-# Measurements
+# ----------------------------------------------------------------------------------------------
+# measurements
 
 
 @contextmanager
@@ -343,7 +344,8 @@ def random_model(size: str, device: str) -> Omni:
     return omni
 
 
-# Prediction of the time to first audio
+# ----------------------------------------------------------------------------------------------
+# prediction of the time to first audio
 
 
 def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
@@ -352,8 +354,8 @@ def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
     token2wav = token2wav_of(omni)
     schedule = low_latency_schedule(token2wav)
     needed = codes_until_audio(schedule, token2wav)
-    prefill_s, state = prefill_time(omni)
-    text_s, code_s = step_times(omni, state, voice)
+    prefill_s, prefill = prefill_time(omni)
+    text_s, code_s = step_times(omni, prefill, voice)
     setup_s, mel_s, audio_s = decoder_times(omni, voice, flow, schedule, needed)
 
     # Only early steps: later ones attend to a longer cache.
@@ -369,23 +371,23 @@ def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
 
 
 def prefill_time(omni: Omni) -> tuple[float, PrefillState]:
-    """Seconds to preprocess and prefill QUESTION, and the resulting state."""
+    """Seconds to preprocess and prefill QUESTION, and the result."""
     _, inputs = omni.prepare(QUESTION, None, True, False)
 
-    def prefill() -> PrefillState:
+    def run_prefill() -> PrefillState:
         with torch.no_grad():
             return omni.thinker.prefill(inputs, omni.thinker.model.new_cache())
 
     prepare_s, _ = fastest(lambda: omni.prepare(QUESTION, None, True, False))
-    prefill_s, state = fastest(prefill)
-    return prepare_s + prefill_s, state
+    prefill_s, prefill = fastest(run_prefill)
+    return prepare_s + prefill_s, prefill
 
 
-def step_times(omni: Omni, state: PrefillState, voice: Voice) -> tuple[list[float], list[float]]:
+def step_times(omni: Omni, prefill: PrefillState, voice: Voice) -> tuple[list[float], list[float]]:
     """Seconds of each step of the Thinker and of the Talker in one reply."""
     seconds: dict[str, list[float]] = {"text": [], "code": []}
     before = time.perf_counter()
-    for kind, _ in generate_tokens(omni, state, [voice.bos_token], 0):
+    for kind, _ in generate_tokens(omni, prefill, [voice.bos_token], 0):
         now = time.perf_counter()
         seconds[kind].append(now - before)
         before = now
@@ -415,7 +417,8 @@ def decoder_times(
     return setup_s, mel_s, audio_s
 
 
-# Quality of a schedule, and memory
+# ----------------------------------------------------------------------------------------------
+# quality of a schedule, and memory
 
 
 def distance(omni: Omni, schedule: Schedule) -> tuple[int, float]:

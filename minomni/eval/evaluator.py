@@ -18,7 +18,7 @@ from minomni.data.examples import TRANSCRIBE, ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import evaluation_words
 from minomni.data.word_errors import ErrorPair, edit_distance, word_errors
-from minomni.eval.asr import ENGLISH, LONG, STATEMENT, SpeechRecognizer
+from minomni.eval.asr import ENGLISH, LONG_STATEMENT, STATEMENT, SpeechRecognizer
 from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import voice_mel
 from minomni.train.run_folder import load_stages
@@ -282,7 +282,7 @@ class Evaluator:
         metrics = []
         for name, stage in stage_of_metric.items():
             load_stages(self.omni, stages, [stage])
-            pairs = self.reply_errors(sentences, self.speak_all(sentences), LONG)
+            pairs = self.reply_errors(sentences, self.speak_all(sentences), LONG_STATEMENT)
             metrics.append(word_error_metric(name, pairs))
         talker.load_state_dict(own_weights)
         return metrics

@@ -59,7 +59,8 @@ NOISE_STD = 0.12
 Clip = tuple[Tensor, int]  # log-mel [128, F] and digit
 
 
-# Recordings
+# ----------------------------------------------------------------------------------------------
+# recordings
 
 
 def recordings_by_speaker(folder: Path) -> dict[str, list[Path]]:
@@ -113,7 +114,8 @@ def synthetic_speakers(cache: Path) -> list[Clip]:
     return clips
 
 
-# Normalization
+# ----------------------------------------------------------------------------------------------
+# normalization
 
 
 def band_levels(mels: list[Tensor]) -> Tensor:
@@ -133,7 +135,8 @@ def band_normalized(mel: Tensor, levels: Tensor) -> Tensor:
     return mel + NORMALIZATION * (levels - own_levels)
 
 
-# Augmentations of log-mels [128, F]
+# ----------------------------------------------------------------------------------------------
+# augmentations of log-mels [128, F]
 
 
 def augment(mel: Tensor, random: Random) -> Tensor:
@@ -212,7 +215,8 @@ def interpolate(x: Tensor, positions: Tensor) -> Tensor:
     return torch.lerp(x[..., below], x[..., above], positions - below)
 
 
-# Fine-tuning and evaluation
+# ----------------------------------------------------------------------------------------------
+# fine-tuning and evaluation
 
 
 class DigitsStage(Stage):

@@ -15,7 +15,7 @@ from minomni.data.vocabulary import English, english, evaluation_words
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
 from minomni.eval import asr, evaluator, report, stats
-from minomni.eval.asr import ENGLISH, LONG, SpeechRecognizer
+from minomni.eval.asr import ENGLISH, LONG_STATEMENT, SpeechRecognizer
 
 
 def test_wilson_interval_of_known_fractions():
@@ -208,6 +208,6 @@ def test_recognizer_of_long_sentences_accepts_two_statements():
     recordings = corpus.sample_recordings(held_out=False)
     first, second = statements_in(recordings)[:2]
     wave = torch.cat([recordings.wave(first), recordings.wave(second)])
-    transcript = SpeechRecognizer(LONG).transcribe(wave, 16_000).split()
+    transcript = SpeechRecognizer(LONG_STATEMENT).transcribe(wave, 16_000).split()
     for i in (first, second):
         assert len(transcript) > len(recordings.utterances[i].text.split())
