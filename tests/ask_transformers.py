@@ -82,8 +82,10 @@ def answer(model, processor, case: dict, version: tuple[int, ...]) -> dict:
             f"thinker_{name}" if name.startswith("pixel_values") else name: x
             for name, x in given.items()
         }
-    ears = oracle.Ears()
-    ears.on(model.token2wav, "codes", lambda args, named, out: args[0] if args else named["code"])
+    recorder = oracle.HookRecorder()
+    recorder.on(
+        model.token2wav, "codes", lambda args, named, out: args[0] if args else named["code"]
+    )
     torch.manual_seed(0)
     ids, wave = model.generate(
         **given,
@@ -95,7 +97,7 @@ def answer(model, processor, case: dict, version: tuple[int, ...]) -> dict:
     )
     return record | {
         "tokens": ids[0, len(record["prompt"]) :].tolist(),
-        "codes": ears.off()["codes"][0][0].tolist(),
+        "codes": recorder.off()["codes"][0][0].tolist(),
         "wave": wave,
     }
 

@@ -408,8 +408,8 @@ class Readers:
 
         given = path.parent if path.name == "metadata.csv" else path
         lines = jsonl.read_dataset(given, self.work / "run", self.omni)
-        lessons = [lines[i] for i in range(len(lines))]
-        return all(lesson.answer.strip() for lesson in lessons) and lessons
+        rows = [lines[i] for i in range(len(lines))]
+        return all(row.answer.strip() for row in rows) and rows
 
 
 def digest(*tensors) -> str:

@@ -1,5 +1,5 @@
 """Makes data_samples/: questions with pictures, sounds and clips, and a few recordings for want of
-a synthesiser.
+a synthesizer.
 
 python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
 python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
@@ -135,8 +135,8 @@ def questions() -> list[dict]:
 
 
 def recordings(count: int = 32) -> None:
-    """Write a few recordings to stand in for the synthesiser: statements by the model's voices,
-    then spoken wishes.
+    """Write a few recordings to stand in for the synthesizer: statements by the model's voices,
+    then spoken requests.
     """
     random, rows = Random("recordings"), []
     texts = random.sample(corpus.all_statements(held_out=False), count) + random.sample(

@@ -66,10 +66,10 @@ def answer(run):
         return "error"
 
 
-def some(random: Random, wishes: dict) -> dict:
+def some(random: Random, options: dict) -> dict:
     """A random choice of keys, each with a random one of its values."""
-    kept = [key for key in wishes if random.random() < 0.4]
-    return {key: random.choice(wishes[key]) for key in kept}
+    kept = [key for key in options if random.random() < 0.4]
+    return {key: random.choice(options[key]) for key in kept}
 
 
 def frames_case(vision, random: Random) -> list:

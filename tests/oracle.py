@@ -432,47 +432,47 @@ def repair_talker_mask(model):
     return model
 
 
-class Ears:
+class HookRecorder:
     """Keeps what passes through modules while they run."""
 
     def __init__(self):
-        self.heard, self.handles = {}, []
+        self.recorded, self.handles = {}, []
 
     def on(self, module, name, what) -> None:
         """what(args, kwargs, output) is kept under the name, call after call."""
 
         def keep(_, args, kwargs, output):
-            self.heard.setdefault(name, []).append(what(args, kwargs, output).detach().clone())
+            self.recorded.setdefault(name, []).append(what(args, kwargs, output).detach().clone())
 
         self.handles.append(module.register_forward_hook(keep, with_kwargs=True))
 
     def off(self) -> dict[str, list[torch.Tensor]]:
         for handle in self.handles:
             handle.remove()
-        return self.heard
+        return self.recorded
 
 
 def ask_official(
     model, case: str, free: dict[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
     """Run the official code on a case and keep what a comparison wants to see."""
-    config, ears = stopping(case, free), Ears()
+    config, recorder = stopping(case, free), HookRecorder()
     thinker, talker, token2wav = model.thinker, model.talker, model.token2wav
-    ears.on(thinker.model.audio_tower, "audio", lambda a, k, out: out.last_hidden_state)
-    ears.on(thinker.model.visual, "vision", lambda a, k, out: out.pooler_output)
-    ears.on(thinker.model.language_model, "positions", lambda a, k, out: k["position_ids"][-3:])
-    ears.on(thinker, "logits", lambda a, k, out: out.logits)
-    ears.on(
+    recorder.on(thinker.model.audio_tower, "audio", lambda a, k, out: out.last_hidden_state)
+    recorder.on(thinker.model.visual, "vision", lambda a, k, out: out.pooler_output)
+    recorder.on(thinker.model.language_model, "positions", lambda a, k, out: k["position_ids"][-3:])
+    recorder.on(thinker, "logits", lambda a, k, out: out.logits)
+    recorder.on(
         talker.model,
         "talker_positions",
         lambda a, k, out: (
             torch.zeros(3, 1, 0) if k.get("position_ids") is None else k["position_ids"][-3:]
         ),
     )
-    ears.on(talker.model, "talker_inputs", lambda a, k, out: k["inputs_embeds"])
-    ears.on(talker, "talker_logits", lambda a, k, out: out.logits[:, -1])
-    ears.on(token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
-    ears.on(token2wav, "codes", lambda a, k, out: a[0])
+    recorder.on(talker.model, "talker_inputs", lambda a, k, out: k["inputs_embeds"])
+    recorder.on(talker, "talker_logits", lambda a, k, out: out.logits[:, -1])
+    recorder.on(token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
+    recorder.on(token2wav, "codes", lambda a, k, out: a[0])
     torch.manual_seed(0)
     given = {
         name: x.to(model.device) if isinstance(x, torch.Tensor) else x
@@ -488,34 +488,34 @@ def ask_official(
         talker_max_new_tokens=config.talker_sampling.max_new_tokens,
         talker_eos_token_id=[config.talker.codec_pad, config.talker.codec_eos],
     )
-    heard = ears.off()
+    recorded = recorder.off()
     return digest(
         inputs(case).attention_mask,
-        heard,
+        recorded,
         ids[:, inputs(case).input_ids.shape[1] :],
-        [row[0] for row in heard["codes"]],
+        [row[0] for row in recorded["codes"]],
         waves if isinstance(waves, list) else [waves],
     )
 
 
-def digest(mask, heard, tokens, codes, waves) -> dict[str, np.ndarray]:
+def digest(mask, recorded, tokens, codes, waves) -> dict[str, np.ndarray]:
     """What two codes are compared by: everything, but of logits and wide tensors only every few
     columns and rows.
     """
     real, record = mask.bool(), {"tokens": tokens}
     for name in ("audio", "vision"):
-        if name in heard:
-            record[name] = torch.cat(heard[name])[:, ::2]
-    record["positions"] = heard["positions"][0][:, real]
-    record["logits"] = heard["logits"][0][real][::5, ::4]
-    record["step_logits"] = torch.stack([step[:, -1] for step in heard["logits"]], 1)[:, :, ::4]
-    record["talker_inputs"] = heard["talker_inputs"][0][
+        if name in recorded:
+            record[name] = torch.cat(recorded[name])[:, ::2]
+    record["positions"] = recorded["positions"][0][:, real]
+    record["logits"] = recorded["logits"][0][real][::5, ::4]
+    record["step_logits"] = torch.stack([step[:, -1] for step in recorded["logits"]], 1)[:, :, ::4]
+    record["talker_inputs"] = recorded["talker_inputs"][0][
         :, -24:
     ]  # the prompt's end, voice and first line
-    record["talker_step_inputs"] = torch.cat(heard["talker_inputs"][1:], 1)
-    record["talker_positions"] = torch.cat([x[:, :, -2:] for x in heard["talker_positions"]], 2)
-    record["talker_logits"] = torch.stack(heard["talker_logits"], 1)[:, :, ::64]
-    for row, (code, mel, wave) in enumerate(zip(codes, heard["mel"], waves)):
+    record["talker_step_inputs"] = torch.cat(recorded["talker_inputs"][1:], 1)
+    record["talker_positions"] = torch.cat([x[:, :, -2:] for x in recorded["talker_positions"]], 2)
+    record["talker_logits"] = torch.stack(recorded["talker_logits"], 1)[:, :, ::64]
+    for row, (code, mel, wave) in enumerate(zip(codes, recorded["mel"], waves)):
         record |= {f"codes_{row}": code, f"mel_{row}": mel, f"wave_{row}": wave}
     return {name: np.asarray(value.cpu()) for name, value in record.items()}
 

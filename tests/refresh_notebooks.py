@@ -23,8 +23,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
-COLORS = 128  # of a stored figure: half the bytes of full colour, and no eye sees the difference
-PHOTOGRAPH = 8192  # more colours than this and it is a photograph, in whose sky an eye would see it
+COLORS = 128  # of a stored figure: half the bytes of full color, and no eye sees the difference
+PHOTOGRAPH = 8192  # more colors than this and it is a photograph, in whose sky an eye would see it
 
 
 def refresh(path: Path) -> float:

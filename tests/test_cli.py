@@ -177,7 +177,7 @@ def test_bad_requests_are_one_line(run, tmp_path):
             ("--video", clip(tmp_path / "silent.mp4", sound=False), "--use-audio-in-video"),
             "no sound track",
         ),
-        (("--text", "say a", "--voice", "Nobody"), "unknown voice 'Nobody'"),
+        (("--text", "say a", "--voice", "Zoe"), "unknown voice 'Zoe'"),
         (("--text", "word " * 5000), "context holds 2048"),
         ((), "nothing was asked"),
         (("--text", "say a", "--seed", "soon"), "'soon' is not a whole number"),
@@ -200,7 +200,7 @@ def test_bad_requests_are_one_line(run, tmp_path):
         (("--text", "say a", "--out", ""), "is a folder"),
         (("--text", "say a", "--out", tmp_path / ("n" * 300 + ".wav")), "cannot be written"),
         (("--text", "say a", "--out", tmp_path / "reply.mp3", "--stream"), "--stream writes a wav"),
-        (("--text", "say a", "--voice", "Nobody", "--no-speech"), "unknown voice 'Nobody'"),
+        (("--text", "say a", "--voice", "Zoe", "--no-speech"), "unknown voice 'Zoe'"),
         (("--text", "say a", "--voice", ""), "unknown voice ''"),
         (
             ("--text", "say a", "--no-speech", "--voice-from", tmp_path / "a.wav"),

@@ -152,7 +152,7 @@ def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
 
 @pytest.mark.parametrize("name", list(pipeline.STAGES))
 def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
-    """Losses and gradients are finite, and where chance has no part in them, those of a CPU."""
+    """Losses and gradients are finite, and without random numbers, those of a CPU."""
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(pipeline.STAGES["dpo"], "num_prompts", 4)
     worse = count(0, 2)

@@ -237,7 +237,7 @@ def test_silence_with_other_input_is_accepted(omni):
         (dict(voice=["Anna"]), "voice is a list"),
         (dict(voice=3), "voice is 3"),
         (dict(voice=""), "unknown voice ''"),
-        (dict(voice="nobody", speech=False), "unknown voice 'nobody'"),
+        (dict(voice="zoe", speech=False), "unknown voice 'zoe'"),
         (dict(seed=2**64), "seed is 18446744073709551616"),
         (dict(seed=0.5), "seed is 0.5"),
         (dict(seed=-1), "seed is -1"),

@@ -45,15 +45,15 @@ def ask_ours(case: str, free: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def ask(omni: Omni, case: str) -> dict[str, np.ndarray]:
     """Run our code on a case, keeping what oracle.ask_official keeps."""
-    prompt, ears = oracle.inputs(case), oracle.Ears()
-    ears.on(omni.thinker.audio_tower, "audio", lambda a, k, out: out)
-    ears.on(omni.thinker.visual, "vision", lambda a, k, out: out)
-    ears.on(omni.thinker.model, "positions", lambda a, k, out: a[1])
-    ears.on(omni.thinker.model, "logits", lambda a, k, out: omni.thinker.lm_head(out))
-    ears.on(omni.talker.model, "talker_positions", lambda a, k, out: a[1])
-    ears.on(omni.talker.model, "talker_inputs", lambda a, k, out: a[0])
-    ears.on(omni.talker, "talker_logits", lambda a, k, out: out[:, -1])
-    ears.on(omni.token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
+    prompt, recorder = oracle.inputs(case), oracle.HookRecorder()
+    recorder.on(omni.thinker.audio_tower, "audio", lambda a, k, out: out)
+    recorder.on(omni.thinker.visual, "vision", lambda a, k, out: out)
+    recorder.on(omni.thinker.model, "positions", lambda a, k, out: a[1])
+    recorder.on(omni.thinker.model, "logits", lambda a, k, out: omni.thinker.lm_head(out))
+    recorder.on(omni.talker.model, "talker_positions", lambda a, k, out: a[1])
+    recorder.on(omni.talker.model, "talker_inputs", lambda a, k, out: a[0])
+    recorder.on(omni.talker, "talker_logits", lambda a, k, out: out[:, -1])
+    recorder.on(omni.token2wav.code2wav_bigvgan_model, "mel", lambda a, k, out: a[0])
     # Each of our rows draws its own noise, so that it sounds as it does alone; the official code
     # draws for one row after the other. Here both take the same numbers.
     noise = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def ask(omni: Omni, case: str) -> dict[str, np.ndarray]:
     tokens = torch.tensor(
         [row + [oracle.TOKENS.endoftext] * (longest - len(row)) for row in spoken.tokens]
     )
-    return oracle.digest(prompt.attention_mask, ears.off(), tokens, spoken.codes, spoken.waves)
+    return oracle.digest(prompt.attention_mask, recorder.off(), tokens, spoken.codes, spoken.waves)
 
 
 def compare(

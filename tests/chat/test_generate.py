@@ -341,8 +341,8 @@ def test_bad_arguments_raise_before_the_first_chunk(omni):
     for bad, says in (([], "no messages"), (messages({"audio": "nowhere.wav"}), "no such file")):
         with pytest.raises(UserError, match=says):
             omni.stream(bad)  # before the first piece is asked for
-    with pytest.raises(UserError, match="unknown voice 'Nobody'"):
-        omni.stream(questions()[0], voice="Nobody")
+    with pytest.raises(UserError, match="unknown voice 'Zoe'"):
+        omni.stream(questions()[0], voice="Zoe")
     with pytest.raises(UserError, match="schedule 'at once'; give \"eager\""):
         next(omni.stream(questions()[0], schedule="at once"))
 

@@ -377,8 +377,8 @@ def test_dropped_session_is_freed_at_once(shipped, answered):
 
 
 def test_unknown_voice_and_missing_tokenizer_are_refused(omni, monkeypatch):
-    with pytest.raises(UserError, match="unknown voice 'Nobody'"):
-        omni.listen(voice="Nobody")
+    with pytest.raises(UserError, match="unknown voice 'Zoe'"):
+        omni.listen(voice="Zoe")
     monkeypatch.setattr(omni, "tokenizer", None)
     with pytest.raises(UserError, match="no tokenizer"):
         omni.listen()

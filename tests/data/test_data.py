@@ -25,7 +25,7 @@ def test_voice_stages_leave_long_recordings_out():
     assert [u.text for u in corpus.drop_long(recordings).utterances] == [texts[0], *texts[2:]]
 
 
-def test_lessons_are_fair_to_kinds_of_sentences():
+def test_examples_are_fair_to_kinds_of_sentences():
     texts = (
         ["the red circle is above the blue cross"] * 7 + ["the digit is nine"] * 2 + ["red two up"]
     )
@@ -111,7 +111,7 @@ def test_no_trained_sentence_is_held_out():
     words = {word for text in trained for word in text.split()}
     assert {
         word for text in held for word in text.split()
-    } <= words  # what nobody has said cannot be learnt
+    } <= words  # what no recording has cannot be learned
     tested = {job.text.removeprefix("say ") for _, job in corpus.evaluation_jobs()} - set(
         grammar.all_questions()
     )
@@ -139,12 +139,12 @@ def test_a_part_of_what_is_heard_cannot_be_guessed():
     assert set(grammar.WORDS) <= {word for _, text in without for word in text.split()}
 
 
-def test_teacher_keeps_to_its_side(tmp_path):
+def test_builder_keeps_to_its_side(tmp_path):
     for held in (False, True):
-        teacher, random = ExampleBuilder(TINY, tmp_path, held), Random(0)
+        builder, random = ExampleBuilder(TINY, tmp_path, held), Random(0)
         for kind in ("say-typed", "say-spoken"):
             assert all(
-                grammar.is_held_out(teacher.example(kind, random).answer) == held for _ in range(50)
+                grammar.is_held_out(builder.example(kind, random).answer) == held for _ in range(50)
             )
     train_digits, test_digits = (
         scenes.handwritten_digits(False)[0],
@@ -158,15 +158,15 @@ def test_teacher_keeps_to_its_side(tmp_path):
 
 
 def test_recordings_are_drawn_fairly_but_for_tests():
-    teacher, random, drawn = ExampleBuilder(TINY, CACHE), Random(0), 4000
+    builder, random, drawn = ExampleBuilder(TINY, CACHE), Random(0), 4000
     kinds = [
-        corpus.sentence_kind(teacher.recorded_text(random).removeprefix("say "))
+        corpus.sentence_kind(builder.recorded_text(random).removeprefix("say "))
         for _ in range(drawn)
     ]
-    there = Counter(corpus.sentence_kind(text.removeprefix("say ")) for text in teacher.spoken)
+    there = Counter(corpus.sentence_kind(text.removeprefix("say ")) for text in builder.spoken)
     for kind, count in there.items():
         share = (1 - corpus.BALANCED_SHARE) * count / len(
-            teacher.spoken
+            builder.spoken
         ) + corpus.BALANCED_SHARE / len(there)
         assert kinds.count(kind) / drawn == pytest.approx(share, abs=0.03)
     assert ExampleBuilder(TINY, CACHE, held_out=True).weights is None
@@ -239,13 +239,13 @@ def test_a_color_that_two_things_share_is_not_asked_for():
 
 
 def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
-    teacher, random = ExampleBuilder(TINY, tmp_path), Random(0)
+    builder, random = ExampleBuilder(TINY, tmp_path), Random(0)
     dialogues = [
-        teacher.dialogue(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")
+        builder.dialogue(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")
     ]
     examples = sum(dialogues, [])
-    inputs, answers = teacher.collate(dialogues, random)
-    moments = teacher.frame_targets(examples, inputs)
+    inputs, answers = builder.collate(dialogues, random)
+    moments = builder.frame_targets(examples, inputs)
     assert torch.equal(moments != IGNORE_INDEX, inputs.input_ids == TINY.thinker.tokens.audio)
     assert not ((moments != IGNORE_INDEX) & (answers != IGNORE_INDEX)).any()
     for row, dialogue in ((0, dialogues[0]), (2, dialogues[2])):
@@ -254,18 +254,18 @@ def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
         begins = example.clip[1][2 * change]
         for i, word in enumerate(said.tolist()):
             seen = example.objects[0 if i / 25 < begins else -1][0]
-            assert teacher.processor.tokenizer.decode([word]).strip() in seen[:2]
+            assert builder.processor.tokenizer.decode([word]).strip() in seen[:2]
 
 
 def test_a_picture_is_asked_about_several_times(tmp_path):
-    teacher = ExampleBuilder(TINY, tmp_path)
-    dialogue = teacher.dialogue("scene-typed", Random(2))
+    builder = ExampleBuilder(TINY, tmp_path)
+    dialogue = builder.dialogue("scene-typed", Random(2))
     assert 1 < len(dialogue) <= 4
     assert len({example.question for example in dialogue}) == len(dialogue)
-    inputs, targets = teacher.collate([dialogue], Random(2))
-    answers = [teacher.processor.tokenizer.encode(example.answer) for example in dialogue]
+    inputs, targets = builder.collate([dialogue], Random(2))
+    answers = [builder.processor.tokenizer.encode(example.answer) for example in dialogue]
     assert targets[targets != IGNORE_INDEX].tolist() == [
-        i for row in answers for i in (*row, teacher.end)
+        i for row in answers for i in (*row, builder.end)
     ]
     assert (
         (inputs.input_ids == TINY.thinker.tokens.image).sum()
@@ -274,10 +274,10 @@ def test_a_picture_is_asked_about_several_times(tmp_path):
     )
 
 
-def test_long_lessons_are_long(tmp_path):
-    teacher, random, words = ExampleBuilder(TINY, tmp_path), Random(0), 0
+def test_long_examples_are_long(tmp_path):
+    builder, random, words = ExampleBuilder(TINY, tmp_path), Random(0), 0
     for _ in range(5):
-        dictation, clip = (teacher.example(kind, random) for kind in ("hear-long", "video-long"))
+        dictation, clip = (builder.example(kind, random) for kind in ("hear-long", "video-long"))
         assert 1 < len(dictation.wave) / 16_000 <= 10
         words += len(dictation.answer.split())
         frames, seconds = clip.clip

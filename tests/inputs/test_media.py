@@ -28,7 +28,7 @@ def tone(seconds: float, rate: int = 16_000) -> np.ndarray:
 
 
 def picture(i: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """A grey level that tells the frame number, its upper left quarter white."""
+    """A gray level that tells the frame number, its upper left quarter white."""
     frame = np.full((height, width, 3), 5 * i, np.uint8)
     frame[: height // 2, : width // 2] = 255
     return frame
@@ -159,11 +159,11 @@ def bytes_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_modes(mode):
-    grey = Image.new("L", (8, 8), 255)
+    gray = Image.new("L", (8, 8), 255)
     image = (
         Image.fromarray(np.full((8, 8), 65_535, np.uint16))
         if mode == "I;16"
-        else grey.convert(mode)
+        else gray.convert(mode)
     )
     loaded = load_image(bytes_of(image))
     assert loaded.mode == "RGB"

@@ -528,7 +528,7 @@ LAYOUTS = {  # a row, and its question; the answer is always "a square"
         },
         asked("what is <video>"),
     ),
-    "empty keys of what is not learnt": (
+    "empty keys of what is not learned": (
         {
             **line("what", "a square"),
             "tools": " ",

@@ -56,7 +56,7 @@ def test_flow_matching_is_zero_for_the_right_velocity():
     assert torch.allclose(seen[0][1], mel[1])
 
 
-def test_off_centre_by_hand():
+def test_off_center_by_hand():
     grid = torch.tensor(
         [[[1.0, -1.0], [0.5, 1.0], [9.0, 9.0]], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]]
     )  # [B, C, channels]

@@ -161,7 +161,7 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
     assert summary.keys() == vars(measurements.measured("tiny")["codec"]).keys()
 
 
-def test_train_sets_up_a_stage_that_nobody_has(tmp_path):
+def test_train_sets_up_a_stage_once(tmp_path):
     class Late(loop.Stage):
         name = "late"
         trainable = ("0.",)

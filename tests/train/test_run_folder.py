@@ -130,10 +130,10 @@ def test_thinker_leaves_text_alone(tmp_path):
 def test_vocoder_is_read_once_there_is_a_codec(tmp_path):
     stage = make("vocoder", tmp_path)
     assert samples.trained_codec(stage, tmp_path) is None
-    learnt = {n: p for n, p in stage.omni.named_parameters() if n.startswith("codec.")}
-    run_folder.save_stage(tmp_path, "codec", learnt)
+    learned = {n: p for n, p in stage.omni.named_parameters() if n.startswith("codec.")}
+    run_folder.save_stage(tmp_path, "codec", learned)
     reader = samples.trained_codec(stage, tmp_path)
-    assert all(torch.equal(p, learnt[f"codec.{n}"]) for n, p in reader.named_parameters())
+    assert all(torch.equal(p, learned[f"codec.{n}"]) for n, p in reader.named_parameters())
 
 
 def test_a_mel_made_audible_still_says_the_same():
@@ -204,9 +204,7 @@ def test_settings_of_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_kill_loses_only_what_no_checkpoint_holds(tmp_path):
-    """Killed from outside, then dead while it writes a checkpoint: the end is that of a run nobody
-    touched.
-    """
+    """Killed from outside, then dead while it writes a checkpoint: the end is the same."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     untouched = start(whole, "--fresh")
     process = start(killed, "--fresh", prelude="import time; go = files.os.replace\n"
@@ -291,7 +289,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         not shutil.which("unshare")
         or subprocess.run([*mount, small], capture_output=True).returncode
     ):
-        pytest.skip("this system lets nobody mount a small disk")
+        pytest.skip("this system lets no one mount a small disk")
     script = (
         f'{small} && cp -r {tmp_path}/stages {disk}/ && "$@"; code=$?; '
         f"cp -r {disk}/stages {out}/; exit $code"
@@ -308,7 +306,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
 
 
 def kept_stage(folder: Path) -> tuple[Stage, Path]:
-    """A stage that has learnt for two steps, and what it has kept of itself."""
+    """A stage that has learned for two steps, and what it has kept of itself."""
     stage = Rows(Recipe(steps=4, batch=6, lr=1e-3))
     loop.train(stage, folder, until=2)
     return stage, folder / "rows.resume.pt"

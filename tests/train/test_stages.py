@@ -131,19 +131,19 @@ def test_language_begins_with_pictures_and_then_clips():
 
 def test_talker_is_asked_for_the_word_it_says():
     stage = stage_of("talker")
-    lesson = next(x for x in stage.examples if x.words is not None and len(x.text.split()) > 3)
-    assert len(lesson.words) == len(lesson.codes)
-    assert (lesson.words.diff() >= 0).all()
-    targets = torch.full((1, len(lesson.codes) + 9), IGNORE_INDEX)
-    targets[0, 5 : 5 + len(lesson.codes)] = lesson.codes
-    places, words = stage.word_targets([lesson], targets)
-    assert (places[0, 5 : 5 + len(lesson.codes)] == lesson.words).all()
+    example = next(x for x in stage.examples if x.words is not None and len(x.text.split()) > 3)
+    assert len(example.words) == len(example.codes)
+    assert (example.words.diff() >= 0).all()
+    targets = torch.full((1, len(example.codes) + 9), IGNORE_INDEX)
+    targets[0, 5 : 5 + len(example.codes)] = example.codes
+    places, words = stage.word_targets([example], targets)
+    assert (places[0, 5 : 5 + len(example.codes)] == example.words).all()
     assert (places[0, :5] == IGNORE_INDEX).all()
-    assert (words[0, 5 + len(lesson.codes) :] == IGNORE_INDEX).all()
+    assert (words[0, 5 + len(example.codes) :] == IGNORE_INDEX).all()
     spell = ExampleBuilder(TINY, CACHE).processor.tokenizer.decode
     first = spell([int(words[0, 5])]).strip()
     assert first
-    assert lesson.text.split()[int(lesson.words[0])].startswith(first)
+    assert example.text.split()[int(example.words[0])].startswith(first)
     before = {name for name, _ in stage.omni.named_parameters()}
     assert {name for name in stage.parameters() if name not in before} == {
         "word_head.weight",
@@ -156,16 +156,16 @@ def test_talker_is_asked_for_the_word_it_says():
     assert torch.equal(stage.word_head.weight.grad, once)
 
 
-def test_the_better_try_is_a_lesson_as_any_other():
+def test_the_better_try_is_a_example_as_any_other():
     """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to
     become likelier.
     """
     stage = stage_of("dpo")
     stage.omni.eval()
-    pairs, reference, lessons = stage.batch(0)
+    pairs, reference, examples = stage.batch(0)
     with torch.no_grad():
-        losses_of = stage.losses((pairs, reference, lessons))
+        losses_of = stage.losses((pairs, reference, examples))
         taught = code_loss(
-            stage.omni, [replace(lesson, codes=better) for lesson, better, _ in pairs]
+            stage.omni, [replace(example, codes=better) for example, better, _ in pairs]
         )
     assert losses_of["sft"].item() == pytest.approx(stage.sft_weight * taught.item(), rel=1e-4)
