@@ -28,7 +28,7 @@ from minomni.thinker.tmrope import position_ids
 from minomni.train.loop import train
 from minomni.train.pipeline import STAGES, cache_of, make_stage
 from minomni.train.recipes import recipe_of
-from minomni.train.run_folder import load_stages
+from minomni.train.run_folder import is_finished, load_stages, result_file
 from minomni.train.stages.dpo import DPOStage
 
 BETAS = (0.03, 0.1, 0.3, 1.0)
@@ -168,11 +168,11 @@ def train_plain_mrope(home: Path, run: Path, seed: int) -> None:
     size = trained_size(home)
     (run / "stages").mkdir(parents=True, exist_ok=True)
     for name in ("audio_align", "vision_align"):
-        shutil.copy(home / "stages" / f"{name}.safetensors", run / "stages")
+        shutil.copy(result_file(home / "stages", name), run / "stages")
     for name in ("language", "thinker1", "thinker2", "thinker3", "chat"):
         stage = make_stage(name, size, run, seed, cache=cache_of(home))
         stage.omni.thinker.position_ids = plain_mrope
-        if not (run / "stages" / f"{name}.safetensors").exists():
+        if not is_finished(run / "stages", name):
             train(stage, run / "stages", resume=True)
 
 
@@ -258,12 +258,8 @@ ABLATIONS: dict[str, Callable[[Path, int, int], str]] = {
 def ablate(name: str, home: Path, items: int, seed: int) -> str:
     """The table of an ablation. Raises UserError if the run folder lacks a file that it needs."""
     stages = home / "stages"
-    files = [
-        home / "model" / HISTORY_FILE,
-        stages / "talker.safetensors",
-        stages / "dpo.safetensors",
-    ]
-    for file in files:
+    results = [result_file(stages, name) for name in ("talker", "dpo")]
+    for file in (home / "model" / HISTORY_FILE, *results):
         if not file.exists():
             raise UserError(f"{file} is missing; python -m minomni train --home {home} makes it")
     return ABLATIONS[name](home, items, seed)

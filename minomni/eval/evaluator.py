@@ -1,5 +1,6 @@
 """Evaluate a model on held-out examples: accuracy of answers, word error rate of speech."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -13,7 +14,7 @@ from minomni.chat.reply import Reply, ReplyDone
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
 from minomni.data.batching import batched
-from minomni.data.corpus import SpeechCorpus, corpus
+from minomni.data.corpus import SpeechCorpus, Utterance, corpus
 from minomni.data.examples import TRANSCRIBE, ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import evaluation_words
@@ -21,7 +22,7 @@ from minomni.data.word_errors import ErrorPair, edit_distance, word_errors
 from minomni.eval.asr import ENGLISH, LONG_STATEMENT, STATEMENT, SpeechRecognizer
 from minomni.eval.stats import Metric, bootstrap, word_error_metric
 from minomni.inputs.mel import voice_mel
-from minomni.train.run_folder import load_stages
+from minomni.train.run_folder import is_finished, load_stages
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
@@ -62,6 +63,11 @@ class Evaluator:
         self.items = items
         self.cache = cache
         self.builder = ExampleBuilder(omni.config, self.cache, held_out=True)
+
+    def recordings(self, is_wanted: Callable[[Utterance], bool]) -> list[int]:
+        """Indices of the first recordings of the held-out corpus that are wanted."""
+        utterances = self.builder.speech.utterances
+        return [i for i, u in enumerate(utterances) if is_wanted(u)][: self.items]
 
     # Answers in text
 
@@ -133,10 +139,7 @@ class Evaluator:
     def transcription(self, name: str, voices: dict) -> Metric:
         """Word error rate of the Thinker's transcripts of held-out sentences in some voices."""
         utterances = self.builder.speech.utterances
-        chosen = [
-            i for i, u in enumerate(utterances) if u.voice in voices and u.text.startswith("say ")
-        ]
-        chosen = chosen[: self.items]
+        chosen = self.recordings(lambda u: u.voice in voices and u.text.startswith("say "))
         transcripts = self.transcribe_recordings(chosen)
         pairs = [
             word_errors(utterances[i].text, transcript.split())
@@ -178,8 +181,7 @@ class Evaluator:
         """
         speech = self.builder.speech
         recognizer = SpeechRecognizer(ENGLISH, words)
-        chosen = [i for i, u in enumerate(speech.utterances) if set(u.text.split()) & set(words)]
-        chosen = chosen[: self.items]
+        chosen = self.recordings(lambda u: not set(words).isdisjoint(u.text.split()))
 
         errors: dict[str, list] = {"asr": [], "speech": [], "natural_speech": []}
         for i, transcript in zip(chosen, self.transcribe_recordings(chosen)):
@@ -207,13 +209,9 @@ class Evaluator:
 
         The recognizer is independent of the model. The word error rate of recordings is its floor.
         """
-        utterances = self.builder.speech.utterances
-        chosen = [
-            i
-            for i, u in enumerate(utterances)
-            if u.voice in grammar.VOICES and u.text in grammar.statements()
-        ]
-        chosen = chosen[: self.items]
+        chosen = self.recordings(
+            lambda u: u.voice in grammar.VOICES and u.text in grammar.statements()
+        )
 
         # A model from elsewhere has other voices, which the classifier does not know.
         classifier = None
@@ -271,8 +269,7 @@ class Evaluator:
         The values are None if the folder `stages` lacks the weights of the two stages.
         """
         stage_of_metric = {"dpo_wer_before": "talker", "dpo_wer_after": "dpo"}
-        files = [stages / f"{stage}.safetensors" for stage in stage_of_metric.values()]
-        if not all(file.exists() for file in files):
+        if not all(is_finished(stages, stage) for stage in stage_of_metric.values()):
             return [Metric(name, None) for name in stage_of_metric]
 
         talker = self.omni.talker

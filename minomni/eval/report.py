@@ -1,6 +1,5 @@
 """The report: accuracy on held-out examples and word error rates of the speech, as one table."""
 
-import json
 import os
 import platform
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from minomni import folder_of, load, paths
+from minomni.checkpoint.hf_config import read_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import grammar
 from minomni.eval.evaluator import ANSWERS, Evaluator
@@ -85,9 +85,7 @@ def measure(
     rows += evaluator.preference(folder.parent / "stages")
     rows += evaluator.english()
 
-    train_seconds = None
-    if (folder / HISTORY_FILE).exists():
-        train_seconds = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))["seconds"]
+    train_seconds = read_json(folder / HISTORY_FILE, optional=True).get("seconds")
     seconds = time.perf_counter() - start
     report = Report(model, rows, seconds, train_seconds, omni.thinker.device.type)
     markdown = report.markdown().encode()
@@ -106,10 +104,8 @@ def mrope_metric(file: Path) -> Metric:
 
     The value is None if the file does not exist.
     """
-    if not file.exists():
-        return Metric("sync_accuracy_mrope", None)
-    result = json.loads(file.read_text(encoding="utf-8"))
-    return Metric("sync_accuracy_mrope", result["sync_accuracy_mrope"], result["items"])
+    result = read_json(file, optional=True)
+    return Metric("sync_accuracy_mrope", result.get("sync_accuracy_mrope"), result.get("items", 0))
 
 
 def spoken_digits_metric(model: str, digits: Path | None, cache: Path, device: str) -> Metric:

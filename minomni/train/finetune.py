@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from minomni import load
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data.batching import batched, pad_mels
 from minomni.data.examples import append_answer
 from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read_dataset
@@ -29,8 +28,8 @@ from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses
 from minomni.train.loop import Recipe, Stage, to_device, train
-from minomni.train.pipeline import commit, config_hash, prepare_run
-from minomni.train.run_folder import load_stages
+from minomni.train.pipeline import prepare_run, write_history
+from minomni.train.run_folder import is_finished, load_stages
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import PARTS
 
@@ -183,24 +182,16 @@ def finetune(
 
     # Each stage starts from the weights of the one before it.
     for name in names:
-        if not (run / "stages" / f"{name}.safetensors").exists():
+        if not is_finished(run / "stages", name):
             training = make_finetune_stage(name, size, omni, run, seed, rows, epochs)
             train(training, run / "stages", resume=True)
         load_stages(omni, run / "stages", [name])
 
     omni.eval().requires_grad_(False)
     weights.save(omni, out)
-    trained = {
-        "size": size,
-        "seed": seed,
-        "data": data.name,
-        "stages": names,
-        "epochs": epochs,
-        "seconds": round(time.perf_counter() - began),
-        "config": config_hash(omni.config),
-        "commit": commit(),
-    }
-    write_json(out / HISTORY_FILE, trained)
+    seconds = time.perf_counter() - began
+    details = {"data": data.name, "stages": names, "epochs": epochs}
+    write_history(out, omni, size, seed, seconds, **details)
     return out
 
 

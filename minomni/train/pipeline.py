@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from minomni.train.run_folder import (
     clear_stages_folder,
     delete_stage,
     has_begun,
+    is_finished,
     load_stages,
     log,
     make_stages_folder,
@@ -254,7 +256,7 @@ def run_stage(
     """
     folder = home / "stages"
     check_run_config(folder, SIZES[size])
-    if resume and (folder / f"{name}.safetensors").exists():
+    if resume and is_finished(folder, name):
         print(f"stage {name} is finished; --stage {name} --fresh starts it over")
         return
 
@@ -298,16 +300,24 @@ def export_model(size: str, home: Path, seed: int) -> None:
     omni.voices = voices_of_corpus(speech, tokens.tts_text_pad + FIRST_VOICE_OFFSET)
     weights.save(omni, home / "model")
 
-    trained = {
+    command = training_command(size, seed, read_settings(home))
+    write_history(home / "model", omni, size, seed, elapsed_s(home), command=command)
+    write_summary(home / "stages" / "log.jsonl", home / "log.jsonl")
+
+
+def write_history(
+    model: Path, omni: Omni, size: str, seed: int, seconds: float, **details: Any
+) -> None:
+    """Write trained.json into a model folder: how the model was made. details: further entries."""
+    history = {
         "size": size,
         "seed": seed,
-        "command": training_command(size, seed, read_settings(home)),
-        "seconds": round(elapsed_s(home)),
+        **details,
+        "seconds": round(seconds),
         "config": config_hash(omni.config),
         "commit": commit(),
     }
-    write_json(home / "model" / HISTORY_FILE, trained)
-    write_summary(home / "stages" / "log.jsonl", home / "log.jsonl")
+    write_json(model / HISTORY_FILE, history)
 
 
 def training_command(size: str, seed: int, settings: Settings) -> str:

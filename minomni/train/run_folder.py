@@ -262,7 +262,7 @@ def save_stage(folder: Path, name: str, trained: Mapping[str, Tensor]) -> None:
     incomplete file that a kill left.
     """
     tensors = {n: p.detach().cpu().contiguous() for n, p in trained.items()}
-    path = folder / f"{name}.safetensors"
+    path = result_file(folder, name)
     with disk_errors(path):
         write_atomically(path, lambda f: f.write(save(tensors)))
     for left in (folder / f"{name}.resume.pt", *folder.glob(f"{name}.*.part")):
@@ -280,9 +280,19 @@ def has_begun(folder: Path, name: str) -> bool:
     return any(path.exists() for path in stage_files(folder, name))
 
 
+def is_finished(folder: Path, name: str) -> bool:
+    """Whether a stage has a result in a run folder."""
+    return result_file(folder, name).exists()
+
+
+def result_file(folder: Path, name: str) -> Path:
+    """The trained parameters of a finished stage."""
+    return folder / f"{name}.safetensors"
+
+
 def stage_files(folder: Path, name: str) -> tuple[Path, Path]:
     """The checkpoint of an unfinished stage and the result of a finished one."""
-    return folder / f"{name}.resume.pt", folder / f"{name}.safetensors"
+    return folder / f"{name}.resume.pt", result_file(folder, name)
 
 
 def load_stages(omni: nn.Module, folder: Path, stages: list[str]) -> None:
@@ -292,7 +302,7 @@ def load_stages(omni: nn.Module, folder: Path, stages: list[str]) -> None:
     """
     parameters = dict(omni.named_parameters())
     for name in stages:
-        path = folder / f"{name}.safetensors"
+        path = result_file(folder, name)
         if not path.exists():
             raise UserError(f"{path} is missing: run stage {name} first")
         trained = read_tensors(path)

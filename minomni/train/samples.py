@@ -11,7 +11,7 @@ from minomni import plot
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, VOICE_BANDS, VOICE_FFT, VOICE_WINDOW, mel_filters, voice_mel
 from minomni.talker.codec import Codec, ids_to_letters
-from minomni.train.run_folder import disk_errors, read_tensors
+from minomni.train.run_folder import disk_errors, is_finished, read_tensors, result_file
 
 if TYPE_CHECKING:
     from minomni.train.loop import Stage
@@ -58,10 +58,10 @@ def trained_codec(stage: "Stage", folder: Path) -> Codec | None:
     """
     if "codec" in (stage.name, *stage.needs):
         return stage.omni.codec
-    file = folder / "codec.safetensors"
-    if not file.exists():
+    if not is_finished(folder, "codec"):
         return None
-    weights = {name.removeprefix("codec."): value for name, value in read_tensors(file).items()}
+    tensors = read_tensors(result_file(folder, "codec"))
+    weights = {name.removeprefix("codec."): value for name, value in tensors.items()}
     assert stage.omni.config.codec is not None  # every size that is trained here has a codec
     codec = Codec(stage.omni.config.codec)
     codec.load_state_dict(weights)

@@ -14,6 +14,7 @@ from minomni.errors import UserError
 from minomni.train.measurements import measured
 from minomni.train.pipeline import STAGES, cache_of
 from minomni.train.recipes import recipe_of
+from minomni.train.run_folder import is_finished
 
 WORKERS = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
 STEP_S = 0.25  # a guess, for stages that were not measured
@@ -59,7 +60,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
 
 def unfinished_stages(folder: Path) -> TopologicalSorter:
     """The stages that have not finished, with those of them that each needs."""
-    left = [name for name in STAGES if not (folder / f"{name}.safetensors").exists()]
+    left = [name for name in STAGES if not is_finished(folder, name)]
     sorter: TopologicalSorter = TopologicalSorter()
     for name in left:
         sorter.add(name, *(need for need in STAGES[name].needs if need in left))

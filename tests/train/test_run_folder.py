@@ -402,7 +402,7 @@ def test_other_files_in_the_place_of_a_resume_file(tmp_path):
         go_back(tmp_path)
 
 
-def test_what_a_stage_learnt_is_checked_before_it_is_used(tmp_path):
+def test_what_a_stage_learned_is_checked_before_it_is_used(tmp_path):
     stage, _ = kept_stage(tmp_path)
     path = tmp_path / "rows.safetensors"
     run_folder.save_stage(tmp_path, "rows", stage.parameters())
