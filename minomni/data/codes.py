@@ -43,14 +43,18 @@ def cache_key(parts: Iterable[nn.Module], *others: object) -> str:
 
 def encode_batches(codec: Codec, speech: SpeechCorpus) -> list[Tensor]:
     """Codes [C] of every utterance of a corpus on the CPU, encoded in batches of similar length."""
-    device = codec.to_grid.weight.device
     lengths = [utterance.end - utterance.start for utterance in speech.utterances]
     order = sorted(range(len(speech)), key=lengths.__getitem__)
     codes: dict[int, Tensor] = {}
     for indices in batched(order, BATCH):
-        mels, frames = pad_mels([voice_mel(speech.wave(i)) for i in indices])
-        rows = codec.encode(mels.to(device)).cpu()  # [B, C]
-        counts = frames // codec.config.downsample
-        for i, row, count in zip(indices, rows, counts, strict=True):
-            codes[i] = row[:count]
+        rows = encode_waves(codec, [speech.wave(i) for i in indices])
+        codes.update(zip(indices, rows, strict=True))
     return [codes[i] for i in range(len(speech))]
+
+
+def encode_waves(codec: Codec, waves: list[Tensor]) -> list[Tensor]:
+    """Waveforms of whole codes [samples] -> their codes [C] on the CPU, encoded as one batch."""
+    mels, frames = pad_mels([voice_mel(wave) for wave in waves])
+    rows = codec.encode(mels.to(codec.to_grid.weight.device)).cpu()  # [B, C]
+    counts = frames // codec.config.downsample
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]

@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from minomni import load
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.data.batching import batched, pad_mels
+from minomni.data.batching import batched
+from minomni.data.codes import encode_waves
 from minomni.data.examples import append_answer
 from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read_dataset
 from minomni.errors import UserError, shorten
 from minomni.files import writing
 from minomni.inputs.media import load_audio
-from minomni.inputs.mel import HOP, voice_mel
+from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses
@@ -115,15 +116,12 @@ class FinetuneTalkerStage(FinetuneStage):
     @torch.no_grad()
     def codes(self, rows: list[JsonlRow]) -> list[Tensor]:
         """The recordings of the rows, encoded by our codec: codes [m] of each row."""
-        downsample = self.codec.config.downsample
-        mels = []
+        code_samples = HOP * self.codec.config.downsample
+        waves = []
         for row in rows:
-            waveform = load_audio(row.speech)
-            missing = -len(waveform) % (HOP * downsample)  # samples to a whole code
-            mels.append(voice_mel(F.pad(waveform, (0, missing))))
-        padded, frames = pad_mels(mels)
-        encoded = self.codec.encode(padded.to(self.device)).cpu()
-        return [codes[:count] for codes, count in zip(encoded, frames // downsample, strict=True)]
+            wave = load_audio(row.speech)
+            waves.append(F.pad(wave, (0, -len(wave) % code_samples)))
+        return encode_waves(self.codec, waves)
 
 
 FINETUNE_STAGES: dict[str, type[FinetuneStage]] = {

@@ -103,8 +103,7 @@ class DiTStage(MelStage):
             indices.append(i)
             mels.append(mel[start:end])
             codes.append(self.codes[i][start // dit.repeats : end // dit.repeats])
-        voices = [self.voices[self.speech.utterances[i].voice] for i in indices]
-        references = torch.cat([voice.ref_mel for voice in voices])
+        references = torch.cat([self.voice(i).ref_mel for i in indices])
         left_pad = dit.block_size - first
         return torch.stack(mels), torch.stack(codes), self.conds(indices), references, left_pad
 
@@ -133,7 +132,7 @@ class DiTStage(MelStage):
         return {"flow": losses.flow_matching(velocity, mels, noise, time)}
 
     def sound(self) -> tuple[str, Tensor]:
-        voice = self.voices[self.speech.utterances[0].voice]
+        voice = self.voice(0)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *self.mel(0).shape, generator=generator)  # [1, T, bands]
         mel = self.dit.sample(

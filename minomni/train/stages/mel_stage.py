@@ -9,6 +9,7 @@ from torch import Tensor
 from minomni.data.corpus import corpus, drop_long, sampling_weights, voices_of_corpus
 from minomni.data.vocabulary import english
 from minomni.inputs.mel import voice_mel
+from minomni.token2wav.voice import Voice
 from minomni.train.loop import Stage
 
 
@@ -38,5 +39,8 @@ class MelStage(Stage):
 
     def conds(self, indices: list[int]) -> Tensor:
         """Speaker vectors [B, E] of the voices of utterances."""
-        voices = [self.voices[self.speech.utterances[i].voice] for i in indices]
-        return torch.cat([voice.cond for voice in voices])
+        return torch.cat([self.voice(i).cond for i in indices])
+
+    def voice(self, index: int) -> Voice:
+        """The voice of an utterance."""
+        return self.voices[self.speech.utterances[index].voice]
