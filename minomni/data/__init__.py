@@ -1,1 +1,1 @@
-"""The generated world that models are trained on, and training data of one's own."""
+"""The generated world that models are trained on, and user-supplied training data."""

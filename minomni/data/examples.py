@@ -11,13 +11,13 @@ from torch import Tensor
 from minomni.config import IGNORE_INDEX, INPUT_SAMPLE_RATE, OmniConfig
 from minomni.data import grammar, scenes
 from minomni.data.corpus import corpus, sampling_weights
+from minomni.data.grammar import TRANSCRIBE
 from minomni.data.oracle_features import AUDIO_TOKENS_PER_SECOND
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english, world_tokenizer
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Inputs, Processor, collate
 
-TRANSCRIBE = "write what you hear"
 GENERATORS = {
     "scene": [scenes.random_scene],
     "video": [scenes.moving_clip, scenes.ordered_clip],

@@ -51,6 +51,7 @@ STATEMENTS = (
 )
 STATEMENT_WEIGHTS = (6, 3, 1, 1, 4, 1, 1, 1)  # how often each is drawn
 WORDS = (*COLORS, *SHAPES, *NUMBERS, *MOVES)
+TRANSCRIBE = "write what you hear"  # the request to transcribe a recording
 # Statements with the words left out.
 STATEMENT_FRAMES = (
     *(re.sub(r"<\w+>", "<>", statement) for statement in STATEMENTS if statement != "<count>"),

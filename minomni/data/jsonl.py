@@ -134,15 +134,15 @@ class JsonlRows:
     """
 
     def __init__(
-        self, path: Path, system_prompt: str, folder: Path | None = None, shown: Path | None = None
+        self, path: Path, system_prompt: str, folder: Path | None = None, label: Path | None = None
     ):
         """path: a file with one row per line. folder: what its media are relative to, by default
-        the file's folder. shown: the name of the file in messages.
+        the file's folder. label: the name of the file in messages.
         """
         self.path = path
         self.system_prompt = system_prompt
         self.folder = folder or path.parent
-        self.shown = shorten(shown or path, 200)
+        self.label = shorten(label or path, 200)
         self.starts = array("q")  # offset of each row in bytes
         self.spoken = array("q")
         self.voices: dict[str, Tensor] = {}
@@ -266,9 +266,9 @@ def validate(
     if not errors:
         errors = voice_errors(rows, omni)
     if errors:
-        raise UserError(bad_rows_message(rows.shown, errors, run, unit))
+        raise UserError(bad_rows_message(rows.label, errors, run, unit))
     if not len(rows):
-        raise UserError(f"{rows.shown}: holds no line; each is a JSON object with messages")
+        raise UserError(f"{rows.label}: holds no line; each is a JSON object with messages")
     return rows
 
 
@@ -294,7 +294,7 @@ def add_line(
     return None
 
 
-def bad_rows_message(shown: str, errors: list[str], run: Path | None, unit: str) -> str:
+def bad_rows_message(label: str, errors: list[str], run: Path | None, unit: str) -> str:
     """One message about all bad lines: how many there are, the first few, and where the rest is."""
     if run:
         encoded = [line.encode() + b"\n" for line in errors]
@@ -307,7 +307,7 @@ def bad_rows_message(shown: str, errors: list[str], run: Path | None, unit: str)
     # The first few share the space of the message.
     space = 300 // min(len(errors), MAX_QUOTED)  # characters for each
     first = "; ".join(shorten(line, space) for line in errors[:MAX_QUOTED])
-    message = f"{shorten(shown, 80)}: {number} bad {units}, nothing was trained; {first}"
+    message = f"{shorten(label, 80)}: {number} bad {units}, nothing was trained; {first}"
     # Where the others are.
     if len(errors) > MAX_QUOTED:
         message += f"; and {len(errors) - MAX_QUOTED} more"
@@ -418,7 +418,7 @@ def elements(text: str, path: Path) -> Iterator[str]:
     Raises UserError if the array is broken, naming the entry.
     """
     decoder = json.JSONDecoder()
-    shown = shorten(path, 200)
+    label = shorten(path, 200)
     bracket = skip_space(text, 0)
     index = skip_space(text, bracket + 1)
     number = 0
@@ -428,7 +428,7 @@ def elements(text: str, path: Path) -> Iterator[str]:
             _, end = decoder.raw_decode(text, index)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{shown}: entry {number} of the array is not JSON ({shorten(error, 100)})"
+                f"{label}: entry {number} of the array is not JSON ({shorten(error, 100)})"
             ) from None
         # Valid JSON has line ends only between its tokens, where they mean nothing.
         yield text[index:end].replace("\n", " ").replace("\r", " ")
@@ -437,11 +437,11 @@ def elements(text: str, path: Path) -> Iterator[str]:
             index = skip_space(text, index + 1)
         elif text[index : index + 1] != "]":
             raise UserError(
-                f"{shown}: the array does not go on after entry {number}; expected , or ]"
+                f"{label}: the array does not go on after entry {number}; expected , or ]"
             )
     if text[index + 1 :].strip():
         raise UserError(
-            f"{shown}: something follows the array; expected one array, or one object a line"
+            f"{label}: something follows the array; expected one array, or one object a line"
         )
 
 
@@ -478,7 +478,7 @@ def digit_files(folder: Path) -> list[Path]:
 def spoken_digit(path: Path) -> dict:
     """A recording of the free-spoken-digit-dataset as a row: which digit is it?"""
     question = [{"type": "audio", "audio": str(path)}, {"type": "text", "text": WHICH_DIGIT}]
-    return dialogue(question, f"the digit is {NUMBERS[int(path.name[0])]}")
+    return question_and_answer(question, f"the digit is {NUMBERS[int(path.name[0])]}")
 
 
 def ljspeech(folder: Path) -> Iterator[dict]:
@@ -497,7 +497,7 @@ def ljspeech(folder: Path) -> Iterator[dict]:
                 )
             speech = str(folder / "wavs" / f"{row[0]}.wav")
             yield {
-                **dialogue(f"say {row[-1]}", row[-1]),
+                **question_and_answer(f"say {row[-1]}", row[-1]),
                 "speech": speech,
                 "voice": folder.name,
             }
@@ -506,7 +506,7 @@ def ljspeech(folder: Path) -> Iterator[dict]:
         raise UserError(f"{path}: row {number + 1} cannot be read ({reason})") from None
 
 
-def dialogue(question: str | list[dict], answer: str) -> dict:
+def question_and_answer(question: str | list[dict], answer: str) -> dict:
     """A question and its answer as a row."""
     return {
         "messages": [

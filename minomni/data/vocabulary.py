@@ -65,7 +65,7 @@ def tokenizer_texts(tokens: TokenIds) -> list[str]:
         "system\nYou are a helpful assistant.",
         "user\n",
         "assistant\n",
-        "write what you hear",
+        grammar.TRANSCRIBE,
     ]
     texts += template * 400
     # Requests to say single words, singular and plural.

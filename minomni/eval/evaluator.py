@@ -15,7 +15,7 @@ from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
 from minomni.data.batching import batched
 from minomni.data.corpus import SpeechCorpus, Utterance, corpus
-from minomni.data.examples import TRANSCRIBE, ExampleBuilder
+from minomni.data.examples import ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import evaluation_words
 from minomni.data.word_errors import ErrorPair, edit_distance, word_errors
@@ -152,7 +152,7 @@ class Evaluator:
         conversations = []
         for i in indices:
             audio = {"type": "audio", "audio": self.builder.speech.wave(i)}
-            request = {"type": "text", "text": TRANSCRIBE}
+            request = {"type": "text", "text": grammar.TRANSCRIBE}
             conversations.append([{"role": "user", "content": [audio, request]}])
         return self.replies(conversations)
 

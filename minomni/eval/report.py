@@ -104,7 +104,7 @@ def mrope_metric(file: Path) -> Metric:
 
     The value is None if the file does not exist.
     """
-    result = read_json(file, optional=True)
+    result = read_json(file, True, "python -m minomni ablate tmrope writes it again")
     return Metric("sync_accuracy_mrope", result.get("sync_accuracy_mrope"), result.get("items", 0))
 
 

@@ -209,20 +209,17 @@ def working_folder(out: Path, home: Path | None) -> Path:
 
     Raises UserError where no model can be written as `out`.
     """
-    shown = shorten(out, 200)
+    label = f"--out {shorten(out, 200)}"
     with writing(out):
         if out.name in ("", ".."):
             raise UserError(
-                f"--out {shown}: expected the name of a folder for the tuned model, as runs/tuned"
+                f"{label}: expected the name of a folder for the tuned model, as runs/tuned"
             )
         if out.exists() and not out.is_dir():
-            raise UserError(
-                f"--out {shown}: is a file; give the name of a folder for the tuned model"
-            )
+            raise UserError(f"{label}: is a file; give the name of a folder for the tuned model")
         if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
             raise UserError(
-                f"--out {shown}: contains something other than a model; "
-                "give the name of a new folder"
+                f"{label}: contains something other than a model; give the name of a new folder"
             )
     return (home or out.parent) / f"{out.name}.run"
 

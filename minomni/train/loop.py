@@ -265,14 +265,14 @@ def train(
     return means
 
 
-def progress_bar(stage: Stage, step: int, last: int, shown: bool) -> tqdm:
+def progress_bar(stage: Stage, step: int, last: int, enabled: bool) -> tqdm:
     """A bar over the steps, counted in items, on a terminal only."""
     return tqdm(
         total=last,
         initial=step,
         desc=stage.name,
         leave=False,
-        disable=None if shown else True,  # None: where there is no terminal
+        disable=None if enabled else True,  # None: where there is no terminal
         unit=" items",
         unit_scale=stage.recipe.batch * stage.recipe.accumulate,
     )

@@ -77,18 +77,18 @@ def recipe_of(name: str, size: str, settings: Settings | None = None) -> Recipe:
     return replace(RECIPES[size][name], **changed)
 
 
-def parse_settings(texts: list[str]) -> Settings:
+def parse_settings(assignments: list[str]) -> Settings:
     """What --set takes, "talker.steps=200", as settings; the last of two for one field counts.
 
-    Raises UserError for a text of another form, an unknown stage or field, and a bad value.
+    Raises UserError for a string of another form, an unknown stage or field, and a bad value.
     """
     settings: Settings = {}
-    for text in texts:
-        target, _, value = text.partition("=")
+    for assignment in assignments:
+        target, _, value = assignment.partition("=")
         stage, _, field = target.partition(".")
         if not (stage and field and value):
             raise UserError(
-                f"--set {shown(text)}: expected STAGE.FIELD=VALUE, as in --set talker.steps=200"
+                f"--set {shown(assignment)}: expected STAGE.FIELD=VALUE, as in talker.steps=200"
             )
         check_stage(stage)
         settings.setdefault(stage, {})[field] = check_field(stage, field, to_number(value), "--set")
@@ -130,7 +130,7 @@ def check_field(stage: str, field: str, value: object, source: str) -> float:
 
 
 def to_number(text: str) -> object:
-    """The int or float that a text spells, or else the text itself."""
+    """The int or float that a string spells, or else the string itself."""
     for kind in (int, float):
         try:
             return kind(text)

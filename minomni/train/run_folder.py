@@ -1,4 +1,4 @@
-"""The files of a run: config.json, settings.json, log.jsonl, samples, checkpoints.
+"""The folder of a run's stages: config.json, settings.json, log.jsonl, samples, checkpoints.
 
 <stage>.resume.pt       parameters, optimizers and step of a stage that is not finished
 <stage>.safetensors     the trained parameters of a finished stage
@@ -27,7 +27,7 @@ from minomni.config import OmniConfig
 from minomni.errors import UserError, shorten
 from minomni.files import WriteError, open_regular, write_atomically, writing
 
-# File name patterns of everything that the folder of a run holds.
+# File name patterns of everything that this folder holds.
 RUN_FILES = (
     "config.json",
     "settings.json",
@@ -55,7 +55,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def make_stages_folder(folder: Path) -> None:
-    """Make the folder of a run before any work begins.
+    """Make the folder of a run's stages before any work begins.
 
     Raises UserError where that is impossible: a file of this name, a path below a file, a name that
     is too long, a folder without write permission.
@@ -71,7 +71,7 @@ def make_stages_folder(folder: Path) -> None:
 
 
 def clear_stages_folder(folder: Path) -> None:
-    """Empty the folder of an earlier run; the folder itself, or a link to it, stays.
+    """Empty the stages folder of an earlier run; the folder itself, or a link to it, stays.
 
     Raises UserError where it holds anything that a run does not write.
     """

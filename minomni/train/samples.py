@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from minomni.train.loop import Stage
 
 
-def write_samples(stage: "Stage", folder: Path, step: int, shown: str) -> None:
+def write_samples(stage: "Stage", folder: Path, step: int, sample: str) -> None:
     """Write what a stage generates at a step, under samples/<stage>/<step> in the folder.
 
     A stage with audio: a wav, a picture of its mel, and its sentence beside the codec's transcript.
-    Every stage: `shown`, its sample as a line of text, if it has one.
+    Every stage: `sample`, a line of text, if it has one.
     """
     path = folder / "samples" / stage.name / f"{step:06}"
     audio = stage.sound()
@@ -34,10 +34,10 @@ def write_samples(stage: "Stage", folder: Path, step: int, shown: str) -> None:
             rate = stage.omni.sample_rate
             write_atomically(path.with_suffix(".wav"), lambda file: write_wav(file, wave, rate))
             write_atomically(path.with_suffix(".png"), lambda file: write_picture(file, mel, title))
-            lines.append(f"said  {text!r}")
-            lines.append(f"read  {transcript(stage, folder, mel)}")
-        if shown:
-            lines.append(shown)
+            lines.append(f"text        {text!r}")
+            lines.append(f"transcript  {transcript(stage, folder, mel)}")
+        if sample:
+            lines.append(sample)
         if lines:
             content = "".join(f"{line}\n" for line in lines).encode()
             write_atomically(path.with_suffix(".txt"), lambda file: file.write(content))
@@ -47,7 +47,7 @@ def transcript(stage: "Stage", folder: Path, mel: Tensor) -> str:
     """The transcript of a mel [T, bands] by a trained codec, or why there is none."""
     codec = trained_codec(stage, folder)
     if codec is None:
-        return "not read: stage codec is not finished"
+        return "none: stage codec is not finished"
     return repr(transcribe(codec, mel))
 
 

@@ -113,10 +113,10 @@ def test_run_folder_can_be_looked_into(tmp_path):
     assert rate == 16_000
     assert len(wave) == len(corpus.sample_recordings(held_out=False).wave(0))
     assert abs(wave).max() > 0.001
-    said, heard, shown = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
-    assert said.startswith("said  'say the")
-    assert heard.startswith("read  ")
-    assert shown == entries[1]["sample"]
+    lines = (tmp_path / "samples" / "codec" / "000002.txt").read_text().splitlines()
+    assert lines[0].startswith("text        'say the")
+    assert lines[1].startswith("transcript  ")
+    assert lines[2:] == [entries[1]["sample"]]
 
 
 @pytest.mark.slow
