@@ -203,18 +203,14 @@ def question_and_answer(row: dict, layout: str) -> list[dict]:
         question += "\n" + text_of(row["input"], "'input'")
     answer = row.get("response" if layout == "query" else "output")
     history = row.get("history", [])
-    if not isinstance(history, list) or not all(map(is_list_of_two, history)):
+    pairs = history if isinstance(history, list) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UserError("'history' is not a list of pairs of a question and an answer")
     messages = []
     for asked, answered in [*history, [question, answer]]:
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": answered})
     return messages
-
-
-def is_list_of_two(value: Any) -> bool:
-    """Whether a value is a list of two."""
-    return isinstance(value, list) and len(value) == 2
 
 
 def normalize_message(message: Any, number: int) -> dict:

@@ -257,17 +257,22 @@ def playback_rows(omni: Omni, streaming_runs: list) -> Rows:
     buffer_s = text_s - words / codes_per_s
     after_audio = [at for at in text_times if at > reply.timings.first("sound")]
     return {
-        "realtime_factor": (seconds / reply.seconds, "seconds of work per second of speech"),
-        "player_waits_ms": (
-            1e3 * required_buffer_s(chunks),
-            "buffer before playback, to play without gaps",
-        ),
+        **gap_rows(seconds, chunks, reply),
         "buffer_by_rule_ms": (
             1e3 * max(buffer_s, 0),
             f"buffer that a slow Thinker would need: N / r - N / R, N = {words} tokens at r a "
             f"second, R = {codes_per_s} codes a second",
         ),
         "words_after_first_sound": (len(after_audio), "text tokens after the first audio"),
+    }
+
+
+def gap_rows(work_s: float, chunks: list[AudioChunk], reply: Reply) -> Rows:
+    """Speed of a reply, and the buffer that a player needs."""
+    buffer_ms = 1e3 * required_buffer_s(chunks)
+    return {
+        "realtime_factor": (work_s / reply.seconds, "seconds of work per second of speech"),
+        "player_waits_ms": (buffer_ms, "buffer before playback, to play without gaps"),
     }
 
 
@@ -311,11 +316,7 @@ def first_sound(omni: Omni) -> Rows:
             "from the last of those codes to the first audio",
         ),
         "first_sound_ms": (1e3 * times["sound"][0], "time to first audio"),
-        "realtime_factor": (reply.total_s / reply.seconds, "seconds of work per second of speech"),
-        "player_waits_ms": (
-            1e3 * required_buffer_s(chunks),
-            "buffer before playback, to play without gaps",
-        ),
+        **gap_rows(reply.total_s, chunks, reply),
     }
 
 
