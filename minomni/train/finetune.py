@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Without --epochs: at least so many epochs, and at least so many steps where there are few rows.
 MIN_EPOCHS = 3
 MIN_STEPS = 300
-RUN_INPUTS = "made_of.json"  # in the folder of the run: the model, data and options it began with
+RUN_INPUTS = "run_inputs.json"  # in the run folder: the model, data and options it began with
 
 
 class FinetuneStage(Stage):
