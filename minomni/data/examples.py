@@ -31,24 +31,6 @@ LONG_SECONDS = (3, 10)
 NOISE_LEVELS = (0.0, 0.002, 0.006)  # standard deviations, full scale is 1
 
 
-def user_messages(example: Example, wave: Tensor | None) -> list[dict]:
-    """Messages with an example's question. wave: the recording [samples] if it is spoken."""
-    content = []
-    if example.image is not None:
-        content.append({"type": "image", "image": example.image})
-    if example.clip is not None:
-        frames, seconds = example.clip
-        audio = None if example.sound is None else torch.from_numpy(example.sound)
-        clip = Clip(torch.from_numpy(frames), torch.from_numpy(seconds), audio)
-        content.append({"type": "video", "video": clip})
-    if wave is not None:
-        content.append({"type": "audio", "audio": wave})
-    # A recording that is not the question itself comes with the question as text.
-    if wave is None or example.transcript is not None:
-        content.append({"type": "text", "text": example.question})
-    return [{"role": "user", "content": content}]
-
-
 def estimated_tokens(example: Example) -> int:
     """Rough number of tokens in an example, to sort batches by length."""
     tokens = 20
@@ -170,7 +152,21 @@ class ExampleBuilder:
 
     def question_messages(self, example: Example, random: Random) -> list[dict]:
         """Messages of the question alone, with a recording of it if it is spoken."""
-        return user_messages(example, self.wave(example, random))
+        wave = self.wave(example, random)
+        content = []
+        if example.image is not None:
+            content.append({"type": "image", "image": example.image})
+        if example.clip is not None:
+            frames, seconds = example.clip
+            audio = None if example.sound is None else torch.from_numpy(example.sound)
+            clip = Clip(torch.from_numpy(frames), torch.from_numpy(seconds), audio)
+            content.append({"type": "video", "video": clip})
+        if wave is not None:
+            content.append({"type": "audio", "audio": wave})
+        # A recording that is not the question itself comes with the question as text.
+        if wave is None or example.transcript is not None:
+            content.append({"type": "text", "text": example.question})
+        return [{"role": "user", "content": content}]
 
     def prompt(self, example: Example, random: Random) -> Inputs:
         """Model inputs of the question alone."""
