@@ -484,7 +484,7 @@ def answer_once(
 
 def schedule_of(arguments: argparse.Namespace) -> str | None:
     """How audio is chunked: for low latency with --stream, else all at the end."""
-    return "eager" if arguments.stream else None
+    return "low_latency" if arguments.stream else None
 
 
 def hold_conversation(

@@ -255,6 +255,11 @@ class TalkerConfig:
                 f"the code {name} is {code}, expected one below vocab_size {vocab_size}",
             )
 
+    @property
+    def stop_codes(self) -> tuple[int, int]:
+        """The ids that end speech."""
+        return self.codec_pad, self.codec_eos
+
 
 @dataclass(frozen=True)
 class DiTConfig:

@@ -67,7 +67,7 @@ STREAM_STAGES = {
     "sound": "first audio",
 }
 SCHEDULES = {
-    "eager, the default of stream()": "low latency (`eager`), the default of `stream()`",
+    "low_latency, the default of stream()": "low latency, the default of `stream()`",
     "serving: 3 blocks, 2 back computed again, 1 ahead": "the release's: 3 blocks, "
     "2 blocks of left context recomputed, 1 block of look-ahead",
     "3 blocks, the past remembered, 0 ahead": "3 blocks, cached left context, no look-ahead",

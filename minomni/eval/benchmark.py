@@ -204,7 +204,7 @@ def measure(omni: Omni) -> Streaming:
         f"growth of memory after the first full context in {SESSION_S} s of listening",
     )
 
-    schedules = {"eager, the default of stream()": low_latency_schedule(token2wav_of(omni))}
+    schedules = {"low_latency, the default of stream()": low_latency_schedule(token2wav_of(omni))}
     schedules |= SCHEDULES
     distances = {name: distance(omni, schedule) for name, schedule in schedules.items()}
     return Streaming(rows, stages, distances)

@@ -15,7 +15,7 @@ from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
 from minomni.kv_cache import KVCache
 from minomni.layers import init_weights
-from minomni.sampling import Generators, sample
+from minomni.sampling import Generators, cut_at_stop, sample
 from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.tmrope import position_ids as tmrope_ids
 from minomni.thinker.vision_encoder import VisionEncoder
@@ -209,11 +209,8 @@ class Thinker(nn.Module):
             if state is not None:
                 states.append(state[:, None])
 
-        # Cut each row after its stop id.
-        rows: list[list[int]] = [[] for _ in prompt.hidden]
-        if ids:
-            rows = torch.stack(ids, dim=1).tolist()
-        tokens = [up_to(self.config.tokens.im_end, row) for row in rows]
+        rows = cut_at_stop(ids, len(prompt.hidden), [self.config.tokens.im_end], keep_stop=True)
+        tokens = [row.tolist() for row in rows]
         all_states = torch.cat(states, dim=1)  # [B, n - 1, D]
         reply_states = [
             row_states[: max(len(row) - 1, 0)]
@@ -227,10 +224,3 @@ class Thinker(nn.Module):
             position_ids=prompt.position_ids,
             attention_mask=prompt.attention_mask,
         )
-
-
-def up_to(stop: int, row: list[int]) -> list[int]:
-    """The ids of a row up to and including the first stop id."""
-    if stop not in row:
-        return row
-    return row[: row.index(stop) + 1]

@@ -87,3 +87,15 @@ def check_voice(voice: Voice, config: DiTConfig) -> None:
             f"voice {voice.name!r}: ref_mel has shape {list(voice.ref_mel.shape)}, expected "
             f"[1, at least {shortest} frames, {config.mel_dim}]"
         )
+
+
+def check_wave(wave: Tensor) -> Tensor:
+    """Return the waveform [samples]. Raises UserError for NaN and infinity, which only damaged
+    weights produce.
+    """
+    if not wave.isfinite().all():
+        raise UserError(
+            "the weights of token2wav give NaN or infinite samples; the model's files are damaged, "
+            "copy them again"
+        )
+    return wave

@@ -25,7 +25,7 @@ from minomni.eval import benchmark
 from minomni.eval.asr import SpeechRecognizer
 from minomni.inputs.prompt import Processor
 from minomni.kv_cache import KVCache
-from minomni.omni import until_stop
+from minomni.sampling import cut_at_stop
 from minomni.talker.talker import talker_inputs
 from minomni.token2wav.dit import BlockCache
 from minomni.token2wav.streaming import RELEASE_SCHEDULE, MelStream, Schedule, StageStream
@@ -128,8 +128,8 @@ def decode_interleaved(omni, reading, seed) -> tuple[list[list[int]], list[list[
     steps = {"text": [], "code": []}
     for kind, ids in generate_tokens(omni, reading, bos_tokens(omni, reading.hidden), seed):
         steps[kind].append(ids)
-    tokens = until_stop(steps["text"], len(reading.hidden), [TOKENS.im_end], keep=True)
-    codes = until_stop(steps["code"], len(tokens), [TINY.talker.codec_pad, TINY.talker.codec_eos])
+    tokens = cut_at_stop(steps["text"], len(reading.hidden), [TOKENS.im_end], keep_stop=True)
+    codes = cut_at_stop(steps["code"], len(tokens), TINY.talker.stop_codes)
     return [row.tolist() for row in tokens], [row.tolist() for row in codes]
 
 
@@ -190,7 +190,7 @@ def test_respond_and_stream_give_the_same_reply(limited):
     omni = limited(codes=30, points=3)
     question = messages({"text": f"say the {SHAPES[0]} is above the {SHAPES[4]}"})
     reply = omni.respond(question, seed=4)
-    for schedule in ("eager", RELEASE_SCHEDULE, None):
+    for schedule in ("low_latency", RELEASE_SCHEDULE, None):
         *pieces, end = omni.stream(question, seed=4, schedule=schedule)
         assert (
             "".join(piece.text for piece in pieces if isinstance(piece, TextChunk))
@@ -343,7 +343,7 @@ def test_bad_arguments_raise_before_the_first_chunk(omni):
             omni.stream(bad)  # before the first piece is asked for
     with pytest.raises(UserError, match="unknown voice 'Nobody'"):
         omni.stream(questions()[0], voice="Nobody")
-    with pytest.raises(UserError, match="schedule 'at once'; give \"eager\""):
+    with pytest.raises(UserError, match="schedule 'at once'; give \"low_latency\""):
         next(omni.stream(questions()[0], schedule="at once"))
 
 
