@@ -311,8 +311,8 @@ def test_wrong_flows_raise(omni, changes):
         (((1, None),), {}),
         (((10**12, 0),), {}),
         (((1, 0),), dict(back="all")),
-        (((1, 0),), dict(first_chunk_codes=0.5)),
-        (((1, 0),), dict(first_chunk_codes=True)),
+        (((1, 0),), dict(first_block_codes=0.5)),
+        (((1, 0),), dict(first_block_codes=True)),
     ],
     ids=str,
 )

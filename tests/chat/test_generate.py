@@ -330,7 +330,7 @@ def test_errors_propagate_and_release_memory(limited):
     for module, name in (
         (omni.talker, "step"),
         (omni.thinker.lm_head, "forward"),
-        (omni.token2wav.code2wav_dit_model, "predict_velocity"),
+        (omni.token2wav.code2wav_dit_model, "velocity"),
     ):
         with mock.patch.object(module, name, broken), pytest.raises(OSError, match="no device"):
             list(omni.stream(messages({"text": "say the red circle"})))
