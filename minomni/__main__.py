@@ -221,7 +221,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--json",
         action="store_true",
         help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream "
-        "also first_sound_s, last_text_s",
+        "also first_audio_s, last_text_s",
     )
     add_device(chat)
 
@@ -449,7 +449,7 @@ def check_out(path: Path, stream: bool) -> None:
 
     with writing(path):
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; --out takes the name of a sound file")
+            raise UserError(f"{path}: is a folder; --out takes the name of an audio file")
         kind, _ = audio_file(path)
         if not path.parent.is_dir():
             raise UserError(
@@ -568,7 +568,7 @@ def reply_fields(reply: "Reply", path: Path | None, streamed: bool) -> dict:
     }
     if streamed:
         times = {
-            "first_sound_s": reply.timings.first("sound"),
+            "first_audio_s": reply.timings.first("audio"),
             "last_text_s": reply.timings.last("text"),
         }
         for name, seconds in times.items():
@@ -596,7 +596,7 @@ def print_stream(
                 if wav is not None:
                     wav.write(chunk.wave.numpy())
                     wav.flush()
-                what = f"~ {len(chunk.wave) / sample_rate:.2f} s of sound"
+                what = f"~ {len(chunk.wave) / sample_rate:.2f} s of audio"
             else:
                 what = chunk.text.strip()
             if not quiet:
@@ -673,7 +673,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     omni = make(arguments.model, device)
 
     if arguments.what == "first":
-        rows = benchmark.first_sound(omni)
+        rows = benchmark.first_audio(omni)
         if arguments.json:
             print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
         else:

@@ -153,10 +153,10 @@ class Omni(nn.Module):
                 "some rows have a voice and some have none; give all of them a voice, or none"
             )
         seeds = [check_seed(row_seed) for row_seed in broadcast(seed, rows, "seed")]
-        return self.answer(inputs, voices, seeds, sampling_configs(self.config, options))
+        return self._generate(inputs, voices, seeds, sampling_configs(self.config, options))
 
     @torch.no_grad()
-    def answer(
+    def _generate(
         self,
         inputs: Inputs,
         voices: Sequence[Voice | None],
@@ -268,7 +268,7 @@ class Omni(nn.Module):
         """
         sampling_configs(self.config, options)  # raises UserError for wrong options first
         if is_batch(messages):
-            return self.respond_to_all(messages, voice, speech, use_audio_in_video, seed, options)
+            return self._respond_batch(messages, voice, speech, use_audio_in_video, seed, options)
         *_, done = self.stream(  # which checks the types of its arguments
             messages,  # type: ignore[arg-type]
             voice,  # type: ignore[arg-type]
@@ -281,7 +281,7 @@ class Omni(nn.Module):
         assert isinstance(done, ReplyDone)
         return done.reply
 
-    def respond_to_all(
+    def _respond_batch(
         self,
         conversations: list[list[dict]],
         voice: str | list[str] | None,
@@ -317,22 +317,22 @@ class Omni(nn.Module):
         lengths = [row.input_ids.shape[1] for row in rows]
         if self.fits_padded(lengths, sampling, speech):
             batch = collate(rows, self.config.thinker.tokens.endoftext)
-            output = self.answer(batch, voices, seeds, sampling)
+            output = self._generate(batch, voices, seeds, sampling)
         else:
-            output = self.answer_one_by_one(rows, voices, seeds, sampling)
+            output = self._generate_one_by_one(rows, voices, seeds, sampling)
         return self.to_replies(output, timings)
 
-    def answer_one_by_one(
+    def _generate_one_by_one(
         self,
         rows: list[Inputs],
         voices: Sequence[Voice | None],
         seeds: list[int],
         sampling: tuple[SamplingConfig, SamplingConfig],
     ) -> GenerateOutput:
-        """answer() for prompts of batch size 1, without padding."""
+        """_generate() for prompts of batch size 1, without padding."""
         joined = GenerateOutput([], [], [])
         for inputs, voice, seed in zip(rows, voices, seeds, strict=True):
-            output = self.answer(inputs, [voice], [seed], sampling)
+            output = self._generate(inputs, [voice], [seed], sampling)
             joined.tokens.extend(output.tokens)
             joined.codes.extend(output.codes)
             joined.waves.extend(output.waves)

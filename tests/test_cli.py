@@ -380,11 +380,11 @@ def test_stream_writes_and_tells_as_it_goes(run):
         "seconds",
         "sample_rate",
         "total_s",
-        "first_sound_s",
+        "first_audio_s",
         "last_text_s",
     }
     assert (
-        0 <= reply["last_text_s"] <= reply["first_sound_s"] <= reply["total_s"]
+        0 <= reply["last_text_s"] <= reply["first_audio_s"] <= reply["total_s"]
     )  # four words are over at once
     written, rate = soundfile.read(path)
     assert len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
@@ -393,7 +393,7 @@ def test_stream_writes_and_tells_as_it_goes(run):
 def test_stream_without_speech(run):
     code, out, _, path = run("--text", "say a", "--stream", "--no-speech", "--json")
     assert code == 0
-    assert json.loads(out)["first_sound_s"] is None
+    assert json.loads(out)["first_audio_s"] is None
     assert not path.exists()
 
 

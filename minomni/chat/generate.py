@@ -185,7 +185,7 @@ class SpeechDecoder:
         wave = check_wave(wave).cpu()
         self.waves.append(wave)
         sample_rate = self.token2wav.config.sample_rate
-        return AudioChunk(wave, sample_rate, self.timings.mark("sound"))
+        return AudioChunk(wave, sample_rate, self.timings.mark("audio"))
 
 
 def stream_reply(

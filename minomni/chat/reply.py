@@ -25,7 +25,7 @@ BLOCK = 65_536
 class Timings:
     """When each step produced its outputs, in seconds since the question.
 
-    times: for each of input, encode, prefill, text, code, mel and sound, the time of its first
+    times: for each of input, encode, prefill, text, code, mel and audio, the time of its first
     output, of its second, and so on. Steps that had nothing to do are missing.
     """
 
@@ -148,7 +148,7 @@ def is_device(path: Path) -> bool:
 
 @dataclass
 class TextChunk:
-    """The next piece of a reply's text."""
+    """The next chunk of a reply's text."""
 
     text: str
     at_s: float  # seconds since the question
@@ -156,7 +156,7 @@ class TextChunk:
 
 @dataclass
 class AudioChunk:
-    """The next piece of a reply's audio."""
+    """The next chunk of a reply's audio."""
 
     wave: Tensor  # float32 [samples]
     sample_rate: int  # Hz

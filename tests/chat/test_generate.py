@@ -288,10 +288,10 @@ def test_timings_record_every_step_in_order(limited):
     *_, end = limited(codes=12, points=3).stream(question)
     trace = end.reply.timings
     order = [
-        trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "sound")
+        trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "audio")
     ]
     assert order == sorted(order)
-    assert trace.last("sound") <= trace.last("end") == end.reply.total_s
+    assert trace.last("audio") <= trace.last("end") == end.reply.total_s
     assert len(trace.times["code"]) == 12
     assert trace.first("nothing") is None
 
@@ -395,14 +395,14 @@ def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch
     result = benchmark.measure(omni)
     assert (omni.config, omni.talker.config) == config
     assert list(result.rows) == [
-        "first_sound_ms",
-        "first_sound_ratio",
+        "first_audio_ms",
+        "first_audio_ratio",
         "streamed_cost_ratio",
         "streamed_cost_ratio_same_solver",
         "realtime_factor",
         "player_waits_ms",
         "buffer_by_rule_ms",
-        "words_after_first_sound",
+        "words_after_first_audio",
         "prediction_ratio",
         "session_growth_mb",
     ]
@@ -415,7 +415,7 @@ def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch
         "text",
         "code",
         "mel",
-        "sound",
+        "audio",
     ]
     near, far = (
         result.schedules[f"3 blocks, the past remembered, {ahead} ahead"][1] for ahead in (2, 0)
@@ -431,23 +431,23 @@ def test_benchmark_of_random_weights(monkeypatch):
     """Random weights speak until the length limit, and every time is measured."""
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1)):
         monkeypatch.setattr(benchmark, name, value)
-    rows = benchmark.first_sound(benchmark.random_model("tiny", "cpu"))
+    rows = benchmark.first_audio(benchmark.random_model("tiny", "cpu"))
     values = {name: value for name, (value, _) in rows.items()}
     assert list(values) == [
         "first_text_ms",
-        "codes_before_sound",
+        "codes_before_audio",
         "thinker_and_talker_ms",
         "talker_ms",
-        "mel_and_sound_ms",
-        "first_sound_ms",
+        "mel_and_audio_ms",
+        "first_audio_ms",
         "realtime_factor",
         "player_waits_ms",
     ]
-    assert values["codes_before_sound"] == 5
-    assert values["first_text_ms"] <= values["first_sound_ms"]
+    assert values["codes_before_audio"] == 5
+    assert values["first_text_ms"] <= values["first_audio_ms"]
     assert all(value >= 0 for value in values.values())
     with pytest.raises(UserError, match="unknown size 'huge'"):
         benchmark.random_model("huge", "cpu")
     monkeypatch.setattr(benchmark, "streamed", lambda omni: ([], None))
     with pytest.raises(UserError, match="answers without speech"):
-        benchmark.first_sound(benchmark.random_model("tiny", "cpu"))
+        benchmark.first_audio(benchmark.random_model("tiny", "cpu"))

@@ -64,9 +64,9 @@ def talker_prompts(
     the CPU.
     """
     with torch.no_grad():
-        state = thinker.prefill(inputs)
-    states = (state.hidden + state.text_embeds).cpu()  # [B, L, E]
-    position_ids = state.position_ids.cpu()  # [3, B, L]
+        prefill = thinker.prefill(inputs)
+    states = (prefill.hidden + prefill.text_embeds).cpu()  # [B, L, E]
+    position_ids = prefill.position_ids.cpu()  # [3, B, L]
     end = inputs.input_ids.shape[1]
 
     prompts = []
