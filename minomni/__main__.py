@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from minomni import load, paths
-from minomni.arguments import shown
 from minomni.chat.generation_options import OPTIONS
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 
 if TYPE_CHECKING:
     from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
@@ -64,7 +63,7 @@ def generation_option(name: str) -> Callable[[str], float]:
         try:
             return option.check(option.read(text), name)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not {option.expected}") from None
+            raise argparse.ArgumentTypeError(f"{quote(text)} is not {option.expected}") from None
 
     return convert
 

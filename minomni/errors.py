@@ -29,6 +29,32 @@ def shorten(value: object, limit: int = 200) -> str:
     return cut_middle(escape(cut_middle(text, limit)), limit)
 
 
+def short_path(path: object) -> str:
+    """A path for an error message: on one line, its beginning and its end if it is long."""
+    return shorten(path, 160)
+
+
+def quote(value: object, limit: int = 60) -> str:
+    """An argument for an error message: its repr, or only the type of collections and objects."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]
+    if not isinstance(value, (str, int, float, type(None))):
+        return f"a {type(value).__name__}"
+    return quote_json(value, limit)
+
+
+def quote_json(value: object, limit: int = 80) -> str:
+    """A value of a JSON file for an error message: its repr, at most `limit` characters."""
+    if isinstance(value, (list, tuple, dict)) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    if isinstance(value, str):
+        value = value[: 2 * limit]
+    try:
+        return shorten(repr(value), limit)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a very large number"
+
+
 def escape(text: str) -> str:
     """The text with unprintable characters as escape sequences, such as \\n or \\x1b."""
     pieces = []

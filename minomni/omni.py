@@ -9,7 +9,7 @@ from typing import TypeGuard, overload
 import torch
 from torch import Tensor, nn
 
-from minomni.arguments import check_bool, check_int, check_seed, shown
+from minomni.arguments import check_bool, check_int, check_seed
 from minomni.chat.generate import generate_tokens, seeded_generator, stream_reply
 from minomni.chat.generation_options import sampling_configs
 from minomni.chat.reply import (
@@ -25,7 +25,7 @@ from minomni.chat.session import Session
 from minomni.chat.stream_options import LOW_LATENCY, stream_options
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.audio import SILENCE_LEVEL
 from minomni.inputs.prompt import Inputs, Processor, checked_messages, collate
 from minomni.inputs.tokenizer import Tokenizer
@@ -90,14 +90,14 @@ class Omni(nn.Module):
         for a voice that does not fit the model.
         """
         if not isinstance(name, str):
-            raise UserError(f"voice is {shown(name)}; expected the name of a voice")
+            raise UserError(f"voice is {quote(name)}; expected the name of a voice")
         if name not in self.voices:
             available = ", ".join(self.voices) or "none (no spk_dict.pt)"
-            raise UserError(f"unknown voice {shown(name)}; this model has {available}")
+            raise UserError(f"unknown voice {quote(name)}; this model has {available}")
         voice = self.voices[name]
         if not isinstance(voice, Voice):
             raise UserError(
-                f"voices[{name!r}] is {shown(voice)}; expected a Voice, such as make_voice() makes"
+                f"voices[{name!r}] is {quote(voice)}; expected a Voice, such as make_voice() makes"
             )
         vocab_size = self.config.thinker.text.vocab_size
         check_int(voice.bos_token, f"bos_token of voice {name!r}", 0, vocab_size - 1)
@@ -141,7 +141,7 @@ class Omni(nn.Module):
         """
         if not isinstance(inputs, Inputs):
             raise UserError(
-                f"generate() was given {shown(inputs)}; expected the output of a Processor; "
+                f"generate() was given {quote(inputs)}; expected the output of a Processor; "
                 f"respond() takes messages"
             )
         rows = len(inputs.input_ids)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from minomni.arguments import check_bool, check_int, check_number, shown
+from minomni.arguments import check_bool, check_int, check_number
 from minomni.config import OmniConfig, SamplingConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 
 PREFIXES = ("thinker_", "talker_")
 
@@ -147,7 +147,7 @@ def unknown_option(name: str) -> UserError:
     matches = get_close_matches(name.removeprefix(prefix), OPTIONS, n=1)
     suggestion = f", did you mean {prefix}{matches[0]}?" if matches else ";"
     return UserError(
-        f"unknown option {shown(name)}{suggestion} the options are {', '.join(OPTIONS)} for the "
+        f"unknown option {quote(name)}{suggestion} the options are {', '.join(OPTIONS)} for the "
         f"Thinker, and the same with the prefix talker_ for the Talker"
     )
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minomni.arguments import check_number, shown
+from minomni.arguments import check_number
 from minomni.chat.generate import stream_reply
 from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, Timings
 from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_options
 from minomni.chat.user_turn import UserTurn
 from minomni.config import INPUT_SAMPLE_RATE, FlowConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.prompt import Processor
 from minomni.kv_cache import KVCache
 from minomni.thinker.thinker import PrefillState, Thinker
@@ -52,7 +52,7 @@ class Session:
         Raises UserError for a model without a tokenizer, and for an unknown voice.
         """
         if system is not None and not isinstance(system, str):
-            raise UserError(f"system is {shown(system)}; expected the text of the system message")
+            raise UserError(f"system is {quote(system)}; expected the text of the system message")
         if system is None:
             system = omni.config.media.system_prompt
         self.omni = omni
@@ -115,7 +115,7 @@ class Session:
         if text is None:
             text = ""
         if not isinstance(text, str):
-            raise UserError(f"text is {shown(text)}; expected a str")
+            raise UserError(f"text is {quote(text)}; expected a str")
         checked = stream_options(self.omni.config, seed, schedule, flow, options)
 
         turn = self.begin_turn()

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from minomni.arguments import check_seed, shown
+from minomni.arguments import check_seed
 from minomni.chat.generation_options import sampling_configs
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.token2wav.ode_solver import with_euler
 from minomni.token2wav.streaming import Schedule
 
@@ -36,14 +36,14 @@ def stream_options(
     seed = check_seed(seed)
     if schedule not in (None, LOW_LATENCY) and not isinstance(schedule, Schedule):
         raise UserError(
-            f'schedule {shown(schedule)}; give "{LOW_LATENCY}", a Schedule, or None for all audio '
+            f'schedule {quote(schedule)}; give "{LOW_LATENCY}", a Schedule, or None for all audio '
             f"at the end"
         )
     if flow is None:
         flow = config.flow if schedule is None else with_euler(config.flow)
     if not isinstance(flow, FlowConfig):  # which checks its own values
         raise UserError(
-            f"flow is {shown(flow)}; expected a FlowConfig, such as "
+            f"flow is {quote(flow)}; expected a FlowConfig, such as "
             f"dataclasses.replace(omni.config.flow, points=4)"
         )
     return StreamOptions(sampling, seed, schedule, flow)

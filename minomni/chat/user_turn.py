@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.arguments import check_number, shown
+from minomni.arguments import check_number
 from minomni.config import INPUT_SAMPLE_RATE
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.audio import MAX_AMPLITUDE, MIN_SAMPLES, SILENCE_LEVEL
 from minomni.inputs.image import load_image
 from minomni.inputs.mel import HOP, log_power, normalize_log_mel, num_audio_tokens
@@ -358,7 +358,7 @@ def check_chunk(chunk, rate: int, max_samples: int) -> Tensor:
     """
     if isinstance(rate, bool) or not isinstance(rate, Real) or rate != INPUT_SAMPLE_RATE:
         raise UserError(
-            f"a chunk at {shown(rate)} Hz; expected {INPUT_SAMPLE_RATE} Hz, resample it first"
+            f"a chunk at {quote(rate)} Hz; expected {INPUT_SAMPLE_RATE} Hz, resample it first"
         )
     samples = to_numpy(chunk, "a chunk of audio")
     if samples.ndim != 1 or samples.dtype.kind != "f":

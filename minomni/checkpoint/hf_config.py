@@ -31,9 +31,9 @@ from minomni.config import (
     TokenIds,
     VisionEncoderConfig,
 )
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote_json, short_path, shorten
 from minomni.files import write_atomically
-from minomni.model_files import quote, read_json_object, shown_path
+from minomni.model_files import read_json_object
 
 # The codec's subfolder. Programs that do not know the codec read all tensors of the folder above.
 CODEC_FOLDER = "codec"
@@ -186,14 +186,14 @@ def read_config(folder: Path) -> OmniConfig:
         raise
     except RecursionError:
         raise UserError(
-            f"{shown_path(file)}: is nested too deeply for settings; copy it again"
+            f"{short_path(file)}: is nested too deeply for settings; copy it again"
         ) from None
     except ValueError as error:  # sizes that contradict each other
-        raise UserError(f"{shown_path(file)}: {shorten(error, 260)}") from None
+        raise UserError(f"{short_path(file)}: {shorten(error, 260)}") from None
     # Whatever was not read is found by writing the configuration and comparing.
     given.pop("codec_config", None)  # of older folders, checked by parse_codec
     written = normalize_hf_keys(as_json(to_json(config)), file)
-    check_round_trip(given, written, shown_path(file))
+    check_round_trip(given, written, short_path(file))
     return config
 
 
@@ -207,7 +207,7 @@ def check_not_quantized(data: dict, file: Path) -> None:
         if isinstance(section, dict) and section.get("quantization_config") is not None:
             method = quantization(section["quantization_config"])
             raise UserError(
-                f"{shown_path(file)}: this model is quantized (quantization_config: {method}); "
+                f"{short_path(file)}: this model is quantized (quantization_config: {method}); "
                 f"such weights are not read here, take the bf16 release {RELEASE}"
             )
 
@@ -215,11 +215,11 @@ def check_not_quantized(data: dict, file: Path) -> None:
 def quantization(settings: Any) -> str:
     """Method and bits of a quantization_config, for an error message."""
     if not isinstance(settings, dict):
-        return quote(settings, 30)
-    method = quote(settings.get("quant_method", "unknown"), 30)
+        return quote_json(settings, 30)
+    method = quote_json(settings.get("quant_method", "unknown"), 30)
     if "bits" not in settings:
         return method
-    return f"{method}, {quote(settings['bits'], 20)} bits"
+    return f"{method}, {quote_json(settings['bits'], 20)} bits"
 
 
 def whole_model(data: dict, file: Path) -> dict:
@@ -232,7 +232,7 @@ def whole_model(data: dict, file: Path) -> dict:
         data = {"enable_audio_output": False, "thinker_config": data}
     elif model_type != MODEL_TYPE:
         raise UserError(
-            f"{shown_path(file)}: model_type is {quote(model_type)}, this code runs "
+            f"{short_path(file)}: model_type is {quote_json(model_type)}, this code runs "
             f"'{MODEL_TYPE}' and '{MODEL_TYPE}_thinker'; take {RELEASE}"
         )
     if data.get("enable_audio_output") is not False:
@@ -331,7 +331,7 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
     Raises UserError where two keys of one setting disagree.
     """
     section = {key: value for key, value in section.items() if value is not None}
-    name = f"{shown_path(file)}: {'.'.join(path)}"
+    name = f"{short_path(file)}: {'.'.join(path)}"
 
     # Collect (key of the release, value that the section has under another key).
     rope = section.pop("rope_parameters", {})
@@ -350,7 +350,8 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
         section.setdefault(key, value)
         if section[key] != value:
             raise UserError(
-                f"{name} says both {quote(section[key])} and {quote(value)} for {key}; keep one"
+                f"{name} says both {quote_json(section[key])} and {quote_json(value)} for {key}; "
+                "keep one"
             )
     return section
 
@@ -358,14 +359,14 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
 def check_rope(rope: Any, name: str) -> None:
     """Raise UserError unless this code computes what rope_parameters of transformers 5 describe."""
     if not isinstance(rope, dict):
-        raise UserError(f"{name}: 'rope_parameters' is {quote(rope)}, expected an object")
+        raise UserError(f"{name}: 'rope_parameters' is {quote_json(rope)}, expected an object")
     if "mrope_section" in rope:
         return
     unknown = rope.keys() - {"rope_theta", "rope_type"}
     if unknown or rope.get("rope_type", "default") not in ("default", "axial"):
         raise UserError(
-            f"{name}: 'rope_parameters' is {quote(rope, 160)}; this code knows rope_theta alone "
-            f"here"
+            f"{name}: 'rope_parameters' is {quote_json(rope, 160)}; this code knows rope_theta "
+            "alone here"
         )
 
 
@@ -391,8 +392,8 @@ def unify_tying(data: dict, file: Path) -> dict:
             value = section["tie_word_embeddings"]
             if not isinstance(value, bool):
                 raise UserError(
-                    f"{shown_path(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, "
-                    f"expected true or false"
+                    f"{short_path(file)}, thinker_config: 'tie_word_embeddings' is "
+                    f"{quote_json(value)}, expected true or false"
                 )
             tied = tied or value
     if isinstance(text, dict):
@@ -418,7 +419,7 @@ class Section:
         """The object under a key. Raises UserError where there is none."""
         value = self[key]
         if not isinstance(value, dict):
-            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected an object")
+            raise UserError(f"{self.name}: {key!r} is {quote_json(value)}, expected an object")
         return Section(value, f"{self.name}, {key}")
 
     def build(self, cls: type, keys: dict[str, str] | None = None, **known) -> Any:
@@ -446,7 +447,7 @@ class Section:
             valid = False
         if not valid:
             expected = getattr(kind, "__name__", kind)
-            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected {expected}")
+            raise UserError(f"{self.name}: {key!r} is {quote_json(value)}, expected {expected}")
         return to_tuples(value)
 
 
@@ -460,7 +461,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
 
     Adds to `data` the two keys that depend on others: vision_token_id and head_dim.
     """
-    root = Section(data, shown_path(folder / "config.json"))
+    root = Section(data, short_path(folder / "config.json"))
     thinker = root.section("thinker_config")
     speech_tokens = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
     talker = token2wav = codec = None
@@ -474,7 +475,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
         codec = parse_codec(root, folder)
 
     file = folder / "generation_config.json"
-    generation = Section(read_json(file, optional=True), shown_path(file))
+    generation = Section(read_json(file, optional=True), short_path(file))
     return OmniConfig(
         thinker=parse_thinker(thinker, speech_tokens),
         talker=talker,
@@ -530,7 +531,7 @@ def parse_own(section: Section, cls: type) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(section.data) - known)
     if unknown:
-        raise UserError(f"{section.name}: unknown key {quote(unknown[0])}")
+        raise UserError(f"{section.name}: unknown key {quote_json(unknown[0])}")
     return section.build(cls)
 
 
@@ -538,7 +539,7 @@ def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
     """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
     if file.exists():
-        return parse_own(Section(read_json(file), shown_path(file)), CodecConfig)
+        return parse_own(Section(read_json(file), short_path(file)), CodecConfig)
     return parse_group(root, "codec_config", CodecConfig, None)
 
 
@@ -585,8 +586,8 @@ def image_settings(folder: Path) -> Section:
     file = folder / "preprocessor_config.json"
     newer = folder / "processor_config.json"
     if file.exists() or not newer.exists():
-        return Section(read_json(file, optional=True), shown_path(file))
-    processor = Section(read_json(newer), shown_path(newer))
+        return Section(read_json(file, optional=True), short_path(file))
+    processor = Section(read_json(newer), short_path(newer))
     if "image_processor" in processor.data:
         return processor.section("image_processor")
     return processor
@@ -601,15 +602,15 @@ def check_round_trip(given: dict, written: dict, name: str) -> None:
             if key in LEGACY_DEFAULTS and value == LEGACY_DEFAULTS[key]:
                 continue
             raise UserError(
-                f"{name}: unknown key {quote(key)}; remove it, or use the code that it was written "
-                f"for"
+                f"{name}: unknown key {quote_json(key)}; remove it, or use the code that it was "
+                "written for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
             check_round_trip(value, written[key], f"{name}, {key}")
         elif value != written[key]:
             raise UserError(
-                f"{name}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} "
-                f"here"
+                f"{name}: {key!r} is {quote_json(value)}, this code can only be "
+                f"{quote_json(written[key])} here"
             )
 
 

@@ -37,9 +37,9 @@ from minomni.checkpoint.hf_config import (
 from minomni.checkpoint.saving import DIT_ANGLES, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
 from minomni.config import DiTConfig, OmniConfig
 from minomni.devices import device_of, dtype_of
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote_json, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.model_files import check_file, quote, shown_path
+from minomni.model_files import check_file
 from minomni.omni import TEXT_HEAD, Omni
 from minomni.token2wav.token2wav import shortest_reference
 from minomni.token2wav.voice import Voice
@@ -178,7 +178,7 @@ def empty_model(folder: Path, config: OmniConfig) -> Omni:
         MemoryError,
     ) as error:
         raise UserError(
-            f"{shown_path(folder / 'config.json')}: describes a model that cannot be built "
+            f"{short_path(folder / 'config.json')}: describes a model that cannot be built "
             f"({shorten(error, 200)})"
         ) from None
 
@@ -192,7 +192,7 @@ def snapshot(folder: Path) -> Path:
     """
     if not os.path.isdir(folder):
         raise UserError(
-            f"{shown_path(folder)}: no such folder; give one that holds config.json and "
+            f"{short_path(folder)}: no such folder; give one that holds config.json and "
             f"*.safetensors"
         )
     snapshots = folder / "snapshots"
@@ -208,7 +208,7 @@ def snapshot(folder: Path) -> Path:
     if len(names) == 1:
         return snapshots / names[0]
     raise UserError(
-        f"{shown_path(folder)}: is a cache folder whose refs/main names none of its snapshots; "
+        f"{short_path(folder)}: is a cache folder whose refs/main names none of its snapshots; "
         f"give one of {list_names(names)} in snapshots/"
     )
 
@@ -232,14 +232,14 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     valid = isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
     if not index or not valid:
         raise UserError(
-            f"{shown_path(file)}: has no weight_map from tensor names to file names; copy it again"
+            f"{short_path(file)}: has no weight_map from tensor names to file names; copy it again"
         )
     names = sorted(set(index.values()))
     for name in names:
         if not is_plain_name(name):
             raise UserError(
-                f"{shown_path(file)}: names the file {quote(name)}, which is outside the model's "
-                f"folder; copy it again"
+                f"{short_path(file)}: names the file {quote_json(name)}, which is outside the "
+                "model's folder; copy it again"
             )
     return [folder / name for name in names], index
 
@@ -260,14 +260,14 @@ def unindexed_files(folder: Path) -> list[str]:
         return [WEIGHTS_FILE]
     for pattern, content in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
-            raise UserError(f"{shown_path(folder)}: holds {content}")
+            raise UserError(f"{short_path(folder)}: holds {content}")
     names = []
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "adapter_model.safetensors" and not file.name.startswith("."):
             names.append(file.name)
     if not names:
         raise UserError(
-            f"{shown_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder "
+            f"{short_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder "
             f"of a model"
         )
     for name in names:
@@ -284,7 +284,7 @@ def numbered_files(folder: Path, names: list[str], match: re.Match) -> list[str]
     missing = sorted(set(expected) - set(names))
     if missing:
         raise UserError(
-            f"{shown_path(folder)}: {len(missing)} of {len(expected)} files are missing: "
+            f"{short_path(folder)}: {len(missing)} of {len(expected)} files are missing: "
             f"{list_names(missing)}; copy them again"
         )
     return expected
@@ -304,14 +304,14 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if index is not None and sorted(pairs) != sorted(index.items()):
         name, file_name = min(set(pairs) ^ set(index.items()))
         raise UserError(
-            f"{shown_path(folder / INDEX_FILE)}: index and files disagree, first about "
-            f"{quote(name)} in {quote(file_name)}; copy the folder again"
+            f"{short_path(folder / INDEX_FILE)}: index and files disagree, first about "
+            f"{quote_json(name)} in {quote_json(file_name)}; copy the folder again"
         )
     counts = Counter(name for name, _ in pairs)
     repeated = [name for name, times in counts.items() if times > 1]
     if repeated:
         raise UserError(
-            f"{shown_path(folder)}: {len(repeated)} tensors lie in more than one file: "
+            f"{short_path(folder)}: {len(repeated)} tensors lie in more than one file: "
             f"{list_names(repeated)}; keep the files of one model"
         )
 
@@ -335,7 +335,7 @@ def header(file: Path) -> dict[str, Stored]:
                 stored[name] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{shown_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); "
+            f"{short_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); "
             f"copy it again"
         ) from None
     return stored
@@ -348,14 +348,14 @@ def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
     quantized = [name for name in stored if name.endswith(QUANTIZED)]
     if quantized:
         raise UserError(
-            f"{shown_path(folder)}: its weights are quantized ({len(quantized)} tensors such as "
+            f"{short_path(folder)}: its weights are quantized ({len(quantized)} tensors such as "
             f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release "
             f"{RELEASE}"
         )
     wrong = [name for name, tensor in stored.items() if tensor.precision not in PRECISIONS]
     if wrong:
         raise UserError(
-            f"{shown_path(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
+            f"{short_path(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
             f"{shorten(wrong[0], 80)}; only {', '.join(PRECISIONS)} are read here, take the bf16 "
             f"release {RELEASE}"
         )
@@ -435,7 +435,7 @@ def read_shard(
                 tensors[name] = aligned(shard.get_tensor(key).to(device, precision))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{shown_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"
+            f"{short_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"
         ) from None
     return tensors
 
@@ -457,14 +457,14 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: OmniConfig) -> N
     largest = max(*tokenizer.bytes_of, *tokenizer.special_tokens.values())
     if largest >= vocab_size:
         raise UserError(
-            f"{shown_path(folder)}: the tokenizer has the id {largest}, the model embeds ids below "
+            f"{short_path(folder)}: the tokenizer has the id {largest}, the model embeds ids below "
             f"{vocab_size}; use files of one model"
         )
     for name, token in special_tokens(config.thinker.tokens).items():
         found = tokenizer.special_tokens.get(name, token)
         if found != token:
             raise UserError(
-                f"{shown_path(folder)}: {name} is {found} in the tokenizer's files and {token} in "
+                f"{short_path(folder)}: {name} is {found} in the tokenizer's files and {token} in "
                 f"config.json; use files of one model"
             )
 
@@ -486,17 +486,17 @@ def load_voices(
             data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile pickle can raise any exception
         raise UserError(
-            f"{shown_path(file)}: is cut short or wants to run code ({type(error).__name__}); "
+            f"{short_path(file)}: is cut short or wants to run code ({type(error).__name__}); "
             f"get it from its source again"
         ) from None
     if not isinstance(data, dict):
         raise UserError(
-            f"{shown_path(file)}: holds a {type(data).__name__}, not a dictionary of voices"
+            f"{short_path(file)}: holds a {type(data).__name__}, not a dictionary of voices"
         )
     dit, vocab_size = config.token2wav.dit, config.thinker.text.vocab_size
     voices = {}
     for name, entry in data.items():
-        title = f"{shown_path(file)}: voice {quote(name, 40)}"
+        title = f"{short_path(file)}: voice {quote_json(name, 40)}"
         bos, cond, ref_mel = voice_entry(entry, title)
         check_voice_entry(bos, cond, ref_mel, dit, vocab_size, title)
         cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
@@ -517,7 +517,7 @@ def check_unpacked(file: Path) -> None:
         return  # torch reads some of these, and raises for the others
     if unpacked > MAX_VOICES_BYTES:
         raise UserError(
-            f"{shown_path(file)}: unpacks to {unpacked:,} bytes, expected at most "
+            f"{short_path(file)}: unpacks to {unpacked:,} bytes, expected at most "
             f"{MAX_VOICES_BYTES:,}; get it from its source again"
         )
 
@@ -565,7 +565,7 @@ def check_voice_entry(
     )
     if not fits:
         raise UserError(
-            f"{title} has bos_token {quote(bos, 20)}, cond {shorten(list(cond.shape), 40)}, "
+            f"{title} has bos_token {quote_json(bos, 20)}, cond {shorten(list(cond.shape), 40)}, "
             f"ref_mel {shorten(list(ref_mel.shape), 40)}; expected an id below {vocab_size}, "
             f"[1, {dit.enc_emb_dim}] and [1, {shortest} to {LONGEST_REFERENCE} frames, "
             f"{dit.mel_dim}]"

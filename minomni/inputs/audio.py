@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.arguments import shown
 from minomni.config import INPUT_SAMPLE_RATE, QWEN7B
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote, shorten
 from minomni.inputs.containers import is_ogg, parts_of_stream, pcm_samples, require_whole
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
 from minomni.inputs.source import name_of, one_line_errors, open_source, to_numpy
@@ -126,7 +125,7 @@ def _seconds(value: Any, key: str, name: str) -> float | None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= LATEST_START:
         raise UserError(
-            f"{name}: {key} is {shown(value)}; expected seconds from 0 to {LATEST_START}"
+            f"{name}: {key} is {quote(value)}; expected seconds from 0 to {LATEST_START}"
         )
     return float(value)
 

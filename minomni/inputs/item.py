@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minomni.arguments import shown
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.options import NO_OPTIONS, MediaOptions, options_of, with_article
 from minomni.inputs.source import decode_base64
 
@@ -100,7 +99,7 @@ def _kind(item: dict) -> str:
     elif isinstance(item["type"], str):
         kind = KIND_OF_TYPE.get(item["type"])
     if kind is None:
-        of_type = f" of type {shown(item['type'])}" if "type" in item else ""
+        of_type = f" of type {quote(item['type'])}" if "type" in item else ""
         raise UserError(
             f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, "
             f"video, text"
@@ -134,7 +133,7 @@ def _source(kind: str, key: str, value: Any) -> Any:
     """The value of a source key, without the dictionary that OpenAI's clients put around it."""
     if kind == "text":
         if not isinstance(value, str):
-            raise UserError(f"a text item holds {shown(value)}; expected a text")
+            raise UserError(f"a text item holds {quote(value)}; expected a text")
         return value
     inner_key = "data" if key == "input_audio" else "url"
     if isinstance(value, dict):
@@ -154,7 +153,7 @@ def _unwrapped(wrapper: dict, key: str, inner_key: str) -> Any:
     wrapper = {name: value for name, value in wrapper.items() if value is not None}
     for name in wrapper:
         if name != inner_key and name not in IGNORED_KEYS:
-            raise UserError(f"{key} has the unknown key {shown(name)}; expected {inner_key}")
+            raise UserError(f"{key} has the unknown key {quote(name)}; expected {inner_key}")
     if inner_key not in wrapper:
         raise UserError(f"{key} has the keys {listed(wrapper)}; expected {inner_key}")
     return wrapper[inner_key]
@@ -169,6 +168,6 @@ def _decoded(text: str, key: str) -> bytes:
 
 def listed(keys: Iterable) -> str:
     """The first eight keys, which may have any type, sorted by their spelling."""
-    spellings = sorted(shown(key) for key in keys)
+    spellings = sorted(quote(key) for key in keys)
     more = ", ..." if len(spellings) > 8 else ""
     return f"[{', '.join(spellings[:8])}{more}]"

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minomni.arguments import shown
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # Which frames of a video file are sampled.
@@ -89,13 +88,13 @@ def _require_known(key: object, kind: str) -> None:
     known = "it has no options"
     if KEYS_OF[kind]:
         known = f"it may have {', '.join(KEYS_OF[kind])}"
-    raise UserError(f"{with_article(kind)} item has the unknown key {shown(key)}; {known}")
+    raise UserError(f"{with_article(kind)} item has the unknown key {quote(key)}; {known}")
 
 
 def _flag(key: str, value: object) -> bool:
     """A bool of Python or numpy as Python's own. Raises UserError for other values."""
     if not isinstance(value, (bool, np.bool_)):
-        raise UserError(f"{key} is {shown(value)}; expected true or false")
+        raise UserError(f"{key} is {quote(value)}; expected true or false")
     return bool(value)
 
 
@@ -106,12 +105,12 @@ def _number(key: str, value) -> int | float:
     """
     is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
     if not is_number or not abs(value) <= LARGEST:  # NaN fails the comparison
-        raise UserError(f"{key} is {shown(value)}; expected a number of at most {LARGEST:.0e}")
+        raise UserError(f"{key} is {quote(value)}; expected a number of at most {LARGEST:.0e}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if key in MAY_BE_ZERO and number < 0:
-        raise UserError(f"{key} is {shown(value)}; expected a number that is not below zero")
+        raise UserError(f"{key} is {quote(value)}; expected a number that is not below zero")
     if number <= 0 and key not in (*MAY_BE_NEGATIVE, *MAY_BE_ZERO):
-        raise UserError(f"{key} is {shown(value)}; expected a number above zero")
+        raise UserError(f"{key} is {quote(value)}; expected a number above zero")
     return number
 
 

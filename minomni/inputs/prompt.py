@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minomni.arguments import shown
 from minomni.config import OmniConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.interleave import chunk_bounds, interleave, video_times
 from minomni.inputs.item import Item, kind_and_source, parse_item
 from minomni.inputs.media import load_audio, load_image, load_video, name_of
@@ -92,7 +91,7 @@ def checked_messages(messages: list[dict]) -> list[dict]:
     """
     if not isinstance(messages, (list, tuple)):
         raise UserError(
-            f"messages is {shown(messages)}; expected a list of dictionaries, such as "
+            f"messages is {quote(messages)}; expected a list of dictionaries, such as "
             f"[{{'role': 'user', 'content': 'hello'}}]"
         )
     return [_message(message, number) for number, message in enumerate(messages, 1)]
@@ -102,7 +101,7 @@ def _message(message: dict, number: int) -> dict:
     """One checked message; number counts from 1."""
     if not isinstance(message, dict):
         raise UserError(
-            f"message {number} is {shown(message)}; expected a dictionary with role and content"
+            f"message {number} is {quote(message)}; expected a dictionary with role and content"
         )
     message = {key: value for key, value in message.items() if value is not None}
     role = _role(message.get("role"))
@@ -111,12 +110,12 @@ def _message(message: dict, number: int) -> dict:
         is_empty = isinstance(value, (list, dict)) and not value
         if key not in ("role", "content") and key not in IGNORED_KEYS and not is_empty:
             raise UserError(
-                f"a message has the unknown key {shown(key)}; expected role and content"
+                f"a message has the unknown key {quote(key)}; expected role and content"
             )
     content = message.get("content", "")
     if not isinstance(content, (str, list, tuple)):
         raise UserError(
-            f"the content of a message is {shown(content)}; expected a text or a list of items"
+            f"the content of a message is {quote(content)}; expected a text or a list of items"
         )
     return {"role": role, "content": content}
 
@@ -131,7 +130,7 @@ def _role(role: object) -> str:
     if isinstance(role, str):
         role = SAME_ROLE.get(role, role)
     if role not in ROLES:
-        raise UserError(f"unknown role {shown(role)}; roles are {', '.join(ROLES)}")
+        raise UserError(f"unknown role {quote(role)}; roles are {', '.join(ROLES)}")
     return role
 
 
@@ -233,7 +232,7 @@ class Processor:
         """
         if not isinstance(conversations, (list, tuple)) or not conversations:
             raise UserError(
-                f"the conversations are {shown(conversations)}; expected a list of at least one, "
+                f"the conversations are {quote(conversations)}; expected a list of at least one, "
                 f"each a list of messages"
             )
         rows = []

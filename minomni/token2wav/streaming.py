@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minomni.arguments import check_int, shown
+from minomni.arguments import check_int
 from minomni.config import DiTConfig, FlowConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.token2wav.bigvgan import BigVGAN, UpsampleStage, normalize
 from minomni.token2wav.dit import BlockCache, DiT, both_branches, guided
 from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
@@ -52,7 +52,7 @@ class Schedule:
         pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
         if not pairs or not all(is_pair(value) for value in pairs):
             raise UserError(
-                f"a schedule of chunks {shown(self.chunks)}; expected pairs of blocks, such as "
+                f"a schedule of chunks {quote(self.chunks)}; expected pairs of blocks, such as "
                 f"((1, 0), (2, 1)): how many a chunk adds, and how many it looks ahead"
             )
         for blocks, ahead in pairs:
