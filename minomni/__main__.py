@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 from minomni import load, paths
 from minomni.chat.generation_options import OPTIONS
 from minomni.errors import UserError, quote
+from minomni.files import is_stream
 
 if TYPE_CHECKING:
     from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
@@ -61,7 +62,7 @@ def generation_option(name: str) -> Callable[[str], float]:
 
     def convert(text: str) -> float:
         try:
-            return option.check(option.read(text), name)
+            return option.check(option.parse(text), name)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{quote(text)} is not {option.expected}") from None
 
@@ -498,7 +499,7 @@ def hold_conversation(
         import readline  # noqa: F401  makes input() understand the arrow keys
 
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are no UTF-8
+        sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
     print("Type a question. /new begins a new conversation, /quit ends.", file=sys.stderr)
     speech = not arguments.no_speech
     session = omni.listen(voice, speech, arguments.system)
@@ -528,9 +529,7 @@ def hold_conversation(
 
 def numbered(path: Path, number: int) -> Path:
     """reply.wav -> reply-1.wav; a device or a pipe stays as it is."""
-    from minomni.chat.reply import is_device
-
-    return path if is_device(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return path if is_stream(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def show_reply(

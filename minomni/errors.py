@@ -1,6 +1,6 @@
 """UserError, the one exception whose message is written for the user."""
 
-LONGEST_MESSAGE = 500  # characters
+MAX_MESSAGE_LENGTH = 500  # characters
 
 
 class UserError(ValueError):
@@ -8,11 +8,11 @@ class UserError(ValueError):
     with status 2.
 
     Whatever names, values and errors of other programs a message quotes, it stays one printable
-    line of at most LONGEST_MESSAGE characters.
+    line of at most MAX_MESSAGE_LENGTH characters.
     """
 
     def __init__(self, message: str):
-        super().__init__(shorten(message, LONGEST_MESSAGE))
+        super().__init__(shorten(message, MAX_MESSAGE_LENGTH))
 
 
 def shorten(value: object, limit: int = 200) -> str:
@@ -25,7 +25,7 @@ def shorten(value: object, limit: int = 200) -> str:
         text = str(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         text = "a very large number"
-    # Cut before escaping, too, so that a text of a gigabyte takes no time.
+    # Cut before escaping, too, so that a string of a gigabyte takes no time.
     return cut_middle(escape(cut_middle(text, limit)), limit)
 
 

@@ -239,12 +239,14 @@ def resolved(path: Path) -> Path:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path exists and is not a regular file on disk: a device, a pipe, a terminal, or an
-    open file in /proc.
-    """
-    if not path.exists():
+    """Whether a path names a device, a pipe, a terminal, or an open file such as /dev/stdout."""
+    try:
+        if not path.exists() or path.is_dir():
+            return False
+        parent = path.parent.resolve()
+        return not path.is_file() or parent == Path("/dev") or parent.is_relative_to("/proc")
+    except (OSError, ValueError):  # the name is too long or contains NUL
         return False
-    return not path.is_file() or path.parent.resolve().is_relative_to("/proc")
 
 
 def sibling_path(path: Path, suffix: str) -> Path:

@@ -17,7 +17,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_file(path: Path, largest: int | None = None, advice: str = "copy it again") -> None:
-    """Raise UserError unless `path` is a regular file that is not empty and no git-LFS pointer.
+    """Raise UserError unless `path` is a regular file that neither empty nor a git-LFS pointer.
 
     largest: most bytes that it may have; advice: what to do where it is missing.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minomni.errors import UserError
-from minomni.files import write_atomically
+from minomni.files import is_stream, write_atomically
 
 # File name extension -> format and subtype, as soundfile names them.
 AUDIO_FILES = {
@@ -128,22 +128,11 @@ def audio_file(path: str | Path) -> tuple[str, str]:
     extension = path.suffix.lower()
     if extension in AUDIO_FILES:
         return AUDIO_FILES[extension]
-    if is_device(path):
+    if is_stream(path):
         return AUDIO_FILES[".wav"]
     raise UserError(
         f"{path}: speech is written as {', '.join(AUDIO_FILES)}; give a name that ends in one"
     )
-
-
-def is_device(path: Path) -> bool:
-    """Whether a path names a device, a pipe, or anything in /dev or /proc, such as /dev/stdout."""
-    try:
-        if not path.exists() or path.is_dir():
-            return False
-        in_system_folder = path.absolute().parts[1:2] in (("dev",), ("proc",))
-        return in_system_folder or not path.is_file()
-    except (OSError, ValueError):  # the name is too long or contains NUL
-        return False
 
 
 @dataclass

@@ -77,7 +77,7 @@ HF_DEFAULTS: dict[tuple[str, ...], dict[str, Any]] = {
     },
 }
 # Keys of the release, or of files that transformers saves, that do not describe the model.
-IGNORED_KEYS = frozenset(
+IGNORED_CONFIG_KEYS = frozenset(
     (
         # the program that wrote the file
         "architectures",
@@ -162,7 +162,7 @@ LEGACY_DEFAULTS = {
     "typical_p": 1.0,
     "use_bfloat16": False,
 }
-MAX_JSON_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
+MAX_CONFIG_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
 MODEL_TYPE = "qwen2_5_omni"
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
 SPEECH_SECTIONS = ("talker_config", "token2wav_config", "codec_config")
@@ -286,7 +286,7 @@ def read_json(
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    return read_json_object(file, advice, MAX_JSON_BYTES)
+    return read_json_object(file, advice, MAX_CONFIG_BYTES)
 
 
 def as_json(data: dict) -> dict:
@@ -596,7 +596,7 @@ def image_settings(folder: Path) -> Section:
 def check_round_trip(given: dict, written: dict, name: str) -> None:
     """Raise UserError naming the first given key that we would not write, or with another value."""
     for key, value in given.items():
-        if key in IGNORED_KEYS:
+        if key in IGNORED_CONFIG_KEYS:
             continue
         if key not in written:
             if key in LEGACY_DEFAULTS and value == LEGACY_DEFAULTS[key]:

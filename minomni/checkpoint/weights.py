@@ -34,7 +34,7 @@ from minomni.checkpoint.hf_config import (
     read_json,
     without_speech,
 )
-from minomni.checkpoint.saving import DIT_ANGLES, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
+from minomni.checkpoint.saving import DIT_INV_FREQ, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
 from minomni.config import DiTConfig, OmniConfig
 from minomni.devices import device_of, dtype_of
 from minomni.errors import UserError, quote_json, short_path, shorten
@@ -46,8 +46,8 @@ from minomni.token2wav.voice import Voice
 
 __all__ = ["INDEX_FILE", "VOICES_FILE", "WEIGHTS_FILE", "load", "load_voices", "save"]
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
-COMPUTED = {DIT_ANGLES}  # stored for transformers 4.x, computed here
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
+COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is fp32, as the release stores and runs it
 SPEECH = ("talker.", "token2wav.", "codec.")  # unused by a model that answers in text alone
 PARTS = ("thinker.", *SPEECH)
@@ -72,7 +72,7 @@ QUANTIZED = (
 )
 NUMBERED = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.safetensors)")
 # Weights in formats that are not read, and what to do about them.
-OTHER_WEIGHTS = {
+UNSUPPORTED_WEIGHTS = {
     "adapter_model.safetensors": (
         "a LoRA adapter alone; merge it into its model first (peft: merge_and_unload)"
     ),
@@ -82,7 +82,7 @@ OTHER_WEIGHTS = {
     ),
 }
 MAX_VOICES_BYTES = 256_000_000  # of spk_dict.pt, also unpacked; the release's has 260 thousand
-LONGEST_REFERENCE = 30_000  # mel frames (five minutes) of a voice
+MAX_REFERENCE_FRAMES = 30_000  # mel frames (five minutes) of a voice
 
 
 class Stored(NamedTuple):
@@ -128,7 +128,7 @@ def load(
     omni.thinker.tie_head()
 
     omni.voices = load_voices(folder / VOICES_FILE, config, device)
-    if any((folder / name).exists() for name in TOKENIZER_FILES):
+    if any((folder / name).exists() for name in VOCABULARY_FILES):
         omni.tokenizer = Tokenizer.load(folder)
         check_tokenizer(folder, omni.tokenizer, config)
     omni.loaded_from = folder.absolute()
@@ -258,7 +258,7 @@ def unindexed_files(folder: Path) -> list[str]:
     """
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
         return [WEIGHTS_FILE]
-    for pattern, content in OTHER_WEIGHTS.items():
+    for pattern, content in UNSUPPORTED_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
             raise UserError(f"{short_path(folder)}: holds {content}")
     names = []
@@ -561,12 +561,12 @@ def check_voice_entry(
         and cond.shape == (1, dit.enc_emb_dim)
         and ref_mel.ndim == 3
         and ref_mel.shape[::2] == (1, dit.mel_dim)
-        and shortest <= ref_mel.shape[1] <= LONGEST_REFERENCE
+        and shortest <= ref_mel.shape[1] <= MAX_REFERENCE_FRAMES
     )
     if not fits:
         raise UserError(
             f"{title} has bos_token {quote_json(bos, 20)}, cond {shorten(list(cond.shape), 40)}, "
             f"ref_mel {shorten(list(ref_mel.shape), 40)}; expected an id below {vocab_size}, "
-            f"[1, {dit.enc_emb_dim}] and [1, {shortest} to {LONGEST_REFERENCE} frames, "
+            f"[1, {dit.enc_emb_dim}] and [1, {shortest} to {MAX_REFERENCE_FRAMES} frames, "
             f"{dit.mel_dim}]"
         )

@@ -17,18 +17,16 @@ from minomni.inputs.source import name_of, one_line_errors, open_source, to_nump
 
 MIN_SAMPLES = INPUT_SAMPLE_RATE // 50  # samples: 20 ms or less make no audio token
 # Seconds of audio that fill the context of the largest model: 32,768 tokens, 25 per second.
-LONGEST_SECONDS = (
-    QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
-)
+MAX_AUDIO_S = QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
 SILENCE_LEVEL = 1e-3  # of full scale: speech is louder
 # Of full scale. Lossy codecs overshoot it a little, unscaled samples by a factor of thousands.
 MAX_AMPLITUDE = 8.0
-MOST_CHANNELS = 64
+MAX_CHANNELS = 64
 # Samples over all channels: 21 minutes of eight channels at 48 kHz, or of two at 192 kHz.
-MOST_SAMPLES = 2**29
-HIGHEST_RATE = 1_000_000  # Hz
+MAX_SAMPLES = 2**29
+MAX_RATE = 1_000_000  # Hz
 # Seconds. The samples before audio_start are decoded too, at 4 ms per second of stereo mp3.
-LATEST_START = 3_600
+MAX_START_S = 3_600
 # Kinds and bytes of the integers that samples may have.
 INTEGER_TYPES = {("i", 1), ("i", 2), ("i", 4), ("u", 1), ("u", 2)}
 # Samples of a flac, a day at 48 kHz. A header that says more was never finished.
@@ -36,7 +34,7 @@ UNKNOWN_FLAC = 2**32
 # ffmpeg's names of the formats of broadcasts: a recording may begin and end anywhere.
 BROADCAST = ("aac", "ac3", "mp3", "mpegts")
 # int32 samples up to here are values of at most 24 bits that were not scaled.
-MOST_UNSCALED = 1 << 23
+MAX_UNSCALED = 1 << 23
 BLOCK = 65_536  # samples of each channel that are read at once
 # Seconds. Where times and sample counts differ by more, silence is inserted or samples are dropped
 # (as ffmpeg does).
@@ -123,9 +121,9 @@ def _seconds(value: Any, key: str, name: str) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= LATEST_START:
+    if not is_number or not 0 <= value <= MAX_START_S:
         raise UserError(
-            f"{name}: {key} is {quote(value)}; expected seconds from 0 to {LATEST_START}"
+            f"{name}: {key} is {quote(value)}; expected seconds from 0 to {MAX_START_S}"
         )
     return float(value)
 
@@ -443,10 +441,10 @@ def _channels_last(source: Any, name: str) -> Any:
         samples = source[:, None]
     elif len(shape) == 2 and shape[0] < shape[1]:
         samples = source.T
-    if len(shape) not in (1, 2) or not 1 <= samples.shape[1] <= MOST_CHANNELS:
+    if len(shape) not in (1, 2) or not 1 <= samples.shape[1] <= MAX_CHANNELS:
         raise UserError(
             f"{name}: sound of shape {shorten(shape, 60)}; expected [samples] or [samples, "
-            f"channels], at most {MOST_CHANNELS} channels"
+            f"channels], at most {MAX_CHANNELS} channels"
         )
     return samples
 
@@ -468,10 +466,10 @@ def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
 
 def _require_full_range(peak: int, name: str) -> None:
     """Raise UserError for int32 samples whose peak shows that they were not scaled."""
-    if not 0 < peak <= MOST_UNSCALED:
+    if not 0 < peak <= MAX_UNSCALED:
         return
     bits = 24
-    advice = f"divide them by {MOST_UNSCALED} and give floats from -1 to 1"
+    advice = f"divide them by {MAX_UNSCALED} and give floats from -1 to 1"
     if peak <= 1 << 15:
         bits = 16
         advice = "give int16"
@@ -489,18 +487,18 @@ def _checked_rate(rate: Any, name: str) -> float:
     if isinstance(rate, (np.ndarray, np.generic, Tensor)) and rate.ndim == 0:
         rate = to_numpy(rate, name).item()
     is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if not is_number or not 1 <= rate <= HIGHEST_RATE:
+    if not is_number or not 1 <= rate <= MAX_RATE:
         raise UserError(
             f"{name}: {shorten(rate, 60)} samples per second; expected the sampling rate in Hz, "
-            f"1 to {HIGHEST_RATE}"
+            f"1 to {MAX_RATE}"
         )
     return int(rate) if rate == int(rate) else float(rate)
 
 
 def _require_short(seconds: float, name: str) -> None:
-    if seconds > LONGEST_SECONDS:
+    if seconds > MAX_AUDIO_S:
         raise UserError(
-            f"{name}: more than {LONGEST_SECONDS:.0f} s of sound; the largest model's context "
+            f"{name}: more than {MAX_AUDIO_S:.0f} s of sound; the largest model's context "
             f"holds no more, cut it into shorter ones"
         )
 
@@ -522,8 +520,8 @@ def _require_short_pcm(stream: Any, start: float, end: float | None, name: str) 
 
 
 def _require_few(count: int, name: str) -> None:
-    if count > MOST_SAMPLES:
+    if count > MAX_SAMPLES:
         raise UserError(
-            f"{name}: more than {MOST_SAMPLES} samples over all channels; convert it to 16000 Hz, "
+            f"{name}: more than {MAX_SAMPLES} samples over all channels; convert it to 16000 Hz, "
             f"mono"
         )

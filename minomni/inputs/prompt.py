@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from minomni.config import OmniConfig
 from minomni.errors import UserError, quote
-from minomni.inputs.interleave import chunk_bounds, interleave, video_times
-from minomni.inputs.item import Item, kind_and_source, parse_item
+from minomni.inputs.interleave import interleave
+from minomni.inputs.item import Item, parse_item
 from minomni.inputs.media import load_audio, load_image, load_video, name_of
 from minomni.inputs.mel import log_mel, num_audio_tokens
 from minomni.inputs.patches import (
@@ -24,23 +24,10 @@ from minomni.inputs.patches import (
 )
 from minomni.inputs.tokenizer import Tokenizer, special_tokens, valid_unicode
 
-__all__ = [
-    "DEFAULT_SYSTEM",
-    "Inputs",
-    "Processor",
-    "chunk_bounds",
-    "collate",
-    "kind_and_source",
-    "checked_messages",
-    "chat_parts",
-    "render",
-    "video_times",
-]
-
 ROLES = ("system", "user", "assistant")
 SAME_ROLE = {"developer": "system"}  # OpenAI's newer name
 # Keys of a message that other programs write and that could not change a reply here.
-IGNORED_KEYS = frozenset(
+IGNORED_MESSAGE_KEYS = frozenset(
     ("annotations", "date", "id", "loss", "metadata", "name", "refusal", "timestamp", "weight")
 )
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -86,8 +73,8 @@ class _Media:
 def checked_messages(messages: list[dict]) -> list[dict]:
     """Messages as users write them -> the same with role and content alone.
 
-    Developer messages become system messages. A content is a text or a list of items; the items are
-    not checked here. Raises UserError for everything else.
+    Developer messages become system messages. A content is a string or a list of items; the items
+    are not checked here. Raises UserError for everything else.
     """
     if not isinstance(messages, (list, tuple)):
         raise UserError(
@@ -108,14 +95,14 @@ def _message(message: dict, number: int) -> dict:
 
     for key, value in message.items():
         is_empty = isinstance(value, (list, dict)) and not value
-        if key not in ("role", "content") and key not in IGNORED_KEYS and not is_empty:
+        if key not in ("role", "content") and key not in IGNORED_MESSAGE_KEYS and not is_empty:
             raise UserError(
                 f"a message has the unknown key {quote(key)}; expected role and content"
             )
     content = message.get("content", "")
     if not isinstance(content, (str, list, tuple)):
         raise UserError(
-            f"the content of a message is {quote(content)}; expected a text or a list of items"
+            f"the content of a message is {quote(content)}; expected a string or a list of items"
         )
     return {"role": role, "content": content}
 
@@ -140,7 +127,7 @@ def chat_parts(
     add_vision_id: bool = False,
     add_audio_id: bool = False,
 ) -> list[str | Item]:
-    """The release's ChatML as a list of texts and media items, in reading order.
+    """The release's ChatML as a list of strings and media items, in reading order.
 
     A conversation that does not begin with a system message gets the template's default. Raises
     UserError for wrong messages, unknown roles and unknown items.
@@ -169,14 +156,14 @@ def chat_parts(
 
 
 def _items_of(content: str | list) -> list[Item]:
-    """The items of one message; a text is one item."""
+    """The items of one message; a string is one item."""
     if isinstance(content, str):
         return [Item("text", content)]
     return [parse_item(item) for item in content]
 
 
 def _joined_texts(parts: list[str | Item]) -> list[str | Item]:
-    """The parts with adjacent texts joined, since a token may reach across their border."""
+    """The parts with adjacent strings joined, since a token may reach across their border."""
     joined: list[str | Item] = []
     for part in parts:
         if joined and isinstance(part, str) and isinstance(joined[-1], str):
@@ -194,8 +181,8 @@ def render(
 ) -> str:
     """Messages -> the release's ChatML text, with one placeholder per image, audio and video."""
     parts = chat_parts(messages, add_generation_prompt, add_vision_id, add_audio_id)
-    texts = [part if isinstance(part, str) else PLACEHOLDERS[part.kind] for part in parts]
-    return "".join(texts)
+    strings = [part if isinstance(part, str) else PLACEHOLDERS[part.kind] for part in parts]
+    return "".join(strings)
 
 
 class Processor:
@@ -281,9 +268,9 @@ class Processor:
     def encode(self, text: str) -> list[int]:
         """Text -> token ids.
 
-        Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for tokens of
-        media in the text, since positions and features would no longer match them, and for texts
-        that cannot fit into the context: those are refused before they are tokenized.
+        Unpaired surrogates, which are not characters, become U+FFFD. Raises UserError for tokens of
+        media in the text, since positions and features would no longer match them, and for text
+        that cannot fit into the context: it is refused before it is tokenized.
         """
         text = valid_unicode(text)
         if len(text) > self.context and self._cannot_fit(text):

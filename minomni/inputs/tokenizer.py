@@ -24,8 +24,8 @@ WORDS = regex.compile(
 # No script puts so many combining marks on a letter, and normalizing n of them takes O(n^2) time.
 TOO_MANY_MARKS = regex.compile(r"\p{M}{101,}")
 # The release has 151,643 ordinary and 22 added tokens.
-MOST_TOKENS = 500_000
-MOST_ADDED = 10_000
+MAX_TOKENS = 500_000
+MAX_ADDED_TOKENS = 10_000
 
 
 def _byte_letters() -> dict[int, str]:
@@ -132,7 +132,7 @@ class Tokenizer:
         following = list(range(1, end + 1))
 
         def rank_at(left: int) -> int | None:
-            """The rank of the pair that begins with piece `left`; None if it is no merge."""
+            """The rank of the pair that begins with piece `left`; None if it is not a merge."""
             if left < 0 or following[left] >= end:
                 return None
             return self.ranks.get((pieces[left], pieces[following[left]]))
@@ -311,7 +311,7 @@ def _read_merges(file: Path) -> list:
     """The merges in a merges.txt."""
     check_file(file, MAX_JSON_BYTES)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n", MOST_TOKENS + 1)
+        lines = file.read_text(encoding="utf-8").split("\n", MAX_TOKENS + 1)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{short_path(file)}: cannot be read ({os_reason(error)}); copy it again"
@@ -361,14 +361,14 @@ def _read_json(path: Path) -> dict:
 
 
 def _checked_merges(merges: list, file: Path) -> list:
-    """Merges as pairs of texts: each is a pair already, or a line "left right".
+    """Merges as pairs of strings: each is a pair already, or a line "left right".
 
     Raises UserError for others, and for too many.
     """
-    if not isinstance(merges, list) or len(merges) > MOST_TOKENS:
+    if not isinstance(merges, list) or len(merges) > MAX_TOKENS:
         raise UserError(
             f"{short_path(file)}: its merges are {quote_json(merges)}, expected a list of at most "
-            f"{MOST_TOKENS:,}"
+            f"{MAX_TOKENS:,}"
         )
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(pairs, 1):
@@ -383,9 +383,9 @@ def _checked_merges(merges: list, file: Path) -> list:
 
 def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
     """A vocabulary with valid ids. Raises UserError that names the first invalid one."""
-    if len(vocab) > MOST_TOKENS:
+    if len(vocab) > MAX_TOKENS:
         raise UserError(
-            f"{short_path(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}"
+            f"{short_path(file)}: has {len(vocab):,} tokens, expected at most {MAX_TOKENS:,}"
         )
     for token, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
@@ -398,10 +398,10 @@ def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
 
 def _checked_added(added: dict, file: Path) -> dict[str, int]:
     """Added tokens with valid names and ids. Raises UserError for others, and for too many."""
-    if len(added) > MOST_ADDED or "" in added:
+    if len(added) > MAX_ADDED_TOKENS or "" in added:
         raise UserError(
             f"{short_path(file)}: has {len(added):,} added tokens, expected at most "
-            f"{MOST_ADDED:,}, none of them empty"
+            f"{MAX_ADDED_TOKENS:,}, none of them empty"
         )
     return _checked_vocab(added, file)
 
@@ -409,7 +409,7 @@ def _checked_added(added: dict, file: Path) -> dict[str, int]:
 def valid_unicode(text: str) -> str:
     """The text with surrogate pairs joined and unpaired surrogates replaced by U+FFFD.
 
-    Truncated texts and file names contain unpaired ones.
+    Truncated strings and file names contain unpaired ones.
     """
     try:
         text.encode()

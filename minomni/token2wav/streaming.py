@@ -29,10 +29,6 @@ from minomni.token2wav.voice import Voice
 MAX_BLOCKS = 1_000_000  # largest number in a schedule: days of speech
 
 
-def is_pair(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How an utterance is cut into chunks, counted in the DiT's blocks of frames.
@@ -50,7 +46,8 @@ class Schedule:
 
     def __post_init__(self):
         pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
-        if not pairs or not all(is_pair(value) for value in pairs):
+        are_pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+        if not pairs or not are_pairs:
             raise UserError(
                 f"a schedule of chunks {quote(self.chunks)}; expected pairs of blocks, such as "
                 f"((1, 0), (2, 1)): how many a chunk adds, and how many it looks ahead"

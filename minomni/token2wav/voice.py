@@ -48,7 +48,7 @@ def make_voice(wav, name: str, omni: "Omni", bos_token: int | None = None) -> Vo
     speech, and a model whose speaker vectors come from an unpublished network.
     """
     if not isinstance(name, str) or not name:
-        raise UserError(f"the name of a voice is {quote(name)}; expected a text")
+        raise UserError(f"the name of a voice is {quote(name)}; expected a string")
     if not hasattr(omni, "config"):
         raise UserError(
             f"make_voice() was given a {type(omni).__name__} as the model; expected the result of "

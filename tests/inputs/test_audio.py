@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from minomni.errors import UserError
-from minomni.inputs.audio import LONGEST_SECONDS, audio_track
+from minomni.inputs.audio import MAX_AUDIO_S, audio_track
 from minomni.inputs.media import MediaOptions, load_audio
 from minomni.inputs.options import NO_OPTIONS
 
@@ -427,7 +427,7 @@ def test_many_channels(channels, kind):
 def test_sound_longer_than_the_context(kind):
     stream = io.BytesIO()
     with soundfile.SoundFile(stream, "w", 8_000, 1, format=kind, subtype="PCM_16") as file:
-        file.write(np.zeros(int(8_000 * (LONGEST_SECONDS + 1)), np.int16))
+        file.write(np.zeros(int(8_000 * (MAX_AUDIO_S + 1)), np.int16))
     refused(stream.getvalue(), "more than 1311 s of sound", "context")
     assert (
         len(load_audio(stream.getvalue(), MediaOptions(audio_start=1_300, audio_end=1_301)))
