@@ -35,13 +35,13 @@ from minomni.checkpoint.hf_config import (
     without_speech,
 )
 from minomni.checkpoint.saving import DIT_INV_FREQ, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
-from minomni.config import DiTConfig, OmniConfig
+from minomni.config import OmniConfig
 from minomni.devices import device_of, dtype_of
 from minomni.errors import UserError, quote_json, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file
 from minomni.omni import TEXT_HEAD, Omni
-from minomni.token2wav.token2wav import shortest_reference
+from minomni.token2wav.token2wav import check_voice
 from minomni.token2wav.voice import Voice
 
 __all__ = ["INDEX_FILE", "VOICES_FILE", "WEIGHTS_FILE", "load", "load_voices", "save"]
@@ -82,7 +82,6 @@ UNSUPPORTED_WEIGHTS = {
     ),
 }
 MAX_VOICES_BYTES = 256_000_000  # of spk_dict.pt, also unpacked; the release's has 260 thousand
-MAX_REFERENCE_FRAMES = 30_000  # mel frames (five minutes) of a voice
 
 
 class Stored(NamedTuple):
@@ -498,8 +497,13 @@ def load_voices(
     for name, entry in data.items():
         title = f"{short_path(file)}: voice {quote_json(name, 40)}"
         bos, cond, ref_mel = voice_entry(entry, title)
-        check_voice_entry(bos, cond, ref_mel, dit, vocab_size, title)
-        cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
+        if not 0 <= bos < vocab_size:
+            raise UserError(
+                f"{title} has bos_token {quote_json(bos, 20)}; expected an id below {vocab_size}"
+            )
+        check_voice(Voice(str(name), bos, cond, ref_mel), dit, title)
+        cond = cond.detach().float()
+        ref_mel = ref_mel.detach().float()
         if not (cond.isfinite().all() and ref_mel.isfinite().all()):
             raise UserError(
                 f"{title} holds numbers that are not finite; get it from its source again"
@@ -546,27 +550,3 @@ def is_dense_float(tensor: Tensor) -> bool:
     """Whether a tensor holds floating-point numbers in memory, not sparse and not on meta."""
     dense = tensor.layout == torch.strided and not tensor.is_meta
     return dense and tensor.dtype in PRECISIONS.values()
-
-
-def check_voice_entry(
-    bos: int, cond: Tensor, ref_mel: Tensor, dit: DiTConfig, vocab_size: int, title: str
-) -> None:
-    """Raise UserError unless the sizes fit the model.
-
-    Expected are bos below vocab_size, cond [1, E] and ref_mel [1, R mel frames, mel_dim].
-    """
-    shortest = shortest_reference(dit)
-    fits = (
-        0 <= bos < vocab_size
-        and cond.shape == (1, dit.enc_emb_dim)
-        and ref_mel.ndim == 3
-        and ref_mel.shape[::2] == (1, dit.mel_dim)
-        and shortest <= ref_mel.shape[1] <= MAX_REFERENCE_FRAMES
-    )
-    if not fits:
-        raise UserError(
-            f"{title} has bos_token {quote_json(bos, 20)}, cond {shorten(list(cond.shape), 40)}, "
-            f"ref_mel {shorten(list(ref_mel.shape), 40)}; expected an id below {vocab_size}, "
-            f"[1, {dit.enc_emb_dim}] and [1, {shortest} to {MAX_REFERENCE_FRAMES} frames, "
-            f"{dit.mel_dim}]"
-        )
