@@ -467,11 +467,8 @@ def answer_once(
     omni: "Omni", arguments: argparse.Namespace, voice: str | None, out: Path, options: dict
 ) -> None:
     """Answer the question of the command line."""
-    messages = [{"role": "user", "content": arguments.content}]
-    if arguments.system is not None:
-        messages.insert(0, {"role": "system", "content": arguments.system})
     chunks = omni.stream(
-        messages=messages,
+        messages=messages_of(arguments.content, arguments.system),
         voice=voice,
         seed=arguments.seed,
         speech=not arguments.no_speech,
@@ -480,6 +477,14 @@ def answer_once(
         **options,
     )
     show_reply(omni, chunks, arguments, None if arguments.no_speech else out)
+
+
+def messages_of(content: list[dict], system: str | None) -> list[dict]:
+    """A question with these items, after the system message if there is one."""
+    question = {"role": "user", "content": content}
+    if system is None:
+        return [question]
+    return [{"role": "system", "content": system}, question]
 
 
 def schedule_of(arguments: argparse.Namespace) -> str | None:
@@ -609,11 +614,8 @@ def answer_samples(
     folder = paths.runs() / "answers"
     samples = paths.data_samples()
     for entry in json.loads((samples / "questions.json").read_text(encoding="utf-8")):
-        messages = [{"role": "user", "content": sample_content(entry, samples)}]
-        if arguments.system is not None:
-            messages.insert(0, {"role": "system", "content": arguments.system})
         answer = omni.respond(
-            messages,
+            messages_of(sample_content(entry, samples), arguments.system),
             voice=entry["voice"] if voice is None else voice,
             seed=arguments.seed,
             use_audio_in_video=entry.get("use_audio_in_video", False),

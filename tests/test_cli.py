@@ -108,7 +108,7 @@ def make_bad(kind: str, folder):
         return "--image", path.with_suffix(".png"), "no such file"
     if kind == "no_audio":
         path.write_text("words, not sound")
-        return "--audio", path, "not readable as sound"
+        return "--audio", path, "not readable as audio"
     if kind == "no_image":
         path.write_text("words, not a picture")
         return "--image", path, "not a readable picture"
@@ -175,7 +175,7 @@ def test_bad_requests_are_one_line(run, tmp_path):
     for arguments, says in (
         (
             ("--video", clip(tmp_path / "silent.mp4", sound=False), "--use-audio-in-video"),
-            "no sound track",
+            "no audio track",
         ),
         (("--text", "say a", "--voice", "Nobody"), "unknown voice 'Nobody'"),
         (("--text", "word " * 5000), "context holds 2048"),

@@ -73,7 +73,7 @@ def load_audio(source: Any, options: MediaOptions = NO_OPTIONS) -> Tensor:
             timeline.add(samples, rate)
     if timeline.rate is None:
         after = f" after {start:g} s (audio_start)" if start else ""
-        raise UserError(f"{name}: holds no sound{after}; more than 20 ms are needed")
+        raise UserError(f"{name}: holds no audio{after}; more than 20 ms are needed")
     return timeline.wave()
 
 
@@ -185,7 +185,7 @@ def _decode_ogg(stream: Any, name: str) -> Iterator[Block]:
     except soundfile.SoundFileError:  # a codec that libsndfile does not know
         yield from _decode(stream, name)
         return
-    with one_line_errors(name, "not readable as sound"), file:
+    with one_line_errors(name, "not readable as audio"), file:
         while len(samples := file.read(BLOCK, dtype="float32", always_2d=True)):
             yield samples, file.samplerate, None
 
@@ -195,7 +195,7 @@ def _decode(stream: Any, name: str) -> Iterator[Block]:
     import av
 
     stream.seek(0)
-    with one_line_errors(name, "not readable as sound"), av.open(stream) as container:
+    with one_line_errors(name, "not readable as audio"), av.open(stream) as container:
         if not container.streams.audio:
             return
         format_now = None
@@ -302,7 +302,7 @@ class _Timeline:
         if self.length <= MIN_SAMPLES:
             milliseconds = self.length * 1000 / INPUT_SAMPLE_RATE
             raise UserError(
-                f"{self.name}: {milliseconds:.0f} ms of sound; more than 20 ms are needed"
+                f"{self.name}: {milliseconds:.0f} ms of audio; more than 20 ms are needed"
             )
         return torch.from_numpy(self.buffer[: self.length].copy())
 
@@ -410,7 +410,7 @@ def _of_array(source: Any, rate: Any, start: float, end: float | None, name: str
     last = None if end is None else int(end * rate)
     samples = samples[first:last]
     if start and not len(samples):
-        raise UserError(f"{name}: holds no sound after {start:g} s (audio_start)")
+        raise UserError(f"{name}: holds no audio after {start:g} s (audio_start)")
 
     # Checked before anything is computed: a broadcast array may have any length.
     _require_short(len(samples) / rate, name)
@@ -443,7 +443,7 @@ def _channels_last(source: Any, name: str) -> Any:
         samples = source.T
     if len(shape) not in (1, 2) or not 1 <= samples.shape[1] <= MAX_CHANNELS:
         raise UserError(
-            f"{name}: sound of shape {shorten(shape, 60)}; expected [samples] or [samples, "
+            f"{name}: audio of shape {shorten(shape, 60)}; expected [samples] or [samples, "
             f"channels], at most {MAX_CHANNELS} channels"
         )
     return samples
@@ -498,7 +498,7 @@ def _checked_rate(rate: Any, name: str) -> float:
 def _require_short(seconds: float, name: str) -> None:
     if seconds > MAX_AUDIO_S:
         raise UserError(
-            f"{name}: more than {MAX_AUDIO_S:.0f} s of sound; the largest model's context "
+            f"{name}: more than {MAX_AUDIO_S:.0f} s of audio; the largest model's context "
             f"holds no more, cut it into shorter ones"
         )
 

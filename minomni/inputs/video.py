@@ -131,7 +131,7 @@ def load_video(
         )
     if with_audio and clip.wave is None:
         raise UserError(
-            f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or "
+            f"{name}: has no audio track, and use_audio_in_video asks for one; switch it off, or "
             f"set it in each video item"
         )
     return clip

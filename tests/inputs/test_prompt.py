@@ -622,7 +622,7 @@ def test_tokens_of_media_in_texts_are_refused(processor, typed):
 
 
 def test_missing_audio_track_is_refused(processor):
-    with pytest.raises(UserError, match="the video given: has no sound track"):
+    with pytest.raises(UserError, match="the video given: has no audio track"):
         processor([user(video(4))], use_audio_in_video=True)
 
 
