@@ -165,6 +165,8 @@ LEGACY_DEFAULTS = {
 MAX_CONFIG_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
 MODEL_TYPE = "qwen2_5_omni"
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
+# Ids of the Talker in the configuration of a Thinker alone.
+UNUSED_SPEECH_TOKENS = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
 SPEECH_SECTIONS = ("talker_config", "token2wav_config", "codec_config")
 
 
@@ -244,8 +246,7 @@ def whole_model(data: dict, file: Path) -> dict:
 
 def without_speech(config: OmniConfig) -> OmniConfig:
     """The configuration of the Thinker alone, equal to what read_config gives for its folder."""
-    unused = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
-    tokens = dataclasses.replace(config.thinker.tokens, **unused)
+    tokens = dataclasses.replace(config.thinker.tokens, **UNUSED_SPEECH_TOKENS)
     thinker = dataclasses.replace(config.thinker, tokens=tokens)
     return dataclasses.replace(config, thinker=thinker, talker=None, token2wav=None, codec=None)
 
@@ -463,7 +464,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
     """
     root = Section(data, short_path(folder / "config.json"))
     thinker = root.section("thinker_config")
-    speech_tokens = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
+    speech_tokens = UNUSED_SPEECH_TOKENS
     talker = token2wav = codec = None
 
     # The Talker's section has three of the token ids; without a Talker they are not used.

@@ -212,10 +212,10 @@ def snapshot(folder: Path) -> Path:
     )
 
 
-def list_names(names: list[str], shown: int = 3, limit: int = 50) -> str:
+def list_names(names: list[str], first: int = 3, limit: int = 50) -> str:
     """The first names of a list, each of at most `limit` characters, and how many more follow."""
-    text = ", ".join(shorten(name, limit) for name in names[:shown])
-    more = len(names) - shown
+    text = ", ".join(shorten(name, limit) for name in names[:first])
+    more = len(names) - first
     return f"{text} and {more} more" if more > 0 else text
 
 
@@ -396,14 +396,14 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
         return
 
     # Three names of each kind, or one where that makes the message too long.
-    for shown, limit in ((3, 150), (1, 60)):
+    for first, limit in ((3, 150), (1, 60)):
         problems = []
         if missing:
-            problems.append(f"{len(missing)} missing: {list_names(missing, shown, limit)}")
+            problems.append(f"{len(missing)} missing: {list_names(missing, first, limit)}")
         if extra:
-            problems.append(f"{len(extra)} extra: {list_names(extra, shown, limit)}")
+            problems.append(f"{len(extra)} extra: {list_names(extra, first, limit)}")
         if misshapen:
-            names = list_names(misshapen, shown, 120)
+            names = list_names(misshapen, first, 120)
             problems.append(f"{len(misshapen)} of another shape: {names}")
         text = "; ".join(problems)
         if len(text) <= 280:
