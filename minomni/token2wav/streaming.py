@@ -20,7 +20,7 @@ from torch import Tensor
 from minomni.arguments import check_int
 from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError, quote
-from minomni.token2wav.bigvgan import BigVGAN, UpsampleStage, normalize
+from minomni.token2wav.bigvgan import BigVGAN, VocoderLayer, normalize
 from minomni.token2wav.dit import BlockCache, DiT, both_branches, guided
 from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav, check_codes, check_voice
@@ -247,11 +247,11 @@ class MelStream:
         return self.noise[:, begin:end]
 
 
-class StageStream:
-    """One stage of the vocoder, streamed: chunks [B, T, C] in, final output frames out."""
+class LayerStream:
+    """One layer of the vocoder, streamed: chunks [B, T, C] in, final output frames out."""
 
-    def __init__(self, stage: UpsampleStage):
-        self.stage = stage
+    def __init__(self, layer: VocoderLayer):
+        self.layer = layer
         self.tail: Tensor | None = None  # inputs that later outputs still depend on
         self.out = 0  # inputs of the tail whose outputs were returned
 
@@ -263,13 +263,13 @@ class StageStream:
             return None
 
         # Without its full right context an output is not final, except at the end.
-        context = self.stage.context_frames
+        context = self.layer.context_frames
         final = x.shape[1] if last else x.shape[1] - context
         if final <= self.out:
             self.tail = x
             return None
-        rate = self.stage.rate
-        y = self.stage.run(x)[:, self.out * rate : final * rate]
+        rate = self.layer.rate
+        y = self.layer.run(x)[:, self.out * rate : final * rate]
 
         # Keep the left context of the next output.
         dropped = max(final - context, 0)
@@ -282,7 +282,7 @@ class VocoderStream:
     """Chunks of a mel in, chunks of its waveform out; joined, they equal that of the whole mel."""
 
     def __init__(self, vocoder: BigVGAN):
-        self.stages = [StageStream(stage) for stage in vocoder.stages()]
+        self.layers = [LayerStream(layer) for layer in vocoder.layers()]
 
     @torch.no_grad()
     def feed(self, mel: Tensor | None, last: bool = False) -> Tensor:
@@ -293,8 +293,8 @@ class VocoderStream:
         x = None
         if mel is not None:
             x = normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
-        for stage in self.stages:
-            x = stage(x, last)
+        for layer in self.layers:
+            x = layer(x, last)
         if x is None:
             return torch.zeros(0)
         return x[0, :, 0]

@@ -28,7 +28,7 @@ from minomni.kv_cache import KVCache
 from minomni.sampling import cut_at_stop
 from minomni.talker.talker import talker_inputs
 from minomni.token2wav.dit import BlockCache
-from minomni.token2wav.streaming import RELEASE_SCHEDULE, MelStream, Schedule, StageStream
+from minomni.token2wav.streaming import RELEASE_SCHEDULE, LayerStream, MelStream, Schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -301,7 +301,7 @@ def live_objects() -> tuple[int, int]:
     """Numbers of threads and of cache objects that are alive."""
     gc.collect()
     return threading.active_count(), sum(
-        type(thing) in (KVCache, BlockCache, StageStream) for thing in gc.get_objects()
+        type(thing) in (KVCache, BlockCache, LayerStream) for thing in gc.get_objects()
     )
 
 

@@ -76,18 +76,18 @@ def depends_on(function, x, output) -> list[int]:
 
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
 def test_stages_have_exactly_their_context_frames(config):
-    for i, stage in enumerate(BigVGAN.stages(filled(config).code2wav_bigvgan_model)):
+    for i, layer in enumerate(BigVGAN.layers(filled(config).code2wav_bigvgan_model)):
         x = 0.1 * torch.randn(1, 200, width(config.bigvgan, i))
         seen = []
-        for at in range(stage.rate):
-            seen += depends_on(stage.run, x, 100 * stage.rate + at)
+        for at in range(layer.rate):
+            seen += depends_on(layer.run, x, 100 * layer.rate + at)
         left, right = 100 - min(seen), max(seen) - 100
-        assert max(left, right) == stage.context_frames
+        assert max(left, right) == layer.context_frames
 
 
-def width(config, stage) -> int:
-    """Channels that come into a stage."""
-    return config.upsample_initial_channel // 2 ** (stage // 2) if stage else config.mel_dim
+def width(config, layer) -> int:
+    """Channels that come into a layer."""
+    return config.upsample_initial_channel // 2 ** (layer // 2) if layer else config.mel_dim
 
 
 def test_activation_reaches_five_frames():
