@@ -74,13 +74,12 @@ def __getattr__(name: str):
 def folder_of(name: str | Path) -> Path:
     """The model folder of a size or of a checkpoint. Raises UserError where there is none."""
     from minomni import config, paths
-    from minomni.arguments import shown
-    from minomni.errors import UserError
+    from minomni.errors import UserError, quote
 
     sizes = ", ".join(config.SIZES)
     if not isinstance(name, (str, Path)) or not str(name):
         raise UserError(
-            f"a model is the name of a size or a folder, not {shown(name)}; the sizes are {sizes}"
+            f"a model is the name of a size or a folder, not {quote(name)}; the sizes are {sizes}"
         )
 
     # A folder named like a size counts only if it holds a model.

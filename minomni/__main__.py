@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from minomni import load, paths
-from minomni.arguments import shown
 from minomni.chat.generation_options import OPTIONS
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
+from minomni.files import is_stream
 
 if TYPE_CHECKING:
     from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
@@ -62,9 +62,9 @@ def generation_option(name: str) -> Callable[[str], float]:
 
     def convert(text: str) -> float:
         try:
-            return option.check(option.read(text), name)
+            return option.check(option.parse(text), name)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not {option.expected}") from None
+            raise argparse.ArgumentTypeError(f"{quote(text)} is not {option.expected}") from None
 
     return convert
 
@@ -221,7 +221,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--json",
         action="store_true",
         help="print one JSON object: text, audio, seconds, sample_rate, total_s; with --stream "
-        "also first_sound_s, last_text_s",
+        "also first_audio_s, last_text_s",
     )
     add_device(chat)
 
@@ -449,7 +449,7 @@ def check_out(path: Path, stream: bool) -> None:
 
     with writing(path):
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; --out takes the name of a sound file")
+            raise UserError(f"{path}: is a folder; --out takes the name of an audio file")
         kind, _ = audio_file(path)
         if not path.parent.is_dir():
             raise UserError(
@@ -467,11 +467,8 @@ def answer_once(
     omni: "Omni", arguments: argparse.Namespace, voice: str | None, out: Path, options: dict
 ) -> None:
     """Answer the question of the command line."""
-    messages = [{"role": "user", "content": arguments.content}]
-    if arguments.system is not None:
-        messages.insert(0, {"role": "system", "content": arguments.system})
     chunks = omni.stream(
-        messages=messages,
+        messages=messages_of(arguments.content, arguments.system),
         voice=voice,
         seed=arguments.seed,
         speech=not arguments.no_speech,
@@ -482,9 +479,17 @@ def answer_once(
     show_reply(omni, chunks, arguments, None if arguments.no_speech else out)
 
 
+def messages_of(content: list[dict], system: str | None) -> list[dict]:
+    """A question with these items, after the system message if there is one."""
+    question = {"role": "user", "content": content}
+    if system is None:
+        return [question]
+    return [{"role": "system", "content": system}, question]
+
+
 def schedule_of(arguments: argparse.Namespace) -> str | None:
     """How audio is chunked: for low latency with --stream, else all at the end."""
-    return "eager" if arguments.stream else None
+    return "low_latency" if arguments.stream else None
 
 
 def hold_conversation(
@@ -499,7 +504,7 @@ def hold_conversation(
         import readline  # noqa: F401  makes input() understand the arrow keys
 
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are no UTF-8
+        sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
     print("Type a question. /new begins a new conversation, /quit ends.", file=sys.stderr)
     speech = not arguments.no_speech
     session = omni.listen(voice, speech, arguments.system)
@@ -529,9 +534,7 @@ def hold_conversation(
 
 def numbered(path: Path, number: int) -> Path:
     """reply.wav -> reply-1.wav; a device or a pipe stays as it is."""
-    from minomni.chat.reply import is_device
-
-    return path if is_device(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return path if is_stream(path) else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def show_reply(
@@ -568,7 +571,7 @@ def reply_fields(reply: "Reply", path: Path | None, streamed: bool) -> dict:
     }
     if streamed:
         times = {
-            "first_sound_s": reply.timings.first("sound"),
+            "first_audio_s": reply.timings.first("audio"),
             "last_text_s": reply.timings.last("text"),
         }
         for name, seconds in times.items():
@@ -596,7 +599,7 @@ def print_stream(
                 if wav is not None:
                     wav.write(chunk.wave.numpy())
                     wav.flush()
-                what = f"~ {len(chunk.wave) / sample_rate:.2f} s of sound"
+                what = f"~ {len(chunk.wave) / sample_rate:.2f} s of audio"
             else:
                 what = chunk.text.strip()
             if not quiet:
@@ -611,11 +614,8 @@ def answer_samples(
     folder = paths.runs() / "answers"
     samples = paths.data_samples()
     for entry in json.loads((samples / "questions.json").read_text(encoding="utf-8")):
-        messages = [{"role": "user", "content": sample_content(entry, samples)}]
-        if arguments.system is not None:
-            messages.insert(0, {"role": "system", "content": arguments.system})
         answer = omni.respond(
-            messages,
+            messages_of(sample_content(entry, samples), arguments.system),
             voice=entry["voice"] if voice is None else voice,
             seed=arguments.seed,
             use_audio_in_video=entry.get("use_audio_in_video", False),
@@ -673,7 +673,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     omni = make(arguments.model, device)
 
     if arguments.what == "first":
-        rows = benchmark.first_sound(omni)
+        rows = benchmark.first_audio(omni)
         if arguments.json:
             print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
         else:

@@ -5,30 +5,9 @@
 import math
 from numbers import Integral, Real
 
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 
-LONGEST = 60  # characters of a value that a message quotes
 SEEDS = (0, 2**63 - 1)
-
-
-def shown(value) -> str:
-    """A value as an error message quotes it: at most LONGEST characters, and only the type of
-    collections and objects.
-    """
-    is_numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
-    if is_numpy_scalar:
-        value = value.item()
-    if not isinstance(value, (str, int, float, type(None))):
-        return f"a {type(value).__name__}"
-    if isinstance(value, str):
-        value = value[:LONGEST]
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        return "a very large number"
-    if len(text) > LONGEST:
-        return f"{text[:LONGEST]}..."
-    return text
 
 
 def check_int(value, name: str, lowest: int, highest: int) -> int:
@@ -36,7 +15,7 @@ def check_int(value, name: str, lowest: int, highest: int) -> int:
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or not lowest <= value <= highest:
         raise UserError(
-            f"{name} is {shown(value)}; expected a whole number from {lowest} to {highest}"
+            f"{name} is {quote(value)}; expected a whole number from {lowest} to {highest}"
         )
     return int(value)
 
@@ -53,7 +32,7 @@ def check_number(value, name: str, lowest: float = -math.inf, highest: float = m
             result = math.inf
     if not lowest <= result <= highest or math.isinf(result):
         bounds = f" from {lowest:g} to {highest:g}" if math.isfinite(highest) else ""
-        raise UserError(f"{name} is {shown(value)}; expected a finite number{bounds}")
+        raise UserError(f"{name} is {quote(value)}; expected a finite number{bounds}")
     return result
 
 
@@ -61,7 +40,7 @@ def check_bool(value, name: str) -> bool:
     """True or False, of Python or numpy. Raises UserError."""
     # numpy's type is called bool_ before version 2 and bool since.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-        raise UserError(f"{name} is {shown(value)}; expected True or False")
+        raise UserError(f"{name} is {quote(value)}; expected True or False")
     return bool(value)
 
 

@@ -22,6 +22,15 @@ MEL_RATE = 100  # mel frames per second, of input and of generated speech
 MAX_SIZE = 2**24  # of any size: products of two stay far below 2**63
 MAX_LAYERS = 1024  # of any module, so that a model is built in seconds
 MAX_LIST_LENGTH = 32  # kernel sizes, rates, channels: one entry per convolution
+# Bounds of the fields of SamplingConfig. Dividing logits by a smaller temperature, or by a smaller
+# penalty, would leave the range of float32.
+SAMPLING_BOUNDS: dict[str, tuple] = {
+    "temperature": (0.001, 1000),  # or 0
+    "top_k": (-1, MAX_SIZE),
+    "top_p": (1e-9, 1),
+    "repetition_penalty": (0.001, 1000),
+    "max_new_tokens": (1, 1_000_000),
+}
 
 
 def require(condition: bool, message: str) -> None:
@@ -255,6 +264,11 @@ class TalkerConfig:
                 f"the code {name} is {code}, expected one below vocab_size {vocab_size}",
             )
 
+    @property
+    def stop_codes(self) -> tuple[int, int]:
+        """The ids that end speech."""
+        return self.codec_pad, self.codec_eos
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -421,11 +435,12 @@ class SamplingConfig:
 
     def __post_init__(self):
         if self.temperature != 0 or isinstance(self.temperature, bool):
-            require_number("temperature", self.temperature, 0.001, 1000)
-        require_int("top_k", self.top_k, -1, MAX_SIZE)
-        require_number("top_p", self.top_p, 1e-9, 1)
-        require_number("repetition_penalty", self.repetition_penalty, 0.001, 1000)
-        require_int("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+            require_number("temperature", self.temperature, *SAMPLING_BOUNDS["temperature"])
+        require_int("top_k", self.top_k, *SAMPLING_BOUNDS["top_k"])
+        require_number("top_p", self.top_p, *SAMPLING_BOUNDS["top_p"])
+        penalty_bounds = SAMPLING_BOUNDS["repetition_penalty"]
+        require_number("repetition_penalty", self.repetition_penalty, *penalty_bounds)
+        require_int("max_new_tokens", self.max_new_tokens, *SAMPLING_BOUNDS["max_new_tokens"])
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
 

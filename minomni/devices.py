@@ -4,8 +4,7 @@ from contextlib import suppress
 
 import torch
 
-from minomni.arguments import shown
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -44,7 +43,7 @@ def device_of(name: str | torch.device) -> torch.device:
         if 0 <= index < max(num_gpus, 1):
             return device
     raise UserError(
-        f"device {shown(name)}: this machine, with this PyTorch, has {' and '.join(available)}; or "
+        f"device {quote(name)}: this machine, with this PyTorch, has {' and '.join(available)}; or "
         f"use auto"
     )
 
@@ -60,7 +59,7 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
         key = str(name).removeprefix("torch.").lower()
     if key not in DTYPES:
         raise UserError(
-            f"dtype {shown(name)}: expected bfloat16, float16, float32 or float64, as a "
+            f"dtype {quote(name)}: expected bfloat16, float16, float32 or float64, as a "
             f"torch.dtype or its name, or auto for the dtype that the folder stores"
         )
     return DTYPES[key]

@@ -1,6 +1,6 @@
 """UserError, the one exception whose message is written for the user."""
 
-LONGEST_MESSAGE = 500  # characters
+MAX_MESSAGE_LENGTH = 500  # characters
 
 
 class UserError(ValueError):
@@ -8,11 +8,11 @@ class UserError(ValueError):
     with status 2.
 
     Whatever names, values and errors of other programs a message quotes, it stays one printable
-    line of at most LONGEST_MESSAGE characters.
+    line of at most MAX_MESSAGE_LENGTH characters.
     """
 
     def __init__(self, message: str):
-        super().__init__(shorten(message, LONGEST_MESSAGE))
+        super().__init__(shorten(message, MAX_MESSAGE_LENGTH))
 
 
 def shorten(value: object, limit: int = 200) -> str:
@@ -25,8 +25,34 @@ def shorten(value: object, limit: int = 200) -> str:
         text = str(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         text = "a very large number"
-    # Cut before escaping, too, so that a text of a gigabyte takes no time.
+    # Cut before escaping, too, so that a string of a gigabyte takes no time.
     return cut_middle(escape(cut_middle(text, limit)), limit)
+
+
+def short_path(path: object) -> str:
+    """A path for an error message: on one line, its beginning and its end if it is long."""
+    return shorten(path, 160)
+
+
+def quote(value: object, limit: int = 60) -> str:
+    """An argument for an error message: its repr, or only the type of collections and objects."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]
+    if not isinstance(value, (str, int, float, type(None))):
+        return f"a {type(value).__name__}"
+    return quote_json(value, limit)
+
+
+def quote_json(value: object, limit: int = 80) -> str:
+    """A value of a JSON file for an error message: its repr, at most `limit` characters."""
+    if isinstance(value, (list, tuple, dict)) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    if isinstance(value, str):
+        value = value[: 2 * limit]
+    try:
+        return shorten(repr(value), limit)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a very large number"
 
 
 def escape(text: str) -> str:

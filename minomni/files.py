@@ -14,10 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, short_path
 
-SHOWN = 200  # characters of a path in a message
-MOST_LINKS = 40  # length of a chain of symbolic links, as in Linux
+MAX_LINKS = 40  # length of a chain of symbolic links, as in Linux
 UNKNOWN_SIZE = 0xFFFF_FFFF  # in the header of a wav file of unknown length
 
 
@@ -162,7 +161,7 @@ def writing(path: str | Path) -> Iterator[None]:
         cause = cause_of(error, path)
         if cause is None:
             raise
-        raise WriteError(f"{shorten(path, SHOWN)}: cannot be written ({cause})") from None
+        raise WriteError(f"{short_path(path)}: cannot be written ({cause})") from None
 
 
 def cause_of(error: Exception, path: str | Path) -> str | None:
@@ -175,7 +174,7 @@ def cause_of(error: Exception, path: str | Path) -> str | None:
         return "its name cannot be a file's"
     cause = error if isinstance(error, OSError) else error.__context__
     if isinstance(cause, FileExistsError):  # from creating the parent folders
-        return f"{shorten(cause.filename, SHOWN)} is not a folder"
+        return f"{short_path(cause.filename)} is not a folder"
     if isinstance(cause, OSError):
         return cause.strerror or str(cause)
     return None
@@ -195,20 +194,20 @@ def open_regular(path: str | Path, what: str) -> BinaryIO:
     Raises UserError where there is no such file: for a folder, for a device or a pipe, which might
     block or never end, and for files in /proc and /sys.
     """
-    shown = shorten(path, SHOWN)
+    name = short_path(path)
     try:
         file = open(path, "rb", opener=open_without_blocking)  # noqa: SIM115 the caller closes it
     except FileNotFoundError:
-        raise UserError(f"{shown}: no such file or folder, where {what} should be") from None
+        raise UserError(f"{name}: no such file or folder, where {what} should be") from None
     except IsADirectoryError:
-        raise UserError(f"{shown}: is a folder, where {what} should be") from None
+        raise UserError(f"{name}: is a folder, where {what} should be") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown}: cannot be opened ({cause_of(error, path) or error})") from None
+        raise UserError(f"{name}: cannot be opened ({cause_of(error, path) or error})") from None
     is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     in_system_folder = Path(path).resolve().parts[1:2] in (("proc",), ("sys",))
     if not is_regular or in_system_folder:
         file.close()
-        raise UserError(f"{shown}: is a device, a pipe or the system's own; copy {what} to a file")
+        raise UserError(f"{name}: is a device, a pipe or the system's own; copy {what} to a file")
     return file
 
 
@@ -223,29 +222,31 @@ def resolved(path: Path) -> Path:
     A link in /proc to an open file, such as the target of /dev/stdout, is left as it is, since only
     opening it reaches that file. Raises WriteError for a folder, a disk and a write-protected file.
     """
-    shown = shorten(path, SHOWN)
+    name = short_path(path)
     links = 0
     while path.is_symlink() and not path.parent.resolve().is_relative_to("/proc"):
         links += 1
-        if links > MOST_LINKS:
-            raise WriteError(f"{shown}: cannot be written (its symbolic links form a circle)")
+        if links > MAX_LINKS:
+            raise WriteError(f"{name}: cannot be written (its symbolic links form a circle)")
         path = path.parent / os.readlink(path)
     if path.is_dir():
-        raise WriteError(f"{shown}: is a folder; give the name of a file")
+        raise WriteError(f"{name}: is a folder; give the name of a file")
     if path.is_block_device():
-        raise WriteError(f"{shown}: is a disk; give the name of a file")
+        raise WriteError(f"{name}: is a disk; give the name of a file")
     if path.exists() and not os.access(path, os.W_OK):
-        raise WriteError(f"{shown}: cannot be written (it is write-protected)")
+        raise WriteError(f"{name}: cannot be written (it is write-protected)")
     return path
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path exists and is not a regular file on disk: a device, a pipe, a terminal, or an
-    open file in /proc.
-    """
-    if not path.exists():
+    """Whether a path names a device, a pipe, a terminal, or an open file such as /dev/stdout."""
+    try:
+        if not path.exists() or path.is_dir():
+            return False
+        parent = path.parent.resolve()
+        return not path.is_file() or parent == Path("/dev") or parent.is_relative_to("/proc")
+    except (OSError, ValueError):  # the name is too long or contains NUL
         return False
-    return not path.is_file() or path.parent.resolve().is_relative_to("/proc")
 
 
 def sibling_path(path: Path, suffix: str) -> Path:

@@ -9,29 +9,15 @@ import os
 import stat
 from pathlib import Path
 
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote_json, short_path, shorten
 
 # Bytes. The release's tokenizer.json has 7 million; parsing needs up to 25 times a file's size.
 MAX_JSON_BYTES = 32_000_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def quote(value: object, room: int = 80) -> str:
-    """A value for an error message: its repr on one line, at most `room` characters."""
-    if isinstance(value, (list, tuple, dict)) and len(value) > room:
-        return f"a {type(value).__name__} of {len(value)} entries"
-    if isinstance(value, str):
-        value = value[: 2 * room]
-    return shorten(repr(value), room)
-
-
-def shown_path(path: Path) -> str:
-    """A path for an error message: on one line, its beginning and its end if it is long."""
-    return shorten(path, 160)
-
-
 def check_file(path: Path, largest: int | None = None, advice: str = "copy it again") -> None:
-    """Raise UserError unless `path` is a regular file that is not empty and no git-LFS pointer.
+    """Raise UserError unless `path` is a regular file that neither empty nor a git-LFS pointer.
 
     largest: most bytes that it may have; advice: what to do where it is missing.
     """
@@ -43,25 +29,25 @@ def check_file(path: Path, largest: int | None = None, advice: str = "copy it ag
             problem = f"is a link to {target}, which is not there"
         else:
             problem = f"cannot be read ({os_reason(error)})"
-        raise UserError(f"{shown_path(path)}: {problem}; {advice}") from None
+        raise UserError(f"{short_path(path)}: {problem}; {advice}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{shown_path(path)}: is not a regular file; {advice}")
+        raise UserError(f"{short_path(path)}: is not a regular file; {advice}")
     if not status.st_size:
-        raise UserError(f"{shown_path(path)}: is empty; {advice}")
+        raise UserError(f"{short_path(path)}: is empty; {advice}")
     if largest is not None and status.st_size > largest:
         raise UserError(
-            f"{shown_path(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; "
+            f"{short_path(path)}: has {status.st_size:,} bytes, expected at most {largest:,}; "
             f"this is not the file that a model folder holds under this name"
         )
     try:
         pointer = is_pointer(path)
     except OSError as error:
         raise UserError(
-            f"{shown_path(path)}: cannot be read ({os_reason(error)}); {advice}"
+            f"{short_path(path)}: cannot be read ({os_reason(error)}); {advice}"
         ) from None
     if pointer:
         raise UserError(
-            f"{shown_path(path)}: is a git-LFS pointer, which stands for the file; run git lfs "
+            f"{short_path(path)}: is a git-LFS pointer, which stands for the file; run git lfs "
             f"pull in its folder"
         )
 
@@ -76,7 +62,7 @@ def is_pointer(path: Path) -> bool:
 
 def os_reason(error: Exception) -> str:
     """The system's reason for a failure, without the path, which may be long."""
-    return getattr(error, "strerror", None) or quote(str(error))[1:-1]
+    return getattr(error, "strerror", None) or quote_json(str(error))[1:-1]
 
 
 def read_json_object(
@@ -89,19 +75,19 @@ def read_json_object(
             data = json.loads(file.read(largest).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(
-            f"{shown_path(path)}: cannot be read ({os_reason(error)}); {advice}"
+            f"{short_path(path)}: cannot be read ({os_reason(error)}); {advice}"
         ) from None
     except RecursionError:
         raise UserError(
-            f"{shown_path(path)}: not valid JSON (nested too deeply); {advice}"
+            f"{short_path(path)}: not valid JSON (nested too deeply); {advice}"
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{shown_path(path)}: not valid JSON ({quote(str(error))[1:-1]}); {advice}"
+            f"{short_path(path)}: not valid JSON ({quote_json(str(error))[1:-1]}); {advice}"
         ) from None
     if not isinstance(data, dict):
         raise UserError(
-            f"{shown_path(path)}: holds a {type(data).__name__}, not an object with settings; "
+            f"{short_path(path)}: holds a {type(data).__name__}, not an object with settings; "
             f"{advice}"
         )
     return data

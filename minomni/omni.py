@@ -9,15 +9,8 @@ from typing import TypeGuard, overload
 import torch
 from torch import Tensor, nn
 
-from minomni.arguments import check_bool, check_int, check_seed, shown
-from minomni.chat.generate import (
-    check_flow,
-    check_schedule,
-    check_wave,
-    generate_tokens,
-    seeded_generator,
-    stream_reply,
-)
+from minomni.arguments import check_bool, check_int, check_seed
+from minomni.chat.generate import generate_tokens, seeded_generator, stream_reply
 from minomni.chat.generation_options import sampling_configs
 from minomni.chat.reply import (
     AudioChunk,
@@ -29,17 +22,19 @@ from minomni.chat.reply import (
     Timings,
 )
 from minomni.chat.session import Session
+from minomni.chat.stream_options import LOW_LATENCY, stream_options
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.audio import SILENCE_LEVEL
 from minomni.inputs.prompt import Inputs, Processor, checked_messages, collate
 from minomni.inputs.tokenizer import Tokenizer
+from minomni.sampling import cut_at_stop
 from minomni.talker.codec import Codec
 from minomni.talker.talker import Talker
 from minomni.thinker.thinker import Thinker
 from minomni.token2wav.streaming import Schedule
-from minomni.token2wav.token2wav import Token2Wav, check_voice
+from minomni.token2wav.token2wav import Token2Wav, check_voice, check_wave
 from minomni.token2wav.voice import Voice
 
 TEXT_HEAD = "thinker.lm_head.weight"
@@ -71,6 +66,15 @@ class Omni(nn.Module):
         """Sample rate of the speech in Hz; 0 for a model that answers in text only."""
         return 0 if self.config.token2wav is None else self.config.token2wav.sample_rate
 
+    def require_speech(self) -> tuple[Talker, Token2Wav]:
+        """The parts that speak. Raises UserError for a model that answers in text only."""
+        if self.talker is None or self.token2wav is None:
+            raise UserError(
+                "this model has no voice: its folder holds the Thinker alone; give speech=False, "
+                "or --no-speech, for an answer in text"
+            )
+        return self.talker, self.token2wav
+
     def stored_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds: all of them, except a text head that is tied to the
         embedding table.
@@ -86,14 +90,14 @@ class Omni(nn.Module):
         for a voice that does not fit the model.
         """
         if not isinstance(name, str):
-            raise UserError(f"voice is {shown(name)}; expected the name of a voice")
+            raise UserError(f"voice is {quote(name)}; expected the name of a voice")
         if name not in self.voices:
             available = ", ".join(self.voices) or "none (no spk_dict.pt)"
-            raise UserError(f"unknown voice {shown(name)}; this model has {available}")
+            raise UserError(f"unknown voice {quote(name)}; this model has {available}")
         voice = self.voices[name]
         if not isinstance(voice, Voice):
             raise UserError(
-                f"voices[{name!r}] is {shown(voice)}; expected a Voice, such as make_voice() makes"
+                f"voices[{name!r}] is {quote(voice)}; expected a Voice, such as make_voice() makes"
             )
         vocab_size = self.config.thinker.text.vocab_size
         check_int(voice.bos_token, f"bos_token of voice {name!r}", 0, vocab_size - 1)
@@ -110,11 +114,8 @@ class Omni(nn.Module):
 
         A name is checked even without speech. Raises UserError.
         """
-        if check_bool(speech, "speech") and (self.talker is None or self.token2wav is None):
-            raise UserError(
-                "this model has no voice: its folder holds the Thinker alone; give speech=False, "
-                "or --no-speech, for an answer in text"
-            )
+        if check_bool(speech, "speech"):
+            self.require_speech()
         voice = None if name is None else self.voice(name)
         if not speech:
             return None
@@ -140,7 +141,7 @@ class Omni(nn.Module):
         """
         if not isinstance(inputs, Inputs):
             raise UserError(
-                f"generate() was given {shown(inputs)}; expected the output of a Processor; "
+                f"generate() was given {quote(inputs)}; expected the output of a Processor; "
                 f"respond() takes messages"
             )
         rows = len(inputs.input_ids)
@@ -152,10 +153,10 @@ class Omni(nn.Module):
                 "some rows have a voice and some have none; give all of them a voice, or none"
             )
         seeds = [check_seed(row_seed) for row_seed in broadcast(seed, rows, "seed")]
-        return self.answer(inputs, voices, seeds, sampling_configs(self.config, options))
+        return self._generate(inputs, voices, seeds, sampling_configs(self.config, options))
 
     @torch.no_grad()
-    def answer(
+    def _generate(
         self,
         inputs: Inputs,
         voices: Sequence[Voice | None],
@@ -173,22 +174,18 @@ class Omni(nn.Module):
             steps[kind].append(ids)
 
         im_end = self.config.thinker.tokens.im_end
-        text_ids = until_stop(steps["text"], len(voices), [im_end], keep=True)
+        text_ids = cut_at_stop(steps["text"], len(voices), [im_end], keep_stop=True)
         tokens = [row.tolist() for row in text_ids]
         if not chosen:
             return GenerateOutput(tokens, [], [])
 
-        # With a voice, the model has a Talker and Token2Wav: choose_voice() checks that.
-        talker_config = self.config.talker
-        assert talker_config is not None
-        assert self.token2wav is not None
-        stop_codes = [talker_config.codec_pad, talker_config.codec_eos]
-        codes = until_stop(steps["code"], len(voices), stop_codes)
+        talker, token2wav = self.require_speech()
+        codes = cut_at_stop(steps["code"], len(voices), talker.config.stop_codes)
         waves = []
         for row, voice, seed in zip(codes, chosen, seeds, strict=True):
             wave = torch.zeros(0)
             if len(row):
-                wave = self.token2wav(row[None], voice, self.config.flow, seeded_generator(seed))
+                wave = token2wav(row[None], voice, self.config.flow, seeded_generator(seed))
             waves.append(check_wave(wave))
         return GenerateOutput(tokens, codes, waves)
 
@@ -200,15 +197,15 @@ class Omni(nn.Module):
         speech: bool = True,
         use_audio_in_video: bool = False,
         seed: int = 0,
-        schedule: Schedule | str | None = "eager",
+        schedule: Schedule | str | None = LOW_LATENCY,
         flow: FlowConfig | None = None,
         **options,
     ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
         """Answer a conversation as respond() does, in chunks of text and audio that are yielded
         while the reply is generated; the last event is ReplyDone with the reply.
 
-        schedule: how the audio is split into chunks; "eager" for low latency, None for all audio at
-        the end. flow: how the DiT's ODE is solved, by default as the model's configuration says,
+        schedule: how the audio is split into chunks; "low_latency", or None for all audio at the
+        end. flow: how the DiT's ODE is solved, by default as the model's configuration says,
         but with Euler steps where the audio is split. options: as in respond(). Text and codes are
         those of respond(). Closing or dropping the iterator stops all work and frees the memory.
         Raises UserError before the first chunk.
@@ -218,15 +215,12 @@ class Omni(nn.Module):
             raise UserError(
                 "stream() answers one conversation, a list of messages; respond() takes several"
             )
-        sampling = sampling_configs(self.config, options)
-        seed = check_seed(seed)
-        check_schedule(schedule)
-        check_flow(flow)
+        checked = stream_options(self.config, seed, schedule, flow, options)
         chosen, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
         timings.mark("input")
         with torch.no_grad():
             prefill = self.thinker.prefill(inputs, self.thinker.model.new_cache(), timings.mark)
-        return stream_reply(self, prefill, chosen, schedule, flow, seed, timings, [], sampling)
+        return stream_reply(self, prefill, chosen, checked, timings, [])
 
     @overload
     def respond(
@@ -274,7 +268,7 @@ class Omni(nn.Module):
         """
         sampling_configs(self.config, options)  # raises UserError for wrong options first
         if is_batch(messages):
-            return self.respond_to_all(messages, voice, speech, use_audio_in_video, seed, options)
+            return self._respond_batch(messages, voice, speech, use_audio_in_video, seed, options)
         *_, done = self.stream(  # which checks the types of its arguments
             messages,  # type: ignore[arg-type]
             voice,  # type: ignore[arg-type]
@@ -287,7 +281,7 @@ class Omni(nn.Module):
         assert isinstance(done, ReplyDone)
         return done.reply
 
-    def respond_to_all(
+    def _respond_batch(
         self,
         conversations: list[list[dict]],
         voice: str | list[str] | None,
@@ -323,22 +317,22 @@ class Omni(nn.Module):
         lengths = [row.input_ids.shape[1] for row in rows]
         if self.fits_padded(lengths, sampling, speech):
             batch = collate(rows, self.config.thinker.tokens.endoftext)
-            output = self.answer(batch, voices, seeds, sampling)
+            output = self._generate(batch, voices, seeds, sampling)
         else:
-            output = self.answer_one_by_one(rows, voices, seeds, sampling)
+            output = self._generate_one_by_one(rows, voices, seeds, sampling)
         return self.to_replies(output, timings)
 
-    def answer_one_by_one(
+    def _generate_one_by_one(
         self,
         rows: list[Inputs],
         voices: Sequence[Voice | None],
         seeds: list[int],
         sampling: tuple[SamplingConfig, SamplingConfig],
     ) -> GenerateOutput:
-        """answer() for prompts of batch size 1, without padding."""
+        """_generate() for prompts of batch size 1, without padding."""
         joined = GenerateOutput([], [], [])
         for inputs, voice, seed in zip(rows, voices, seeds, strict=True):
-            output = self.answer(inputs, [voice], [seed], sampling)
+            output = self._generate(inputs, [voice], [seed], sampling)
             joined.tokens.extend(output.tokens)
             joined.codes.extend(output.codes)
             joined.waves.extend(output.waves)
@@ -467,24 +461,3 @@ def broadcast(value, rows: int, name: str) -> list:
             f"for all"
         )
     return list(value)
-
-
-def until_stop(
-    steps: list[Tensor], rows: int, stops: list[int], keep: bool = False
-) -> list[Tensor]:
-    """Ids of a batch, one tensor [B] per step -> per row the ids before the first stop id [n];
-    keep: including the stop id.
-    """
-    if not steps:
-        return [torch.zeros(0, dtype=torch.long) for _ in range(rows)]
-    ids = torch.stack(steps, dim=1)  # [B, n]
-    is_stop = torch.isin(ids, torch.tensor(stops, device=ids.device))
-    result = []
-    for row, row_is_stop in zip(ids, is_stop, strict=True):
-        end = len(row)
-        if row_is_stop.any():
-            end = int(row_is_stop.long().argmax())
-            if keep:
-                end += 1
-        result.append(row[:end])
-    return result

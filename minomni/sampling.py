@@ -76,6 +76,26 @@ def draw(probabilities: Tensor, generator: Generators) -> Tensor:
     return torch.cat(ids)
 
 
+def cut_at_stop(
+    steps: list[Tensor], rows: int, stops: Sequence[int], keep_stop: bool = False
+) -> list[Tensor]:
+    """Ids of a batch, one tensor [B] per step -> per row the ids before its first stop id [n].
+
+    keep_stop: the stop id too. rows: B, for a batch without steps.
+    """
+    if not steps:
+        return [torch.zeros(0, dtype=torch.long) for _ in range(rows)]
+    ids = torch.stack(steps, dim=1)  # [B, n]
+    is_stop = torch.isin(ids, torch.tensor(stops, device=ids.device))
+    result = []
+    for row, row_is_stop in zip(ids, is_stop, strict=True):
+        end = len(row)
+        if row_is_stop.any():
+            end = int(row_is_stop.long().argmax()) + int(keep_stop)
+        result.append(row[:end])
+    return result
+
+
 def sample(
     logits: Tensor,
     history: Tensor | None,

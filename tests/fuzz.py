@@ -351,7 +351,7 @@ class Readers:
         silent, clip = load_video(path, TINY.media, False), None
         try:
             clip = load_video(path, TINY.media, True)
-        except ValueError as error:  # a sound track that is broken, or gone
+        except ValueError as error:  # an audio track that is broken, or gone
             check_message(error)
         same = clip is None or clip.frames.shape == silent.frames.shape
         well_formed = same and len(silent.frames) == len(silent.seconds) > 0

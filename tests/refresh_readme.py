@@ -47,15 +47,15 @@ HEADLINE_METRICS = {
     "natural_speech_wer": ("recordings of the same sentences", "同样句子的录音，词错误率"),
 }
 STREAM_ROWS = {
-    "first_sound_ms": "from the question to the first audio",
-    "first_sound_ratio": "the same, divided by the time of a reply of 10 s that is not streamed",
+    "first_audio_ms": "from the question to the first audio",
+    "first_audio_ratio": "the same, divided by the time of a reply of 10 s that is not streamed",
     "streamed_cost_ratio": "CPU time of a streamed reply, divided by that of one not streamed",
     "streamed_cost_ratio_same_solver": "the same, with the ODE solver of `respond`, not Euler",
     "realtime_factor": "seconds of work for a second of streamed speech",
     "player_waits_ms": "buffer that a player needs to play without a gap",
     "buffer_by_rule_ms": "buffer that a slow Thinker would need: N / r - N / R "
     "for N = 9 text tokens at r a second and R = 25 codes a second",
-    "words_after_first_sound": "text tokens that come after the first audio",
+    "words_after_first_audio": "text tokens that come after the first audio",
     "prediction_ratio": "predicted time to the first audio, divided by the measured one",
     "session_growth_mb": "memory that 600 s of listening add after the first full context",
 }
@@ -64,10 +64,10 @@ STREAM_STAGES = {
     "text": "first text token",
     "code": "first speech code",
     "mel": "first mel frames",
-    "sound": "first audio",
+    "audio": "first audio",
 }
 SCHEDULES = {
-    "eager, the default of stream()": "low latency (`eager`), the default of `stream()`",
+    "low_latency, the default of stream()": "low latency, the default of `stream()`",
     "serving: 3 blocks, 2 back computed again, 1 ahead": "the release's: 3 blocks, "
     "2 blocks of left context recomputed, 1 block of look-ahead",
     "3 blocks, the past remembered, 0 ahead": "3 blocks, cached left context, no look-ahead",
@@ -77,10 +77,10 @@ SCHEDULES = {
 }
 # Rows of the latency table: key -> (English, Chinese)
 LATENCY_ROWS = {
-    "codes_before_sound": ("codes before the first audio", "第一段音频所需的编码数"),
+    "codes_before_audio": ("codes before the first audio", "第一段音频所需的编码数"),
     "thinker_and_talker_ms": ("one step of Thinker and Talker, ms", "Thinker 与 Talker 一步，毫秒"),
-    "mel_and_sound_ms": ("mel and audio of the first chunk, ms", "第一段的梅尔谱与波形，毫秒"),
-    "first_sound_ms": ("first audio, ms", "第一段音频，毫秒"),
+    "mel_and_audio_ms": ("mel and audio of the first chunk, ms", "第一段的梅尔谱与波形，毫秒"),
+    "first_audio_ms": ("first audio, ms", "第一段音频，毫秒"),
     "realtime_factor": ("seconds of work for a second of speech", "每秒语音所需的计算时间，秒"),
 }
 DEVICES_IN_CHINESE = {"two cores": "双核", "one core": "单核", "H200": "H200"}
@@ -357,7 +357,7 @@ def facts(language: str) -> str:
     parameters = sum(parameter_counts("tiny").values())
     release = sum(parameter_counts("qwen7b").values())
     minutes = round(results()["report"]["tiny"]["train_seconds"] / 60)
-    first = round(results()["stream"]["first_sound_ms"])
+    first = round(results()["stream"]["first_audio_ms"])
     if language == "zh":
         return (
             f"- **笔记本电脑即可训练。** {parameters:,} 个参数，所有部件从随机权重开始，"

@@ -108,7 +108,7 @@ def make_bad(kind: str, folder):
         return "--image", path.with_suffix(".png"), "no such file"
     if kind == "no_audio":
         path.write_text("words, not sound")
-        return "--audio", path, "not readable as sound"
+        return "--audio", path, "not readable as audio"
     if kind == "no_image":
         path.write_text("words, not a picture")
         return "--image", path, "not a readable picture"
@@ -175,7 +175,7 @@ def test_bad_requests_are_one_line(run, tmp_path):
     for arguments, says in (
         (
             ("--video", clip(tmp_path / "silent.mp4", sound=False), "--use-audio-in-video"),
-            "no sound track",
+            "no audio track",
         ),
         (("--text", "say a", "--voice", "Zoe"), "unknown voice 'Zoe'"),
         (("--text", "word " * 5000), "context holds 2048"),
@@ -380,11 +380,11 @@ def test_stream_writes_and_tells_as_it_goes(run):
         "seconds",
         "sample_rate",
         "total_s",
-        "first_sound_s",
+        "first_audio_s",
         "last_text_s",
     }
     assert (
-        0 <= reply["last_text_s"] <= reply["first_sound_s"] <= reply["total_s"]
+        0 <= reply["last_text_s"] <= reply["first_audio_s"] <= reply["total_s"]
     )  # four words are over at once
     written, rate = soundfile.read(path)
     assert len(written) / rate == pytest.approx(reply["seconds"], abs=1e-3)
@@ -393,7 +393,7 @@ def test_stream_writes_and_tells_as_it_goes(run):
 def test_stream_without_speech(run):
     code, out, _, path = run("--text", "say a", "--stream", "--no-speech", "--json")
     assert code == 0
-    assert json.loads(out)["first_sound_s"] is None
+    assert json.loads(out)["first_audio_s"] is None
     assert not path.exists()
 
 

@@ -17,7 +17,7 @@ import torch
 import minomni
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import (
-    IGNORED_KEYS,
+    IGNORED_CONFIG_KEYS,
     LEGACY_DEFAULTS,
     as_json,
     read_config,
@@ -196,7 +196,7 @@ def test_written_config_equals_the_release_but_for_ignored_keys():
         "output_hidden_states",
         "return_dict",
     }
-    assert ignored - {"num_hidden_layers"} <= IGNORED_KEYS | set(LEGACY_DEFAULTS)
+    assert ignored - {"num_hidden_layers"} <= IGNORED_CONFIG_KEYS | set(LEGACY_DEFAULTS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from minomni.errors import LONGEST_MESSAGE, UserError, shorten
+from minomni.errors import MAX_MESSAGE_LENGTH, UserError, shorten
 from minomni.files import WriteError, growing_wav, write_atomically
 
 TONE = (0.4 * np.sin(np.arange(4000) / 5)).astype(np.float32)
@@ -135,7 +135,7 @@ def test_unwritable_paths_raise_one_line(write, name, says, tmp_path, monkeypatc
     if not (write is by_growing_wav and "line" in name):  # it makes no folders, and says so
         assert says in text
     assert text.isprintable()
-    assert len(text) <= LONGEST_MESSAGE
+    assert len(text) <= MAX_MESSAGE_LENGTH
     assert (tmp_path / "file").read_text() == "mine"
     assert not list((tmp_path / "folder").iterdir())
 
@@ -228,7 +228,7 @@ def test_a_message_is_one_line_of_bounded_length():
     assert shorten("a\nb\tc\x1b[31m\ud83dü") == "a\\nb\\tc\\x1b[31m\\ud83dü"
     assert str(UserError("short")) == "short"
     long = str(UserError("begin " + "\n" * 100_000 + " end"))
-    assert len(long) <= LONGEST_MESSAGE
+    assert len(long) <= MAX_MESSAGE_LENGTH
     assert long.startswith("begin ")
     assert long.isprintable()
     assert str(UserError("x" * 9000 + " end")).endswith(" end")

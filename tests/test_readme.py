@@ -123,7 +123,7 @@ def test_a_new_latency_replaces_its_column_or_adds_one(device):
     measured = {**dict.fromkeys(refresh_readme.LATENCY_ROWS, 2), "talker_ms": 3}
     refresh_readme.take_first(measured, "tiny", device, stored)
     assert len(stored["first"]) == (1 if device == "two cores" else 2)
-    assert stored["first"][-1]["first_sound_ms"] == 2
+    assert stored["first"][-1]["first_audio_ms"] == 2
     assert "talker_ms" not in stored["first"][-1]
 
 

@@ -17,54 +17,43 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minomni.arguments import shown
 from minomni.chat.generation_options import sampling_configs
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk, Timings
-from minomni.config import FlowConfig, SamplingConfig
-from minomni.errors import UserError
-from minomni.talker.talker import TalkerInputs
+from minomni.chat.stream_options import StreamOptions
+from minomni.config import SamplingConfig
+from minomni.talker.talker import TalkerInputs, special_embeds
 from minomni.thinker.thinker import PrefillState
-from minomni.token2wav.ode_solver import with_euler
-from minomni.token2wav.streaming import Schedule, SpeechStream, low_latency_schedule
+from minomni.token2wav.streaming import SpeechStream, low_latency_schedule
+from minomni.token2wav.token2wav import check_wave
 from minomni.token2wav.voice import Voice
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
 
-class TalkerText:
-    """Text embeddings of one reply, appended by the Thinker while the Talker reads them.
+class GrowingReplyEmbeds(list[Tensor]):
+    """The Talker's text input of one reply: a vector [E] per step, appended while the Talker reads.
 
-    A sequence of vectors [E], one per Talker step, with the part of the list interface that
-    Talker.steps() uses. close() ends it with the embeddings `end` and `pad` [E]; the Talker repeats
-    the last vector from then on.
+    close() ends it as reply_embeds() does, with the embeddings `end` and `pad` [E]; the Talker
+    repeats the last vector from then on.
     """
 
     def __init__(self, end: Tensor, pad: Tensor):
+        super().__init__()
         self.end = end
         self.pad = pad
-        self.embeds: list[Tensor] = []
         self.closed = False
 
     def append(self, state: Tensor) -> None:
         """Add the state plus embedding [E] of the next reply token; ignored after close()."""
         if not self.closed:
-            self.embeds.append(state)
+            super().append(state)
 
     def close(self) -> None:
         """Mark the reply as complete. A reply of one token has no states and stays empty."""
-        if self.closed:
-            return
+        if self and not self.closed:
+            self.extend((self.end, self.pad))
         self.closed = True
-        if self.embeds:
-            self.embeds.append(self.end)
-            self.embeds.append(self.pad)
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.embeds[index]
 
 
 def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -109,30 +98,31 @@ def generate_tokens(
             yield "text", ids
         return
 
-    # The Talker reads `texts` while this loop appends to them.
-    assert omni.talker is not None
-    voices, texts = talker_text(omni, bos_tokens)
+    # The Talker reads `replies` while this loop appends to them.
+    talker, _ = omni.require_speech()
+    tokens = omni.config.thinker.tokens
+    end, pad, voice_embeds = special_embeds(tokens, bos_tokens, omni.thinker.model.embed_tokens)
+    replies = [GrowingReplyEmbeds(end, pad) for _ in bos_tokens]
     talker_inputs = TalkerInputs(
         prefill.hidden + prefill.text_embeds,
         prefill.position_ids,
         prefill.attention_mask,
-        voices,
-        texts,
+        voice_embeds,
+        replies,
     )
-    talker_steps = omni.talker.steps(
+    talker_steps = talker.steps(
         talker_inputs, talker_sampling, omni.num_codes, generators(seed, device)
     )
 
-    im_end = omni.config.thinker.tokens.im_end
     for ids, states in thinker_steps:
         yield "text", ids
         # The states belong to the previous token of each row.
         if states is not None:
-            for text, state in zip(texts, states, strict=True):
-                text.append(state)
-        for text, token in zip(texts, ids.tolist(), strict=True):
-            if token == im_end:
-                text.close()
+            for reply, state in zip(replies, states, strict=True):
+                reply.append(state)
+        for reply, token in zip(replies, ids.tolist(), strict=True):
+            if token == tokens.im_end:
+                reply.close()
         # One Talker step per Thinker step, once there are states.
         if states is not None:
             codes = next(talker_steps, None)
@@ -140,86 +130,32 @@ def generate_tokens(
                 yield "code", codes
 
     # Replies that reached the length limit end here. The Talker then finishes its speech.
-    for text in texts:
-        text.close()
+    for reply in replies:
+        reply.close()
     for codes in talker_steps:
         yield "code", codes
-
-
-def talker_text(omni: "Omni", bos_tokens: list[int]) -> tuple[Tensor, list[TalkerText]]:
-    """Embeddings of the voice tokens [B, E], and an empty TalkerText for each row."""
-    tokens = omni.config.thinker.tokens
-    ids = torch.tensor(
-        [tokens.tts_text_end, tokens.tts_text_pad, *bos_tokens], device=omni.thinker.device
-    )
-    embeds = omni.thinker.model.embed_tokens(ids)  # [2 + B, E]
-    end, pad = embeds[:2]
-    return embeds[2:], [TalkerText(end, pad) for _ in bos_tokens]
-
-
-def check_schedule(schedule: Schedule | str | None) -> None:
-    """Raise UserError for anything but None, "eager" or a Schedule."""
-    if schedule is None or schedule == "eager" or isinstance(schedule, Schedule):
-        return
-    raise UserError(
-        f'schedule {shown(schedule)}; give "eager", a Schedule, or None for all audio at the end'
-    )
-
-
-def check_flow(flow: FlowConfig | None) -> None:
-    """Raise UserError for anything but None or a FlowConfig, which checks its own values."""
-    if flow is not None and not isinstance(flow, FlowConfig):
-        raise UserError(
-            f"flow is {shown(flow)}; expected a FlowConfig, such as "
-            f"dataclasses.replace(omni.config.flow, points=4)"
-        )
-
-
-def check_wave(wave: Tensor) -> Tensor:
-    """Return the waveform [samples]. Raises UserError for NaN and infinity, which only damaged
-    weights produce.
-    """
-    if not wave.isfinite().all():
-        raise UserError(
-            "the weights of token2wav give NaN or infinite samples; the model's files are damaged, "
-            "copy them again"
-        )
-    return wave
 
 
 class SpeechDecoder:
     """Codes of one reply in, AudioChunks out: while the codes arrive, or all at the end."""
 
-    def __init__(
-        self,
-        omni: "Omni",
-        voice: Voice,
-        schedule: Schedule | str | None,
-        flow: FlowConfig | None,
-        seed: int,
-        timings: Timings,
-    ):
-        """The arguments are those of stream_reply()."""
-        # With a voice, the model has a Talker and Token2Wav: Omni.choose_voice() checks that.
-        talker_config = omni.config.talker
-        assert talker_config is not None
-        assert omni.token2wav is not None
-        if flow is None:
-            flow = omni.config.flow if schedule is None else with_euler(omni.config.flow)
-        if isinstance(schedule, str):  # "eager", as check_schedule() has made sure
-            schedule = low_latency_schedule(omni.token2wav)
-        self.token2wav = omni.token2wav
+    def __init__(self, omni: "Omni", voice: Voice, options: StreamOptions, timings: Timings):
+        talker, token2wav = omni.require_speech()
+        self.token2wav = token2wav
         self.voice = voice
-        self.flow = flow
+        self.flow = options.flow
         self.timings = timings
-        self.generator = seeded_generator(seed)
-        self.stop_codes = (talker_config.codec_pad, talker_config.codec_eos)
+        self.generator = seeded_generator(options.seed)
+        self.stop_codes = talker.config.stop_codes
         self.codes: list[int] = []
         self.waves: list[Tensor] = []
         self.stream: SpeechStream | None = None
+        schedule = options.schedule
+        if isinstance(schedule, str):  # LOW_LATENCY
+            schedule = low_latency_schedule(token2wav)
         if schedule is not None:
             self.stream = SpeechStream(
-                self.token2wav, voice, flow, schedule, self.generator, timings.mark
+                token2wav, voice, self.flow, schedule, self.generator, timings.mark
             )
 
     def feed(self, ids: Tensor) -> Iterator[AudioChunk]:
@@ -249,35 +185,31 @@ class SpeechDecoder:
         wave = check_wave(wave).cpu()
         self.waves.append(wave)
         sample_rate = self.token2wav.config.sample_rate
-        return AudioChunk(wave, sample_rate, self.timings.mark("sound"))
+        return AudioChunk(wave, sample_rate, self.timings.mark("audio"))
 
 
 def stream_reply(
     omni: "Omni",
     prefill: PrefillState,
     voice: Voice | None,
-    schedule: Schedule | str | None,
-    flow: FlowConfig | None,
-    seed: int,
+    options: StreamOptions,
     timings: Timings,
     reply_ids: list[int],
-    sampling: tuple[SamplingConfig, SamplingConfig] | None = None,
 ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
     """Answer one prefilled prompt in chunks of text and audio; the last event is ReplyDone.
 
-    voice: None for no speech. schedule: how the audio is split into chunks, or "eager"; None
-    synthesizes all audio at the end. flow: None for the default of omni.stream(). timings: records
-    each event. reply_ids: the text ids are appended to it. sampling: for Thinker and Talker, by
-    default the model's. Raises UserError for weights that give no finite numbers.
+    voice: None for no speech. timings: records each event. reply_ids: the text ids are appended to
+    it. Raises UserError for weights that give no finite numbers.
     """
     bos_tokens = None
     speech = None
     if voice is not None:
         bos_tokens = [voice.bos_token]
-        speech = SpeechDecoder(omni, voice, schedule, flow, seed, timings)
+        speech = SpeechDecoder(omni, voice, options, timings)
 
     text = ""
-    for kind, ids in generate_tokens(omni, prefill, bos_tokens, seed, sampling):
+    steps = generate_tokens(omni, prefill, bos_tokens, options.seed, options.sampling)
+    for kind, ids in steps:
         token = int(ids)
         at_s = timings.mark(kind)
         if kind == "text":

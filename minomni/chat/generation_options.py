@@ -12,56 +12,58 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from minomni.arguments import check_bool, check_int, check_number, shown
-from minomni.config import OmniConfig, SamplingConfig
-from minomni.errors import UserError
+from minomni.arguments import check_bool, check_int, check_number
+from minomni.config import SAMPLING_BOUNDS, OmniConfig, SamplingConfig
+from minomni.errors import UserError, quote
 
 PREFIXES = ("thinker_", "talker_")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option. check(value, name) returns the value or raises UserError; read() parses the text
+    """One option. check(value, name) returns the value or raises UserError; parse() reads the text
     of a command-line option.
     """
 
     check: Callable
-    read: Callable[[str], object]
+    parse: Callable[[str], object]
     expected: str
     help: str
 
 
 def max_new_tokens(value, name: str) -> int:
     """Raises UserError unless the value is a whole number from 1."""
-    return check_int(value, name, 1, 1_000_000)
+    return check_int(value, name, *SAMPLING_BOUNDS["max_new_tokens"])
 
 
 def temperature(value, name: str) -> float:
-    """Raises UserError unless the value is 0 or from 0.001 to 100: dividing logits by less would
-    leave the range of float32.
-    """
-    value = check_number(value, name, 0, 100)
-    if 0 < value < 0.001:
-        raise UserError(f"{name} is {value}; expected 0, or a number from 0.001 to 100")
+    """Raises UserError unless the value is 0 or within its bounds."""
+    low, high = SAMPLING_BOUNDS["temperature"]
+    value = check_number(value, name, 0, high)
+    if 0 < value < low:
+        raise UserError(f"{name} is {value}; expected 0, or a number from {low} to {high}")
     return value
 
 
 def top_p(value, name: str) -> float:
     """Raises UserError unless the value is above 0 and at most 1."""
-    value = check_number(value, name, 0, 1)
-    if value < 1e-6:
+    low, high = SAMPLING_BOUNDS["top_p"]
+    value = check_number(value, name, 0, high)
+    if value < low:
         raise UserError(f"{name} is {value:g}; expected a number above 0 and up to 1")
     return value
 
 
 def top_k(value, name: str) -> int:
-    """-1 and 0 both keep all tokens; returns 0 for them. Raises UserError for what is no count."""
-    return max(0, check_int(value, name, -1, 1_000_000))
+    """-1 and 0 both keep all tokens; returns 0 for them. Raises UserError for anything else but a
+    count.
+    """
+    return max(0, check_int(value, name, *SAMPLING_BOUNDS["top_k"]))
 
 
 def repetition_penalty(value, name: str) -> float:
-    """Raises UserError unless the value is from 0.01 to 100."""
-    return check_number(value, name, 0.01, 100)
+    """Raises UserError unless the value is within its bounds."""
+    return check_number(value, name, *SAMPLING_BOUNDS["repetition_penalty"])
 
 
 OPTIONS = {
@@ -74,7 +76,7 @@ OPTIONS = {
     "temperature": Option(
         temperature,
         float,
-        expected="0, or a number from 0.001 to 100",
+        expected="0, or a number from {} to {}".format(*SAMPLING_BOUNDS["temperature"]),
         help="0 takes the most likely token, higher values are more random",
     ),
     "top_p": Option(
@@ -92,7 +94,7 @@ OPTIONS = {
     "repetition_penalty": Option(
         repetition_penalty,
         float,
-        expected="a number from 0.01 to 100",
+        expected="a number from {} to {}".format(*SAMPLING_BOUNDS["repetition_penalty"]),
         help="above 1 makes repeated tokens less likely",
     ),
     "do_sample": Option(
@@ -147,7 +149,7 @@ def unknown_option(name: str) -> UserError:
     matches = get_close_matches(name.removeprefix(prefix), OPTIONS, n=1)
     suggestion = f", did you mean {prefix}{matches[0]}?" if matches else ";"
     return UserError(
-        f"unknown option {shown(name)}{suggestion} the options are {', '.join(OPTIONS)} for the "
+        f"unknown option {quote(name)}{suggestion} the options are {', '.join(OPTIONS)} for the "
         f"Thinker, and the same with the prefix talker_ for the Talker"
     )
 

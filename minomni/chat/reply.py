@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minomni.errors import UserError
-from minomni.files import write_atomically
+from minomni.files import is_stream, write_atomically
 
 # File name extension -> format and subtype, as soundfile names them.
 AUDIO_FILES = {
@@ -25,7 +25,7 @@ BLOCK = 65_536
 class Timings:
     """When each step produced its outputs, in seconds since the question.
 
-    times: for each of input, encode, prefill, text, code, mel and sound, the time of its first
+    times: for each of input, encode, prefill, text, code, mel and audio, the time of its first
     output, of its second, and so on. Steps that had nothing to do are missing.
     """
 
@@ -128,27 +128,16 @@ def audio_file(path: str | Path) -> tuple[str, str]:
     extension = path.suffix.lower()
     if extension in AUDIO_FILES:
         return AUDIO_FILES[extension]
-    if is_device(path):
+    if is_stream(path):
         return AUDIO_FILES[".wav"]
     raise UserError(
         f"{path}: speech is written as {', '.join(AUDIO_FILES)}; give a name that ends in one"
     )
 
 
-def is_device(path: Path) -> bool:
-    """Whether a path names a device, a pipe, or anything in /dev or /proc, such as /dev/stdout."""
-    try:
-        if not path.exists() or path.is_dir():
-            return False
-        in_system_folder = path.absolute().parts[1:2] in (("dev",), ("proc",))
-        return in_system_folder or not path.is_file()
-    except (OSError, ValueError):  # the name is too long or contains NUL
-        return False
-
-
 @dataclass
 class TextChunk:
-    """The next piece of a reply's text."""
+    """The next chunk of a reply's text."""
 
     text: str
     at_s: float  # seconds since the question
@@ -156,7 +145,7 @@ class TextChunk:
 
 @dataclass
 class AudioChunk:
-    """The next piece of a reply's audio."""
+    """The next chunk of a reply's audio."""
 
     wave: Tensor  # float32 [samples]
     sample_rate: int  # Hz

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minomni.arguments import check_number, check_seed, shown
-from minomni.chat.generate import check_flow, check_schedule, stream_reply
-from minomni.chat.generation_options import sampling_configs
+from minomni.arguments import check_number
+from minomni.chat.generate import stream_reply
 from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, Timings
+from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_options
 from minomni.chat.user_turn import UserTurn
-from minomni.config import INPUT_SAMPLE_RATE, FlowConfig, SamplingConfig
-from minomni.errors import UserError
+from minomni.config import INPUT_SAMPLE_RATE, FlowConfig
+from minomni.errors import UserError, quote
 from minomni.inputs.prompt import Processor
 from minomni.kv_cache import KVCache
 from minomni.thinker.thinker import PrefillState, Thinker
@@ -52,7 +52,7 @@ class Session:
         Raises UserError for a model without a tokenizer, and for an unknown voice.
         """
         if system is not None and not isinstance(system, str):
-            raise UserError(f"system is {shown(system)}; expected the text of the system message")
+            raise UserError(f"system is {quote(system)}; expected the text of the system message")
         if system is None:
             system = omni.config.media.system_prompt
         self.omni = omni
@@ -74,9 +74,8 @@ class Session:
         self.reply_ids: list[int] = []
         self.audio_s = 0.0  # seconds of audio handed out
         self.ended = False  # whether the reply was generated to its end
-        self.played_s: float | None = (
-            None  # seconds that the user heard, where interrupt() was told
-        )
+        # Seconds that the user heard, where interrupt() was told.
+        self.played_s: float | None = None
 
     @property
     def length(self) -> int:
@@ -103,7 +102,7 @@ class Session:
         self,
         text: str = "",
         seed: int = 0,
-        schedule: Schedule | str | None = "eager",
+        schedule: Schedule | str | None = LOW_LATENCY,
         flow: FlowConfig | None = None,
         **options,
     ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
@@ -116,11 +115,8 @@ class Session:
         if text is None:
             text = ""
         if not isinstance(text, str):
-            raise UserError(f"text is {shown(text)}; expected a str")
-        sampling = sampling_configs(self.omni.config, options)
-        seed = check_seed(seed)
-        check_schedule(schedule)
-        check_flow(flow)
+            raise UserError(f"text is {quote(text)}; expected a str")
+        checked = stream_options(self.omni.config, seed, schedule, flow, options)
 
         turn = self.begin_turn()
         timings = Timings()
@@ -137,30 +133,16 @@ class Session:
 
         self.turn = None
         self.reset_reply()
-        self.reply_stream = self.track_reply(seed, schedule, flow, timings, sampling)
+        self.reply_stream = self.track_reply(checked, timings)
         return self.reply_stream
 
     def track_reply(
-        self,
-        seed: int,
-        schedule: Schedule | str | None,
-        flow: FlowConfig | None,
-        timings: Timings,
-        sampling: tuple[SamplingConfig, SamplingConfig],
+        self, options: StreamOptions, timings: Timings
     ) -> Generator[TextChunk | AudioChunk | ReplyDone, None, None]:
         """stream_reply(), recording how much of the reply was handed out."""
-        events = stream_reply(
-            self.omni,
-            self.prefill,
-            self.voice,
-            schedule,
-            flow,
-            seed,
-            timings,
-            self.reply_ids,
-            sampling,
-        )
-        for event in events:
+        for event in stream_reply(
+            self.omni, self.prefill, self.voice, options, timings, self.reply_ids
+        ):
             if isinstance(event, AudioChunk):
                 self.audio_s += len(event.wave) / event.sample_rate
             self.ended = isinstance(event, ReplyDone)

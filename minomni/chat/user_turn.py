@@ -20,14 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.arguments import check_number, shown
+from minomni.arguments import check_number
 from minomni.config import INPUT_SAMPLE_RATE
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.audio import MAX_AMPLITUDE, MIN_SAMPLES, SILENCE_LEVEL
 from minomni.inputs.image import load_image
-from minomni.inputs.mel import HOP, log_power, normalize_log_mel, num_audio_tokens
+from minomni.inputs.interleave import video_times
+from minomni.inputs.mel import (
+    DYNAMIC_RANGE,
+    HOP,
+    log_power,
+    normalize_log_mel,
+    num_audio_tokens,
+)
 from minomni.inputs.patches import video_patches
-from minomni.inputs.prompt import video_times
 from minomni.inputs.source import to_numpy
 from minomni.thinker.tmrope import text_positions, video_positions
 
@@ -36,9 +42,8 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_TOKEN = 4 * HOP  # 40 ms
 MARGIN_FRAMES = 3  # mel frames around a block that its 25 ms windows reach
-DYNAMIC_RANGE = 8.0  # log10 power below the peak at which normalize_log_mel() clips: 80 dB
 ONLY_SILENCE = "the audio holds only silence; speak louder, show something, or add text"
-LONGEST_TURN = 86_400  # s
+MAX_TURN_S = 86_400  # s
 
 
 @dataclass
@@ -139,7 +144,7 @@ class UserTurn:
                 f"a frame at {at_seconds} s after one at {self.last_frame_s} s; "
                 f"give frames in order of time"
             )
-        if self.first_frame_s is not None and at_seconds - self.first_frame_s > LONGEST_TURN:
+        if self.first_frame_s is not None and at_seconds - self.first_frame_s > MAX_TURN_S:
             raise UserError(
                 f"a frame at {at_seconds:g} s, more than a day after the first one at "
                 f"{self.first_frame_s:g} s; at_seconds is in seconds"
@@ -354,11 +359,11 @@ class UserTurn:
 
 def check_chunk(chunk, rate: int, max_samples: int) -> Tensor:
     """A chunk of audio -> float32 [samples]. Raises UserError for another rate, shape or type, for
-    too many samples and for values that are no waveform.
+    too many samples and for values that are not a waveform.
     """
     if isinstance(rate, bool) or not isinstance(rate, Real) or rate != INPUT_SAMPLE_RATE:
         raise UserError(
-            f"a chunk at {shown(rate)} Hz; expected {INPUT_SAMPLE_RATE} Hz, resample it first"
+            f"a chunk at {quote(rate)} Hz; expected {INPUT_SAMPLE_RATE} Hz, resample it first"
         )
     samples = to_numpy(chunk, "a chunk of audio")
     if samples.ndim != 1 or samples.dtype.kind != "f":

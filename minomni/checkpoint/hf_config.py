@@ -31,9 +31,9 @@ from minomni.config import (
     TokenIds,
     VisionEncoderConfig,
 )
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote_json, short_path, shorten
 from minomni.files import write_atomically
-from minomni.model_files import quote, read_json_object, shown_path
+from minomni.model_files import read_json_object
 
 # The codec's subfolder. Programs that do not know the codec read all tensors of the folder above.
 CODEC_FOLDER = "codec"
@@ -77,7 +77,7 @@ HF_DEFAULTS: dict[tuple[str, ...], dict[str, Any]] = {
     },
 }
 # Keys of the release, or of files that transformers saves, that do not describe the model.
-IGNORED_KEYS = frozenset(
+IGNORED_CONFIG_KEYS = frozenset(
     (
         # the program that wrote the file
         "architectures",
@@ -162,9 +162,11 @@ LEGACY_DEFAULTS = {
     "typical_p": 1.0,
     "use_bfloat16": False,
 }
-MAX_JSON_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
+MAX_CONFIG_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
 MODEL_TYPE = "qwen2_5_omni"
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
+# Ids of the Talker in the configuration of a Thinker alone.
+UNUSED_SPEECH_TOKENS = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
 SPEECH_SECTIONS = ("talker_config", "token2wav_config", "codec_config")
 
 
@@ -186,14 +188,14 @@ def read_config(folder: Path) -> OmniConfig:
         raise
     except RecursionError:
         raise UserError(
-            f"{shown_path(file)}: is nested too deeply for settings; copy it again"
+            f"{short_path(file)}: is nested too deeply for settings; copy it again"
         ) from None
     except ValueError as error:  # sizes that contradict each other
-        raise UserError(f"{shown_path(file)}: {shorten(error, 260)}") from None
+        raise UserError(f"{short_path(file)}: {shorten(error, 260)}") from None
     # Whatever was not read is found by writing the configuration and comparing.
     given.pop("codec_config", None)  # of older folders, checked by parse_codec
     written = normalize_hf_keys(as_json(to_json(config)), file)
-    check_round_trip(given, written, shown_path(file))
+    check_round_trip(given, written, short_path(file))
     return config
 
 
@@ -207,7 +209,7 @@ def check_not_quantized(data: dict, file: Path) -> None:
         if isinstance(section, dict) and section.get("quantization_config") is not None:
             method = quantization(section["quantization_config"])
             raise UserError(
-                f"{shown_path(file)}: this model is quantized (quantization_config: {method}); "
+                f"{short_path(file)}: this model is quantized (quantization_config: {method}); "
                 f"such weights are not read here, take the bf16 release {RELEASE}"
             )
 
@@ -215,11 +217,11 @@ def check_not_quantized(data: dict, file: Path) -> None:
 def quantization(settings: Any) -> str:
     """Method and bits of a quantization_config, for an error message."""
     if not isinstance(settings, dict):
-        return quote(settings, 30)
-    method = quote(settings.get("quant_method", "unknown"), 30)
+        return quote_json(settings, 30)
+    method = quote_json(settings.get("quant_method", "unknown"), 30)
     if "bits" not in settings:
         return method
-    return f"{method}, {quote(settings['bits'], 20)} bits"
+    return f"{method}, {quote_json(settings['bits'], 20)} bits"
 
 
 def whole_model(data: dict, file: Path) -> dict:
@@ -232,7 +234,7 @@ def whole_model(data: dict, file: Path) -> dict:
         data = {"enable_audio_output": False, "thinker_config": data}
     elif model_type != MODEL_TYPE:
         raise UserError(
-            f"{shown_path(file)}: model_type is {quote(model_type)}, this code runs "
+            f"{short_path(file)}: model_type is {quote_json(model_type)}, this code runs "
             f"'{MODEL_TYPE}' and '{MODEL_TYPE}_thinker'; take {RELEASE}"
         )
     if data.get("enable_audio_output") is not False:
@@ -244,8 +246,7 @@ def whole_model(data: dict, file: Path) -> dict:
 
 def without_speech(config: OmniConfig) -> OmniConfig:
     """The configuration of the Thinker alone, equal to what read_config gives for its folder."""
-    unused = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
-    tokens = dataclasses.replace(config.thinker.tokens, **unused)
+    tokens = dataclasses.replace(config.thinker.tokens, **UNUSED_SPEECH_TOKENS)
     thinker = dataclasses.replace(config.thinker, tokens=tokens)
     return dataclasses.replace(config, thinker=thinker, talker=None, token2wav=None, codec=None)
 
@@ -286,7 +287,7 @@ def read_json(
     """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
     if optional and not file.exists():
         return {}
-    return read_json_object(file, advice, MAX_JSON_BYTES)
+    return read_json_object(file, advice, MAX_CONFIG_BYTES)
 
 
 def as_json(data: dict) -> dict:
@@ -331,7 +332,7 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
     Raises UserError where two keys of one setting disagree.
     """
     section = {key: value for key, value in section.items() if value is not None}
-    name = f"{shown_path(file)}: {'.'.join(path)}"
+    name = f"{short_path(file)}: {'.'.join(path)}"
 
     # Collect (key of the release, value that the section has under another key).
     rope = section.pop("rope_parameters", {})
@@ -350,7 +351,8 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
         section.setdefault(key, value)
         if section[key] != value:
             raise UserError(
-                f"{name} says both {quote(section[key])} and {quote(value)} for {key}; keep one"
+                f"{name} says both {quote_json(section[key])} and {quote_json(value)} for {key}; "
+                "keep one"
             )
     return section
 
@@ -358,14 +360,14 @@ def rename_keys(section: dict, path: tuple[str, ...], file: Path) -> dict:
 def check_rope(rope: Any, name: str) -> None:
     """Raise UserError unless this code computes what rope_parameters of transformers 5 describe."""
     if not isinstance(rope, dict):
-        raise UserError(f"{name}: 'rope_parameters' is {quote(rope)}, expected an object")
+        raise UserError(f"{name}: 'rope_parameters' is {quote_json(rope)}, expected an object")
     if "mrope_section" in rope:
         return
     unknown = rope.keys() - {"rope_theta", "rope_type"}
     if unknown or rope.get("rope_type", "default") not in ("default", "axial"):
         raise UserError(
-            f"{name}: 'rope_parameters' is {quote(rope, 160)}; this code knows rope_theta alone "
-            f"here"
+            f"{name}: 'rope_parameters' is {quote_json(rope, 160)}; this code knows rope_theta "
+            "alone here"
         )
 
 
@@ -391,8 +393,8 @@ def unify_tying(data: dict, file: Path) -> dict:
             value = section["tie_word_embeddings"]
             if not isinstance(value, bool):
                 raise UserError(
-                    f"{shown_path(file)}, thinker_config: 'tie_word_embeddings' is {quote(value)}, "
-                    f"expected true or false"
+                    f"{short_path(file)}, thinker_config: 'tie_word_embeddings' is "
+                    f"{quote_json(value)}, expected true or false"
                 )
             tied = tied or value
     if isinstance(text, dict):
@@ -418,7 +420,7 @@ class Section:
         """The object under a key. Raises UserError where there is none."""
         value = self[key]
         if not isinstance(value, dict):
-            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected an object")
+            raise UserError(f"{self.name}: {key!r} is {quote_json(value)}, expected an object")
         return Section(value, f"{self.name}, {key}")
 
     def build(self, cls: type, keys: dict[str, str] | None = None, **known) -> Any:
@@ -446,7 +448,7 @@ class Section:
             valid = False
         if not valid:
             expected = getattr(kind, "__name__", kind)
-            raise UserError(f"{self.name}: {key!r} is {quote(value)}, expected {expected}")
+            raise UserError(f"{self.name}: {key!r} is {quote_json(value)}, expected {expected}")
         return to_tuples(value)
 
 
@@ -460,9 +462,9 @@ def parse(data: dict, folder: Path) -> OmniConfig:
 
     Adds to `data` the two keys that depend on others: vision_token_id and head_dim.
     """
-    root = Section(data, shown_path(folder / "config.json"))
+    root = Section(data, short_path(folder / "config.json"))
     thinker = root.section("thinker_config")
-    speech_tokens = {name: getattr(QWEN7B.thinker.tokens, name) for name in SPEECH_TOKEN_KEYS}
+    speech_tokens = UNUSED_SPEECH_TOKENS
     talker = token2wav = codec = None
 
     # The Talker's section has three of the token ids; without a Talker they are not used.
@@ -474,7 +476,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
         codec = parse_codec(root, folder)
 
     file = folder / "generation_config.json"
-    generation = Section(read_json(file, optional=True), shown_path(file))
+    generation = Section(read_json(file, optional=True), short_path(file))
     return OmniConfig(
         thinker=parse_thinker(thinker, speech_tokens),
         talker=talker,
@@ -530,7 +532,7 @@ def parse_own(section: Section, cls: type) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(section.data) - known)
     if unknown:
-        raise UserError(f"{section.name}: unknown key {quote(unknown[0])}")
+        raise UserError(f"{section.name}: unknown key {quote_json(unknown[0])}")
     return section.build(cls)
 
 
@@ -538,7 +540,7 @@ def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
     """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
     if file.exists():
-        return parse_own(Section(read_json(file), shown_path(file)), CodecConfig)
+        return parse_own(Section(read_json(file), short_path(file)), CodecConfig)
     return parse_group(root, "codec_config", CodecConfig, None)
 
 
@@ -585,8 +587,8 @@ def image_settings(folder: Path) -> Section:
     file = folder / "preprocessor_config.json"
     newer = folder / "processor_config.json"
     if file.exists() or not newer.exists():
-        return Section(read_json(file, optional=True), shown_path(file))
-    processor = Section(read_json(newer), shown_path(newer))
+        return Section(read_json(file, optional=True), short_path(file))
+    processor = Section(read_json(newer), short_path(newer))
     if "image_processor" in processor.data:
         return processor.section("image_processor")
     return processor
@@ -595,21 +597,21 @@ def image_settings(folder: Path) -> Section:
 def check_round_trip(given: dict, written: dict, name: str) -> None:
     """Raise UserError naming the first given key that we would not write, or with another value."""
     for key, value in given.items():
-        if key in IGNORED_KEYS:
+        if key in IGNORED_CONFIG_KEYS:
             continue
         if key not in written:
             if key in LEGACY_DEFAULTS and value == LEGACY_DEFAULTS[key]:
                 continue
             raise UserError(
-                f"{name}: unknown key {quote(key)}; remove it, or use the code that it was written "
-                f"for"
+                f"{name}: unknown key {quote_json(key)}; remove it, or use the code that it was "
+                "written for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
             check_round_trip(value, written[key], f"{name}, {key}")
         elif value != written[key]:
             raise UserError(
-                f"{name}: {key!r} is {quote(value)}, this code can only be {quote(written[key])} "
-                f"here"
+                f"{name}: {key!r} is {quote_json(value)}, this code can only be "
+                f"{quote_json(written[key])} here"
             )
 
 

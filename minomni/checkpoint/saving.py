@@ -22,11 +22,12 @@ from minomni.checkpoint.processor_files import (
     write_chat_template,
     write_tokenizer_config,
 )
-from minomni.config import DiTConfig, OmniConfig
+from minomni.config import OmniConfig
 from minomni.errors import UserError, shorten
 from minomni.files import sibling_path
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import Omni
+from minomni.rotary import rotary_frequencies
 from minomni.token2wav.voice import Voice
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,7 +36,7 @@ VOICES_FILE = "spk_dict.pt"
 SHARD_BYTES = 5_000_000_000
 # transformers 4.x stores these rotary frequencies, although they follow from the sizes, and reports
 # them as missing where they are not stored.
-DIT_ANGLES = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
+DIT_INV_FREQ = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
 # Files of the tokenizer and the prompt. Either all are written, or all are kept from the folder
 # that the model was loaded from.
 TOKENIZER_FILES = (
@@ -243,7 +244,9 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
         part = codec if name.startswith("codec.") else tensors
         part[name] = tensor
     if config.token2wav is not None:
-        tensors[DIT_ANGLES] = dit_angles(config.token2wav.dit)
+        dit = config.token2wav.dit
+        cpu = torch.device("cpu")
+        tensors[DIT_INV_FREQ] = rotary_frequencies(dit.head_dim, dit.rope_theta, cpu)
     write_tensors(tensors, folder, shard_bytes)
     if config.codec is not None:
         write_file(codec, folder / CODEC_FOLDER / WEIGHTS_FILE)
@@ -298,11 +301,6 @@ def holds_tokenizer(source: Path, tokenizer: Tokenizer) -> bool:
     except UserError:
         return False
     return stored.merges == tokenizer.merges and stored.special_tokens == tokenizer.special_tokens
-
-
-def dit_angles(dit: DiTConfig) -> Tensor:
-    """The rotary frequencies of the DiT, [head_dim / 2] float32."""
-    return 1.0 / dit.rope_theta ** (torch.arange(0, dit.head_dim, 2).float() / dit.head_dim)
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:

@@ -34,20 +34,20 @@ from minomni.checkpoint.hf_config import (
     read_json,
     without_speech,
 )
-from minomni.checkpoint.saving import DIT_ANGLES, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
-from minomni.config import DiTConfig, OmniConfig
+from minomni.checkpoint.saving import DIT_INV_FREQ, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
+from minomni.config import OmniConfig
 from minomni.devices import device_of, dtype_of
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote_json, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
-from minomni.model_files import check_file, quote, shown_path
+from minomni.model_files import check_file
 from minomni.omni import TEXT_HEAD, Omni
-from minomni.token2wav.token2wav import shortest_reference
+from minomni.token2wav.token2wav import check_voice
 from minomni.token2wav.voice import Voice
 
 __all__ = ["INDEX_FILE", "VOICES_FILE", "WEIGHTS_FILE", "load", "load_voices", "save"]
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
-COMPUTED = {DIT_ANGLES}  # stored for transformers 4.x, computed here
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
+COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
 ANY_PRECISION = ("thinker.", "talker.")  # the rest is fp32, as the release stores and runs it
 SPEECH = ("talker.", "token2wav.", "codec.")  # unused by a model that answers in text alone
 PARTS = ("thinker.", *SPEECH)
@@ -72,7 +72,7 @@ QUANTIZED = (
 )
 NUMBERED = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.safetensors)")
 # Weights in formats that are not read, and what to do about them.
-OTHER_WEIGHTS = {
+UNSUPPORTED_WEIGHTS = {
     "adapter_model.safetensors": (
         "a LoRA adapter alone; merge it into its model first (peft: merge_and_unload)"
     ),
@@ -82,7 +82,6 @@ OTHER_WEIGHTS = {
     ),
 }
 MAX_VOICES_BYTES = 256_000_000  # of spk_dict.pt, also unpacked; the release's has 260 thousand
-LONGEST_REFERENCE = 30_000  # mel frames (five minutes) of a voice
 
 
 class Stored(NamedTuple):
@@ -128,7 +127,7 @@ def load(
     omni.thinker.tie_head()
 
     omni.voices = load_voices(folder / VOICES_FILE, config, device)
-    if any((folder / name).exists() for name in TOKENIZER_FILES):
+    if any((folder / name).exists() for name in VOCABULARY_FILES):
         omni.tokenizer = Tokenizer.load(folder)
         check_tokenizer(folder, omni.tokenizer, config)
     omni.loaded_from = folder.absolute()
@@ -178,7 +177,7 @@ def empty_model(folder: Path, config: OmniConfig) -> Omni:
         MemoryError,
     ) as error:
         raise UserError(
-            f"{shown_path(folder / 'config.json')}: describes a model that cannot be built "
+            f"{short_path(folder / 'config.json')}: describes a model that cannot be built "
             f"({shorten(error, 200)})"
         ) from None
 
@@ -192,7 +191,7 @@ def snapshot(folder: Path) -> Path:
     """
     if not os.path.isdir(folder):
         raise UserError(
-            f"{shown_path(folder)}: no such folder; give one that holds config.json and "
+            f"{short_path(folder)}: no such folder; give one that holds config.json and "
             f"*.safetensors"
         )
     snapshots = folder / "snapshots"
@@ -208,15 +207,15 @@ def snapshot(folder: Path) -> Path:
     if len(names) == 1:
         return snapshots / names[0]
     raise UserError(
-        f"{shown_path(folder)}: is a cache folder whose refs/main names none of its snapshots; "
+        f"{short_path(folder)}: is a cache folder whose refs/main names none of its snapshots; "
         f"give one of {list_names(names)} in snapshots/"
     )
 
 
-def list_names(names: list[str], shown: int = 3, limit: int = 50) -> str:
+def list_names(names: list[str], first: int = 3, limit: int = 50) -> str:
     """The first names of a list, each of at most `limit` characters, and how many more follow."""
-    text = ", ".join(shorten(name, limit) for name in names[:shown])
-    more = len(names) - shown
+    text = ", ".join(shorten(name, limit) for name in names[:first])
+    more = len(names) - first
     return f"{text} and {more} more" if more > 0 else text
 
 
@@ -232,14 +231,14 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     valid = isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
     if not index or not valid:
         raise UserError(
-            f"{shown_path(file)}: has no weight_map from tensor names to file names; copy it again"
+            f"{short_path(file)}: has no weight_map from tensor names to file names; copy it again"
         )
     names = sorted(set(index.values()))
     for name in names:
         if not is_plain_name(name):
             raise UserError(
-                f"{shown_path(file)}: names the file {quote(name)}, which is outside the model's "
-                f"folder; copy it again"
+                f"{short_path(file)}: names the file {quote_json(name)}, which is outside the "
+                "model's folder; copy it again"
             )
     return [folder / name for name in names], index
 
@@ -258,16 +257,16 @@ def unindexed_files(folder: Path) -> list[str]:
     """
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
         return [WEIGHTS_FILE]
-    for pattern, content in OTHER_WEIGHTS.items():
+    for pattern, content in UNSUPPORTED_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
-            raise UserError(f"{shown_path(folder)}: holds {content}")
+            raise UserError(f"{short_path(folder)}: holds {content}")
     names = []
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "adapter_model.safetensors" and not file.name.startswith("."):
             names.append(file.name)
     if not names:
         raise UserError(
-            f"{shown_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder "
+            f"{short_path(folder)}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give the folder "
             f"of a model"
         )
     for name in names:
@@ -284,7 +283,7 @@ def numbered_files(folder: Path, names: list[str], match: re.Match) -> list[str]
     missing = sorted(set(expected) - set(names))
     if missing:
         raise UserError(
-            f"{shown_path(folder)}: {len(missing)} of {len(expected)} files are missing: "
+            f"{short_path(folder)}: {len(missing)} of {len(expected)} files are missing: "
             f"{list_names(missing)}; copy them again"
         )
     return expected
@@ -304,14 +303,14 @@ def headers(folder: Path) -> dict[Path, dict[str, Stored]]:
     if index is not None and sorted(pairs) != sorted(index.items()):
         name, file_name = min(set(pairs) ^ set(index.items()))
         raise UserError(
-            f"{shown_path(folder / INDEX_FILE)}: index and files disagree, first about "
-            f"{quote(name)} in {quote(file_name)}; copy the folder again"
+            f"{short_path(folder / INDEX_FILE)}: index and files disagree, first about "
+            f"{quote_json(name)} in {quote_json(file_name)}; copy the folder again"
         )
     counts = Counter(name for name, _ in pairs)
     repeated = [name for name, times in counts.items() if times > 1]
     if repeated:
         raise UserError(
-            f"{shown_path(folder)}: {len(repeated)} tensors lie in more than one file: "
+            f"{short_path(folder)}: {len(repeated)} tensors lie in more than one file: "
             f"{list_names(repeated)}; keep the files of one model"
         )
 
@@ -335,7 +334,7 @@ def header(file: Path) -> dict[str, Stored]:
                 stored[name] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{shown_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); "
+            f"{short_path(file)}: cut short or not a safetensors file ({shorten(error, 100)}); "
             f"copy it again"
         ) from None
     return stored
@@ -348,14 +347,14 @@ def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
     quantized = [name for name in stored if name.endswith(QUANTIZED)]
     if quantized:
         raise UserError(
-            f"{shown_path(folder)}: its weights are quantized ({len(quantized)} tensors such as "
+            f"{short_path(folder)}: its weights are quantized ({len(quantized)} tensors such as "
             f"{shorten(quantized[0], 80)}); such weights are not read here, take the bf16 release "
             f"{RELEASE}"
         )
     wrong = [name for name, tensor in stored.items() if tensor.precision not in PRECISIONS]
     if wrong:
         raise UserError(
-            f"{shown_path(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
+            f"{short_path(folder)}: {len(wrong)} tensors are {stored[wrong[0]].precision}, first "
             f"{shorten(wrong[0], 80)}; only {', '.join(PRECISIONS)} are read here, take the bf16 "
             f"release {RELEASE}"
         )
@@ -397,14 +396,14 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
         return
 
     # Three names of each kind, or one where that makes the message too long.
-    for shown, limit in ((3, 150), (1, 60)):
+    for first, limit in ((3, 150), (1, 60)):
         problems = []
         if missing:
-            problems.append(f"{len(missing)} missing: {list_names(missing, shown, limit)}")
+            problems.append(f"{len(missing)} missing: {list_names(missing, first, limit)}")
         if extra:
-            problems.append(f"{len(extra)} extra: {list_names(extra, shown, limit)}")
+            problems.append(f"{len(extra)} extra: {list_names(extra, first, limit)}")
         if misshapen:
-            names = list_names(misshapen, shown, 120)
+            names = list_names(misshapen, first, 120)
             problems.append(f"{len(misshapen)} of another shape: {names}")
         text = "; ".join(problems)
         if len(text) <= 280:
@@ -435,7 +434,7 @@ def read_shard(
                 tensors[name] = aligned(shard.get_tensor(key).to(device, precision))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{shown_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"
+            f"{short_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"
         ) from None
     return tensors
 
@@ -457,14 +456,14 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: OmniConfig) -> N
     largest = max(*tokenizer.bytes_of, *tokenizer.special_tokens.values())
     if largest >= vocab_size:
         raise UserError(
-            f"{shown_path(folder)}: the tokenizer has the id {largest}, the model embeds ids below "
+            f"{short_path(folder)}: the tokenizer has the id {largest}, the model embeds ids below "
             f"{vocab_size}; use files of one model"
         )
     for name, token in special_tokens(config.thinker.tokens).items():
         found = tokenizer.special_tokens.get(name, token)
         if found != token:
             raise UserError(
-                f"{shown_path(folder)}: {name} is {found} in the tokenizer's files and {token} in "
+                f"{short_path(folder)}: {name} is {found} in the tokenizer's files and {token} in "
                 f"config.json; use files of one model"
             )
 
@@ -486,20 +485,25 @@ def load_voices(
             data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile pickle can raise any exception
         raise UserError(
-            f"{shown_path(file)}: is cut short or wants to run code ({type(error).__name__}); "
+            f"{short_path(file)}: is cut short or wants to run code ({type(error).__name__}); "
             f"get it from its source again"
         ) from None
     if not isinstance(data, dict):
         raise UserError(
-            f"{shown_path(file)}: holds a {type(data).__name__}, not a dictionary of voices"
+            f"{short_path(file)}: holds a {type(data).__name__}, not a dictionary of voices"
         )
     dit, vocab_size = config.token2wav.dit, config.thinker.text.vocab_size
     voices = {}
     for name, entry in data.items():
-        title = f"{shown_path(file)}: voice {quote(name, 40)}"
+        title = f"{short_path(file)}: voice {quote_json(name, 40)}"
         bos, cond, ref_mel = voice_entry(entry, title)
-        check_voice_entry(bos, cond, ref_mel, dit, vocab_size, title)
-        cond, ref_mel = cond.detach().float(), ref_mel.detach().float()
+        if not 0 <= bos < vocab_size:
+            raise UserError(
+                f"{title} has bos_token {quote_json(bos, 20)}; expected an id below {vocab_size}"
+            )
+        check_voice(Voice(str(name), bos, cond, ref_mel), dit, title)
+        cond = cond.detach().float()
+        ref_mel = ref_mel.detach().float()
         if not (cond.isfinite().all() and ref_mel.isfinite().all()):
             raise UserError(
                 f"{title} holds numbers that are not finite; get it from its source again"
@@ -517,7 +521,7 @@ def check_unpacked(file: Path) -> None:
         return  # torch reads some of these, and raises for the others
     if unpacked > MAX_VOICES_BYTES:
         raise UserError(
-            f"{shown_path(file)}: unpacks to {unpacked:,} bytes, expected at most "
+            f"{short_path(file)}: unpacks to {unpacked:,} bytes, expected at most "
             f"{MAX_VOICES_BYTES:,}; get it from its source again"
         )
 
@@ -546,27 +550,3 @@ def is_dense_float(tensor: Tensor) -> bool:
     """Whether a tensor holds floating-point numbers in memory, not sparse and not on meta."""
     dense = tensor.layout == torch.strided and not tensor.is_meta
     return dense and tensor.dtype in PRECISIONS.values()
-
-
-def check_voice_entry(
-    bos: int, cond: Tensor, ref_mel: Tensor, dit: DiTConfig, vocab_size: int, title: str
-) -> None:
-    """Raise UserError unless the sizes fit the model.
-
-    Expected are bos below vocab_size, cond [1, E] and ref_mel [1, R mel frames, mel_dim].
-    """
-    shortest = shortest_reference(dit)
-    fits = (
-        0 <= bos < vocab_size
-        and cond.shape == (1, dit.enc_emb_dim)
-        and ref_mel.ndim == 3
-        and ref_mel.shape[::2] == (1, dit.mel_dim)
-        and shortest <= ref_mel.shape[1] <= LONGEST_REFERENCE
-    )
-    if not fits:
-        raise UserError(
-            f"{title} has bos_token {quote(bos, 20)}, cond {shorten(list(cond.shape), 40)}, "
-            f"ref_mel {shorten(list(ref_mel.shape), 40)}; expected an id below {vocab_size}, "
-            f"[1, {dit.enc_emb_dim}] and [1, {shortest} to {LONGEST_REFERENCE} frames, "
-            f"{dit.mel_dim}]"
-        )

@@ -17,7 +17,7 @@ context. To train on each of them, write one row for each.
 
 Keys. A key whose value is null counts as missing, since datasets write null for what a row lacks.
 A key of another layout than the row's is an error, unless it is empty. Keys that only describe a
-row (METADATA) or a message (IGNORED_KEYS in prompt.py) are skipped, and so are keys of
+row (METADATA) or a message (IGNORED_MESSAGE_KEYS in prompt.py) are skipped, and so are keys of
 unsupported features (UNSUPPORTED) if they are empty; all others are errors.
 
 Media. The n-th tag of a kind stands for the n-th entry of its list; media without a tag come before
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minomni.errors import UserError, shorten
-from minomni.inputs.prompt import IGNORED_KEYS
+from minomni.inputs.prompt import IGNORED_MESSAGE_KEYS
 from minomni.inputs.source import is_uri
 
 OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video")
@@ -74,7 +74,7 @@ ROLE_NAMES = {  # roles of other programs
     "system": "system",
     "developer": "system",
 }
-MESSAGE_KEYS = IGNORED_KEYS | {"role", "content", "from", "value"}
+MESSAGE_KEYS = IGNORED_MESSAGE_KEYS | {"role", "content", "from", "value"}
 TAG = re.compile("<(image|audio|video)>")
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Of a message that is not a target: weight 0 (OpenAI), loss false (ms-swift).

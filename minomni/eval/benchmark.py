@@ -1,6 +1,6 @@
 """Latency and cost of streaming, compared with decoding speech after the whole text reply.
 
-measure() benchmarks a trained model; first_sound() measures the time to first audio of any size,
+measure() benchmarks a trained model; first_audio() measures the time to first audio of any size,
 with random weights if there are no others.
 
 The reply lasts ANSWER_S seconds: the codes that end speech are suppressed. Both sides of a ratio
@@ -52,7 +52,7 @@ LATENCY_PHASES = {
     "text": "first text token",
     "code": "first code",
     "mel": "first mel",
-    "sound": "first audio",
+    "audio": "first audio",
 }
 SCHEDULES = {
     "serving: 3 blocks, 2 back computed again, 1 ahead": RELEASE_SCHEDULE,
@@ -200,17 +200,17 @@ def measure(omni: Omni) -> Streaming:
     measured = {name: min(timing.first(name) for timing in timings) for name in LATENCY_PHASES}
     phases = {name: (predicted[name], measured[name]) for name in LATENCY_PHASES}
 
-    rows = latency_rows(offline_runs, measured["sound"])
+    rows = latency_rows(offline_runs, measured["audio"])
     rows |= cost_rows(offline_runs, streaming_runs, same_solver_runs)
     rows |= playback_rows(omni, streaming_runs)
-    ratio = predicted["sound"] / measured["sound"]
+    ratio = predicted["audio"] / measured["audio"]
     rows["prediction_ratio"] = (ratio, "predicted : measured time to first audio")
     rows["session_growth_mb"] = (
         session_memory_growth(omni),
         f"growth of memory after the first full context in {SESSION_S} s of listening",
     )
 
-    schedules = {"eager, the default of stream()": low_latency_schedule(token2wav_of(omni))}
+    schedules = {"low_latency, the default of stream()": low_latency_schedule(token2wav_of(omni))}
     schedules |= SCHEDULES
     distances = {name: distance(omni, schedule) for name, schedule in schedules.items()}
     return Streaming(rows, phases, distances)
@@ -220,8 +220,8 @@ def latency_rows(offline_runs: list, first_audio_s: float) -> Rows:
     """Time to first audio, alone and relative to an offline reply."""
     offline_s = min(seconds for seconds, _, _ in offline_runs)
     return {
-        "first_sound_ms": (1e3 * first_audio_s, "time to first audio"),
-        "first_sound_ratio": (
+        "first_audio_ms": (1e3 * first_audio_s, "time to first audio"),
+        "first_audio_ratio": (
             first_audio_s / offline_s,
             f"time to first audio : time of an offline reply of {ANSWER_S} s",
         ),
@@ -255,7 +255,7 @@ def playback_rows(omni: Omni, streaming_runs: list) -> Rows:
     codes_per_s = token2wav_of(omni).config.codes_per_second
     text_s = words * (text_times[-1] - text_times[0]) / (words - 1)
     buffer_s = text_s - words / codes_per_s
-    after_audio = [at for at in text_times if at > reply.timings.first("sound")]
+    after_audio = [at for at in text_times if at > reply.timings.first("audio")]
     return {
         **gap_rows(seconds, chunks, reply),
         "buffer_by_rule_ms": (
@@ -263,7 +263,7 @@ def playback_rows(omni: Omni, streaming_runs: list) -> Rows:
             f"buffer that a slow Thinker would need: N / r - N / R, N = {words} tokens at r a "
             f"second, R = {codes_per_s} codes a second",
         ),
-        "words_after_first_sound": (len(after_audio), "text tokens after the first audio"),
+        "words_after_first_audio": (len(after_audio), "text tokens after the first audio"),
     }
 
 
@@ -281,7 +281,7 @@ def fastest_run(runs: list) -> tuple[float, float, Any]:
     return min(runs, key=lambda run: run[0])
 
 
-def first_sound(omni: Omni) -> Rows:
+def first_audio(omni: Omni) -> Rows:
     """Time to first audio of a streamed reply and its parts, on the model's device.
 
     Raises UserError for a model that generates no speech.
@@ -289,9 +289,9 @@ def first_sound(omni: Omni) -> Rows:
     with without_eos(omni):
         chunks, _ = streamed(omni)  # also warms up
         if not chunks:
-            raise UserError("the model answers without speech; there is no first sound to wait for")
+            raise UserError("the model answers without speech; there is no first audio to wait for")
         runs = [streamed(omni) for _ in range(ROUNDS)]
-    chunks, reply = min(runs, key=lambda run: run[1].timings.times["sound"][0])
+    chunks, reply = min(runs, key=lambda run: run[1].timings.times["audio"][0])
 
     times = reply.timings.times
     code_times = times["code"]
@@ -308,14 +308,14 @@ def first_sound(omni: Omni) -> Rows:
     talker_s = median(talker_steps) if talker_steps else float("nan")
     return {
         "first_text_ms": (1e3 * times["text"][0], "time to first text token"),
-        "codes_before_sound": (needed, "codes before the first audio"),
+        "codes_before_audio": (needed, "codes before the first audio"),
         "thinker_and_talker_ms": (1e3 * both_s, "one step of both"),
         "talker_ms": (1e3 * talker_s, "one step of the Talker alone"),
-        "mel_and_sound_ms": (
-            1e3 * (times["sound"][0] - last_needed),
+        "mel_and_audio_ms": (
+            1e3 * (times["audio"][0] - last_needed),
             "from the last of those codes to the first audio",
         ),
-        "first_sound_ms": (1e3 * times["sound"][0], "time to first audio"),
+        "first_audio_ms": (1e3 * times["audio"][0], "time to first audio"),
         **gap_rows(reply.total_s, chunks, reply),
     }
 
@@ -367,7 +367,7 @@ def predict(omni: Omni, flow: FlowConfig) -> dict[str, float]:
     until["code"] = until["text"] + text_s[1] + code_s[0]
     # The decoder's setup is included in mel_s and audio_s, but is over before the first text token.
     until["mel"] = until["code"] + (first_mel_codes - 1) * step + mel_s - setup_s
-    until["sound"] = until["code"] + (needed - 1) * step + audio_s - setup_s
+    until["audio"] = until["code"] + (needed - 1) * step + audio_s - setup_s
     return until
 
 

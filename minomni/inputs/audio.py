@@ -9,27 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minomni.arguments import shown
 from minomni.config import INPUT_SAMPLE_RATE, QWEN7B
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote, shorten
 from minomni.inputs.containers import is_ogg, parts_of_stream, pcm_samples, require_whole
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
 from minomni.inputs.source import name_of, one_line_errors, open_source, to_numpy
 
 MIN_SAMPLES = INPUT_SAMPLE_RATE // 50  # samples: 20 ms or less make no audio token
 # Seconds of audio that fill the context of the largest model: 32,768 tokens, 25 per second.
-LONGEST_SECONDS = (
-    QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
-)
+MAX_AUDIO_S = QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
 SILENCE_LEVEL = 1e-3  # of full scale: speech is louder
 # Of full scale. Lossy codecs overshoot it a little, unscaled samples by a factor of thousands.
 MAX_AMPLITUDE = 8.0
-MOST_CHANNELS = 64
+MAX_CHANNELS = 64
 # Samples over all channels: 21 minutes of eight channels at 48 kHz, or of two at 192 kHz.
-MOST_SAMPLES = 2**29
-HIGHEST_RATE = 1_000_000  # Hz
+MAX_SAMPLES = 2**29
+MAX_RATE = 1_000_000  # Hz
 # Seconds. The samples before audio_start are decoded too, at 4 ms per second of stereo mp3.
-LATEST_START = 3_600
+MAX_START_S = 3_600
 # Kinds and bytes of the integers that samples may have.
 INTEGER_TYPES = {("i", 1), ("i", 2), ("i", 4), ("u", 1), ("u", 2)}
 # Samples of a flac, a day at 48 kHz. A header that says more was never finished.
@@ -37,7 +34,7 @@ UNKNOWN_FLAC = 2**32
 # ffmpeg's names of the formats of broadcasts: a recording may begin and end anywhere.
 BROADCAST = ("aac", "ac3", "mp3", "mpegts")
 # int32 samples up to here are values of at most 24 bits that were not scaled.
-MOST_UNSCALED = 1 << 23
+MAX_UNSCALED = 1 << 23
 BLOCK = 65_536  # samples of each channel that are read at once
 # Seconds. Where times and sample counts differ by more, silence is inserted or samples are dropped
 # (as ffmpeg does).
@@ -76,7 +73,7 @@ def load_audio(source: Any, options: MediaOptions = NO_OPTIONS) -> Tensor:
             timeline.add(samples, rate)
     if timeline.rate is None:
         after = f" after {start:g} s (audio_start)" if start else ""
-        raise UserError(f"{name}: holds no sound{after}; more than 20 ms are needed")
+        raise UserError(f"{name}: holds no audio{after}; more than 20 ms are needed")
     return timeline.wave()
 
 
@@ -124,9 +121,9 @@ def _seconds(value: Any, key: str, name: str) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= LATEST_START:
+    if not is_number or not 0 <= value <= MAX_START_S:
         raise UserError(
-            f"{name}: {key} is {shown(value)}; expected seconds from 0 to {LATEST_START}"
+            f"{name}: {key} is {quote(value)}; expected seconds from 0 to {MAX_START_S}"
         )
     return float(value)
 
@@ -188,7 +185,7 @@ def _decode_ogg(stream: Any, name: str) -> Iterator[Block]:
     except soundfile.SoundFileError:  # a codec that libsndfile does not know
         yield from _decode(stream, name)
         return
-    with one_line_errors(name, "not readable as sound"), file:
+    with one_line_errors(name, "not readable as audio"), file:
         while len(samples := file.read(BLOCK, dtype="float32", always_2d=True)):
             yield samples, file.samplerate, None
 
@@ -198,7 +195,7 @@ def _decode(stream: Any, name: str) -> Iterator[Block]:
     import av
 
     stream.seek(0)
-    with one_line_errors(name, "not readable as sound"), av.open(stream) as container:
+    with one_line_errors(name, "not readable as audio"), av.open(stream) as container:
         if not container.streams.audio:
             return
         format_now = None
@@ -305,7 +302,7 @@ class _Timeline:
         if self.length <= MIN_SAMPLES:
             milliseconds = self.length * 1000 / INPUT_SAMPLE_RATE
             raise UserError(
-                f"{self.name}: {milliseconds:.0f} ms of sound; more than 20 ms are needed"
+                f"{self.name}: {milliseconds:.0f} ms of audio; more than 20 ms are needed"
             )
         return torch.from_numpy(self.buffer[: self.length].copy())
 
@@ -413,7 +410,7 @@ def _of_array(source: Any, rate: Any, start: float, end: float | None, name: str
     last = None if end is None else int(end * rate)
     samples = samples[first:last]
     if start and not len(samples):
-        raise UserError(f"{name}: holds no sound after {start:g} s (audio_start)")
+        raise UserError(f"{name}: holds no audio after {start:g} s (audio_start)")
 
     # Checked before anything is computed: a broadcast array may have any length.
     _require_short(len(samples) / rate, name)
@@ -444,10 +441,10 @@ def _channels_last(source: Any, name: str) -> Any:
         samples = source[:, None]
     elif len(shape) == 2 and shape[0] < shape[1]:
         samples = source.T
-    if len(shape) not in (1, 2) or not 1 <= samples.shape[1] <= MOST_CHANNELS:
+    if len(shape) not in (1, 2) or not 1 <= samples.shape[1] <= MAX_CHANNELS:
         raise UserError(
-            f"{name}: sound of shape {shorten(shape, 60)}; expected [samples] or [samples, "
-            f"channels], at most {MOST_CHANNELS} channels"
+            f"{name}: audio of shape {shorten(shape, 60)}; expected [samples] or [samples, "
+            f"channels], at most {MAX_CHANNELS} channels"
         )
     return samples
 
@@ -469,10 +466,10 @@ def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
 
 def _require_full_range(peak: int, name: str) -> None:
     """Raise UserError for int32 samples whose peak shows that they were not scaled."""
-    if not 0 < peak <= MOST_UNSCALED:
+    if not 0 < peak <= MAX_UNSCALED:
         return
     bits = 24
-    advice = f"divide them by {MOST_UNSCALED} and give floats from -1 to 1"
+    advice = f"divide them by {MAX_UNSCALED} and give floats from -1 to 1"
     if peak <= 1 << 15:
         bits = 16
         advice = "give int16"
@@ -490,18 +487,18 @@ def _checked_rate(rate: Any, name: str) -> float:
     if isinstance(rate, (np.ndarray, np.generic, Tensor)) and rate.ndim == 0:
         rate = to_numpy(rate, name).item()
     is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if not is_number or not 1 <= rate <= HIGHEST_RATE:
+    if not is_number or not 1 <= rate <= MAX_RATE:
         raise UserError(
             f"{name}: {shorten(rate, 60)} samples per second; expected the sampling rate in Hz, "
-            f"1 to {HIGHEST_RATE}"
+            f"1 to {MAX_RATE}"
         )
     return int(rate) if rate == int(rate) else float(rate)
 
 
 def _require_short(seconds: float, name: str) -> None:
-    if seconds > LONGEST_SECONDS:
+    if seconds > MAX_AUDIO_S:
         raise UserError(
-            f"{name}: more than {LONGEST_SECONDS:.0f} s of sound; the largest model's context "
+            f"{name}: more than {MAX_AUDIO_S:.0f} s of audio; the largest model's context "
             f"holds no more, cut it into shorter ones"
         )
 
@@ -523,8 +520,8 @@ def _require_short_pcm(stream: Any, start: float, end: float | None, name: str) 
 
 
 def _require_few(count: int, name: str) -> None:
-    if count > MOST_SAMPLES:
+    if count > MAX_SAMPLES:
         raise UserError(
-            f"{name}: more than {MOST_SAMPLES} samples over all channels; convert it to 16000 Hz, "
+            f"{name}: more than {MAX_SAMPLES} samples over all channels; convert it to 16000 Hz, "
             f"mono"
         )

@@ -13,7 +13,7 @@ from minomni.inputs.source import one_line_errors
 
 # Boxes of an mp4 with next to no content, or chunks before the samples of a wav or the frames of an
 # avi.
-MOST_CHUNKS = 10_000
+MAX_CHUNKS = 10_000
 SMALL_BOX = 32  # bytes: the boxes of a video of many fragments are larger on average
 MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 MP4_CONTENT = (b"moov", b"mdat", b"moof")
@@ -59,7 +59,7 @@ def _stated_size(stream: Any, end: int, name: str) -> int:
 def _end_of_mp4(stream: Any, end: int, name: str) -> int:
     """Where the boxes of an mp4 end.
 
-    Bytes behind the last box (of a camera, of a tag) are no box and do not count.
+    Bytes behind the last box (of a camera, of a tag) are not a box and do not count.
     """
     offset = 0
     count = 0
@@ -79,7 +79,7 @@ def _end_of_mp4(stream: Any, end: int, name: str) -> int:
         seen.add(kind)
         offset += size
         count += 1
-        if count > MOST_CHUNKS and offset < SMALL_BOX * count:
+        if count > MAX_CHUNKS and offset < SMALL_BOX * count:
             raise UserError(f"{name}: its first {count} boxes hold next to nothing; copy it again")
     if {b"moov", b"mdat"} <= seen:
         return offset
@@ -93,7 +93,7 @@ def _end_of_chunks(stream: Any, end: int, order: str, name: str) -> int:
     file of which only the beginning was copied.
     """
     stream.seek(8)
-    content = "pictures" if stream.read(4) == b"AVI " else "sound"
+    content = "pictures" if stream.read(4) == b"AVI " else "audio"
     offset = 12
     count = 0
     long_size = UNKNOWN
@@ -103,10 +103,9 @@ def _end_of_chunks(stream: Any, end: int, order: str, name: str) -> int:
         if kind == bytes(4):
             raise UserError(f"{name}: holds zeros where its {content} should begin; copy it again")
         count += 1
-        if count > MOST_CHUNKS:
+        if count > MAX_CHUNKS:
             raise UserError(
-                f"{name}: more than {MOST_CHUNKS} chunks come before its {content}; convert it "
-                f"again"
+                f"{name}: more than {MAX_CHUNKS} chunks come before its {content}; convert it again"
             )
 
         # RF64 stores long sizes in a chunk ds64, and 0xffffffff in the chunks themselves.
@@ -139,7 +138,7 @@ def pcm_samples(stream: Any) -> tuple[int, int] | None:
     long_size = 0
     rate = 0
     frame_bytes = 0  # of one sample of all channels
-    for _ in range(MOST_CHUNKS):
+    for _ in range(MAX_CHUNKS):
         stream.seek(offset)
         header = stream.read(8)
         if len(header) < 8:
@@ -206,7 +205,7 @@ def _matroska_size(stream: Any) -> tuple[int, bool]:
     return value, value == marker - 1
 
 
-MOST_PARTS = 1_000
+MAX_PARTS = 1_000
 PAGE_BEGINS_STREAM = 2  # a flag of an Ogg page
 # The marker of FLAC, and the type and length of the block that must follow it.
 FLAC_HEADER = b"fLaC\0\0\0\x22"
@@ -262,10 +261,9 @@ def parts_of_stream(stream: Any, name: str) -> list:
         begins = _find_all(stream, FLAC_HEADER)
     else:
         begins = [0]
-    if len(begins) > MOST_PARTS:
+    if len(begins) > MAX_PARTS:
         raise UserError(
-            f"{name}: begins anew {len(begins)} times; expected at most {MOST_PARTS} parts, split "
-            f"it"
+            f"{name}: begins anew {len(begins)} times; expected at most {MAX_PARTS} parts, split it"
         )
     if len(begins) < 2:
         return [stream]

@@ -11,7 +11,7 @@ from minomni.errors import UserError, shorten
 from minomni.inputs.source import first_line, name_of, open_source, to_numpy
 
 # The largest phone cameras have 108 megapixels; conversions hold a few copies of 4 bytes per pixel.
-MOST_PIXELS = 120_000_000
+MAX_IMAGE_PIXELS = 120_000_000
 ORIENTATION = 0x0112  # EXIF tag: how to transpose the stored image to view it
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,9 +86,9 @@ def _converted(image: Image.Image, name: str) -> Image.Image:
 def _require_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise UserError(f"{name}: {width}x{height} pixels; expected at least one")
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_IMAGE_PIXELS:
         raise UserError(
-            f"{name}: {width}x{height} pixels; expected at most {MOST_PIXELS}, make it smaller"
+            f"{name}: {width}x{height} pixels; expected at most {MAX_IMAGE_PIXELS}, make it smaller"
         )
 
 

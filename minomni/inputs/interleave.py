@@ -41,9 +41,9 @@ def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
 
 
 def interleave(
-    seconds: Tensor, num_audio_tokens: int, config: ThinkerConfig
+    seconds: Tensor, audio_tokens: int, config: ThinkerConfig
 ) -> list[tuple[str, int, int]]:
-    """Seconds [t] of the grid steps and the number of audio tokens -> segments in sequence order.
+    """Seconds [t] of the grid steps and number of audio tokens -> segments in sequence order.
 
     A segment is (kind, begin, end). For kind "video", begin and end are indices of grid steps, each
     of which has rows * columns tokens; for kind "audio", indices of audio tokens. No segment is
@@ -52,7 +52,7 @@ def interleave(
     ids_per_second = config.position_id_per_seconds
     ids_per_chunk = config.seconds_per_chunk * ids_per_second
     video_chunks = chunk_bounds(video_times(seconds, ids_per_second), ids_per_chunk)
-    audio_chunks = chunk_bounds(torch.arange(num_audio_tokens), ids_per_chunk)
+    audio_chunks = chunk_bounds(torch.arange(audio_tokens), ids_per_chunk)
 
     segments = []
     for video_chunk, audio_chunk in zip_longest(video_chunks, audio_chunks, fillvalue=(0, 0)):

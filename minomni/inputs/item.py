@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minomni.arguments import shown
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.options import NO_OPTIONS, MediaOptions, options_of, with_article
 from minomni.inputs.source import decode_base64
 
@@ -27,7 +26,7 @@ SOURCE_KEYS = {
     "text": ("text",),
 }
 # Keys that other programs write and that could not change a reply here.
-IGNORED_KEYS = frozenset(
+IGNORED_ITEM_KEYS = frozenset(
     (
         "type",
         "annotations",
@@ -49,15 +48,15 @@ class Item:
     """One content item of a message."""
 
     kind: str  # image, audio, video or text
-    source: Any  # a text, or anything that the loader of this kind reads
+    source: Any  # a string, or anything that the loader of this kind reads
     options: MediaOptions = NO_OPTIONS
 
 
 def parse_item(item: dict) -> Item:
     """A content item as users write it -> Item. A key whose value is None counts as absent.
 
-    Raises UserError for an item that is no dictionary, has no type or an unknown one, more than one
-    source, or an unknown key.
+    Raises UserError for an item that is not a dictionary, has no type or an unknown one, more than
+    one source, or an unknown key.
     """
     if not isinstance(item, dict):
         raise UserError(
@@ -71,7 +70,7 @@ def parse_item(item: dict) -> Item:
     # The remaining keys are options.
     given = {}
     for key, value in item.items():
-        if key != source_key and key not in IGNORED_KEYS:
+        if key != source_key and key not in IGNORED_ITEM_KEYS:
             given[key] = value
     other_kinds = sorted(key for key in given if key in KIND_OF_TYPE)
     if other_kinds:
@@ -83,15 +82,6 @@ def parse_item(item: dict) -> Item:
     return Item(kind, source, options_of(kind, given))
 
 
-def kind_and_source(item: dict) -> tuple[str, Any]:
-    """The kind of a content item (image, audio, video or text) and its source.
-
-    Raises UserError as parse_item.
-    """
-    parsed = parse_item(item)
-    return parsed.kind, parsed.source
-
-
 def _kind(item: dict) -> str:
     """The kind by the type, or, where there is none, by the first source key."""
     kind = None
@@ -100,7 +90,7 @@ def _kind(item: dict) -> str:
     elif isinstance(item["type"], str):
         kind = KIND_OF_TYPE.get(item["type"])
     if kind is None:
-        of_type = f" of type {shown(item['type'])}" if "type" in item else ""
+        of_type = f" of type {quote(item['type'])}" if "type" in item else ""
         raise UserError(
             f"a content item{of_type} has the keys {listed(item)}; expected one of image, audio, "
             f"video, text"
@@ -134,7 +124,7 @@ def _source(kind: str, key: str, value: Any) -> Any:
     """The value of a source key, without the dictionary that OpenAI's clients put around it."""
     if kind == "text":
         if not isinstance(value, str):
-            raise UserError(f"a text item holds {shown(value)}; expected a text")
+            raise UserError(f"a text item holds {quote(value)}; expected a string")
         return value
     inner_key = "data" if key == "input_audio" else "url"
     if isinstance(value, dict):
@@ -145,7 +135,7 @@ def _source(kind: str, key: str, value: Any) -> Any:
     if is_base64 and not value.startswith("data:"):
         return _decoded(value, key)
     if key == "path" and not isinstance(value, (str, Path)):
-        raise UserError(f"path is a {type(value).__name__}; expected a text")
+        raise UserError(f"path is a {type(value).__name__}; expected a string")
     return value
 
 
@@ -153,8 +143,8 @@ def _unwrapped(wrapper: dict, key: str, inner_key: str) -> Any:
     """The value of inner_key. Raises UserError for other keys in the dictionary under `key`."""
     wrapper = {name: value for name, value in wrapper.items() if value is not None}
     for name in wrapper:
-        if name != inner_key and name not in IGNORED_KEYS:
-            raise UserError(f"{key} has the unknown key {shown(name)}; expected {inner_key}")
+        if name != inner_key and name not in IGNORED_ITEM_KEYS:
+            raise UserError(f"{key} has the unknown key {quote(name)}; expected {inner_key}")
     if inner_key not in wrapper:
         raise UserError(f"{key} has the keys {listed(wrapper)}; expected {inner_key}")
     return wrapper[inner_key]
@@ -169,6 +159,6 @@ def _decoded(text: str, key: str) -> bytes:
 
 def listed(keys: Iterable) -> str:
     """The first eight keys, which may have any type, sorted by their spelling."""
-    spellings = sorted(shown(key) for key in keys)
+    spellings = sorted(quote(key) for key in keys)
     more = ", ..." if len(spellings) > 8 else ""
     return f"[{', '.join(spellings[:8])}{more}]"

@@ -20,6 +20,7 @@ HOP = INPUT_SAMPLE_RATE // MEL_RATE  # samples per mel frame
 # Of the audio encoder: 25 ms window.
 LOG_FFT = 400
 LOG_BANDS = 128
+DYNAMIC_RANGE = 8.0  # log10 power below the peak at which normalize_log_mel() clips: 80 dB
 
 # Of speech synthesis: 40 ms window.
 VOICE_FFT = 1024
@@ -93,11 +94,11 @@ def log_power(wave: Tensor) -> Tensor:
 
 
 def normalize_log_mel(power: Tensor, peak: Tensor) -> Tensor:
-    """log_power() -> cut off 8 (80 dB) below `peak`, the maximum of the clip, and scaled.
+    """log_power() -> clipped DYNAMIC_RANGE below `peak`, the maximum of the clip, and scaled.
 
     The result lies between about -1 and 1.
     """
-    return (torch.maximum(power, peak - 8.0) + 4.0) / 4.0
+    return (torch.maximum(power, peak - DYNAMIC_RANGE) + 4.0) / 4.0
 
 
 def log_mel(wave: Tensor) -> Tensor:

@@ -6,23 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from minomni.arguments import shown
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 
-SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # Which frames of a video file are sampled.
-SAMPLING = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
+SAMPLING_OPTIONS = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
 KEYS_OF = {
     "text": (),
-    "image": SIZES,
+    "image": SIZE_OPTIONS,
     "audio": ("audio_start", "audio_end"),
-    "video": ("fps", *SAMPLING, *SIZES, "total_pixels", "sample_fps", "use_audio_in_video"),
+    "video": (
+        "fps",
+        *SAMPLING_OPTIONS,
+        *SIZE_OPTIONS,
+        "total_pixels",
+        "sample_fps",
+        "use_audio_in_video",
+    ),
 }
 MAY_BE_NEGATIVE = ("video_start", "video_end")  # times before the beginning
 # With a negative audio_start, qwen-omni-utils fails for files and counts arrays from their end.
 # Here it is refused for both.
 MAY_BE_ZERO = ("audio_start",)
-LARGEST = 1e12  # of every number: far beyond any use, and safe to calculate with
+MAX_NUMBER = 1e12  # of every number: far beyond any use, and safe to calculate with
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ NO_OPTIONS = MediaOptions()
 def options_of(kind: str, given: dict) -> MediaOptions:
     """The keys of one content item besides its source, none of them None -> its options.
 
-    Raises UserError for a key that this kind of item does not have, for values that are no number,
-    and for keys that contradict each other (as qwen-omni-utils does).
+    Raises UserError for a key that this kind of item does not have, for values that are not
+    numbers, and for keys that contradict each other (as qwen-omni-utils does).
     """
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -89,13 +95,13 @@ def _require_known(key: object, kind: str) -> None:
     known = "it has no options"
     if KEYS_OF[kind]:
         known = f"it may have {', '.join(KEYS_OF[kind])}"
-    raise UserError(f"{with_article(kind)} item has the unknown key {shown(key)}; {known}")
+    raise UserError(f"{with_article(kind)} item has the unknown key {quote(key)}; {known}")
 
 
 def _flag(key: str, value: object) -> bool:
     """A bool of Python or numpy as Python's own. Raises UserError for other values."""
     if not isinstance(value, (bool, np.bool_)):
-        raise UserError(f"{key} is {shown(value)}; expected true or false")
+        raise UserError(f"{key} is {quote(value)}; expected true or false")
     return bool(value)
 
 
@@ -105,13 +111,13 @@ def _number(key: str, value) -> int | float:
     Raises UserError for a value that is not finite, or too low for its key.
     """
     is_number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
-    if not is_number or not abs(value) <= LARGEST:  # NaN fails the comparison
-        raise UserError(f"{key} is {shown(value)}; expected a number of at most {LARGEST:.0e}")
+    if not is_number or not abs(value) <= MAX_NUMBER:  # NaN fails the comparison
+        raise UserError(f"{key} is {quote(value)}; expected a number of at most {MAX_NUMBER:.0e}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if key in MAY_BE_ZERO and number < 0:
-        raise UserError(f"{key} is {shown(value)}; expected a number that is not below zero")
+        raise UserError(f"{key} is {quote(value)}; expected a number that is not below zero")
     if number <= 0 and key not in (*MAY_BE_NEGATIVE, *MAY_BE_ZERO):
-        raise UserError(f"{key} is {shown(value)}; expected a number above zero")
+        raise UserError(f"{key} is {quote(value)}; expected a number above zero")
     return number
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minomni.config import MediaConfig, VisionEncoderConfig
 from minomni.errors import UserError
-from minomni.inputs.options import NO_OPTIONS, SIZES, MediaOptions
+from minomni.inputs.options import NO_OPTIONS, SIZE_OPTIONS, MediaOptions
 
 # CLIP's, which the release keeps.
 CHANNEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -87,7 +87,7 @@ def image_size(
             min_pixels = options.min_pixels
         if options.max_pixels is not None:
             max_pixels = options.max_pixels
-    at_least_a_cell = bool(options.given(SIZES))
+    at_least_a_cell = bool(options.given(SIZE_OPTIONS))
     return smart_resize(height, width, cell, min_pixels, max_pixels, name, at_least_a_cell)
 
 
@@ -121,7 +121,7 @@ def frame_size(
     max_pixels = max(share, int(min_pixels * MIN_FRAME_FACTOR))
     if options.max_pixels is not None:
         max_pixels = min(options.max_pixels, max_pixels)
-    at_least_a_cell = bool(options.given((*SIZES, "total_pixels")))
+    at_least_a_cell = bool(options.given((*SIZE_OPTIONS, "total_pixels")))
     return smart_resize(height, width, cell, min_pixels, max_pixels, name, at_least_a_cell)
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minomni.arguments import shown
 from minomni.config import OmniConfig
-from minomni.errors import UserError
-from minomni.inputs.interleave import chunk_bounds, interleave, video_times
-from minomni.inputs.item import Item, kind_and_source, parse_item
+from minomni.errors import UserError, quote
+from minomni.inputs.interleave import interleave
+from minomni.inputs.item import Item, parse_item
 from minomni.inputs.media import load_audio, load_image, load_video, name_of
 from minomni.inputs.mel import log_mel, num_audio_tokens
 from minomni.inputs.patches import (
@@ -25,23 +24,10 @@ from minomni.inputs.patches import (
 )
 from minomni.inputs.tokenizer import Tokenizer, special_tokens, valid_unicode
 
-__all__ = [
-    "DEFAULT_SYSTEM",
-    "Inputs",
-    "Processor",
-    "chunk_bounds",
-    "collate",
-    "kind_and_source",
-    "checked_messages",
-    "chat_parts",
-    "render",
-    "video_times",
-]
-
 ROLES = ("system", "user", "assistant")
 SAME_ROLE = {"developer": "system"}  # OpenAI's newer name
 # Keys of a message that other programs write and that could not change a reply here.
-IGNORED_KEYS = frozenset(
+IGNORED_MESSAGE_KEYS = frozenset(
     ("annotations", "date", "id", "loss", "metadata", "name", "refusal", "timestamp", "weight")
 )
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -87,12 +73,12 @@ class _Media:
 def checked_messages(messages: list[dict]) -> list[dict]:
     """Messages as users write them -> the same with role and content alone.
 
-    Developer messages become system messages. A content is a text or a list of items; the items are
-    not checked here. Raises UserError for everything else.
+    Developer messages become system messages. A content is a string or a list of items; the items
+    are not checked here. Raises UserError for everything else.
     """
     if not isinstance(messages, (list, tuple)):
         raise UserError(
-            f"messages is {shown(messages)}; expected a list of dictionaries, such as "
+            f"messages is {quote(messages)}; expected a list of dictionaries, such as "
             f"[{{'role': 'user', 'content': 'hello'}}]"
         )
     return [_message(message, number) for number, message in enumerate(messages, 1)]
@@ -102,21 +88,21 @@ def _message(message: dict, number: int) -> dict:
     """One checked message; number counts from 1."""
     if not isinstance(message, dict):
         raise UserError(
-            f"message {number} is {shown(message)}; expected a dictionary with role and content"
+            f"message {number} is {quote(message)}; expected a dictionary with role and content"
         )
     message = {key: value for key, value in message.items() if value is not None}
     role = _role(message.get("role"))
 
     for key, value in message.items():
         is_empty = isinstance(value, (list, dict)) and not value
-        if key not in ("role", "content") and key not in IGNORED_KEYS and not is_empty:
+        if key not in ("role", "content") and key not in IGNORED_MESSAGE_KEYS and not is_empty:
             raise UserError(
-                f"a message has the unknown key {shown(key)}; expected role and content"
+                f"a message has the unknown key {quote(key)}; expected role and content"
             )
     content = message.get("content", "")
     if not isinstance(content, (str, list, tuple)):
         raise UserError(
-            f"the content of a message is {shown(content)}; expected a text or a list of items"
+            f"the content of a message is {quote(content)}; expected a string or a list of items"
         )
     return {"role": role, "content": content}
 
@@ -131,7 +117,7 @@ def _role(role: object) -> str:
     if isinstance(role, str):
         role = SAME_ROLE.get(role, role)
     if role not in ROLES:
-        raise UserError(f"unknown role {shown(role)}; roles are {', '.join(ROLES)}")
+        raise UserError(f"unknown role {quote(role)}; roles are {', '.join(ROLES)}")
     return role
 
 
@@ -141,7 +127,7 @@ def chat_parts(
     add_vision_id: bool = False,
     add_audio_id: bool = False,
 ) -> list[str | Item]:
-    """The release's ChatML as a list of texts and media items, in reading order.
+    """The release's ChatML as a list of strings and media items, in reading order.
 
     A conversation that does not begin with a system message gets the template's default. Raises
     UserError for wrong messages, unknown roles and unknown items.
@@ -170,14 +156,14 @@ def chat_parts(
 
 
 def _items_of(content: str | list) -> list[Item]:
-    """The items of one message; a text is one item."""
+    """The items of one message; a string is one item."""
     if isinstance(content, str):
         return [Item("text", content)]
     return [parse_item(item) for item in content]
 
 
 def _joined_texts(parts: list[str | Item]) -> list[str | Item]:
-    """The parts with adjacent texts joined, since a token may reach across their border."""
+    """The parts with adjacent strings joined, since a token may reach across their border."""
     joined: list[str | Item] = []
     for part in parts:
         if joined and isinstance(part, str) and isinstance(joined[-1], str):
@@ -195,8 +181,8 @@ def render(
 ) -> str:
     """Messages -> the release's ChatML text, with one placeholder per image, audio and video."""
     parts = chat_parts(messages, add_generation_prompt, add_vision_id, add_audio_id)
-    texts = [part if isinstance(part, str) else PLACEHOLDERS[part.kind] for part in parts]
-    return "".join(texts)
+    strings = [part if isinstance(part, str) else PLACEHOLDERS[part.kind] for part in parts]
+    return "".join(strings)
 
 
 class Processor:
@@ -233,7 +219,7 @@ class Processor:
         """
         if not isinstance(conversations, (list, tuple)) or not conversations:
             raise UserError(
-                f"the conversations are {shown(conversations)}; expected a list of at least one, "
+                f"the conversations are {quote(conversations)}; expected a list of at least one, "
                 f"each a list of messages"
             )
         rows = []
@@ -282,9 +268,9 @@ class Processor:
     def encode(self, text: str) -> list[int]:
         """Text -> token ids.
 
-        Unpaired surrogates, which are no characters, become U+FFFD. Raises UserError for tokens of
-        media in the text, since positions and features would no longer match them, and for texts
-        that cannot fit into the context: those are refused before they are tokenized.
+        Unpaired surrogates, which are not characters, become U+FFFD. Raises UserError for tokens of
+        media in the text, since positions and features would no longer match them, and for text
+        that cannot fit into the context: it is refused before it is tokenized.
         """
         text = valid_unicode(text)
         if len(text) > self.context and self._cannot_fit(text):

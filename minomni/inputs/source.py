@@ -18,15 +18,15 @@ from torch import Tensor
 
 from minomni.errors import UserError, shorten
 
-LONGEST_NAME = 120  # characters of a path in a message
-LONGEST_REASON = 160  # characters of a library's error message
+MAX_NAME_LENGTH = 120  # characters of a path in a message
+MAX_REASON_LENGTH = 160  # characters of a library's error message
 DATA_URI = re.compile("data:", re.IGNORECASE)
 FILE_URI = re.compile("file:/", re.IGNORECASE)
 WEB_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def is_uri(text: str) -> bool:
-    """Whether a text is a data: URI, a file: URI or a web address, and no plain path."""
+    """Whether a string is a data: URI, a file: URI or a web address instead of a plain path."""
     return any(pattern.match(text) for pattern in (DATA_URI, FILE_URI, WEB_ADDRESS))
 
 
@@ -139,7 +139,7 @@ def _bytes_of_data_uri(uri: str, name: str) -> bytes:
 def decode_base64(text: str) -> bytes:
     """Base64 in the standard or the URL alphabet, with or without padding -> the bytes.
 
-    Raises ValueError for other texts.
+    Raises ValueError for other strings.
     """
     text = re.sub(r"\s", "", text).rstrip("=")
     text = text.replace("-", "+").replace("_", "/")
@@ -181,7 +181,7 @@ def to_numpy(source: Any, name: str) -> np.ndarray:
 
     bfloat16 and float16 tensors become float32. Values are copied only where needed, but check the
     shape before anything is computed from a huge array. Raises UserError for tensors without values
-    (meta), and for sources that are no array of numbers.
+    (meta), and for sources that are not arrays of numbers.
     """
     try:
         array = _numpy(source) if isinstance(source, Tensor) else np.asarray(source)
@@ -241,7 +241,7 @@ def name_of(source: Any, kind: str) -> str:
         source = None
     if not isinstance(source, str) or DATA_URI.match(source):
         return f"the {kind} given"
-    return shorten(source, LONGEST_NAME) or "an empty path"
+    return shorten(source, MAX_NAME_LENGTH) or "an empty path"
 
 
 def first_line(error: Exception) -> str:
@@ -250,4 +250,4 @@ def first_line(error: Exception) -> str:
         return "no known format"
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     line = lines[0] if lines else type(error).__name__
-    return shorten(line, LONGEST_REASON)
+    return shorten(line, MAX_REASON_LENGTH)

@@ -10,17 +10,9 @@ from pathlib import Path
 import regex
 
 from minomni.config import TokenIds
-from minomni.errors import UserError, shorten
+from minomni.errors import UserError, quote_json, short_path, shorten
 from minomni.files import write_atomically
-from minomni.model_files import (
-    MAX_JSON_BYTES,
-    check_file,
-    is_pointer,
-    os_reason,
-    quote,
-    read_json_object,
-    shown_path,
-)
+from minomni.model_files import MAX_JSON_BYTES, check_file, is_pointer, os_reason, read_json_object
 
 # How the release splits text into words before merging: contractions, letters, single digits,
 # punctuation, line breaks, spaces.
@@ -32,8 +24,8 @@ WORDS = regex.compile(
 # No script puts so many combining marks on a letter, and normalizing n of them takes O(n^2) time.
 TOO_MANY_MARKS = regex.compile(r"\p{M}{101,}")
 # The release has 151,643 ordinary and 22 added tokens.
-MOST_TOKENS = 500_000
-MOST_ADDED = 10_000
+MAX_TOKENS = 500_000
+MAX_ADDED_TOKENS = 10_000
 
 
 def _byte_letters() -> dict[int, str]:
@@ -140,7 +132,7 @@ class Tokenizer:
         following = list(range(1, end + 1))
 
         def rank_at(left: int) -> int | None:
-            """The rank of the pair that begins with piece `left`; None if it is no merge."""
+            """The rank of the pair that begins with piece `left`; None if it is not a merge."""
             if left < 0 or following[left] >= end:
                 return None
             return self.ranks.get((pieces[left], pieces[following[left]]))
@@ -241,7 +233,7 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{shown_path(folder)}: its tokenizer files hold no byte-level BPE "
+                f"{short_path(folder)}: its tokenizer files hold no byte-level BPE "
                 f"({shorten(why, 200)})"
             ) from None
 
@@ -252,8 +244,8 @@ class Tokenizer:
         if differing:
             tokens = {token for token, _ in differing}
             raise UserError(
-                f"{shown_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, "
-                f"first {quote(_spell(min(tokens)))}; use files of one model"
+                f"{short_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, "
+                f"first {quote_json(_spell(min(tokens)))}; use files of one model"
             )
         return tokenizer
 
@@ -304,7 +296,7 @@ def _read_files(folder: Path) -> Files:
         return _read_single_file(single_file)
     if not merges_file.exists():
         raise UserError(
-            f"{shown_path(folder)}: no tokenizer here; expected vocab.json with merges.txt, or "
+            f"{short_path(folder)}: no tokenizer here; expected vocab.json with merges.txt, or "
             f"tokenizer.json"
         )
     vocab_file = folder / "vocab.json"
@@ -319,10 +311,10 @@ def _read_merges(file: Path) -> list:
     """The merges in a merges.txt."""
     check_file(file, MAX_JSON_BYTES)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n", MOST_TOKENS + 1)
+        lines = file.read_text(encoding="utf-8").split("\n", MAX_TOKENS + 1)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{shown_path(file)}: cannot be read ({os_reason(error)}); copy it again"
+            f"{short_path(file)}: cannot be read ({os_reason(error)}); copy it again"
         ) from None
     merges = [line for line in lines if line and not line.startswith("#version")]
     return _checked_merges(merges, file)
@@ -335,21 +327,22 @@ def _read_single_file(file: Path) -> Files:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocab, dict) or "merges" not in model:
         raise UserError(
-            f"{shown_path(file)}: holds no byte-level BPE: model with vocab and merges; use the "
+            f"{short_path(file)}: holds no byte-level BPE: model with vocab and merges; use the "
             f"release's file"
         )
     entries = data.get("added_tokens", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(
-            f"{shown_path(file)}: 'added_tokens' is {quote(entries)}, expected a list of objects"
+            f"{short_path(file)}: 'added_tokens' is {quote_json(entries)}, expected a list of "
+            "objects"
         )
     added = {}
     for entry in entries:
         name = entry.get("content")
         if not isinstance(name, str):
             raise UserError(
-                f"{shown_path(file)}: an added token is {quote(entry)}, expected an object with "
-                f"content and id"
+                f"{short_path(file)}: an added token is {quote_json(entry)}, expected an object "
+                "with content and id"
             )
         added[name] = entry.get("id")
 
@@ -368,47 +361,47 @@ def _read_json(path: Path) -> dict:
 
 
 def _checked_merges(merges: list, file: Path) -> list:
-    """Merges as pairs of texts: each is a pair already, or a line "left right".
+    """Merges as pairs of strings: each is a pair already, or a line "left right".
 
     Raises UserError for others, and for too many.
     """
-    if not isinstance(merges, list) or len(merges) > MOST_TOKENS:
+    if not isinstance(merges, list) or len(merges) > MAX_TOKENS:
         raise UserError(
-            f"{shown_path(file)}: its merges are {quote(merges)}, expected a list of at most "
-            f"{MOST_TOKENS:,}"
+            f"{short_path(file)}: its merges are {quote_json(merges)}, expected a list of at most "
+            f"{MAX_TOKENS:,}"
         )
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(pairs, 1):
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or not all(isinstance(part, str) for part in pair):
             raise UserError(
-                f"{shown_path(file)}: holds no byte-level BPE: merge {number} is "
-                f"{quote(merges[number - 1])}, expected two tokens"
+                f"{short_path(file)}: holds no byte-level BPE: merge {number} is "
+                f"{quote_json(merges[number - 1])}, expected two tokens"
             )
     return pairs
 
 
 def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
     """A vocabulary with valid ids. Raises UserError that names the first invalid one."""
-    if len(vocab) > MOST_TOKENS:
+    if len(vocab) > MAX_TOKENS:
         raise UserError(
-            f"{shown_path(file)}: has {len(vocab):,} tokens, expected at most {MOST_TOKENS:,}"
+            f"{short_path(file)}: has {len(vocab):,} tokens, expected at most {MAX_TOKENS:,}"
         )
     for token, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
             raise UserError(
-                f"{shown_path(file)}: the id of {quote(token)} is {quote(i)}, expected a whole "
-                f"number from 0"
+                f"{short_path(file)}: the id of {quote_json(token)} is {quote_json(i)}, expected a "
+                "whole number from 0"
             )
     return vocab
 
 
 def _checked_added(added: dict, file: Path) -> dict[str, int]:
     """Added tokens with valid names and ids. Raises UserError for others, and for too many."""
-    if len(added) > MOST_ADDED or "" in added:
+    if len(added) > MAX_ADDED_TOKENS or "" in added:
         raise UserError(
-            f"{shown_path(file)}: has {len(added):,} added tokens, expected at most "
-            f"{MOST_ADDED:,}, none of them empty"
+            f"{short_path(file)}: has {len(added):,} added tokens, expected at most "
+            f"{MAX_ADDED_TOKENS:,}, none of them empty"
         )
     return _checked_vocab(added, file)
 
@@ -416,7 +409,7 @@ def _checked_added(added: dict, file: Path) -> dict[str, int]:
 def valid_unicode(text: str) -> str:
     """The text with surrogate pairs joined and unpaired surrogates replaced by U+FFFD.
 
-    Truncated texts and file names contain unpaired ones.
+    Truncated strings and file names contain unpaired ones.
     """
     try:
         text.encode()

@@ -22,13 +22,13 @@ from minomni.errors import UserError, shorten
 from minomni.inputs.audio import audio_track
 from minomni.inputs.containers import require_whole
 from minomni.inputs.image import load_image
-from minomni.inputs.options import NO_OPTIONS, SAMPLING, SIZES, MediaOptions
+from minomni.inputs.options import NO_OPTIONS, SAMPLING_OPTIONS, SIZE_OPTIONS, MediaOptions
 from minomni.inputs.patches import frame_size, smart_resize
 from minomni.inputs.source import name_of, one_line_errors, open_source
 
 # Pixels of one frame. 8K television has 33 million, and a decoder holds up to 16 frames.
-MOST_PIXELS = 36_000_000
-LONGEST = 1_000_000  # seconds of a video; a header or a rate that says more is broken
+MAX_FRAME_PIXELS = 36_000_000
+MAX_VIDEO_S = 1_000_000  # seconds of a video; a header or a rate that says more is broken
 # Seconds that a frame of a video of constant rate may be off its time. Matroska rounds to 1 ms.
 STEADY = 0.0015
 # Seconds that the time has to fall for a new recording to begin. In avi files, single frames are
@@ -124,14 +124,14 @@ def load_video(
             clip = _decode_video(stream, with_audio, request)
 
     length = float(clip.seconds[-1] - clip.seconds[0])
-    if not torch.isfinite(clip.seconds).all() or not length < LONGEST:
+    if not torch.isfinite(clip.seconds).all() or not length < MAX_VIDEO_S:
         raise UserError(
-            f"{name}: lasts {length:.3g} s by its times; expected less than {LONGEST} s, its times "
-            f"or its rate are wrong"
+            f"{name}: lasts {length:.3g} s by its times; expected less than {MAX_VIDEO_S} s, its "
+            "times or its rate are wrong"
         )
     if with_audio and clip.wave is None:
         raise UserError(
-            f"{name}: has no sound track, and use_audio_in_video asks for one; switch it off, or "
+            f"{name}: has no audio track, and use_audio_in_video asks for one; switch it off, or "
             f"set it in each video item"
         )
     return clip
@@ -239,11 +239,11 @@ def _checked_clip(clip: Clip, request: _Request) -> Clip:
         raise UserError(
             f"{name}: expected a Clip whose wave is a float tensor [samples] at 16 kHz, or None"
         )
-    request.refuse(("fps", "sample_fps", *SAMPLING), "a Clip")
+    request.refuse(("fps", "sample_fps", *SAMPLING_OPTIONS), "a Clip")
     if not clip.sized:
         return clip
 
-    given = request.options.given((*SIZES, "total_pixels"))
+    given = request.options.given((*SIZE_OPTIONS, "total_pixels"))
     if given:
         raise UserError(
             f"{name}: {given[0]} is for frames that are to be resized, and this is a Clip with "
@@ -283,7 +283,7 @@ def _given_frames(source: Any, request: _Request) -> Clip:
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (Real, np.bool_)):
         source, rate = source
         request.refuse(("fps", "sample_fps"), "(frames, fps)")
-    request.refuse(SAMPLING, "a number of frames")
+    request.refuse(SAMPLING_OPTIONS, "a number of frames")
     rate = _checked_fps(rate, request.name)
 
     is_list = isinstance(source, (list, tuple))
@@ -383,10 +383,10 @@ def _listed_size(image: Image.Image, request: _Request) -> tuple[int, int]:
 
 
 def _require_pixels(height: int, width: int, name: str) -> None:
-    if height * width > MOST_PIXELS:
+    if height * width > MAX_FRAME_PIXELS:
         raise UserError(
-            f"{name}: frames of {width}x{height} pixels; expected at most {MOST_PIXELS} pixels, "
-            f"make them smaller"
+            f"{name}: frames of {width}x{height} pixels; expected at most {MAX_FRAME_PIXELS} "
+            "pixels, make them smaller"
         )
 
 
@@ -439,7 +439,7 @@ def _opened(stream: Any, name: str) -> Iterator[Any]:
     """The container in a stream. Raises UserError if it holds no video, or frames too large."""
     import av
 
-    limit = {"max_pixels": str(MOST_PIXELS)}  # checked before a decoder allocates memory
+    limit = {"max_pixels": str(MAX_FRAME_PIXELS)}  # checked before a decoder allocates memory
     stream.seek(0)
     with av.open(stream, options=limit) as container:
         if not container.streams.video or container.format.name in TEXT_FORMATS:
@@ -475,7 +475,7 @@ def _refuse_long_video(stream: Any, request: _Request) -> None:
             if packet.pts is not None:
                 times.append(float(packet.pts * packet.time_base))
     times.sort()
-    if len(times) < 2 or not times[-1] > times[0] or request.options.given(SAMPLING):
+    if len(times) < 2 or not times[-1] > times[0] or request.options.given(SAMPLING_OPTIONS):
         return
     rate = (len(times) - 1) / (times[-1] - times[0])
     n = len(sample_indices(len(times), rate, request.media, request.options))

@@ -120,7 +120,7 @@ def _mismatch(answer: Any, expected: Any) -> str:
 
 
 def _has_text(x: Any) -> bool:
-    """Whether x is a text or a nested list that holds one."""
+    """Whether x is a string or a nested list that holds one."""
     if isinstance(x, (list, tuple)):
         return any(map(_has_text, x))
     return isinstance(x, str)

@@ -26,7 +26,7 @@ class Player(anywidget.AnyWidget):
 
 
 def play(
-    pieces: Iterable[TextChunk | AudioChunk | ReplyDone],
+    events: Iterable[TextChunk | AudioChunk | ReplyDone],
 ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
     """Pass on the events of a reply and play each audio chunk as it comes, if a person is watching.
 
@@ -36,7 +36,7 @@ def play(
     player = Player() if is_interactive() else None
     if player:
         display(player)
-    for event in pieces:
+    for event in events:
         if player and isinstance(event, AudioChunk):
             player.feed(event.wave, event.sample_rate)
         if player and isinstance(event, ReplyDone):

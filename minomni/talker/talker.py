@@ -22,7 +22,7 @@ from minomni.config import IGNORE_INDEX, SamplingConfig, TalkerConfig, TokenIds
 from minomni.decoder import Decoder, next_position
 from minomni.kv_cache import KVCache
 from minomni.layers import init_weights
-from minomni.sampling import Generators, sample
+from minomni.sampling import Generators, cut_at_stop, sample
 from minomni.thinker.thinker import ThinkerOutput
 
 
@@ -65,21 +65,28 @@ def reply_embeds(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
     return torch.cat((states, end[None], pad[None]))
 
 
-def talker_inputs(
-    reply: ThinkerOutput, voices: list[int], tokens: TokenIds, table: nn.Embedding
-) -> TalkerInputs:
-    """The Talker's inputs for a reply.
+def special_embeds(
+    tokens: TokenIds, voices: list[int], table: nn.Embedding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings of the Talker's special tokens: text end [E], text pad [E] and the voices [B, E].
 
     voices: token id of the voice of each row; table: the Thinker's embedding table.
     """
     ids = [tokens.tts_text_end, tokens.tts_text_pad, *voices]
-    embeds = table(torch.tensor(ids, device=table.weight.device))
-    end, pad, *voice_embeds = embeds  # [E] each
+    embeds = table(torch.tensor(ids, device=table.weight.device)).detach()
+    return embeds[0], embeds[1], embeds[2:]
+
+
+def talker_inputs(
+    reply: ThinkerOutput, voices: list[int], tokens: TokenIds, table: nn.Embedding
+) -> TalkerInputs:
+    """The Talker's inputs for a reply; voices and table as in special_embeds()."""
+    end, pad, voice_embeds = special_embeds(tokens, voices, table)
     return TalkerInputs(
         prompt=reply.prompt_hidden + reply.prompt_text_embeds,
         position_ids=reply.position_ids,
         attention_mask=reply.attention_mask,
-        voice=torch.stack(voice_embeds),
+        voice=voice_embeds,
         reply_embeds=[reply_embeds(states, end, pad) for states in reply.reply_states],
     )
 
@@ -174,8 +181,9 @@ class Talker(nn.Module):
         return ids[(ids == self.config.codec_bos) | outside]
 
     def is_stop(self, ids: Tensor) -> Tensor:
-        """Which ids end speech: codec_pad and codec_eos."""
-        return (ids == self.config.codec_pad) | (ids == self.config.codec_eos)
+        """Which ids end speech."""
+        pad, eos = self.config.stop_codes
+        return (ids == pad) | (ids == eos)
 
     @torch.no_grad()
     def steps(
@@ -226,14 +234,7 @@ class Talker(nn.Module):
         A row without text has none.
         """
         steps = list(self.steps(inputs, sampling, num_codes, generator))
-        if not steps:
-            return [torch.zeros(0, dtype=torch.long) for _ in inputs.reply_embeds]
-        rows = torch.stack(steps, dim=1)  # [B, n]
-        codes = []
-        for row, stops in zip(rows, self.is_stop(rows), strict=True):
-            length = int(stops.long().argmax()) if stops.any() else len(row)
-            codes.append(row[:length])
-        return codes
+        return cut_at_stop(steps, len(inputs.reply_embeds), self.config.stop_codes)
 
     def teacher_forced(
         self, inputs: TalkerInputs, codes: list[Tensor]

@@ -15,7 +15,7 @@ from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
 from minomni.kv_cache import KVCache
 from minomni.layers import init_weights
-from minomni.sampling import Generators, sample
+from minomni.sampling import Generators, cut_at_stop, sample
 from minomni.thinker.audio_encoder import AudioEncoder
 from minomni.thinker.tmrope import position_ids as tmrope_ids
 from minomni.thinker.vision_encoder import VisionEncoder
@@ -147,22 +147,22 @@ class Thinker(nn.Module):
 
     @torch.no_grad()
     def steps(
-        self, prompt: PrefillState, sampling: SamplingConfig, generator: Generators = None
+        self, prefill: PrefillState, sampling: SamplingConfig, generator: Generators = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Generate a reply token by token; extends the cache of the prompt.
+        """Generate a reply token by token; extends the cache of the prefill.
 
         Yields ids [B] as soon as they are known, with the Talker's input for the ids *before* them:
         final hidden state plus embedding [B, D], None in the first step. Rows that have stopped
         yield `endoftext`. Ends when all rows have stopped.
         """
         tokens, text = self.config.tokens, self.config.text
-        mask = prompt.attention_mask
-        position = next_position(prompt.position_ids, mask)  # [B]
-        history = self._id_history(prompt)  # [B, V]
+        mask = prefill.attention_mask
+        position = next_position(prefill.position_ids, mask)  # [B]
+        history = self._id_history(prefill)  # [B, V]
         done = torch.zeros_like(position, dtype=torch.bool)
         limit = min(sampling.max_new_tokens, text.max_position_embeddings - mask.shape[1])
 
-        hidden = prompt.hidden[:, -1]  # [B, D]
+        hidden = prefill.hidden[:, -1]  # [B, D]
         state = None
         for step in range(1, limit + 1):
             # Choose the next id of every row.
@@ -179,17 +179,17 @@ class Thinker(nn.Module):
             ones = torch.ones_like(mask[:, :1])
             mask = torch.cat((mask, ones), dim=1)  # [B, L + step]
             position_ids = position.expand(3, -1)[..., None]  # [3, B, 1]
-            hidden = self.model(embeds, position_ids, mask, prompt.cache)[:, 0]  # [B, D]
+            hidden = self.model(embeds, position_ids, mask, prefill.cache)[:, 0]  # [B, D]
             state = hidden + embeds[:, 0]
             position = position + 1
 
-    def _id_history(self, prompt: PrefillState) -> Tensor:
+    def _id_history(self, prefill: PrefillState) -> Tensor:
         """The ids of each prompt without its padding, for the repetition penalty -> bool [B, V]."""
-        mask, endoftext = prompt.attention_mask, self.config.tokens.endoftext
+        mask, endoftext = prefill.attention_mask, self.config.tokens.endoftext
         history = mask.new_zeros(len(mask), self.config.text.vocab_size, dtype=torch.bool)
-        history.scatter_(1, prompt.input_ids, True)
+        history.scatter_(1, prefill.input_ids, True)
         # Padding is endoftext too: only a real one counts.
-        is_real = prompt.input_ids.eq(endoftext) & mask.bool()
+        is_real = prefill.input_ids.eq(endoftext) & mask.bool()
         history[:, endoftext] = is_real.any(1)
         return history
 
@@ -201,19 +201,16 @@ class Thinker(nn.Module):
 
         Raises UserError for a prompt that is longer than the context.
         """
-        prompt = self.prefill(inputs, self.model.new_cache())
+        prefill = self.prefill(inputs, self.model.new_cache())
         ids: list[Tensor] = []  # [B] each
-        states = [prompt.hidden[:, :0]]  # [B, 0 or 1, D] each
-        for step_ids, state in self.steps(prompt, sampling, generator):
+        states = [prefill.hidden[:, :0]]  # [B, 0 or 1, D] each
+        for step_ids, state in self.steps(prefill, sampling, generator):
             ids.append(step_ids)
             if state is not None:
                 states.append(state[:, None])
 
-        # Cut each row after its stop id.
-        rows: list[list[int]] = [[] for _ in prompt.hidden]
-        if ids:
-            rows = torch.stack(ids, dim=1).tolist()
-        tokens = [up_to(self.config.tokens.im_end, row) for row in rows]
+        rows = cut_at_stop(ids, len(prefill.hidden), [self.config.tokens.im_end], keep_stop=True)
+        tokens = [row.tolist() for row in rows]
         all_states = torch.cat(states, dim=1)  # [B, n - 1, D]
         reply_states = [
             row_states[: max(len(row) - 1, 0)]
@@ -221,16 +218,9 @@ class Thinker(nn.Module):
         ]
         return ThinkerOutput(
             tokens=tokens,
-            prompt_hidden=prompt.hidden,
-            prompt_text_embeds=prompt.text_embeds,
+            prompt_hidden=prefill.hidden,
+            prompt_text_embeds=prefill.text_embeds,
             reply_states=reply_states,
-            position_ids=prompt.position_ids,
-            attention_mask=prompt.attention_mask,
+            position_ids=prefill.position_ids,
+            attention_mask=prefill.attention_mask,
         )
-
-
-def up_to(stop: int, row: list[int]) -> list[int]:
-    """The ids of a row up to and including the first stop id."""
-    if stop not in row:
-        return row
-    return row[: row.index(stop) + 1]

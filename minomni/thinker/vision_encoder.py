@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minomni.config import VisionEncoderConfig
+from minomni.inputs.patches import Grid
 from minomni.layers import RMSNorm, SwiGLU, attention, init_weights
 from minomni.rotary import apply_rotary, rotary_frequencies
 
-Grid = tuple[int, int, int]  # frame pairs, rows and columns of patches
 # Not in the release's config.json:
 THETA = 10_000.0
 EPS = 1e-6

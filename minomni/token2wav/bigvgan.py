@@ -246,8 +246,8 @@ class AMPBlock(nn.Module):
 
 
 @dataclass(frozen=True)
-class UpsampleStage:
-    """One step of the vocoder: [B, T, C] -> [B, rate * T, C'].
+class VocoderLayer:
+    """One layer of the vocoder: [B, T, C] -> [B, rate * T, C'].
 
     An output frame depends on `context_frames` inputs on each side.
     """
@@ -288,20 +288,20 @@ class BigVGAN(nn.Module):
         self.activation_post = Activation(channels[-1])
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding="same", bias=False)
 
-    def stages(self) -> list[UpsampleStage]:
-        """The steps from mel to waveform, in order.
+    def layers(self) -> list[VocoderLayer]:
+        """The layers from mel to waveform, in order.
 
         forward() runs them on a whole mel, token2wav/streaming.py on one chunk after the other.
         """
         first = partial(convolve, self.conv_pre)
-        stages = [UpsampleStage(first, conv_context(self.conv_pre))]
+        layers = [VocoderLayer(first, conv_context(self.conv_pre))]
         for i, layer in enumerate(self.ups):
             (up,) = cast(list[nn.ConvTranspose1d], layer)
             blocks = list(self.resblocks[self.kinds * i : self.kinds * (i + 1)])
-            stages += [upsampling_stage(up), amp_stage(cast(list[AMPBlock], blocks))]
+            layers += [upsampling_layer(up), amp_layer(cast(list[AMPBlock], blocks))]
         context_frames = Activation.context_frames + conv_context(self.conv_post)
-        stages.append(UpsampleStage(self.output, context_frames))
-        return stages
+        layers.append(VocoderLayer(self.output, context_frames))
+        return layers
 
     def output(self, x: Tensor) -> Tensor:
         """Last activation and convolution: [B, samples, C] -> [B, samples, 1] in [-1, 1]."""
@@ -312,20 +312,20 @@ class BigVGAN(nn.Module):
     def context_frames(self) -> float:
         """Mel frames on each side that a sample depends on."""
         frames = 0.0
-        rate = 1  # of the stage's input, relative to the mel
-        for stage in self.stages():
-            frames += stage.context_frames / rate
-            rate *= stage.rate
+        rate = 1  # of the layer's input, relative to the mel
+        for layer in self.layers():
+            frames += layer.context_frames / rate
+            rate *= layer.rate
         return frames
 
     def forward(self, mel: Tensor) -> Tensor:
         x = normalize(mel).transpose(1, 2).contiguous()  # [B, T, C]
-        for stage in self.stages():
-            x = stage.run(x)
+        for layer in self.layers():
+            x = layer.run(x)
         return x.squeeze(-1)  # [B, samples]
 
 
-def upsampling_stage(up: nn.ConvTranspose1d) -> UpsampleStage:
+def upsampling_layer(up: nn.ConvTranspose1d) -> VocoderLayer:
     """A transposed convolution: [B, T, C] -> [B, rate * T, C / 2]."""
     rate = up.stride[0]
     # Samples that an input adds to after the first sample of its own frame.
@@ -334,10 +334,10 @@ def upsampling_stage(up: nn.ConvTranspose1d) -> UpsampleStage:
     def run(x: Tensor) -> Tensor:
         return up(x.transpose(1, 2)).transpose(1, 2).contiguous()
 
-    return UpsampleStage(run, after // rate, rate)
+    return VocoderLayer(run, after // rate, rate)
 
 
-def amp_stage(blocks: list[AMPBlock]) -> UpsampleStage:
+def amp_layer(blocks: list[AMPBlock]) -> VocoderLayer:
     """The mean of parallel AMP blocks: [B, T, C] -> same."""
     pairs = [block.pairs() for block in blocks]
 
@@ -346,7 +346,7 @@ def amp_stage(blocks: list[AMPBlock]) -> UpsampleStage:
         return total / len(blocks)
 
     contexts = [block.context_frames(indices) for block, indices in zip(blocks, pairs, strict=True)]
-    return UpsampleStage(run, max(contexts))
+    return VocoderLayer(run, max(contexts))
 
 
 def normalize(mel: Tensor) -> Tensor:

@@ -282,9 +282,13 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The velocity field from noise to mel, and its integration.
+    """The velocity field from noise to mel, and its integration. Keep it in float32, as released.
 
-    Keep it in float32, as the release does.
+        codes, cond, ref_mel  ->  context()      once per utterance
+        time                  ->  modulations()  once per evaluation time
+        noisy mel and both    ->  velocity()     at each evaluation
+
+    forward() is all three, for training; sample() integrates from noise to mel.
     """
 
     def __init__(self, config: DiTConfig):
@@ -308,16 +312,16 @@ class DiT(nn.Module):
         time: Tensor | float,
         cond: Tensor,
         ref_mel: Tensor,
-        first_block_missing: int = 0,
+        left_pad: int = 0,
     ) -> Tensor:
         """Velocity [B, T, 80] at the noisy mel x [B, T, 80] and time [B] or one number for all.
 
         Time runs from 0 (noise) to 1 (speech). codes [B, n] with T = n * repeats, cond [B, E],
         ref_mel [B, R, 80]. Zeros in codes, cond and ref_mel are the unconditional branch of
-        classifier-free guidance. first_block_missing: see predict_velocity().
+        classifier-free guidance. left_pad: see velocity().
         """
         context = self.context(codes, cond, ref_mel)
-        return self.velocity(x, time, context, first_block_missing)
+        return self.velocity(x, context, self.modulations(time), left_pad=left_pad)
 
     def context(self, codes: Tensor, cond: Tensor, ref_mel: Tensor) -> Tensor:
         """The part of the input that depends on neither x nor time: [B, T, D].
@@ -327,31 +331,19 @@ class DiT(nn.Module):
         timbre = self.input_embed.spk_encoder(ref_mel)  # [B, enc_dim]
         return self.input_embed.context(self.text_embed(codes), cond, timbre)
 
-    def modulations(self, time: Tensor) -> list[tuple[Tensor, ...]]:
-        """Shifts, scales and gates for time [B]: of every block, then of the output norm.
-
-        Each is [B, 1, D].
+    def modulations(self, time: Tensor | float) -> list[tuple[Tensor, ...]]:
+        """Shifts, scales and gates for time [B], or for one number: of every block, then of the
+        output norm. Each is [B or 1, 1, D].
         """
-        embedding = self.time_embed(time)  # [B, D]
+        weight = self.proj_out.weight
+        time = torch.as_tensor(time, dtype=weight.dtype, device=weight.device).reshape(-1)
+        embedding = self.time_embed(time)  # [B or 1, D]
         blocks = cast(Iterable[DiTBlock], self.transformer_blocks)
         norms = [block.attn_norm for block in blocks]
         norms.append(self.norm_out)
         return [norm(embedding) for norm in norms]
 
     def velocity(
-        self, x: Tensor, time: Tensor | float, context: Tensor, first_block_missing: int = 0
-    ) -> Tensor:
-        """forward() with the result of context().
-
-        x [B, T, 80], time [B] or one number for all -> [B, T, 80].
-        """
-        time = torch.as_tensor(time, dtype=x.dtype, device=x.device).reshape(-1)  # [B or 1]
-        modulations = self.modulations(time)
-        return self.predict_velocity(
-            x, context, modulations, first_block_missing=first_block_missing
-        )
-
-    def predict_velocity(
         self,
         x: Tensor,
         context: Tensor,
@@ -359,21 +351,22 @@ class DiT(nn.Module):
         start: int = 0,
         caches: Sequence[BlockCache] | None = None,
         finished: int = 0,
-        first_block_missing: int = 0,
+        left_pad: int = 0,
     ) -> Tensor:
-        """velocity() with the result of modulations(), for frames from `start` of the utterance on.
+        """Velocity at x [B, T, 80] with the results of context() and modulations() -> [B, T, 80].
 
-        caches: one BlockCache per layer; the first `finished` blocks of frames are added to them.
-        first_block_missing: how many frames shorter the first block is than the others.
+        start: frame of the utterance at which x begins. caches: one BlockCache per layer; the first
+        `finished` blocks of frames are added to them. left_pad: how many frames shorter the first
+        block is than the others.
         """
         # Pad on both sides to whole blocks.
-        frames, left = x.shape[1], first_block_missing
-        right = -(left + frames) % self.config.block_size
+        frames = x.shape[1]
+        right_pad = -(left_pad + frames) % self.config.block_size
         h = self.input_embed(x, context)  # [B, T, D]
-        h = F.pad(h, (0, 0, left, right))  # [B, T in whole blocks, D]
-        positions = torch.arange(-left, frames + right, device=x.device)
+        h = F.pad(h, (0, 0, left_pad, right_pad))  # [B, T in whole blocks, D]
+        positions = torch.arange(-left_pad, frames + right_pad, device=x.device)
         valid = None
-        if left or right:
+        if left_pad or right_pad:
             valid = ((positions >= 0) & (positions < frames))[None]
 
         cos, sin = self.rotary(start + positions)
@@ -383,7 +376,7 @@ class DiT(nn.Module):
 
         # The output norm has scale before shift, the blocks have shift before scale: as released.
         scale, shift = modulations[-1]
-        h = h[:, left : left + frames]
+        h = h[:, left_pad : left_pad + frames]
         return self.proj_out(modulate(h, shift, scale))  # [B, T, 80]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,7 +404,7 @@ class DiT(nn.Module):
 
         def velocity_fn(time: Tensor, x: Tensor) -> Tensor:
             x = x.expand(len(context), -1, -1)
-            return guided(self.velocity(x, time, context), flow)
+            return guided(self.velocity(x, context, self.modulations(time)), flow)
 
         grid = time_grid(flow, noise.device)
         mel = solve(velocity_fn, noise, grid, flow.solver)  # [1, T, 80]

@@ -17,20 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minomni.arguments import check_int, shown
+from minomni.arguments import check_int
 from minomni.config import DiTConfig, FlowConfig
-from minomni.errors import UserError
-from minomni.token2wav.bigvgan import BigVGAN, UpsampleStage, normalize
+from minomni.errors import UserError, quote
+from minomni.token2wav.bigvgan import BigVGAN, VocoderLayer, normalize
 from minomni.token2wav.dit import BlockCache, DiT, both_branches, guided
 from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav, check_codes, check_voice
 from minomni.token2wav.voice import Voice
 
 MAX_BLOCKS = 1_000_000  # largest number in a schedule: days of speech
-
-
-def is_pair(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,20 @@ class Schedule:
     chunks: for each chunk, the blocks that it adds and the blocks of look-ahead after them; the
     last pair repeats. back: how many blocks before a chunk are recomputed with it, without any
     context before them; None recomputes none and keeps a cache of their keys and values for each
-    evaluation of the velocity field instead. first_chunk_codes: codes in the first block, fewer
+    evaluation of the velocity field instead. first_block_codes: codes in the first block, fewer
     than in the others, so that audio starts earlier; None for as many.
     """
 
     chunks: tuple[tuple[int, int], ...]
     back: int | None = None
-    first_chunk_codes: int | None = None
+    first_block_codes: int | None = None
 
     def __post_init__(self):
         pairs = self.chunks if isinstance(self.chunks, (list, tuple)) else ()
-        if not pairs or not all(is_pair(value) for value in pairs):
+        are_pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+        if not pairs or not are_pairs:
             raise UserError(
-                f"a schedule of chunks {shown(self.chunks)}; expected pairs of blocks, such as "
+                f"a schedule of chunks {quote(self.chunks)}; expected pairs of blocks, such as "
                 f"((1, 0), (2, 1)): how many a chunk adds, and how many it looks ahead"
             )
         for blocks, ahead in pairs:
@@ -60,33 +57,33 @@ class Schedule:
             check_int(ahead, "a schedule of chunks: the look-ahead of one", 0, MAX_BLOCKS)
         if self.back is not None:
             check_int(self.back, "a schedule of chunks: back", 0, MAX_BLOCKS)
-        if self.first_chunk_codes is not None:
-            name = "a schedule of chunks: first_chunk_codes"
-            check_int(self.first_chunk_codes, name, 0, MAX_BLOCKS)
+        if self.first_block_codes is not None:
+            name = "a schedule of chunks: first_block_codes"
+            check_int(self.first_block_codes, name, 0, MAX_BLOCKS)
 
     def chunk(self, index: int) -> tuple[int, int]:
         """Blocks and look-ahead blocks of a chunk; the last pair repeats."""
         return self.chunks[min(index, len(self.chunks) - 1)]
 
-    def first_block_missing(self, dit: DiTConfig) -> int:
+    def left_pad(self, dit: DiTConfig) -> int:
         """How many frames shorter the first block is than the others.
 
-        Raises UserError if first_chunk_codes does not fit into a block.
+        Raises UserError if first_block_codes does not fit into a block.
         """
-        if self.first_chunk_codes is None:
+        if self.first_block_codes is None:
             return 0
         codes_per_block = dit.block_size // dit.repeats
-        if not 1 <= self.first_chunk_codes <= codes_per_block:
+        if not 1 <= self.first_block_codes <= codes_per_block:
             raise UserError(
-                f"a schedule whose first block has {self.first_chunk_codes} codes; a block of this "
+                f"a schedule whose first block has {self.first_block_codes} codes; a block of this "
                 f"model has {codes_per_block}, give 1 to that many"
             )
-        return (codes_per_block - self.first_chunk_codes) * dit.repeats
+        return (codes_per_block - self.first_block_codes) * dit.repeats
 
     def first_codes(self, dit: DiTConfig) -> int:
         """How many codes must arrive before the first chunk of mel."""
         blocks, ahead = self.chunks[0]
-        frames = (blocks + ahead) * dit.block_size - self.first_block_missing(dit)
+        frames = (blocks + ahead) * dit.block_size - self.left_pad(dit)
         return frames // dit.repeats
 
 
@@ -107,7 +104,7 @@ def low_latency_schedule(token2wav: Token2Wav) -> Schedule:
         frames = dit.block_size
     return Schedule(
         chunks=((1, 0), (1, 0), (2, 1), (4, 1), (8, 1)),
-        first_chunk_codes=math.ceil(frames / dit.repeats),
+        first_block_codes=math.ceil(frames / dit.repeats),
     )
 
 
@@ -118,7 +115,7 @@ def codes_until_audio(schedule: Schedule, token2wav: Token2Wav) -> int:
     """
     dit = token2wav.config.dit
     context_frames = token2wav.code2wav_bigvgan_model.context_frames
-    end = -schedule.first_block_missing(dit)
+    end = -schedule.left_pad(dit)
     for index in itertools.count():
         blocks, ahead = schedule.chunk(index)
         end += blocks * dit.block_size
@@ -152,7 +149,7 @@ class MelStream:
         self.schedule = schedule
         self.generator = generator
         device = dit.proj_out.weight.device
-        self.first_block_missing = schedule.first_block_missing(dit.config)
+        self.left_pad = schedule.left_pad(dit.config)
 
         # Speaker inputs and modulations do not depend on the codes: computed once.
         cond = both_branches(voice.cond.float().to(device), flow)
@@ -189,7 +186,7 @@ class MelStream:
             blocks, ahead = self.schedule.chunk(self.chunk)
             end = self.done + blocks * block
             if self.done == 0:
-                end -= self.first_block_missing
+                end -= self.left_pad
             seen = end + ahead * block
             if seen > frames:
                 return
@@ -212,8 +209,8 @@ class MelStream:
         # A schedule without caches starts `back` blocks earlier and drops their mel afterwards.
         recomputed = (self.schedule.back or 0) * block
         begin = max(self.done - recomputed, 0)
-        first_block_missing = self.first_block_missing if begin == 0 else 0
-        finished = (first_block_missing + end - begin) // block
+        left_pad = self.left_pad if begin == 0 else 0
+        finished = (left_pad + end - begin) // block
 
         # Everything but the noisy mel is fixed during the solve.
         codes = self.codes[:, begin // repeats : seen // repeats]
@@ -225,8 +222,8 @@ class MelStream:
         def velocity_fn(_: Tensor, x: Tensor) -> Tensor:
             at = next(evaluations)
             x = x.expand(len(context), -1, -1)
-            velocity = self.dit.predict_velocity(
-                x, context, at.modulations, begin, at.caches, finished, first_block_missing
+            velocity = self.dit.velocity(
+                x, context, at.modulations, begin, at.caches, finished, left_pad
             )
             return guided(velocity, self.flow)
 
@@ -250,11 +247,11 @@ class MelStream:
         return self.noise[:, begin:end]
 
 
-class StageStream:
-    """One stage of the vocoder, streamed: chunks [B, T, C] in, final output frames out."""
+class LayerStream:
+    """One layer of the vocoder, streamed: chunks [B, T, C] in, final output frames out."""
 
-    def __init__(self, stage: UpsampleStage):
-        self.stage = stage
+    def __init__(self, layer: VocoderLayer):
+        self.layer = layer
         self.tail: Tensor | None = None  # inputs that later outputs still depend on
         self.out = 0  # inputs of the tail whose outputs were returned
 
@@ -266,13 +263,13 @@ class StageStream:
             return None
 
         # Without its full right context an output is not final, except at the end.
-        context = self.stage.context_frames
+        context = self.layer.context_frames
         final = x.shape[1] if last else x.shape[1] - context
         if final <= self.out:
             self.tail = x
             return None
-        rate = self.stage.rate
-        y = self.stage.run(x)[:, self.out * rate : final * rate]
+        rate = self.layer.rate
+        y = self.layer.run(x)[:, self.out * rate : final * rate]
 
         # Keep the left context of the next output.
         dropped = max(final - context, 0)
@@ -285,7 +282,7 @@ class VocoderStream:
     """Chunks of a mel in, chunks of its waveform out; joined, they equal that of the whole mel."""
 
     def __init__(self, vocoder: BigVGAN):
-        self.stages = [StageStream(stage) for stage in vocoder.stages()]
+        self.layers = [LayerStream(layer) for layer in vocoder.layers()]
 
     @torch.no_grad()
     def feed(self, mel: Tensor | None, last: bool = False) -> Tensor:
@@ -296,8 +293,8 @@ class VocoderStream:
         x = None
         if mel is not None:
             x = normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
-        for stage in self.stages:
-            x = stage(x, last)
+        for layer in self.layers:
+            x = layer(x, last)
         if x is None:
             return torch.zeros(0)
         return x[0, :, 0]

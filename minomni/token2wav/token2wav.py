@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from minomni.config import DiTConfig, FlowConfig, Token2WavConfig
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
 from minomni.token2wav.bigvgan import BigVGAN
 from minomni.token2wav.dit import DiT
 from minomni.token2wav.voice import Voice
+
+MAX_REFERENCE_FRAMES = 30_000  # mel frames (five minutes) of a voice
 
 
 class Token2Wav(nn.Module):
@@ -73,17 +75,36 @@ def shortest_reference(config: DiTConfig) -> int:
     return receptive_field // 2 + 1
 
 
-def check_voice(voice: Voice, config: DiTConfig) -> None:
-    """Raise UserError for a voice whose cond or ref_mel has another shape than the DiT's."""
-    if list(voice.cond.shape) != [1, config.enc_emb_dim]:
-        raise UserError(
-            f"voice {voice.name!r}: cond has shape {list(voice.cond.shape)}, this model expects "
-            f"[1, {config.enc_emb_dim}]; use a voice made for it"
-        )
+def check_voice(voice: Voice, config: DiTConfig, title: str = "") -> None:
+    """Raise UserError unless cond is [1, E] and ref_mel [1, R mel frames, mel_dim].
+
+    title: the name of the voice in the message.
+    """
     shortest = shortest_reference(config)
-    frames = voice.ref_mel.shape[1] if voice.ref_mel.ndim == 3 else 0
-    if frames < shortest or list(voice.ref_mel.shape) != [1, frames, config.mel_dim]:
+    cond, ref_mel = voice.cond, voice.ref_mel
+    fits = (
+        cond.shape == (1, config.enc_emb_dim)
+        and ref_mel.ndim == 3
+        and ref_mel.shape[::2] == (1, config.mel_dim)
+        and shortest <= ref_mel.shape[1] <= MAX_REFERENCE_FRAMES
+    )
+    if not fits:
+        title = title or f"voice {voice.name!r}"
         raise UserError(
-            f"voice {voice.name!r}: ref_mel has shape {list(voice.ref_mel.shape)}, expected "
-            f"[1, at least {shortest} frames, {config.mel_dim}]"
+            f"{title} has cond {shorten(list(cond.shape), 40)} and ref_mel "
+            f"{shorten(list(ref_mel.shape), 40)}; expected [1, {config.enc_emb_dim}] and [1, "
+            f"{shortest} to {MAX_REFERENCE_FRAMES} frames, {config.mel_dim}]; use a voice made for "
+            f"this model"
         )
+
+
+def check_wave(wave: Tensor) -> Tensor:
+    """Return the waveform [samples]. Raises UserError for NaN and infinity, which only damaged
+    weights produce.
+    """
+    if not wave.isfinite().all():
+        raise UserError(
+            "the weights of token2wav give NaN or infinite samples; the model's files are damaged, "
+            "copy them again"
+        )
+    return wave

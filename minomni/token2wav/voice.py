@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
-from minomni.arguments import check_int, shown
+from minomni.arguments import check_int
 from minomni.config import INPUT_SAMPLE_RATE, MEL_RATE
-from minomni.errors import UserError
+from minomni.errors import UserError, quote
 from minomni.inputs.media import load_audio, name_of
 from minomni.inputs.mel import voice_mel
 from minomni.token2wav.speaker_encoder import speaker_vector
@@ -48,7 +48,7 @@ def make_voice(wav, name: str, omni: "Omni", bos_token: int | None = None) -> Vo
     speech, and a model whose speaker vectors come from an unpublished network.
     """
     if not isinstance(name, str) or not name:
-        raise UserError(f"the name of a voice is {shown(name)}; expected a text")
+        raise UserError(f"the name of a voice is {quote(name)}; expected a string")
     if not hasattr(omni, "config"):
         raise UserError(
             f"make_voice() was given a {type(omni).__name__} as the model; expected the result of "

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from minomni.arguments import check_int, check_number, shown
-from minomni.errors import UserError
+from minomni.arguments import check_int, check_number
+from minomni.errors import UserError, quote
 from minomni.train.loop import Recipe
 
 Settings = dict[str, dict[str, Any]]  # {stage: {field of its recipe: value}}
@@ -88,7 +88,7 @@ def parse_settings(assignments: list[str]) -> Settings:
         stage, _, field = target.partition(".")
         if not (stage and field and value):
             raise UserError(
-                f"--set {shown(assignment)}: expected STAGE.FIELD=VALUE, as in talker.steps=200"
+                f"--set {quote(assignment)}: expected STAGE.FIELD=VALUE, as in talker.steps=200"
             )
         check_stage(stage)
         settings.setdefault(stage, {})[field] = check_field(stage, field, to_number(value), "--set")
@@ -101,7 +101,7 @@ def check_settings(data: dict, source: str) -> Settings:
     for stage, fields in data.items():
         check_stage(stage)
         if not isinstance(fields, dict):
-            raise UserError(f"{source}: {stage} is {shown(fields)}; expected an object of fields")
+            raise UserError(f"{source}: {stage} is {quote(fields)}; expected an object of fields")
         settings[stage] = {
             field: check_field(stage, field, value, source) for field, value in fields.items()
         }
@@ -112,7 +112,7 @@ def check_stage(name: str) -> None:
     """Raises UserError for an unknown stage."""
     stages = RECIPES["tiny"]
     if name not in stages:
-        raise UserError(f"unknown stage {shown(name)}; the stages are {', '.join(stages)}")
+        raise UserError(f"unknown stage {quote(name)}; the stages are {', '.join(stages)}")
 
 
 def check_field(stage: str, field: str, value: object, source: str) -> float:
@@ -126,7 +126,7 @@ def check_field(stage: str, field: str, value: object, source: str) -> float:
     if field in REAL_FIELDS:
         return check_number(value, label, *REAL_FIELDS[field])
     fields = ", ".join([*WHOLE_FIELDS, *REAL_FIELDS])
-    raise UserError(f"{source}: unknown field {shown(field)} of a recipe; the fields are {fields}")
+    raise UserError(f"{source}: unknown field {quote(field)} of a recipe; the fields are {fields}")
 
 
 def to_number(text: str) -> object:

@@ -25,10 +25,10 @@ from minomni.eval import benchmark
 from minomni.eval.asr import SpeechRecognizer
 from minomni.inputs.prompt import Processor
 from minomni.kv_cache import KVCache
-from minomni.omni import until_stop
+from minomni.sampling import cut_at_stop
 from minomni.talker.talker import talker_inputs
 from minomni.token2wav.dit import BlockCache
-from minomni.token2wav.streaming import RELEASE_SCHEDULE, MelStream, Schedule, StageStream
+from minomni.token2wav.streaming import RELEASE_SCHEDULE, LayerStream, MelStream, Schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,8 +128,8 @@ def decode_interleaved(omni, reading, seed) -> tuple[list[list[int]], list[list[
     steps = {"text": [], "code": []}
     for kind, ids in generate_tokens(omni, reading, bos_tokens(omni, reading.hidden), seed):
         steps[kind].append(ids)
-    tokens = until_stop(steps["text"], len(reading.hidden), [TOKENS.im_end], keep=True)
-    codes = until_stop(steps["code"], len(tokens), [TINY.talker.codec_pad, TINY.talker.codec_eos])
+    tokens = cut_at_stop(steps["text"], len(reading.hidden), [TOKENS.im_end], keep_stop=True)
+    codes = cut_at_stop(steps["code"], len(tokens), TINY.talker.stop_codes)
     return [row.tolist() for row in tokens], [row.tolist() for row in codes]
 
 
@@ -190,7 +190,7 @@ def test_respond_and_stream_give_the_same_reply(limited):
     omni = limited(codes=30, points=3)
     question = messages({"text": f"say the {SHAPES[0]} is above the {SHAPES[4]}"})
     reply = omni.respond(question, seed=4)
-    for schedule in ("eager", RELEASE_SCHEDULE, None):
+    for schedule in ("low_latency", RELEASE_SCHEDULE, None):
         *pieces, end = omni.stream(question, seed=4, schedule=schedule)
         assert (
             "".join(piece.text for piece in pieces if isinstance(piece, TextChunk))
@@ -288,10 +288,10 @@ def test_timings_record_every_step_in_order(limited):
     *_, end = limited(codes=12, points=3).stream(question)
     trace = end.reply.timings
     order = [
-        trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "sound")
+        trace.first(what) for what in ("input", "encode", "prefill", "text", "code", "mel", "audio")
     ]
     assert order == sorted(order)
-    assert trace.last("sound") <= trace.last("end") == end.reply.total_s
+    assert trace.last("audio") <= trace.last("end") == end.reply.total_s
     assert len(trace.times["code"]) == 12
     assert trace.first("nothing") is None
 
@@ -301,7 +301,7 @@ def live_objects() -> tuple[int, int]:
     """Numbers of threads and of cache objects that are alive."""
     gc.collect()
     return threading.active_count(), sum(
-        type(thing) in (KVCache, BlockCache, StageStream) for thing in gc.get_objects()
+        type(thing) in (KVCache, BlockCache, LayerStream) for thing in gc.get_objects()
     )
 
 
@@ -330,7 +330,7 @@ def test_errors_propagate_and_release_memory(limited):
     for module, name in (
         (omni.talker, "step"),
         (omni.thinker.lm_head, "forward"),
-        (omni.token2wav.code2wav_dit_model, "predict_velocity"),
+        (omni.token2wav.code2wav_dit_model, "velocity"),
     ):
         with mock.patch.object(module, name, broken), pytest.raises(OSError, match="no device"):
             list(omni.stream(messages({"text": "say the red circle"})))
@@ -343,7 +343,7 @@ def test_bad_arguments_raise_before_the_first_chunk(omni):
             omni.stream(bad)  # before the first piece is asked for
     with pytest.raises(UserError, match="unknown voice 'Zoe'"):
         omni.stream(questions()[0], voice="Zoe")
-    with pytest.raises(UserError, match="schedule 'at once'; give \"eager\""):
+    with pytest.raises(UserError, match="schedule 'at once'; give \"low_latency\""):
         next(omni.stream(questions()[0], schedule="at once"))
 
 
@@ -395,14 +395,14 @@ def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch
     result = benchmark.measure(omni)
     assert (omni.config, omni.talker.config) == config
     assert list(result.rows) == [
-        "first_sound_ms",
-        "first_sound_ratio",
+        "first_audio_ms",
+        "first_audio_ratio",
         "streamed_cost_ratio",
         "streamed_cost_ratio_same_solver",
         "realtime_factor",
         "player_waits_ms",
         "buffer_by_rule_ms",
-        "words_after_first_sound",
+        "words_after_first_audio",
         "prediction_ratio",
         "session_growth_mb",
     ]
@@ -415,7 +415,7 @@ def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch
         "text",
         "code",
         "mel",
-        "sound",
+        "audio",
     ]
     near, far = (
         result.schedules[f"3 blocks, the past remembered, {ahead} ahead"][1] for ahead in (2, 0)
@@ -431,23 +431,23 @@ def test_benchmark_of_random_weights(monkeypatch):
     """Random weights speak until the length limit, and every time is measured."""
     for name, value in (("ROUNDS", 1), ("ANSWER_S", 1)):
         monkeypatch.setattr(benchmark, name, value)
-    rows = benchmark.first_sound(benchmark.random_model("tiny", "cpu"))
+    rows = benchmark.first_audio(benchmark.random_model("tiny", "cpu"))
     values = {name: value for name, (value, _) in rows.items()}
     assert list(values) == [
         "first_text_ms",
-        "codes_before_sound",
+        "codes_before_audio",
         "thinker_and_talker_ms",
         "talker_ms",
-        "mel_and_sound_ms",
-        "first_sound_ms",
+        "mel_and_audio_ms",
+        "first_audio_ms",
         "realtime_factor",
         "player_waits_ms",
     ]
-    assert values["codes_before_sound"] == 5
-    assert values["first_text_ms"] <= values["first_sound_ms"]
+    assert values["codes_before_audio"] == 5
+    assert values["first_text_ms"] <= values["first_audio_ms"]
     assert all(value >= 0 for value in values.values())
     with pytest.raises(UserError, match="unknown size 'huge'"):
         benchmark.random_model("huge", "cpu")
     monkeypatch.setattr(benchmark, "streamed", lambda omni: ([], None))
     with pytest.raises(UserError, match="answers without speech"):
-        benchmark.first_sound(benchmark.random_model("tiny", "cpu"))
+        benchmark.first_audio(benchmark.random_model("tiny", "cpu"))

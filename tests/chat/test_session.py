@@ -271,7 +271,7 @@ def test_new_audio_interrupts_the_reply(shipped):
         (torch.zeros(100), 1e30, "1e\\+30 Hz"),
         (torch.zeros(100), "fast", "'fast' Hz"),
         (torch.zeros(100), None, "None Hz"),
-        (torch.zeros(100), 10**400, r"a chunk at 10+\.\.\. Hz; expected 16000 Hz"),
+        (torch.zeros(100), 10**400, r"a chunk at 10+\.\.\.0+ Hz; expected 16000 Hz"),
         (torch.zeros(100), torch.ones(2), "a Tensor Hz"),
         (np.full(100, 3000.0), RATE, "as high as 3000"),
         ([[0.0], [0.0, 0.1]], RATE, "whose values cannot be read"),

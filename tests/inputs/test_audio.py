@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from minomni.errors import UserError
-from minomni.inputs.audio import LONGEST_SECONDS, audio_track
+from minomni.inputs.audio import MAX_AUDIO_S, audio_track
 from minomni.inputs.media import MediaOptions, load_audio
 from minomni.inputs.options import NO_OPTIONS
 
@@ -39,7 +39,7 @@ def file_of(samples: np.ndarray, rate: int, kind: str, subtype: str | None = Non
 def container(
     path, codec: str, pieces: list[tuple[float, np.ndarray]], rate: int, kind: str | None = None
 ):
-    """A file whose one sound track holds each piece at its own time in seconds."""
+    """A file whose one audio track holds each piece at its own time in seconds."""
     with av.open(path, "w", format=kind) as out:
         stream = out.add_stream(codec, rate=rate, layout="mono")
         for begin, samples in pieces:
@@ -427,8 +427,8 @@ def test_many_channels(channels, kind):
 def test_sound_longer_than_the_context(kind):
     stream = io.BytesIO()
     with soundfile.SoundFile(stream, "w", 8_000, 1, format=kind, subtype="PCM_16") as file:
-        file.write(np.zeros(int(8_000 * (LONGEST_SECONDS + 1)), np.int16))
-    refused(stream.getvalue(), "more than 1311 s of sound", "context")
+        file.write(np.zeros(int(8_000 * (MAX_AUDIO_S + 1)), np.int16))
+    refused(stream.getvalue(), "more than 1311 s of audio", "context")
     assert (
         len(load_audio(stream.getvalue(), MediaOptions(audio_start=1_300, audio_end=1_301)))
         == 16_000
@@ -452,7 +452,7 @@ def test_long_wavs_are_refused_by_their_header(tmp_path, monkeypatch):
     lying = long_wav(tmp_path / "lying.wav", 2_147_400_000, 192_000)
     assert len(load_audio(lying)) == 32_000
     monkeypatch.setattr("minomni.inputs.audio._decode_parts", None)
-    refused(path, "long.wav: more than 1311 s of sound")
+    refused(path, "long.wav: more than 1311 s of audio")
     refused(path, "more than 1311 s", options=MediaOptions(audio_start=100, audio_end=1_500))
 
 
@@ -549,7 +549,7 @@ def test_no_track_and_no_sound_after_the_origin(tmp_path):
     assert track(path, 0.0) is None
     assert track(path, None) is None
     path = container(tmp_path / "short.mkv", "flac", [(0, tone(1, 48_000))], 48_000)
-    with pytest.raises(UserError, match="short.mkv: 0 ms of sound"):
+    with pytest.raises(UserError, match="short.mkv: 0 ms of audio"):
         track(path, 1.5)
     with pytest.raises(UserError, match="short.mkv: more than 1311 s"):
         track(path, -1e9)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from minomni.errors import UserError
-from minomni.inputs.image import MOST_PIXELS, load_image
+from minomni.inputs.image import MAX_IMAGE_PIXELS, load_image
 
 RAMP = np.linspace(0, 1, 35).reshape(5, 7)  # [height, width], black to white
 
@@ -237,7 +237,7 @@ def test_sizes_are_bounded_before_pixels_are_made():
     refused(
         np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (30_000, 30_000, 3)),
         "30000x30000 pixels",
-        str(MOST_PIXELS),
+        str(MAX_IMAGE_PIXELS),
     )
     refused(torch.zeros(1, 1, 3).expand(10**6, 10**6, 3), "pixels; expected at most")
     for side in (11_000, 13_000, 60_000, 2**31 - 1):

@@ -117,8 +117,8 @@ def test_arrays_of_sound():
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (np.zeros(0, np.float32), "the audio given: 0 ms of sound; more than 20 ms are needed"),
-        (np.zeros(320, np.float32), "20 ms of sound"),
+        (np.zeros(0, np.float32), "the audio given: 0 ms of audio; more than 20 ms are needed"),
+        (np.zeros(320, np.float32), "20 ms of audio"),
         (np.full(9_000, np.nan, np.float32), "NaN or infinite"),
         (np.array([0.0, np.inf] * 900), "NaN or infinite"),
         ((np.zeros(9_000), 0), "0 samples per second"),
@@ -131,7 +131,7 @@ def test_arrays_of_sound():
         (".", "not a file"),
         ("a" * 5_000, "aaa"),
         ("a\0b", "no such file|cannot be opened"),
-        (b"words, not sound", "the audio given: not readable as sound"),
+        (b"words, not sound", "the audio given: not readable as audio"),
     ],
 )
 def test_no_sound(source, says):
@@ -143,9 +143,9 @@ def test_no_sound(source, says):
 
 def test_no_sound_in_files(tmp_path):
     (tmp_path / "noise.raw").write_bytes(b"\0" * 999)
-    with pytest.raises(UserError, match="noise.raw: (not readable as|holds no) sound"):
+    with pytest.raises(UserError, match="noise.raw: (not readable as|holds no) audio"):
         load_audio(tmp_path / "noise.raw")
-    with pytest.raises(UserError, match="mute.mp4: holds no sound"):
+    with pytest.raises(UserError, match="mute.mp4: holds no audio"):
         load_audio(film(tmp_path / "mute.mp4", frames=2))
 
 
@@ -380,9 +380,9 @@ def test_no_clip(source, says):
 def test_sound_track_that_was_asked_for(tmp_path):
     mute = film(tmp_path / "mute.mp4")
     assert load_video(mute, MEDIA, with_audio=False).wave is None
-    with pytest.raises(UserError, match="mute.mp4: has no sound track"):
+    with pytest.raises(UserError, match="mute.mp4: has no audio track"):
         load_video(mute, MEDIA, with_audio=True)
-    with pytest.raises(UserError, match="click.mkv: 1[0-9] ms of sound"):
+    with pytest.raises(UserError, match="click.mkv: 1[0-9] ms of audio"):
         load_video(film(tmp_path / "click.mkv", sound=0.015, tracks="flac"), MEDIA, with_audio=True)
     soundfile.write(tmp_path / "tone.wav", tone(1), 16_000)
     with pytest.raises(UserError, match="tone.wav: holds no video"):

@@ -180,7 +180,7 @@ def test_every_spelling_of_an_item(item, kind):
         ([[{"role": "user"}]], "message 1 is a list"),
         (
             [{"role": "user", "content": 7.5}],
-            "the content of a message is 7.5; expected a text or a list",
+            "the content of a message is 7.5; expected a string or a list",
         ),
         ([{"role": "user", "content": np.zeros(4)}], "the content of a message is a ndarray"),
         ([{"role": "user", "content": "a", 17**4_000: 1}], "unknown key a very large number"),
@@ -200,7 +200,7 @@ def test_every_spelling_of_an_item(item, kind):
             user({"type": "text", "text": None}),
             r"a text item has the keys \['type'\]; expected one of text, and not None",
         ),
-        (user({"text": 4}), "a text item holds 4; expected a text"),
+        (user({"text": 4}), "a text item holds 4; expected a string"),
         (
             user({"type": "text", "text": "a", "image": "b.png"}),
             "holds text and image; give two items",
@@ -622,7 +622,7 @@ def test_tokens_of_media_in_texts_are_refused(processor, typed):
 
 
 def test_missing_audio_track_is_refused(processor):
-    with pytest.raises(UserError, match="the video given: has no sound track"):
+    with pytest.raises(UserError, match="the video given: has no audio track"):
         processor([user(video(4))], use_audio_in_video=True)
 
 

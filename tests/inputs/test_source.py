@@ -116,8 +116,8 @@ def test_broken_data_uris():
     refused("data:audio/wav;base64", "the audio given: a data: URI without a comma")
     refused("data:audio/wav;base64,a*b", "base64 is broken")
     refused("data:audio/wav;base64,abcde", "base64 is broken")
-    refused("data:audio/wav,", "not readable as sound")
-    refused("data:audio/wav;base64," + "A" * 9_000, "the audio given: not readable as sound")
+    refused("data:audio/wav,", "not readable as audio")
+    refused("data:audio/wav;base64," + "A" * 9_000, "the audio given: not readable as audio")
 
 
 def test_open_files(tmp_path):
@@ -376,14 +376,14 @@ def counted(content: bytes) -> tuple[io.BytesIO, list]:
     [
         (
             b"RIFF\x24\x80\0\0WAVE" + bytes(2_000_000),
-            "holds zeros where its sound should begin; copy it again",
+            "holds zeros where its audio should begin; copy it again",
         ),
         (b"RIFF\x24\x80\0\0AVI " + bytes(700_000), "holds zeros where its pictures should begin"),
         (
             wav()[:36] + bytes(1_500_000),
-            "holds zeros where its sound",
+            "holds zeros where its audio",
         ),  # the format arrived, the samples did not
-        (b"FORM\0\x30\0\0AIFF" + bytes(900_000), "holds zeros where its sound"),
+        (b"FORM\0\x30\0\0AIFF" + bytes(900_000), "holds zeros where its audio"),
         (b"RIFF\x24\x80\0\0WAVE" + b"junk\0\0\0\0" * 300_000, "more than 10000 chunks"),
         (FTYP + struct.pack(">I4s", 8, b"free") * 200_000, "boxes hold next to nothing"),
         (FTYP + struct.pack(">I4s", 3, b"abcd") * 200_000, "boxes hold next to nothing"),

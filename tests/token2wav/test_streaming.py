@@ -76,18 +76,18 @@ def depends_on(function, x, output) -> list[int]:
 
 @pytest.mark.parametrize("config", [CONFIG, TINY.token2wav], ids=["release rates", "tiny"])
 def test_stages_have_exactly_their_context_frames(config):
-    for i, stage in enumerate(BigVGAN.stages(filled(config).code2wav_bigvgan_model)):
+    for i, layer in enumerate(BigVGAN.layers(filled(config).code2wav_bigvgan_model)):
         x = 0.1 * torch.randn(1, 200, width(config.bigvgan, i))
         seen = []
-        for at in range(stage.rate):
-            seen += depends_on(stage.run, x, 100 * stage.rate + at)
+        for at in range(layer.rate):
+            seen += depends_on(layer.run, x, 100 * layer.rate + at)
         left, right = 100 - min(seen), max(seen) - 100
-        assert max(left, right) == stage.context_frames
+        assert max(left, right) == layer.context_frames
 
 
-def width(config, stage) -> int:
-    """Channels that come into a stage."""
-    return config.upsample_initial_channel // 2 ** (stage // 2) if stage else config.mel_dim
+def width(config, layer) -> int:
+    """Channels that come into a layer."""
+    return config.upsample_initial_channel // 2 ** (layer // 2) if layer else config.mel_dim
 
 
 def test_activation_reaches_five_frames():
@@ -127,7 +127,7 @@ def unrolled(schedule, frames):
     -> rows of (chunk, block, final), which determine what each block attends to.
     """
     rows, done, chunk = [], 0, 0
-    frames += first_block_missing(schedule)  # the first block begins before the utterance
+    frames += left_pad(schedule)  # the first block begins before the utterance
     while done * BLOCK < frames:
         blocks, ahead = schedule.chunks[min(chunk, len(schedule.chunks) - 1)]
         end = done + blocks if (done + blocks + ahead) * BLOCK <= frames else -(-frames // BLOCK)
@@ -137,9 +137,9 @@ def unrolled(schedule, frames):
     return rows
 
 
-def first_block_missing(schedule) -> int:
+def left_pad(schedule) -> int:
     """How many frames shorter a schedule's first block is than the others."""
-    return 0 if schedule.first_chunk_codes is None else BLOCK - 2 * schedule.first_chunk_codes
+    return 0 if schedule.first_block_codes is None else BLOCK - 2 * schedule.first_block_codes
 
 
 def attends_to(row, other, back, ahead) -> bool:
@@ -157,8 +157,8 @@ def attends_to(row, other, back, ahead) -> bool:
         LOW_LATENCY,
         Schedule(((2, 1),)),
         Schedule(((1, 2), (1, 0))),
-        Schedule(((1, 0), (1, 0)), first_chunk_codes=5),
-        Schedule(((2, 1),), first_chunk_codes=11),
+        Schedule(((1, 0), (1, 0)), first_block_codes=5),
+        Schedule(((2, 1),), first_block_codes=11),
     ],
     ids=str,
 )
@@ -170,7 +170,7 @@ def test_caches_equal_one_solve_over_all_blocks(model, flow, schedule):
     at = torch.tensor(
         [frame for _, block, _ in rows for frame in range(block * BLOCK, (block + 1) * BLOCK)]
     )
-    at = at - first_block_missing(schedule)
+    at = at - left_pad(schedule)
     valid, at = (at >= 0) & (at < frames), at.clamp(0, frames - 1)
     attentions = [block.attn for block in dit.transformer_blocks]
     masks = {
@@ -196,7 +196,8 @@ def test_caches_equal_one_solve_over_all_blocks(model, flow, schedule):
     context = dit.context(*inputs)[:, at]
 
     def velocity_fn(time, x):
-        return guided(dit.velocity(x.expand(len(context), -1, -1), time, context), flow)
+        x = x.expand(len(context), -1, -1)
+        return guided(dit.velocity(x, context, dit.modulations(time)), flow)
 
     with mock.patch.object(BlockAttention, "forward", dense):
         mel = solve(velocity_fn, noise[:, at], time_grid(flow), flow.solver)[0]
@@ -209,7 +210,7 @@ def test_a_short_first_block_is_the_first_chunk(model):
     """With as many codes as a block has it changes nothing; and no window becomes longer."""
     plain = streamed_mel(model, MANY, EULER, Schedule(((1, 0), (2, 1))))
     torch.testing.assert_close(
-        streamed_mel(model, MANY, EULER, Schedule(((1, 0), (2, 1)), first_chunk_codes=12)),
+        streamed_mel(model, MANY, EULER, Schedule(((1, 0), (2, 1)), first_block_codes=12)),
         plain,
         **SAME,
     )
@@ -217,7 +218,7 @@ def test_a_short_first_block_is_the_first_chunk(model):
         model.code2wav_dit_model,
         VOICE,
         EULER,
-        Schedule(((1, 0), (2, 1)), first_chunk_codes=5),
+        Schedule(((1, 0), (2, 1)), first_block_codes=5),
         seeded(),
     )
     assert stream.schedule.first_codes(CONFIG.dit) == 5
@@ -229,7 +230,7 @@ def test_a_short_first_block_is_the_first_chunk(model):
             model.code2wav_dit_model,
             VOICE,
             EULER,
-            Schedule(((1, 0),), first_chunk_codes=13),
+            Schedule(((1, 0),), first_block_codes=13),
             seeded(),
         )
 
@@ -249,7 +250,7 @@ def test_low_latency_schedule_has_the_shortest_first_chunk(config):
     first_chunk = FIRST_CHUNK_FRAMES * math.prod(config.bigvgan.upsample_rates)  # samples
     for fewer in (0, 1):
         shorter = dataclasses.replace(
-            schedule, first_chunk_codes=schedule.first_chunk_codes - fewer
+            schedule, first_block_codes=schedule.first_block_codes - fewer
         )
         stream = SpeechStream(model, voice, EULER, shorter, seeded())
         samples = sum(map(len, stream.feed(codes[:, fewer:])))
@@ -273,7 +274,7 @@ def test_when_codes_arrive_changes_nothing(model, schedule):
 def test_caches_compute_finished_blocks_once(model):
     """The network computes each block once, and look-ahead blocks once more."""
     dit = model.code2wav_dit_model
-    look = dit.predict_velocity
+    look = dit.velocity
     blocks = []
 
     def counted(x, *rest):
@@ -282,7 +283,7 @@ def test_caches_compute_finished_blocks_once(model):
 
     def blocks_per_evaluation(schedule) -> float:
         blocks.clear()
-        with mock.patch.object(dit, "predict_velocity", counted):
+        with mock.patch.object(dit, "velocity", counted):
             streamed_mel(model, MANY, EULER, schedule)
         return sum(blocks) / len(evaluation_times(EULER))
 
@@ -345,7 +346,7 @@ def test_a_schedule_bounds_what_a_code_can_change(model):
         assert set(changed_blocks(*mels)) <= set(blocks)
         assert 5 in changed_blocks(*mels)
     # Frames of the chunks before the one that holds the code: no whole blocks here.
-    before = 2 * LOW_LATENCY.first_chunk_codes + 3 * BLOCK
+    before = 2 * LOW_LATENCY.first_block_codes + 3 * BLOCK
     difference = (mels[0] - mels[1]).abs()
     assert difference[:, :, :before].max() <= 1e-5
     assert difference[:, :, before:].max() > 1e-5

@@ -94,7 +94,7 @@ BAD = [
     (line([{"type": "text", "text": "\ud800"}]), "half of a character"),
     (line(answer=[{"type": "image", "image": "x.png"}]), "the answer holds media"),
     (line([{"type": "image", "image": "none.png"}]), "none.png: no such file"),
-    (line([{"type": "audio", "audio": "words.wav"}]), "words.wav: not readable as sound"),
+    (line([{"type": "audio", "audio": "words.wav"}]), "words.wav: not readable as audio"),
     (line([{"type": "smell", "smell": "x"}]), "expected one of"),
     (line([{"type": "audio", "audio": "https://example.org/a.wav"}]), "not fetched"),
     (line([{"type": "text"}]), "text of message 1 is null"),

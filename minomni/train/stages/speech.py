@@ -19,7 +19,7 @@ from minomni.data.word_errors import word_error_rate, word_errors
 from minomni.files import write_atomically
 from minomni.inputs.prompt import Inputs
 from minomni.talker.codec import ids_to_letters
-from minomni.talker.talker import Talker, TalkerInputs, reply_embeds
+from minomni.talker.talker import Talker, TalkerInputs, reply_embeds, special_embeds
 from minomni.thinker.thinker import Thinker
 from minomni.train import losses
 from minomni.train.loop import Stage
@@ -103,10 +103,8 @@ def collate(examples: list[TalkerExample], tokens: TokenIds, table: nn.Embedding
     attention_mask = (torch.arange(longest) >= left_pad).long()  # [B, L]
 
     # Embeddings of the voices and of the replies.
-    text_end = table.weight[tokens.tts_text_end].detach()
-    text_pad = table.weight[tokens.tts_text_pad].detach()
-    voice_ids = torch.tensor([example.voice for example in examples])
-    voices = table.weight[voice_ids].detach()
+    voice_ids = [example.voice for example in examples]
+    text_end, text_pad, voices = special_embeds(tokens, voice_ids, table)
     replies = [reply_embeds(example.states.to(device), text_end, text_pad) for example in examples]
     return TalkerInputs(
         prompt.to(device),
