@@ -175,28 +175,28 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def make_optimizers(
     parameters: dict[str, nn.Parameter], recipe: Recipe
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between layers; AdamW, at a share of the learning rate, for embeddings,
-    heads, filters and scales.
+    """Muon for the matrices and filters between layers; AdamW, at a share of the learning rate, for
+    embeddings, heads, depthwise filters and scales.
 
     Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982, sec. 2.2), so one learning
     rate suits both.
     """
     matrices = []
-    filters = []  # embeddings and heads too
+    others = []
     scales = []
     for name, parameter in parameters.items():
         if parameter.dim() <= 1:
             scales.append(parameter)
-        elif parameter.dim() == 2 and not name.split(".")[-2].endswith(NO_MATRIX):
+        elif mixes_channels(parameter) and not name.split(".")[-2].endswith(NO_MATRIX):
             matrices.append(parameter)
         else:
-            filters.append(parameter)
+            others.append(parameter)
 
     optimizers: list[torch.optim.Optimizer] = []
     groups = []
-    if filters:
+    if others:
         decay = recipe.weight_decay
-        groups.append({"params": filters, "weight_decay": decay, "share": OTHERS_SHARE})
+        groups.append({"params": others, "weight_decay": decay, "share": OTHERS_SHARE})
     if scales:
         groups.append({"params": scales, "weight_decay": 0.0, "share": OTHERS_SHARE})
     if groups:
@@ -205,6 +205,11 @@ def make_optimizers(
         group = {"params": matrices, "share": 1.0}
         optimizers.append(Muon([group], weight_decay=recipe.weight_decay))
     return optimizers
+
+
+def mixes_channels(parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix [out, in] or a filter [out, in, kernel] with several of each."""
+    return parameter.dim() in (2, 3) and min(parameter.shape[:2]) > 1
 
 
 def train(

@@ -1,6 +1,7 @@
-"""Muon that orthogonalizes matrices of equal shape together, in one batched Newton-Schulz."""
+"""Muon, which orthogonalizes the updates of matrices of equal shape in one batch."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -11,33 +12,54 @@ from minomni.devices import has_bf16
 ADAMW_RMS = 0.2  # RMS of an AdamW update, which Muon's updates match (arXiv 2502.16982, sec. 2.2)
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with match_rms_adamw, batched over matrices of one shape or its transpose.
+class Muon(torch.optim.Optimizer):
+    """Muon with the step size of AdamW, for matrices and for the filters of convolutions.
 
-    The tiny Thinker has 77 matrices of 8 shapes; its optimizer step takes 51 ms instead of 76 (one
-    thread, lab log). The state and its format are torch's. torch's Muon always multiplies in bf16;
-    see orthogonal() for the precision used here.
+    Source: Keller Jordan, "Muon", 2024; step size and weight decay: arXiv 2502.16982, sec. 2.2. A
+    filter [out, in, kernel] is updated as a matrix [out, in * kernel]. Parameters of one shape, or
+    its transpose, share one Newton-Schulz iteration: the tiny Thinker has 77 matrices of 8 shapes,
+    and its optimizer step takes 51 ms instead of 76 (one thread, lab log). For matrices, update and
+    state are those of torch.optim.Muon with match_rms_adamw, which always multiplies in bf16; see
+    orthogonal() for the precision used here.
     """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+    ):
+        """params: as for any optimizer, each of two or more dimensions."""
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "ns_steps": ns_steps,
+        }
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # takes no closure
-        """Update all matrices that have a gradient."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    by_shape[tuple(sorted(matrix.shape))].append(matrix)
-            for matrices in by_shape.values():
-                self._update(matrices, group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shape = as_matrix(parameter).shape
+                    by_shape[tuple(sorted(shape))].append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
 
-    def _update(self, matrices: list[Tensor], group: dict) -> None:
+    def _update(self, parameters: list[Tensor], group: dict) -> None:
         """Update matrices of one shape, or its transpose; all have a gradient."""
-        grads = [cast(Tensor, matrix.grad) for matrix in matrices]
+        grads = [cast(Tensor, parameter.grad) for parameter in parameters]
         buffers = []
-        for matrix in matrices:
-            state = self.state[matrix]
+        for parameter in parameters:
+            state = self.state[parameter]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(matrix)
+                state["momentum_buffer"] = torch.zeros_like(parameter)
             buffers.append(state["momentum_buffer"])
 
         # Nesterov momentum
@@ -46,15 +68,20 @@ class Muon(torch.optim.Muon):
         updates = torch._foreach_lerp(grads, buffers, momentum)
 
         # Orthogonalize all updates in one batch.
-        stacked = torch.stack([wide(update) for update in updates])  # [n, r, c]
+        stacked = torch.stack([wide(as_matrix(update)) for update in updates])  # [n, r, c]
         orthogonalized = orthogonal(stacked, group["ns_steps"]).to(stacked.dtype)
 
         # Decoupled weight decay, then a step with the RMS of an AdamW step.
         lr = group["lr"]
-        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-        step_size = lr * ADAMW_RMS * max(matrices[0].shape) ** 0.5
-        wide_matrices = [wide(matrix) for matrix in matrices]
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        step_size = lr * ADAMW_RMS * max(stacked.shape[1:]) ** 0.5
+        wide_matrices = [wide(as_matrix(parameter)) for parameter in parameters]
         torch._foreach_add_(wide_matrices, list(orthogonalized.unbind()), alpha=-step_size)
+
+
+def as_matrix(parameter: Tensor) -> Tensor:
+    """A view [out, ...] -> [out, rest]."""
+    return parameter.flatten(1)
 
 
 def wide(matrix: Tensor) -> Tensor:
