@@ -6,7 +6,9 @@ Charpentier 1990): the network tells the fundamental frequency, so the periods o
 known, and they are laid out at other distances.
 
 The samples of an utterance depend on its job and the seed alone, not on other utterances or on the
-process. Weights and code are Apache-2.0 and inside the package; nothing is downloaded.
+process. Another kind of processor may round the network's int8 products differently.
+
+Weights and code are Apache-2.0 and inside the package; nothing is downloaded.
 """
 
 import hashlib
