@@ -14,7 +14,12 @@ sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
 
 PIN = re.compile(r"([A-Za-z0-9_-]+)==([0-9][0-9A-Za-z.]*) +# \S.*")
-IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn", "espeakng-loader": "espeakng_loader"}
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
+    "espeakng-loader": "espeakng_loader",
+    "hibari-tts": "hibari",
+}
 
 
 def pins(name: str) -> dict[str, str]:

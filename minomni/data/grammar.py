@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from random import Random
 
+from minomni.data import neural_tts
+
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 160, 44),
@@ -19,8 +21,33 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# espeak-ng voices by name. The model speaks with the first four.
-VOICES = {"Anna": "en-us+f5", "Karl": "en-us+klatt", "Fiona": "en-us+f3", "Adam": "en-us+adam"}
+# The model's own speakers, as voices of espeak-ng and as natural voices of neural_tts.
+ESPEAK_VOICES = {
+    "Anna": "en-us+f5",
+    "Karl": "en-us+klatt",
+    "Fiona": "en-us+f3",
+    "Adam": "en-us+adam",
+}
+NATURAL_VOICES = {
+    "Anna": "natural:heart",
+    "Karl": "natural:baritone",
+    "Fiona": "natural:young",
+    "Adam": "natural:tenor",
+}
+
+
+def installed(voices: dict[str, str]) -> dict[str, str]:
+    """The same speakers with voices that this machine has: those of espeak-ng where the package of
+    natural voices is missing.
+    """
+    is_natural = any(voice.startswith(neural_tts.PREFIX) for voice in voices.values())
+    if is_natural and not neural_tts.available():
+        return {name: ESPEAK_VOICES[name] for name in voices}
+    return voices
+
+
+# The voices by name. installed(NATURAL_VOICES) instead makes the model speak naturally.
+VOICES = ESPEAK_VOICES
 LISTENING_VOICES = {
     **VOICES,
     "Mike": "en-us+m1",

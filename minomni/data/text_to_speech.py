@@ -1,4 +1,7 @@
-"""Speech synthesis for the generated world, by espeak-ng from pip's `espeakng-loader`.
+"""Speech synthesis for the generated world.
+
+The voice of a job chooses the synthesizer: `natural:NAME` is a voice of neural_tts, any other name
+is one of espeak-ng, from pip's `espeakng-loader`.
 
 espeak-ng keeps state between utterances and seeds its breath noise from the clock. So a corpus is
 cut into parts, each made in a fresh process, in a fixed order, with a fixed seed. Then it is
@@ -15,6 +18,7 @@ import numpy as np
 import soxr
 
 from minomni.config import INPUT_SAMPLE_RATE
+from minomni.data import neural_tts
 from minomni.data.batching import batched
 from minomni.errors import UserError
 
@@ -36,7 +40,7 @@ class Job(NamedTuple):
     """One utterance to synthesize."""
 
     text: str
-    voice: str  # espeak-ng's name of it
+    voice: str  # espeak-ng's name of it, or "natural:" and a name in neural_tts.VOICES
     rate: int = 180  # words per minute
     pitch: int = 50  # espeak-ng's scale from 0 to 99
 
@@ -62,7 +66,7 @@ def _in_fresh_process(jobs: list[Job], seed: int) -> list[np.ndarray]:
 
 
 def available() -> bool:
-    """Whether the synthesizer can be loaded on this machine."""
+    """Whether espeak-ng can be loaded on this machine."""
     try:
         import espeakng_loader
     except ImportError:
@@ -71,20 +75,36 @@ def available() -> bool:
 
 
 def _synthesize_part(jobs: list[Job], seed: int) -> list[np.ndarray]:
-    espeak, chunks = _load_espeak(seed)
+    """Synthesize jobs in order, each by the synthesizer of its voice."""
+    espeak = None  # loaded at its first job
     waves = []
     for job in jobs:
-        chunks.clear()
-        if espeak.espeak_SetVoiceByName(job.voice.encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {job.voice!r}")
-        espeak.espeak_SetParameter(ESPEAK_RATE_PARAMETER, job.rate, 0)
-        espeak.espeak_SetParameter(ESPEAK_PITCH_PARAMETER, job.pitch, 0)
-        text = job.text.encode()
-        size = len(text) + 1  # bytes, with the closing zero
-        # Blocks until all samples have gone through the callback.
-        espeak.espeak_Synth(text, size, 0, POSITION_IN_CHARACTERS, 0, UTF8, None, None)
-        waves.append(_trim(np.concatenate(chunks)))
+        if job.voice.startswith(neural_tts.PREFIX):
+            wave = neural_tts.synthesize(job, seed)
+        else:
+            espeak = espeak or _load_espeak(seed)
+            wave = _synthesize_by_espeak(job, *espeak)
+        waves.append(_trim(wave))
     return waves
+
+
+def _synthesize_by_espeak(job: Job, espeak: Any, chunks: list[np.ndarray]) -> np.ndarray:
+    """Synthesize one utterance -> float32 [samples] at 16 kHz on the scale of int16, not trimmed.
+
+    chunks: the list in which the library's callback collects samples. Raises UserError for an
+    unknown voice.
+    """
+    chunks.clear()
+    if espeak.espeak_SetVoiceByName(job.voice.encode()) != 0:
+        raise UserError(f"espeak-ng has no voice {job.voice!r}")
+    espeak.espeak_SetParameter(ESPEAK_RATE_PARAMETER, job.rate, 0)
+    espeak.espeak_SetParameter(ESPEAK_PITCH_PARAMETER, job.pitch, 0)
+    text = job.text.encode()
+    size = len(text) + 1  # bytes, with the closing zero
+    # Blocks until all samples have gone through the callback.
+    espeak.espeak_Synth(text, size, 0, POSITION_IN_CHARACTERS, 0, UTF8, None, None)
+    samples = np.concatenate(chunks)
+    return soxr.resample(samples.astype(np.float32), ESPEAK_RATE, INPUT_SAMPLE_RATE)
 
 
 def _load_espeak(seed: int) -> tuple[Any, list[np.ndarray]]:
@@ -123,12 +143,11 @@ def _load_espeak(seed: int) -> tuple[Any, list[np.ndarray]]:
     return espeak, chunks
 
 
-def _trim(samples: np.ndarray) -> np.ndarray:
-    """Cut silence at both ends to a fixed margin -> int16 [samples] at 16 kHz.
+def _trim(wave: np.ndarray) -> np.ndarray:
+    """Cut silence at both ends to a fixed margin -> int16 [samples].
 
     Then speech and text begin and end together.
     """
-    wave = soxr.resample(samples.astype(np.float32), ESPEAK_RATE, INPUT_SAMPLE_RATE)
     loud = np.flatnonzero(np.abs(wave) > SILENT_SAMPLE)
     wave = np.pad(wave[loud[0] : loud[-1] + 1], MARGIN)
     return np.clip(np.round(wave), *INT16).astype(np.int16)

@@ -208,7 +208,7 @@ def make_optimizers(
 
 
 def mixes_channels(parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix [out, in] or a filter [out, in, kernel] with several of each."""
+    """Whether a parameter is a matrix [out, in] or a filter [out, in, kernel], out and in > 1."""
     return parameter.dim() in (2, 3) and min(parameter.shape[:2]) > 1
 
 
