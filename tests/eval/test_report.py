@@ -45,14 +45,14 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
         "spoken_over_typed",
         "asr_wer",
         "asr_wer_unseen_voices",
-        "speech_wer",
-        "streamed_speech_wer",
-        "natural_speech_wer",
+        "closed_speech_wer",
+        "closed_streamed_speech_wer",
+        "closed_natural_speech_wer",
         "stop_errors",
         "voice_accuracy",
     }
     # These need the run folder of a training.
-    of_run_folder = {"dpo_wer_before", "dpo_wer_after", "train_seconds"}
+    of_run_folder = {"closed_dpo_wer_before", "closed_dpo_wer_after", "train_seconds"}
     assert set(evaluator.ANSWERS) | other_metrics | of_run_folder == set(values)
     assert all(values[name] is None for name in of_run_folder)
 
@@ -62,7 +62,7 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     # Without text-to-speech there are no recordings of unseen voices.
     assert values["asr_wer_unseen_voices"] is None
     # A model of random weights speaks no words.
-    assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]
+    assert values["closed_natural_speech_wer"] < 0.35 < values["closed_speech_wer"]
     assert (tmp_path / "runs" / "report.md").read_text() == result.markdown()
 
 
@@ -139,8 +139,8 @@ def test_english_words_are_scored_without_the_template(monkeypatch):
     metrics = {metric.name: (metric.value, metric.n) for metric in tested.english()}
     assert metrics == {
         "english_asr_wer": (2 / 8, 8),
-        "english_speech_wer": (4 / 8, 8),
-        "english_natural_speech_wer": (0, 8),
+        "closed_english_speech_wer": (4 / 8, 8),
+        "closed_english_natural_speech_wer": (0, 8),
     }
 
 
