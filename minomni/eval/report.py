@@ -12,6 +12,7 @@ import torch
 from minomni import folder_of, load, paths
 from minomni.data import grammar
 from minomni.eval.evaluator import ANSWERS, Evaluator
+from minomni.eval.speech_chain import speech_chain_metrics
 from minomni.eval.spoken_digits import check_recordings, leave_one_out
 from minomni.eval.stats import Metric, bootstrap
 from minomni.files import write_atomically
@@ -31,7 +32,7 @@ class Report:
     device: str = "cpu"
 
     def fractions(self) -> dict[str, float | None]:
-        """Metric values by name, as fractions; train_seconds in seconds."""
+        """Metric values by name: fractions and scores; train_seconds in seconds."""
         values: dict[str, float | None] = {}
         for row in self.rows:
             values[row.name] = None if row.value is None else round(row.value, 4)
@@ -46,7 +47,8 @@ class Report:
                 lines.append(f"| {row.name} | not measurable here | | |")
                 continue
             low, high = row.interval()
-            lines.append(f"| {row.name} | {row.value:.1%} | {low:.1%} to {high:.1%} | {row.n} |")
+            interval = f"{row.shown(low)} to {row.shown(high)}"
+            lines.append(f"| {row.name} | {row.shown(row.value)} | {interval} | {row.n} |")
 
         footer = f"measured in {self.seconds:.0f} s on {hardware(self.device)}, commit {commit()}"
         if self.train_seconds is not None:
@@ -87,6 +89,7 @@ def measure(
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
     rows.append(spoken_digits_metric(model, digits, cache, device))
     rows += evaluator.speech()
+    rows += speech_chain_metrics(evaluator)
     rows += evaluator.preference(folder.parent / "stages")
     rows += evaluator.english()
 

@@ -14,7 +14,7 @@ from minomni.data import corpus, grammar, text_to_speech
 from minomni.data.vocabulary import English, english, evaluation_words
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
-from minomni.eval import asr, evaluator, report, stats
+from minomni.eval import asr, evaluator, report, speech_chain, stats
 from minomni.eval.asr import ENGLISH, LONG, SpeechRecognizer
 
 
@@ -53,7 +53,8 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     }
     # These need the run folder of a training.
     of_run_folder = {"closed_dpo_wer_before", "closed_dpo_wer_after", "train_seconds"}
-    assert set(evaluator.ANSWERS) | other_metrics | of_run_folder == set(values)
+    judged = {row.name for row in speech_chain.Judgments().metrics()}
+    assert set(evaluator.ANSWERS) | other_metrics | of_run_folder | judged == set(values)
     assert all(values[name] is None for name in of_run_folder)
 
     # Neither a folder of digits was given nor `ablate tmrope` run.
