@@ -8,7 +8,7 @@ They report and never decide. DPO ranks its samples by the codec's transcript, a
 minomni/train imports this module (tests/eval/test_outside_judges.py): a judge that also chooses
 measures how well it was pleased.
 
-Their weights are inside pip packages of requirements-dev.txt, so nothing is downloaded at run time.
+Their weights are inside pip packages (see requirements-dev.txt): nothing is downloaded at run time.
 Where a package is missing, the constructor raises NotInstalled with the pip line.
 """
 
