@@ -42,10 +42,15 @@ HEADLINE_METRICS = {
     "scene_accuracy": ("questions about images, correct", "图片问题，答对"),
     "video_accuracy": ("questions about clips, correct", "短片问题，答对"),
     "asr_wer": ("transcripts of speech, word error rate", "听写，词错误率"),
-    "speech_wer": ("its own speech, word error rate", "模型的语音，词错误率"),
-    "streamed_speech_wer": ("its own speech when streamed", "流式语音，词错误率"),
-    "natural_speech_wer": ("recordings of the same sentences", "同样句子的录音，词错误率"),
+    "closed_speech_wer": (
+        "its own speech, word error rate with a closed grammar",
+        "模型的语音，词错误率（封闭语法）",
+    ),
+    "closed_streamed_speech_wer": ("its own speech when streamed", "流式语音，词错误率"),
+    "closed_natural_speech_wer": ("recordings of the same sentences", "同样句子的录音，词错误率"),
 }
+# Rows of the report that are scores on a scale of their own, not fractions: how their names begin
+SCORES = ("dnsmos_", "speaker_similarity_")
 STREAM_ROWS = {
     "first_audio_ms": "from the question to the first audio",
     "first_audio_ratio": "the same, divided by the time of a reply of 10 s that is not streamed",
@@ -140,6 +145,22 @@ def percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1%}"
 
 
+def value_of(name: str, row: dict) -> str:
+    """The value of a row of the report."""
+    return score(row["value"]) if name.startswith(SCORES) else percent(row["value"])
+
+
+def score(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+def interval_of(name: str, row: dict) -> str:
+    """The interval of a row of the report."""
+    if name.startswith(SCORES) and "low" in row:
+        return f"{score(row['low'])} to {score(row['high'])}"
+    return interval(row)
+
+
 def interval(row: dict, to: str = "to") -> str:
     return f"{row['low']:.1%} {to} {row['high']:.1%}" if "low" in row else ""
 
@@ -186,7 +207,7 @@ def report(language: str) -> str:
     """All rows of tiny's report."""
     measured = results()["report"]["tiny"]
     rows = [
-        [f"`{name}`", percent(row["value"]), interval(row), items(row)]
+        [f"`{name}`", value_of(name, row), interval_of(name, row), items(row)]
         for name, row in measured["rows"].items()
     ]
     head = ["tiny", "value", "95 % interval", "items or words"]
@@ -200,8 +221,8 @@ def report_small(language: str) -> str:
     rows = []
     for name, small in report_rows("small").items():
         tiny = report_rows("tiny").get(name)
-        value = percent(tiny["value"]) if tiny else ""
-        rows.append([f"`{name}`", value, percent(small["value"]), interval(small)])
+        value = value_of(name, tiny) if tiny else ""
+        rows.append([f"`{name}`", value, value_of(name, small), interval_of(name, small)])
     return table(["", "tiny", "small", "95 % interval of small"], rows)
 
 

@@ -35,6 +35,8 @@ LISTENING_STATEMENTS = 2200  # statements
 LISTENING_STRINGS = 400  # random words
 LISTENING_FRAMED = 600  # random words in the frame of a statement
 
+JUDGED_STATEMENTS = 400  # utterances of the judged corpus
+
 FEW = 100  # every voice says a kind of statement that has fewer members than this
 BALANCED_SHARE = 0.5  # share of all draws that balances the kinds of sentences
 FIRST_VOICE_OFFSET = 5  # offset of the voices' token ids from tts_text_pad
@@ -204,6 +206,16 @@ def evaluation_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     return jobs
 
 
+def judged_jobs() -> list[NamedJob]:
+    """Held-out statements by the model's voices in turn, for the outside judges of the report.
+
+    More than the statements of evaluation_jobs(), so that intervals are narrow.
+    """
+    random = Random(5)
+    speakers = list(grammar.VOICES) * (JUDGED_STATEMENTS // len(grammar.VOICES))
+    return [speaker_job(name, grammar.statement(random, held_out=True)) for name in speakers]
+
+
 def digit_jobs() -> list[NamedJob]:
     """Isolated digits by many synthetic speakers in several accents, to extend a small data set of
     few real speakers.
@@ -222,16 +234,17 @@ def digit_jobs() -> list[NamedJob]:
 
 
 def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0) -> SpeechCorpus:
-    """The "speaking", "listening", "test" or "digits" corpus, synthesized on first use into the
-    cache folder.
+    """The "speaking", "listening", "test", "judged" or "digits" corpus, synthesized on first use
+    into the cache folder.
 
     english: words that occur in it beside the world's own. The cache file is named by a hash of
     all jobs, so a changed recipe never reads an old file.
     """
     if not text_to_speech.available():
-        return sample_recordings(held_out=name == "test")
+        return sample_recordings(held_out=name in ("test", "judged"))
     makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": evaluation_jobs}
-    jobs = digit_jobs() if name == "digits" else makers[name](english)
+    without_english = {"digits": digit_jobs, "judged": judged_jobs}
+    jobs = without_english[name]() if name in without_english else makers[name](english)
     recipe = json.dumps([seed, text_to_speech.PART, jobs])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     samples_path = cache / f"{name}-{key}.npy"

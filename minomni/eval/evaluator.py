@@ -183,24 +183,29 @@ class Evaluator:
         recognizer = SpeechRecognizer(ENGLISH, words)
         chosen = self.recordings(lambda u: not set(words).isdisjoint(u.text.split()))
 
-        errors: dict[str, list] = {"asr": [], "speech": [], "natural_speech": []}
+        errors: dict[str, list] = {
+            "english_asr": [],
+            "closed_english_speech": [],
+            "closed_english_natural_speech": [],
+        }
         for i, transcript in zip(chosen, self.transcribe_recordings(chosen)):
             utterance = speech.utterances[i]
             reply = self.speak(utterance.text, utterance.voice, seed=i)
             hypotheses = {
-                "asr": transcript.split(),
-                "speech": recognized_words(recognizer, reply.wave, reply.sample_rate),
-                "natural_speech": recognized_words(recognizer, speech.wave(i), INPUT_SAMPLE_RATE),
+                "english_asr": transcript.split(),
+                "closed_english_speech": recognized_words(
+                    recognizer, reply.wave, reply.sample_rate
+                ),
+                "closed_english_natural_speech": recognized_words(
+                    recognizer, speech.wave(i), INPUT_SAMPLE_RATE
+                ),
             }
             reference = [word for word in utterance.text.split() if word in words]
             for name, hypothesis in hypotheses.items():
                 content_words = [word for word in hypothesis if word not in TEMPLATE_WORDS]
                 edits = edit_distance(reference, content_words)
                 errors[name].append((edits, len(reference)))
-        return [
-            word_error_metric(f"english_{name}_wer{suffix}", pairs)
-            for name, pairs in errors.items()
-        ]
+        return [word_error_metric(f"{name}_wer{suffix}", pairs) for name, pairs in errors.items()]
 
     # Speech of the model
 
@@ -208,6 +213,8 @@ class Evaluator:
         """Word error rates of spoken held-out sentences, stop errors and voice accuracy.
 
         The recognizer is independent of the model. The word error rate of recordings is its floor.
+        It chooses among the sentences of the grammar (closed_): speech_chain.py has the word error
+        rates of a recognizer that may write anything.
         """
         chosen = self.recordings(
             lambda u: u.voice in grammar.VOICES and u.text in grammar.statements()
@@ -226,9 +233,11 @@ class Evaluator:
             voice_accuracy = sum(result.voice_correct for result in results) / count
         stop_error_rate = sum(result.stop_error for result in results) / count
         return [
-            word_error_metric("speech_wer", [result.generated for result in results]),
-            word_error_metric("streamed_speech_wer", [result.streamed for result in results]),
-            word_error_metric("natural_speech_wer", [result.recorded for result in results]),
+            word_error_metric("closed_speech_wer", [result.generated for result in results]),
+            word_error_metric(
+                "closed_streamed_speech_wer", [result.streamed for result in results]
+            ),
+            word_error_metric("closed_natural_speech_wer", [result.recorded for result in results]),
             Metric("stop_errors", stop_error_rate, count),
             Metric("voice_accuracy", voice_accuracy, count),
         ]
@@ -268,7 +277,7 @@ class Evaluator:
 
         The values are None if the folder `stages` lacks the weights of the two stages.
         """
-        stage_of_metric = {"dpo_wer_before": "talker", "dpo_wer_after": "dpo"}
+        stage_of_metric = {"closed_dpo_wer_before": "talker", "closed_dpo_wer_after": "dpo"}
         if not all(is_finished(stages, stage) for stage in stage_of_metric.values()):
             return [Metric(name, None) for name in stage_of_metric]
 

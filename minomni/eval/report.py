@@ -13,6 +13,7 @@ from minomni.checkpoint.hf_config import read_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import grammar
 from minomni.eval.evaluator import ANSWERS, Evaluator
+from minomni.eval.speech_chain import speech_chain_metrics
 from minomni.eval.spoken_digits import check_recordings, leave_one_out
 from minomni.eval.stats import Metric, bootstrap, markdown_table
 from minomni.files import write_atomically
@@ -32,7 +33,7 @@ class Report:
     device: str = "cpu"
 
     def fractions(self) -> dict[str, float | None]:
-        """Metric values by name, as fractions; train_seconds in seconds."""
+        """Metric values by name: fractions and scores; train_seconds in seconds."""
         values: dict[str, float | None] = {}
         for row in self.rows:
             values[row.name] = None if row.value is None else round(row.value, 4)
@@ -82,6 +83,7 @@ def measure(
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
     rows.append(spoken_digits_metric(model, digits, cache, device))
     rows += evaluator.speech()
+    rows += speech_chain_metrics(evaluator)
     rows += evaluator.preference(folder.parent / "stages")
     rows += evaluator.english()
 

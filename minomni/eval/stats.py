@@ -13,12 +13,20 @@ Z_95 = 1.96  # quantile of the normal distribution for a two-sided 95 % interval
 
 @dataclass
 class Metric:
-    """One row of a report: a fraction of `n` items, or of `n` words for a word error rate."""
+    """One row of a report: a fraction of `n` items, or of `n` words for a word error rate.
+
+    Or the mean of `n` scores on a scale of their own.
+    """
 
     name: str
     value: float | None  # None if it cannot be measured here
     n: int = 0
     bounds: tuple[float, float] | None = None  # confidence interval; None for a plain fraction
+    is_score: bool = False  # on a scale of its own, not a fraction
+
+    def format(self, value: float) -> str:
+        """A value of this metric as text: a percentage, or a score with two decimals."""
+        return f"{value:.2f}" if self.is_score else f"{value:.1%}"
 
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval: the bounds if given, else Wilson's score interval."""
@@ -40,7 +48,8 @@ class Metric:
         if self.value is None:
             return [self.name, "not measurable here", "", ""]
         low, high = self.interval()
-        return [self.name, f"{self.value:.1%}", f"{low:.1%} to {high:.1%}", str(self.n)]
+        interval = f"{self.format(low)} to {self.format(high)}"
+        return [self.name, self.format(self.value), interval, str(self.n)]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -73,3 +82,15 @@ def word_error_metric(name: str, items: list[ErrorPair]) -> Metric:
         return Metric(name, None)
     words = sum(words for _, words in items)
     return Metric(name, word_error_rate(items), words, bootstrap(word_error_rate, items))
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def score_metric(name: str, values: list[float]) -> Metric:
+    """Mean of one score per sentence; the interval resamples sentences."""
+    if not values:
+        return Metric(name, None, is_score=True)
+    return Metric(name, mean(values), len(values), bootstrap(mean, values), is_score=True)

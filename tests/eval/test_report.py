@@ -14,7 +14,7 @@ from minomni.data import corpus, grammar, text_to_speech
 from minomni.data.vocabulary import English, english, evaluation_words
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
-from minomni.eval import asr, evaluator, report, stats
+from minomni.eval import asr, evaluator, report, speech_chain, stats
 from minomni.eval.asr import ENGLISH, LONG_STATEMENT, SpeechRecognizer
 
 
@@ -45,15 +45,16 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
         "spoken_over_typed",
         "asr_wer",
         "asr_wer_unseen_voices",
-        "speech_wer",
-        "streamed_speech_wer",
-        "natural_speech_wer",
+        "closed_speech_wer",
+        "closed_streamed_speech_wer",
+        "closed_natural_speech_wer",
         "stop_errors",
         "voice_accuracy",
     }
     # These need the run folder of a training.
-    of_run_folder = {"dpo_wer_before", "dpo_wer_after", "train_seconds"}
-    assert set(evaluator.ANSWERS) | other_metrics | of_run_folder == set(values)
+    of_run_folder = {"closed_dpo_wer_before", "closed_dpo_wer_after", "train_seconds"}
+    judged = {row.name for row in speech_chain.Judgments().metrics()}
+    assert set(evaluator.ANSWERS) | other_metrics | of_run_folder | judged == set(values)
     assert all(values[name] is None for name in of_run_folder)
 
     # Neither a folder of digits was given nor `ablate tmrope` run.
@@ -62,7 +63,7 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     # Without text-to-speech there are no recordings of unseen voices.
     assert values["asr_wer_unseen_voices"] is None
     # A model of random weights speaks no words.
-    assert values["natural_speech_wer"] < 0.35 < values["speech_wer"]
+    assert values["closed_natural_speech_wer"] < 0.35 < values["closed_speech_wer"]
     assert (tmp_path / "runs" / "report.md").read_text() == result.markdown()
 
 
@@ -139,8 +140,8 @@ def test_english_words_are_scored_without_the_template(monkeypatch):
     metrics = {metric.name: (metric.value, metric.n) for metric in tested.english()}
     assert metrics == {
         "english_asr_wer": (2 / 8, 8),
-        "english_speech_wer": (4 / 8, 8),
-        "english_natural_speech_wer": (0, 8),
+        "closed_english_speech_wer": (4 / 8, 8),
+        "closed_english_natural_speech_wer": (0, 8),
     }
 
 
