@@ -37,6 +37,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / TRAINED, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
+    parameters = list(load(str(home / "model")).named_parameters())
     for name in (
         "codec",
         "language",
@@ -49,11 +50,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
         "talker",
         "dpo",
     ):
-        weights = {
-            n: p.detach()
-            for n, p in load(str(home / "model")).named_parameters()
-            if n.startswith(STAGES[name].trainable)
-        }
+        weights = {n: p.detach() for n, p in parameters if n.startswith(STAGES[name].trainable)}
         save_file(weights, home / "stages" / f"{name}.safetensors")
     return home
 

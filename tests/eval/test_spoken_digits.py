@@ -125,7 +125,7 @@ def test_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
     stage.batch = lambda step: batch
     with torch.no_grad():
         before = sum(stage.losses(batch).values())
-    train(stage, tmp_path / "run", until=12)
+    train(stage, tmp_path / "run", until=6)
     with torch.no_grad():
         assert sum(stage.losses(batch).values()) < 0.6 * before
 

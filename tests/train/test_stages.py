@@ -19,19 +19,19 @@ from minomni.train.stages.thinker import LanguageStage
 
 # Steps and share of the first loss that a stage must fall below on one and the same batch.
 OVERFIT = {
-    "codec": (25, 0.8),
-    "vocoder": (12, 0.9),
-    "dit": (25, 0.8),
-    "language": (15, 0.4),
-    "audio_align": (25, 0.8),
-    "vision_align": (20, 0.6),
-    "thinker1": (30, 0.8),
-    "thinker2": (12, 0.4),
-    "thinker3": (10, 0.6),
-    "chat": (12, 0.4),
-    "talker": (20, 0.6),
-    "dpo": (8, 0.95),
-    "speakers": (15, 0.7),
+    "codec": (10, 0.8),
+    "vocoder": (4, 0.9),
+    "dit": (12, 0.8),
+    "language": (6, 0.4),
+    "audio_align": (5, 0.8),
+    "vision_align": (6, 0.6),
+    "thinker1": (26, 0.8),
+    "thinker2": (6, 0.4),
+    "thinker3": (5, 0.6),
+    "chat": (6, 0.4),
+    "talker": (5, 0.6),
+    "dpo": (3, 0.95),
+    "speakers": (5, 0.7),
 }
 
 
