@@ -55,6 +55,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     return home
 
 
+@pytest.mark.slow
 def test_dpo_table(home):
     text = ablations.ablate("dpo", home, items=2, seed=0)
     # One table of word error rates and one of length, silence and repetition.
@@ -63,6 +64,7 @@ def test_dpo_table(home):
     assert "relative fall 0.0%" in text  # both stages have the same weights
 
 
+@pytest.mark.slow
 def test_beta_table(home, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     monkeypatch.setattr(ablations, "BETAS", (0.1, 1.0))
@@ -78,6 +80,7 @@ def short() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_tuning_table(home, monkeypatch):
     monkeypatch.setattr(ablations, "TUNING", {"chat": {"steps": 1}, "talker": {"steps": 1}})
     before = {n: p.clone() for n, p in load(str(home / "model")).named_parameters()}
@@ -89,6 +92,7 @@ def test_tuning_table(home, monkeypatch):
     assert all(torch.equal(after[name], before[name]) for name in before)  # the model is unchanged
 
 
+@pytest.mark.slow
 def test_stage3_table(home):
     text = ablations.ablate("stage3", home, items=4, seed=0)
     rows = [line.split(" | ") for line in text.splitlines()[2:]]
@@ -101,6 +105,7 @@ def test_stage3_table(home):
     assert all(row[1] == row[2] for row in rows)  # both stages have the same weights
 
 
+@pytest.mark.slow
 def test_tmrope_table_and_metric_in_report(home, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     text = ablations.ablate("tmrope", home, items=2, seed=0)

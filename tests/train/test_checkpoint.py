@@ -181,6 +181,7 @@ def test_finished_stage_is_not_done_again(tmp_path, capsys):
     assert "stage codec is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_settings_of_the_command_line(tmp_path):
     """--set reaches the stage; a resume with other settings is one line of error."""
     process = start(tmp_path, "--set", "codec.steps=4", "--no-progress")
@@ -267,6 +268,7 @@ def refused(process: subprocess.Popen) -> None:
     assert re.search(r"codec\.\S*: cannot be written \(.*\); make room", lines[0]), errors
 
 
+@pytest.mark.slow
 def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
     pytest.importorskip("resource", reason="this system has no file size limits")
     kept = stopped_early(tmp_path)
@@ -276,6 +278,7 @@ def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
     assert not list((tmp_path / "stages").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     """On a real disk that holds one and a half checkpoints."""
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -11,8 +11,9 @@ from minomni.config import IGNORE_INDEX, SMALL, TINY
 from minomni.data import corpus
 from minomni.data.examples import ExampleBuilder
 from minomni.omni import Omni
-from minomni.train import pipeline, recipes
+from minomni.train import loop, muon, pipeline, recipes
 from minomni.train.loop import Recipe, gradients, train
+from minomni.train.muon import orthogonal
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import code_loss
 from minomni.train.stages.thinker import LanguageStage
@@ -35,6 +36,7 @@ OVERFIT = {
 }
 
 
+@pytest.mark.slow
 def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
     for name in ("codec", "language", "audio_align", "vision_align"):
@@ -64,6 +66,9 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
     it is one model.
     """
     monkeypatch.setattr(DPOStage, "num_prompts", 2)
+    # test_muon.py shows that more iterations do what they should; one is a fifth of the time.
+    monkeypatch.setattr(muon, "orthogonal", lambda matrices, steps: orthogonal(matrices, 1))
+    monkeypatch.setattr(loop, "LOG_LINES", 1)
     home = tmp_path / "small"
     for name in pipeline.STAGES:
         recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
@@ -156,6 +161,7 @@ def test_talker_is_asked_for_the_word_it_says():
     assert torch.equal(stage.word_head.weight.grad, once)
 
 
+@pytest.mark.slow
 def test_the_better_try_is_a_lesson_as_any_other():
     """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to
     become likelier.
