@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[1]
 # processes end together.
 LONGEST = (
     "tests/test_processors.py",
+    "tests/chat/test_generate.py",
     "tests/checkpoint/test_export.py",
     "tests/notebook/test_browser.py",
     "tests/train/test_stages.py",
     "tests/train/test_checkpoint.py",
-    "tests/chat/test_generate.py",
     "tests/eval/test_ablations.py",
     "tests/eval/test_report.py",
     "tests/train/test_loop.py",
