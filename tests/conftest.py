@@ -11,12 +11,40 @@ test_processors.py runs them as on other processors, by these environment variab
 import os
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 from exercises import solved, stubs
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell
+
+ROOT = Path(__file__).parents[1]
+# The files that take longest, the longest first. With pytest-xdist they begin first, so that the
+# processes end together.
+LONGEST = (
+    "tests/test_processors.py",
+    "tests/chat/test_generate.py",
+    "tests/checkpoint/test_export.py",
+    "tests/notebook/test_browser.py",
+    "tests/train/test_stages.py",
+    "tests/train/test_checkpoint.py",
+    "tests/eval/test_ablations.py",
+    "tests/eval/test_report.py",
+    "tests/train/test_loop.py",
+    "tests/test_fuzz.py",
+    "notebooks/08_codec.ipynb",
+    "notebooks/13_training.ipynb",
+    "notebooks/14_dpo.ipynb",
+    "notebooks/00_hear_it_first.ipynb",
+    "tests/train/test_finetune.py",
+    "tests/checkpoint/test_weights.py",
+    "tests/test_cli.py",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems()
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +114,17 @@ class SolvedCell(IPyNbCell):
             self.raise_cell_error(f"the solution is not accepted: {said}")
 
 
+def start_order(item) -> int:
+    """The position of a test's file in LONGEST, or behind all of them."""
+    name = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(items):
-    """Step through the notebooks as a reader does who solves each exercise where it stands."""
+    """Step through the notebooks as a reader does who solves each exercise where it stands. The
+    files that take longest come first.
+    """
+    items.sort(key=start_order)
     stepping = []
     for item in items:
         stepping.append(item)

@@ -658,9 +658,7 @@ def run_case(readers: Readers, seed: int, number: int, answers: dict) -> Outcome
 def worker(connection, inputs: Path, seed: int, kind: type) -> None:
     """Child process: take case numbers, send outcomes."""
     os.environ["MALLOC_ARENA_MAX"] = "2"
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when a reader imports PyTorch
     with tempfile.TemporaryDirectory() as work:
         readers = kind(inputs, Path(work))
         answers = whole_answers(readers)  # after this, imports and caches are no case's memory

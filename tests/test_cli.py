@@ -416,6 +416,7 @@ def test_a_stream_that_breaks_leaves_no_file(run, monkeypatch, tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_fault():
     """As in `python -m minomni train tiny --stages | head -1`: no traceback."""
     command_line = [sys.executable, "-m", "minomni", "train", "tiny", "--stages"]
@@ -525,6 +526,7 @@ def test_a_target_is_checked_before_the_model_is_loaded(run, tmp_path, monkeypat
         assert run("--text", "say a", "--out", out)[0] == 2
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_text_are_printed_all_the_same(tiny_folder, tmp_path):
     """In an argument they arrive as halves of surrogate pairs, which no encoding has."""
     line = [
@@ -649,6 +651,7 @@ def test_a_conversation_on_a_terminal_remembers_and_numbers_its_answers(tmp_path
     assert len(written) == len(reply.wave)
 
 
+@pytest.mark.slow
 @needs_a_terminal
 @pytest.mark.parametrize("keys", [b"\x04", b"\x03"], ids=["end of file", "Ctrl-C"])
 def test_a_conversation_ends_cleanly(tiny_folder, tmp_path, keys):
@@ -674,6 +677,7 @@ def test_a_conversation_ends_cleanly(tiny_folder, tmp_path, keys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_a_terminal
 def test_a_terminal_too_hears_of_a_bad_target_first(tiny_folder, tmp_path):
     terminal = Terminal("--model", tiny_folder, "--out", tmp_path / "none" / "a.wav")

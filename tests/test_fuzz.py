@@ -16,6 +16,7 @@ WHOLE = '{"a": [1, {"b": "text"}], "c": -0.5}'
 CASES, SEED = int(os.environ.get("MINOMNI_FUZZ_CASES", 1000)), 1
 
 
+@pytest.mark.slow
 def test_damaged_files_give_well_formed_answers_or_one_line():
     result = fuzz.fuzz(CASES, SEED)
     assert not result.faults, result.report(SEED)
@@ -128,6 +129,7 @@ class Hostile(Planted):
     sound = picture = config = lambda self, path: True
 
 
+@pytest.mark.slow
 def test_crashes_hangs_and_memory_are_found_and_the_rest_goes_on(inputs, monkeypatch):
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 1)
     seen = {}

@@ -108,6 +108,7 @@ def test_agrees_with_golden_files(case, answers):
     compare(answers[case], oracle.golden(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", oracle.CASES)
 def test_agrees_with_official_code(case, answers, official):
     compare(answers[case], official[case])
@@ -141,6 +142,7 @@ def test_a_small_wrong_is_seen(answers):
     )
 
 
+@pytest.mark.slow
 def test_sampling_processors_agree(transformers):
     """Penalty, top-k and top-p leave the same logits as the official ones, ties and all."""
     from transformers.generation import logits_process as theirs
@@ -162,6 +164,7 @@ def test_sampling_processors_agree(transformers):
         assert torch.equal(keep_top_p(distinct, p), theirs.TopPLogitsWarper(p)(None, distinct))
 
 
+@pytest.mark.slow
 def test_half_precision_is_as_good_as_the_official_one(transformers):
     """In bf16 our logits are as near to the fp32 truth as the official code's: nothing is rounded
     that it keeps.
@@ -178,6 +181,7 @@ def test_half_precision_is_as_good_as_the_official_one(transformers):
     assert 0 < difference < 1.3 * theirs  # measured: 0.9 of theirs
 
 
+@pytest.mark.slow
 def test_stock_5_24_0_speaks_from_other_inputs(transformers):
     """The record of a fault: without the repair, a single unpadded row gets no TMRoPE ids and no
     codec bos and pad; a padded batch, whose mask survives, is right. transformers 4.57.1 agrees

@@ -46,6 +46,7 @@ def expected_scores(logits, ids, settings, suppress):
     return process.TopPLogitsWarper(settings["top_p"])(ids, scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_scores_and_draws_equal_those_of_transformers(number, kind):

@@ -21,7 +21,7 @@ CACHE = Path(tempfile.mkdtemp())
 def recordings_only(monkeypatch):
     """Train on data_samples/ alone: quick, and the same on machines without the synthesizer."""
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
-    monkeypatch.setattr(DPOStage, "num_prompts", 32)
+    monkeypatch.setattr(DPOStage, "num_prompts", 16)
 
 
 def stages(names: Iterable[str], quick: tuple[str, ...] = ("codec",)) -> list:

@@ -211,17 +211,20 @@ def ours(omni) -> list[dict]:
     return answers
 
 
+@pytest.mark.slow
 def test_it_opens_completely(theirs):
     assert theirs["version"] in (OLD, NEW)
     assert theirs["problems"] == []
 
 
+@pytest.mark.slow
 def test_texts_get_the_same_ids(theirs, omni):
     assert theirs["special"] == special_tokens(omni.config.thinker.tokens)
     assert theirs["texts"] == {text: omni.tokenizer.encode(text) for text in TEXTS}
     assert theirs["said"] == "the blue square"
 
 
+@pytest.mark.slow
 def test_prompts_are_the_same(theirs, ours):
     for their, our in zip(theirs["answers"], ours, strict=True):
         inputs = our["inputs"]
@@ -237,6 +240,7 @@ def test_prompts_are_the_same(theirs, ours):
             torch.testing.assert_close(their_mel, our_mel, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_answers_are_the_same(theirs, ours):
     for their, our in zip(theirs["answers"], ours, strict=True):
         assert their["tokens"] == our["tokens"]
@@ -246,6 +250,7 @@ def test_answers_are_the_same(theirs, ours):
         torch.testing.assert_close(their["wave"], our["wave"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_of_theirs_comes_through_here_unchanged(theirs, packages, omni, room):
     """What transformers has saved is loaded and saved here, opens there with its processor, and
     says the same again.

@@ -155,6 +155,7 @@ def test_a_model_outlives_its_folder(folder, omni):
     assert same_tensors(model, omni)
 
 
+@pytest.mark.slow
 def test_loading_draws_no_random_numbers(folder):
     """Random numbers on the meta device would cost two seconds of imports at every start."""
     code = f"""
@@ -188,6 +189,7 @@ def transformers():
     return pytest.importorskip("transformers", reason="writes and reads the official folders")
 
 
+@pytest.mark.slow
 def test_folder_written_by_transformers(transformers, tmp_path):
     official = oracle.hf_model()
     official.save_pretrained(tmp_path, max_shard_size="2MB")
@@ -204,6 +206,7 @@ def test_folder_written_by_transformers(transformers, tmp_path):
     assert reply.tokens == oracle.golden("mixed")["tokens"].tolist()
 
 
+@pytest.mark.slow
 def test_folder_read_by_transformers(transformers, saved):
     official = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(
         saved, dtype=torch.float32
@@ -753,6 +756,7 @@ def test_same_seed_same_wave(omni):
     assert np.isfinite(a.waves[0].numpy()).all()
 
 
+@pytest.mark.slow
 def test_importing_needs_no_transformers():
     code = (
         "import minomni.omni, minomni.checkpoint.weights, sys; "

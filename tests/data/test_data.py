@@ -70,6 +70,7 @@ def test_codes_are_kept_for_the_codec_that_made_them(tmp_path):
     assert len(list(tmp_path.glob("codes-*.pt"))) == 3
 
 
+@pytest.mark.slow
 def test_english_words_where_there_is_room_for_them():
     """None for tiny, whose corpora stay as they are. Small's come in pieces; a tenth is never
     trained on.

@@ -38,6 +38,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     shutil.copytree(tiny_folder, home / "model")
     write_json(home / "model" / HISTORY_FILE, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
+    parameters = list(load(str(home / "model")).named_parameters())
     for name in (
         "codec",
         "language",
@@ -50,15 +51,12 @@ def home(tiny_folder, monkeypatch, tmp_path):
         "talker",
         "dpo",
     ):
-        weights = {
-            n: p.detach()
-            for n, p in load(str(home / "model")).named_parameters()
-            if n.startswith(STAGES[name].trainable)
-        }
+        weights = {n: p.detach() for n, p in parameters if n.startswith(STAGES[name].trainable)}
         save_file(weights, home / "stages" / f"{name}.safetensors")
     return home
 
 
+@pytest.mark.slow
 def test_dpo_table(home):
     text = ablations.ablate("dpo", home, items=2, seed=0)
     # One table of word error rates and one of length, silence and repetition.
@@ -67,6 +65,7 @@ def test_dpo_table(home):
     assert "relative reduction 0.0%" in text  # both stages have the same weights
 
 
+@pytest.mark.slow
 def test_beta_table(home, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     monkeypatch.setattr(ablations, "BETAS", (0.1, 1.0))
@@ -82,6 +81,7 @@ def short() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_tuning_table(home, monkeypatch):
     monkeypatch.setattr(ablations, "TUNING", {"chat": {"steps": 1}, "talker": {"steps": 1}})
     before = {n: p.clone() for n, p in load(str(home / "model")).named_parameters()}
@@ -93,6 +93,7 @@ def test_tuning_table(home, monkeypatch):
     assert all(torch.equal(after[name], before[name]) for name in before)  # the model is unchanged
 
 
+@pytest.mark.slow
 def test_stage3_table(home):
     text = ablations.ablate("stage3", home, items=4, seed=0)
     rows = [line.split(" | ") for line in text.splitlines()[2:]]
@@ -105,6 +106,7 @@ def test_stage3_table(home):
     assert all(row[1] == row[2] for row in rows)  # both stages have the same weights
 
 
+@pytest.mark.slow
 def test_tmrope_table_and_metric_in_report(home, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", short())
     text = ablations.ablate("tmrope", home, items=2, seed=0)

@@ -32,6 +32,7 @@ def test_report_as_markdown_and_fractions():
     assert "not measurable here" in result.markdown()
 
 
+@pytest.mark.slow
 def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
@@ -145,6 +146,7 @@ def test_english_words_are_scored_without_the_template(monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not text_to_speech.available(), reason="no text-to-speech engine")
 def test_recognizer_understands_english_words():
     """Fewer than one word in four is wrong in recordings, for trained and for held-out words."""

@@ -125,11 +125,12 @@ def test_stage_overfits_one_batch(folder, tiny_folder, tmp_path):
     stage.batch = lambda step: batch
     with torch.no_grad():
         before = sum(stage.losses(batch).values())
-    train(stage, tmp_path / "run", until=12)
+    train(stage, tmp_path / "run", until=6)
     with torch.no_grad():
         assert sum(stage.losses(batch).values()) < 0.6 * before
 
 
+@pytest.mark.slow
 def test_held_out_speaker_is_not_trained_on(folder, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(spoken_digits, "RECIPE", replace(spoken_digits.RECIPE, steps=1, batch=2))

@@ -51,6 +51,7 @@ def official(samples: np.ndarray) -> np.ndarray:
     return out["input_features"][0][:, : int(out["attention_mask"].sum())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", LENGTHS)
 def test_equals_the_official_extractor(samples):
     pytest.importorskip("transformers", reason="the official code is not installed")

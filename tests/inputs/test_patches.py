@@ -46,6 +46,7 @@ def official(array: np.ndarray) -> tuple[np.ndarray, list[int]]:
     ].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_the_official_processor(size):
     pytest.importorskip("transformers", reason="the official code is not installed")
@@ -81,6 +82,7 @@ def test_smart_resize(size, expected):
     assert found[0] * found[1] <= 12_845_056
 
 
+@pytest.mark.slow
 def test_sizes_equal_the_official_ones():
     official = pytest.importorskip(
         "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
@@ -98,6 +100,7 @@ def test_sizes_equal_the_official_ones():
             assert smart_resize(height, width, 28, least, most) == expected, (height, width)
 
 
+@pytest.mark.slow
 def test_video_equals_pairs_of_official_images():
     """The official video processor is the image processor with two different frames in the place of
     two equal ones.

@@ -209,6 +209,7 @@ def test_nothing_is_fetched(source, monkeypatch):
     refused(source, source, "web addresses are not fetched", load=load_image)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_what_is_no_file(tmp_path):
     """In another process, which a reader that waits would keep from ending."""

@@ -161,6 +161,7 @@ def addresses(lab):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", chosen())
 def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses, tmp_path):
     """No cell fails, nothing complains in the page, and the figure under the slider becomes another

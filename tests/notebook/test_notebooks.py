@@ -8,6 +8,7 @@ import builtins
 import re
 import subprocess
 import sys
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -45,7 +46,7 @@ LOOSEST = 0.02  # the largest tolerance of a proof
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 400_000, range(20, 36), 300, 25, 100
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request):
     read = nbformat.read(request.param, as_version=4)
     nbformat.validate(read)
@@ -138,13 +139,19 @@ def defined(source: str) -> dict[str, str]:
     return found
 
 
+@cache
+def defined_in_package() -> dict[str, str]:
+    package = {}
+    for path in (ROOT / "minomni").rglob("*.py"):
+        package |= defined(path.read_text())
+    return package
+
+
 def test_nothing_is_copied_from_the_package(notebook):
     """What a notebook derives must differ from what it is compared with, or the comparison proves
     nothing.
     """
-    package = {}
-    for path in (ROOT / "minomni").rglob("*.py"):
-        package |= defined(path.read_text())
+    package = defined_in_package()
     own = {}
     for cell in notebook.codes:
         own |= defined(cell.source)
@@ -300,6 +307,7 @@ def test_real_checks_are_not_called_vacuous(source):
     assert vacuous(source) == []
 
 
+@cache
 def taught() -> set[str]:
     """The files and folders that the headers of all notebooks name as theirs."""
     headers = [nbformat.read(path, as_version=4).cells[0].source for path in NOTEBOOKS]

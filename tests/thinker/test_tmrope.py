@@ -247,6 +247,7 @@ def official(model, rows: list[Row], inputs: Inputs, sounding: bool) -> torch.Te
     return found.long()
 
 
+@pytest.mark.slow
 def test_equals_the_official_positions_on_random_layouts():
     transformers = pytest.importorskip("transformers", reason="the official code is not installed")
     if transformers.__version__ != oracle.VERSION:

@@ -93,6 +93,7 @@ def test_equals_the_golden_file_of_the_official_code(model):
     compare(our_outputs(model), oracle.golden("token2wav"))
 
 
+@pytest.mark.slow
 def test_equals_the_official_code(model):
     transformers = pytest.importorskip(
         "transformers", reason="only needed to compare with the official code itself"

@@ -160,6 +160,7 @@ def test_the_command_line_accepts_a_recording(
     assert "you.wav: no such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_import_is_lazy():
     code = (
         "import sys, minomni; assert 'torch' not in sys.modules; "

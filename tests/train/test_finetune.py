@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from training import stages
 
 import minomni
 from minomni import __main__ as command
@@ -704,6 +705,7 @@ def test_epoch_contains_every_row_once():
     assert epochs[0] != [jsonl.epoch_index(4, 50, i) for i in range(50)]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     """Ten times the lines, 8 MB more on disk: only the offsets and the epoch's order may grow."""
     peaks = []
@@ -721,7 +723,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     assert peaks[1] - peaks[0] < 100 * 1800, peaks  # at most 100 bytes a line, of 4,000
 
 
-@pytest.mark.parametrize("name", list(finetune.FINETUNE_STAGES))
+@pytest.mark.parametrize("name", stages(finetune.FINETUNE_STAGES, quick=("chat",)))
 def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
@@ -737,13 +739,13 @@ def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_
     stage.batch = lambda step: batch
     with torch.no_grad():
         before = sum(stage.losses(batch).values())
-    train(stage, tmp_path / "one", until=12)
+    train(stage, tmp_path / "one", until=6)
     with torch.no_grad():
         assert sum(stage.losses(batch).values()) < 0.6 * before
-    train(stage_of(6), tmp_path / "whole")
-    train(stage_of(6), tmp_path / "halves", until=3)
+    train(stage_of(4), tmp_path / "whole")
+    train(stage_of(4), tmp_path / "halves", until=2)
     assert (tmp_path / "halves" / f"{name}.resume.pt").exists()
-    train(stage_of(6), tmp_path / "halves", resume=True)
+    train(stage_of(4), tmp_path / "halves", resume=True)
     whole, halves = (
         (tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("whole", "halves")
     )
@@ -773,6 +775,7 @@ def test_load_fine_tuned_model(tmp_path, small, tiny_folder, spoken):
         finetune.finetune("tiny", data, out, epochs=1, resume=True)
 
 
+@pytest.mark.slow
 def test_resume_between_stages_is_exact(tmp_path, small, spoken, monkeypatch):
     data = write(tmp_path, spoken)
     finetune.finetune("tiny", data, tmp_path / "whole", epochs=2)

@@ -11,12 +11,12 @@ from minomni.train.loop import Recipe, learning_rate, train
 @pytest.mark.parametrize("name", stages(["codec", "dit", "thinker2", "talker"]))
 def test_resume_is_exact(name, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(stage_of(name, steps=6), whole)
-    train(stage_of(name, steps=6), halves, until=3)
+    train(stage_of(name, steps=4), whole)
+    train(stage_of(name, steps=4), halves, until=2)
     path = halves / f"{name}.resume.pt"
     if not path.exists():
         pytest.fail("no checkpoint was left behind")
-    train(stage_of(name, steps=6), halves, resume=True)
+    train(stage_of(name, steps=4), halves, resume=True)
     assert (whole / f"{name}.safetensors").read_bytes() == (
         halves / f"{name}.safetensors"
     ).read_bytes()
@@ -50,9 +50,9 @@ def test_loader_processes_change_no_number(name, tmp_path):
 
 @pytest.mark.slow
 def test_resume_is_exact_with_loader_processes(tmp_path):
-    train(stage_of("codec", steps=6), tmp_path / "whole")
-    train(stage_of("codec", steps=6), tmp_path / "halves", until=3, workers=2)
-    train(stage_of("codec", steps=6), tmp_path / "halves", resume=True, workers=1)
+    train(stage_of("codec", steps=4), tmp_path / "whole")
+    train(stage_of("codec", steps=4), tmp_path / "halves", until=2, workers=2)
+    train(stage_of("codec", steps=4), tmp_path / "halves", resume=True, workers=1)
     whole, halves = (tmp_path / name / "codec.safetensors" for name in ("whole", "halves"))
     assert whole.read_bytes() == halves.read_bytes()
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import forked
 import pytest
 import soundfile
 import torch
@@ -79,15 +80,13 @@ def make(name: str, cache: Path, device="cpu", config=BRIEF, **recipe) -> Stage:
     return stage
 
 
-def command(home: Path, *options: str, prelude: str = "") -> list[str]:
-    arguments = ["train", "tiny", "--stage", "codec", "--home", str(home), *options]
-    return [sys.executable, "-c", COMMAND.format(prelude), *arguments]
+def command(home: Path, *options: str) -> list[str]:
+    return ["train", "tiny", "--stage", "codec", "--home", str(home), *options]
 
 
-def start(*arguments, **options) -> subprocess.Popen:
+def start(home: Path, *options: str, prelude: str = "") -> subprocess.Popen | forked.Forked:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command(*arguments, **options), cwd=ROOT, env=environment, **pipes)
+    return forked.start(COMMAND.format(prelude), command(home, *options), ROOT, environment)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -185,6 +184,7 @@ def test_finished_stage_is_not_done_again(tmp_path, capsys):
     assert "stage codec is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_settings_of_the_command_line(tmp_path):
     """--set reaches the stage; a resume with other settings is one line of error."""
     process = start(tmp_path, "--set", "codec.steps=4", "--no-progress")
@@ -212,7 +212,7 @@ def test_kill_loses_only_what_no_checkpoint_holds(tmp_path):
     folder = killed / "stages"
     log = folder / "log.jsonl"
     while not (log.exists() and log.read_text().count('"step"') >= 2):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.kill()  # SIGKILL, where there are signals
     process.communicate()
@@ -269,6 +269,7 @@ def refused(process: subprocess.Popen) -> None:
     assert re.search(r"codec\.\S*: cannot be written \(.*\); make room", lines[0]), errors
 
 
+@pytest.mark.slow
 def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
     pytest.importorskip("resource", reason="this system has no file size limits")
     kept = stopped_early(tmp_path)
@@ -278,6 +279,7 @@ def test_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
     assert not list((tmp_path / "stages").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     """On a real disk that holds one and a half checkpoints."""
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
@@ -294,11 +296,15 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         f'{small} && cp -r {tmp_path}/stages {disk}/ && "$@"; code=$?; '
         f"cp -r {disk}/stages {out}/; exit $code"
     )
+    program = [sys.executable, "-c", COMMAND.format("")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     refused(
         subprocess.Popen(
-            [*mount, script, "sh", *command(disk, "--resume")], cwd=ROOT, env=environment, **pipes
+            [*mount, script, "sh", *program, *command(disk, "--resume")],
+            cwd=ROOT,
+            env=environment,
+            **pipes,
         )
     )
     assert (out / "stages" / "codec.resume.pt").read_bytes() == kept

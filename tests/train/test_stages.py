@@ -11,30 +11,32 @@ from minomni.config import IGNORE_INDEX, SMALL, TINY
 from minomni.data import corpus
 from minomni.data.examples import ExampleBuilder
 from minomni.omni import Omni
-from minomni.train import pipeline, recipes
+from minomni.train import loop, muon, pipeline, recipes
 from minomni.train.loop import Recipe, gradients, train
+from minomni.train.muon import orthogonal
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import code_loss
 from minomni.train.stages.thinker import LanguageStage
 
 # Steps and share of the first loss that a stage must fall below on one and the same batch.
 OVERFIT = {
-    "codec": (25, 0.8),
-    "vocoder": (12, 0.9),
-    "dit": (25, 0.8),
-    "language": (15, 0.4),
-    "audio_align": (25, 0.8),
-    "vision_align": (20, 0.6),
-    "thinker1": (30, 0.8),
-    "thinker2": (12, 0.4),
-    "thinker3": (10, 0.6),
-    "chat": (12, 0.4),
-    "talker": (20, 0.6),
-    "dpo": (8, 0.95),
-    "speakers": (15, 0.7),
+    "codec": (10, 0.8),
+    "vocoder": (4, 0.9),
+    "dit": (12, 0.8),
+    "language": (6, 0.4),
+    "audio_align": (5, 0.8),
+    "vision_align": (6, 0.6),
+    "thinker1": (26, 0.8),
+    "thinker2": (6, 0.4),
+    "thinker3": (5, 0.6),
+    "chat": (6, 0.4),
+    "talker": (5, 0.6),
+    "dpo": (3, 0.95),
+    "speakers": (5, 0.7),
 }
 
 
+@pytest.mark.slow
 def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
     for name in ("codec", "language", "audio_align", "vision_align"):
@@ -43,7 +45,7 @@ def test_samples_can_be_drawn_before_any_training():
         assert stage.sample()
 
 
-@pytest.mark.parametrize("name", stages(pipeline.STAGES, quick=("codec", "vision_align")))
+@pytest.mark.parametrize("name", stages(pipeline.STAGES, quick=("vision_align",)))
 def test_every_stage_overfits_one_batch(name, tmp_path):
     stage = stage_of(name)
     batch = stage.batch(0)
@@ -64,6 +66,9 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
     it is one model.
     """
     monkeypatch.setattr(DPOStage, "num_prompts", 2)
+    # test_muon.py shows that more iterations do what they should; one is a fifth of the time.
+    monkeypatch.setattr(muon, "orthogonal", lambda matrices, steps: orthogonal(matrices, 1))
+    monkeypatch.setattr(loop, "LOG_LINES", 1)
     home = tmp_path / "small"
     for name in pipeline.STAGES:
         recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
@@ -156,6 +161,7 @@ def test_talker_is_asked_for_the_word_it_says():
     assert torch.equal(stage.word_head.weight.grad, once)
 
 
+@pytest.mark.slow
 def test_the_better_try_is_a_example_as_any_other():
     """Beside the preference: the mean loss of its codes and its stop, at its weight; it is to
     become likelier.
