@@ -155,6 +155,13 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--out", type=Path, help="folder of the fine-tuned model (default runs/SIZE/tuned)"
     )
     train.add_argument(
+        "--budget",
+        choices=("quick", "long"),
+        default="quick",
+        help="steps of the stages of tiny: quick, half an hour on two cores (default), or long, a "
+        "night on two cores",
+    )
+    train.add_argument(
         "--set",
         action="append",
         default=[],
@@ -326,7 +333,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))
     recipes.recipe_of(arguments.stage or first_stage, arguments.size)
-    settings = recipes.parse_settings(arguments.set)
+    settings = recipes.budget_settings(arguments.budget, arguments.size)
+    settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
     pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
     pipeline.record_settings(home, settings)
     if arguments.stage:
@@ -360,8 +368,8 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
     """Fine-tune a trained size on the data of --data."""
     from minomni.train.finetune import finetune
 
-    if arguments.set:
-        raise UserError("--set changes the stages of a size and does not go with --data")
+    if arguments.set or arguments.budget != "quick":
+        raise UserError("--set and --budget change the stages of a size and do not go with --data")
     folder = finetune(
         arguments.size,
         arguments.data,

@@ -294,7 +294,7 @@ def test_training_refuses_before_it_writes(monkeypatch, capsys, tmp_path):
         (["tiny", "--set", "codec.pace=5"], "unknown field 'pace'"),
         (["tiny", "--set", "codec.steps=0"], "codec.steps is 0; expected a whole number"),
         (["tiny", "--set", "codec.steps"], "expected STAGE.FIELD=VALUE"),
-        (["tiny", "--data", "none.jsonl", "--set", "codec.steps=5"], "does not go with --data"),
+        (["tiny", "--data", "none.jsonl", "--set", "codec.steps=5"], "do not go with --data"),
     ):
         monkeypatch.setattr(
             sys, "argv", ["minomni", "train", *line, "--home", str(tmp_path / "run")]

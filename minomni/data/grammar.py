@@ -46,8 +46,7 @@ def installed(voices: dict[str, str]) -> dict[str, str]:
     return voices
 
 
-# The voices by name. installed(NATURAL_VOICES) instead makes the model speak naturally.
-VOICES = ESPEAK_VOICES
+VOICES = installed(NATURAL_VOICES)  # by name
 LISTENING_VOICES = {
     **VOICES,
     "Mike": "en-us+m1",
@@ -55,7 +54,11 @@ LISTENING_VOICES = {
     "Nora": "en-us+f4",
     "Paul": "en-us",
 }
-UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}  # in evaluation only
+# In evaluation only
+UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}
+UNSEEN_NATURAL_VOICES = {"Clara": "natural:alto", "Bruno": "natural:bass"}
+if not neural_tts.available():
+    UNSEEN_NATURAL_VOICES = {}
 
 # The language as templates. The speech recognizer of the evaluation uses the same grammar.
 GRAMMAR = {

@@ -81,6 +81,8 @@ def measure(
     rows.append(evaluator.spoken_over_typed())
     rows.append(evaluator.transcription("asr_wer", grammar.LISTENING_VOICES))
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
+    unseen_natural = grammar.UNSEEN_NATURAL_VOICES
+    rows.append(evaluator.transcription("asr_wer_unseen_natural_voices", unseen_natural))
     rows.append(spoken_digits_metric(model, digits, cache, device))
     rows += evaluator.speech()
     rows += speech_chain_metrics(evaluator)

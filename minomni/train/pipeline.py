@@ -22,7 +22,15 @@ from minomni.errors import UserError
 from minomni.omni import Omni
 from minomni.train.loop import Stage, format_losses, run_setup, train
 from minomni.train.measurements import measured, write_summary
-from minomni.train.recipes import Settings, check_settings, format_settings, recipe_of
+from minomni.train.recipes import (
+    BUDGETS,
+    Settings,
+    budget_settings,
+    check_settings,
+    format_settings,
+    merge_settings,
+    recipe_of,
+)
 from minomni.train.run_folder import (
     check_run_config,
     clear_stages_folder,
@@ -323,10 +331,25 @@ def write_history(
 def training_command(size: str, seed: int, settings: Settings) -> str:
     """The command line that repeats a run."""
     words = ["python", "-m", "minomni", "train", size, "--seed", str(seed)]
-    for stage, fields in settings.items():
+    left = settings
+    for budget in BUDGETS.get(size, {}):
+        of_budget = budget_settings(budget, size)
+        if of_budget and merge_settings(settings, of_budget) == settings:
+            words += ["--budget", budget]
+            left = without_settings(settings, of_budget)
+    for stage, fields in left.items():
         for field, value in fields.items():
             words += ["--set", f"{stage}.{field}={value:g}"]
     return " ".join(words)
+
+
+def without_settings(settings: Settings, removed: Settings) -> Settings:
+    """Settings without the fields that `removed` sets."""
+    left: Settings = {}
+    for stage, fields in settings.items():
+        names = fields.keys() - removed.get(stage, {}).keys()
+        left[stage] = {name: fields[name] for name in sorted(names)}
+    return left
 
 
 def config_hash(config: OmniConfig) -> str:

@@ -46,6 +46,7 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
         "spoken_over_typed",
         "asr_wer",
         "asr_wer_unseen_voices",
+        "asr_wer_unseen_natural_voices",
         "closed_speech_wer",
         "closed_streamed_speech_wer",
         "closed_natural_speech_wer",

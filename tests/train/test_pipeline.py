@@ -120,6 +120,28 @@ def test_the_command_repeats_the_run():
     )
 
 
+def test_a_budget_changes_the_steps_and_is_part_of_the_command():
+    of_budget = recipes.budget_settings("long", "tiny")
+    assert of_budget.keys() == recipes.RECIPES["tiny"].keys()
+    assert of_budget["dit"] == {"steps": recipes.BUDGETS["tiny"]["long"]["dit"]}
+    assert recipes.budget_settings("quick", "tiny") == {}
+    assert recipes.budget_settings("quick", "small") == {}
+
+    settings = recipes.merge_settings(of_budget, {"dit": {"lr": 0.01}, "codec": {"batch": 4}})
+    assert settings["dit"] == {"steps": of_budget["dit"]["steps"], "lr": 0.01}
+    assert pipeline.training_command("tiny", 0, settings) == (
+        "python -m minomni train tiny --seed 0 --budget long --set codec.batch=4 --set dit.lr=0.01"
+    )
+    # A run with other steps than the budget's is repeated field by field.
+    settings = recipes.merge_settings(of_budget, {"dit": {"steps": 7}})
+    command = pipeline.training_command("tiny", 0, settings)
+    assert "--budget" not in command
+    assert "--set dit.steps=7" in command
+
+    with pytest.raises(UserError, match="size 'small' has no budget 'long'; it has quick"):
+        recipes.budget_settings("long", "small")
+
+
 def test_everything_lies_under_home(tmp_path):
     home = tmp_path / "home"
     stage = pipeline.make_stage("codec", "tiny", home, seed=0)
