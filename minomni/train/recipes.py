@@ -12,7 +12,7 @@ Settings = dict[str, dict[str, Any]]  # {stage: {field of its recipe: value}}
 RECIPES = {
     "tiny": {
         "codec": Recipe(steps=450, batch=16, lr=5e-3),
-        "vocoder": Recipe(steps=450, batch=16, lr=1e-2),
+        "vocoder": Recipe(steps=450, batch=16, lr=5e-3),
         "dit": Recipe(steps=800, batch=16, lr=8e-3),
         "language": Recipe(steps=1400, batch=8, lr=3.5e-3),
         "audio_align": Recipe(steps=550, batch=16, lr=6e-3),
