@@ -359,6 +359,7 @@ def test_help_is_worth_reading(command_name):
     assert len(shown.stdout.splitlines()) > 8
 
 
+@pytest.mark.slow
 def test_importing_is_quick_and_needs_little():
     heavy = {"transformers", "librosa", "IPython", "jupyterlab", "espeakng_loader", "matplotlib"}
     code = f"import sys, minomni, minomni.omni; print({heavy} & set(sys.modules) or 'fine')"
@@ -600,6 +601,7 @@ needs_a_terminal = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_a_terminal
 def test_a_conversation_on_a_terminal_remembers_and_numbers_its_answers(tmp_path):
     import minomni

@@ -27,5 +27,6 @@ def test_format():
     run_tool("ruff", "format", "--check", *CHECKED)
 
 
+@pytest.mark.slow
 def test_types():
     run_tool("mypy")

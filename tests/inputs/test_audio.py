@@ -211,6 +211,7 @@ def test_arrays_that_claim_any_length():
 
 # ----------------------------------------------------------------------------------------------
 # start and end
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [16_000, 11_025, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize(
     ("start", "end"),

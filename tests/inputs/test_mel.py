@@ -82,6 +82,7 @@ def test_frames_are_counted_up():
     ]
 
 
+@pytest.mark.slow
 def test_filters_equal_librosa():
     librosa = pytest.importorskip("librosa", reason="librosa is a second opinion only")
     for n_fft, bands in ((400, 128), (1024, 80)):

@@ -373,7 +373,7 @@ def test_bad_schedules_and_codes_get_one_line(model):
     stream = SpeechStream(model, VOICE, FLOW, LOW_LATENCY, seeded())
     with pytest.raises(UserError, match="sounds for 0 to 8447"):
         list(stream.feed(torch.tensor([[9000]])))
-    with pytest.raises(UserError, match="'Chelsie': cond"):
+    with pytest.raises(UserError, match="'Chelsie' has cond"):
         SpeechStream(
             model, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), FLOW, LOW_LATENCY, seeded()
         )

@@ -723,7 +723,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, omni):
     assert peaks[1] - peaks[0] < 100 * 1800, peaks  # at most 100 bytes a line, of 4,000
 
 
-@pytest.mark.parametrize("name", stages(finetune.FINETUNE_STAGES, quick=("chat",)))
+@pytest.mark.parametrize("name", stages(finetune.FINETUNE_STAGES, quick=()))
 def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_folder, spoken):
     def stage_of(steps):
         fresh = minomni.load(str(tiny_folder))
