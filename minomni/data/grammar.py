@@ -46,7 +46,8 @@ def installed(voices: dict[str, str]) -> dict[str, str]:
     return voices
 
 
-VOICES = installed(NATURAL_VOICES)  # by name
+# The voices by name. installed(NATURAL_VOICES) instead makes the model speak naturally.
+VOICES = ESPEAK_VOICES
 LISTENING_VOICES = {
     **VOICES,
     "Mike": "en-us+m1",
