@@ -128,7 +128,9 @@ def test_missing_package_is_named_with_its_pip_line(judge, monkeypatch):
 
 
 def test_pip_lines_are_those_of_the_requirements():
-    lines = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
+    lines = ""
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        lines += (ROOT / name).read_text(encoding="utf-8")
     for pip in (outside_judges.WHISPER_PIP, outside_judges.DNSMOS_PIP, outside_judges.SPEAKER_PIP):
         for package in pip.split():
             if "==" in package:
