@@ -122,12 +122,14 @@ def test_open_microphone_and_interruption(server):
         await add(connection, {"type": "input_image", "image_url": image})
         await send_audio(connection, silence + spoken() + silence)
         first = await until(connection, "response.output_audio.delta")
-        await send_audio(connection, spoken("wish.wav") + silence)
+        again = spoken()
+        await send_audio(connection, again[:RATE])  # half a second
         interrupted = await until(connection, "input_audio_buffer.speech_started")
         item = of_kind(first, "response.output_audio.delta")[0].item_id
         await connection.conversation.item.truncate(
             item_id=item, content_index=0, audio_end_ms=300
         )
+        await send_audio(connection, again[RATE:] + silence)
         first_id = of_kind(first, "response.created")[0].response.id
         rest = interrupted + await until(connection, "response.done")
         if rest[-1].response.id == first_id:
@@ -142,7 +144,7 @@ def test_open_microphone_and_interruption(server):
     assert statuses[-1] == "completed"
     assert len(of_kind(rest, "conversation.item.truncated")) == 1
     words = of_kind(rest, "response.output_audio_transcript.done")[-1].transcript
-    assert words == "the yellow square is left of the yellow cross"
+    assert words == "the red circle is left of the black square"
 
 
 def test_cancel(server):
