@@ -1,4 +1,4 @@
-"""Command line: python -m minomni train | chat | report | ablate | bench."""
+"""Command line: python -m minomni train | chat | serve | report | ablate | bench."""
 
 import argparse
 import json
@@ -80,7 +80,7 @@ def parser() -> Parser:
         description="A small Qwen2.5-Omni: train it, chat with it, evaluate it.",
     )
     commands = top.add_subparsers(dest="command", required=True)
-    for add in (add_train, add_chat, add_report, add_ablate, add_bench):
+    for add in (add_train, add_chat, add_serve, add_report, add_ablate, add_bench):
         add(commands)
     return top
 
@@ -231,6 +231,30 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
         "also first_audio_s, last_text_s",
     )
     add_device(chat)
+
+
+def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="open a page to talk to the model, and the API of OpenAI's clients",
+        description="Serves a page with a microphone at http://HOST:PORT, /v1/chat/completions, "
+        "/v1/audio/speech, /v1/audio/transcriptions, /v1/realtime and /v1/models. Other machines "
+        "reach it only with --host, which needs a token in the environment variable MINOMNI_TOKEN.",
+    )
+    add_model(serve)
+    add_device(serve)
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
+    )
+    serve.add_argument(
+        "--port", type=whole(0, 65_536), default=8000, help="port (default 8000; 0 for any)"
+    )
+    serve.add_argument(
+        "--sessions",
+        type=whole(1, 10_001),
+        default=32,
+        help="requests and conversations at once; others are told to try later (default 32)",
+    )
 
 
 def generation_names() -> list[str]:
@@ -647,6 +671,28 @@ def sample_content(entry: dict, samples: Path) -> list[dict]:
     return content
 
 
+def run_serve(arguments: argparse.Namespace) -> None:
+    """Serve the page and the API until Ctrl-C."""
+    try:
+        from minomni.serve.app import serve
+        from minomni.serve.settings import Settings
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the server needs {error.name}, which is not installed; run: "
+            f"pip install -r requirements-serve.txt"
+        ) from None
+
+    settings = Settings(
+        host=arguments.host,
+        port=arguments.port,
+        token=os.environ.get("MINOMNI_TOKEN") or None,
+        sessions=arguments.sessions,
+    )
+    settings.check()
+    omni = load(arguments.model, arguments.device)
+    serve(omni, Path(arguments.model).name, settings)
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     """Evaluate a model and print the metrics."""
     import torch
@@ -700,6 +746,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 COMMANDS = {
     "train": run_train,
     "chat": run_chat,
+    "serve": run_serve,
     "report": run_report,
     "ablate": run_ablate,
     "bench": run_bench,

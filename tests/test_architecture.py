@@ -24,6 +24,7 @@ LAYERS = (
     {"train"},
     {"eval"},
     {"notebook"},
+    {"serve"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

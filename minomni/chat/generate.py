@@ -201,6 +201,22 @@ def stream_reply(
     voice: None for no speech. timings: records each event. reply_ids: the text ids are appended to
     it. Raises UserError for weights that give no finite numbers.
     """
+    for event in reply_steps(omni, prefill, voice, options, timings, reply_ids):
+        if event is not None:
+            yield event
+
+
+def reply_steps(
+    omni: "Omni",
+    prefill: PrefillState,
+    voice: Voice | None,
+    options: StreamOptions,
+    timings: Timings,
+    reply_ids: list[int],
+) -> Iterator[TextChunk | AudioChunk | ReplyDone | None]:
+    """stream_reply() that also yields None after each step that completes no chunk, so that a
+    caller can stop or do other work between any two steps.
+    """
     bos_tokens = None
     speech = None
     if voice is not None:
@@ -221,6 +237,7 @@ def stream_reply(
                 text = decoded
         elif speech is not None:
             yield from speech.feed(ids)
+        yield None
 
     codes: list[int] = []
     waves: list[Tensor] = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minomni.arguments import check_number
-from minomni.chat.generate import stream_reply
+from minomni.chat.generate import reply_steps, stream_reply
 from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, Timings
 from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_options
 from minomni.chat.user_turn import UserTurn
@@ -66,7 +66,7 @@ class Session:
         # The user's current turn; None while and after the model replies.
         self.turn: UserTurn | None = UserTurn(self)
 
-        self.reply_stream: Generator[TextChunk | AudioChunk | ReplyDone, None, None] | None = None
+        self.reply_stream: Generator | None = None
         self.reset_reply()
 
     def reset_reply(self) -> None:
@@ -98,6 +98,14 @@ class Session:
         """
         self.begin_turn().add_frame(frame, at_seconds)
 
+    def add_image(self, image) -> None:
+        """Add a still image, of any source that load_image() reads. Interrupts a running reply.
+
+        Images come before the audio and the frames of a turn. Raises UserError for an image that
+        cannot be read or comes later, and where the context is full.
+        """
+        self.begin_turn().add_image(image)
+
     def respond(
         self,
         text: str = "",
@@ -111,6 +119,33 @@ class Session:
 
         Raises UserError for an empty turn, for one with nothing but silence, and where the context
         is full; the turn is then discarded.
+        """
+        checked, timings = self.end_turn(text, seed, schedule, flow, options)
+        events = stream_reply(self.omni, self.prefill, self.voice, checked, timings, self.reply_ids)
+        self.reply_stream = self.track_reply(events)
+        return self.reply_stream
+
+    def respond_steps(
+        self, text: str = "", seed: int = 0, **options
+    ) -> Iterator[TextChunk | AudioChunk | ReplyDone | None]:
+        """respond() that also yields None after each step without a chunk; see reply_steps().
+        Raises UserError.
+        """
+        checked, timings = self.end_turn(text, seed, LOW_LATENCY, None, options)
+        events = reply_steps(self.omni, self.prefill, self.voice, checked, timings, self.reply_ids)
+        self.reply_stream = self.track_reply(events)
+        return self.reply_stream
+
+    def end_turn(
+        self,
+        text: str,
+        seed: int,
+        schedule: Schedule | str | None,
+        flow: FlowConfig | None,
+        options: dict,
+    ) -> tuple[StreamOptions, Timings]:
+        """End the user's turn and prefill all of it -> the checked options of the reply, and its
+        timings so far. Raises UserError as respond() does.
         """
         if text is None:
             text = ""
@@ -127,22 +162,24 @@ class Session:
             self.append_text(f"{text}{MESSAGE_END}{ASSISTANT_START}")
             timings.mark("prefill")
         except UserError:
-            self.truncate(turn.length, turn.position)
-            self.turn = UserTurn(self)
+            self.discard_turn()
             raise
 
         self.turn = None
         self.reset_reply()
-        self.reply_stream = self.track_reply(checked, timings)
-        return self.reply_stream
+        return checked, timings
+
+    def discard_turn(self) -> None:
+        """Forget what the user has given since the last reply."""
+        turn = self.begin_turn()
+        self.truncate(turn.length, turn.position)
+        self.turn = UserTurn(self)
 
     def track_reply(
-        self, options: StreamOptions, timings: Timings
-    ) -> Generator[TextChunk | AudioChunk | ReplyDone, None, None]:
-        """stream_reply(), recording how much of the reply was handed out."""
-        for event in stream_reply(
-            self.omni, self.prefill, self.voice, options, timings, self.reply_ids
-        ):
+        self, events: Iterator[TextChunk | AudioChunk | ReplyDone | None]
+    ) -> Generator[TextChunk | AudioChunk | ReplyDone | None, None, None]:
+        """The events of a reply, recording how much of it was handed out."""
+        for event in events:
             if isinstance(event, AudioChunk):
                 self.audio_s += len(event.wave) / event.sample_rate
             self.ended = isinstance(event, ReplyDone)

@@ -33,9 +33,9 @@ from minomni.inputs.mel import (
     normalize_log_mel,
     num_audio_tokens,
 )
-from minomni.inputs.patches import video_patches
+from minomni.inputs.patches import image_patches, video_patches
 from minomni.inputs.source import to_numpy
-from minomni.thinker.tmrope import text_positions, video_positions
+from minomni.thinker.tmrope import image_positions, text_positions, video_positions
 
 if TYPE_CHECKING:
     from minomni.chat.session import Session
@@ -84,6 +84,8 @@ class UserTurn:
         self.block_frames = 2 * self.config.thinker.audio.n_window
         self.log_powers: list[Tensor] = []  # each [128, block_frames], the last may be shorter
         self.peak = torch.tensor(-torch.inf)  # of all log powers
+
+        self.num_images = 0  # prefilled before audio and frames
 
         # Frames: encoded in pairs, one list of pairs per part.
         self.pairs: list[list[FramePair]] = []
@@ -137,6 +139,33 @@ class UserTurn:
             self.encode_pair(first, pixels, seconds)
             self.prefill_parts()
 
+    @torch.no_grad()
+    def add_image(self, image) -> None:
+        """See Session.add_image()."""
+        if self.kinds or len(self.wave) or self.first_frame_s is not None:
+            raise UserError(
+                "an image after audio or frames of the same turn; give images first, or call "
+                "respond() before"
+            )
+        thinker = self.session.omni.thinker
+        tokens = self.config.thinker.tokens
+        patches, grid = image_patches(
+            load_image(image), self.config.thinker.vision, self.config.media, "the image given"
+        )
+        features = thinker.visual(patches, [grid])
+        length = self.session.length
+        position = self.session.position
+        try:
+            self.append_markers([tokens.vision_bos])
+            positions = image_positions(self.session.position, grid, self.config.thinker)
+            ids = torch.full((len(features),), tokens.image)
+            self.session.append_tokens(ids, features, positions, int(positions.max()) + 1)
+            self.append_markers([tokens.vision_eos])
+        except UserError:  # the context is full: leave no half of an image
+            self.session.truncate(length, position)
+            raise
+        self.num_images += 1
+
     def check_frame_time(self, at_seconds: float) -> None:
         """Raise UserError for a time that is not later than the last frame's, or far off."""
         if self.last_frame_s is not None and at_seconds <= self.last_frame_s:
@@ -164,7 +193,7 @@ class UserTurn:
         """
         num_samples = len(self.wave)
         has_frames = bool(self.pairs) or self.unpaired is not None
-        if not (num_samples or has_frames or has_text):
+        if not (num_samples or has_frames or has_text or self.num_images):
             raise UserError(
                 "the turn is empty; call add_audio() or add_frame() before respond(), or give it "
                 "text"
@@ -174,7 +203,8 @@ class UserTurn:
                 f"the turn has {num_samples * 1000 / INPUT_SAMPLE_RATE:.0f} ms of audio; "
                 f"more than 20 ms are needed"
             )
-        only_audio = num_samples > 0 and not has_frames and not has_text
+        is_visual = has_frames or self.num_images > 0
+        only_audio = num_samples > 0 and not is_visual and not has_text
         if only_audio and self.wave.abs().max() < SILENCE_LEVEL:
             raise UserError(ONLY_SILENCE)
 

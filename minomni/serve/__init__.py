@@ -1,0 +1,1 @@
+"""A web server: a page to talk to the model, and the API of OpenAI's clients."""

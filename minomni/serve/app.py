@@ -1,0 +1,245 @@
+"""The application: routes, the model, and the server process."""
+
+import asyncio
+import logging
+import mimetypes
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from minomni import paths
+from minomni.errors import UserError, quote, shorten
+from minomni.serve.access import Access
+from minomni.serve.chat import chat_completions, speech, transcriptions
+from minomni.serve.errors import INTERNAL, ApiError, of_user_error
+from minomni.serve.realtime import realtime
+from minomni.serve.settings import Settings
+from minomni.serve.worker import Client, Slots, Worker
+
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+log = logging.getLogger("minomni.serve")
+STATIC = Path(__file__).parent / "static"
+SAMPLES = ("scene.png", "color.png", "digit.png")  # pictures that the page offers
+PING_S = 20.0  # between two signs of life on a WebSocket
+
+
+class Server:
+    """What all requests share: the model, its worker, and the slots."""
+
+    def __init__(self, omni: "Omni", model_name: str, settings: Settings):
+        self.omni = omni
+        self.model_name = model_name
+        self.settings = settings
+        self.worker = Worker()
+        self.slots = Slots(settings.sessions)
+        self.clients: set[Client] = set()
+
+    def take_client(self) -> Client:
+        """A new client of the worker. Raises ApiError 429 where all slots are taken."""
+        if not self.slots.take():
+            raise ApiError(
+                429, f"all {self.slots.count} sessions are in use", code="rate_limit_exceeded"
+            )
+        client = Client(self.worker)
+        self.clients.add(client)
+        return client
+
+    def give_back(self, client: Client) -> None:
+        """End the work of a client and free its slot."""
+        client.close()
+        if client in self.clients:
+            self.clients.remove(client)
+            self.slots.give_back()
+
+    @asynccontextmanager
+    async def released(self, client: Client) -> AsyncIterator[None]:
+        """Give a client back at the end of a block."""
+        try:
+            yield
+        finally:
+            self.give_back(client)
+
+    def check_model(self, name: object) -> None:
+        """Raise ApiError 404 for the name of another model; none means this one."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404,
+                f"there is no model {quote(name)}, only {self.model_name}",
+                "model",
+                "model_not_found",
+            )
+
+    def describe(self) -> dict:
+        """The model as an object of the API. Voices and the like are for the page."""
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "minomni",
+            "voices": list(self.omni.voices),
+            "speech": self.omni.token2wav is not None and bool(self.omni.voices),
+            "trained_here": self.omni.config.codec is not None,
+        }
+
+
+def create_app(omni: "Omni", model_name: str, settings: Settings) -> Starlette:
+    """The ASGI application for a loaded model."""
+    server = Server(omni, model_name, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        server.worker.start()
+        yield
+        await asyncio.to_thread(server.worker.stop)
+
+    app = Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/audio/speech", speech, methods=["POST"]),
+            Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+            WebSocketRoute("/v1/realtime", realtime),
+            *static_routes(),
+        ],
+        middleware=[Middleware(Access, settings=settings)],
+        exception_handlers={
+            ApiError: api_error,
+            UserError: user_error,
+            HTTPException: http_error,
+            ClientDisconnect: left,
+            Exception: unknown_error,
+        },
+        lifespan=lifespan,
+    )
+    app.state.server = server
+    return app
+
+
+async def health(request: Request) -> Response:
+    """GET /health."""
+    server: Server = request.app.state.server
+    slots = server.slots
+    fields = {"status": "ok", "model": server.model_name, "sessions": slots.used}
+    return JSONResponse({**fields, "max_sessions": slots.count})
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models."""
+    return JSONResponse({"object": "list", "data": [request.app.state.server.describe()]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/NAME."""
+    server: Server = request.app.state.server
+    server.check_model(request.path_params["name"])
+    return JSONResponse(server.describe())
+
+
+def static_routes() -> list[Route]:
+    """A route for each file of the page. The files are read once: no request opens a path."""
+    routes = []
+    files = {path.name: path for path in sorted(STATIC.iterdir()) if path.is_file()}
+    for name in SAMPLES:
+        files[name] = paths.data_samples() / name
+    for name, path in files.items():
+        if path.is_file():
+            address = "/" if name == "index.html" else f"/static/{name}"
+            routes.append(Route(address, static_file(path)))
+    return routes
+
+
+def static_file(path: Path):
+    """An endpoint that answers with one file."""
+    content = path.read_bytes()
+    media_type = mimetypes.guess_type(path.name)[0]
+    if path.suffix == ".js":  # some systems have no type for it
+        media_type = "text/javascript"
+
+    async def endpoint(request: Request) -> Response:
+        return Response(content, media_type=media_type)
+
+    return endpoint
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+async def api_error(request: Request | WebSocket, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def user_error(request: Request | WebSocket, error: Exception) -> Response:
+    return of_user_error(error).response()
+
+
+async def http_error(request: Request | WebSocket, error: Exception) -> Response:
+    """Unknown addresses, wrong methods and broken forms."""
+    assert isinstance(error, HTTPException)
+    response = ApiError(error.status_code, shorten(error.detail)).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def left(request: Request | WebSocket, error: Exception) -> Response:
+    """No one reads this answer."""
+    return Response(status_code=400)
+
+
+async def unknown_error(request: Request | WebSocket, error: Exception) -> Response:
+    return INTERNAL.response()
+
+
+# ---------------------------------------------------------------------------------------- process
+
+
+def serve(omni: "Omni", model_name: str, settings: Settings) -> None:
+    """Serve a model until Ctrl-C. Raises UserError where the address is taken."""
+    import uvicorn
+
+    settings.check()
+    listener = listen(settings)
+    port = listener.getsockname()[1]
+    config = uvicorn.Config(
+        create_app(omni, model_name, settings),
+        log_level="warning",
+        access_log=False,
+        ws="websockets-sansio",
+        ws_max_size=settings.frame_bytes,
+        ws_ping_interval=PING_S,
+        ws_ping_timeout=PING_S,
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+    )
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    print(f"minomni serves {model_name} at http://{host}:{port} (Ctrl-C stops it)", flush=True)
+    with suppress(KeyboardInterrupt), listener:
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket at the server's address. Raises UserError where there is none."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=128)
+    except OSError as error:
+        raise UserError(
+            f"{settings.host}:{settings.port}: cannot be served ({os.strerror(error.errno or 0)}); "
+            f"give another --port, or 0 for any"
+        ) from None

@@ -1,0 +1,238 @@
+"""The body of /v1/chat/completions, checked. Nothing is fetched and no file is opened: media come
+as data: URIs and base64 only.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from minomni.errors import quote
+from minomni.serve.errors import bad_request
+from minomni.serve.sound import MEDIA_TYPES
+
+MAX_MESSAGES = 512
+MAX_ITEMS = 256  # of one message
+MAX_TEXT = 200_000  # characters of one text
+# Field of the request -> option of omni.stream(). OpenAI's names, and those of vLLM.
+OPTIONS = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repetition_penalty",
+}
+FIELDS = {
+    "model",
+    "messages",
+    "modalities",
+    "audio",
+    "stream",
+    "stream_options",
+    "seed",
+    "use_audio_in_video",
+    "mm_processor_kwargs",
+    *OPTIONS,
+}
+# Fields that do not change an answer.
+IGNORED = {
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "verbosity",
+}
+# Fields that are not supported -> the values that ask for nothing.
+NEUTRAL: dict[str, tuple] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stop": ([], ""),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "response_format": ({"type": "text"},),
+}
+# Type of a content item -> key of its source.
+URL_ITEMS = ("image_url", "video_url", "audio_url")
+TEXT_ITEMS = ("text", "input_text", "output_text")
+
+
+@dataclass
+class ChatRequest:
+    """What a client asks."""
+
+    messages: list[dict]
+    speech: bool = False
+    voice: str | None = None
+    format: str = "wav"
+    stream: bool = False
+    with_usage: bool = False
+    seed: int = 0
+    use_audio_in_video: bool = False
+    options: dict = field(default_factory=dict)
+
+
+def parse_json(body: bytes) -> dict:
+    """The JSON object of a request. Raises ApiError for anything else."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise bad_request("the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body is not a JSON object")
+    return value
+
+
+def parse_chat(body: dict) -> ChatRequest:
+    """Check a request. Raises ApiError that names the field."""
+    body = {key: value for key, value in body.items() if value is not None}
+    refuse_unsupported(body)
+    stream = typed(body, "stream", bool, False)
+    request = ChatRequest(
+        messages=parse_messages(body.get("messages")),
+        stream=stream,
+        format="pcm16" if stream else "wav",
+        seed=body.get("seed", 0),
+    )
+    parse_modalities(body, request)
+    stream_options = typed(body, "stream_options", dict, {})
+    request.with_usage = typed(stream_options, "include_usage", bool, False)
+
+    extra = typed(body, "mm_processor_kwargs", dict, {})
+    for source in (extra, body):
+        if "use_audio_in_video" in source:
+            request.use_audio_in_video = typed(source, "use_audio_in_video", bool, False)
+    for name, option in OPTIONS.items():
+        if name in body:
+            request.options[option] = body[name]
+    return request
+
+
+def refuse_unsupported(body: dict) -> None:
+    """Raise ApiError for fields that are unknown, and for values that would be ignored."""
+    for name, value in body.items():
+        if name in FIELDS or name in IGNORED:
+            continue
+        if name not in NEUTRAL:
+            raise bad_request(f"unknown field {quote(name)}", param=str(name)[:60])
+        if value not in NEUTRAL[name]:
+            raise bad_request(f"{name} is not supported by this model; leave it out", param=name)
+
+
+def typed(body: dict, name: str, kind: type, default: Any) -> Any:
+    """A field of one type. Raises ApiError for another type."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise bad_request(f"{name} is {quote(value)}; expected a {kind.__name__}", param=name)
+    return value
+
+
+def parse_modalities(body: dict, request: ChatRequest) -> None:
+    """Whether to speak, in which voice and format."""
+    modalities = typed(body, "modalities", list, ["text"])
+    if "text" not in modalities or any(kind not in ("text", "audio") for kind in modalities):
+        raise bad_request('modalities are ["text"] or ["text", "audio"]', param="modalities")
+    request.speech = "audio" in modalities
+    audio = typed(body, "audio", dict, {})
+    request.voice = parse_voice(audio.get("voice"))
+    request.format = parse_format(audio.get("format", request.format))
+    if request.stream and request.speech and request.format != "pcm16":
+        raise bad_request("a streamed answer has audio of format pcm16", param="audio.format")
+
+
+def parse_voice(voice: object) -> str | None:
+    """The name of a voice: a string, or OpenAI's {"id": NAME}."""
+    if isinstance(voice, dict):
+        voice = voice.get("id")
+    if voice is not None and not isinstance(voice, str):
+        raise bad_request(f"voice is {quote(voice)}; expected its name", param="voice")
+    return voice
+
+
+def parse_format(name: object) -> str:
+    """The name of a format of audio."""
+    if name == "pcm":
+        name = "pcm16"
+    if not isinstance(name, str) or name not in MEDIA_TYPES:
+        raise bad_request(
+            f"audio of format {quote(name)}; expected one of {', '.join(MEDIA_TYPES)}", "format"
+        )
+    return name
+
+
+def parse_messages(messages: object) -> list[dict]:
+    """Messages whose media hold their own bytes. The rest is checked by omni.prepare()."""
+    if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
+        raise bad_request(f"messages: expected a list of 1 to {MAX_MESSAGES}", param="messages")
+    checked = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise bad_request("a message is no object", param="messages")
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content", "")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}] if content else []
+        if not isinstance(content, list) or len(content) > MAX_ITEMS:
+            raise bad_request(
+                f"the content of a message is a string or a list of up to {MAX_ITEMS} items",
+                param="messages",
+            )
+        if "audio" in message and not content:
+            raise bad_request(
+                "earlier answers are not stored here; send their text as content", "messages"
+            )
+        message.pop("audio", None)
+        checked.append({**message, "content": [parse_item(item) for item in content]})
+    return checked
+
+
+def parse_item(item: object) -> dict:
+    """One item of a content, with bytes of its own in place of addresses."""
+    if not isinstance(item, dict):
+        raise bad_request("a content item is no object", param="messages")
+    kind = item.get("type")
+    if kind in TEXT_ITEMS:
+        text = item.get("text")
+        if not isinstance(text, str) or len(text) > MAX_TEXT:
+            raise bad_request(
+                f"a text item holds a string of at most {MAX_TEXT} characters", param="messages"
+            )
+        return {"type": "text", "text": text}
+    if kind in URL_ITEMS:
+        return {"type": kind.removesuffix("_url"), kind.removesuffix("_url"): data_uri(item, kind)}
+    if kind == "input_audio":
+        source = item.get("input_audio")
+        data = source.get("data") if isinstance(source, dict) else None
+        if not isinstance(data, str):
+            raise bad_request("input_audio holds {data: base64, format}", param="messages")
+        return {"type": "input_audio", "input_audio": {"data": data}}
+    raise bad_request(
+        f"a content item of type {quote(kind)}; expected one of text, image_url, input_audio, "
+        f"video_url, audio_url",
+        param="messages",
+    )
+
+
+def data_uri(item: dict, kind: str) -> str:
+    """The data: URI of an item. Raises ApiError for web addresses and paths."""
+    source = item.get(kind)
+    if isinstance(source, dict):
+        source = source.get("url")
+    if not isinstance(source, str) or source[:5].lower() != "data:":
+        raise bad_request(
+            f"{kind} is not a data: URI; this server fetches nothing, send the bytes in base64",
+            param="messages",
+        )
+    return source

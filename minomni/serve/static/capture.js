@@ -1,0 +1,36 @@
+// The microphone as 16-bit samples, in chunks of 40 ms. `active` is set by the page.
+const SAMPLES = 960;
+
+class Capture extends AudioWorkletProcessor {
+  constructor() {
+    super();
+    this.chunk = new Int16Array(SAMPLES);
+    this.used = 0;
+    this.active = false;
+    this.port.onmessage = ({ data }) => {
+      if (this.active && !data.active) this.flush();
+      this.active = data.active;
+    };
+  }
+
+  flush() {
+    if (this.used) this.port.postMessage(this.chunk.slice(0, this.used));
+    this.port.postMessage("end");
+    this.used = 0;
+  }
+
+  process(inputs) {
+    const input = inputs[0][0];
+    if (!input || !this.active) return true;
+    for (const sample of input) {
+      this.chunk[this.used++] = Math.max(-32768, Math.min(32767, Math.round(sample * 32768)));
+      if (this.used === SAMPLES) {
+        this.port.postMessage(this.chunk.slice());
+        this.used = 0;
+      }
+    }
+    return true;
+  }
+}
+
+registerProcessor("capture", Capture);

@@ -1,0 +1,275 @@
+"""The API, driven by OpenAI's official client."""
+
+import base64
+import io
+
+import httpx
+import pytest
+import soundfile
+from serving import SAMPLES, base64_of, load_tiny, running
+
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
+
+SENTENCE = "the red circle is above the blue square"
+SAY = [{"role": "user", "content": f"say {SENTENCE}"}]
+
+
+@pytest.fixture(scope="module")
+def omni():
+    return load_tiny()
+
+
+@pytest.fixture(scope="module")
+def server(omni):
+    with running(omni) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_models(client, server):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "minomni"
+    assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+
+
+def test_text(client, omni):
+    answer = client.chat.completions.create(model="tiny", messages=SAY)
+    assert answer.choices[0].message.content == SENTENCE
+    assert answer.choices[0].finish_reason == "stop"
+    _, inputs = omni.prepare(SAY, None, False, False)
+    assert answer.usage.prompt_tokens == inputs.input_ids.numel()
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_the_length_is_limited(client):
+    answer = client.chat.completions.create(model="tiny", messages=SAY, max_completion_tokens=2)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 2
+
+
+def test_speech_equals_the_models_stream(client, omni):
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=SAY,
+        modalities=["text", "audio"],
+        audio={"voice": "Karl", "format": "wav"},
+        seed=3,
+    )
+    audio = answer.choices[0].message.audio
+    assert audio.transcript == SENTENCE
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(audio.data)), dtype="float32")
+    *_, done = omni.stream(SAY, voice="Karl", seed=3)
+    assert rate == omni.sample_rate
+    assert wave == pytest.approx(done.reply.wave.numpy(), abs=1e-4)
+    assert answer.usage.completion_tokens_details.audio_tokens == len(done.reply.codes)
+
+
+@pytest.mark.parametrize("name", ["flac", "mp3", "opus", "aac", "pcm16"])
+def test_formats(client, name):
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=SAY,
+        modalities=["text", "audio"],
+        audio={"voice": "Anna", "format": name},
+        max_tokens=4,
+        extra_body={"top_k": None},
+    )
+    data = base64.b64decode(answer.choices[0].message.audio.data)
+    if name == "pcm16":
+        assert len(data) % 2 == 0
+        assert len(data) > 10_000
+        return
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        samples = sum(frame.samples for frame in container.decode(audio=0))
+    assert samples > 5_000
+
+
+def test_image_and_audio(client):
+    content = [
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{base64_of('scene.png')}"},
+        },
+        {
+            "type": "input_audio",
+            "input_audio": {"data": base64_of("question.wav"), "format": "wav"},
+        },
+    ]
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": content}]
+    )
+    assert answer.choices[0].message.content == "the red circle is left of the black square"
+    assert answer.usage.prompt_tokens_details.audio_tokens > 0
+
+
+def test_video(client, omni):
+    item = {
+        "type": "video_url",
+        "video_url": {"url": f"data:video/mp4;base64,{base64_of('moving.mp4')}"},
+    }
+    text = {"type": "text", "text": "where does the shape go"}
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": [item, text]}]
+    )
+    video = {"type": "video", "video": str(SAMPLES / "moving.mp4")}
+    reply = omni.respond([{"role": "user", "content": [video, text]}], speech=False)
+    assert answer.choices[0].message.content == reply.text
+
+
+def test_stream(client):
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=SAY, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == SENTENCE
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_stream_of_speech(client):
+    words = []
+    sound = b""
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=SAY,
+        modalities=["text", "audio"],
+        audio={"voice": "Anna", "format": "pcm16"},
+        stream=True,
+    )
+    for chunk in stream:
+        audio = chunk.choices[0].delta.audio
+        if audio is not None:
+            words.append(audio.transcript or "")
+            sound += base64.b64decode(audio.data or "")
+    assert "".join(words) == SENTENCE
+    assert len(sound) / 2 / 24_000 > 1.0
+
+
+async def _async_answer(url):
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = await client.chat.completions.create(model="tiny", messages=SAY)
+    return answer.choices[0].message.content
+
+
+def test_the_async_client(server):
+    import asyncio
+
+    assert asyncio.run(_async_answer(server.url)) == SENTENCE
+
+
+@pytest.mark.parametrize("name", ["wav", "mp3", "pcm"])
+def test_say(client, name):
+    sound = client.audio.speech.create(
+        model="tiny", voice="Fiona", input=SENTENCE, response_format=name
+    ).read()
+    assert len(sound) > 5_000
+    if name != "pcm":
+        import av
+
+        with av.open(io.BytesIO(sound)) as container:
+            assert sum(frame.samples for frame in container.decode(audio=0)) > 10_000
+
+
+def test_transcript(client):
+    with (SAMPLES / "question.wav").open("rb") as file:
+        made = client.audio.transcriptions.create(model="tiny", file=file)
+    assert made.text == "where is the red circle"
+
+
+def test_streamed_transcript(client):
+    with (SAMPLES / "question.wav").open("rb") as file:
+        events = list(client.audio.transcriptions.create(model="tiny", file=file, stream=True))
+    assert events[-1].type == "transcript.text.done"
+    assert events[-1].text == "where is the red circle"
+    assert "".join(event.delta for event in events[:-1]) == "where is the red circle"
+
+
+WRONG = {
+    "no messages": {},
+    "no list": {"messages": "hello"},
+    "no role": {"messages": [{"content": "x"}]},
+    "a tool": {"messages": [{"role": "tool", "content": "x"}]},
+    "a web address": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}],
+            }
+        ]
+    },
+    "a path": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}],
+            }
+        ]
+    },
+    "a file address": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+            }
+        ]
+    },
+    "a path item": {
+        "messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]
+    },
+    "no image": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+                ],
+            }
+        ]
+    },
+    "two answers": {"messages": SAY, "n": 2},
+    "unknown field": {"messages": SAY, "colour_of_answer": 1},
+    "unknown voice": {
+        "messages": SAY,
+        "modalities": ["text", "audio"],
+        "audio": {"voice": "alloy", "format": "wav"},
+    },
+    "unknown format": {
+        "messages": SAY,
+        "modalities": ["text", "audio"],
+        "audio": {"format": "midi"},
+    },
+    "streamed wav": {
+        "messages": SAY,
+        "stream": True,
+        "modalities": ["text", "audio"],
+        "audio": {"format": "wav"},
+    },
+    "hot": {"messages": SAY, "temperature": 1e9},
+    "wrong seed": {"messages": SAY, "seed": -1},
+    "too long": {"messages": [{"role": "user", "content": "red " * 5000}]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_requests_are_named(server, name):
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=WRONG[name], timeout=60)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "passwd" not in error["message"]
+
+
+def test_the_client_raises_its_own_errors(client):
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=SAY)
+    with pytest.raises(openai.BadRequestError, match="modalities"):
+        client.chat.completions.create(model="tiny", messages=SAY, modalities=["smell"])
