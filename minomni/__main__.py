@@ -313,9 +313,9 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first"],
+        choices=["stream", "first", "steps"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
-        "first audio",
+        "first audio; steps: a decoding step, plain and with static shapes",
     )
     add_model(bench)
     bench.add_argument(
@@ -725,8 +725,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     make = benchmark.random_model if arguments.random_weights else load
     omni = make(arguments.model, device)
 
-    if arguments.what == "first":
-        rows = benchmark.first_audio(omni)
+    if arguments.what in ("first", "steps"):
+        measure = {"first": benchmark.first_audio, "steps": benchmark.decoding_steps}
+        rows = measure[arguments.what](omni)
         if arguments.json:
             print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
         else:

@@ -70,12 +70,13 @@ def scale_decoder(config: DecoderConfig, factor: float) -> DecoderConfig:
     # A head of 16 numbers has the release's sections of rotary pairs, 2 : 3 : 3.
     head_dim = scale(config.head_dim, factor, 16)
     ratio = head_dim / config.head_dim
+    time, height, width = (round(pairs * ratio) for pairs in config.mrope_section)
     return replace(
         config,
         head_dim=head_dim,
         hidden_size=round(config.hidden_size * ratio),
         intermediate_size=round(config.intermediate_size * ratio),
-        mrope_section=tuple(round(pairs * ratio) for pairs in config.mrope_section),
+        mrope_section=(time, height, width),
     )
 
 
