@@ -90,8 +90,9 @@ class Omni(nn.Module):
     def use_static_steps(self, on: bool = True) -> None:
         """Decode by steps of fixed shapes, which on CUDA are graphs that one launch replays.
 
-        Texts and codes stay the same. The caches of the largest answer so far stay allocated, until
-        use_static_steps(False). On a CPU the plain steps are as fast.
+        In fp32 texts and codes stay the same. The caches of the answers so far stay allocated until
+        use_static_steps(False). There is nothing to gain on a CPU. Call it again after replacing
+        parameters.
         """
         self.static_generator = StaticGenerator(self) if on else None
 

@@ -182,10 +182,10 @@ class Replay:
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self.step()
+                for buffer, value in zip(self.state, saved, strict=True):
+                    buffer.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph):  # records, and runs nothing
             self.step()
-        for buffer, value in zip(self.state, saved, strict=True):
-            buffer.copy_(value)
         return graph

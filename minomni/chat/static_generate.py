@@ -9,7 +9,8 @@ step more than needed is launched; its result is not used. The Thinker's step al
 Talker's text input, so the two follow each other without the host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,8 @@ from minomni.thinker.thinker import PrefillState, Thinker
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
+
+KEPT_STEPS = 4  # of one workspace, each with a cache and, on CUDA, a graph
 
 
 class TextLines:
@@ -181,21 +184,21 @@ class LateIds:
     """Ids on their way to the host."""
 
     def __init__(self, ids: Tensor, ranges: Tensor):
-        if ids.is_cuda:
-            self.device_ids = ids.clone()
-            self.ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-            self.ranges = torch.empty(ranges.shape, dtype=ranges.dtype, pin_memory=True)
-            self.ids.copy_(ids, non_blocking=True)
-            self.ranges.copy_(ranges, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.device_ids = self.ids = ids.clone()
+        self.event: torch.cuda.Event | None = None
+        if not ids.is_cuda:
+            self.ids = ids.clone()
             self.ranges = ranges.clone()
+            return
+        self.ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        self.ranges = torch.empty(ranges.shape, dtype=ranges.dtype, pin_memory=True)
+        self.ids.copy_(ids, non_blocking=True)
+        self.ranges.copy_(ranges, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
 
     def read(self) -> Tensor:
         """Wait for the ids [B], which are on the host. Raises UserError for broken weights."""
-        if self.device_ids.is_cuda:
+        if self.event is not None:
             self.event.synchronize()
         check_ranges(self.ranges.tolist())
         return self.ids
@@ -256,16 +259,21 @@ class TalkerStep(StaticStep):
         self.decode(self.talker.thinker_to_talker_proj(embeds))
 
 
-class StaticGenerator:
-    """The steps of a model, kept from reply to reply, as a graph belongs to its buffers.
+def without_limit(sampling: SamplingConfig) -> SamplingConfig:
+    """The settings that a step depends on; the limit of tokens is a buffer of it."""
+    return replace(sampling, max_new_tokens=1)
 
-    A graph also belongs to the weights: make a new generator after replacing parameters.
+
+class StaticGenerator:
+    """generate_tokens() by static steps. Answers that are generated in turns do not share buffers.
+
+    A graph belongs to its buffers and to the weights: make a new generator after replacing
+    parameters.
     """
 
     def __init__(self, omni: "Omni"):
         self.omni = omni
-        self.steps: dict[tuple, StaticStep] = {}
-        self.lines: dict[tuple, TextLines] = {}
+        self.free: list[Workspace] = []  # those of answers that have ended
 
     @torch.no_grad()
     def generate_tokens(
@@ -279,6 +287,29 @@ class StaticGenerator:
 
         The KV cache of the prefill is not changed.
         """
+        workspace = self.free.pop() if self.free else Workspace(self.omni)
+        try:
+            yield from workspace.generate_tokens(prefill, bos_tokens, seed, sampling)
+        finally:  # also where the caller stops early
+            self.free.append(workspace)
+
+
+class Workspace:
+    """The steps and buffers of one answer at a time, kept for the next answer."""
+
+    def __init__(self, omni: "Omni"):
+        self.omni = omni
+        self.steps: dict[tuple, StaticStep] = {}
+        self.lines: dict[tuple, TextLines] = {}
+
+    def generate_tokens(
+        self,
+        prefill: PrefillState,
+        bos_tokens: list[int] | None,
+        seed: int | list[int],
+        sampling: tuple[SamplingConfig, SamplingConfig],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See StaticGenerator.generate_tokens()."""
         thinker, tokens = self.omni.thinker, self.omni.config.thinker.tokens
         rows, length = prefill.attention_mask.shape
         context = self.omni.config.thinker.text.max_position_embeddings
@@ -320,6 +351,14 @@ class StaticGenerator:
         for code in codes:
             yield "code", code
 
+    def kept(self, key: tuple, make: Callable[[], StaticStep]) -> StaticStep:
+        """The step of a key: one that is kept, or a new one in place of the longest unused."""
+        step = self.steps.pop(key, None) or make()
+        while len(self.steps) >= KEPT_STEPS:
+            self.steps.pop(next(iter(self.steps)))
+        self.steps[key] = step
+        return step
+
     def text_lines(self, rows: int, room: int, end: Tensor, pad: Tensor) -> TextLines:
         """Empty lines for new replies."""
         key = (rows, room)
@@ -330,14 +369,11 @@ class StaticGenerator:
 
     def thinker_step(
         self, prefill: PrefillState, room: int, sampling: SamplingConfig, lines: TextLines | None
-    ) -> ThinkerStep:
+    ) -> StaticStep:
         """The Thinker's step, which continues a prefill."""
         thinker, mask = self.omni.thinker, prefill.attention_mask
-        key = (thinker.config, len(mask), room, sampling, lines is None)
-        if key not in self.steps:
-            self.steps[key] = ThinkerStep(thinker, len(mask), room, sampling, lines)
-        step = self.steps[key]
-        assert isinstance(step, ThinkerStep)
+        key = (thinker.config, len(mask), room, without_limit(sampling), lines is None)
+        step = self.kept(key, lambda: ThinkerStep(thinker, len(mask), room, sampling, lines))
         assert prefill.cache is not None
         position = next_position(prefill.position_ids, mask)
         step.begin(prefill.cache, mask, position, thinker.lm_head(prefill.hidden[:, -1]))
@@ -368,13 +404,11 @@ class StaticGenerator:
 
         rows = len(silent)
         room = room_for(inputs.prompt.shape[1] + 2 + limit)
-        key = (config, rows, room, sampling, id(lines))
-        if key not in self.steps:
-            suppressed = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
-            suppressed[talker.suppressed_ids(self.omni.num_codes)] = True
-            suppressed = suppressed.to(lines.lines.device)
-            self.steps[key] = TalkerStep(talker, rows, room, sampling, suppressed, lines)
-        step = self.steps[key]
+        suppressed = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
+        suppressed[talker.suppressed_ids(self.omni.num_codes)] = True
+        suppressed = suppressed.to(lines.lines.device)
+        key = (config, rows, room, without_limit(sampling), id(lines))
+        step = self.kept(key, lambda: TalkerStep(talker, rows, room, sampling, suppressed, lines))
         step.begin(state.cache, state.attention_mask, state.position, logits)
         step.done.copy_(torch.tensor(silent))
         step.history.zero_()

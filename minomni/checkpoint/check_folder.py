@@ -27,9 +27,7 @@ GIB = 2**30
 PRECISION_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
 CACHE_LENGTHS = (1024, 4096, 8192, 16384, 32768)  # tokens
 AUDIO_TOKENS = 25  # a second
-# Tokens of a second of film at the release's two frames and largest frame size: one step in time
-# with 24 x 32 patches in cells of 2 x 2.
-FILM_TOKENS = 192
+PROMPT_SECONDS = (15, 30, 60)
 WIDTHS_3B = (2048, 36)  # hidden size and layers of the Thinker of the 3B (source: Qwen2.5-3B)
 
 
@@ -64,6 +62,7 @@ def check_folder(folder: str | Path) -> FolderReport:
     configs: list[OmniConfig] = []
     with_error(report, lambda: configs.append(stored_config(folder, stored)))
     if not configs:
+        report.kind = report.kind or f"unknown, because {report.errors[-1]}"
         return report
 
     [config] = configs
@@ -255,6 +254,13 @@ def prefill_bytes(config: OmniConfig) -> int:
     return 2 * max(decoder, encoder)
 
 
+def film_tokens(config: OmniConfig) -> int:
+    """Visual tokens of a second of film with the largest frames."""
+    vision, media = config.thinker.vision, config.media
+    steps = media.fps / vision.temporal_patch_size
+    return round(steps * media.frame_max_pixels / vision.cell_size**2)
+
+
 def memory_table(config: OmniConfig) -> str:
     """GiB of weights, of the KV cache by context and of a prefill by seconds of media, in Markdown.
 
@@ -274,9 +280,11 @@ def memory_table(config: OmniConfig) -> str:
     for length in CACHE_LENGTHS:
         if length <= context:
             row(f"KV caches of {length:,} tokens", [per_token * length] * 3)
-    for what, rate in (("audio", AUDIO_TOKENS), ("film with audio", AUDIO_TOKENS + FILM_TOKENS)):
-        for seconds in (15, 60):
+    film = AUDIO_TOKENS + film_tokens(config)
+    for what, rate in (("audio", AUDIO_TOKENS), ("film in the largest size", film)):
+        for seconds in PROMPT_SECONDS:
             tokens = rate * seconds
-            needed = tokens * (per_token + prefill_bytes(config))
-            row(f"prompt with {seconds} s of {what}, about", [needed] * 3)
+            if tokens <= context:
+                needed = tokens * (per_token + prefill_bytes(config))
+                row(f"prompt with {seconds} s of {what}, about", [needed] * 3)
     return "\n".join(lines)

@@ -328,7 +328,7 @@ def decoding_steps(omni: Omni) -> Rows:
     """
     voice = default_voice(omni)
     kept = omni.static_generator
-    generators = {"plain": None, "static": StaticGenerator(omni)}
+    generators: dict[str, StaticGenerator | None] = {"plain": None, "static": StaticGenerator(omni)}
     runs: dict[str, list[float]] = {}
     with without_eos(omni):
         _, prefill = prefill_time(omni)

@@ -3,6 +3,7 @@ number is read back, none comes from the host, and every buffer stays where it i
 """
 
 from dataclasses import replace
+from itertools import zip_longest
 from unittest import mock
 
 import oracle
@@ -127,14 +128,47 @@ def test_steps_are_kept_from_answer_to_answer(omni):
     omni.static_generator = generator
     sampling = (replace(GREEDY, max_new_tokens=3), replace(GREEDY, max_new_tokens=3))
     answer(omni, "text", 0, sampling)
-    steps = dict(generator.steps)
+    [workspace] = generator.free
+    steps = dict(workspace.steps)
     pointers = [buffer.data_ptr() for step in steps.values() for buffer in step.state()]
     answer(omni, "mixed", 0, sampling)
     omni.use_static_steps(False)
-    assert generator.steps == steps
+    assert generator.free == [workspace]
+    assert workspace.steps == steps
     assert len(steps) == 2
     after = [buffer.data_ptr() for step in steps.values() for buffer in step.state()]
     assert after == pointers
+
+
+def test_few_steps_are_kept(omni):
+    """Another limit takes the same step, another temperature a new one, in place of an old one."""
+    omni.use_static_steps()
+    for tokens, temperature in ((3, 0.5), (4, 0.5), (3, 0.6), (3, 0.7), (3, 0.5)):
+        sampling = replace(SAMPLED, max_new_tokens=tokens, temperature=temperature)
+        found = answer(omni, "text", 0, (sampling, sampling))
+    [workspace] = omni.static_generator.free
+    assert len(workspace.steps) == 4
+    omni.use_static_steps(False)
+    assert found == answer(omni, "text", 0, (sampling, sampling))
+
+
+def test_answers_in_turns_do_not_disturb_each_other(omni):
+    """Two answers advance event by event, as a server's conversations do."""
+    sampling = (SAMPLED, replace(SAMPLED, max_new_tokens=15))
+    expected = [answer(omni, case, 0, sampling) for case in ("text", "mixed")]
+    omni.use_static_steps()
+    found: list[list] = [[], []]
+    streams = []
+    for case in ("text", "mixed"):
+        prefill = omni.thinker.prefill(oracle.inputs(case), omni.thinker.model.new_cache())
+        streams.append(generate_tokens(omni, prefill, voices(omni, 1), 0, sampling))
+    for events in zip_longest(*streams):
+        for events_found, event in zip(found, events, strict=True):
+            if event is not None:
+                events_found.append((event[0], event[1].tolist()))
+    assert len(omni.static_generator.free) == 2
+    omni.use_static_steps(False)
+    assert found == expected
 
 
 def test_decoder_step_gives_the_states_of_the_decoder(omni):
@@ -197,7 +231,8 @@ def begun(omni, part: str, sampling=SAMPLED):
     generator = omni.static_generator
     answer(omni, "batch", 0, (sampling, sampling), events=7)
     omni.use_static_steps(False)
-    [step] = [step for step in generator.steps.values() if type(step).__name__ == f"{part}Step"]
+    [workspace] = generator.free
+    [step] = [step for step in workspace.steps.values() if type(step).__name__ == f"{part}Step"]
     return step
 
 

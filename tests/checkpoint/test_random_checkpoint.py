@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import minomni
 from minomni.checkpoint import random_checkpoint, weights
-from minomni.checkpoint.check_folder import check_folder, memory_table, size_of
+from minomni.checkpoint.check_folder import check_folder, film_tokens, memory_table, size_of
 from minomni.checkpoint.hf_config import read_config, without_speech
 from minomni.checkpoint.random_checkpoint import (
     RELEASE_BYTES,
@@ -205,6 +205,12 @@ def test_other_kinds_are_named(folder, changes, kind):
     assert report.errors
 
 
+def test_unreadable_settings_are_the_reason(folder):
+    edit_config(folder, color=3)
+    report = check_folder(folder)
+    assert re.search(r"unknown, because .*unknown key 'color'", report.kind)
+
+
 def test_every_problem_is_listed(folder):
     """A shard cut short, no voices and another tokenizer: three errors, each in one line."""
     shard = folder / "model-00002-of-00005.safetensors"
@@ -239,6 +245,10 @@ def test_memory_table_of_the_release():
     assert rows["weights"][0] == f"{RELEASE_BYTES / 2**30:.2f}"
     cache = (57_344 + 49_152) * 32_768 / 2**30
     assert rows["KV caches of 32,768 tokens"][0] == f"{cache:.2f}"
+    # 15 s of film: 768 cells of 28 x 28 pixels a second and 25 audio tokens; a minute does not fit.
+    film = [name for name in rows if "film" in name]
+    assert [name.split()[2] for name in film] == ["15", "30"]
+    assert film_tokens(QWEN7B) == 768
     # Linear layers: 6.53 billion weights in the Thinker, 1.31 in the Talker, one byte less each.
     saved = float(rows["weights"][0]) - float(rows["weights"][1])
     assert saved == pytest.approx((6.526e9 + 1.301e9) / 2**30, abs=0.02)
