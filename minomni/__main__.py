@@ -1,4 +1,4 @@
-"""Command line: python -m minomni train | chat | serve | report | ablate | bench."""
+"""Command line: python -m minomni COMMAND; see COMMANDS at the end."""
 
 import argparse
 import json
@@ -69,6 +69,14 @@ def generation_option(name: str) -> Callable[[str], float]:
     return convert
 
 
+def width_factor(text: str) -> float:
+    """A type for an option: a number from 0.125 to 1."""
+    with suppress(ValueError):
+        if 0.125 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from 0.125 to 1")
+
+
 SEED = whole(0, 2**63)
 COUNT = whole(1, 100_000)
 
@@ -80,7 +88,16 @@ def parser() -> Parser:
         description="A small Qwen2.5-Omni: train it, chat with it, evaluate it.",
     )
     commands = top.add_subparsers(dest="command", required=True)
-    for add in (add_train, add_chat, add_serve, add_report, add_ablate, add_bench):
+    for add in (
+        add_train,
+        add_chat,
+        add_serve,
+        add_report,
+        add_ablate,
+        add_bench,
+        add_make_checkpoint,
+        add_check,
+    ):
         add(commands)
     return top
 
@@ -321,9 +338,9 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first"],
+        choices=["stream", "first", "steps"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
-        "first audio",
+        "first audio; steps: a decoding step, plain and with static shapes",
     )
     add_model(bench)
     bench.add_argument(
@@ -336,6 +353,35 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--picture", type=Path, help="plot predicted and measured latency into this PNG (stream)"
     )
     add_device(bench)
+
+
+def add_make_checkpoint(commands: "argparse._SubParsersAction[Parser]") -> None:
+    make = commands.add_parser(
+        "make-checkpoint",
+        help="write a folder like the release's, with random weights",
+        description="Writes the files, tensors, names, shapes and precisions of the release, "
+        "filled with random numbers: 22.4 GB for the 7B.",
+    )
+    make.add_argument("size", choices=["qwen7b"], help="qwen7b, the release's 7B")
+    make.add_argument("folder", type=Path, help="folder to write, which must not exist")
+    make.add_argument(
+        "--width-factor",
+        type=width_factor,
+        default=1.0,
+        metavar="F",
+        help="multiply all widths, from 0.125 to 1; layers, heads and vocabulary stay (default 1)",
+    )
+    add_seed(make)
+
+
+def add_check(commands: "argparse._SubParsersAction[Parser]") -> None:
+    check = commands.add_parser(
+        "check",
+        help="say what a model folder is, and whether it is complete",
+        description="Reads settings and the headers of the tensor files, and prints what the "
+        "folder is, everything that is wrong with it, and the memory that it needs.",
+    )
+    check.add_argument("folder", type=Path, help="folder of a model")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -726,8 +772,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     make = benchmark.random_model if arguments.random_weights else load
     omni = make(arguments.model, device)
 
-    if arguments.what == "first":
-        rows = benchmark.first_audio(omni)
+    if arguments.what in ("first", "steps"):
+        measure = {"first": benchmark.first_audio, "steps": benchmark.decoding_steps}
+        rows = measure[arguments.what](omni)
         if arguments.json:
             print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
         else:
@@ -743,6 +790,28 @@ def run_bench(arguments: argparse.Namespace) -> None:
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
 
 
+def run_make_checkpoint(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint with random weights."""
+    from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
+
+    config = checkpoint_config(arguments.size, arguments.width_factor)
+    make_checkpoint(config, arguments.folder, arguments.seed)
+    print(f"random weights: {arguments.folder}; python -m minomni check {arguments.folder}")
+
+
+def run_check(arguments: argparse.Namespace) -> None:
+    """Print what a folder is. Raises UserError where something of it is wrong."""
+    from minomni.checkpoint.check_folder import check_folder
+
+    report = check_folder(arguments.folder)
+    print(report.text())
+    if report.errors:
+        sys.stdout.flush()
+        count = len(report.errors)
+        what = "1 problem" if count == 1 else f"{count} problems"
+        raise UserError(f"{arguments.folder}: {what}, listed above under WRONG")
+
+
 COMMANDS = {
     "train": run_train,
     "chat": run_chat,
@@ -750,6 +819,8 @@ COMMANDS = {
     "report": run_report,
     "ablate": run_ablate,
     "bench": run_bench,
+    "make-checkpoint": run_make_checkpoint,
+    "check": run_check,
 }
 
 

@@ -22,6 +22,7 @@ from minomni.chat.reply import (
     Timings,
 )
 from minomni.chat.session import Session
+from minomni.chat.static_generate import StaticGenerator
 from minomni.chat.stream_options import LOW_LATENCY, stream_options
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
@@ -52,6 +53,8 @@ class Omni(nn.Module):
         self.codec = None if config.codec is None else Codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
+        # Set by use_static_steps(); None decodes by the plain steps of Thinker and Talker.
+        self.static_generator: StaticGenerator | None = None
         # The folder the model was loaded from; saving copies its other files.
         self.loaded_from: Path | None = None
 
@@ -83,6 +86,15 @@ class Omni(nn.Module):
         if self.config.thinker.tie_word_embeddings:
             tensors.pop(TEXT_HEAD)
         return tensors
+
+    def use_static_steps(self, on: bool = True) -> None:
+        """Decode by steps of fixed shapes, which on CUDA are graphs that one launch replays.
+
+        In fp32 texts and codes stay the same. The caches of the answers so far stay allocated until
+        use_static_steps(False). There is nothing to gain on a CPU. Call it again after replacing
+        parameters.
+        """
+        self.static_generator = StaticGenerator(self) if on else None
 
     # ---------------------------------------------------------------------------------- voices
     def voice(self, name: str) -> Voice:

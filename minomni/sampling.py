@@ -43,16 +43,29 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ascending, order = logits.sort(dim=-1)
     cumulative = ascending.softmax(-1).cumsum(-1)
     drop = cumulative <= 1 - p
-    drop[:, -1] = False
+    drop[:, -1].fill_(False)
     drop = drop.scatter(1, order, drop)  # from sorted order back to id order
     return logits.masked_fill(drop, NEVER)
 
 
+def logit_ranges(logits: Tensor) -> Tensor:
+    """The difference between the largest and the smallest logit of each row: [B, V] -> [B].
+
+    NaN where a row has one.
+    """
+    return logits.amax(-1) - logits.amin(-1)  # aminmax() would be much slower
+
+
 def check_finite(logits: Tensor) -> None:
     """Raise UserError if a row of logits [B, V] is constant or not finite: broken weights."""
-    # NaN where a row has one. aminmax() would be much slower.
-    differences = logits.amax(-1) - logits.amin(-1)  # [B]
-    ranges = differences.tolist()
+    check_ranges(logit_ranges(logits).tolist())
+
+
+def check_ranges(ranges: list[float]) -> None:
+    """Raise UserError if the logits of a row are constant or not finite: broken weights.
+
+    ranges: as logit_ranges() gives them.
+    """
     if all(0 < value < float("inf") for value in ranges):
         return
     what = "only one number" if 0 in ranges else "NaN or infinite numbers"

@@ -351,7 +351,9 @@ def test_bytes_and_arrays_are_media_too(tiny_folder):
     assert len(reply.wave) == 0
 
 
-@pytest.mark.parametrize("command_name", ["train", "chat", "report", "ablate", "bench"])
+@pytest.mark.parametrize(
+    "command_name", ["train", "chat", "report", "ablate", "bench", "make-checkpoint", "check"]
+)
 def test_help_is_worth_reading(command_name):
     line = [sys.executable, "-m", "minomni", command_name, "--help"]
     shown = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)

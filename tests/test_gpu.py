@@ -13,18 +13,19 @@ from test_parity import ask, compare
 from test_run_folder import cache, make  # noqa: F401  (a fixture)
 
 from minomni import load
+from minomni.chat.generate import generate_tokens
+from minomni.chat.static_generate import StaticStep
 from minomni.checkpoint import weights
-from minomni.config import QWEN7B
+from minomni.config import QWEN7B, SamplingConfig
 from minomni.data import text_to_speech
 from minomni.eval import benchmark
 from minomni.inputs.mel import voice_mel
 from minomni.omni import Omni
+from minomni.static_decode import StaticCache, decoder_step
 from minomni.train import loop, pipeline
 from minomni.train.stages import dpo as dpo_stage
 
 ROOT = Path(__file__).parents[1]
-
-pass
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 MEMORY = 100e9  # bytes that both codes take in fp32, side by side
@@ -102,6 +103,79 @@ def test_seven_billion_weights_say_what_the_official_code_says(case, seven, monk
         {name: f"{value:.1e} of {np.abs(theirs[name]).max():.1f}" for name, value in far.items()},
     )
     compare(mine, theirs, DEEP)
+
+
+def without_reading_back(step):
+    """A launch in which any wait for the device is an error, once the graph is captured."""
+
+    def launch(self, generator):
+        if self.replay.graph is None:
+            return step(self, generator)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(self, generator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return launch
+
+
+def answers(omni, case: str, seed) -> list[tuple[str, list[int]]]:
+    """All ids and codes of an answer in the order in which they are generated."""
+    prompt = oracle.inputs(case)
+    bos_tokens = [omni.voice("Chelsie").bos_token] * len(prompt.input_ids)
+    sampled = SamplingConfig(
+        temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05, max_new_tokens=40
+    )
+    with torch.no_grad():
+        prefill = omni.thinker.prefill(prompt, omni.thinker.model.new_cache())
+        steps = generate_tokens(omni, prefill, bos_tokens, seed, (sampled, sampled))
+        return [(kind, ids.tolist()) for kind, ids in steps]
+
+
+@pytest.mark.parametrize("case", ["text", "batch"])
+def test_captured_steps_give_the_ids_of_the_plain_ones(case, monkeypatch):
+    """Twice each, as the second answer replays what the first one has captured."""
+    omni = Omni(oracle.CONFIG).eval()
+    oracle.fill(omni.state_dict())
+    omni.voices = oracle.voices()
+    omni.cuda()
+    monkeypatch.setattr(StaticStep, "launch", without_reading_back(StaticStep.launch))
+    plain = [answers(omni, case, seed) for seed in (0, 1)]
+    omni.use_static_steps()
+    assert [answers(omni, case, seed) for seed in (0, 1)] == plain
+    [workspace] = omni.static_generator.free
+    assert all(step.replay.graph for step in workspace.steps.values())
+
+
+def test_flash_attention_of_a_captured_step_in_bf16():
+    """One new token against the plain decoder, as bf16 ids would differ by rounding."""
+    decoder = Omni(oracle.CONFIG).thinker.model.to("cuda", torch.bfloat16).eval()
+    config = decoder.config
+    mask = torch.ones(2, 300, dtype=torch.long, device="cuda")
+    mask[0, :120] = 0
+    static = StaticCache(config, 2, 1024, mask.device, torch.bfloat16)
+    assert static.flash
+    grown = decoder.new_cache()
+    shape = (2, 300, config.hidden_size)
+    with torch.no_grad():
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        decoder(torch.randn(shape).to(mask.device, torch.bfloat16), position_ids, mask, grown)
+        static.fill(grown, mask)
+        position = mask.sum(1)
+        for _ in range(5):
+            x = torch.randn(2, config.hidden_size).to(mask.device, torch.bfloat16)
+            mask = torch.cat((mask, mask[:, -1:]), 1)
+            expected = decoder(x[:, None], position.expand(3, -1)[..., None], mask, grown)[:, 0]
+            found = decoder_step(decoder, x, position, static)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+            position = position + 1
+
+
+def test_steps_of_the_7b_are_measured():
+    """Run with -s for the table; nothing is required of the times."""
+    omni = benchmark.random_model("qwen7b", "cuda")
+    print(benchmark.table(benchmark.decoding_steps(omni)))
 
 
 def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):

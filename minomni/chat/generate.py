@@ -90,7 +90,11 @@ def generate_tokens(
     Talker, by default the model's. Finished rows yield padding, as in Thinker.steps() and
     Talker.steps(). Text and codes equal those of Thinker.generate() followed by Talker.generate().
     """
-    thinker_sampling, talker_sampling = sampling or sampling_configs(omni.config, {})
+    sampling = sampling or sampling_configs(omni.config, {})
+    if omni.static_generator is not None:
+        yield from omni.static_generator.generate_tokens(prefill, bos_tokens, seed, sampling)
+        return
+    thinker_sampling, talker_sampling = sampling
     device = omni.thinker.device
     thinker_steps = omni.thinker.steps(prefill, thinker_sampling, generators(seed, device))
     if bos_tokens is None:

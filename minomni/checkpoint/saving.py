@@ -303,11 +303,8 @@ def holds_tokenizer(source: Path, tokenizer: Tokenizer) -> bool:
     return stored.merges == tokenizer.merges and stored.special_tokens == tokenizer.special_tokens
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors in order into files of at most shard_bytes, and an index where there are many.
-
-    A tensor that is larger gets a file of its own.
-    """
+def plan_shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Tensors in order, in shards of at most shard_bytes. A larger tensor is alone in its shard."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -316,6 +313,15 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
             room = shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
+    return shards
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    """Write tensors in order into files of at most shard_bytes, and an index where there are many.
+
+    A tensor that is larger gets a file of its own.
+    """
+    shards = plan_shards(tensors, shard_bytes)
     if len(shards) == 1:
         write_file(shards[0], folder / WEIGHTS_FILE)
         return

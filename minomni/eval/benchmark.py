@@ -22,6 +22,7 @@ import torch
 from minomni import plot
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, required_buffer_s
+from minomni.chat.static_generate import StaticGenerator
 from minomni.config import INPUT_SAMPLE_RATE, SIZES, FlowConfig
 from minomni.data.corpus import FIRST_VOICE_OFFSET
 from minomni.data.vocabulary import world_tokenizer
@@ -318,6 +319,46 @@ def first_audio(omni: Omni) -> Rows:
         "first_audio_ms": (1e3 * times["audio"][0], "time to first audio"),
         **gap_rows(reply.total_s, chunks, reply),
     }
+
+
+def decoding_steps(omni: Omni) -> Rows:
+    """Time of a decoding step, plain and with static shapes (Omni.use_static_steps).
+
+    "both" is a step of the Thinker and one of the Talker.
+    """
+    voice = default_voice(omni)
+    kept = omni.static_generator
+    generators: dict[str, StaticGenerator | None] = {"plain": None, "static": StaticGenerator(omni)}
+    runs: dict[str, list[float]] = {}
+    with without_eos(omni):
+        _, prefill = prefill_time(omni)
+        for _ in range(1 + ROUNDS):  # the first run warms up, and captures graphs on CUDA
+            for kind, generator in generators.items():
+                omni.static_generator = generator
+                for what, bos_tokens in (("thinker", None), ("both", [voice.bos_token])):
+                    step_ms = text_step_ms(omni, prefill, bos_tokens)
+                    runs.setdefault(f"{what}_{kind}", []).append(step_ms)
+    omni.static_generator = kept
+
+    rows: Rows = {}
+    for what in ("thinker", "both"):
+        plain = min(runs[f"{what}_plain"][1:])
+        static = min(runs[f"{what}_static"][1:])
+        rows[f"{what}_plain_ms"] = (plain, f"{what}: one step, plain")
+        rows[f"{what}_static_ms"] = (static, f"{what}: one step of static shapes")
+        rows[f"{what}_ratio"] = (plain / static, f"{what}: plain : static")
+    return rows
+
+
+def text_step_ms(omni: Omni, prefill: PrefillState, bos_tokens: list[int] | None) -> float:
+    """Median milliseconds from text token to text token; with bos_tokens, a code lies between."""
+    times = []
+    for kind, ids in generate_tokens(omni, prefill, bos_tokens, 0):
+        ids.tolist()  # waits for the device
+        if kind == "text":
+            times.append(time.perf_counter())
+    steps = [later - earlier for earlier, later in zip(times[1:], times[2:])]  # without the start
+    return 1e3 * median(steps)
 
 
 def random_model(size: str, device: str) -> Omni:

@@ -158,7 +158,7 @@ class Thinker(nn.Module):
         tokens, text = self.config.tokens, self.config.text
         mask = prefill.attention_mask
         position = next_position(prefill.position_ids, mask)  # [B]
-        history = self._id_history(prefill)  # [B, V]
+        history = self.id_history(prefill)  # [B, V]
         done = torch.zeros_like(position, dtype=torch.bool)
         limit = min(sampling.max_new_tokens, text.max_position_embeddings - mask.shape[1])
 
@@ -183,7 +183,7 @@ class Thinker(nn.Module):
             state = hidden + embeds[:, 0]
             position = position + 1
 
-    def _id_history(self, prefill: PrefillState) -> Tensor:
+    def id_history(self, prefill: PrefillState) -> Tensor:
         """The ids of each prompt without its padding, for the repetition penalty -> bool [B, V]."""
         mask, endoftext = prefill.attention_mask, self.config.tokens.endoftext
         history = mask.new_zeros(len(mask), self.config.text.vocab_size, dtype=torch.bool)

@@ -1,0 +1,417 @@
+"""generate_tokens() with steps that a CUDA graph replays: the same ids and codes in the same order.
+
+    host     launch 0, launch 1, read 0, launch 2, read 1, ...
+    device   step 0    step 1            step 2
+
+A step chooses ids from the logits that the step before it has left, runs the decoder on them, and
+leaves new logits. The host reads the ids of a step while the next one runs, so one
+step more than needed is launched; its result is not used. The Thinker's step also writes the
+Talker's text input, so the two follow each other without the host.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from minomni.chat.generate import generators
+from minomni.config import SamplingConfig
+from minomni.decoder import Decoder, next_position
+from minomni.kv_cache import KVCache
+from minomni.sampling import Generators, check_ranges, logit_ranges
+from minomni.static_decode import Replay, StaticCache, choose, decoder_step, room_for
+from minomni.talker.talker import Talker, TalkerInputs, special_embeds
+from minomni.thinker.thinker import PrefillState, Thinker
+
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+KEPT_STEPS = 4  # of one workspace, each with a cache and, on CUDA, a graph
+
+
+class TextLines:
+    """The Talker's text input of all rows: lines [B, room, E], of which count [B] are written.
+
+    The buffers hold what GrowingReplyEmbeds holds: a state per token, and at the end `end` and
+    `pad` [E]. A row without states stays empty.
+    """
+
+    def __init__(self, rows: int, room: int, end: Tensor, pad: Tensor):
+        self.lines = end.new_zeros(rows, room + 2, len(end))  # + 2: end and pad
+        self.count = torch.zeros(rows, dtype=torch.long, device=end.device)
+        self.closed = torch.zeros(rows, dtype=torch.bool, device=end.device)
+        self.rows = torch.arange(rows, device=end.device)
+        self.end = end.clone()
+        self.pad = pad.clone()
+
+    def reset(self, end: Tensor, pad: Tensor) -> None:
+        """Begin new replies."""
+        self.count.zero_()
+        self.closed.zero_()
+        self.end.copy_(end)
+        self.pad.copy_(pad)
+
+    def add(self, state: Tensor, is_last: Tensor) -> None:
+        """Append state [B, E] to the open rows, or close those whose token is_last [B].
+
+        Other rows write behind their lines, where nothing is read before it is written again.
+        """
+        ends = (is_last & ~self.closed)[:, None]
+        first = torch.where(ends, self.end, state)
+        self.lines.index_put_((self.rows, self.count), first)
+        self.lines.index_put_((self.rows, self.count + 1), self.pad.expand_as(first))
+        # 1 for a state, 2 for `end` and `pad`, 0 for a row that is closed or has no states.
+        closes = is_last & ~self.closed & (self.count > 0)
+        appends = ~is_last & ~self.closed
+        self.closed.logical_or_(is_last)
+        self.count.add_(appends.long() + 2 * closes.long())
+
+    def at(self, step: Tensor) -> Tensor:
+        """The line of every row at a step [1] -> [B, E]; the last one of a row repeats."""
+        index = torch.minimum(step, self.count - 1).clamp(min=0)
+        return self.lines[self.rows, index]
+
+
+class StaticStep:
+    """What the steps of Thinker and Talker share: sampling state, cache, and reading ids late."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        head: nn.Linear,
+        rows: int,
+        room: int,
+        sampling: SamplingConfig,
+        suppressed: Tensor | None,
+    ):
+        weight = head.weight
+        self.decoder = decoder
+        self.head = head
+        self.sampling = sampling
+        self.suppressed = suppressed
+        self.cache = StaticCache(decoder.config, rows, room, weight.device, weight.dtype)
+        self.logits = torch.zeros(rows, decoder.config.vocab_size, device=weight.device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=weight.device)
+        self.ids = torch.zeros_like(self.position)
+        self.ranges = torch.zeros(rows, device=weight.device)
+        self.history = torch.zeros(
+            rows, decoder.config.vocab_size, dtype=torch.bool, device=weight.device
+        )
+        self.noise: Tensor | None = None
+        if sampling.temperature > 0:
+            self.noise = torch.ones(self.history.shape, device=weight.device)
+        self.count = torch.zeros(1, dtype=torch.long, device=weight.device)  # steps taken
+        self.limit = torch.zeros_like(self.count)
+        self.replay = Replay(self.step, self.state())
+
+    def state(self) -> list[Tensor]:
+        """All buffers that a step changes."""
+        return [
+            self.logits,
+            self.position,
+            self.done,
+            self.ids,
+            self.ranges,
+            self.history,
+            self.count,
+            self.cache.lengths,
+        ]
+
+    def step(self) -> None:
+        """One step, in place."""
+        raise NotImplementedError
+
+    def next_ids(self, stopped_id: int) -> Tensor:
+        """Choose the next ids [B]; `stopped_id` for rows that have stopped."""
+        self.ranges.copy_(logit_ranges(self.logits))
+        ids = choose(self.logits, self.history, self.sampling, self.suppressed, self.noise)
+        ids = ids.masked_fill(self.done, stopped_id)
+        self.history.scatter_(1, ids[:, None], True)
+        self.ids.copy_(ids)
+        return ids
+
+    def begin(
+        self, cache: KVCache, attention_mask: Tensor, position: Tensor, logits: Tensor
+    ) -> None:
+        """Take over a prefill: its cache, next position ids [B] and last logits [B, V]."""
+        self.cache.fill(cache, attention_mask)
+        self.position.copy_(position)
+        self.logits.copy_(logits)
+        self.done.zero_()
+        self.count.zero_()
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Run the decoder on x [B, D] and leave new logits -> hidden states [B, D]."""
+        hidden = decoder_step(self.decoder, x, self.position, self.cache)
+        self.logits.copy_(self.head(hidden))
+        self.position.add_(1)
+        return hidden
+
+    def launch(self, generator: Generators) -> "LateIds":
+        """Draw the noise of a step, run it, and begin to copy its ids to the host."""
+        if self.noise is not None:
+            if isinstance(generator, list):
+                for row, row_generator in zip(self.noise.split(1), generator, strict=True):
+                    row.exponential_(generator=row_generator)
+            else:
+                self.noise.exponential_(generator=generator)
+        self.replay()
+        return LateIds(self.ids, self.ranges)
+
+    def run(self, limit: int, stops: list[int], generator: Generators) -> Iterator[Tensor]:
+        """Yields ids [B] of step after step, until all rows have stopped or `limit` is reached.
+
+        Raises UserError for logits that are not finite.
+        """
+        self.limit.fill_(limit)
+        done = [False] * len(self.ids)
+        current = self.launch(generator)
+        for step in range(1, limit + 1):
+            following = self.launch(generator) if step < limit else None
+            ids = current.read()
+            yield ids
+            values = ids.tolist()
+            done = [was or value in stops for was, value in zip(done, values, strict=True)]
+            if following is None or all(done):
+                return
+            current = following
+
+
+class LateIds:
+    """Ids on their way to the host."""
+
+    def __init__(self, ids: Tensor, ranges: Tensor):
+        self.event: torch.cuda.Event | None = None
+        if not ids.is_cuda:
+            self.ids = ids.clone()
+            self.ranges = ranges.clone()
+            return
+        self.ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        self.ranges = torch.empty(ranges.shape, dtype=ranges.dtype, pin_memory=True)
+        self.ids.copy_(ids, non_blocking=True)
+        self.ranges.copy_(ranges, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def read(self) -> Tensor:
+        """Wait for the ids [B], which are on the host. Raises UserError for broken weights."""
+        if self.event is not None:
+            self.event.synchronize()
+        check_ranges(self.ranges.tolist())
+        return self.ids
+
+
+class ThinkerStep(StaticStep):
+    """The Thinker's step. With `lines` it also writes the Talker's text input."""
+
+    def __init__(
+        self,
+        thinker: Thinker,
+        rows: int,
+        room: int,
+        sampling: SamplingConfig,
+        lines: TextLines | None,
+    ):
+        self.lines = lines
+        self.tokens = thinker.config.tokens
+        super().__init__(thinker.model, thinker.lm_head, rows, room, sampling, None)
+
+    def state(self) -> list[Tensor]:
+        if self.lines is None:
+            return super().state()
+        return [*super().state(), self.lines.count, self.lines.closed]
+
+    def step(self) -> None:
+        ids = self.next_ids(self.tokens.endoftext)
+        is_end = ids == self.tokens.im_end
+        self.done.logical_or_(is_end)
+        embeds = self.decoder.embed_tokens(ids)  # [B, D]
+        hidden = self.decode(embeds)
+        self.count.add_(1)
+        if self.lines is not None:
+            self.lines.add(hidden + embeds, is_end | (self.count >= self.limit))
+
+
+class TalkerStep(StaticStep):
+    """The Talker's step, which reads `lines`."""
+
+    def __init__(
+        self,
+        talker: Talker,
+        rows: int,
+        room: int,
+        sampling: SamplingConfig,
+        suppressed: Tensor,
+        lines: TextLines,
+    ):
+        self.lines = lines
+        self.talker = talker
+        super().__init__(talker.model, talker.codec_head, rows, room, sampling, suppressed)
+
+    def step(self) -> None:
+        codes = self.next_ids(self.talker.config.codec_pad)
+        self.done.logical_or_(self.talker.is_stop(codes))
+        self.count.add_(1)
+        embeds = self.decoder.embed_tokens(codes) + self.lines.at(self.count)  # [B, E]
+        self.decode(self.talker.thinker_to_talker_proj(embeds))
+
+
+def without_limit(sampling: SamplingConfig) -> SamplingConfig:
+    """The settings that a step depends on; the limit of tokens is a buffer of it."""
+    return replace(sampling, max_new_tokens=1)
+
+
+class StaticGenerator:
+    """generate_tokens() by static steps. Answers that are generated in turns do not share buffers.
+
+    A graph belongs to its buffers and to the weights: make a new generator after replacing
+    parameters.
+    """
+
+    def __init__(self, omni: "Omni"):
+        self.omni = omni
+        self.free: list[Workspace] = []  # those of answers that have ended
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        prefill: PrefillState,
+        bos_tokens: list[int] | None,
+        seed: int | list[int],
+        sampling: tuple[SamplingConfig, SamplingConfig],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As generate_tokens() of generate.py, except that the ids yielded are on the host.
+
+        The KV cache of the prefill is not changed.
+        """
+        workspace = self.free.pop() if self.free else Workspace(self.omni)
+        try:
+            yield from workspace.generate_tokens(prefill, bos_tokens, seed, sampling)
+        finally:  # also where the caller stops early
+            self.free.append(workspace)
+
+
+class Workspace:
+    """The steps and buffers of one answer at a time, kept for the next answer."""
+
+    def __init__(self, omni: "Omni"):
+        self.omni = omni
+        self.steps: dict[tuple, StaticStep] = {}
+        self.lines: dict[tuple, TextLines] = {}
+
+    def generate_tokens(
+        self,
+        prefill: PrefillState,
+        bos_tokens: list[int] | None,
+        seed: int | list[int],
+        sampling: tuple[SamplingConfig, SamplingConfig],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See StaticGenerator.generate_tokens()."""
+        thinker, tokens = self.omni.thinker, self.omni.config.thinker.tokens
+        rows, length = prefill.attention_mask.shape
+        context = self.omni.config.thinker.text.max_position_embeddings
+        limit = min(sampling[0].max_new_tokens, context - length)
+        if limit < 1:
+            return
+        room = room_for(length + limit)
+        lines = None
+        if bos_tokens is not None:
+            end, pad, voices = special_embeds(tokens, bos_tokens, thinker.model.embed_tokens)
+            lines = self.text_lines(rows, room, end, pad)
+        think = self.thinker_step(prefill, room, sampling[0], lines)
+        thinker_ids = think.run(limit, [tokens.im_end], generators(seed, thinker.device))
+        if lines is None:
+            for ids in thinker_ids:
+                yield "text", ids
+            return
+
+        inputs = TalkerInputs(
+            prefill.hidden + prefill.text_embeds,
+            prefill.position_ids,
+            prefill.attention_mask,
+            voices,
+            [],
+        )
+        codes: Iterator[Tensor] = iter(())
+        first = torch.zeros(0)
+        for step, ids in enumerate(thinker_ids):
+            yield "text", ids
+            if step == 0:
+                first = ids
+                continue
+            if step == 1:  # the Thinker's states of the first token are there
+                silent = first.eq(tokens.im_end).tolist()
+                codes = self.talker_codes(inputs, lines, silent, sampling[1], seed)
+            code = next(codes, None)
+            if code is not None:
+                yield "code", code
+        for code in codes:
+            yield "code", code
+
+    def kept(self, key: tuple, make: Callable[[], StaticStep]) -> StaticStep:
+        """The step of a key: one that is kept, or a new one in place of the longest unused."""
+        step = self.steps.pop(key, None) or make()
+        while len(self.steps) >= KEPT_STEPS:
+            self.steps.pop(next(iter(self.steps)))
+        self.steps[key] = step
+        return step
+
+    def text_lines(self, rows: int, room: int, end: Tensor, pad: Tensor) -> TextLines:
+        """Empty lines for new replies."""
+        key = (rows, room)
+        if key not in self.lines:
+            self.lines[key] = TextLines(rows, room, end, pad)
+        self.lines[key].reset(end, pad)
+        return self.lines[key]
+
+    def thinker_step(
+        self, prefill: PrefillState, room: int, sampling: SamplingConfig, lines: TextLines | None
+    ) -> StaticStep:
+        """The Thinker's step, which continues a prefill."""
+        thinker, mask = self.omni.thinker, prefill.attention_mask
+        key = (thinker.config, len(mask), room, without_limit(sampling), lines is None)
+        step = self.kept(key, lambda: ThinkerStep(thinker, len(mask), room, sampling, lines))
+        assert prefill.cache is not None
+        position = next_position(prefill.position_ids, mask)
+        step.begin(prefill.cache, mask, position, thinker.lm_head(prefill.hidden[:, -1]))
+        step.history.copy_(thinker.id_history(prefill))
+        return step
+
+    def talker_codes(
+        self,
+        inputs: TalkerInputs,
+        lines: TextLines,
+        silent: list[bool],
+        sampling: SamplingConfig,
+        seed: int | list[int],
+    ) -> Iterator[Tensor]:
+        """Prefill the Talker and yield codes [B]."""
+        talker, _ = self.omni.require_speech()
+        config = talker.config
+        context_left = config.decoder.max_position_embeddings - inputs.prompt.shape[1] - 2
+        limit = min(sampling.max_new_tokens, context_left)
+        if limit < 1 or all(silent):
+            return
+
+        # Prefill by the plain path; the first line of each row is its first text embedding.
+        inputs.reply_embeds = [
+            row[:0] if is_silent else row[:1] for row, is_silent in zip(lines.lines, silent)
+        ]
+        logits, state = talker.prefill(inputs)
+
+        rows = len(silent)
+        room = room_for(inputs.prompt.shape[1] + 2 + limit)
+        suppressed = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
+        suppressed[talker.suppressed_ids(self.omni.num_codes)] = True
+        suppressed = suppressed.to(lines.lines.device)
+        key = (config, rows, room, without_limit(sampling), id(lines))
+        step = self.kept(key, lambda: TalkerStep(talker, rows, room, sampling, suppressed, lines))
+        step.begin(state.cache, state.attention_mask, state.position, logits)
+        step.done.copy_(torch.tensor(silent))
+        step.history.zero_()
+        step.history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
+        stops = list(config.stop_codes)
+        yield from step.run(limit, stops, generators(seed, lines.lines.device))

@@ -1,0 +1,290 @@
+"""What a model folder is, whether every file of it is right, and the memory that it needs, before
+any tensor is read.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from minomni.checkpoint import weights
+from minomni.checkpoint.hf_config import (
+    MODEL_TYPE,
+    RELEASE,
+    quantization,
+    read_config,
+    read_json,
+    without_speech,
+)
+from minomni.checkpoint.saving import INDEX_FILE, VOICES_FILE
+from minomni.config import QWEN7B, DecoderConfig, OmniConfig
+from minomni.errors import UserError, quote_json, short_path
+from minomni.inputs.tokenizer import Tokenizer
+from minomni.omni import TEXT_HEAD
+
+GIB = 2**30
+# Bytes of a weight. int4 has a scale and a zero point, two bytes each, for every 128 weights.
+PRECISION_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
+CACHE_LENGTHS = (1024, 4096, 8192, 16384, 32768)  # tokens
+AUDIO_TOKENS = 25  # a second
+PROMPT_SECONDS = (15, 30, 60)
+WIDTHS_3B = (2048, 36)  # hidden size and layers of the Thinker of the 3B (source: Qwen2.5-3B)
+
+
+@dataclass
+class FolderReport:
+    """The findings of check_folder()."""
+
+    kind: str  # what the folder is, in words
+    lines: list[str] = field(default_factory=list)  # one for each kind of file
+    errors: list[str] = field(default_factory=list)  # each in one line
+    memory: str = ""  # a Markdown table; empty where the sizes are not known
+
+    def text(self) -> str:
+        """The report as it is printed."""
+        wrong = [f"WRONG     {error}" for error in self.errors]
+        parts = [f"is        {self.kind}", *self.lines, *wrong]
+        if self.memory:
+            parts += ["", self.memory]
+        return "\n".join(parts)
+
+
+def check_folder(folder: str | Path) -> FolderReport:
+    """Check a model folder by its settings and the headers of its tensor files.
+
+    Whatever is wrong is in `errors`, all of it and not only the first. Raises UserError where there
+    is no such folder.
+    """
+    folder = weights.snapshot(Path(folder))
+    report = FolderReport(kind_of(folder))
+    stored: dict[str, weights.Stored] = {}
+    with_error(report, lambda: stored.update(check_files(folder, report)))
+    configs: list[OmniConfig] = []
+    with_error(report, lambda: configs.append(stored_config(folder, stored)))
+    if not configs:
+        report.kind = report.kind or f"unknown, because {report.errors[-1]}"
+        return report
+
+    [config] = configs
+    if report.kind == "":
+        report.kind = size_of(config)
+    with_error(report, lambda: check_tensors(folder, stored, config, report))
+    with_error(report, lambda: check_tokenizer(folder, config, report))
+    with_error(report, lambda: check_voices(folder, config, report))
+    report.memory = memory_table(config)
+    return report
+
+
+def with_error(report: FolderReport, check: Callable[[], object]) -> None:
+    """Run one check and keep its error."""
+    try:
+        check()
+    except UserError as error:
+        report.errors.append(str(error))
+
+
+# --------------------------------------------------------------------------------------------------
+# what it is
+def kind_of(folder: Path) -> str:
+    """What a folder is that is no plain model of this kind, with the reason; "" for one that is."""
+    try:
+        data = read_json(folder / "config.json")
+    except UserError as error:
+        return f"unknown, because {error}"
+    model_type = data.get("model_type", MODEL_TYPE)
+    if model_type not in (MODEL_TYPE, f"{MODEL_TYPE}_thinker"):
+        return (
+            f"unknown, because model_type is {quote_json(model_type)} and not '{MODEL_TYPE}'; "
+            f"take {RELEASE}"
+        )
+    for section in quantized_sections(data):
+        method = quantization(section["quantization_config"])
+        return f"Qwen2.5-Omni with quantized weights ({method}), which are not read here"
+    return ""
+
+
+def quantized_sections(data: dict) -> Iterator[dict]:
+    """The sections of config.json that describe quantized weights."""
+    thinker = data.get("thinker_config")
+    for section in (data, thinker):
+        if isinstance(section, dict) and section.get("quantization_config") is not None:
+            yield section
+
+
+def size_of(config: OmniConfig) -> str:
+    """The name of the release that has these sizes, or the sizes."""
+    text = config.thinker.text
+    alone = "" if config.talker is not None else ", a Thinker alone: it answers in text"
+    if same_sizes(config, QWEN7B):
+        return f"Qwen2.5-Omni-7B{alone}"
+    widths = (text.hidden_size, text.num_hidden_layers)
+    if widths == WIDTHS_3B:
+        return f"Qwen2.5-Omni-3B{alone}"
+    return f"Qwen2.5-Omni with {widths[1]} layers of width {widths[0]} in the Thinker{alone}"
+
+
+def same_sizes(config: OmniConfig, release: OmniConfig) -> bool:
+    """Whether two models have the same modules; one of them may lack speech."""
+    if config.talker is None:
+        release = without_speech(release)
+    ours = (config.thinker, config.talker, config.token2wav)
+    return ours == (release.thinker, release.talker, release.token2wav)
+
+
+# --------------------------------------------------------------------------------------------------
+# files
+def check_files(folder: Path, report: FolderReport) -> dict[str, weights.Stored]:
+    """Report the tensor files -> the header of every tensor. Raises UserError."""
+    files = weights.headers(folder)
+    sizes = [file.stat().st_size for file in files]
+    line = f"files     {len(files)} with {sum(sizes):,} bytes, none cut short"
+    stored = {name: tensor for names in files.values() for name, tensor in names.items()}
+    if (folder / INDEX_FILE).exists():
+        line += f"; {INDEX_FILE} agrees with them"
+    report.lines.append(line)
+    return stored
+
+
+def stored_config(folder: Path, stored: dict[str, weights.Stored]) -> OmniConfig:
+    """The configuration of the model that load() would build. Raises UserError."""
+    config = read_config(folder)
+    if stored and not any(name.startswith(weights.SPEECH) for name in stored):
+        config = without_speech(config)
+    if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:
+        config = replace(config, thinker=replace(config.thinker, tie_word_embeddings=False))
+    return config
+
+
+def check_tensors(
+    folder: Path, stored: dict[str, weights.Stored], config: OmniConfig, report: FolderReport
+) -> None:
+    """Compare names, shapes and precisions with what the configuration describes. Raises
+    UserError.
+    """
+    if not stored:  # reported by check_files()
+        return
+    weights.check_precisions(folder, stored)
+    omni = weights.empty_model(folder, config)
+    weights.check_bijection(folder, {name: s.shape for name, s in stored.items()}, omni)
+    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
+    report.lines.append(
+        f"tensors   {len(stored):,} with {numbers:,} numbers; names and shapes are right"
+    )
+    report.lines.append(f"stored    {precisions(stored)}")
+
+
+def precisions(stored: dict[str, weights.Stored]) -> str:
+    """The precisions of each part, and which differ from the release's."""
+    parts: dict[str, set[str]] = {}
+    for name, tensor in stored.items():
+        parts.setdefault(name.split(".")[0], set()).add(tensor.precision)
+    texts = []
+    for part, found in parts.items():
+        expected = "BF16" if f"{part}." in weights.ANY_PRECISION else "F32"
+        note = "" if found == {expected} else f" (the release has {expected})"
+        texts.append(f"{part} {' and '.join(sorted(found))}{note}")
+    return ", ".join(texts)
+
+
+def check_tokenizer(folder: Path, config: OmniConfig, report: FolderReport) -> None:
+    """Report the tokenizer. Raises UserError for one of another model."""
+    if not any((folder / name).exists() for name in weights.VOCABULARY_FILES):
+        raise UserError(f"{short_path(folder)}: holds no tokenizer; copy tokenizer.json too")
+    tokenizer = Tokenizer.load(folder)
+    weights.check_tokenizer(folder, tokenizer, config)
+    report.lines.append(f"tokenizer {len(tokenizer):,} tokens")
+
+
+def check_voices(folder: Path, config: OmniConfig, report: FolderReport) -> None:
+    """Report the voices. Raises UserError where a model that speaks has none."""
+    if config.talker is None:
+        return
+    voices = weights.load_voices(folder / VOICES_FILE, config)
+    if not voices:
+        raise UserError(f"{short_path(folder)}: holds no {VOICES_FILE}, so it has no voice")
+    report.lines.append(f"voices    {', '.join(voices)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+def weight_counts(config: OmniConfig) -> dict[str, int]:
+    """The number of weights by part; "linear" are those of the decoders' layers."""
+    tensors = weights.empty_model(Path("."), config).stored_tensors()
+    counts = dict.fromkeys(("linear", "tables", "encoders", "token2wav", "codec"), 0)
+    for name, tensor in tensors.items():
+        part = name.split(".")[0]
+        if part in counts:
+            counts[part] += tensor.numel()
+        elif ".visual." in name or ".audio_tower." in name:
+            counts["encoders"] += tensor.numel()
+        elif ".layers." in name and tensor.dim() > 1:
+            counts["linear"] += tensor.numel()
+        else:
+            counts["tables"] += tensor.numel()
+    return counts
+
+
+def weight_bytes(counts: dict[str, int], precision: str) -> float:
+    """Bytes of the weights where the decoders' layers have a precision of PRECISION_BYTES.
+
+    Tables and encoders are bf16, Token2Wav and the codec fp32.
+    """
+    layers = counts["linear"] * PRECISION_BYTES[precision]
+    half = counts["tables"] + counts["encoders"]
+    return layers + 2 * half + 4 * (counts["token2wav"] + counts["codec"])
+
+
+def cache_bytes(config: DecoderConfig | None) -> int:
+    """Bytes of a KV cache in bf16 for one token."""
+    if config is None:
+        return 0
+    return 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def prefill_bytes(config: OmniConfig) -> int:
+    """Largest bytes of activations for one token of a prompt, in bf16.
+
+    These are a layer's gate and up projections and their product, beside input and residual; a
+    visual token is made of four patches of the vision encoder.
+    """
+    text, vision = config.thinker.text, config.thinker.vision
+    decoder = 3 * text.intermediate_size + 4 * text.hidden_size
+    patches = vision.spatial_merge_size**2
+    encoder = patches * (3 * vision.intermediate_size + 4 * vision.hidden_size)
+    return 2 * max(decoder, encoder)
+
+
+def film_tokens(config: OmniConfig) -> int:
+    """Visual tokens of a second of film with the largest frames."""
+    vision, media = config.thinker.vision, config.media
+    steps = media.fps / vision.temporal_patch_size
+    return round(steps * media.frame_max_pixels / vision.cell_size**2)
+
+
+def memory_table(config: OmniConfig) -> str:
+    """GiB of weights, of the KV cache by context and of a prefill by seconds of media, in Markdown.
+
+    The prefill's rows are estimates.
+    """
+    counts = weight_counts(config)
+    both = [config.thinker.text, None if config.talker is None else config.talker.decoder]
+    per_token = sum(cache_bytes(decoder) for decoder in both)
+    lines = ["| GiB | bf16 | int8 layers | int4 layers |", "|---|---|---|---|"]
+
+    def row(name: str, sizes: list[float]) -> None:
+        cells = [f"{size / GIB:.2f}" for size in sizes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    row("weights", [weight_bytes(counts, precision) for precision in PRECISION_BYTES])
+    context = config.thinker.text.max_position_embeddings
+    for length in CACHE_LENGTHS:
+        if length <= context:
+            row(f"KV caches of {length:,} tokens", [per_token * length] * 3)
+    film = AUDIO_TOKENS + film_tokens(config)
+    for what, rate in (("audio", AUDIO_TOKENS), ("film in the largest size", film)):
+        for seconds in PROMPT_SECONDS:
+            tokens = rate * seconds
+            if tokens <= context:
+                needed = tokens * (per_token + prefill_bytes(config))
+                row(f"prompt with {seconds} s of {what}, about", [needed] * 3)
+    return "\n".join(lines)
