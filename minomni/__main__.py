@@ -317,16 +317,25 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     """List the stages, fine-tune on own data, run one stage, or train a size from scratch."""
     from minomni.devices import device_of
-    from minomni.train import pipeline, recipes
+    from minomni.train import distributed, pipeline
 
     if arguments.stages:
         print(pipeline.stage_table(arguments.size))
         return
     device = device_of(arguments.device).type
+    distributed.start(device)
     home = arguments.home or paths.runs() / arguments.size
-    if arguments.data:
-        run_finetune(arguments, home, device)
-        return
+    with distributed.lost_process_errors():
+        if arguments.data:
+            run_finetune(arguments, home, device)
+        else:
+            run_stages(arguments, home, device)
+
+
+def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
+    """Run one stage, or all stages and the export of the model."""
+    from minomni.train import distributed, pipeline, recipes
+
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
 
@@ -335,8 +344,12 @@ def run_train(arguments: argparse.Namespace) -> None:
     recipes.recipe_of(arguments.stage or first_stage, arguments.size)
     settings = recipes.budget_settings(arguments.budget, arguments.size)
     settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
-    pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
-    pipeline.record_settings(home, settings)
+    with distributed.first_goes_first():
+        if distributed.is_first():
+            pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
+            processes = distributed.world()
+            settings = pipeline.split_settings(arguments.size, home, settings, processes)
+            pipeline.record_settings(home, settings)
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,
@@ -353,19 +366,28 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import pipeline, stage_pool
+    from minomni.train import distributed, pipeline, stage_pool
 
     began = time.perf_counter()
     try:
-        stage_pool.run_all(size, home, seed, device)
+        if distributed.world() == 1:
+            stage_pool.run_all(size, home, seed, device)
+        else:
+            for name in pipeline.STAGES:
+                pipeline.run_stage(name, size, home, seed, True, device, progress=False)
     finally:
-        seconds = pipeline.add_elapsed(home, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if distributed.is_first():
+            seconds = pipeline.add_elapsed(home, seconds)
+    if not distributed.is_first():
+        return
     pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
 
 
 def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Fine-tune a trained size on the data of --data."""
+    from minomni.train import distributed
     from minomni.train.finetune import finetune
 
     if arguments.set or arguments.budget != "quick":
@@ -382,7 +404,8 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         device=device,
         home=home,
     )
-    print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+    if distributed.is_first():
+        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
 
 
 def run_chat(arguments: argparse.Namespace) -> None:

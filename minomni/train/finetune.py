@@ -27,7 +27,7 @@ from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
-from minomni.train import losses
+from minomni.train import distributed, losses
 from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import prepare_run, write_history
 from minomni.train.run_folder import is_finished, load_stages
@@ -158,11 +158,14 @@ def finetune(
     torch.set_num_threads(1)
     began = time.perf_counter()
     run = working_folder(out, home)
-    prepare_run(run, resume, fresh)
+    with distributed.first_goes_first():
+        if distributed.is_first():
+            prepare_run(run, resume, fresh)
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device)
-    rows = read_dataset(data, run, omni)
+    with distributed.first_goes_first():
+        rows = read_dataset(data, run, omni)
     if stage == "talker" and not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
     default_names = ["chat", "talker"] if rows.spoken else ["chat"]
@@ -174,22 +177,24 @@ def finetune(
         "epochs": epochs,
         "stages": names,
     }
-    check_same_run(run, inputs_of_run)
+    with distributed.first_goes_first():
+        parts = check_same_run(run, inputs_of_run)
     for name, waveform in rows.voices.items():
         omni.voices[name] = make_voice(waveform, name, omni)
 
     # Each stage starts from the weights of the one before it.
     for name in names:
         if not is_finished(run / "stages", name):
-            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs)
+            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, parts)
             train(training, run / "stages", resume=True)
         load_stages(omni, run / "stages", [name])
 
     omni.eval().requires_grad_(False)
-    weights.save(omni, out)
-    seconds = time.perf_counter() - began
-    details = {"data": data.name, "stages": names, "epochs": epochs}
-    write_history(out, omni, size, seed, seconds, **details)
+    if distributed.is_first():
+        weights.save(omni, out)
+        seconds = time.perf_counter() - began
+        details = {"data": data.name, "stages": names, "epochs": epochs}
+        write_history(out, omni, size, seed, seconds, **details)
     return out
 
 
@@ -232,15 +237,20 @@ def make_finetune_stage(
     seed: int,
     rows: JsonlRows,
     epochs: int | None,
+    parts: int,
 ) -> FinetuneStage:
-    """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least."""
-    lr, batch = FINETUNE_RECIPES[size][name]
+    """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least.
+
+    parts: batches into which the rows of a step are divided.
+    """
+    lr, rows_per_step = FINETUNE_RECIPES[size][name]
+    batch = ceil(rows_per_step / parts)
     count = len(rows.spoken) if name == "talker" else len(rows)
     if epochs:
-        steps = ceil(epochs * count / batch)
+        steps = ceil(epochs * count / (batch * parts))
     else:
-        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / batch))
-    recipe = Recipe(steps, batch, lr, warmup=min(30, ceil(steps / 10)))
+        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / (batch * parts)))
+    recipe = Recipe(steps, batch, lr, accumulate=parts, warmup=min(30, ceil(steps / 10)))
     return FINETUNE_STAGES[name](omni, recipe, run, seed, rows)
 
 
@@ -252,12 +262,16 @@ def weights_hash(omni: "Omni") -> str:
     return digest.hexdigest()
 
 
-def check_same_run(run: Path, inputs_of_run: dict) -> None:
-    """Note what a run is made of. Raises UserError where it has begun with something else."""
+def check_same_run(run: Path, inputs_of_run: dict) -> int:
+    """Note what a run is made of -> batches in each of its steps: one for each process that it has
+    begun with. Raises UserError where it has begun with something else.
+    """
     kept = read_json(run / RUN_INPUTS, True, "--fresh deletes the run")
     changed = [key for key, value in inputs_of_run.items() if kept.get(key, value) != value]
     if changed and any((run / "stages").iterdir()):
         raise UserError(
             f"{run} was begun with other {' and '.join(changed)}; use --fresh, or another --out"
         )
-    write_json(run / RUN_INPUTS, inputs_of_run)
+    parts = kept.get("parts", distributed.world())
+    write_json(run / RUN_INPUTS, inputs_of_run | {"parts": parts})
+    return parts
