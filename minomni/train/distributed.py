@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from minomni.errors import UserError, shorten
@@ -131,8 +133,6 @@ def shard(stage: "Stage") -> None:
     """Shard the parameters of a stage that require a gradient over all processes."""
     if world() == 1:
         return
-    from torch.distributed.fsdp import fully_shard
-
     module = ShardedLosses(stage)
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     mesh = dist.init_device_mesh(stage.device.type, (world(),))
@@ -182,7 +182,7 @@ def unshard(stage: "Stage") -> None:
     plain: dict[int, nn.Parameter] = {}  # by the sharded parameter, which modules may share
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            if hasattr(parameter, "full_tensor"):
+            if isinstance(parameter, DTensor):
                 if id(parameter) not in plain:
                     plain[id(parameter)] = nn.Parameter(parameter.full_tensor().detach())
                 setattr(owner, name, plain[id(parameter)])
@@ -195,7 +195,7 @@ def whole(state: Any) -> Any:
     """
 
     def gather(value: Any) -> Any:
-        if not hasattr(value, "full_tensor"):
+        if not isinstance(value, DTensor):
             return value
         tensor = value.full_tensor()
         return tensor.cpu() if is_first() else None
@@ -205,10 +205,8 @@ def whole(state: Any) -> Any:
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this process holds; `like` is sharded in the same way."""
-    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+    if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 

@@ -20,15 +20,16 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_fine_tuning_by_two_processes(tmp_path, tiny_folder):
+def test_fine_tuning_by_two_processes(tmp_path):
     import minomni
 
     messages = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a circle"}]
     lines = [json.dumps({"messages": messages}) + "\n" for _ in range(20)]
     (tmp_path / "my.jsonl").write_text("".join(lines))
-    done = torchrun(tmp_path, "train", "--data", "my.jsonl", "--epochs", "1", "--out", "tuned")
+    options = ["--epochs", "1", "--out", "tuned", "--home", "run"]
+    done = torchrun(tmp_path, "train", "--data", "my.jsonl", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tuned: ") == 1
     assert minomni.load(str(tmp_path / "tuned")).talker is not None
-    inputs = json.loads((tmp_path / "runs/tiny/tuned.run/run_inputs.json").read_text())
+    inputs = json.loads((tmp_path / "run/tuned.run/run_inputs.json").read_text())
     assert inputs["parts"] == 2
