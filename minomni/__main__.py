@@ -90,6 +90,8 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True)
     for add in (
         add_train,
+        add_pack,
+        add_merge,
         add_chat,
         add_serve,
         add_report,
@@ -163,7 +165,23 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--data",
         type=Path,
         help="fine-tune the trained model on your data: a JSONL file of messages and replies, or a "
-        "folder of recordings; --stage chat or talker",
+        "folder of recordings or of shards that `pack` wrote; --stage chat or talker",
+    )
+    train.add_argument(
+        "--lora",
+        metavar="r=N",
+        help="train adapters of this rank and leave the weights as they are, as in --lora r=16; "
+        "also alpha=32 and layers=q_proj+v_proj; SIZE may then be the folder of any model",
+    )
+    train.add_argument(
+        "--parts",
+        metavar="PARTS",
+        help="what --lora tunes: thinker, talker, or thinker,talker (default: what the data can)",
+    )
+    train.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out damaged samples of packed data, naming each",
     )
     train.add_argument(
         "--epochs", type=COUNT, help="passes over --data (default 3, more if it is small)"
@@ -189,6 +207,27 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument(
         "--no-progress", action="store_true", help="print lines only, without a progress bar"
     )
+
+
+def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:
+    pack = commands.add_parser(
+        "pack",
+        help="write training data with its media as tar shards",
+        description="Shards are in WebDataset's format, with an index; train --data reads them.",
+    )
+    pack.add_argument("data", type=Path, help="a JSONL file, or a folder of recordings")
+    pack.add_argument("out", type=Path, help="the folder to write")
+
+
+def add_merge(commands: "argparse._SubParsersAction[Parser]") -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="add a LoRA adapter to its model",
+        description="Writes a model folder without adapters, which every command takes.",
+    )
+    merge.add_argument("model", help="a size trained here, or the folder of a model")
+    merge.add_argument("adapter", type=Path, help="the folder of an adapter, ours or peft's")
+    merge.add_argument("out", type=Path, help="the folder to write")
 
 
 def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -387,26 +426,41 @@ def add_check(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     """List the stages, fine-tune on own data, run one stage, or train a size from scratch."""
     from minomni.devices import device_of
-    from minomni.train import pipeline, recipes
+    from minomni.train import distributed, pipeline
 
     if arguments.stages:
         print(pipeline.stage_table(arguments.size))
         return
     device = device_of(arguments.device).type
-    home = arguments.home or paths.runs() / arguments.size
-    if arguments.data:
-        run_finetune(arguments, home, device)
-        return
+    distributed.start(device)
+    home = arguments.home or paths.runs() / Path(arguments.size).name
+    with distributed.lost_process_errors():
+        if arguments.data:
+            run_finetune(arguments, home, device)
+        else:
+            run_stages(arguments, home, device)
+
+
+def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
+    """Run one stage, or all stages and the export of the model."""
+    from minomni.train import distributed, pipeline, recipes
+
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
+    if arguments.lora or arguments.skip_corrupt:
+        raise UserError("--lora and --skip-corrupt go with --data")
 
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))
     recipes.recipe_of(arguments.stage or first_stage, arguments.size)
     settings = recipes.budget_settings(arguments.budget, arguments.size)
     settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
-    pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
-    pipeline.record_settings(home, settings)
+    with distributed.first_goes_first():
+        if distributed.is_first():
+            pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
+            processes = distributed.world()
+            settings = pipeline.split_settings(arguments.size, home, settings, processes)
+            pipeline.record_settings(home, settings)
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,
@@ -423,27 +477,38 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import pipeline, stage_pool
+    from minomni.train import distributed, pipeline, stage_pool
 
     began = time.perf_counter()
     try:
-        stage_pool.run_all(size, home, seed, device)
+        if distributed.world() == 1:
+            stage_pool.run_all(size, home, seed, device)
+        else:
+            for name in pipeline.STAGES:
+                pipeline.run_stage(name, size, home, seed, True, device, progress=False)
     finally:
-        seconds = pipeline.add_elapsed(home, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if distributed.is_first():
+            seconds = pipeline.add_elapsed(home, seconds)
+    if not distributed.is_first():
+        return
     pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
 
 
 def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Fine-tune a trained size on the data of --data."""
+    from minomni.checkpoint.lora import parse_lora
+    from minomni.train import distributed
     from minomni.train.finetune import finetune
 
     if arguments.set or arguments.budget != "quick":
         raise UserError("--set and --budget change the stages of a size and do not go with --data")
+    lora = parse_lora(arguments.lora) if arguments.lora else None
     folder = finetune(
         arguments.size,
         arguments.data,
-        arguments.out or home / "tuned",
+        arguments.out or home / ("adapter" if lora else "tuned"),
         stage=arguments.stage,
         seed=arguments.seed,
         epochs=arguments.epochs,
@@ -451,8 +516,49 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         fresh=arguments.fresh,
         device=device,
         home=home,
+        lora=lora,
+        lora_parts=lora_parts(arguments),
+        skip_corrupt=arguments.skip_corrupt,
     )
-    print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+    if lora and distributed.is_first():
+        print(f"tuned: {folder}; python -m minomni merge {arguments.size} {folder} OUT")
+    elif distributed.is_first():
+        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+
+
+def lora_parts(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What --parts names. Raises UserError for other names, and without --lora."""
+    from minomni.checkpoint.lora import PARTS
+
+    if arguments.parts is None:
+        return ()
+    if not arguments.lora:
+        raise UserError("--parts goes with --lora, as in --lora r=16 --parts talker")
+    names = tuple(arguments.parts.split(","))
+    for name in names:
+        if name not in PARTS:
+            raise UserError(f"--parts: {quote(name)} is not one of {', '.join(PARTS)}")
+    return names
+
+
+def run_pack(arguments: argparse.Namespace) -> None:
+    """Write training data as shards."""
+    from minomni.data.shards import pack
+
+    count = pack(arguments.data, arguments.out)
+    print(f"packed {count} rows: {arguments.out}")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    """Write a model with an adapter added to its weights."""
+    from minomni.checkpoint import weights
+    from minomni.checkpoint.lora import load_lora, merge_lora
+
+    omni = load(arguments.model)
+    load_lora(omni, arguments.adapter)
+    merge_lora(omni)
+    weights.save(omni, arguments.out)
+    print(f"merged: {arguments.out}; python -m minomni chat --model {arguments.out}")
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
@@ -814,6 +920,8 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "train": run_train,
+    "pack": run_pack,
+    "merge": run_merge,
     "chat": run_chat,
     "serve": run_serve,
     "report": run_report,

@@ -87,13 +87,17 @@ def test_the_wheel_holds_code_and_data(wheel):
 
 
 def test_the_wheel_depends_on_the_requirements(wheel):
-    """requirements.txt is the list of dependencies, its comments left out; dev is an extra."""
+    """The files of requirements, their comments left out; dev and tune are extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
     required = {line.removeprefix("Requires-Dist: ") for line in lines if "Requires-Dist" in line}
     expected = set()
-    for file, suffix in (("requirements.txt", ""), ("requirements-dev.txt", '; extra == "dev"')):
+    for file, suffix in (
+        ("requirements.txt", ""),
+        ("requirements-dev.txt", '; extra == "dev"'),
+        ("requirements-tune.txt", '; extra == "tune"'),
+    ):
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
                 expected.add(line.split("#")[0].strip() + suffix)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from minomni.errors import UserError, shorten
 from minomni.files import open_regular, write_atomically
 from minomni.inputs.audio import SILENCE_LEVEL, load_audio
 from minomni.inputs.prompt import CHATML, Inputs, Processor
+from minomni.inputs.source import name_of
 from minomni.token2wav.voice import make_voice
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class JsonlRow:
 
     question: list[dict]
     answer: str
-    speech: str | None
+    speech: Any  # a source of load_audio()
     voice: str | None
     use_audio_in_video: bool
 
@@ -337,15 +338,16 @@ def dry_run(
         return
 
     # The recording must not be silent, and has to fit the Talker's context.
+    name = name_of(row.speech, "recording")
     wave = load_audio(row.speech)
     if float(wave.abs().max()) < SILENCE_LEVEL:
-        raise UserError(f"{shorten(row.speech, 200)}: is silent; give a recording of the answer")
+        raise UserError(f"{name}: is silent; give a recording of the answer")
     assert omni.config.token2wav is not None  # every size that has a recipe can speak
     assert omni.config.talker is not None
     codes = len(wave) * omni.config.token2wav.codes_per_second // INPUT_SAMPLE_RATE
     if prompt_length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:
         raise UserError(
-            f"{row.speech}: is too long for the Talker's context with {codes} codes; cut it up"
+            f"{name}: is too long for the Talker's context with {codes} codes; cut it up"
         )
 
     # An unknown voice is made from its recordings.
@@ -353,7 +355,7 @@ def dry_run(
     if not voice:
         raise UserError('the model has no voices; give this recording a "voice"')
     if voice not in omni.voices:
-        rows.add_speech(voice, wave, f"{label}: {row.speech}")
+        rows.add_speech(voice, wave, f"{label}: {name}")
 
 
 def voice_errors(rows: JsonlRows, omni: "Omni") -> list[str]:

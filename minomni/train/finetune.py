@@ -11,23 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minomni import load
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.checkpoint.lora import PARTS as LORA_PARTS
+from minomni.checkpoint.lora import LoraOptions, add_lora, save_lora
 from minomni.data.batching import batched
 from minomni.data.codes import encode_waves
 from minomni.data.examples import append_answer
-from minomni.data.jsonl import JsonlRow, JsonlRows, epoch_index, prompt_inputs, read_dataset
+from minomni.data.jsonl import (
+    JsonlRow,
+    JsonlRows,
+    epoch_index,
+    is_folder,
+    prompt_inputs,
+    read_dataset,
+)
+from minomni.data.shards import read_shards, shard_files
 from minomni.errors import UserError, shorten
 from minomni.files import writing
 from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
-from minomni.train import losses
+from minomni.train import distributed, losses
 from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import prepare_run, write_history
 from minomni.train.run_folder import is_finished, load_stages
@@ -52,6 +62,12 @@ class FinetuneStage(Stage):
         self.rows = rows
         self.tokens = omni.config.thinker.tokens
         self.processor = Processor(omni.config, omni.tokenizer)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Of a model with adapters, the adapters alone."""
+        chosen = super().parameters()
+        adapters = {name: p for name, p in chosen.items() if ".lora_" in name}
+        return adapters or chosen
 
     def row_index(self, position: int) -> int:
         """The index of the row at a position in the sequence of epochs."""
@@ -128,6 +144,8 @@ FINETUNE_STAGES: dict[str, type[FinetuneStage]] = {
     "chat": FinetuneChatStage,
     "talker": FinetuneTalkerStage,
 }
+LORA_RECIPE = (5e-4, 8)  # of a model folder
+LORA_STAGES = {"thinker": "chat", "talker": "talker"}  # the stage that tunes a part
 FINETUNE_RECIPES = {  # learning rate and batch; the steps follow from the epochs
     "tiny": {"chat": (2e-3, 16), "talker": (2e-3, 16)},
     "small": {"chat": (5e-4, 32), "talker": (5e-4, 32)},
@@ -145,28 +163,40 @@ def finetune(
     fresh: bool = False,
     device: str = "cpu",
     home: Path | None = None,
+    lora: LoraOptions | None = None,
+    lora_parts: tuple[str, ...] = (),
+    skip_corrupt: bool = False,
 ) -> Path:
     """Fine-tune the trained model of a size on a user's data -> the folder of the new model, which
     is written completely or not at all.
+
+    With lora, `size` may also be the folder of any model. Its weights stay as they are, adapters
+    are trained, and the folder holds the adapters alone. lora_parts: "thinker" and "talker"; by
+    default what the data can tune. skip_corrupt: leave out damaged samples of packed data.
 
     All of the data is checked before the first step. Stages: chat, then talker where answers have
     recordings; or one of them. A voice that the model does not know is made from its first
     recordings. The run works in `home`, by default the folder of `out`. Raises UserError for bad
     data, naming the lines, and for a run that belongs to other data.
     """
-    check_size_and_stage(size, stage)
+    check_size_and_stage(size, stage, lora is not None)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    run = working_folder(out, home)
-    prepare_run(run, resume, fresh)
+    run = working_folder(out, home, "adapter_config.json" if lora else "config.json")
+    with distributed.first_goes_first():
+        if distributed.is_first():
+            prepare_run(run, resume, fresh)
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device)
-    rows = read_dataset(data, run, omni)
+    with distributed.first_goes_first():
+        rows = read_rows(data, run, omni, skip_corrupt)
     if stage == "talker" and not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
     default_names = ["chat", "talker"] if rows.spoken else ["chat"]
     names = [stage] if stage else default_names
+    if lora:
+        names = lora_stages(omni, rows, lora_parts, data)
     inputs_of_run = {
         "data": rows.digest.hexdigest(),
         "model": weights_hash(omni),
@@ -174,28 +204,70 @@ def finetune(
         "epochs": epochs,
         "stages": names,
     }
-    check_same_run(run, inputs_of_run)
+    if lora:
+        inputs_of_run["lora"] = vars(lora) | {"layers": list(lora.layers)}
+    with distributed.first_goes_first():
+        parts = check_same_run(run, inputs_of_run)
     for name, waveform in rows.voices.items():
         omni.voices[name] = make_voice(waveform, name, omni)
+    if lora:
+        tuned = tuple(part for part in LORA_PARTS if LORA_STAGES[part] in names)
+        add_lora(omni, lora, tuned, seed)
 
     # Each stage starts from the weights of the one before it.
     for name in names:
         if not is_finished(run / "stages", name):
-            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs)
+            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, parts)
             train(training, run / "stages", resume=True)
         load_stages(omni, run / "stages", [name])
 
     omni.eval().requires_grad_(False)
-    weights.save(omni, out)
-    seconds = time.perf_counter() - began
-    details = {"data": data.name, "stages": names, "epochs": epochs}
-    write_history(out, omni, size, seed, seconds, **details)
+    if distributed.is_first() and lora:
+        save_lora(omni, out, list(rows.voices))
+    elif distributed.is_first():
+        weights.save(omni, out)
+        seconds = time.perf_counter() - began
+        details = {"data": data.name, "stages": names, "epochs": epochs}
+        write_history(out, omni, size, seed, seconds, **details)
     return out
 
 
-def check_size_and_stage(size: str, stage: str | None) -> None:
+def read_rows(data: Path, run: Path, omni: "Omni", skip_corrupt: bool) -> JsonlRows:
+    """The rows of a JSONL file, of a folder of recordings, or of shards (data/shards.py).
+
+    Raises UserError for bad data, and for skip_corrupt with data that are not packed.
+    """
+    if is_folder(data) and shard_files(data):
+        return read_shards(data, run, omni, skip_corrupt)
+    if skip_corrupt:
+        raise UserError(f"{data}: --skip-corrupt goes with packed data; minomni pack makes them")
+    return read_dataset(data, run, omni)
+
+
+def lora_stages(omni: "Omni", rows: JsonlRows, parts: tuple[str, ...], data: Path) -> list[str]:
+    """The stages that tune the parts of a model by LoRA: those given, or those the data can tune.
+
+    Raises UserError for a part that the model or the data lacks.
+    """
+    if "talker" in parts and omni.talker is None:
+        raise UserError("--parts talker: this model answers in text alone and has no Talker")
+    if "talker" in parts and omni.codec is None:
+        raise UserError(
+            "--parts talker: this model has no codec that turns recordings into codes, which a "
+            "Talker is tuned on"
+        )
+    if "talker" in parts and not rows.spoken:
+        raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
+    if not parts:
+        parts = LORA_PARTS if rows.spoken and omni.codec is not None else ("thinker",)
+    return [LORA_STAGES[part] for part in LORA_PARTS if part in parts]
+
+
+def check_size_and_stage(size: str, stage: str | None, lora: bool) -> None:
     """Raises UserError for a size or a stage that cannot be fine-tuned."""
-    if size not in FINETUNE_RECIPES:
+    if lora and stage:
+        raise UserError("--lora takes --parts thinker,talker in place of --stage")
+    if size not in FINETUNE_RECIPES and not lora:
         sizes = ", ".join(FINETUNE_RECIPES)
         raise UserError(f"cannot fine-tune size {size!r}; sizes with a recipe are {sizes}")
     if stage is not None and stage not in FINETUNE_STAGES:
@@ -204,10 +276,11 @@ def check_size_and_stage(size: str, stage: str | None) -> None:
         )
 
 
-def working_folder(out: Path, home: Path | None) -> Path:
+def working_folder(out: Path, home: Path | None, config: str = "config.json") -> Path:
     """The folder of the run: NAME.run in `home`, or beside the tuned model without one.
 
-    Raises UserError where no model can be written as `out`.
+    config: the file by which an earlier result in its place is known. Raises UserError where no
+    model can be written as `out`.
     """
     label = f"--out {shorten(out, 200)}"
     with writing(out):
@@ -217,9 +290,10 @@ def working_folder(out: Path, home: Path | None) -> Path:
             )
         if out.exists() and not out.is_dir():
             raise UserError(f"{label}: is a file; give the name of a folder for the tuned model")
-        if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        if out.is_dir() and any(out.iterdir()) and not (out / config).is_file():
+            kind = "a model" if config == "config.json" else "an adapter"
             raise UserError(
-                f"{label}: contains something other than a model; give the name of a new folder"
+                f"{label}: contains something other than {kind}; give the name of a new folder"
             )
     return (home or out.parent) / f"{out.name}.run"
 
@@ -232,15 +306,20 @@ def make_finetune_stage(
     seed: int,
     rows: JsonlRows,
     epochs: int | None,
+    parts: int,
 ) -> FinetuneStage:
-    """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least."""
-    lr, batch = FINETUNE_RECIPES[size][name]
+    """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least.
+
+    parts: batches into which the rows of a step are divided.
+    """
+    lr, rows_per_step = FINETUNE_RECIPES[size][name] if size in FINETUNE_RECIPES else LORA_RECIPE
+    batch = ceil(rows_per_step / parts)
     count = len(rows.spoken) if name == "talker" else len(rows)
     if epochs:
-        steps = ceil(epochs * count / batch)
+        steps = ceil(epochs * count / (batch * parts))
     else:
-        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / batch))
-    recipe = Recipe(steps, batch, lr, warmup=min(30, ceil(steps / 10)))
+        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / (batch * parts)))
+    recipe = Recipe(steps, batch, lr, accumulate=parts, warmup=min(30, ceil(steps / 10)))
     return FINETUNE_STAGES[name](omni, recipe, run, seed, rows)
 
 
@@ -248,16 +327,20 @@ def weights_hash(omni: "Omni") -> str:
     """A fingerprint of all weights of a model."""
     digest = hashlib.sha256()
     for tensor in omni.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_same_run(run: Path, inputs_of_run: dict) -> None:
-    """Note what a run is made of. Raises UserError where it has begun with something else."""
+def check_same_run(run: Path, inputs_of_run: dict) -> int:
+    """Note what a run is made of -> batches in each of its steps: one for each process that it has
+    begun with. Raises UserError where it has begun with something else.
+    """
     kept = read_json(run / RUN_INPUTS, True, "--fresh deletes the run")
     changed = [key for key, value in inputs_of_run.items() if kept.get(key, value) != value]
     if changed and any((run / "stages").iterdir()):
         raise UserError(
             f"{run} was begun with other {' and '.join(changed)}; use --fresh, or another --out"
         )
-    write_json(run / RUN_INPUTS, inputs_of_run)
+    parts = kept.get("parts", distributed.world())
+    write_json(run / RUN_INPUTS, inputs_of_run | {"parts": parts})
+    return parts

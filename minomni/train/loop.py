@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minomni.devices import has_bf16
 from minomni.errors import UserError
-from minomni.train import run_folder, samples
+from minomni.train import distributed, run_folder, samples
 from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
@@ -143,10 +143,12 @@ def make_loader(stage: Stage, first_step: int, last_step: int, workers: int = 0)
     """The batches of steps first_step up to, not including, last_step, made by `workers` processes;
     0: by this one, when they are asked for.
     """
-    parts = stage.recipe.accumulate
+    numbers = []
+    for step in range(first_step, last_step):
+        numbers += [number for number, _ in distributed.share(step, stage.recipe.accumulate)]
     return DataLoader(
         StageBatches(stage),
-        sampler=range(first_step * parts, last_step * parts),
+        sampler=numbers,
         batch_size=None,  # an item is a whole batch
         collate_fn=unchanged,
         num_workers=workers,
@@ -233,6 +235,8 @@ def train(
     trainable = stage.parameters()
     for name, parameter in stage.omni.named_parameters():
         parameter.requires_grad_(name in trainable)
+    distributed.shard(stage)
+    trainable = stage.parameters()
     optimizers = make_optimizers(trainable, recipe)
 
     step: int = 0
@@ -265,8 +269,9 @@ def train(
             log_progress(stage, folder, step, means, step_s, bar)
             began = time.perf_counter()
             first = step
+    distributed.unshard(stage)
     if step == recipe.steps:
-        save_trained(stage, folder, trainable)
+        save_trained(stage, folder)
     return means
 
 
@@ -277,7 +282,7 @@ def progress_bar(stage: Stage, step: int, last: int, enabled: bool) -> tqdm:
         initial=step,
         desc=stage.name,
         leave=False,
-        disable=None if enabled else True,  # None: where there is no terminal
+        disable=None if enabled and distributed.is_first() else True,  # None: without a terminal
         unit=" items",
         unit_scale=stage.recipe.batch * stage.recipe.accumulate,
     )
@@ -299,11 +304,13 @@ def running_means(means: dict[str, float], losses: dict[str, float]) -> dict[str
     }
 
 
-def save_trained(stage: Stage, folder: Path, trainable: dict[str, nn.Parameter]) -> None:
+def save_trained(stage: Stage, folder: Path) -> None:
     """Write the trained parameters of the model, without modules that only the stage has."""
     of_model = dict(stage.omni.named_parameters())
-    trained = {name: p for name, p in trainable.items() if name in of_model}
-    run_folder.save_stage(folder, stage.name, trained)
+    trained = {name: p for name, p in stage.parameters().items() if name in of_model}
+    with distributed.first_goes_first():
+        if distributed.is_first():
+            run_folder.save_stage(folder, stage.name, trained)
 
 
 def gradients(
@@ -316,13 +323,13 @@ def gradients(
     """
     if batches is None:
         batches = iter(make_loader(stage, step, step + 1))
-    parts = stage.recipe.accumulate
     device = stage.device
+    # Before the forward pass: FSDP would not find the gradients of sharded parameters after it.
     for parameter in stage.parameters().values():
         parameter.grad = None
 
     means: dict[str, float] = {}
-    for number in range(step * parts, (step + 1) * parts):
+    for number, parts in distributed.share(step, stage.recipe.accumulate):
         batch, random_state = next(batches)
         if isinstance(batch, UserError):
             raise batch
@@ -339,7 +346,7 @@ def gradients(
         (total / parts).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.item() / parts
-    return means
+    return distributed.combine(stage, means)
 
 
 def uses_bf16(stage: Stage) -> bool:
@@ -379,11 +386,15 @@ def log_progress(
     """Print one line, append the same to log.jsonl, and write samples. step_s: seconds per step
     since the last line.
     """
+    sample = ""
     stage.omni.eval()
-    with torch.no_grad():
-        sample = stage.sample()
-        samples.write_samples(stage, folder, step, sample)
+    with torch.no_grad(), distributed.unsharded(stage):
+        if distributed.is_first():
+            sample = stage.sample()
+            samples.write_samples(stage, folder, step, sample)
     stage.omni.train()
+    if not distributed.is_first():
+        return
 
     items_per_s = stage.recipe.batch * stage.recipe.accumulate / step_s
     left_s = step_s * (stage.recipe.steps - step)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
 from minomni.errors import UserError
 from minomni.omni import Omni
+from minomni.train import distributed
 from minomni.train.loop import Stage, format_losses, run_setup, train
 from minomni.train.measurements import measured, write_summary
 from minomni.train.recipes import (
@@ -204,6 +206,28 @@ def record_settings(home: Path, given: Settings) -> None:
     write_json(home / "stages" / SETTINGS, recorded | given)
 
 
+def split_settings(size: str, home: Path, settings: Settings, processes: int) -> Settings:
+    """Settings in which each step of a stage has a batch for each process, and as many rows as
+    before. Stages that have begun go on as they are.
+    """
+    recorded = read_settings(home)
+    split = dict(settings)
+    for name in STAGES:
+        before = recorded.get(name, {})
+        if has_begun(home / "stages", name):
+            if "accumulate" in before and settings.get(name, {}).items() <= before.items():
+                split[name] = before
+            continue
+        recipe = recipe_of(name, size, merge_settings(recorded, settings))
+        if recipe.accumulate % processes:
+            fields = {
+                "batch": ceil(recipe.batch / processes),
+                "accumulate": recipe.accumulate * processes,
+            }
+            split[name] = before | settings.get(name, {}) | fields
+    return split
+
+
 def forget_settings(folder: Path, stage: str) -> None:
     """Remove one stage from the noted settings."""
     recorded = read_json(folder / SETTINGS, True, "--fresh deletes the run")
@@ -263,13 +287,16 @@ def run_stage(
     another size.
     """
     folder = home / "stages"
-    check_run_config(folder, SIZES[size])
-    if resume and is_finished(folder, name):
-        print(f"stage {name} is finished; --stage {name} --fresh starts it over")
-        return
+    with distributed.first_goes_first():
+        check_run_config(folder, SIZES[size])
+        if resume and is_finished(folder, name):
+            if distributed.is_first():
+                print(f"stage {name} is finished; --stage {name} --fresh starts it over")
+            return
 
     torch.set_num_threads(1)
-    stage = make_stage(name, size, home, seed, device)
+    with distributed.first_goes_first():
+        stage = make_stage(name, size, home, seed, device)
     log_event(stage, folder, "setup", stage.setup_s or 0.0)
     began = time.perf_counter()
     train(stage, folder, resume, workers=LOADER_WORKERS.get(device, 0), progress=progress)
@@ -278,6 +305,8 @@ def run_stage(
 
 def log_event(stage: Stage, folder: Path, event: str, seconds: float) -> None:
     """Append to log.jsonl how long setup or training took."""
+    if not distributed.is_first():
+        return
     on_gpu = stage.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores"
     entry = {

@@ -26,6 +26,7 @@ from minomni.checkpoint.hf_config import read_config, write_config
 from minomni.config import OmniConfig
 from minomni.errors import UserError, shorten
 from minomni.files import WriteError, open_regular, write_atomically, writing
+from minomni.train import distributed
 
 # File name patterns of everything that this folder holds.
 RUN_FILES = (
@@ -140,16 +141,18 @@ def save_checkpoint(
     trainable: Mapping[str, Tensor],
     optimizers: list,
 ) -> None:
-    """Write everything that a stage needs to resume."""
+    """Write everything that a stage needs to resume, with any number of processes."""
     state = {
         "step": step,
         "means": means,
         "parameters": {name: parameter.detach() for name, parameter in trainable.items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
+    state = distributed.whole(state)
     path = folder / f"{name}.resume.pt"
-    with disk_errors(path):
-        write_atomically(path, lambda f: torch.save(state, f))
+    if distributed.is_first():
+        with disk_errors(path):
+            write_atomically(path, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(
@@ -178,9 +181,9 @@ def load_checkpoint(
         raise UserError(f"{path} was written with other optimizers; {start_over}")
 
     for key, parameter in trainable.items():
-        parameter.data.copy_(state["parameters"][key])
+        parameter.data.copy_(distributed.part_of(state["parameters"][key], parameter))
     for optimizer, kept in zip(optimizers, kept_optimizers, strict=True):
-        optimizer.load_state_dict(kept)
+        optimizer.load_state_dict(distributed.parts_of_state(kept, optimizer))
     return state["step"], state["means"]
 
 

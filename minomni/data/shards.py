@@ -1,0 +1,280 @@
+"""Training data in tar shards: WebDataset's format, with an index for random access.
+
+    out/00000.tar       members 000000000.json, 000000000.0.wav, 000000001.json, ...
+    out/members.npy     shard, offset, size and CRC-32 of each member [members, 4]
+    out/samples.npy     the first member of each sample, and their number [samples + 1]
+
+A sample is one row of the JSONL file, in which the names of members stand for its media. The two
+arrays are mapped into memory and members are read by seeking. So a batch stays a function of (seed,
+number), which a stream that is shuffled in a buffer cannot offer, and no data is held in memory.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tarfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minomni.data import jsonl
+from minomni.data.jsonl_layouts import PATH_KEYS, normalize_row
+from minomni.errors import UserError, shorten
+from minomni.files import open_regular, sibling_path, write_atomically, writing
+from minomni.inputs.prompt import Processor
+from minomni.inputs.source import is_uri
+
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+SHARD_BYTES = 256 * 2**20
+MEMBERS = "members.npy"
+SAMPLES = "samples.npy"
+
+
+# ----------------------------------------------------------------------------------------------
+# writing
+
+
+def pack(data: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write a JSONL file or a folder of recordings, with all media, as shards -> number of samples.
+
+    The folder is written completely or not at all. Raises UserError for an existing folder, and for
+    a row or a medium that cannot be read, naming the row.
+    """
+    with writing(out):
+        if out.exists():
+            raise UserError(f"{shorten(out, 200)}: exists; give the name of a new folder")
+        fresh = sibling_path(out, "part")
+        fresh.mkdir(parents=True)
+    try:
+        with writing(out):
+            count = write_shards(rows_of(data), data, fresh, shard_bytes)
+            write_index(fresh)
+            fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return count
+
+
+def rows_of(data: Path) -> Iterator[Any]:
+    """The rows of a JSONL file or a folder in a known layout; lines of a file as they are."""
+    if jsonl.is_folder(data):
+        yield from jsonl.layout(data)
+        return
+    with open_regular(data, "the data") as file:
+        if not jsonl.has_row_per_line(file.read(4096)):
+            raise UserError(f"{shorten(data, 200)}: is not one JSON object a line in UTF-8")
+        file.seek(0)
+        while line := file.readline(jsonl.MAX_LINE_BYTES):
+            if line.strip():
+                yield line
+
+
+def write_shards(rows: Iterator[Any], data: Path, folder: Path, shard_bytes: int) -> int:
+    """Write rows into numbered tar files of about shard_bytes -> number of samples."""
+    folder_of_media = data if data.is_dir() else data.parent
+    tar = None
+    count = shard = 0
+    try:
+        for count, row in enumerate(tqdm(rows, "packing", leave=False, disable=None), 1):
+            members = members_of(row, f"{count - 1:09}", folder_of_media.resolve(), count)
+            if tar is None or tar.offset >= shard_bytes:
+                if tar is not None:
+                    tar.close()
+                tar = tarfile.TarFile(folder / f"{shard:05}.tar", "w", format=tarfile.USTAR_FORMAT)
+                shard += 1
+            for name, content in members.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    finally:
+        if tar is not None:
+            tar.close()
+    if not count:
+        raise UserError(f"{shorten(data, 200)}: holds no row")
+    return count
+
+
+def members_of(row: Any, key: str, folder: Path, number: int) -> dict[str, bytes]:
+    """The members of a row by name: its media, and the row with their names in place of paths."""
+    members: dict[str, bytes] = {}
+
+    def add(path: str) -> str:
+        if is_uri(path):
+            return path
+        name = f"{key}.{len(members)}{Path(path).suffix.lower()}"
+        with open_regular(Path(path), "a medium") as file:
+            members[name] = file.read()
+        return name
+
+    try:
+        if isinstance(row, bytes):
+            row = json.loads(row)
+        row = normalize_row(row, folder)
+        for message in row["messages"]:
+            if isinstance(message["content"], list):
+                message["content"] = [map_paths(item, add) for item in message["content"]]
+        if "speech" in row:
+            row["speech"] = add(row["speech"])
+    except UserError as error:
+        raise UserError(f"row {number}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"row {number}: is not JSON ({shorten(error, 100)})") from None
+    return {f"{key}.json": json.dumps(row).encode(), **members}
+
+
+def map_paths(item: Any, change: Callable[[str], Any]) -> Any:
+    """A content item with changed paths, under whichever key, in dictionaries and lists too."""
+    if isinstance(item, str):
+        return change(item)
+    if isinstance(item, list):
+        return [map_paths(entry, change) for entry in item]
+    if isinstance(item, dict):
+        return {
+            key: map_paths(value, change) if key in PATH_KEYS else value
+            for key, value in item.items()
+        }
+    return item
+
+
+def write_index(folder: Path) -> None:
+    """Write members.npy and samples.npy for the tar files of a folder. In memory are 32 bytes for
+    each member.
+    """
+    members = array("q")
+    samples = array("q")
+    for shard, path in enumerate(shard_files(folder)):
+        last_key = None
+        with open_tar(path) as tar:
+            for entry in tar:
+                key = entry.name.split(".")[0]
+                if key != last_key:
+                    samples.append(len(members) // 4)
+                last_key = key
+                content = tar.extractfile(entry)
+                crc = zlib.crc32(content.read()) if content else 0
+                members.extend((shard, entry.offset_data, entry.size, crc))
+                tar.members = []  # tarfile would keep all of them
+    samples.append(len(members) // 4)
+    arrays = {MEMBERS: np.asarray(members).reshape(-1, 4), SAMPLES: np.asarray(samples)}
+    for name, values in arrays.items():
+        write_atomically(folder / name, lambda file, values=values: np.save(file, values))
+
+
+def open_tar(path: Path) -> tarfile.TarFile:
+    """A tar file. Raises UserError for another file."""
+    try:
+        return tarfile.open(path)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{shorten(path, 200)}: is no tar file ({shorten(error, 100)})") from None
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The tar files of a folder in order."""
+    return sorted(folder.glob("*.tar"))
+
+
+# ----------------------------------------------------------------------------------------------
+# reading
+
+
+class ShardRows(jsonl.JsonlRows):
+    """The rows of a folder of shards, read from disk one by one. In memory are 8 bytes per row."""
+
+    def __init__(self, folder: Path, system_prompt: str):
+        super().__init__(folder, system_prompt, Path())
+        self.shards = shard_files(folder)
+        try:
+            self.members = np.load(folder / MEMBERS, mmap_mode="r")
+            self.samples = np.load(folder / SAMPLES, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.label}: its index cannot be read ({shorten(error, 100)}); "
+                f"delete {MEMBERS}, and it is made again"
+            ) from None
+
+    def __getitem__(self, i: int) -> jsonl.JsonlRow:
+        return self.read(self.starts[i])
+
+    def read(self, sample: int) -> jsonl.JsonlRow:
+        """The row of a sample, with the bytes of its media. Raises UserError naming a damaged
+        member.
+        """
+        members = dict(map(self.member, range(self.samples[sample], self.samples[sample + 1])))
+        texts = [content for name, content in members.items() if name.endswith(".json")]
+        if len(texts) != 1:
+            raise UserError(f"holds {len(texts)} members that end in .json; expected one")
+        row = jsonl.parse(texts[0], self.folder, self.system_prompt)
+
+        def content_of(path: str) -> Any:
+            return {"bytes": members[path], "path": path} if path in members else path
+
+        for message in row.question:
+            if isinstance(message["content"], list):
+                message["content"] = [map_paths(item, content_of) for item in message["content"]]
+        if row.speech:
+            row.speech = content_of(row.speech)
+        return row
+
+    def member(self, index: int) -> tuple[str, bytes]:
+        """Name and content of a member. Raises UserError for a damaged one, naming it."""
+        shard, offset, size, crc = map(int, self.members[index])
+        path = self.shards[shard]
+        with open(path, "rb") as file:
+            file.seek(offset - tarfile.BLOCKSIZE)
+            header = file.read(tarfile.BLOCKSIZE)
+            content = file.read(size)
+        try:
+            name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except tarfile.HeaderError:
+            raise UserError(f"{path.name}: the member at byte {offset} is damaged") from None
+        if len(content) != size or zlib.crc32(content) != crc:
+            raise UserError(f"{path.name}: member {name} is damaged")
+        return name, content
+
+
+def read_shards(folder: Path, run: Path, omni: "Omni", skip_corrupt: bool = False) -> ShardRows:
+    """A folder of shards -> its rows, all of which are checked as those of a JSONL file are.
+
+    A missing index is made. Raises one UserError that names the first bad samples; with
+    skip_corrupt they are left out, and each is named on stderr.
+    """
+    if not (folder / MEMBERS).exists() or not (folder / SAMPLES).exists():
+        write_index(folder)
+    rows = ShardRows(folder, omni.config.media.system_prompt)
+    assert omni.tokenizer is not None  # load() sets it
+    processor = Processor(omni.config, omni.tokenizer)
+    digest = hashlib.sha256()
+    errors: list[str] = []
+    for sample in tqdm(range(len(rows.samples) - 1), "checking", leave=False, disable=None):
+        label = f"sample {sample}"
+        try:
+            row = rows.read(sample)
+            jsonl.dry_run(row, processor, rows, omni, label)
+        except UserError as error:
+            if skip_corrupt:
+                print(f"skipped: {label}: {error}", file=sys.stderr)
+            else:
+                errors.append(f"{label}: {error}")
+            if len(errors) >= jsonl.MAX_ERRORS:
+                break
+            continue
+        if row.speech:
+            rows.spoken.append(len(rows))
+        rows.starts.append(sample)
+        digest.update(repr(rows.members[rows.samples[sample] : rows.samples[sample + 1]]).encode())
+    errors = errors or jsonl.voice_errors(rows, omni)
+    if errors:
+        raise UserError(jsonl.bad_rows_message(rows.label, errors, run, "sample"))
+    if not len(rows):
+        raise UserError(f"{rows.label}: holds no sample that can be read")
+    rows.digest = digest
+    return rows

@@ -1,0 +1,263 @@
+"""LoRA adapters: ours open in peft and transformers, theirs open here; merged equals adapted."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+import minomni
+from minomni import __main__ as command
+from minomni.checkpoint import lora, weights
+from minomni.errors import UserError
+from minomni.inputs.prompt import Inputs
+from minomni.train import finetune
+
+peft = pytest.importorskip("peft")
+IDS = torch.tensor([[5, 17, 40, 8, 99, 3, 250]])
+BOTH = ("thinker", "talker")
+
+
+def logits(omni) -> dict[str, torch.Tensor]:
+    """Logits of Thinker and Talker for fixed inputs."""
+    embeds = talker_embeds(omni.config.talker.embedding_size)
+    positions = torch.arange(7).expand(3, 1, 7)
+    with torch.no_grad():
+        talker = omni.talker(embeds, positions, torch.ones(1, 7, dtype=torch.long))
+        return {"thinker": omni.thinker(Inputs(IDS, torch.ones_like(IDS))), "talker": talker}
+
+
+def talker_embeds(size: int) -> torch.Tensor:
+    """Inputs of the Talker [1, 7, E], in the Thinker's dimensions."""
+    return torch.randn(1, 7, size, generator=torch.Generator().manual_seed(1))
+
+
+def their_logits(model) -> dict[str, torch.Tensor]:
+    """The same of transformers' model, with or without peft around it."""
+    talker = model.talker
+    embeds = talker_embeds(talker.thinker_to_talker_proj.in_features)
+    positions = torch.arange(7).expand(3, 1, 7)
+    with torch.no_grad():
+        hidden = talker.model(
+            inputs_embeds=talker.thinker_to_talker_proj(embeds), position_ids=positions
+        ).last_hidden_state
+        thinker = model.thinker(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        return {"thinker": thinker, "talker": talker.codec_head(hidden)}
+
+
+def largest(one: dict, two: dict) -> dict[str, float]:
+    return {name: float((one[name] - two[name]).abs().max()) for name in one}
+
+
+@pytest.fixture(scope="module")
+def hf_class():
+    transformers = pytest.importorskip("transformers")
+    return transformers.Qwen2_5OmniForConditionalGeneration
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Give adapters an effect: B is zero before training."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def adapted(tiny_folder, tmp_path):
+    """A model with adapters in Thinker and Talker, and the folder in which they are saved."""
+    omni = minomni.load(str(tiny_folder))
+    lora.add_lora(omni, lora.parse_lora("r=4"), BOTH)
+    randomize(omni)
+    lora.save_lora(omni, tmp_path / "adapter", [])
+    return omni, tmp_path / "adapter"
+
+
+def test_fresh_adapters_change_nothing_and_only_they_train(tiny_folder):
+    omni = minomni.load(str(tiny_folder))
+    before = logits(omni)
+    names = set(omni.state_dict())
+    lora.add_lora(omni, lora.parse_lora("r=4,layers=q_proj+v_proj"), ("talker",))
+    assert largest(before, logits(omni)) == {"thinker": 0.0, "talker": 0.0}
+    added = {name for name, parameter in omni.named_parameters() if ".lora_" in name}
+    assert {name for name, p in omni.named_parameters() if p.requires_grad} == added
+    assert all(name.startswith("talker.model.layers.") for name in added)
+    assert {name.split(".")[5] for name in added} == {"q_proj", "v_proj"}
+    assert len(omni.state_dict()) == len(names) + len(added)
+
+
+def test_ours_in_peft_and_transformers(adapted, tiny_folder, hf_class):
+    omni, folder = adapted
+    ours = logits(omni)
+    plain = their_logits(hf_class.from_pretrained(tiny_folder))
+    assert min(largest(ours, plain).values()) > 0.1  # the adapters have an effect
+    with_peft = peft.PeftModel.from_pretrained(hf_class.from_pretrained(tiny_folder), folder)
+    assert max(largest(ours, their_logits(with_peft.base_model.model)).values()) < 2e-4
+    alone = hf_class.from_pretrained(tiny_folder)
+    alone.load_adapter(str(folder))
+    assert max(largest(ours, their_logits(alone)).values()) < 2e-4
+
+
+def test_theirs_here(tiny_folder, tmp_path, hf_class):
+    pattern = r"(thinker\.model\.language_model|talker\.model)\.layers\.\d+\.\w+\.(q|v|up)_proj"
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=pattern)
+    theirs = peft.get_peft_model(hf_class.from_pretrained(tiny_folder), config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    omni = minomni.load(str(tiny_folder))
+    lora.load_lora(omni, tmp_path / "theirs")
+    assert max(largest(logits(omni), their_logits(theirs.base_model.model)).values()) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("begin", "new"),
+    [
+        ("base_model.model.thinker.model.language_model.", "base_model.model.thinker.model."),
+        ("base_model.model.thinker.model.language_model.", "base_model.model.model."),
+        (
+            "base_model.model.thinker.model.language_model.",
+            "base_model.model.model.language_model.",
+        ),
+        ("base_model.model.thinker.model.language_model.", "thinker.base_model.model.model."),
+    ],
+)
+def test_spellings_of_other_programs(begin, new, adapted, tiny_folder):
+    omni, folder = adapted
+    tensors = load_file(folder / lora.ADAPTER_FILE)
+    assert any(name.startswith(begin) for name in tensors)
+    renamed = {name.replace(begin, new): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / lora.ADAPTER_FILE)
+    other = minomni.load(str(tiny_folder))
+    lora.load_lora(other, folder)
+    assert largest(logits(omni), logits(other)) == {"thinker": 0.0, "talker": 0.0}
+
+
+def test_merged_is_adapted(adapted, tiny_folder, tmp_path, monkeypatch, capsys, hf_class):
+    omni, folder = adapted
+    arguments = ["minomni", "merge", str(tiny_folder), str(folder), str(tmp_path / "merged")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert command.main() == 0
+    assert "merged" in capsys.readouterr().out
+    merged = minomni.load(str(tmp_path / "merged"))
+    assert max(largest(logits(omni), logits(merged)).values()) < 2e-4
+    theirs = hf_class.from_pretrained(tmp_path / "merged")
+    assert max(largest(logits(omni), their_logits(theirs)).values()) < 2e-4
+    base, after = (weights.load(path).state_dict() for path in (tiny_folder, tmp_path / "merged"))
+    changed = {name for name in base if not base[name].equal(after[name])}
+    assert changed
+    assert all(name.split(".")[-2] in lora.LAYERS for name in changed)
+    assert all(".model.layers." in name for name in changed)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Four rows, two of them with a recording."""
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 16_000)
+    soundfile.write(tmp_path / "a.wav", noise, 16_000)
+    rows = []
+    for i in range(4):
+        messages = [
+            {"role": "user", "content": "say a"},
+            {"role": "assistant", "content": "a circle"},
+        ]
+        rows.append(
+            {"messages": messages, **({"speech": "a.wav", "voice": "Ann"} if i % 2 else {})}
+        )
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "my.jsonl"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Short steps, and no generated samples."""
+    monkeypatch.setattr(finetune, "LORA_RECIPE", (1e-2, 2))
+    monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
+
+
+def train(folder, data: Path, out: Path, *options: str) -> int:
+    """Run `minomni train FOLDER --data ... --lora ...` -> its exit code."""
+    command_line = ["minomni", "train", str(folder), "--data", str(data), "--out", str(out)]
+    command_line += ["--home", str(out.parent / "home"), "--device", "cpu", "--no-progress"]
+    sys.argv = [*command_line, *options]
+    return command.main()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_writes_adapters_alone(dtype, tiny_folder, data, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    base = tmp_path / "base"
+    weights.save(weights.load(tiny_folder, dtype=dtype), base)
+    before = (base / "model.safetensors").read_bytes()
+    out = tmp_path / "adapter"
+    assert train(base, data, out, "--lora", "r=2", "--epochs", "2") == 0
+    assert {file.name for file in out.iterdir()} >= {lora.ADAPTER_FILE, lora.ADAPTER_CONFIG}
+    assert not (out / "model.safetensors").exists()
+    tensors = load_file(out / lora.ADAPTER_FILE)
+    assert {name.split(".")[2] for name in tensors} == {"thinker", "talker"}
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())  # B too: all have trained
+    assert (base / "model.safetensors").read_bytes() == before
+    omni = minomni.load(str(base))
+    lora.load_lora(omni, out)
+    stored = weights.load(base).state_dict()
+    for name, tensor in omni.state_dict().items():
+        if ".lora_" not in name:
+            assert tensor.equal(stored[name.replace(".base_layer", "")]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lora", "r=0"], "--lora r is 0; expected a whole number from 1"),
+        (["--lora", "16"], "expected r=16"),
+        (["--lora", "r=x"], "r and alpha are numbers"),
+        (["--lora", "r=2,layers=lm_head"], "no layer is called 'lm_head'"),
+        (["--lora", "r=2", "--parts", "codec"], "'codec' is not one of thinker, talker"),
+        (["--lora", "r=2", "--stage", "chat"], "in place of --stage"),
+        (["--parts", "talker"], "--parts goes with --lora"),
+    ],
+)
+def test_options_that_are_refused(options, says, tiny_folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    assert train(tiny_folder, data, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_talker(tiny_folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    stored = load_file(tiny_folder / "model.safetensors")
+    thinker = {n: t for n, t in stored.items() if n.startswith("thinker.")}
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in tiny_folder.iterdir():
+        if file.is_file() and file.suffix not in (".safetensors", ".pt"):
+            (base / file.name).write_bytes(file.read_bytes())
+    save_file(thinker, base / "model.safetensors", {"format": "pt"})
+    options = ["--lora", "r=2", "--parts", "talker"]
+    text = '{"query": "say a", "response": "a circle"}\n'
+    data.write_text(text)
+    assert train(base, data, tmp_path / "out", *options) == 2
+    assert "--parts talker: this model answers in text alone" in capsys.readouterr().err
+
+
+def test_adapters_that_do_not_fit(adapted, tiny_folder, tmp_path):
+    _, folder = adapted
+    tensors = load_file(folder / lora.ADAPTER_FILE)
+    name = next(name for name in tensors if "lora_B" in name)
+    with pytest.raises(UserError, match="holds no adapter_config.json"):
+        lora.load_lora(minomni.load(str(tiny_folder)), tmp_path)
+    wrong = {
+        "linear layer": {**tensors, name.replace("layers.0", "layers.99"): tensors[name].clone()},
+        "is missing in the adapter": {n: t for n, t in tensors.items() if n != name},
+        "in the adapter and": {**tensors, name: tensors[name][:-1].contiguous()},
+    }
+    for says, changed in wrong.items():
+        save_file(changed, folder / lora.ADAPTER_FILE)
+        with pytest.raises(UserError, match=f"belongs to another model.*{says}"):
+            lora.load_lora(minomni.load(str(tiny_folder)), folder)

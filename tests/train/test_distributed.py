@@ -1,0 +1,299 @@
+"""Training by several processes: the numbers of one, checkpoints for any number, a lost process."""
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._pytree import tree_map
+from training import stage_of
+
+from minomni.train import distributed, loop, run_folder
+from minomni.train.loop import Recipe, Stage, train
+
+ROOT = Path(__file__).parents[2]
+# What each process does: train stages, as the tests of this file do in their own process.
+CODE = """
+import json, sys
+from minomni.data import text_to_speech
+text_to_speech.available = lambda: False
+from minomni.errors import UserError
+from minomni.train import distributed
+from test_distributed import run
+distributed.start("cpu")
+try:
+    with distributed.lost_process_errors():
+        for arguments in json.loads(sys.argv[1]):
+            run(**arguments)
+except UserError as error:
+    sys.exit(f"minomni: {error}")
+"""
+
+
+class Toy(nn.Module):
+    """A model with all kinds of parameters: an embedding, matrices that no number of processes
+    divides, a filter, scales, a frozen layer, and a branch that only some batches use.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.frozen = nn.Linear(6, 6)
+        self.wide = nn.Linear(6, 9)
+        self.conv = nn.Conv1d(9, 5, 3, padding=1)
+        self.branch = nn.Linear(5, 5)
+        self.norm = nn.LayerNorm(5)
+        self.head = nn.Linear(5, 11)
+        self.deep = nn.Linear(9, 9)
+
+    def read(self, ids, with_branch):
+        """Logits [B, L, 11] by a method other than forward."""
+        hidden = torch.tanh(self.wide(self.frozen(self.embed(ids)))).mT
+        hidden = self.conv(hidden).mT
+        if with_branch:
+            hidden = hidden + self.branch(hidden)
+        return self.head(self.norm(hidden))
+
+
+class ReadStage(Stage):
+    """The next token; a loss of its own and the branch on every third batch."""
+
+    name = "read"
+    trainable = ("embed.", "wide.", "conv.", "branch.", "norm.", "head.")
+
+    def batch(self, number):
+        return torch.randint(11, (3, 8)), number % 3 == 0
+
+    def losses(self, batch):
+        ids, with_branch = batch
+        logits = self.omni.read(ids, with_branch)
+        losses = {"text": nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:])}
+        if with_branch:
+            losses["branch"] = 0.1 * logits.square().mean()
+        return losses
+
+
+class NoiseStage(Stage):
+    """Two layers, and a head that belongs to the stage; noise is drawn in the losses."""
+
+    name = "noise"
+    trainable = ("deep.", "wide.")
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.word_head = nn.Linear(9, 4).to(self.omni.deep.weight.dtype)
+
+    def parameters(self):
+        head = {f"word_head.{name}": p for name, p in self.word_head.named_parameters()}
+        return super().parameters() | head
+
+    def batch(self, number):
+        return torch.randn(5, 6)
+
+    def losses(self, batch):
+        noise = torch.randn_like(batch)
+        inputs = (batch + 0.1 * noise).to(self.omni.deep.weight.dtype)
+        hidden = torch.relu(self.omni.deep(self.omni.wide(inputs)))
+        return {"noise": self.word_head(hidden).square().mean()}
+
+
+TOYS = {"read": ReadStage, "noise": NoiseStage}
+
+
+def make_stage(name: str, cache: str, dtype: torch.dtype, accumulate: int) -> Stage:
+    """A toy stage, or one of the package."""
+    torch.manual_seed(3)
+    recipe = {"accumulate": accumulate, "weight_decay": 0.1}
+    if name in TOYS:
+        stage = TOYS[name](Toy().to(dtype), Recipe(4, 1, 2e-3, warmup=2, **recipe), Path(cache), 0)
+    else:
+        import training
+
+        training.CACHE = Path(cache)
+        with distributed.first_goes_first():
+            stage = stage_of(name, batch=2, steps=4, **recipe)
+        stage.omni.to(dtype)
+        original = stage.batch
+        stage.batch = lambda number: to_dtype(original(number), dtype)
+    stage.bf16 = False
+    stage.sample = lambda: ""
+    return stage
+
+
+def to_dtype(batch, dtype: torch.dtype):
+    """A batch with its floating-point tensors in a precision."""
+    convert = lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x  # noqa: E731
+    return tree_map(convert, batch)
+
+
+def run(
+    name: str,
+    folder: str,
+    cache: str = "",
+    dtype: str = "float64",
+    until: int | None = None,
+    resume: bool = False,
+    accumulate: int = 2,
+    kill_at: int | None = None,
+) -> None:
+    """Train four steps of a stage; the losses of each step go to history.json in the folder.
+
+    kill_at: the step at which the second process ends by SIGKILL.
+    """
+    stage = make_stage(name, cache, getattr(torch, dtype), accumulate)
+    history = []
+    gradients = loop.gradients
+
+    def recorded(stage, step, batches=None):
+        if step == kill_at and not distributed.is_first():
+            os.kill(os.getpid(), 9)
+        history.append(gradients(stage, step, batches))
+        return history[-1]
+
+    loop.gradients = recorded
+    loop.has_bf16 = lambda device: False
+    try:
+        train(stage, Path(folder), resume=resume, until=until, progress=False)
+    finally:
+        loop.gradients = gradients
+    assert all(type(p) is nn.Parameter for p in stage.omni.parameters())
+    if distributed.is_first():
+        Path(folder, "history.json").write_text(json.dumps(history))
+
+
+def launch(processes: int, *runs: dict) -> list[tuple[int, str]]:
+    """Run run() with each of the arguments in several processes, with the environment that torchrun
+    gives them -> exit code and stderr of each.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        environment = {
+            **os.environ,
+            "TORCHELASTIC_RUN_ID": "test",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        code = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'tests/train')]}"
+        started.append(forked.start(code + CODE, [json.dumps(runs)], ROOT, environment))
+    ends = []
+    for process in started:
+        _, errors = process.communicate()
+        ends.append((process.returncode, errors))
+    return ends
+
+
+def differences(one: Path, two: Path, name: str) -> tuple[float, float]:
+    """Largest differences of the losses of two runs, and of their weights."""
+    histories = [json.loads((folder / "history.json").read_text()) for folder in (one, two)]
+    losses = []
+    for first, second in zip(*histories, strict=True):
+        assert first.keys() == second.keys()
+        losses += [abs(first[key] - second[key]) for key in first]
+    weights = [load_file(folder / f"{name}.safetensors") for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    tensors = [float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0]]
+    return max(losses), max(tensors)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Muon multiplies fp32 in bf16 where it can, which makes the last bit of a sum visible."""
+    monkeypatch.setattr("minomni.train.muon.has_bf16", lambda device: False)
+
+
+# Two processes are one: AdamW for embeddings, heads and scales, Muon for matrices and the filter.
+# With three batches in a step, the second process computes one that does not count.
+CASES = [
+    {"name": "read", "dtype": "float64"},
+    {"name": "read", "dtype": "float32"},
+    {"name": "read", "dtype": "float64", "accumulate": 3},
+    {"name": "read", "dtype": "float64", "accumulate": 1},
+    {"name": "noise", "dtype": "float64"},
+    {"name": "noise", "dtype": "float32"},
+]
+
+
+def check_equal(cases: list[dict], tmp_path: Path) -> None:
+    """Two processes and one have the same losses and weights in each case."""
+    pairs = []
+    runs = []
+    for i, case in enumerate(cases):
+        one, two = tmp_path / f"one{i}", tmp_path / f"two{i}"
+        case = {**case, "cache": str(tmp_path / "cache")}
+        run(**case, folder=str(one))
+        runs.append({**case, "folder": str(two)})
+        pairs.append((one, two, case))
+    assert launch(2, *runs) == [(0, ""), (0, "")]
+    for one, two, case in pairs:
+        losses, weights = differences(one, two, case["name"])
+        tolerance = {"float64": 1e-8, "float32": 1e-6}[case["dtype"]]
+        assert losses < tolerance, case
+        assert weights < tolerance, case
+
+
+def test_two_processes_are_one(tmp_path):
+    check_equal(CASES, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_in_stages_of_the_package(tmp_path):
+    check_equal([{"name": "codec", "dtype": "float64"}], tmp_path)
+
+
+def test_a_branch_that_no_batch_uses_stays_as_it_is(tmp_path):
+    """Its gradients are zeros with FSDP, and weight decay would shrink it."""
+    run_of = {"name": "read", "folder": str(tmp_path), "accumulate": 1, "resume": True}
+    states = []
+    for until in (1, 2):  # the first batch uses it, the second does not
+        assert launch(2, {**run_of, "until": until}) == [(0, ""), (0, "")]
+        states.append(torch.load(tmp_path / "read.resume.pt", weights_only=True)["parameters"])
+    before = make_stage("read", "", torch.float64, 1).omni.branch.weight
+    assert not torch.equal(states[0]["branch.weight"], before)
+    assert torch.equal(states[0]["branch.weight"], states[1]["branch.weight"])
+    assert not torch.equal(states[0]["wide.weight"], states[1]["wide.weight"])
+
+
+def test_resume_with_another_number_of_processes(tmp_path):
+    """One, two and one again, against one alone; two and two again, to the bit."""
+    whole = {"name": "read", "folder": str(tmp_path / "whole")}
+    moved = {"name": "read", "folder": str(tmp_path / "moved"), "resume": True}
+    run(**whole)
+    run(**moved, until=1)
+    twice = {"name": "read", "folder": str(tmp_path / "twice"), "resume": True}
+    runs = [{**moved, "until": 2}, {**whole, "folder": str(tmp_path / "two")}]
+    runs += [{**twice, "until": 2}, twice]
+    assert launch(2, *runs) == [(0, ""), (0, "")]
+    run(**moved, until=3)
+    run(**moved)
+    last = json.loads((tmp_path / "whole" / "history.json").read_text())[-1]
+    moved_last = json.loads((tmp_path / "moved" / "history.json").read_text())[-1]
+    assert moved_last == pytest.approx(last, abs=1e-8)
+    results = {f: load_file(tmp_path / f / "read.safetensors") for f in ("whole", "moved")}
+    for key, value in results["whole"].items():
+        assert torch.allclose(value, results["moved"][key], rtol=0, atol=1e-8)
+    files = [(tmp_path / f / "read.safetensors").read_bytes() for f in ("two", "twice")]
+    assert files[0] == files[1]
+
+
+def test_a_killed_process_ends_the_run_with_one_line(tmp_path):
+    killed = {"name": "read", "folder": str(tmp_path), "kill_at": 2}
+    (first, errors), (second, _) = launch(2, killed)
+    assert second == -9
+    assert first == 1
+    assert re.fullmatch(r"minomni: another process of this run has ended \(.*\n", errors)
+    assert torch.load(tmp_path / "read.resume.pt", weights_only=True)["step"] == 2
+    run("read", str(tmp_path), resume=True)
+    assert run_folder.is_finished(tmp_path, "read")
