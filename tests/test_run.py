@@ -178,13 +178,16 @@ def imports(folder: str) -> set[str]:
 
 
 def test_every_import_is_pinned():
-    """The package needs requirements.txt alone, the tests also requirements-dev.txt."""
-    files = "requirements.txt", "requirements-dev.txt"
-    wanted, more = ({IMPORTED_AS.get(name, name) for name in pins(file)} for file in files)
+    """The package needs requirements.txt alone; its extras and the tests need more."""
+    names = {
+        file: {IMPORTED_AS.get(name, name) for name in pins(f"requirements{file}.txt")}
+        for file in ("", "-serve", "-tune", "-dev")
+    }
+    wanted = names[""] | names["-serve"] | names["-tune"]
     # IPython comes with ipykernel, and only notebooks import it. The outside judges are optional;
     # pip cannot install resemblyzer with its dependencies everywhere, see requirements-dev.txt.
     judges = {"faster_whisper", "resemblyzer"}
     assert imports("minomni") <= wanted | {"IPython"} | judges
     # torchvision comes with the transformers that test_export.py installs apart; qwen_omni_utils is
     # used by hand only.
-    assert imports("tests") <= wanted | more | {"torchvision", "qwen_omni_utils"}
+    assert imports("tests") <= wanted | names["-dev"] | {"torchvision", "qwen_omni_utils"}

@@ -236,7 +236,7 @@ WRONG = {
         ]
     },
     "two answers": {"messages": SAY, "n": 2},
-    "unknown field": {"messages": SAY, "colour_of_answer": 1},
+    "unknown field": {"messages": SAY, "color_of_answer": 1},
     "unknown voice": {
         "messages": SAY,
         "modalities": ["text", "audio"],

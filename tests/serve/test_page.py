@@ -77,7 +77,7 @@ def page(browser, server):
 
 
 def wait(page, condition: str) -> None:
-    """Wait for a condition in the page. playwright's own wait needs eval, which the page forbids."""
+    """Wait for a condition in the page; playwright's own wait needs eval, which it forbids."""
     for _ in range(SECONDS // 100):
         if page.evaluate(f"() => {condition}"):
             return

@@ -126,9 +126,7 @@ def test_open_microphone_and_interruption(server):
         await send_audio(connection, again[:RATE])  # half a second
         interrupted = await until(connection, "input_audio_buffer.speech_started")
         item = of_kind(first, "response.output_audio.delta")[0].item_id
-        await connection.conversation.item.truncate(
-            item_id=item, content_index=0, audio_end_ms=300
-        )
+        await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=300)
         await send_audio(connection, again[RATE:] + silence)
         first_id = of_kind(first, "response.created")[0].response.id
         rest = interrupted + await until(connection, "response.done")
