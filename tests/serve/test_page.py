@@ -10,6 +10,7 @@ from serving import SAMPLES, load_tiny, running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 120_000  # ms of patience with a slow machine
 ANSWER = "the red circle is left of the black square"
@@ -77,7 +78,7 @@ def page(browser, server):
 
 
 def wait(page, condition: str) -> None:
-    """Wait for a condition in the page. playwright's own wait needs eval, which the page forbids."""
+    """Wait for a condition. playwright's own wait needs eval, which the page forbids."""
     for _ in range(SECONDS // 100):
         if page.evaluate(f"() => {condition}"):
             return

@@ -10,6 +10,7 @@ from serving import SAMPLES, base64_of, load_tiny, running
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
+pytestmark = pytest.mark.slow
 SENTENCE = "the red circle is above the blue square"
 RATE = 24_000
 SECONDS = 300  # of patience with a slow machine
@@ -126,9 +127,7 @@ def test_open_microphone_and_interruption(server):
         await send_audio(connection, again[:RATE])  # half a second
         interrupted = await until(connection, "input_audio_buffer.speech_started")
         item = of_kind(first, "response.output_audio.delta")[0].item_id
-        await connection.conversation.item.truncate(
-            item_id=item, content_index=0, audio_end_ms=300
-        )
+        await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=300)
         await send_audio(connection, again[RATE:] + silence)
         first_id = of_kind(first, "response.created")[0].response.id
         rest = interrupted + await until(connection, "response.done")
