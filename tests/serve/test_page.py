@@ -122,13 +122,15 @@ def test_typed_example_is_answered_with_sound(page):
 
 
 def test_open_microphone_hears_answers_and_is_interrupted(page):
+    """The recording repeats: the next question interrupts the answer, or follows it.
+
+    The words are not compared: the browser's filters change what the model hears.
+    """
     page.set_input_files("#picture", SAMPLES / "scene.png")
     page.locator("#preview").wait_for()
     page.get_by_role("button", name="Open microphone").click()
-    page.get_by_text(ANSWER).first.wait_for()
-    wait(page, "window.minomni.played.some((m) => m.kind === 'first')")
-    # The recording repeats: the next question interrupts the answer, or follows it.
     wait(page, "document.querySelectorAll('#log li.model').length >= 2")
+    wait(page, "window.minomni.played.some((m) => m.kind === 'first')")
     shot(page, "open")
     page.get_by_role("button", name="Open microphone").click()
     assert page.evaluate("window.minomni.errors") == []
