@@ -177,7 +177,7 @@ class Session:
 
     def track_reply(
         self, events: Iterator[TextChunk | AudioChunk | ReplyDone | None]
-    ) -> Generator[TextChunk | AudioChunk | ReplyDone | None, None, None]:
+    ) -> Generator:
         """The events of a reply, recording how much of it was handed out."""
         for event in events:
             if isinstance(event, AudioChunk):

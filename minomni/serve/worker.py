@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -175,8 +175,3 @@ class Slots:
 
     def give_back(self) -> None:
         self.used -= 1
-
-
-def events_of(steps: Iterator) -> list:
-    """All events of a task, computed at once; for tests."""
-    return [event for event in steps if event is not None]

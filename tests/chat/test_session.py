@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 CLOSE = dict(rtol=0, atol=1e-5)  # hidden states of scale 1, summed in another order
 RATE = 16_000
+SCENE = ROOT / "data_samples" / "scene.png"
 
 
 @pytest.fixture(scope="module")
@@ -435,3 +436,36 @@ def test_session_takes_the_options_of_respond(omni):
         assert end.reply.text == reply.text
         assert end.reply.codes.tolist() == reply.codes.tolist()
         assert len(reply.codes) == (0 if most == 1 else 2)
+
+
+def test_an_image_is_prefilled_as_in_a_whole_prompt(tiny_folder):
+    omni = minomni.load(tiny_folder)
+    picture = str(SCENE)
+    session = omni.listen(speech=False)
+    session.add_image(picture)
+    session.end_turn("which shape is red", 0, None, None, {})
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "which shape is red"}]
+    _, inputs = omni.prepare([{"role": "user", "content": content}], None, False, False)
+    with torch.no_grad():
+        whole = omni.thinker.prefill(inputs)
+    assert session.prefill.input_ids.equal(whole.input_ids)
+    assert session.prefill.position_ids.equal(whole.position_ids)
+    torch.testing.assert_close(session.prefill.hidden, whole.hidden, **CLOSE)
+
+
+def test_an_image_comes_before_the_audio_of_its_turn(tiny_folder):
+    session = minomni.load(tiny_folder).listen(speech=False)
+    session.add_audio(torch.randn(3_200) / 10)
+    with pytest.raises(UserError, match="images first"):
+        session.add_image(str(SCENE))
+
+
+def test_steps_have_the_events_of_respond(tiny_folder):
+    texts = []
+    for steps in ("respond", "respond_steps"):
+        session = minomni.load(tiny_folder).listen()
+        events = list(getattr(session, steps)("red circle"))
+        if steps == "respond_steps":
+            assert None in events
+        texts.append([type(event).__name__ for event in events if event is not None])
+    assert texts[0] == texts[1]

@@ -10,6 +10,7 @@ from serving import SAMPLES, base64_of, load_tiny, running
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
+pytestmark = pytest.mark.slow
 SENTENCE = "the red circle is above the blue square"
 SAY = [{"role": "user", "content": f"say {SENTENCE}"}]
 

@@ -98,7 +98,7 @@ def test_own_origin(server):
 def test_token(guarded):
     assert ask_with(guarded, {}) == 401
     assert ask_with(guarded, {"Authorization": "Bearer wrong"}) == 401
-    assert ask_with(guarded, {"Authorization": "Bearer ü".encode().decode("latin1")}) == 401
+    assert ask_with(guarded, {"Authorization": "Bearer ü".encode()}) == 401
     assert ask_with(guarded, {"Authorization": f"Bearer {TOKEN}"}) == 200
     assert httpx.get(guarded.url).status_code == 200  # the page asks for the token
     with pytest.raises(InvalidStatus) as refused, realtime(guarded):
@@ -123,7 +123,6 @@ def test_headers(server):
     assert headers["x-content-type-options"] == "nosniff"
     assert "microphone=(self)" in headers["permissions-policy"]
     assert "access-control-allow-origin" not in headers
-    assert "server" not in headers or "uvicorn" not in headers["server"] or True
 
 
 @pytest.mark.parametrize(
@@ -196,8 +195,9 @@ def test_a_client_that_leaves(limited):
     body = {**SAY, "max_tokens": 1900, "repetition_penalty": 1.3, "stream": True}
     with httpx.stream("POST", f"{limited.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_bytes())
+        (client,) = limited.server.clients
     wait_until(lambda: limited.server.slots.used == 0)
-    wait_until(lambda: not limited.server.worker.turns)
+    wait_until(lambda: not client.tasks)
     steps = limited.server.worker.steps
     time.sleep(0.2)
     assert limited.server.worker.steps == steps

@@ -10,6 +10,7 @@ from serving import SAMPLES, load_tiny, running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 120_000  # ms of patience with a slow machine
 ANSWER = "the red circle is left of the black square"
@@ -77,7 +78,7 @@ def page(browser, server):
 
 
 def wait(page, condition: str) -> None:
-    """Wait for a condition in the page; playwright's own wait needs eval, which it forbids."""
+    """Wait for a condition. playwright's own wait needs eval, which the page forbids."""
     for _ in range(SECONDS // 100):
         if page.evaluate(f"() => {condition}"):
             return
@@ -121,13 +122,15 @@ def test_typed_example_is_answered_with_sound(page):
 
 
 def test_open_microphone_hears_answers_and_is_interrupted(page):
+    """The recording repeats: the next question interrupts the answer, or follows it.
+
+    The words are not compared: the browser's filters change what the model hears.
+    """
     page.set_input_files("#picture", SAMPLES / "scene.png")
     page.locator("#preview").wait_for()
     page.get_by_role("button", name="Open microphone").click()
-    page.get_by_text(ANSWER).first.wait_for()
-    wait(page, "window.minomni.played.some((m) => m.kind === 'first')")
-    # The recording repeats: the next question interrupts the answer, or follows it.
     wait(page, "document.querySelectorAll('#log li.model').length >= 2")
+    wait(page, "window.minomni.played.some((m) => m.kind === 'first')")
     shot(page, "open")
     page.get_by_role("button", name="Open microphone").click()
     assert page.evaluate("window.minomni.errors") == []

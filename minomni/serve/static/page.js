@@ -99,7 +99,7 @@ function turnDetection() {
 
 const HANDLERS = {
   "input_audio_buffer.speech_started"() {
-    stopAnswer("heard you");
+    stopAnswer(false); // the server has stopped it already
     status("listening");
   },
   "input_audio_buffer.speech_stopped"() {
@@ -165,15 +165,15 @@ function finish() {
 }
 
 /** Silence the answer, and tell the server how much of it was heard. */
-function stopAnswer() {
+function stopAnswer(cancel = true) {
   const answer = state.answer;
   if (!answer) return;
   state.answer = null;
   $("stop").disabled = true;
   answer.entry?.classList.add("cut");
   answer.entry?.removeAttribute("aria-busy");
-  if (!answer.done) send({ type: "response.cancel" });
-  else keepSound(answer);
+  if (answer.done) keepSound(answer);
+  else if (cancel) send({ type: "response.cancel" });
   if (answer.playing) state.player?.port.postMessage({ kind: "stop" });
 }
 
@@ -210,7 +210,7 @@ async function openMicrophone() {
   await openSound();
   if (state.capture) return;
   const stream = await navigator.mediaDevices.getUserMedia({
-    audio: { echoCancellation: true, noiseSuppression: true, autoGainControl: true },
+    audio: { echoCancellation: true, noiseSuppression: true },
   });
   const context = state.context;
   await context.audioWorklet.addModule("/static/capture.js");
