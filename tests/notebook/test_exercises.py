@@ -101,15 +101,28 @@ def spoken(chosen, cost, count: int, ahead: int) -> list:
     return times[1:]
 
 
-def leaving(
-    x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, surest: bool = False
-) -> torch.Tensor:
-    """The mean speed of what may have come by x at time t; each switch weighs or measures it in a
-    wrong way.
-    """
-    noises = (x - t * ends) / (1 - t if rest else 1)
-    shares = (-half * noises.abs() ** power).softmax(0)
-    return (ends - noises)[shares.argmax()] if surest else (shares * (ends - noises)).sum()
+def blocks(frames: int, block: int, back: int, ahead: int) -> torch.Tensor:
+    """The mask of the DiT, by a loop over frames."""
+    rows = []
+    for i in range(frames):
+        rows.append([-back <= j // block - i // block <= ahead for j in range(frames)])
+    return torch.tensor(rows)
+
+
+def velocity_error(predict, x1, x0, t, sign: int = 1, clean: bool = False) -> torch.Tensor:
+    """The loss of flow matching; each switch does one thing wrong."""
+    t_column = t[:, None]
+    point = x1 if clean else (1 - t_column) * x0 + t_column * x1
+    return F.mse_loss(predict(point, t), sign * (x1 - x0))
+
+
+def steps_of(velocity, x, grid, late: bool = False, even: bool = False) -> torch.Tensor:
+    """Euler's method; each switch does one thing wrong."""
+    points = [x]
+    for start, end in zip(grid, grid[1:]):
+        step = (grid[-1] - grid[0]) / (len(grid) - 1) if even else end - start
+        points.append(points[-1] + step * velocity(end if late else start, points[-1]))
+    return torch.stack(points)
 
 
 def noticed(
@@ -127,6 +140,13 @@ def noticed(
     (old, new) = (sum(map(len, rows)) / (1 if total else len(rows)) for rows in (before, after))
     found = ["longer"] * (new > 1.5 * old) + ["shorter"] * (short and new < old / 1.5)
     return found + ["stuck"] * (run(after) > twice * run(before))
+
+
+def scored(logits, targets, raw: bool = False):
+    """Log-probability of the targets of one utterance; the switch leaves the softmax out."""
+    counted = targets != -100
+    scores = logits if raw else logits.log_softmax(-1)
+    return scores[counted].gather(1, targets[counted][:, None]).sum()
 
 
 BUGS = {
@@ -465,24 +485,33 @@ BUGS = {
         ],
     },
     "10": {
-        "seen": [
-            lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
-            lambda i, n, b, back, ahead: [
-                max((i // b - back) * b, 0),
-                (i // b + ahead + 1) * b - 1,
-            ],
-            lambda i, n, b, back, ahead: [
-                (i // b - back) * b,
-                min((i // b + ahead + 1) * b - 1, n - 1),
-            ],
-            lambda i, n, b, back, ahead: [
-                max((i // b - back) * b, 0),
-                min((i // b + ahead) * b, n - 1),
-            ],
-            lambda i, n, b, back, ahead: [
-                max((i // b - ahead) * b, 0),
-                min((i // b + back + 1) * b - 1, n - 1),
-            ],
+        "my_mask": [
+            lambda n, b, back, ahead: blocks(n, b, ahead, back),
+            lambda n, b, back, ahead: blocks(n, 1, back * b, ahead * b),
+            lambda n, b, back, ahead: blocks(n, b, back, max(ahead - 1, 0)),
+            lambda n, b, back, ahead: ~blocks(n, b, back, ahead),
+            lambda n, b, back, ahead: blocks(n, b, back, ahead).T,
+        ],
+        "my_flow_loss": [
+            lambda v, x1, x0, t: ((v((1 - t) * x0 + t * x1, t) - x1 + x0) ** 2).mean(),
+            lambda v, x1, x0, t: velocity_error(v, x0, x1, t),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t, sign=-1),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t) * x1.numel(),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t, clean=True),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t) ** 0.5,
+        ],
+        "my_euler": [
+            lambda v, x, grid: steps_of(v, x, grid, late=True),
+            lambda v, x, grid: steps_of(v, x, grid, even=True),
+            lambda v, x, grid: steps_of(v, x, grid)[1:],
+            lambda v, x, grid: steps_of(v, x, grid)[-1],
+            lambda v, x, grid: steps_of(lambda t, y: v(t, x), x, grid),
+        ],
+        "my_guided": [
+            lambda c, u, g: u + g * (c - u),
+            lambda c, u, g: c + g * (u - c),
+            lambda c, u, g: (1 + g) * c + g * u,
+            lambda c, u, g: c + g * c,
         ],
         "heun_step": [
             lambda f, y, a, b: y + (b - a) * f(a, y),
@@ -490,14 +519,6 @@ BUGS = {
             lambda f, y, a, b: y + (b - a) * (f(a, y) + f(a, y + (b - a) * f(a, y))) / 2,
             lambda f, y, a, b: y + (b - a) * (f(a, y) + f(b, y)) / 2,
             lambda f, y, a, b: y + (b - a) * f(b, y + (b - a) * f(a, y)),
-        ],
-        "best": [
-            lambda x, t, ends: (ends - x).mean() / (1 - t),
-            lambda x, t, ends: leaving(x, t, ends, power=0),
-            lambda x, t, ends: leaving(x, t, ends, power=1),
-            lambda x, t, ends: leaving(x, t, ends, half=1),
-            lambda x, t, ends: leaving(x, t, ends, rest=False),
-            lambda x, t, ends: leaving(x, t, ends, surest=True),
         ],
     },
     "11": {
@@ -596,29 +617,27 @@ BUGS = {
         ],
     },
     "14": {
-        "pull": [
-            lambda w, r, w0, r0, b: 1 / (1 + math.exp(b * (w - w0 - r + r0))),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (r - r0 - w + w0))),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(w - w0 - r + r0)),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (w - r))),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (w - w0 + r - r0))),
+        "my_sequence_log_prob": [
+            lambda x, y: scored(x, y.clamp_min(0)),
+            lambda x, y: scored(x, y) / (y != -100).sum(),
+            lambda x, y: scored(x, y, raw=True),
+            lambda x, y: scored(x, y).exp(),
+            lambda x, y: scored(x[:-1], y[1:]),
+            lambda x, y: print(scored(x, y)),
         ],
-        "pair_of": [
-            lambda n: [n.index(min(n)), n.index(max(n))],
-            lambda n: [n.index(min(n)), n.index(max(n))] * (n[0] > 0),
-            lambda n: [n.index(max(n)), n.index(min(n))] if max(n) > min(n) + 1 else [],
-            lambda n: (
-                [len(n) - 1 - n[::-1].index(min(n)), n.index(max(n))] if max(n) > min(n) + 1 else []
-            ),
-            lambda n: [n.index(min(n)), n.index(max(n))] if max(n) > min(n) else [],
-            lambda n: [min(n), max(n)] if max(n) > min(n) + 1 else [],
+        "my_dpo": [
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (w - r)).mean(),
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (w - w0 + r - r0)).mean(),
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (r - r0 - w + w0)).mean(),
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (w - w0 - r + r0)).sum(),
+            lambda w, r, w0, r0, b: -b * F.logsigmoid(w - w0 - r + r0).mean(),
+            lambda w, r, w0, r0, b: -(b * (w - w0 - r + r0)).sigmoid().log().mean(),
         ],
-        "balance": [
-            lambda p, b: math.log(p / (1 - p)),
-            lambda p, b: math.log(p / (1 - p)) * b,
-            lambda p, b: math.log((1 - p) / p) / b,
-            lambda p, b: math.log(p) / b,
-            lambda p, b: p / (1 - p) / b,
+        "my_weight": [
+            lambda m, b: b * (b * m).sigmoid(),
+            lambda m, b: (-b * m).sigmoid(),
+            lambda m, b: b * (-m).sigmoid(),
+            lambda m, b: -b * (-b * m).sigmoid(),
         ],
         "hacks": [
             lambda a, b: noticed(a, b, total=True),
