@@ -3,11 +3,13 @@ stubs alone.
 """
 
 import ast
+import json
 import math
 import runpy
 import sys
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from exercises import solved, stubs
 
+from minomni.decoder import DecoderLayer
 from minomni.notebook.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -99,6 +102,45 @@ def spoken(chosen, cost, count: int, ahead: int) -> list:
     for i in range(count):
         times.append(max(times[-1], chosen[min(i + ahead, len(chosen) - 1)]) + cost)
     return times[1:]
+
+
+def rounded(x, levels, squash: bool = True, down: bool = False, digits: bool = False):
+    """The values of FSQ; each switch does one thing wrong."""
+    top = torch.tensor(levels) - 1
+    scaled = ((x.tanh() if squash else x) + 1) / 2 * top
+    steps = scaled.floor() if down else scaled.round()
+    return steps if digits else steps / top * 2 - 1
+
+
+def twice_as_fine(x, taps, mode: str = "replicate", first: int = 0) -> torch.Tensor:
+    """Upsampling by 2; the padding and the place of the zeros can be wrong."""
+    reach = len(taps) // 4
+    wide = F.pad(x, (reach, reach), mode=mode)
+    pair = [wide, torch.zeros_like(wide)]
+    spread = torch.stack(pair[::-1] if first else pair, 2).flatten(1)
+    return 2 * spread.unfold(1, len(taps), 1)[:, : 2 * x.shape[1]] @ taps
+
+
+def header(raw: bytes) -> bytes:
+    """The JSON of a safetensors file."""
+    return raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+
+
+def stored(raw: bytes, name: str, start: int | None = None, order: str = "little"):
+    """A tensor of a safetensors file; start and order can be wrong."""
+    entry = json.loads(header(raw))[name]
+    first = 8 + int.from_bytes(raw[:8], order) if start is None else start
+    begin, end = entry["data_offsets"]
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[entry["dtype"]]
+    data = bytearray(raw[first + begin : first + end])
+    return torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+
+
+def counted(config) -> int:
+    """The weights of a decoder without embeddings, from the modules themselves."""
+    with torch.device("meta"):
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+    return sum(p.numel() for layer in layers for p in layer.parameters()) + config.hidden_size
 
 
 def blocks(frames: int, block: int, back: int, ahead: int) -> torch.Tensor:
@@ -422,31 +464,38 @@ BUGS = {
         ],
     },
     "08": {
-        "bits_per_second": [
-            lambda ls, rate: rate * math.log2(sum(ls)),
-            lambda ls, rate: rate * math.log(math.prod(ls)),
-            lambda ls, rate: rate * math.ceil(math.log2(math.prod(ls))),
-            lambda ls, rate: rate * math.prod(ls),
-            lambda ls, rate: math.log2(rate * math.prod(ls)),
+        "my_collapse": [
+            lambda path, blank=0: [x for x in path if x != blank],
+            lambda path, blank=0: [x for x, _ in groupby(x for x in path if x != blank)],
+            lambda path, blank=0: [x for x, _ in groupby(path)],
+            lambda path, blank=0: sorted(set(path) - {blank}),
         ],
-        "digits_of": [
-            lambda c, ls: [c // math.prod(ls[:i]) % n for i, n in enumerate(ls)],
-            lambda c, ls: [(c - 1) // math.prod(ls[i + 1 :]) % n for i, n in enumerate(ls)],
-            lambda c, ls: [(c - 1) // math.prod(ls[:i]) for i, n in enumerate(ls)],
-            lambda c, ls: [(c - 1) // n**i % n for i, n in enumerate(ls)],
+        "my_fsq": [
+            lambda x, levels: rounded(x, levels, squash=False),
+            lambda x, levels: rounded(x, levels, down=True),
+            lambda x, levels: rounded(x, levels, digits=True),
+            lambda x, levels: rounded(x, [n + 1 for n in levels]),
+            lambda x, levels: x.tanh(),
+        ],
+        "my_forward": [
+            lambda p, x: read_as(p, x, stay=False),
+            lambda p, x: read_as(p, x, leap=False),
+            lambda p, x: read_as(p, x, equal=True),
+            lambda p, x: read_as(p, x, ends=1),
+            lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d]),
+        ],
+        "my_nearest": [
+            lambda x, book: (x @ book.T).argmax(-1),
+            lambda x, book: (x[..., None, :] - book).square().sum(-1).argmax(-1),
+            lambda x, book: (x[..., None, :] - book).sum(-1).abs().argmin(-1),
+            lambda x, book: (x[..., None, :] - book).square().sum(-1).min(-1).values,
+            lambda x, book: (x[..., None, :] - book).square().sum(-1).argmin(-1) + 1,
         ],
         "shortest": [
             lambda text: len(text),
             lambda text: 2 * len(text) + 1,
             lambda text: 2 * len(text) - len(set(text)),
             lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:])),
-        ],
-        "chance_of": [
-            lambda p, x: read_as(p, x, stay=False),
-            lambda p, x: read_as(p, x, leap=False),
-            lambda p, x: read_as(p, x, equal=True),
-            lambda p, x: read_as(p, x, ends=1),
-            lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d]),
         ],
     },
     "09": {
@@ -522,30 +571,32 @@ BUGS = {
         ],
     },
     "11": {
-        "grown": [
-            lambda n, r, k: n * r,
-            lambda n, r, k: r * (n - 1) + k,
-            lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
-            lambda n, r, k: r * n + k - 2 * ((k - r) // 2),
+        "my_transposed": [
+            lambda x, w, r: F.conv_transpose1d(x[None], w.flip(2), stride=r)[0],
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=1)[0],
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=r)[0][:, : r * x.shape[1]],
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=r)[0] / r,
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=r, padding=1)[0],
         ],
-        "ghost": [
-            lambda hz, rate: 2 * hz,
-            lambda hz, rate: min(hz, rate - hz),
-            lambda hz, rate: rate - 2 * hz,
-            lambda hz, rate: 2 * hz % (rate / 2),
-        ],
-        "snake": [
+        "my_snake": [
             lambda x, a, b: x + (a[:, None] * x).sin() ** 2 / b[:, None],
             lambda x, a, b: x + (a.exp() * x).sin() ** 2 / b.exp(),
             lambda x, a, b: x + (a.exp()[:, None] * x).sin() / b.exp()[:, None],
             lambda x, a, b: x + (b.exp()[:, None] * x).sin() ** 2 / a.exp()[:, None],
             lambda x, a, b: x + (a.exp()[:, None] * x).sin() ** 2 * b.exp()[:, None],
         ],
-        "doubled": [
-            lambda x: [v for v in x for _ in range(2)],
-            lambda x: [w for v in x for w in (v, v / 2)],
-            lambda x: [w for v, n in zip(x, [*x[1:], 0]) for w in (v, (v + n) / 2)],
-            lambda x: [w for v, n in zip(x, x[1:]) for w in (v, (v + n) / 2)] + x[-1:],
+        "my_double": [
+            lambda x, taps: twice_as_fine(x, taps) / 2,
+            lambda x, taps: twice_as_fine(x, taps, mode="constant"),
+            lambda x, taps: twice_as_fine(x, taps, first=1),
+            lambda x, taps: twice_as_fine(x, taps).roll(1, 1),
+            lambda x, taps: x.repeat_interleave(2, 1),
+        ],
+        "alias": [
+            lambda hz, rate: 2 * hz,
+            lambda hz, rate: min(hz, rate - hz),
+            lambda hz, rate: rate - 2 * hz,
+            lambda hz, rate: 2 * hz % (rate / 2),
         ],
         "sees": [
             lambda k, ds: sum(k // 2 * d + k // 2 for d in ds),
@@ -648,18 +699,20 @@ BUGS = {
         ],
     },
     "15": {
-        "cache_weighs": [
-            lambda n, h, s, d, t: 2 * n * h * d * t * 2,
-            lambda n, h, s, d, t: n * s * d * t * 2,
-            lambda n, h, s, d, t: 2 * n * s * d * t,
-            lambda n, h, s, d, t: 2 * n * s * d * 2,
+        "my_tensor": [
+            lambda raw, name: stored(raw, name, start=0),
+            lambda raw, name: stored(raw, name, start=8),
+            lambda raw, name: stored(raw, name).flatten(),
+            lambda raw, name: stored(raw, name, order="big"),
+            lambda raw, name: stored(raw, name).float() * 2,
+            lambda raw, name: stored(raw, next(iter(json.loads(header(raw))))),
         ],
-        "pass_ms": [
-            lambda n, w, g, t: 2 * n / g / 1e6 + 2 * n * w / t / 1e9,
-            lambda n, w, g, t: 2 * n / g / 1e6,
-            lambda n, w, g, t: 2 * n * w / t / 1e9,
-            lambda n, w, g, t: max(2 * n / g / 1e6, n * w / t / 1e9),
-            lambda n, w, g, t: min(2 * n / g / 1e6, 2 * n * w / t / 1e9),
+        "my_decoder": [
+            lambda c: counted(c) - c.hidden_size,
+            lambda c: counted(c) - 2 * c.num_hidden_layers * c.hidden_size,
+            lambda c: counted(c) + c.num_hidden_layers * c.hidden_size,
+            lambda c: counted(replace(c, num_key_value_heads=c.num_attention_heads)),
+            lambda c: counted(replace(c, num_hidden_layers=1)),
         ],
         "problems": [
             lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()), []],
@@ -678,6 +731,14 @@ BUGS = {
                 sorted(b.keys() - a.keys()),
                 [n for n in a if n in b and math.prod(a[n]) != math.prod(b[n])],
             ],
+        ],
+        "pass_ms": [
+            lambda n, b, w, g, t: b * n / 8 / g / 1e6 + 2 * n * w / t / 1e9,
+            lambda n, b, w, g, t: b * n / 8 / g / 1e6,
+            lambda n, b, w, g, t: 2 * n * w / t / 1e9,
+            lambda n, b, w, g, t: max(b * n / 8 / g / 1e6, n * w / t / 1e9),
+            lambda n, b, w, g, t: min(b * n / 8 / g / 1e6, 2 * n * w / t / 1e9),
+            lambda n, b, w, g, t: max(2 * n / g / 1e6, 2 * n * w / t / 1e9),
         ],
     },
 }
