@@ -13,8 +13,16 @@ def stubs(source: str) -> list[str]:
     return [
         node.name
         for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and ast.unparse(node.body) == "..."
+        if isinstance(node, ast.FunctionDef) and is_stub(node)
     ]
+
+
+def is_stub(function: ast.FunctionDef) -> bool:
+    """Whether the body is nothing but `...`, with or without a docstring."""
+    body = function.body
+    if ast.get_docstring(function) is not None:
+        body = body[1:]
+    return [ast.unparse(line) for line in body] == ["..."]
 
 
 def solved(source: str, number: str) -> str:

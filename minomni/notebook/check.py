@@ -1,9 +1,12 @@
 """Checks for the notebooks: live source, equality that raises, and graders for exercises."""
 
 import copy
+import dis
 import inspect
+import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 
 STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
+DOTS = {1: "●○○", 2: "●●○", 3: "●●●"}
+WHOLE = 12  # elements of a tensor that a grader prints whole
 
 
 def show(*objects: Any) -> None:
@@ -76,32 +81,65 @@ def is_exact(x: Tensor) -> bool:
 
 def grade(
     function: Callable,
-    *cases: tuple[tuple, object],
+    *cases: tuple,
     minutes: int,
     difficulty: int,
+    importance: int = 0,
     tolerance: float = 1e-4,
-) -> None:
+    chapter: str = "",
+) -> Callable | None:
     """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
-    cases: pairs of (arguments, expected answer). An answer of None or `...` comes from an untouched
-    stub. minutes: how long the exercise takes. difficulty: 1 to 3.
+    cases: (arguments, expected answer) or (arguments, expected answer, what the case is about). A
+    stub whose body is `...` is not attempted. minutes: how long the exercise takes. difficulty,
+    importance: 1 to 3; 0 leaves the importance out. chapter: number of the notebook, of an exercise
+    that later cells need. -> the function that these cells use: the reader's if it passes, until
+    then the solution in notebooks/solutions; None without a chapter.
     """
-    head = f"{function.__name__} ({minutes} min, {STARS[difficulty]})"
-    for arguments, expected in cases:
+    head = f"{function.__name__} ({minutes} min, {STARS[difficulty]}"
+    head += f", importance {DOTS[importance]})" if importance else ")"
+    problem = "" if _is_stub(function) else _counter_example(function, cases, tolerance)
+    if _is_stub(function):
+        print(f"{head}: not attempted")
+    elif problem:
+        print(f"{head}: ✗ {problem}")
+    else:
+        print(f"{head}: ✓ {len(cases)} cases")
+        return function if chapter else None
+    return solution(chapter, function.__name__) if chapter else None
+
+
+def solution(chapter: str, name: str) -> Callable:
+    """The function of this name in notebooks/solutions of a checkout. Raises KeyError if none."""
+    path = Path(__file__).parents[2] / "notebooks" / "solutions" / f"{chapter}.py"
+    return runpy.run_path(str(path))[name]
+
+
+def _is_stub(function: Callable) -> bool:
+    """Whether the body of a function is nothing but `...`, with or without a docstring."""
+    if not hasattr(function, "__code__"):
+        return False
+    steps = [step for step in dis.get_instructions(function) if step.opname != "RESUME"]
+    names = [step.opname for step in steps]
+    returns = names in (["RETURN_CONST"], ["LOAD_CONST", "RETURN_VALUE"])
+    return returns and steps[0].argval is None
+
+
+def _counter_example(function: Callable, cases: tuple[tuple, ...], tolerance: float) -> str:
+    """The first case that a function fails, in one line; empty if it passes all."""
+    for arguments, expected, *names in cases:
         call = f"{function.__name__}({', '.join(map(_brief, arguments))})"
+        about = f" ({names[0]})" if names else ""
         try:
             answer = function(*copy.deepcopy(arguments))
         except Exception as error:  # unfinished code may raise anything: a counter-example too
-            print(f"{head}: ✗ {call} raised {type(error).__name__}: {error}")
-            return
+            return f"{call} raised {type(error).__name__}: {error}{about}"
         if answer is None or answer is ...:
-            print(f"{head}: not attempted")
-            return
+            return f"{call} returned nothing: is a `return` missing?{about}"
         problem = _wrong(answer, expected, tolerance)
         if problem:
-            print(f"{head}: ✗ {call} gave {problem}")
-            return
-    print(f"{head}: ✓ {len(cases)} cases")
+            return f"{call} gave {problem}{about}"
+    return ""
 
 
 def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
@@ -109,9 +147,17 @@ def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
     if isinstance(expected, dict) or _has_text(expected):
         return "" if answer == expected else _mismatch(answer, expected)
     try:
-        return difference(_tensor(answer), _tensor(expected), tolerance)
+        mine, theirs = _tensor(answer), _tensor(expected)
+        problem = difference(mine, theirs, tolerance)
     except (TypeError, ValueError, RuntimeError):
         return _mismatch(answer, expected)
+    whole = mine.shape == theirs.shape and 1 < mine.numel() <= WHOLE
+    return _mismatch(_rounded(mine), _rounded(theirs)) if problem and whole else problem
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """A tensor for reading: four decimals."""
+    return x if is_exact(x) or x.is_complex() else (x.double() * 1e4).round() / 1e4
 
 
 def _mismatch(answer: Any, expected: Any) -> str:
@@ -131,10 +177,10 @@ def _tensor(x: Any) -> Tensor:
 
 
 def _brief(x: Any) -> str:
-    """A value in at most 60 characters; a long tensor as its shape."""
-    if isinstance(x, Tensor) and x.numel() > 8:
+    """A value in at most 120 characters; a long tensor as its shape."""
+    if isinstance(x, Tensor) and x.numel() > WHOLE:
         return f"tensor{list(x.shape)}"
     if isinstance(x, Tensor):
         return str(x.tolist())
     text = repr(x)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."

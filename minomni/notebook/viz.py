@@ -5,6 +5,7 @@ matplotlib and ipywidgets are imported where they are used, so importing this fi
 """
 
 from collections.abc import Callable, Sequence
+from html import escape
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE, TokenIds
+from minomni.inputs.mel import LOG_BANDS, VOICE_BANDS, hz_to_mel
 from minomni.plot import COLORS, PALE, axes, plain
-from minomni.plot import mel as mel  # notebooks call viz.mel()
+from minomni.plot import mel as plot_bands
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,21 @@ def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str
     seconds = torch.arange(len(wave)) / rate
     ax.plot(seconds, wave, color=COLORS["audio"], linewidth=0.6)
     ax.set(xlabel="seconds", ylabel="pressure", title=title, xlim=(0, len(wave) / rate))
+
+
+def mel(ax: "Axes", bands: Any, title: str = "", **options: Any) -> None:
+    """A mel spectrogram over seconds and Hz; options as of minomni.plot.mel.
+
+    Other images of bands over frames keep the number of the band as their axis.
+    """
+    plot_bands(ax, bands, title, **options)
+    count = len(bands)
+    if count in (LOG_BANDS, VOICE_BANDS):
+        # The centers of the bands are equally spaced in mels between 0 Hz and the Nyquist limit.
+        hz = torch.tensor([500.0, 1000, 2000, 4000, INPUT_SAMPLE_RATE / 2])
+        mels = hz_to_mel(hz)
+        ticks = mels / mels[-1] * (count + 1) - 0.5
+        ax.set(ylabel="Hz", yticks=ticks.clamp_max(count), yticklabels=[f"{f:,.0f}" for f in hz])
 
 
 def filters(
@@ -272,3 +289,99 @@ def _sliders(draw: Callable, size: float, ranges: dict[str, Sequence]) -> None:
             layout={"width": "480px"},
         )
     ipywidgets.interact(redraw, **sliders)
+
+
+MAP = {  # x, y and width of each box of the model
+    "log-mel": (58, 20, 66),
+    "patches": (58, 75, 66),
+    "tokenizer": (58, 130, 76),
+    "audio encoder": (158, 20, 104),
+    "vision encoder": (158, 75, 104),
+    "TMRoPE": (290, 75, 68),
+    "Thinker": (386, 75, 68),
+    "Talker": (490, 75, 60),
+    "codec": (578, 130, 54),
+    "DiT": (622, 75, 44),
+    "vocoder": (694, 75, 66),
+}
+MAP_LABELS = {"audio": (4, 40), "image": (4, 95), "text": (4, 150), "speech": (790, 95)}
+MAP_LABELS |= {" text ": (402, 34), "codes": (567, 88)}
+MAP_ARROWS = (
+    ((40, 35), (58, 35)),
+    ((40, 90), (58, 90)),
+    ((34, 145), (58, 145)),
+    ((124, 35), (158, 35)),
+    ((124, 90), (158, 90)),
+    ((262, 35), (290, 80)),
+    ((262, 90), (290, 90)),
+    ((134, 145), (290, 100)),
+    ((358, 90), (386, 90)),
+    ((420, 75), (420, 42)),
+    ((454, 90), (490, 90)),
+    ((550, 92), (622, 92)),
+    ((605, 130), (590, 96)),
+    ((666, 90), (694, 90)),
+    ((760, 90), (786, 90)),
+)
+
+
+def model_map(*lit: str):
+    """The whole model as a diagram (SVG), with the boxes of this chapter lit."""
+    parts = [_arrow(*ends) for ends in MAP_ARROWS]
+    for name, (x, y, width) in MAP.items():
+        parts.append(_box(x, y, width, name, name in lit))
+    for name, (x, y) in MAP_LABELS.items():
+        parts.append(f'<text x="{x}" y="{y}" fill="{INK}">{name.strip()}</text>')
+    return _svg(840, 172, parts)
+
+
+def flow(*steps: str, wide: int = 860):
+    """A pipeline as a diagram (SVG): tensors and operations in turn, beginning with a tensor.
+
+    Operations are boxes, tensors stand on the arrows between them. Continues on a new line when it
+    is wider than `wide` pixels.
+    """
+    parts, x, y, right = [], 4, 24, 0
+    for i, step in enumerate(steps):
+        width = 16 + 6.8 * len(step)
+        is_box = i % 2 == 1
+        following = 16 + 6.8 * len(steps[i + 1]) if i + 1 < len(steps) and is_box else 0
+        if is_box and x + width + following > wide:
+            x, y = 4, y + 52
+        if is_box:
+            parts.append(_box(x, y, width, step))
+        else:
+            middle = x + width / 2
+            parts.append(_arrow((x + 1, y + 15), (x + width - 1, y + 15)))
+            parts.append(_text(middle, y + 7, step, size=11))
+        x += width
+        right = max(right, x)
+    return _svg(int(right) + 6, y + 40, parts)
+
+
+def _svg(width: int, height: int, parts: list[str]):
+    from IPython.display import SVG
+
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+    head += f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
+    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+    tip += f'orient="auto"><path d="M0 0 8 4 0 8z" fill="{INK}"/></marker>'
+    page = f'<rect width="{width}" height="{height}" fill="white"/>'
+    return SVG("".join([head, f"<defs>{tip}</defs>", page, *parts, "</svg>"]))
+
+
+def _arrow(begin: tuple[float, float], end: tuple[float, float]) -> str:
+    (x1, y1), (x2, y2) = begin, end
+    line = f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{INK}" '
+    return line + 'marker-end="url(#tip)"/>'
+
+
+def _box(x: float, y: float, width: float, name: str, lit: bool = False) -> str:
+    fill = COLORS["audio"] if lit else "#f2f2f2"
+    box = f'<rect x="{x:g}" y="{y}" width="{width:g}" height="30" rx="4" fill="{fill}" '
+    return box + f'stroke="{INK}"/>' + _text(x + width / 2, y + 19, name)
+
+
+def _text(x: float, y: float, text: str, size: int = 12) -> str:
+    style = f'font-size="{size}" text-anchor="middle" fill="{INK}"'
+    return f'<text x="{x:g}" y="{y}" {style}>{escape(text)}</text>'

@@ -1,26 +1,32 @@
 """Solutions of the exercises of notebook 11. The graders are in the notebook."""
 
-
-def grown(frames, rate, kernel):
-    cut = (kernel - rate) // 2
-    return rate * (frames - 1) + kernel - 2 * cut
+import torch
 
 
-def ghost(hz, rate):
-    doubled = 2 * hz % rate
-    return min(doubled, rate - doubled)
+def my_transposed(x, weight, rate):
+    channels, taps = weight.shape[1:]
+    out = torch.zeros(channels, rate * (x.shape[1] - 1) + taps)
+    for j in range(taps):
+        last = j + rate * (x.shape[1] - 1) + 1
+        out[:, j:last:rate] += weight[:, :, j].T @ x
+    return out
 
 
-def snake(x, alpha, beta):
+def my_snake(x, alpha, beta):
     a, b = alpha.exp()[:, None], beta.exp()[:, None]
     return x + (a * x).sin().square() / b
 
 
-def doubled(x):
-    finer = []
-    for here, after in zip(x, x[1:] + x[-1:]):
-        finer += [here, (here + after) / 2]
-    return finer
+def my_double(x, taps):
+    reach = len(taps) // 4
+    wide = torch.nn.functional.pad(x, (reach, reach), mode="replicate")
+    spread = torch.stack([wide, torch.zeros_like(wide)], 2).flatten(1)  # x 0 x 0 ...
+    return 2 * spread.unfold(1, len(taps), 1)[:, : 2 * x.shape[1]] @ taps
+
+
+def alias(hz, rate):
+    doubled = 2 * hz % rate
+    return min(doubled, rate - doubled)
 
 
 def sees(kernel, dilations):

@@ -17,7 +17,7 @@ def whole_mean(parts):
     return sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
 
 
-def started(needs, done, running, lanes):
+def started(needs, done, running, workers):
     ready = [name for name, wants in needs.items()
              if name not in done + running and set(wants) <= set(done)]
-    return ready[: max(0, lanes - len(running))]
+    return ready[: max(0, workers - len(running))]

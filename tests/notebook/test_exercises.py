@@ -3,11 +3,13 @@ stubs alone.
 """
 
 import ast
+import json
 import math
 import runpy
 import sys
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from exercises import solved, stubs
 
+from minomni.decoder import DecoderLayer
 from minomni.notebook.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -101,15 +104,67 @@ def spoken(chosen, cost, count: int, ahead: int) -> list:
     return times[1:]
 
 
-def leaving(
-    x, t, ends, power: int = 2, half: float = 0.5, rest: bool = True, surest: bool = False
-) -> torch.Tensor:
-    """The mean speed of what may have come by x at time t; each switch weighs or measures it in a
-    wrong way.
-    """
-    noises = (x - t * ends) / (1 - t if rest else 1)
-    shares = (-half * noises.abs() ** power).softmax(0)
-    return (ends - noises)[shares.argmax()] if surest else (shares * (ends - noises)).sum()
+def rounded(x, levels, squash: bool = True, down: bool = False, digits: bool = False):
+    """The values of FSQ; each switch does one thing wrong."""
+    top = torch.tensor(levels) - 1
+    scaled = ((x.tanh() if squash else x) + 1) / 2 * top
+    steps = scaled.floor() if down else scaled.round()
+    return steps if digits else steps / top * 2 - 1
+
+
+def twice_as_fine(x, taps, mode: str = "replicate", first: int = 0) -> torch.Tensor:
+    """Upsampling by 2; the padding and the place of the zeros can be wrong."""
+    reach = len(taps) // 4
+    wide = F.pad(x, (reach, reach), mode=mode)
+    pair = [wide, torch.zeros_like(wide)]
+    spread = torch.stack(pair[::-1] if first else pair, 2).flatten(1)
+    return 2 * spread.unfold(1, len(taps), 1)[:, : 2 * x.shape[1]] @ taps
+
+
+def header(raw: bytes) -> bytes:
+    """The JSON of a safetensors file."""
+    return raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+
+
+def stored(raw: bytes, name: str, start: int | None = None, order: str = "little"):
+    """A tensor of a safetensors file; start and order can be wrong."""
+    entry = json.loads(header(raw))[name]
+    first = 8 + int.from_bytes(raw[:8], order) if start is None else start
+    begin, end = entry["data_offsets"]
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[entry["dtype"]]
+    data = bytearray(raw[first + begin : first + end])
+    return torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+
+
+def counted(config) -> int:
+    """The weights of a decoder without embeddings, from the modules themselves."""
+    with torch.device("meta"):
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+    return sum(p.numel() for layer in layers for p in layer.parameters()) + config.hidden_size
+
+
+def blocks(frames: int, block: int, back: int, ahead: int) -> torch.Tensor:
+    """The mask of the DiT, by a loop over frames."""
+    rows = []
+    for i in range(frames):
+        rows.append([-back <= j // block - i // block <= ahead for j in range(frames)])
+    return torch.tensor(rows)
+
+
+def velocity_error(predict, x1, x0, t, sign: int = 1, clean: bool = False) -> torch.Tensor:
+    """The loss of flow matching; each switch does one thing wrong."""
+    t_column = t[:, None]
+    point = x1 if clean else (1 - t_column) * x0 + t_column * x1
+    return F.mse_loss(predict(point, t), sign * (x1 - x0))
+
+
+def steps_of(velocity, x, grid, late: bool = False, even: bool = False) -> torch.Tensor:
+    """Euler's method; each switch does one thing wrong."""
+    points = [x]
+    for start, end in zip(grid, grid[1:]):
+        step = (grid[-1] - grid[0]) / (len(grid) - 1) if even else end - start
+        points.append(points[-1] + step * velocity(end if late else start, points[-1]))
+    return torch.stack(points)
 
 
 def noticed(
@@ -127,6 +182,13 @@ def noticed(
     (old, new) = (sum(map(len, rows)) / (1 if total else len(rows)) for rows in (before, after))
     found = ["longer"] * (new > 1.5 * old) + ["shorter"] * (short and new < old / 1.5)
     return found + ["stuck"] * (run(after) > twice * run(before))
+
+
+def scored(logits, targets, raw: bool = False):
+    """Log-probability of the targets of one utterance; the switch leaves the softmax out."""
+    counted = targets != -100
+    scores = logits if raw else logits.log_softmax(-1)
+    return scores[counted].gather(1, targets[counted][:, None]).sum()
 
 
 BUGS = {
@@ -402,31 +464,38 @@ BUGS = {
         ],
     },
     "08": {
-        "bits_per_second": [
-            lambda ls, rate: rate * math.log2(sum(ls)),
-            lambda ls, rate: rate * math.log(math.prod(ls)),
-            lambda ls, rate: rate * math.ceil(math.log2(math.prod(ls))),
-            lambda ls, rate: rate * math.prod(ls),
-            lambda ls, rate: math.log2(rate * math.prod(ls)),
+        "my_collapse": [
+            lambda path, blank=0: [x for x in path if x != blank],
+            lambda path, blank=0: [x for x, _ in groupby(x for x in path if x != blank)],
+            lambda path, blank=0: [x for x, _ in groupby(path)],
+            lambda path, blank=0: sorted(set(path) - {blank}),
         ],
-        "digits_of": [
-            lambda c, ls: [c // math.prod(ls[:i]) % n for i, n in enumerate(ls)],
-            lambda c, ls: [(c - 1) // math.prod(ls[i + 1 :]) % n for i, n in enumerate(ls)],
-            lambda c, ls: [(c - 1) // math.prod(ls[:i]) for i, n in enumerate(ls)],
-            lambda c, ls: [(c - 1) // n**i % n for i, n in enumerate(ls)],
+        "my_fsq": [
+            lambda x, levels: rounded(x, levels, squash=False),
+            lambda x, levels: rounded(x, levels, down=True),
+            lambda x, levels: rounded(x, levels, digits=True),
+            lambda x, levels: rounded(x, [n + 1 for n in levels]),
+            lambda x, levels: x.tanh(),
+        ],
+        "my_forward": [
+            lambda p, x: read_as(p, x, stay=False),
+            lambda p, x: read_as(p, x, leap=False),
+            lambda p, x: read_as(p, x, equal=True),
+            lambda p, x: read_as(p, x, ends=1),
+            lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d]),
+        ],
+        "my_nearest": [
+            lambda x, book: (x @ book.T).argmax(-1),
+            lambda x, book: (x[..., None, :] - book).square().sum(-1).argmax(-1),
+            lambda x, book: (x[..., None, :] - book).sum(-1).abs().argmin(-1),
+            lambda x, book: (x[..., None, :] - book).square().sum(-1).min(-1).values,
+            lambda x, book: (x[..., None, :] - book).square().sum(-1).argmin(-1) + 1,
         ],
         "shortest": [
             lambda text: len(text),
             lambda text: 2 * len(text) + 1,
             lambda text: 2 * len(text) - len(set(text)),
             lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:])),
-        ],
-        "chance_of": [
-            lambda p, x: read_as(p, x, stay=False),
-            lambda p, x: read_as(p, x, leap=False),
-            lambda p, x: read_as(p, x, equal=True),
-            lambda p, x: read_as(p, x, ends=1),
-            lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d]),
         ],
     },
     "09": {
@@ -465,24 +534,33 @@ BUGS = {
         ],
     },
     "10": {
-        "seen": [
-            lambda i, n, b, back, ahead: [max(i - back * b, 0), min(i + ahead * b, n - 1)],
-            lambda i, n, b, back, ahead: [
-                max((i // b - back) * b, 0),
-                (i // b + ahead + 1) * b - 1,
-            ],
-            lambda i, n, b, back, ahead: [
-                (i // b - back) * b,
-                min((i // b + ahead + 1) * b - 1, n - 1),
-            ],
-            lambda i, n, b, back, ahead: [
-                max((i // b - back) * b, 0),
-                min((i // b + ahead) * b, n - 1),
-            ],
-            lambda i, n, b, back, ahead: [
-                max((i // b - ahead) * b, 0),
-                min((i // b + back + 1) * b - 1, n - 1),
-            ],
+        "my_mask": [
+            lambda n, b, back, ahead: blocks(n, b, ahead, back),
+            lambda n, b, back, ahead: blocks(n, 1, back * b, ahead * b),
+            lambda n, b, back, ahead: blocks(n, b, back, max(ahead - 1, 0)),
+            lambda n, b, back, ahead: ~blocks(n, b, back, ahead),
+            lambda n, b, back, ahead: blocks(n, b, back, ahead).T,
+        ],
+        "my_flow_loss": [
+            lambda v, x1, x0, t: ((v((1 - t) * x0 + t * x1, t) - x1 + x0) ** 2).mean(),
+            lambda v, x1, x0, t: velocity_error(v, x0, x1, t),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t, sign=-1),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t) * x1.numel(),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t, clean=True),
+            lambda v, x1, x0, t: velocity_error(v, x1, x0, t) ** 0.5,
+        ],
+        "my_euler": [
+            lambda v, x, grid: steps_of(v, x, grid, late=True),
+            lambda v, x, grid: steps_of(v, x, grid, even=True),
+            lambda v, x, grid: steps_of(v, x, grid)[1:],
+            lambda v, x, grid: steps_of(v, x, grid)[-1],
+            lambda v, x, grid: steps_of(lambda t, y: v(t, x), x, grid),
+        ],
+        "my_guided": [
+            lambda c, u, g: u + g * (c - u),
+            lambda c, u, g: c + g * (u - c),
+            lambda c, u, g: (1 + g) * c + g * u,
+            lambda c, u, g: c + g * c,
         ],
         "heun_step": [
             lambda f, y, a, b: y + (b - a) * f(a, y),
@@ -491,40 +569,34 @@ BUGS = {
             lambda f, y, a, b: y + (b - a) * (f(a, y) + f(b, y)) / 2,
             lambda f, y, a, b: y + (b - a) * f(b, y + (b - a) * f(a, y)),
         ],
-        "best": [
-            lambda x, t, ends: (ends - x).mean() / (1 - t),
-            lambda x, t, ends: leaving(x, t, ends, power=0),
-            lambda x, t, ends: leaving(x, t, ends, power=1),
-            lambda x, t, ends: leaving(x, t, ends, half=1),
-            lambda x, t, ends: leaving(x, t, ends, rest=False),
-            lambda x, t, ends: leaving(x, t, ends, surest=True),
-        ],
     },
     "11": {
-        "grown": [
-            lambda n, r, k: n * r,
-            lambda n, r, k: r * (n - 1) + k,
-            lambda n, r, k: r * (n - 1) + k - (k - r) // 2,
-            lambda n, r, k: r * n + k - 2 * ((k - r) // 2),
+        "my_transposed": [
+            lambda x, w, r: F.conv_transpose1d(x[None], w.flip(2), stride=r)[0],
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=1)[0],
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=r)[0][:, : r * x.shape[1]],
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=r)[0] / r,
+            lambda x, w, r: F.conv_transpose1d(x[None], w, stride=r, padding=1)[0],
         ],
-        "ghost": [
-            lambda hz, rate: 2 * hz,
-            lambda hz, rate: min(hz, rate - hz),
-            lambda hz, rate: rate - 2 * hz,
-            lambda hz, rate: 2 * hz % (rate / 2),
-        ],
-        "snake": [
+        "my_snake": [
             lambda x, a, b: x + (a[:, None] * x).sin() ** 2 / b[:, None],
             lambda x, a, b: x + (a.exp() * x).sin() ** 2 / b.exp(),
             lambda x, a, b: x + (a.exp()[:, None] * x).sin() / b.exp()[:, None],
             lambda x, a, b: x + (b.exp()[:, None] * x).sin() ** 2 / a.exp()[:, None],
             lambda x, a, b: x + (a.exp()[:, None] * x).sin() ** 2 * b.exp()[:, None],
         ],
-        "doubled": [
-            lambda x: [v for v in x for _ in range(2)],
-            lambda x: [w for v in x for w in (v, v / 2)],
-            lambda x: [w for v, n in zip(x, [*x[1:], 0]) for w in (v, (v + n) / 2)],
-            lambda x: [w for v, n in zip(x, x[1:]) for w in (v, (v + n) / 2)] + x[-1:],
+        "my_double": [
+            lambda x, taps: twice_as_fine(x, taps) / 2,
+            lambda x, taps: twice_as_fine(x, taps, mode="constant"),
+            lambda x, taps: twice_as_fine(x, taps, first=1),
+            lambda x, taps: twice_as_fine(x, taps).roll(1, 1),
+            lambda x, taps: x.repeat_interleave(2, 1),
+        ],
+        "alias": [
+            lambda hz, rate: 2 * hz,
+            lambda hz, rate: min(hz, rate - hz),
+            lambda hz, rate: rate - 2 * hz,
+            lambda hz, rate: 2 * hz % (rate / 2),
         ],
         "sees": [
             lambda k, ds: sum(k // 2 * d + k // 2 for d in ds),
@@ -596,29 +668,27 @@ BUGS = {
         ],
     },
     "14": {
-        "pull": [
-            lambda w, r, w0, r0, b: 1 / (1 + math.exp(b * (w - w0 - r + r0))),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (r - r0 - w + w0))),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(w - w0 - r + r0)),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (w - r))),
-            lambda w, r, w0, r0, b: b / (1 + math.exp(b * (w - w0 + r - r0))),
+        "my_sequence_log_prob": [
+            lambda x, y: scored(x, y.clamp_min(0)),
+            lambda x, y: scored(x, y) / (y != -100).sum(),
+            lambda x, y: scored(x, y, raw=True),
+            lambda x, y: scored(x, y).exp(),
+            lambda x, y: scored(x[:-1], y[1:]),
+            lambda x, y: print(scored(x, y)),
         ],
-        "pair_of": [
-            lambda n: [n.index(min(n)), n.index(max(n))],
-            lambda n: [n.index(min(n)), n.index(max(n))] * (n[0] > 0),
-            lambda n: [n.index(max(n)), n.index(min(n))] if max(n) > min(n) + 1 else [],
-            lambda n: (
-                [len(n) - 1 - n[::-1].index(min(n)), n.index(max(n))] if max(n) > min(n) + 1 else []
-            ),
-            lambda n: [n.index(min(n)), n.index(max(n))] if max(n) > min(n) else [],
-            lambda n: [min(n), max(n)] if max(n) > min(n) + 1 else [],
+        "my_dpo": [
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (w - r)).mean(),
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (w - w0 + r - r0)).mean(),
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (r - r0 - w + w0)).mean(),
+            lambda w, r, w0, r0, b: -F.logsigmoid(b * (w - w0 - r + r0)).sum(),
+            lambda w, r, w0, r0, b: -b * F.logsigmoid(w - w0 - r + r0).mean(),
+            lambda w, r, w0, r0, b: -(b * (w - w0 - r + r0)).sigmoid().log().mean(),
         ],
-        "balance": [
-            lambda p, b: math.log(p / (1 - p)),
-            lambda p, b: math.log(p / (1 - p)) * b,
-            lambda p, b: math.log((1 - p) / p) / b,
-            lambda p, b: math.log(p) / b,
-            lambda p, b: p / (1 - p) / b,
+        "my_weight": [
+            lambda m, b: b * (b * m).sigmoid(),
+            lambda m, b: (-b * m).sigmoid(),
+            lambda m, b: b * (-m).sigmoid(),
+            lambda m, b: -b * (-b * m).sigmoid(),
         ],
         "hacks": [
             lambda a, b: noticed(a, b, total=True),
@@ -629,18 +699,20 @@ BUGS = {
         ],
     },
     "15": {
-        "cache_weighs": [
-            lambda n, h, s, d, t: 2 * n * h * d * t * 2,
-            lambda n, h, s, d, t: n * s * d * t * 2,
-            lambda n, h, s, d, t: 2 * n * s * d * t,
-            lambda n, h, s, d, t: 2 * n * s * d * 2,
+        "my_tensor": [
+            lambda raw, name: stored(raw, name, start=0),
+            lambda raw, name: stored(raw, name, start=8),
+            lambda raw, name: stored(raw, name).flatten(),
+            lambda raw, name: stored(raw, name, order="big"),
+            lambda raw, name: stored(raw, name).float() * 2,
+            lambda raw, name: stored(raw, next(iter(json.loads(header(raw))))),
         ],
-        "pass_ms": [
-            lambda n, w, g, t: 2 * n / g / 1e6 + 2 * n * w / t / 1e9,
-            lambda n, w, g, t: 2 * n / g / 1e6,
-            lambda n, w, g, t: 2 * n * w / t / 1e9,
-            lambda n, w, g, t: max(2 * n / g / 1e6, n * w / t / 1e9),
-            lambda n, w, g, t: min(2 * n / g / 1e6, 2 * n * w / t / 1e9),
+        "my_decoder": [
+            lambda c: counted(c) - c.hidden_size,
+            lambda c: counted(c) - 2 * c.num_hidden_layers * c.hidden_size,
+            lambda c: counted(c) + c.num_hidden_layers * c.hidden_size,
+            lambda c: counted(replace(c, num_key_value_heads=c.num_attention_heads)),
+            lambda c: counted(replace(c, num_hidden_layers=1)),
         ],
         "problems": [
             lambda a, b: [sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys()), []],
@@ -659,6 +731,14 @@ BUGS = {
                 sorted(b.keys() - a.keys()),
                 [n for n in a if n in b and math.prod(a[n]) != math.prod(b[n])],
             ],
+        ],
+        "pass_ms": [
+            lambda n, b, w, g, t: b * n / 8 / g / 1e6 + 2 * n * w / t / 1e9,
+            lambda n, b, w, g, t: b * n / 8 / g / 1e6,
+            lambda n, b, w, g, t: 2 * n * w / t / 1e9,
+            lambda n, b, w, g, t: max(b * n / 8 / g / 1e6, n * w / t / 1e9),
+            lambda n, b, w, g, t: min(b * n / 8 / g / 1e6, 2 * n * w / t / 1e9),
+            lambda n, b, w, g, t: max(2 * n / g / 1e6, 2 * n * w / t / 1e9),
         ],
     },
 }

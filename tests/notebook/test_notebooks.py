@@ -43,7 +43,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[
 BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside this folder\n'
 # what chapters will teach that are still being written: a chapter that is there has no allowance
 LOOSEST = 0.02  # the largest tolerance of a proof
-BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 400_000, range(20, 36), 300, 25, 100
+BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 600_000, range(20, 46), 460, 25, 100
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
