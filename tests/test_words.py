@@ -1,5 +1,6 @@
 """One word for one thing: the package and its documents use the standard terms of the field."""
 
+import json
 import re
 from pathlib import Path
 
@@ -61,6 +62,23 @@ STANDARD = {
     "synthesised": "synthesized",
     "synthesiser": "synthesizer",
 }
+# What prose of notebooks says in their place, besides.
+PROSE = {
+    "dear": "expensive",
+    "film": "video",
+    "films": "videos",
+    "habit": "behavior, convention",
+    "knife": "patch size",
+    "picture": "image, figure, spectrogram",
+    "pictures": "images, figures",
+    "purse": "token budget",
+    "scalar": "dot (product)",
+    "spread": "standard deviation",
+    "swing": "cycle",
+    "swings": "cycles",
+    "walls": "mask",
+}
+CHAPTERS_IN_STANDARD_WORDS = ("01", "04")  # of the notebooks
 # Terms of the field, other programs, and seeds, whose random numbers depend on their text.
 ALLOWED = re.compile(r"teacher[ _-]forc\w+|ms-swift|-ears-|-eyes-")
 CHAPTERS = re.compile(r"<!-- chapters -->.*?<!-- end of chapters -->", re.DOTALL)  # of notebooks
@@ -86,6 +104,18 @@ def words(text: str) -> set[str]:
 def test_standard_words(path):
     found = words(path.read_text(encoding="utf-8")) & STANDARD.keys()
     assert {word: STANDARD[word] for word in sorted(found)} == {}
+
+
+@pytest.mark.parametrize("number", CHAPTERS_IN_STANDARD_WORDS)
+def test_standard_words_in_the_prose_of_a_notebook(number):
+    path = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    # A title is a question in everyday words: README has it too.
+    prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    text = re.sub(r"^# .*$", "", "\n".join(prose), flags=re.MULTILINE)
+    standard = STANDARD | PROSE
+    found = words(text) & standard.keys()
+    assert {word: standard[word] for word in sorted(found)} == {}
 
 
 def test_words_of_a_text():

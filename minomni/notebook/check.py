@@ -146,13 +146,28 @@ def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
     """How an answer differs from the expected one; empty if it does not."""
     if isinstance(expected, dict) or _has_text(expected):
         return "" if answer == expected else _mismatch(answer, expected)
+    if isinstance(expected, tuple) and any(isinstance(part, Tensor) for part in expected):
+        return _wrong_parts(answer, expected, tolerance)
     try:
         mine, theirs = _tensor(answer), _tensor(expected)
+        if mine.is_floating_point():
+            theirs = theirs.to(mine.dtype)  # integers in a case stand for floats, too
         problem = difference(mine, theirs, tolerance)
     except (TypeError, ValueError, RuntimeError):
         return _mismatch(answer, expected)
     whole = mine.shape == theirs.shape and 1 < mine.numel() <= WHOLE
     return _mismatch(_rounded(mine), _rounded(theirs)) if problem and whole else problem
+
+
+def _wrong_parts(answer: Any, expected: tuple, tolerance: float) -> str:
+    """How the first differing part of an answer of several tensors differs."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
+        return f"{type(answer).__name__}, expected {len(expected)} tensors"
+    for i, (mine, theirs) in enumerate(zip(answer, expected)):
+        problem = _wrong(mine, theirs, tolerance)
+        if problem:
+            return f"as part {i}: {problem}"
+    return ""
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -341,13 +341,14 @@ def flow(*steps: str, wide: int = 860):
     Operations are boxes, tensors stand on the arrows between them. Continues on a new line when it
     is wider than `wide` pixels.
     """
-    parts, x, y, right = [], 4, 24, 0
+    parts: list[str] = []
+    x, y, right = 4.0, 24, 0.0
     for i, step in enumerate(steps):
         width = 16 + 6.8 * len(step)
         is_box = i % 2 == 1
         following = 16 + 6.8 * len(steps[i + 1]) if i + 1 < len(steps) and is_box else 0
         if is_box and x + width + following > wide:
-            x, y = 4, y + 52
+            x, y = 4.0, y + 52
         if is_box:
             parts.append(_box(x, y, width, step))
         else:

@@ -1,0 +1,84 @@
+"""Prose of the chapters of the second edition: the field's terms in bold, formulas, references."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+# What a chapter introduces, in bold at first use.
+TERMS = {
+    "01": (
+        "sampling rate",
+        "harmonics",
+        "fundamental frequency",
+        "formants",
+        "Fourier transform",
+        "discrete Fourier transform",
+        "power",
+        "bin",
+        "Nyquist frequency",
+        "aliasing",
+        "phase",
+        "spectral leakage",
+        "Hann window",
+        "mel scale",
+        "decibels",
+        "dynamic range",
+        "short-time Fourier transform",
+        "frames",
+        "mel filter bank",
+        "log-mel spectrogram",
+        "vocoder",
+    ),
+    "04": (
+        "vision encoder",
+        "vision transformer",
+        "window attention",
+        "windows",
+        "Rotary position embedding",
+        "merge cell",
+        "attention weights",
+        "RMSNorm",
+        "SwiGLU",
+        "receptive field",
+    ),
+}
+FORMULAS = {"01": 4, "04": 4}  # displayed ones, at least
+REFERENCES = {"01": 6, "04": 9}  # links out of the course, at least
+
+
+def prose(number: str) -> str:
+    path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("number", TERMS)
+def test_a_chapter_introduces_its_terms(number):
+    text = prose(number)
+    assert [term for term in TERMS[number] if f"**{term}**" not in text] == []
+
+
+@pytest.mark.parametrize("number", TERMS)
+def test_a_chapter_has_formulas_references_and_the_glossary(number):
+    text = prose(number)
+    displayed = re.findall(r"\$\$.+?\$\$", text, re.DOTALL)
+    assert len(displayed) >= FORMULAS[number]
+    assert len(set(re.findall(r"\]\((https://[^)]+)\)", text))) >= REFERENCES[number]
+    assert "(glossary.md)" in text
+
+
+@pytest.mark.parametrize("number", TERMS)
+def test_every_exercise_states_its_cost_and_explains_its_solution(number):
+    text = prose(number)
+    headings = re.findall(r"^### Exercise \d+ · (.+)$", text, re.MULTILINE)
+    assert headings
+    stated = re.compile(r"\(\d+ minutes, [★☆]{3}, importance [●○]{3}\)$")
+    assert [heading for heading in headings if not stated.search(heading)] == []
+    folded = re.findall(r"<summary>Solution</summary>.+?</details>", text, re.DOTALL)
+    assert len(folded) == len(headings)
+    # An explanation follows the code.
+    assert [part for part in folded if not re.search(r"```\n\S.+\n?</details>", part)] == []
+    assert text.count("### Open question") == 1
