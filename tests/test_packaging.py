@@ -87,7 +87,7 @@ def test_the_wheel_holds_code_and_data(wheel):
 
 
 def test_the_wheel_depends_on_the_requirements(wheel):
-    """The files of requirements, their comments left out; dev and tune are extras."""
+    """The files of requirements, their comments left out; dev holds the other extras too."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
@@ -96,6 +96,9 @@ def test_the_wheel_depends_on_the_requirements(wheel):
     for file, suffix in (
         ("requirements.txt", ""),
         ("requirements-dev.txt", '; extra == "dev"'),
+        ("requirements-serve.txt", '; extra == "dev"'),
+        ("requirements-tune.txt", '; extra == "dev"'),
+        ("requirements-serve.txt", '; extra == "serve"'),
         ("requirements-tune.txt", '; extra == "tune"'),
     ):
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines():

@@ -188,6 +188,7 @@ def test_every_import_is_pinned():
     # pip cannot install resemblyzer with its dependencies everywhere, see requirements-dev.txt.
     judges = {"faster_whisper", "resemblyzer"}
     assert imports("minomni") <= wanted | {"IPython"} | judges
-    # torchvision comes with the transformers that test_export.py installs apart; qwen_omni_utils is
-    # used by hand only.
-    assert imports("tests") <= wanted | names["-dev"] | {"torchvision", "qwen_omni_utils"}
+    # torchvision comes with the transformers that test_export.py installs apart, httpx with openai;
+    # qwen_omni_utils is used by hand only.
+    others = {"torchvision", "httpx", "qwen_omni_utils"}
+    assert imports("tests") <= wanted | names["-dev"] | others

@@ -184,11 +184,16 @@ def check_shapes(stored: dict[str, Tensor], expected: dict[str, Tensor], label: 
         name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)
     )
     if wrong:
-        found, wanted = (tuple(rows.get(wrong[0], ())) for rows in shapes)
+        found, wanted = (shape_text(rows.get(wrong[0])) for rows in shapes)
         raise UserError(
-            f"{label}: belongs to another model: {shorten(wrong[0], 100)} is {found}, and this "
-            f"model needs {wanted}"
+            f"{label}: belongs to another model: {shorten(wrong[0], 100)} is {found} in the adapter "
+            f"and {wanted} in this model"
         )
+
+
+def shape_text(shape: torch.Size | None) -> str:
+    """A shape for a message."""
+    return "missing" if shape is None else str(tuple(shape))
 
 
 def merge_lora(omni: Omni) -> None:
