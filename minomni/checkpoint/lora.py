@@ -179,21 +179,14 @@ def our_name(name: str) -> str:
 
 def check_shapes(stored: dict[str, Tensor], expected: dict[str, Tensor], label: str) -> None:
     """Raises UserError unless an adapter's tensors are those of the injected layers."""
-    shapes = [{name: tensor.shape for name, tensor in rows.items()} for rows in (stored, expected)]
-    wrong = sorted(
-        name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)
-    )
-    if wrong:
-        found, wanted = (shape_text(rows.get(wrong[0])) for rows in shapes)
-        raise UserError(
-            f"{label}: belongs to another model: {shorten(wrong[0], 100)} is {found} in the adapter "
-            f"and {wanted} in this model"
-        )
-
-
-def shape_text(shape: torch.Size | None) -> str:
-    """A shape for a message."""
-    return "missing" if shape is None else str(tuple(shape))
+    for name in sorted(stored.keys() | expected.keys()):
+        found = tuple(stored[name].shape) if name in stored else "missing"
+        wanted = tuple(expected[name].shape) if name in expected else "unknown"
+        if found != wanted:
+            raise UserError(
+                f"{label}: belongs to another model: {shorten(name, 100)} is {found} in the "
+                f"adapter and {wanted} here"
+            )
 
 
 def merge_lora(omni: Omni) -> None:

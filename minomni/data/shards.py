@@ -18,6 +18,7 @@ import tarfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,11 +163,11 @@ def write_index(folder: Path) -> None:
                 content = tar.extractfile(entry)
                 crc = zlib.crc32(content.read()) if content else 0
                 members.extend((shard, entry.offset_data, entry.size, crc))
-                tar.members = []  # tarfile would keep all of them
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
     samples.append(len(members) // 4)
     arrays = {MEMBERS: np.asarray(members).reshape(-1, 4), SAMPLES: np.asarray(samples)}
     for name, values in arrays.items():
-        write_atomically(folder / name, lambda file, values=values: np.save(file, values))
+        write_atomically(folder / name, partial(np.save, arr=values))
 
 
 def open_tar(path: Path) -> tarfile.TarFile:
