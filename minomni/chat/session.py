@@ -175,9 +175,7 @@ class Session:
         self.truncate(turn.length, turn.position)
         self.turn = UserTurn(self)
 
-    def track_reply(
-        self, events: Iterator[TextChunk | AudioChunk | ReplyDone | None]
-    ) -> Generator:
+    def track_reply(self, events: Iterator[TextChunk | AudioChunk | ReplyDone | None]) -> Generator:
         """The events of a reply, recording how much of it was handed out."""
         for event in events:
             if isinstance(event, AudioChunk):
