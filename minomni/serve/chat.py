@@ -59,15 +59,15 @@ class Answer:
         omni = self.server.omni
         options = stream_options(omni.config, request.seed, LOW_LATENCY, None, request.options)
         # Decoding media is not the model's work and does not hold up the others' steps.
-        voice, prompt = await asyncio.to_thread(
+        voice, inputs = await asyncio.to_thread(
             omni.prepare,
             request.messages,
             request.voice,
             request.speech,
             request.use_audio_in_video,
         )
-        self.prompt = prompt
-        return client.submit(answer_steps(omni, prompt, voice, options, self.ids))
+        self.prompt = inputs
+        return client.submit(answer_steps(omni, inputs, voice, options, self.ids))
 
     def finish_reason(self) -> str:
         """Why the answer ended: by itself, or at the limit of its length."""

@@ -540,7 +540,7 @@ class Conversation:
         """Turn the events of an answer into those of the API."""
         self.send("response.created", response=response_object(response, "in_progress"))
         item = answer_item(response, "in_progress")
-        place: dict[str, Any] = {"response_id": response.id, "item_id": response.item}
+        place: dict = {"response_id": response.id, "item_id": response.item}
         place |= {"output_index": 0, "content_index": 0}
         part = content_part(response, "")
         self.send("response.output_item.added", response_id=response.id, output_index=0, item=item)

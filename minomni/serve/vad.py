@@ -15,7 +15,10 @@ from minomni.config import INPUT_SAMPLE_RATE
 FRAME = INPUT_SAMPLE_RATE // 50  # samples
 FRAME_MS = 20
 QUIET_DB = -55.0  # of full scale: below this, nothing is speech
-RISE_DB = 0.06  # per frame: how fast the background may get louder, 3 dB per second
+# Per frame: how fast the background may get louder. During speech it hardly does, as long speech
+# would become its own background.
+RISE_DB = 0.06  # 3 dB per second
+RISE_IN_SPEECH_DB = 0.01
 BEGIN_FRAMES = 5  # loud frames of the last WINDOW that begin speech
 WINDOW = 7
 MIN_DB = -100.0
@@ -121,5 +124,6 @@ class VoiceDetector:
         if level < self.background:
             self.background += 0.2 * (level - self.background)
         else:
-            self.background += min(RISE_DB, level - self.background)
+            rise = RISE_IN_SPEECH_DB if self.speaking else RISE_DB
+            self.background += min(rise, level - self.background)
         return loud
