@@ -99,27 +99,6 @@ def test_tokenizer_spells_every_text(made):
     assert max(tokenizer.bytes_of) == min(tokenizer.special_tokens.values()) - 1
 
 
-@pytest.mark.slow
-def test_transformers_reads_the_folder(made):
-    transformers = pytest.importorskip("transformers")
-    official, info = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(
-        made, dtype="auto", output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    ids = torch.tensor([oracle.words(1, 12)])
-    ones = torch.ones_like(ids)
-    with torch.no_grad():
-        theirs = official.thinker.float()(ids, attention_mask=ones).logits
-        inputs = oracle.inputs("text")
-        inputs.input_ids, inputs.attention_mask = ids, ones
-        ours = minomni.load(made, dtype="float32").thinker(inputs)
-    assert torch.allclose(ours, theirs, atol=1e-3)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(made)
-    text = "the answer<|im_end|>"
-    assert tokenizer(text)["input_ids"] == weights.load(made).tokenizer.encode(text)
-
-
 # ----------------------------------------------------------------------------------------------
 # writing
 def test_same_seed_gives_the_same_bytes(made, tmp_path):
