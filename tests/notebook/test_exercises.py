@@ -400,6 +400,7 @@ BUGS = {
             lambda s, r, c: s + 1,
         ],
         "time_id": [
+            lambda s, t: s + int(t * 25),  # in double precision
             lambda s, t: s + round(t * 25),
             lambda s, t: s + math.ceil(t * 25),
             lambda s, t: s + int(t) * 25,
