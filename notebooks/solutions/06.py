@@ -8,7 +8,7 @@ def id_after(start, rows, columns):
 
 
 def time_id(start, seconds):
-    return start + int(seconds * 25)
+    return start + int(torch.tensor(seconds) * 25)
 
 
 def axis_of(j, section):

@@ -405,6 +405,7 @@ BUGS = {
             lambda s, r, c: s + 1,
         ],
         "time_id": [
+            lambda s, t: s + int(t * 25),  # in double precision
             lambda s, t: s + round(t * 25),
             lambda s, t: s + math.ceil(t * 25),
             lambda s, t: s + int(t) * 25,
@@ -824,6 +825,37 @@ def test_grade_shows_the_first_counter_example(capsys):
     assert "raised IndexError" in capsys.readouterr().out
     grade(lambda x: "two", ((1,), 2), minutes=1, difficulty=1)
     assert "gave 'two', expected 2" in capsys.readouterr().out
+
+
+def test_grade_tells_a_forgotten_return_from_a_stub_and_names_the_case(capsys):
+    def stub(x):
+        """Says what to do."""
+        ...
+
+    def forgetful(x):
+        print(2 * x)
+
+    grade(stub, ((1,), 2), minutes=1, difficulty=1)
+    assert capsys.readouterr().out == "stub (1 min, ★☆☆): not attempted\n"
+    grade(forgetful, ((1,), 2, "twice"), minutes=1, difficulty=1, importance=2)
+    said = capsys.readouterr().out
+    assert "importance ●●○): ✗ forgetful(1) returned nothing" in said
+    assert said.endswith("(twice)\n")
+    parts = (torch.ones(2), torch.zeros(2))
+    grade(lambda: parts[::-1], ((), parts), minutes=1, difficulty=1)
+    assert "as part 0: [0.0, 0.0], expected [1.0, 1.0]" in capsys.readouterr().out
+
+
+def test_grade_goes_on_with_the_solution_until_the_answer_passes():
+    def heard_at(hz, rate):
+        return min(hz % rate, rate - hz % rate)
+
+    case = ((9_000, 16_000), 7_000)
+    about = {"minutes": 1, "difficulty": 1, "chapter": "01"}
+    assert grade(heard_at, case, **about) is heard_at
+    solved_one = grade(heard_at, ((9_000, 16_000), 1), **about)
+    assert solved_one is not heard_at
+    assert solved_one(9_000, 16_000) == 7_000
 
 
 def test_grade_keeps_its_cases_from_being_changed(capsys):
