@@ -306,6 +306,7 @@ def live_objects() -> tuple[int, int]:
     )
 
 
+@pytest.mark.slow
 def test_closed_streams_release_their_memory(limited):
     omni = limited(codes=30, points=2, solver="euler")
     question = messages({"text": "say the red circle is left of the blue square"})

@@ -290,6 +290,7 @@ def test_long_examples_are_long(tmp_path):
     assert words > 50  # in five dictations: sentences have up to twelve
 
 
+@pytest.mark.slow
 def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
     monkeypatch.undo()
     if not text_to_speech.available():

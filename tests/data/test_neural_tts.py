@@ -85,6 +85,7 @@ def test_samples_depend_on_the_job_and_the_seed_alone():
     assert not np.array_equal(together[0], other[0])
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.skipif(not text_to_speech.available(), reason="espeakng-loader is not installed")
 def test_both_synthesizers_in_one_part():

@@ -166,6 +166,7 @@ def test_judged_sentences_are_held_out_and_spoken_by_all_voices():
 # the real judges
 
 
+@pytest.mark.slow
 def test_whisper_understands_recordings_and_repeats_itself_exactly(recordings):
     recognizer = installed(OpenRecognizer)
     transcripts = [recognizer.transcribe(wave, 16_000) for _, wave, _ in recordings]
@@ -185,6 +186,7 @@ def test_damaged_weights_of_whisper_are_refused(monkeypatch):
         OpenRecognizer()
 
 
+@pytest.mark.slow
 def test_dnsmos_prefers_speech_to_noise(recordings):
     scorer = installed(NaturalnessScorer)
     _, wave, _ = recordings[0]
@@ -202,6 +204,7 @@ def test_dnsmos_gives_the_numbers_of_its_package():
     assert scorer.score(long, 16_000) == pytest.approx(2.2170366, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_voices_resemble_themselves_most(recordings):
     encoder = installed(SpeakerSimilarity)
     speech = corpus.sample_recordings(held_out=False)

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FIRST = (
     "06_tmrope",
-    "10_flow_dit",
+    "01_log_mel",
     "12_streaming",
 )  # what is touched most; others stand in for missing ones
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

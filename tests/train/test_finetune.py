@@ -752,6 +752,7 @@ def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_
     assert whole == halves
 
 
+@pytest.mark.slow
 def test_load_fine_tuned_model(tmp_path, small, tiny_folder, spoken):
     data, out = write(tmp_path, spoken), tmp_path / "tuned"
     finetune.finetune("tiny", data, out, epochs=1)
