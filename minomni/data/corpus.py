@@ -71,6 +71,11 @@ class Utterance:
     end: int
 
 
+def is_own_statement(utterance: Utterance) -> bool:
+    """Whether an utterance is a statement in one of the model's own voices."""
+    return utterance.voice in grammar.VOICES and utterance.text in grammar.statements()
+
+
 class SpeechCorpus:
     """A corpus of recordings: `utterances` and, by index, float32 waves at 16 kHz."""
 

@@ -14,7 +14,7 @@ from minomni.chat.reply import Reply, ReplyDone
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar, scenes
 from minomni.data.batching import batched
-from minomni.data.corpus import SpeechCorpus, Utterance, corpus
+from minomni.data.corpus import SpeechCorpus, Utterance, corpus, is_own_statement
 from minomni.data.examples import ExampleBuilder
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import evaluation_words
@@ -216,9 +216,7 @@ class Evaluator:
         It chooses among the sentences of the grammar (closed_): speech_chain.py has the word error
         rates of a recognizer that may write anything.
         """
-        chosen = self.recordings(
-            lambda u: u.voice in grammar.VOICES and u.text in grammar.statements()
-        )
+        chosen = self.recordings(is_own_statement)
 
         # A model from elsewhere has other voices, which the classifier does not know.
         classifier = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import grammar
-from minomni.data.corpus import SpeechCorpus, corpus
+from minomni.data.corpus import corpus, is_own_statement
 from minomni.eval.outside_judges import (
     NaturalnessScorer,
     NotInstalled,
@@ -129,7 +129,8 @@ def speech_chain_metrics(evaluator: "Evaluator") -> list[Metric]:
     omni = evaluator.omni
     speech = corpus("judged", evaluator.cache, evaluator.builder.english)
     has_our_voices = set(grammar.VOICES) <= set(omni.voices)
-    for i in sentence_indices(speech)[: evaluator.items]:
+    chosen = [i for i, u in enumerate(speech.utterances) if is_own_statement(u)]
+    for i in chosen[: evaluator.items]:
         utterance = speech.utterances[i]
         voice = utterance.voice if has_our_voices else None
         recording = speech.wave(i)
@@ -140,16 +141,6 @@ def speech_chain_metrics(evaluator: "Evaluator") -> list[Metric]:
         steps["streamed"] = Audio(streamed, reply.sample_rate)
         panel.judge(utterance.text, voice, steps, judgments)
     return judgments.metrics()
-
-
-def sentence_indices(speech: SpeechCorpus) -> list[int]:
-    """The recordings of statements in the model's voices."""
-    statements = grammar.statements()
-    return [
-        i
-        for i, u in enumerate(speech.utterances)
-        if u.voice in grammar.VOICES and u.text in statements
-    ]
 
 
 @torch.no_grad()

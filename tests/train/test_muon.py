@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minomni.train import muon
+from minomni.train.loop import Recipe, make_optimizers
 from minomni.train.muon import Muon, orthogonal
 
 
@@ -35,6 +36,44 @@ def test_muon_steps_as_torch_s_does(bf16, monkeypatch):
                 a, b, rtol=0, atol=tolerance * float((b - c).detach().abs().max())
             )
     assert mine.state_dict()["state"].keys() == other.state_dict()["state"].keys()
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (6, 2, 5)])
+def test_a_filter_is_updated_as_its_matrix(shape):
+    """[out, in, kernel] as [out, in * kernel], wide or high, beside a matrix of another shape."""
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=draw)
+    conv_filter = torch.nn.Parameter(start.clone())
+    matrix = torch.nn.Parameter(start.reshape(shape[0], -1).clone())
+    other = torch.nn.Parameter(torch.randn(3, 5, generator=draw))
+    optimizers = [Muon(group, lr=0.02) for group in ([conv_filter, other], [matrix])]
+    for _ in range(2):
+        gradient = torch.randn(shape, generator=draw)
+        conv_filter.grad = gradient
+        matrix.grad = gradient.reshape(shape[0], -1)
+        other.grad = torch.randn(3, 5, generator=draw)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(conv_filter.reshape(shape[0], -1), matrix)
+    assert not torch.equal(conv_filter, start)
+
+
+def test_muon_gets_matrices_and_filters_of_several_channels():
+    layers = {
+        "up": torch.nn.ConvTranspose1d(4, 2, 4),
+        "conv": torch.nn.Conv1d(4, 4, 3),
+        "linear": torch.nn.Linear(4, 4),
+        "depthwise": torch.nn.Conv1d(4, 4, 3, groups=4),
+        "last": torch.nn.Conv1d(4, 1, 3),
+        "patches": torch.nn.Conv3d(3, 4, 2),
+        "embed": torch.nn.Embedding(8, 4),
+    }
+    parameters = dict(torch.nn.ModuleDict(layers).named_parameters())
+    adamw, orthogonalized = make_optimizers(parameters, Recipe(steps=1, batch=1, lr=1.0))
+    assert isinstance(adamw, torch.optim.AdamW)
+    chosen = {id(parameter) for parameter in orthogonalized.param_groups[0]["params"]}
+    names = {name for name, parameter in parameters.items() if id(parameter) in chosen}
+    assert names == {"up.weight", "conv.weight", "linear.weight"}
 
 
 def test_newton_schulz_keeps_directions_and_evens_out_lengths():
