@@ -184,6 +184,12 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="leave out damaged samples of packed data, naming each",
     )
     train.add_argument(
+        "--held-out",
+        metavar="SPEAKER",
+        help="train without the rows of this speaker, and print how well the model answers them "
+        'before and after; spoken digits name the speaker in the file, JSONL rows in "speaker"',
+    )
+    train.add_argument(
         "--epochs", type=COUNT, help="passes over --data (default 3, more if it is small)"
     )
     train.add_argument(
@@ -447,8 +453,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
 
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
-    if arguments.lora or arguments.skip_corrupt:
-        raise UserError("--lora and --skip-corrupt go with --data")
+    if arguments.lora or arguments.skip_corrupt or arguments.held_out:
+        raise UserError("--lora, --skip-corrupt and --held-out go with --data")
 
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))
@@ -519,11 +525,32 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         lora=lora,
         lora_parts=lora_parts(arguments),
         skip_corrupt=arguments.skip_corrupt,
+        held_out_speaker=arguments.held_out,
     )
+    if arguments.held_out and distributed.is_first():
+        print(held_out_scores(arguments, folder, lora is not None, device))
     if lora and distributed.is_first():
         print(f"tuned: {folder}; python -m minomni merge {arguments.size} {folder} OUT")
     elif distributed.is_first():
         print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+
+
+def held_out_scores(
+    arguments: argparse.Namespace, tuned_folder: Path, is_adapter: bool, device: str
+) -> str:
+    """The answers to the held-out speaker before and after fine-tuning, as a table."""
+    from minomni.checkpoint.lora import load_lora
+    from minomni.eval import held_out_speaker
+
+    omni = load(arguments.size, device)
+    rows = held_out_speaker.held_out_rows(arguments.data, omni, arguments.held_out)
+    before = held_out_speaker.answer_metrics(omni, rows)
+    if is_adapter:
+        load_lora(omni, tuned_folder)
+    else:
+        omni = load(tuned_folder, device)
+    after = held_out_speaker.answer_metrics(omni, rows)
+    return held_out_speaker.comparison(before, after)
 
 
 def lora_parts(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """User-supplied training data: conversations on disk, validated in full, then read on demand.
 
     {"messages": [... as respond() takes them, the last one the assistant's text],
-     "speech": "reply.wav", "voice": "Me"}
+     "speech": "reply.wav", "voice": "Me", "speaker": "who asks"}
 
 One JSON object per line, or an array of such objects, in this layout or in one of those in
 jsonl_layouts.py. Media paths are relative to the file. Two well-known folder layouts are converted
@@ -62,6 +62,7 @@ class JsonlRow:
     speech: Any  # a source of load_audio()
     voice: str | None
     use_audio_in_video: bool
+    speaker: str | None  # who asks
 
 
 # ----------------------------------------------------------------------------------------------
@@ -87,6 +88,7 @@ def parse(text: str | bytes, folder: Path, system_prompt: str) -> JsonlRow:
         row.get("speech"),
         row.get("voice"),
         row.get("use_audio_in_video", False),
+        row.get("speaker"),
     )
 
 
@@ -131,11 +133,17 @@ class JsonlRows:
     """The rows of a file, read from disk one by one. In memory are 8 bytes per row: its offset.
 
     spoken: the indices of rows with speech. voices: the first recordings of each voice that the
-    model does not know [samples], by name. digest: a hash of the whole file.
+    model does not know [samples], by name. digest: a hash of the whole file. Rows of the held-out
+    speaker are kept apart; len() and indices do not count them.
     """
 
     def __init__(
-        self, path: Path, system_prompt: str, folder: Path | None = None, label: Path | None = None
+        self,
+        path: Path,
+        system_prompt: str,
+        folder: Path | None = None,
+        label: Path | None = None,
+        held_out_speaker: str | None = None,
     ):
         """path: a file with one row per line. folder: what its media are relative to, by default
         the file's folder. label: the name of the file in messages.
@@ -144,7 +152,9 @@ class JsonlRows:
         self.system_prompt = system_prompt
         self.folder = folder or path.parent
         self.label = shorten(label or path, 200)
+        self.held_out_speaker = held_out_speaker
         self.starts = array("q")  # offset of each row in bytes
+        self.held_out_starts = array("q")  # of each row of the held-out speaker
         self.spoken = array("q")
         self.voices: dict[str, Tensor] = {}
         self.first_recordings: dict[str, str] = {}  # line and file of a new voice's first recording
@@ -154,8 +164,16 @@ class JsonlRows:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> JsonlRow:
+        return self.row_at(self.starts[i])
+
+    def held_out(self) -> Iterator[JsonlRow]:
+        """The rows of the held-out speaker."""
+        return map(self.row_at, self.held_out_starts)
+
+    def row_at(self, start: int) -> JsonlRow:
+        """The row that begins at an offset in bytes."""
         with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
+            file.seek(start)
             return parse(file.readline(MAX_LINE_BYTES), self.folder, self.system_prompt)
 
     def add_speech(self, name: str, wave: Tensor, source: str) -> None:
@@ -165,22 +183,38 @@ class JsonlRows:
         self.voices[name] = torch.cat([earlier, wave])[: VOICE_SECONDS * INPUT_SAMPLE_RATE]
 
 
-def read_dataset(data: Path, run: Path, omni: "Omni") -> JsonlRows:
+def read_dataset(
+    data: Path, run: Path, omni: "Omni", held_out_speaker: str | None = None
+) -> JsonlRows:
     """A file of rows, or a folder in a known layout -> validated rows.
 
     Data that are not one row per line are converted to run/lines.jsonl. Every medium is opened and
     every prompt is built once. Raises one UserError that names the first bad lines;
-    run/bad_lines.txt then lists more of them.
+    run/bad_lines.txt then lists more of them. Also raises UserError for a held-out speaker who has
+    no row, or all of them.
     """
+    rows = convert_and_validate(data, run, omni, held_out_speaker)
+    if held_out_speaker is not None and not rows.held_out_starts:
+        raise UserError(
+            f"{rows.label}: no row has the speaker {shorten(held_out_speaker, 60)!r}; spoken "
+            f'digits name the speaker in the file, JSONL rows in "speaker"'
+        )
+    return rows
+
+
+def convert_and_validate(
+    data: Path, run: Path, omni: "Omni", held_out_speaker: str | None
+) -> JsonlRows:
+    """read_dataset() without the check of the speaker."""
     converted = run / "lines.jsonl"
     if is_folder(data):
         write_rows(layout(data), converted)
         unit = "row" if (data / "metadata.csv").is_file() else "recording"
-        return validate(converted, omni, run, unit, data=data)
+        return validate(converted, omni, run, unit, data, None, held_out_speaker)
     with open_regular(data, "the data") as file:
         start = file.read(4096)
     if has_row_per_line(start):
-        return validate(data, omni, run)
+        return validate(data, omni, run, held_out_speaker=held_out_speaker)
     # An array, or UTF-16.
     text = whole_text(data)
     if text.lstrip().startswith("["):
@@ -189,7 +223,7 @@ def read_dataset(data: Path, run: Path, omni: "Omni") -> JsonlRows:
     else:
         unit = "line"
         write_rows(text.split("\n"), converted)
-    return validate(converted, omni, run, unit, data=data, folder=data.parent)
+    return validate(converted, omni, run, unit, data, data.parent, held_out_speaker)
 
 
 def is_folder(path: Path) -> bool:
@@ -232,6 +266,7 @@ def validate(
     unit: str = "line",
     data: Path | None = None,
     folder: Path | None = None,
+    held_out_speaker: str | None = None,
 ) -> JsonlRows:
     """Validate a whole file of one row per line -> its rows.
 
@@ -239,7 +274,8 @@ def validate(
     or folder that `path` was converted from. folder: what media are relative to. Raises one
     UserError that names the first bad lines and what is wrong with them.
     """
-    rows = JsonlRows(path, omni.config.media.system_prompt, folder, data)
+    system_prompt = omni.config.media.system_prompt
+    rows = JsonlRows(path, system_prompt, folder, data, held_out_speaker)
     assert omni.tokenizer is not None  # load() sets it
     processor = Processor(omni.config, omni.tokenizer)
     errors: list[str] = []
@@ -268,6 +304,8 @@ def validate(
         errors = voice_errors(rows, omni)
     if errors:
         raise UserError(bad_rows_message(rows.label, errors, run, unit))
+    if rows.held_out_starts and not len(rows):
+        raise UserError(f"{rows.label}: all rows are of the held-out speaker; nothing to train on")
     if not len(rows):
         raise UserError(f"{rows.label}: holds no line; each is a JSON object with messages")
     return rows
@@ -289,6 +327,9 @@ def add_line(
         return str(error)
     except Exception as error:  # anything else a line may cause must name the line too
         return f"cannot be read ({type(error).__name__}: {shorten(error, 200)})"
+    if rows.held_out_speaker is not None and row.speaker == rows.held_out_speaker:
+        rows.held_out_starts.append(start)
+        return None
     if row.speech:
         rows.spoken.append(len(rows))
     rows.starts.append(start)
@@ -480,7 +521,10 @@ def digit_files(folder: Path) -> list[Path]:
 def spoken_digit(path: Path) -> dict:
     """A recording of the free-spoken-digit-dataset as a row: which digit is it?"""
     question = [{"type": "audio", "audio": str(path)}, {"type": "text", "text": WHICH_DIGIT}]
-    return question_and_answer(question, f"the digit is {NUMBERS[int(path.name[0])]}")
+    match = DIGIT_NAME.fullmatch(path.name)
+    assert match is not None  # digit_files() returns only such names
+    row = question_and_answer(question, f"the digit is {NUMBERS[int(match[1])]}")
+    return {**row, "speaker": match[2]}
 
 
 def ljspeech(folder: Path) -> Iterator[dict]:

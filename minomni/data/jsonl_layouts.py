@@ -1,7 +1,7 @@
 """Converts rows of training data in the layouts of other programs to one: messages and options.
 
 - ours: messages; speech (a recording of the last answer), voice (who speaks it),
-  use_audio_in_video
+  use_audio_in_video, speaker (who asks; --held-out names one)
 - OpenAI fine-tuning: messages with role, content (a string, or parts: text, image_url,
   input_audio), name, weight
 - ms-swift: messages (role, content, loss) whose text has <image>, <audio>, <video>; lists images,
@@ -35,7 +35,7 @@ from minomni.errors import UserError, shorten
 from minomni.inputs.prompt import IGNORED_MESSAGE_KEYS
 from minomni.inputs.source import is_uri
 
-OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video")
+OWN_KEYS = ("messages", "speech", "voice", "use_audio_in_video", "speaker")
 MEDIA_KINDS = {  # kind of the media in each list of a row
     "images": "image",
     "audios": "audio",
@@ -107,7 +107,8 @@ def normalize_row(row: Any, folder: Path) -> dict:
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [absolute_paths(item, folder) for item in message["content"]]
-    options = {key: row[key] for key in ("voice", "use_audio_in_video") if key in row}
+    names = ("voice", "use_audio_in_video", "speaker")
+    options = {key: row[key] for key in names if key in row}
     if row.get("speech"):
         options["speech"] = absolute_path(row["speech"], folder)
     return {"messages": messages, **options}
@@ -136,7 +137,7 @@ def check_keys(row: dict) -> None:
             f"unknown key {shorten(unknown[0], 60)!r}; keys are {', '.join(OWN_KEYS)}, "
             f"and those of other layouts (jsonl_layouts.py lists them)"
         )
-    for key in ("speech", "voice"):
+    for key in ("speech", "voice", "speaker"):
         if key in row:
             text_of(row[key], repr(key))
     use_audio = row.get("use_audio_in_video", False)

@@ -166,6 +166,7 @@ def finetune(
     lora: LoraOptions | None = None,
     lora_parts: tuple[str, ...] = (),
     skip_corrupt: bool = False,
+    held_out_speaker: str | None = None,
 ) -> Path:
     """Fine-tune the trained model of a size on a user's data -> the folder of the new model, which
     is written completely or not at all.
@@ -173,6 +174,7 @@ def finetune(
     With lora, `size` may also be the folder of any model. Its weights stay as they are, adapters
     are trained, and the folder holds the adapters alone. lora_parts: "thinker" and "talker"; by
     default what the data can tune. skip_corrupt: leave out damaged samples of packed data.
+    held_out_speaker: train without the rows of this speaker.
 
     All of the data is checked before the first step. Stages: chat, then talker where answers have
     recordings; or one of them. A voice that the model does not know is made from its first
@@ -190,7 +192,7 @@ def finetune(
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device)
     with distributed.first_goes_first():
-        rows = read_rows(data, run, omni, skip_corrupt)
+        rows = read_rows(data, run, omni, skip_corrupt, held_out_speaker)
     if stage == "talker" and not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
     default_names = ["chat", "talker"] if rows.spoken else ["chat"]
@@ -204,6 +206,8 @@ def finetune(
         "epochs": epochs,
         "stages": names,
     }
+    if held_out_speaker is not None:
+        inputs_of_run["held-out speaker"] = held_out_speaker
     if lora:
         inputs_of_run["lora"] = vars(lora) | {"layers": list(lora.layers)}
     with distributed.first_goes_first():
@@ -232,16 +236,21 @@ def finetune(
     return out
 
 
-def read_rows(data: Path, run: Path, omni: "Omni", skip_corrupt: bool) -> JsonlRows:
+def read_rows(
+    data: Path, run: Path, omni: "Omni", skip_corrupt: bool, held_out_speaker: str | None
+) -> JsonlRows:
     """The rows of a JSONL file, of a folder of recordings, or of shards (data/shards.py).
 
-    Raises UserError for bad data, and for skip_corrupt with data that are not packed.
+    Raises UserError for bad data, for skip_corrupt with data that are not packed, and for a
+    held-out speaker of packed data.
     """
     if is_folder(data) and shard_files(data):
+        if held_out_speaker is not None:
+            raise UserError(f"{data}: --held-out takes a JSONL file or a folder of recordings")
         return read_shards(data, run, omni, skip_corrupt)
     if skip_corrupt:
         raise UserError(f"{data}: --skip-corrupt goes with packed data; minomni pack makes them")
-    return read_dataset(data, run, omni)
+    return read_dataset(data, run, omni, held_out_speaker)
 
 
 def lora_stages(omni: "Omni", rows: JsonlRows, parts: tuple[str, ...], data: Path) -> list[str]:

@@ -811,6 +811,50 @@ def test_folder_of_spoken_digits(tmp_path, small, recordings):
         finetune.finetune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
 
 
+def test_held_out_speaker_is_not_trained_on(tmp_path, small, omni, recordings):
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for name in ("3_ann_0.wav", "0_bob_12.wav", "7_ann_1.wav", "8_cleo_0.wav"):
+        soundfile.write(folder / name, recordings.wave(0), 8_000)
+    rows = jsonl.read_dataset(folder, tmp_path, omni, "ann")
+    assert [row.speaker for row in (rows[0], rows[1])] == ["bob", "cleo"]
+    assert len(rows) == 2
+    assert [row.answer for row in rows.held_out()] == ["the digit is three", "the digit is seven"]
+    finetune.finetune("tiny", folder, tmp_path / "a", epochs=1, held_out_speaker="ann")
+    with pytest.raises(UserError, match="begun with other held-out speaker"):
+        finetune.finetune(
+            "tiny", folder, tmp_path / "a", epochs=1, resume=True, held_out_speaker="bob"
+        )
+
+
+def test_speaker_of_a_row(tmp_path, omni):
+    path = write(tmp_path, [line(speaker="Ada"), line(), line(speaker="Bo")])
+    rows = jsonl.read_dataset(path, tmp_path, omni, "Ada")
+    assert [rows[0].speaker, rows[1].speaker] == [None, "Bo"]
+    assert [row.speaker for row in rows.held_out()] == ["Ada"]
+    with pytest.raises(UserError, match="no row has the speaker 'Eve'"):
+        jsonl.read_dataset(path, tmp_path, omni, "Eve")
+    only = write(tmp_path, [line(speaker="Ada")], name="only.jsonl")
+    with pytest.raises(UserError, match="all rows are of the held-out speaker"):
+        jsonl.read_dataset(only, tmp_path, omni, "Ada")
+    with pytest.raises(UserError, match="'speaker' is 3"):
+        jsonl.read_dataset(write(tmp_path, [line(speaker=3)], name="bad.jsonl"), tmp_path, omni)
+
+
+def test_held_out_speaker_is_scored_before_and_after(
+    tmp_path, small, tiny_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "load", lambda name, device: minomni.load(name, device))
+    path = write(tmp_path, [line(speaker="Ada"), line(), line("say b", "a square", speaker="Ada")])
+    finetune_arguments = ["train", str(tiny_folder), "--data", str(path), "--held-out", "Ada"]
+    options = ["--lora", "r=2", "--epochs", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["minomni", *finetune_arguments, *options])
+    assert command.main() == 0
+    table = capsys.readouterr().out
+    assert "| answers_right | 0.0% (" in table
+    assert "| answer_wer | " in table
+
+
 def test_folder_of_ljspeech(tmp_path, small, recordings):
     folder = tmp_path / "LJ"
     (folder / "wavs").mkdir(parents=True)
@@ -907,6 +951,7 @@ def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
         (["huge", "--data", "none.jsonl"], "cannot fine-tune size 'huge'"),
         (["--epochs", "3"], "go with --data"),
         (["--out", "x"], "go with --data"),
+        (["--held-out", "ann"], "go with --data"),
     ],
 )
 def test_command_line_errors(options, says, tmp_path, small, monkeypatch, capsys):
