@@ -226,8 +226,9 @@ def edit_config(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized.*gptq.*4 bits"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized.*awq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, r"quantized.*gptq.*8 bits"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized.*fp8"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"packed in 4 bits by AWQ"),
         ({"model_type": "qwen2_audio"}, r"unknown, because model_type is 'qwen2_audio'"),
     ],
 )
@@ -285,3 +286,8 @@ def test_memory_table_of_the_release():
     # Linear layers: 6.53 billion weights in the Thinker, 1.31 in the Talker, one byte less each.
     saved = float(rows["weights"][0]) - float(rows["weights"][1])
     assert saved == pytest.approx((6.526e9 + 1.301e9) / 2**30, abs=0.02)
+    # In int4 they take 0.53 bytes; then heads and encoders one byte less.
+    saved = float(rows["weights"][1]) - float(rows["weights"][2])
+    assert saved == pytest.approx((6.526e9 + 1.301e9) * (1 - 0.53125) / 2**30, abs=0.02)
+    saved = float(rows["weights"][2]) - float(rows["weights"][3].strip(" |"))
+    assert saved == pytest.approx((0.545e9 + 0.008e9 + 1.31e9) / 2**30, abs=0.02)
