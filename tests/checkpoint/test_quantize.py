@@ -452,6 +452,21 @@ def test_torchao_is_silent_and_changes_no_setting():
     assert done.stderr == ""
 
 
+@pytest.mark.slow
+def test_adapters_are_silent_beside_torchao():
+    """peft imports it."""
+    pytest.importorskip("peft")
+    code = (
+        "import minomni\n"
+        "from minomni.checkpoint.lora import add_lora, parse_lora\n"
+        f"omni = minomni.load({str(TINY)!r})\n"
+        "add_lora(omni, parse_lora('r=4'), ('thinker',))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 def test_chat_takes_quantize(tiny_folder, monkeypatch, capsys):
     loaded = []
 
