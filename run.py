@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 DONE = VENV / ".ok"  # the digest of each set of requirements that is fully installed
 NEEDS = [ROOT / "requirements.txt"]
-TEST_NEEDS = [ROOT / f"requirements{kind}.txt" for kind in ("", "-dev", "-serve", "-tune")]
+TEST_NEEDS = [
+    ROOT / f"requirements{kind}.txt" for kind in ("", "-dev", "-quantize", "-serve", "-tune")
+]
 # Two processes, whole files each: the cells of a notebook run in order, in one kernel.
 PYTEST = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600"]

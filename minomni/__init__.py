@@ -27,14 +27,17 @@ def load(
     name: str | Path,
     device: "str | torch.device" = "cpu",
     dtype: "str | torch.dtype | None" = None,
+    quantize: str | None = None,
 ) -> "Omni":
     """Load a model by the name of a size that is trained here, or by the folder of a checkpoint.
 
     "tiny" is the model in the runs folder, or else the one that ships with the project. A folder of
     that name counts only if it holds a config.json. device: cpu, cuda, mps or auto. dtype: of
     Thinker and Talker, a torch.dtype or its name ("bfloat16", "bf16", "torch.bfloat16" ...); None
-    or "auto" keeps the dtype of a folder, and is fp32 for a size. Raises UserError naming what is
-    missing, broken or of the wrong type.
+    or "auto" keeps the dtype of a folder, and is fp32 for a size. quantize: "int8" or "int4" keeps
+    the linear layers of Thinker and Talker in that many bits, with "+head" and "+encoders" also
+    those, in int8 ("int4+head+encoders"); the rest of both is bf16 unless dtype says otherwise.
+    Raises UserError naming what is missing, broken or of the wrong type.
     """
     import torch
 
@@ -44,9 +47,9 @@ def load(
     folder = folder_of(name)
     dtype = dtype_of(dtype)
     is_size = folder != Path(name)
-    if is_size and dtype is None:
+    if is_size and dtype is None and quantize is None:
         dtype = torch.float32
-    return weights.load(folder, device, dtype)
+    return weights.load(folder, device, dtype, quantize)
 
 
 def save(omni: "Omni", folder: str | Path) -> None:

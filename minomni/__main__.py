@@ -112,6 +112,15 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quantize",
+        metavar="BITS",
+        help="int8 or int4: keep the linear layers of Thinker and Talker in so many bits; "
+        "int4+head+encoders also quantizes those, to int8 (default: as stored; needs torchao)",
+    )
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="cpu", choices=DEVICES, help="device to compute on (default cpu)"
@@ -281,6 +290,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
     for prefix, part in (("", "Thinker"), ("talker_", "Talker")):
         add_generation_options(chat, prefix, part)
     add_model(chat)
+    add_quantize(chat)
     chat.add_argument(
         "--stream",
         action="store_true",
@@ -304,6 +314,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         "reach it only with --host, which needs a token in the environment variable MINOMNI_TOKEN.",
     )
     add_model(serve)
+    add_quantize(serve)
     add_device(serve)
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
@@ -342,6 +353,7 @@ def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Prints a table of metrics with 95 %% confidence intervals.",
     )
     add_model(report)
+    add_quantize(report)
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
     report.add_argument(
         "--digits",
@@ -388,6 +400,7 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         "first audio; steps: a decoding step, plain and with static shapes",
     )
     add_model(bench)
+    add_quantize(bench)
     bench.add_argument(
         "--random-weights",
         action="store_true",
@@ -592,7 +605,7 @@ def run_chat(arguments: argparse.Namespace) -> None:
     """Answer the sample questions, the question of the command line, or a conversation."""
     out = arguments.out or Path("reply.wav")
     check_chat(arguments, out)
-    omni = load(arguments.model, arguments.device)
+    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
     voice = arguments.voice
     if arguments.voice_from:
         from minomni import make_voice
@@ -868,7 +881,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         sessions=arguments.sessions,
     )
     settings.check()
-    omni = load(arguments.model, arguments.device)
+    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
     serve(omni, Path(arguments.model).name, settings)
 
 
@@ -879,7 +892,13 @@ def run_report(arguments: argparse.Namespace) -> None:
     from minomni.eval import report
 
     torch.set_num_threads(1)  # short replies one by one gain nothing from a second thread
-    card = report.measure(arguments.model, arguments.items, arguments.digits, arguments.device)
+    card = report.measure(
+        arguments.model,
+        arguments.items,
+        arguments.digits,
+        arguments.device,
+        arguments.quantize,
+    )
     print(json.dumps(card.fractions()) if arguments.json else card.markdown())
 
 
@@ -902,8 +921,15 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
-    make = benchmark.random_model if arguments.random_weights else load
-    omni = make(arguments.model, device)
+    if arguments.random_weights and arguments.quantize:
+        raise UserError(
+            "--quantize goes with the folder of a model; make-checkpoint writes one with random "
+            "weights"
+        )
+    if arguments.random_weights:
+        omni = benchmark.random_model(arguments.model, device)
+    else:
+        omni = load(arguments.model, device, quantize=arguments.quantize)
 
     if arguments.what in ("first", "steps"):
         measure = {"first": benchmark.first_audio, "steps": benchmark.decoding_steps}

@@ -55,6 +55,8 @@ class Omni(nn.Module):
         self.tokenizer: Tokenizer | None = None
         # Set by use_static_steps(); None decodes by the plain steps of Thinker and Talker.
         self.static_generator: StaticGenerator | None = None
+        # What load(quantize=) was given. Quantized weights can be neither saved nor trained.
+        self.quantized: str | None = None
         # The folder the model was loaded from; saving copies its other files.
         self.loaded_from: Path | None = None
 

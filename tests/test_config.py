@@ -357,7 +357,11 @@ def test_keys_of_transformers_are_read(tmp_path):
             "'rope_type': 'ya",
         ),
         (
-            changed(quantization_config={"quant_method": "awq", "bits": 4}),
+            changed(quantization_config={"quant_method": "awq", "bits": 3}),
+            "this model is quantized (quantization_config: 'a",
+        ),
+        (
+            changed(quantization_config={"quant_method": "awq", "bits": 4, "version": "gemv"}),
             "this model is quantized (quantization_config: 'a",
         ),
         (

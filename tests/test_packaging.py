@@ -96,8 +96,10 @@ def test_the_wheel_depends_on_the_requirements(wheel):
     for file, suffix in (
         ("requirements.txt", ""),
         ("requirements-dev.txt", '; extra == "dev"'),
+        ("requirements-quantize.txt", '; extra == "dev"'),
         ("requirements-serve.txt", '; extra == "dev"'),
         ("requirements-tune.txt", '; extra == "dev"'),
+        ("requirements-quantize.txt", '; extra == "quantize"'),
         ("requirements-serve.txt", '; extra == "serve"'),
         ("requirements-tune.txt", '; extra == "tune"'),
     ):

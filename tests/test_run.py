@@ -181,9 +181,9 @@ def test_every_import_is_pinned():
     """The package needs requirements.txt alone; its extras and the tests need more."""
     names = {
         file: {IMPORTED_AS.get(name, name) for name in pins(f"requirements{file}.txt")}
-        for file in ("", "-serve", "-tune", "-dev")
+        for file in ("", "-quantize", "-serve", "-tune", "-dev")
     }
-    wanted = names[""] | names["-serve"] | names["-tune"]
+    wanted = names[""] | names["-quantize"] | names["-serve"] | names["-tune"]
     # IPython comes with ipykernel, and only notebooks import it. The outside judges are optional;
     # pip cannot install resemblyzer with its dependencies everywhere, see requirements-dev.txt.
     judges = {"faster_whisper", "resemblyzer"}

@@ -3,28 +3,33 @@ any tensor is read.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import (
     MODEL_TYPE,
     RELEASE,
     quantization,
+    quantization_configs,
     read_config,
     read_json,
+    read_packing,
     without_speech,
 )
+from minomni.checkpoint.memory import GIB, OPTIONS, weight_bytes
+from minomni.checkpoint.packed_weights import packed_format
+from minomni.checkpoint.quantize import parse_quantize
 from minomni.checkpoint.saving import INDEX_FILE, VOICES_FILE
 from minomni.config import QWEN7B, DecoderConfig, OmniConfig
 from minomni.errors import UserError, quote_json, short_path
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.omni import TEXT_HEAD
 
-GIB = 2**30
-# Bytes of a weight. int4 has a scale and a zero point, two bytes each, for every 128 weights.
-PRECISION_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
+TABLE_OPTIONS = (None, *OPTIONS)  # of load(quantize=), a column each
 CACHE_LENGTHS = (1024, 4096, 8192, 16384, 32768)  # tokens
 AUDIO_TOKENS = 25  # a second
 PROMPT_SECONDS = (15, 30, 60)
@@ -68,6 +73,9 @@ def check_folder(folder: str | Path) -> FolderReport:
     [config] = configs
     if report.kind == "":
         report.kind = size_of(config)
+        packing = read_packing(folder)
+        if packing is not None:
+            report.kind += f", packed in 4 bits by {packing.method.upper()}"
     with_error(report, lambda: check_tensors(folder, stored, config, report))
     with_error(report, lambda: check_tokenizer(folder, config, report))
     with_error(report, lambda: check_voices(folder, config, report))
@@ -76,11 +84,12 @@ def check_folder(folder: str | Path) -> FolderReport:
 
 
 def with_error(report: FolderReport, check: Callable[[], object]) -> None:
-    """Run one check and keep its error."""
+    """Run one check and keep its error, unless another check had the same."""
     try:
         check()
     except UserError as error:
-        report.errors.append(str(error))
+        if str(error) not in report.errors:
+            report.errors.append(str(error))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,18 +106,11 @@ def kind_of(folder: Path) -> str:
             f"unknown, because model_type is {quote_json(model_type)} and not '{MODEL_TYPE}'; "
             f"take {RELEASE}"
         )
-    for section in quantized_sections(data):
-        method = quantization(section["quantization_config"])
-        return f"Qwen2.5-Omni with quantized weights ({method}), which are not read here"
+    for settings in quantization_configs(data):
+        if packed_format(settings) is None:
+            method = quantization(settings)
+            return f"Qwen2.5-Omni with quantized weights ({method}), which are not read here"
     return ""
-
-
-def quantized_sections(data: dict) -> Iterator[dict]:
-    """The sections of config.json that describe quantized weights."""
-    thinker = data.get("thinker_config")
-    for section in (data, thinker):
-        if isinstance(section, dict) and section.get("quantization_config") is not None:
-            yield section
 
 
 def size_of(config: OmniConfig) -> str:
@@ -134,8 +136,12 @@ def same_sizes(config: OmniConfig, release: OmniConfig) -> bool:
 # --------------------------------------------------------------------------------------------------
 # files
 def check_files(folder: Path, report: FolderReport) -> dict[str, weights.Stored]:
-    """Report the tensor files -> the header of every tensor. Raises UserError."""
+    """Report the tensor files -> the header of every tensor; a packed one counts as unpacked.
+
+    Raises UserError.
+    """
     files = weights.headers(folder)
+    weights.packed_layers(folder, files)
     sizes = [file.stat().st_size for file in files]
     line = f"files     {len(files)} with {sum(sizes):,} bytes, none cut short"
     stored = {name: tensor for names in files.values() for name, tensor in names.items()}
@@ -207,33 +213,6 @@ def check_voices(folder: Path, config: OmniConfig, report: FolderReport) -> None
 
 # --------------------------------------------------------------------------------------------------
 # memory
-def weight_counts(config: OmniConfig) -> dict[str, int]:
-    """The number of weights by part; "linear" are those of the decoders' layers."""
-    tensors = weights.empty_model(Path("."), config).stored_tensors()
-    counts = dict.fromkeys(("linear", "tables", "encoders", "token2wav", "codec"), 0)
-    for name, tensor in tensors.items():
-        part = name.split(".")[0]
-        if part in counts:
-            counts[part] += tensor.numel()
-        elif ".visual." in name or ".audio_tower." in name:
-            counts["encoders"] += tensor.numel()
-        elif ".layers." in name and tensor.dim() > 1:
-            counts["linear"] += tensor.numel()
-        else:
-            counts["tables"] += tensor.numel()
-    return counts
-
-
-def weight_bytes(counts: dict[str, int], precision: str) -> float:
-    """Bytes of the weights where the decoders' layers have a precision of PRECISION_BYTES.
-
-    Tables and encoders are bf16, Token2Wav and the codec fp32.
-    """
-    layers = counts["linear"] * PRECISION_BYTES[precision]
-    half = counts["tables"] + counts["encoders"]
-    return layers + 2 * half + 4 * (counts["token2wav"] + counts["codec"])
-
-
 def cache_bytes(config: DecoderConfig | None) -> int:
     """Bytes of a KV cache in bf16 for one token."""
     if config is None:
@@ -264,27 +243,33 @@ def film_tokens(config: OmniConfig) -> int:
 def memory_table(config: OmniConfig) -> str:
     """GiB of weights, of the KV cache by context and of a prefill by seconds of media, in Markdown.
 
-    The prefill's rows are estimates.
+    A column for bf16, and for each way to quantize that load() offers. The prefill's rows are
+    estimates.
     """
-    counts = weight_counts(config)
+    tensors = weights.empty_model(Path("."), config).stored_tensors()
+    sizes = [
+        weight_bytes(tensors, torch.bfloat16, parse_quantize(option)) for option in TABLE_OPTIONS
+    ]
     both = [config.thinker.text, None if config.talker is None else config.talker.decoder]
     per_token = sum(cache_bytes(decoder) for decoder in both)
-    lines = ["| GiB | bf16 | int8 layers | int4 layers |", "|---|---|---|---|"]
+    names = [option or "bf16" for option in TABLE_OPTIONS]
+    columns = len(names)
+    lines = [f"| GiB | {' | '.join(names)} |", "|---" * (columns + 1) + "|"]
 
-    def row(name: str, sizes: list[float]) -> None:
-        cells = [f"{size / GIB:.2f}" for size in sizes]
+    def row(name: str, values: Sequence[float]) -> None:
+        cells = [f"{value / GIB:.2f}" for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    row("weights", [weight_bytes(counts, precision) for precision in PRECISION_BYTES])
+    row("weights", sizes)
     context = config.thinker.text.max_position_embeddings
     for length in CACHE_LENGTHS:
         if length <= context:
-            row(f"KV caches of {length:,} tokens", [per_token * length] * 3)
+            row(f"KV caches of {length:,} tokens", [per_token * length] * columns)
     film = AUDIO_TOKENS + film_tokens(config)
     for what, rate in (("audio", AUDIO_TOKENS), ("film in the largest size", film)):
         for seconds in PROMPT_SECONDS:
             tokens = rate * seconds
             if tokens <= context:
                 needed = tokens * (per_token + prefill_bytes(config))
-                row(f"prompt with {seconds} s of {what}, about", [needed] * 3)
+                row(f"prompt with {seconds} s of {what}, about", [needed] * columns)
     return "\n".join(lines)

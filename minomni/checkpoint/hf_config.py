@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minomni.checkpoint.packed_weights import PackedFormat, packed_format
 from minomni.config import (
     QWEN7B,
     AudioEncoderConfig,
@@ -86,6 +87,8 @@ IGNORED_CONFIG_KEYS = frozenset(
         "torch_dtype",
         "dtype",
         "_attn_implementation_autoset",
+        # how the weights are packed, which read_packing() reads
+        "quantization_config",
         # training
         "init_std",
         "initializer_range",
@@ -175,12 +178,12 @@ def read_config(folder: Path) -> OmniConfig:
 
     talker, token2wav and codec are None for a Thinker alone. Raises UserError, naming file and key,
     for values that are missing, unknown, of the wrong type, out of bounds or contradictory, and for
-    quantized models.
+    weights that are quantized in a way that is not read here.
     """
     folder = Path(folder)
     file = folder / "config.json"
     data = read_json(file)
-    check_not_quantized(data, file)
+    check_quantization_config(data, file)
     try:
         given = normalize_hf_keys(whole_model(data, file), file)
         config = parse(given, folder)
@@ -199,19 +202,35 @@ def read_config(folder: Path) -> OmniConfig:
     return config
 
 
-def check_not_quantized(data: dict, file: Path) -> None:
-    """Raise UserError for weights that another program quantized, naming the method."""
+def quantization_configs(data: dict) -> list[Any]:
+    """The descriptions of quantized weights in a config.json, of all sections that may have one."""
     thinker = data.get("thinker_config")
     sections = [data, thinker, data.get("text_config")]
     if isinstance(thinker, dict):
         sections.append(thinker.get("text_config"))
+    found = []
     for section in sections:
         if isinstance(section, dict) and section.get("quantization_config") is not None:
-            method = quantization(section["quantization_config"])
+            found.append(section["quantization_config"])
+    return found
+
+
+def check_quantization_config(data: dict, file: Path) -> None:
+    """Raise UserError for weights that are quantized in a way that is not read here."""
+    for settings in quantization_configs(data):
+        if packed_format(settings) is None:
             raise UserError(
-                f"{short_path(file)}: this model is quantized (quantization_config: {method}); "
-                f"such weights are not read here, take the bf16 release {RELEASE}"
+                f"{short_path(file)}: this model is quantized (quantization_config: "
+                f"{quantization(settings)}); such weights are not read here, only those of GPTQ "
+                f"and AWQ in 4 bits; take the bf16 release {RELEASE}"
             )
+
+
+def read_packing(folder: Path) -> PackedFormat | None:
+    """How the weights of a folder are packed; None for plain ones. Raises UserError."""
+    for settings in quantization_configs(read_json(folder / "config.json")):
+        return packed_format(settings)
+    return None
 
 
 def quantization(settings: Any) -> str:

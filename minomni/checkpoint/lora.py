@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minomni.arguments import check_int, check_number
+from minomni.checkpoint.quantize import without_import_notes
 from minomni.checkpoint.saving import VOICES_FILE, write_voices
 from minomni.checkpoint.weights import load_voices
 from minomni.errors import UserError, quote, short_path, shorten
@@ -76,7 +77,8 @@ def parse_lora(text: str) -> LoraOptions:
 def require_peft() -> Any:
     """The module peft. Raises UserError where it is not installed."""
     try:
-        import peft
+        with without_import_notes():  # peft imports torchao where that is installed
+            import peft
     except ImportError:
         raise UserError("LoRA needs peft: pip install 'minomni[tune]'") from None
     return peft

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minomni.checkpoint.hf_config import as_json, to_json, write_json
+from minomni.checkpoint.hf_config import DIT_SPELLINGS, as_json, to_json, write_json
 from minomni.checkpoint.processor_files import (
     CHAT_TEMPLATE,
     processor_settings,
@@ -135,7 +135,19 @@ def release_json(config: OmniConfig) -> dict:
     ours = as_json(to_json(config))
     del ours["architectures"]  # transformers has renamed the class since
     data = replace_values(release, ours)
-    data["thinker_config"]["vision_config"]["embed_dim"] = config.thinker.vision.hidden_size
+
+    # Second names of sizes, the second of which transformers reads in place of the first.
+    thinker = data["thinker_config"]
+    thinker["vision_config"]["embed_dim"] = config.thinker.vision.hidden_size
+    thinker["audio_config"]["num_hidden_layers"] = config.thinker.audio.encoder_layers
+
+    # transformers does not know the release's names of the DiT's sizes. Where its own names are
+    # absent, as in the release, it takes the release's sizes.
+    dit = data["token2wav_config"]["dit_config"]
+    released = release["token2wav_config"]["dit_config"]
+    for key, name in DIT_SPELLINGS.items():
+        if dit[name] != released[name]:
+            dit[key] = dit[name]
     return data
 
 

@@ -63,8 +63,10 @@ MODEL_FILES = (
     *TOKENIZER_FILES,
 )
 CODEC_FILES = {"config.json", WEIGHTS_FILE}
-# Other copies of the weights, which are never copied into another folder.
+# Other copies of the weights, and how they were packed: never copied into another folder.
 OTHER_WEIGHTS = (
+    "quant_config.json",
+    "quantize_config.json",
     "*.bin",
     "*.bin.index.json",
     "*.pt",
@@ -124,6 +126,11 @@ def check_arguments(omni: Omni, folder: str | Path) -> None:
     if not isinstance(omni, Omni):
         raise UserError(
             f"save() was given a {type(omni).__name__} as the model; expected what load() gives"
+        )
+    if omni.quantized is not None:
+        raise UserError(
+            f"save() was given a quantized model ({omni.quantized}), which no other program reads; "
+            f"load the model without quantize and save that"
         )
     if not isinstance(folder, (str, Path)) or not str(folder):
         raise UserError(

@@ -18,7 +18,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,17 @@ from minomni.checkpoint.hf_config import (
     RELEASE,
     read_config,
     read_json,
+    read_packing,
     without_speech,
+)
+from minomni.checkpoint.memory import ANY_PRECISION, check_fits
+from minomni.checkpoint.packed_weights import PARTS as PACKED_PARTS
+from minomni.checkpoint.packed_weights import PackedFormat, PackedLayer
+from minomni.checkpoint.quantize import (
+    check_quantization,
+    parse_quantize,
+    quantize_tensor,
+    quantized_layers,
 )
 from minomni.checkpoint.saving import DIT_INV_FREQ, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
 from minomni.config import OmniConfig
@@ -48,7 +58,6 @@ __all__ = ["INDEX_FILE", "VOICES_FILE", "WEIGHTS_FILE", "load", "load_voices", "
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
 COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
-ANY_PRECISION = ("thinker.", "talker.")  # the rest is fp32, as the release stores and runs it
 SPEECH = ("talker.", "token2wav.", "codec.")  # unused by a model that answers in text alone
 PARTS = ("thinker.", *SPEECH)
 # The precisions that are read, by their names in safetensors.
@@ -91,8 +100,21 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What becomes of the tensors that are read."""
+
+    device: torch.device
+    dtype: torch.dtype  # of Thinker and Talker; the rest becomes fp32
+    methods: dict[str, str]  # {name: int8 or int4} of those that are quantized
+    packed: dict[str, PackedLayer]  # {name: where its parts are} of those that are unpacked
+
+
 def load(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
 ) -> Omni:
     """Build the model of a folder with its voices and tokenizer -> Omni in evaluation mode.
 
@@ -100,16 +122,25 @@ def load(
     (models--...), of which the main snapshot is read. A folder with a Thinker alone gives a model
     that answers in text. device: "cpu", "cuda", "mps" or "auto". dtype: of Thinker and Talker; None
     or "auto" keeps what is stored, and takes the most common precision where tensors differ.
-    Token2Wav and codec are fp32. On a CPU tensors are mapped where possible (see above); on a GPU
-    the host's memory peaks at one shard. omni.loaded_from is the folder. Raises UserError naming
-    the file for tensors or files that are missing, extra, misshapen or broken.
+    Token2Wav and codec are fp32. quantize: "int8" or "int4" for the linear layers of Thinker and
+    Talker, with "+head" and "+encoders" for those in int8 as well; see quantize.py. The rest of
+    both is bf16 then, unless dtype says otherwise.
+
+    On a CPU tensors are mapped where possible (see above); on a GPU the host's memory peaks at one
+    shard. omni.loaded_from is the folder. Raises UserError naming the file for tensors or files
+    that are missing, extra, misshapen or broken, and for a device with too little memory.
     """
     device, dtype = device_of(device), dtype_of(dtype)
+    quantization = parse_quantize(quantize)
+    if quantization is not None:
+        check_quantization(quantization, device, dtype)
+        dtype = dtype or torch.bfloat16
     folder = snapshot(Path(folder))
 
     # The tensors that are there decide about speech and about the text head.
     config = read_config(folder)
     files = headers(folder)
+    packed = packed_layers(folder, files)
     stored = {name: tensor for names in files.values() for name, tensor in names.items()}
     check_precisions(folder, stored)
     if config.talker is not None and not any(name.startswith(SPEECH) for name in stored):
@@ -121,10 +152,11 @@ def load(
     omni = empty_model(folder, config)
     check_bijection(folder, {name: tensor.shape for name, tensor in stored.items()}, omni)
     dtype = dtype or most_common_dtype(stored)
-    for file, names in files.items():
-        tensors = read_shard(file, names, device, dtype, omni)
-        omni.load_state_dict(tensors, strict=False, assign=True)
-    omni.thinker.tie_head()
+    methods = {} if quantization is None else quantized_layers(omni, quantization)
+    mapped = mapped_tensors(stored, packed) if device.type == "cpu" else {}
+    check_fits(folder, omni.stored_tensors(), device, dtype, quantization, mapped)
+    fill_model(omni, files, Reading(device, dtype, methods, packed))
+    omni.quantized = quantize
 
     omni.voices = load_voices(folder / VOICES_FILE, config, device)
     if any((folder / name).exists() for name in VOCABULARY_FILES):
@@ -340,6 +372,59 @@ def header(file: Path) -> dict[str, Stored]:
     return stored
 
 
+def packed_layers(folder: Path, files: dict[Path, dict[str, Stored]]) -> dict[str, PackedLayer]:
+    """Put weights in the place of their packed parts, in `files` -> {name: where its parts are}.
+
+    A plain folder has none. Raises UserError for parts that are missing or do not fit together.
+    """
+    packing = read_packing(folder)
+    if packing is None:
+        return {}
+    places = {name: file for file, names in files.items() for name in names}
+    layers = [name.removesuffix(".qweight") for name in places if name.endswith(".qweight")]
+    if not layers:
+        raise UserError(
+            f"{short_path(folder)}: config.json says that weights are packed by {packing.method}, "
+            f"and none are; remove quantization_config from it"
+        )
+    found = {}
+    for layer in layers:
+        parts = {part: places.get(f"{layer}.{part}") for part in PACKED_PARTS[packing.method]}
+        stored = {}
+        for part, file in parts.items():
+            if file is None:
+                raise UserError(
+                    f"{short_path(folder)}: {shorten(layer, 80)} has no {part}, which "
+                    f"{packing.method} stores beside qweight; copy the folder again"
+                )
+            stored[part] = files[file].pop(f"{layer}.{part}")
+        shape = packed_shape(folder, layer, stored, packing)
+        first = places[f"{layer}.qweight"]
+        files[first][f"{layer}.weight"] = Stored("BF16", shape)
+        kept = {part: file for part, file in parts.items() if file is not None}
+        found[f"{layer}.weight"] = PackedLayer(packing, layer, shape, kept)
+    return found
+
+
+def packed_shape(
+    folder: Path, layer: str, stored: dict[str, Stored], packing: PackedFormat
+) -> tuple[int, int]:
+    """The shape [out, in] of a packed weight. Raises UserError unless all parts fit it."""
+    qweight = stored["qweight"].shape
+    shape = packing.weight_shape(qweight) if len(qweight) == 2 else (0, 0)
+    expected = packing.part_shapes(shape) | {"qweight": qweight}
+    for part, (precision, part_shape) in stored.items():
+        fits = part_shape == expected[part] and len(qweight) == 2
+        if not fits or (precision == "I32") != (part != "scales"):
+            raise UserError(
+                f"{short_path(folder)}: {shorten(layer, 80)}.{part} is {precision} "
+                f"{shorten(list(part_shape), 30)}; beside qweight {shorten(list(qweight), 30)} and "
+                f"group_size {packing.group_size}, {packing.method} has "
+                f"{shorten(list(expected[part]), 30)}; copy the folder again"
+            )
+    return shape
+
+
 # --------------------------------------------------------------------------------------------------
 # tensors
 def check_precisions(folder: Path, stored: dict[str, Stored]) -> None:
@@ -371,6 +456,16 @@ def most_common_dtype(stored: dict[str, Stored]) -> torch.dtype:
             counts[tensor.precision] += math.prod(tensor.shape)
     [(precision, _)] = counts.most_common(1)
     return PRECISIONS[precision]
+
+
+def mapped_tensors(
+    stored: dict[str, Stored], packed: dict[str, PackedLayer]
+) -> dict[str, torch.dtype]:
+    """The tensors that a CPU leaves in their file where their precision fits, with that."""
+    if os.name == "nt":
+        return {}
+    plain = stored.keys() - packed.keys()
+    return {name: PRECISIONS[stored[name].precision] for name in plain}
 
 
 def is_used(name: str, omni: Omni) -> bool:
@@ -414,24 +509,40 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
     )
 
 
+def fill_model(omni: Omni, files: dict[Path, dict[str, Stored]], reading: Reading) -> None:
+    """Give an empty model its tensors, file by file. Raises UserError where reading fails."""
+    for file, names in files.items():
+        tensors = read_shard(file, names, reading, omni)
+        omni.load_state_dict(tensors, strict=False, assign=True)
+    for name in reading.methods:
+        omni.get_parameter(name).requires_grad_(False)
+    omni.thinker.tie_head()
+
+
 def read_shard(
-    file: Path, names: dict[str, Stored], device: torch.device, dtype: torch.dtype, omni: Omni
+    file: Path, names: dict[str, Stored], reading: Reading, omni: Omni
 ) -> dict[str, Tensor]:
     """{name in our modules: tensor} of one file, for the tensors that the model uses.
 
-    Thinker and Talker get `dtype`, the rest fp32. A tensor that needs no change stays mapped.
-    Raises UserError where reading fails.
+    A tensor that needs no change stays mapped. One that is unpacked or quantized is that at once,
+    so that no two exist at a time. Raises UserError where reading fails.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(file, "pt") as shard:
             inside = set(shard.keys())
             for name in names:
                 if not is_used(name, omni):
                     continue
-                key = name if name in inside else name.removeprefix("thinker.")
-                precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
-                tensors[name] = aligned(shard.get_tensor(key).to(device, precision))
+                dtype = reading.dtype if name.startswith(ANY_PRECISION) else torch.float32
+                if name in reading.packed:
+                    tensor = reading.packed[name].read(reading.device, dtype)
+                else:
+                    key = name if name in inside else name.removeprefix("thinker.")
+                    tensor = aligned(shard.get_tensor(key).to(reading.device, dtype))
+                if name in reading.methods:
+                    tensor = quantize_tensor(tensor, reading.methods[name])
+                tensors[name] = tensor
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{short_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"

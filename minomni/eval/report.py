@@ -61,19 +61,24 @@ def hardware(device: str = "cpu") -> str:
 
 
 def measure(
-    model: str, items: int = 100, digits: Path | None = None, device: str = "cpu"
+    model: str,
+    items: int = 100,
+    digits: Path | None = None,
+    device: str = "cpu",
+    quantize: str | None = None,
 ) -> Report:
     """Evaluate a model, by name or folder, and write the report to runs/report.md.
 
     items: number of held-out examples per metric. digits: folder of recorded spoken digits; the
-    metric on them has no value without it. Raises UserError for an unknown model, folder or device.
+    metric on them has no value without it. quantize: as in load(). Raises UserError for an unknown
+    model, folder or device, and for a quantization that is not possible.
     """
     start = time.perf_counter()
     folder = folder_of(model)
     if digits is not None:
         check_recordings(digits)  # fail early: the other metrics take up to an hour
 
-    omni = load(model, device)
+    omni = load(model, device, quantize=quantize)
     cache = cache_of_model(folder)
     evaluator = Evaluator(omni, items, cache)
     rows = [evaluator.accuracy(name, kinds) for name, kinds in ANSWERS.items()]
@@ -91,7 +96,8 @@ def measure(
 
     train_seconds = read_json(folder / HISTORY_FILE, optional=True).get("seconds")
     seconds = time.perf_counter() - start
-    report = Report(model, rows, seconds, train_seconds, omni.thinker.device.type)
+    name = model if quantize is None else f"{model}, {quantize}"
+    report = Report(name, rows, seconds, train_seconds, omni.thinker.device.type)
     markdown = report.markdown().encode()
     write_atomically(paths.runs() / "report.md", lambda file: file.write(markdown))
     return report

@@ -123,7 +123,9 @@ class AudioEncoder(nn.Module):
         Positions restart in every block. As in the release: pool, then ln_post, then proj.
         """
         if not any(mel.shape[1] for mel in mels):
-            return self.proj.weight.new_zeros(0, self.config.output_dim)
+            weight = self.proj.weight
+            size = (0, self.config.output_dim)
+            return torch.zeros(size, dtype=weight.dtype, device=weight.device)
         mel, frames = self.blocks(mels)
         x = self.stem(mel, frames)  # [blocks, T, D]
 

@@ -99,6 +99,60 @@ def test_tokenizer_spells_every_text(made):
     assert max(tokenizer.bytes_of) == min(tokenizer.special_tokens.values()) - 1
 
 
+@pytest.fixture(scope="module")
+def official(made):
+    """The folder in transformers, and what it says of the tensors that it found."""
+    transformers = pytest.importorskip("transformers")
+    hf_class = transformers.Qwen2_5OmniForConditionalGeneration
+    # The class' own from_pretrained fails on output_loading_info, and adds only the voices.
+    parent = transformers.PreTrainedModel.from_pretrained.__func__
+    _, info = parent(hf_class, made, dtype="auto", output_loading_info=True)
+    return hf_class.from_pretrained(made, dtype="auto").eval(), info
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_folder(made, official):
+    model, info = official
+    problems = {name: found for name, found in info.items() if found}
+    assert problems == {}
+    assert list(model.speaker_map) == ["Chelsie", "Ethan"]
+    theirs = {oracle.hf_name(name): tensor for name, tensor in model.named_parameters()}
+    ours = minomni.load(made).state_dict()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name].to(tensor.dtype)), name
+    assert len(theirs) == len(ours)
+
+
+@pytest.mark.slow
+def test_transformers_computes_the_same(made, official):
+    model, _ = official
+    ids = torch.tensor([oracle.words(1, 12)])
+    ones = torch.ones_like(ids)
+    inputs = replace(oracle.inputs("text"), input_ids=ids, attention_mask=ones)
+    with torch.no_grad():
+        theirs = model.thinker.float()(ids, attention_mask=ones).logits
+        ours = minomni.load(made, dtype="float32").thinker(inputs)
+    assert ours.std() > 0.1
+    assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_tokenizer(made):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    text = "the answer<|im_end|>"
+    assert theirs(text)["input_ids"] == weights.load(made).tokenizer.encode(text)
+
+
+def test_narrow_config_has_the_sizes_by_transformers_names():
+    """It reads hidden_size and not dim, num_hidden_layers and not encoder_layers."""
+    data = release_json(few_layers())
+    dit = data["token2wav_config"]["dit_config"]
+    assert dit["hidden_size"] == dit["dim"] == 128
+    assert "num_hidden_layers" not in dit  # as many as the release has
+    assert data["thinker_config"]["audio_config"]["num_hidden_layers"] == 2
+
+
 # ----------------------------------------------------------------------------------------------
 # writing
 def test_same_seed_gives_the_same_bytes(made, tmp_path):
@@ -172,8 +226,9 @@ def edit_config(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized.*gptq.*4 bits"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized.*awq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, r"quantized.*gptq.*8 bits"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized.*fp8"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"packed in 4 bits by AWQ"),
         ({"model_type": "qwen2_audio"}, r"unknown, because model_type is 'qwen2_audio'"),
     ],
 )
@@ -231,3 +286,8 @@ def test_memory_table_of_the_release():
     # Linear layers: 6.53 billion weights in the Thinker, 1.31 in the Talker, one byte less each.
     saved = float(rows["weights"][0]) - float(rows["weights"][1])
     assert saved == pytest.approx((6.526e9 + 1.301e9) / 2**30, abs=0.02)
+    # In int4 they take 0.53 bytes; then heads and encoders one byte less.
+    saved = float(rows["weights"][1]) - float(rows["weights"][2])
+    assert saved == pytest.approx((6.526e9 + 1.301e9) * (1 - 0.53125) / 2**30, abs=0.02)
+    saved = float(rows["weights"][2]) - float(rows["weights"][3].strip(" |"))
+    assert saved == pytest.approx((0.545e9 + 0.008e9 + 1.31e9) / 2**30, abs=0.02)

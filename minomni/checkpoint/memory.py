@@ -1,0 +1,101 @@
+"""The bytes that weights take in each precision, and whether a device has them free."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minomni.checkpoint.quantize import GROUP_SIZES, Quantization, parse_quantize
+from minomni.errors import UserError, short_path
+
+GIB = 2**30
+ANY_PRECISION = ("thinker.", "talker.")  # the rest is fp32, as the release stores and runs it
+SCALE_BYTES = 2  # of a scale and of a zero point, which are bf16
+# What load(quantize=) can be given, from the largest model to the smallest.
+OPTIONS = ("int8", "int4", "int4+head+encoders")
+MEMINFO = Path("/proc/meminfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def weight_bytes(
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    mapped: Mapping[str, torch.dtype] | None = None,
+) -> int:
+    """Bytes of a model's tensors, given by name on any device.
+
+    dtype: of Thinker and Talker where they are not quantized. mapped: the precisions of tensors
+    that stay in their file, and take no memory, unless their precision changes.
+    """
+    mapped = mapped or {}
+    total = 0
+    for name, tensor in tensors.items():
+        method = None
+        if quantization is not None and tensor.dim() == 2 and name.endswith(".weight"):
+            method = quantization.method_of(name)
+        if method is not None:
+            total += quantized_bytes(tensor, method)
+            continue
+        precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
+        if mapped.get(name) != precision:
+            total += precision.itemsize * tensor.numel()
+    return total
+
+
+def quantized_bytes(weight: Tensor, method: str) -> int:
+    """Bytes of a weight [out, in] in int8 or int4 with its scales and zero points."""
+    out_features, in_features = weight.shape
+    if method == "int8":
+        return weight.numel() + SCALE_BYTES * out_features
+    group_size = next((size for size in GROUP_SIZES if in_features % size == 0), in_features)
+    groups = weight.numel() // group_size
+    return weight.numel() // 2 + 2 * SCALE_BYTES * groups
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a device can still give, or None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    free = None
+    with suppress(OSError, ValueError, IndexError):  # not on Linux
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+        limit = CGROUP_LIMIT.read_text().strip()
+        if free is not None and limit != "max":
+            free = min(free, int(limit))
+    return free
+
+
+def check_fits(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    mapped: Mapping[str, torch.dtype],
+) -> None:
+    """Raise UserError where a device has too little free memory for the weights, with the options
+    that would fit. The arguments are those of weight_bytes().
+    """
+    free = free_bytes(device)
+    needed = weight_bytes(tensors, dtype, quantization, mapped)
+    if free is None or needed <= free:
+        return
+    fitting = []
+    for option in OPTIONS:
+        size = weight_bytes(tensors, torch.bfloat16, parse_quantize(option), mapped)
+        if size <= free:
+            fitting.append(f"quantize={option} {size / GIB:.1f}")
+    advice = "no quantization fits either; give another device"
+    if fitting:
+        advice = f"these would fit, in GiB: {', '.join(fitting)}"
+    raise UserError(
+        f"{short_path(folder)}: the weights take {needed / GIB:.1f} GiB of memory, and "
+        f"{device.type} has {free / GIB:.1f} GiB free; {advice}"
+    )
