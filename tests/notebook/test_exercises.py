@@ -7,7 +7,6 @@ import json
 import math
 import runpy
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
@@ -23,16 +22,6 @@ from minomni.decoder import DecoderLayer
 from minomni.notebook.check import grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-
-
-def pairs(words: dict, weighted: bool = True) -> Counter:
-    """How often neighbours occur, or in how many words."""
-    counts = Counter()
-    for word, often in words.items():
-        counts.update(
-            {pair: often * n if weighted else 1 for pair, n in Counter(zip(word, word[1:])).items()}
-        )
-    return counts
 
 
 def marked(row: list[str], who: str, begin: int, end: int) -> list[int]:
@@ -231,6 +220,137 @@ def scored(logits, targets, raw: bool = False):
     return scores[counted].gather(1, targets[counted][:, None]).sum()
 
 
+FENCE = "\U0010ffff"  # between the words of notebook 05
+
+
+def frequent(text: str, order, fence: str = FENCE) -> tuple[str, int]:
+    """The pair of adjacent characters that is first by order(count, pair), and its count."""
+    counts = Counter(pair for pair in zip(text, text[1:]) if fence not in pair)
+    pair = min(counts, key=lambda pair: order(counts[pair], pair))
+    return "".join(pair), counts[pair]
+
+
+def pieces(text: str, merges: list, step: int = 1, count: int = -1) -> list[int]:
+    """Byte-pair encoding by replacement; the switches change the order or how often."""
+    for rank, (left, right) in list(enumerate(merges))[::step]:
+        text = text.replace(left + right, chr(256 + rank), count)
+    return [ord(token) for token in text if token != FENCE]
+
+
+def with_system(turns: list) -> list:
+    """The same with the default system message, if there is none."""
+    default = [("system", "You are a helpful assistant.")]
+    return turns if turns[0][0] == "system" else default + turns
+
+
+def chatml(turns: list, close: str = "<|im_end|>\n", last: str = "<|im_start|>assistant\n") -> str:
+    """The template without its default system message."""
+    return "".join(f"<|im_start|>{role}\n{text}{close}" for role, text in turns) + last
+
+
+def alternating(
+    seconds, cells, audio_tokens, chunk: int = 2, end=max, order: int = 1, empty: bool = False
+) -> list[tuple[str, int]]:
+    """The runs of an interleaved video; each switch does one thing wrong."""
+    heard = [i / 25 for i in range(audio_tokens)]
+    runs = []
+    for begin in range(0, int(end(max(seconds), max(heard))) + 1, chunk):
+        steps = sum(begin <= t < begin + chunk for t in seconds)
+        sounds = sum(begin <= t < begin + chunk for t in heard)
+        runs += [("video", steps * cells), ("audio", sounds)][::order]
+    return [(kind, n) for kind, n in runs if n or empty]
+
+
+def attended(
+    q, k, v, scale: float | None = None, causal: bool = True, repeat: bool = False
+) -> torch.Tensor:
+    """Attention of a sequence: q [L, H, d], k and v [L, H_kv, d] -> [L, H, d]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat(1, group, 1) if repeat else x.repeat_interleave(group, 1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    return out.transpose(0, 1)
+
+
+def nucleus(logits, top_p: float, crossing: bool = True, scaled: bool = True) -> torch.Tensor:
+    """Top-p; the switches leave out the word that crosses the threshold, or the scaling."""
+    p = logits.softmax(0)
+    falling, order = p.sort(descending=True)
+    reached = falling.cumsum(0) - falling * crossing
+    kept = torch.where(reached < top_p, falling, 0.0)
+    return torch.zeros_like(p).scatter(0, order, kept / (kept.sum() if scaled else 1))
+
+
+def convolved(x, weight, bias, stride: int, pad=(1, 1), mode: str = "constant") -> torch.Tensor:
+    """A convolution [T, C] -> [T', D]; its padding can be wrong."""
+    padded = F.pad(x.T[None], pad, mode=mode)
+    return F.conv1d(padded, weight, bias, stride)[0].T
+
+
+def sinusoid(count: int, size: int, last: int | None = None) -> torch.Tensor:
+    """Position embeddings, sines first; `last` is the divisor of the exponent."""
+    half = size // 2
+    angles = torch.arange(count)[:, None] * 1e4 ** (-torch.arange(half) / (last or half - 1))
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def diagonal(lengths: list[int]) -> torch.Tensor:
+    """A block-diagonal mask."""
+    return torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+
+
+def sized(
+    height, width, least, most, first=round, down=math.floor, up=math.ceil, smallest: int = 1
+) -> tuple[int, ...]:
+    """The size of an image in whole cells; the roundings can be wrong."""
+    sides = height, width
+    new = [28 * first(side / 28) for side in sides]
+    scale = 1.0
+    if math.prod(new) > most:
+        scale = math.sqrt(most / math.prod(sides))
+        new = [28 * max(smallest, down(side * scale / 28)) for side in sides]
+    elif math.prod(new) < least:
+        scale = math.sqrt(least / math.prod(sides))
+        new = [28 * up(side * scale / 28) for side in sides]
+    return tuple(new)
+
+
+def cut_by(frames, axes: tuple[int, ...]) -> torch.Tensor:
+    """Patches by one permutation of the nine axes."""
+    n, _, height, width = frames.shape
+    x = frames.reshape(n // 2, 2, 3, height // 28, 2, 14, width // 28, 2, 14)
+    return x.permute(axes).reshape(-1, 1176)
+
+
+def evenly(total: int, wanted: float, most: int, even: bool = True, last: bool = True) -> list[int]:
+    """Indices of frames; the switches leave out the even number, or the last frame."""
+    n = int(min(wanted, most, total))
+    n = n // 2 * 2 if even else n
+    if n < 2:
+        return [0]
+    return [round(i * (total - 1) / (n - 1) if last else i * total / n) for i in range(n)]
+
+
+def written(next_logits, stop: int | None, limit: int) -> list[int]:
+    """Greedy decoding."""
+    said = []
+    while len(said) < limit and stop not in said:
+        said.append(int(next_logits(said).argmax()))
+    return said
+
+
+def texts(vectors, after: list, steps: int) -> torch.Tensor:
+    """The vectors and those after them, the last of which repeats."""
+    row = [*vectors, *after, *after[-1:] * steps]
+    return torch.stack(row[:steps])
+
+
+def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
+    """Position ids of a video; clock: seconds -> ids since its beginning."""
+    cells = [(y, x) for y in range(rows) for x in range(columns)]
+    return [(start + clock(t), start + y, start + x) for t in seconds for y, x in cells]
+
+
 BUGS = {
     "00": {
         "samples_of": [
@@ -426,20 +546,41 @@ BUGS = {
         ],
     },
     "05": {
-        "unmerged": [
-            lambda text: len(text),
-            lambda text: len(text.encode()),
-            lambda text: len(unicodedata.normalize("NFC", text)),
-            lambda text: len(unicodedata.normalize("NFD", text).encode()),
+        "my_best_pair": [
+            lambda text, means: frequent(text, lambda n, pair: -n),
+            lambda text, means: frequent(text, lambda n, pair: (-n, pair)),
+            lambda text, means: frequent(text, lambda n, pair: (-n, pair), fence=""),
+            lambda text, means: frequent(text, lambda n, pair: (n, means[pair[0]])),
+            lambda text, means: frequent(text, lambda n, pair: (-n, means[pair[0]]))[0],
+            lambda text, means: frequent(
+                text, lambda n, pair: (-text.count("".join(pair)), means[pair[0]])
+            ),
         ],
-        "next_merge": [
-            lambda w: pairs(w).most_common(1)[0][0],
-            lambda w: min(pairs(w)),
-            lambda w: max((n, pair) for pair, n in pairs(w).items())[1],
-            lambda w: min((-n, pair) for pair, n in pairs(w, weighted=False).items())[1],
-            lambda w: min((-n, pair) for word, n in w.items() for pair in zip(word, word[1:]))[1],
+        "my_pieces": [
+            lambda text, merges: pieces(text, merges, step=-1),
+            lambda text, merges: pieces(text, merges, count=1),
+            lambda text, merges: pieces(text.replace(FENCE, ""), merges),
+            lambda text, merges: pieces(text, merges[:1]),
+            lambda text, merges: [i % 256 for i in pieces(text, merges)],
+            lambda text, merges: list(text),
         ],
-        "learns": [
+        "my_chatml": [
+            lambda turns: chatml(turns),
+            lambda turns: chatml([("system", "You are a helpful assistant."), *turns]),
+            lambda turns: chatml(with_system(turns), close="<|im_end|>"),
+            lambda turns: chatml(with_system(turns), last=""),
+            lambda turns: chatml(with_system(turns), last="<|im_start|>assistant"),
+            lambda turns: chatml(with_system(turns)) + "<|im_end|>\n",
+        ],
+        "my_runs": [
+            lambda seconds, cells, n: [("video", len(seconds) * cells), ("audio", n)],
+            lambda seconds, cells, n: alternating(seconds, cells, n, chunk=1),
+            lambda seconds, cells, n: alternating(seconds, 1, n),
+            lambda seconds, cells, n: alternating(seconds, cells, n, end=min),
+            lambda seconds, cells, n: alternating(seconds, cells, n, order=-1),
+            lambda seconds, cells, n: alternating(seconds, cells, n, empty=True),
+        ],
+        "my_loss_mask": [
             lambda row: marked(row, "assistant", 3, 0),
             lambda row: marked(row, "assistant", 0, 1),
             lambda row: marked(row, "assistant", 2, 0),

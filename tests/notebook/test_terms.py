@@ -44,9 +44,33 @@ TERMS = {
         "SwiGLU",
         "receptive field",
     ),
+    "05": (
+        "token",
+        "tokenizer",
+        "Byte-pair encoding",
+        "merges",
+        "rank",
+        "pre-tokenization",
+        "placeholder token",
+        "time-interleaving",
+        "Special tokens",
+        "chat template",
+        "ChatML",
+        "left padding",
+        "prompt injection",
+        "loss mask",
+    ),
 }
-FORMULAS = {"01": 4, "04": 4}  # displayed ones, at least
-REFERENCES = {"01": 6, "04": 9}  # links out of the course, at least
+FORMULAS = {
+    "01": 4,
+    "04": 4,
+    "05": 5,
+}  # displayed ones, at least
+REFERENCES = {
+    "01": 6,
+    "04": 9,
+    "05": 12,
+}  # links out of the course, at least
 
 
 def prose(number: str) -> str:
