@@ -636,30 +636,50 @@ BUGS = {
         ],
     },
     "07": {
-        "whose_keys": [
-            lambda h, heads, shared: h % shared,
-            lambda h, heads, shared: h // shared,
-            lambda h, heads, shared: h * shared // (heads - 1),
-        ],
-        "seen_by": [
-            lambda i, real: [*range(i + 1)],
-            lambda i, real: [j for j in range(i + 1) if real[j]],
-            lambda i, real: [j for j in range(len(real)) if real[j] or j == i],
-            lambda i, real: [j for j in range(i) if real[j]],
-        ],
-        "normed": [
+        "my_norm": [
             lambda x, w, e: w * x / (x.pow(2).sum(-1, keepdim=True) + e).sqrt(),
             lambda x, w, e: w * x / (x.pow(2).mean() + e).sqrt(),
             lambda x, w, e: w * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + e),
             lambda x, w, e: F.layer_norm(x, w.shape, w, eps=e),
             lambda x, w, e: x / (x.pow(2).mean(-1, keepdim=True) + e).sqrt(),
         ],
-        "one_more": [
+        "my_attend": [
+            lambda q, k, v: attended(q, k, v, scale=1),
+            lambda q, k, v: attended(q, k, v, scale=1 / q.shape[2]),
+            lambda q, k, v: attended(q, k, v, causal=False),
+            lambda q, k, v: attended(q, k, v, repeat=True),
+            lambda q, k, v: attended(q, k.flip(1), v.flip(1)),
+            lambda q, k, v: attended(q, k, v)[:, 0],
+        ],
+        "my_mlp": [
+            lambda x, g, u, d: (F.silu(x @ u.T) * (x @ g.T)) @ d.T,
+            lambda x, g, u, d: ((x @ g.T).sigmoid() * (x @ u.T)) @ d.T,
+            lambda x, g, u, d: F.silu((x @ g.T) * (x @ u.T)) @ d.T,
+            lambda x, g, u, d: F.silu(x @ g.T) * (x @ u.T),
+            lambda x, g, u, d: (F.silu(x @ g.T) + x @ u.T) @ d.T,
+        ],
+        "my_step": [
             lambda q, k, v: taken(q, k, v, scale=1),
             lambda q, k, v: taken(q, k, v, scale=q.shape[1] ** -1),
             lambda q, k, v: taken(q, k.flip(1), v.flip(1)),
             lambda q, k, v: taken(q, k[:-1], v[:-1]),
             lambda q, k, v: taken(q, k, v, repeat=True),
+        ],
+        "my_nucleus": [
+            lambda x, t, p: nucleus(x * t, p),
+            lambda x, t, p: nucleus(x, p) ** (1 / t),
+            lambda x, t, p: nucleus(x / t, p, crossing=False),
+            lambda x, t, p: nucleus(x / t, p, scaled=False),
+            lambda x, t, p: nucleus(x / t, p).sort(descending=True).values,
+            lambda x, t, p: (x / t).softmax(0),
+        ],
+        "my_loss": [
+            lambda z, x, m: F.cross_entropy(z, x.where(m > 0, -100)),
+            lambda z, x, m: F.cross_entropy(z[1:], x[:-1].where(m[1:] > 0, -100)),
+            lambda z, x, m: F.cross_entropy(z[:-1], x[1:].where(m[:-1] > 0, -100)),
+            lambda z, x, m: F.cross_entropy(z[:-1], x[1:]),
+            lambda z, x, m: F.cross_entropy(z[:-1], x[1:].where(m[1:] > 0, -100), reduction="sum"),
+            lambda z, x, m: -F.cross_entropy(z[:-1], x[1:].where(m[1:] > 0, -100)),
         ],
     },
     "08": {

@@ -60,16 +60,45 @@ TERMS = {
         "prompt injection",
         "loss mask",
     ),
+    "07": (
+        "Thinker",
+        "decoder",
+        "autoregressive",
+        "Attention weights",
+        "residual stream",
+        "query",
+        "key",
+        "value",
+        "causal mask",
+        "grouped-query attention",
+        "logits",
+        "Greedy",
+        "Sampling",
+        "temperature",
+        "top-p",
+        "top-k",
+        "KV cache",
+        "prefill",
+        "repetition penalty",
+        "attention sink",
+        "logit lens",
+        "ablation",
+        "zero ablation",
+        "mean ablation",
+        "cross-entropy",
+    ),
 }
 FORMULAS = {
     "01": 4,
     "04": 4,
     "05": 5,
+    "07": 7,
 }  # displayed ones, at least
 REFERENCES = {
     "01": 6,
     "04": 9,
     "05": 12,
+    "07": 15,
 }  # links out of the course, at least
 
 
