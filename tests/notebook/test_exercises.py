@@ -426,43 +426,48 @@ BUGS = {
         ],
     },
     "02": {
-        "heard_by": [
-            lambda ms: (ms // 2000, ms // 40),
-            lambda ms: (ms // 2000, ms % 2000 // 20),
-            lambda ms: (ms // 1000, ms % 1000 // 40),
-            lambda ms: (ms // 2000, -(-(ms % 2000) // 40)),
+        "my_convolution": [
+            lambda x, w, b, s: convolved(x, w, b, s, pad=(0, 0)),
+            lambda x, w, b, s: convolved(x, w, b, s, pad=(2, 0)),
+            lambda x, w, b, s: convolved(x, w, b, s, mode="replicate"),
+            lambda x, w, b, s: convolved(x, w.flip(2), b, s),
+            lambda x, w, b, s: convolved(x, w, None, s),
+            lambda x, w, b, s: convolved(x, w, b, 1)[1::s] if s > 1 else convolved(x, w, b, 1),
         ],
-        "scores_of": [
-            lambda n: ((n + 1) // 2) ** 2,
-            lambda n: n // 200 * 100**2 + (n % 200 // 2) ** 2,
-            lambda n: -(-n // 200) * 100**2,
-            lambda n: n // 200 * 200**2 + (n % 200) ** 2,
+        "my_positions": [
+            lambda n, d: sinusoid(n, d, last=d // 2),
+            lambda n, d: sinusoid(n, d).roll(d // 2, 1),
+            lambda n, d: sinusoid(n, d).view(n, 2, -1).transpose(1, 2).flatten(1),
+            lambda n, d: sinusoid(n + 1, d)[1:],
+            lambda n, d: sinusoid(n, d).T,
         ],
-        "packed": [
-            lambda x, s: x.unflatten(1, (-1, 2)).mean(2).flatten(0, 1),
-            lambda x, s: torch.cat([b[: n // 2 * 2 : 2] for b, n in zip(x, s)]),
-            lambda x, s: torch.cat(
-                [b[: -(-n // 2) * 2].unflatten(0, (-1, 2)).mean(1) for b, n in zip(x, s)]
+        "my_block_attention": [
+            lambda q, k, v, n: headed(q, k, v, diagonal(n), scale=1),
+            lambda q, k, v, n: headed(q, k, v, diagonal(n), scale=4),
+            lambda q, k, v, n: headed(q, k, v, diagonal([sum(n)])),
+            lambda q, k, v, n: headed(q, k, v, diagonal(n).tril()),
+            lambda q, k, v, n: headed(q, k, v, diagonal([sum(n)]))[1] * diagonal(n),
+            lambda q, k, v, n: headed(q, k, v, diagonal(n))[0],
+            lambda q, k, v, n: headed(q, k, v, diagonal(n))[::-1],
+        ],
+        "my_pool": [
+            lambda x, n: x[: len(x) // 2 * 2].unflatten(0, (-1, 2)).mean(1),
+            lambda x, n: torch.cat([b[: len(b) // 2 * 2 : 2] for b in x.split(n)]),
+            lambda x, n: torch.cat([b.view(2, -1, 1).mean(0) for b in x.split(n)]),
+            lambda x, n: (
+                torch.cat([F.pad(b, (0, 0, 0, len(b) % 2)) for b in x.split(n)])
+                .unflatten(0, (-1, 2))
+                .mean(1)
             ),
-            lambda x, s: torch.cat(
-                [b[: n // 2 * 2].unflatten(0, (2, n // 2)).mean(0) for b, n in zip(x, s)]
+            lambda x, n: torch.cat(
+                [
+                    b[: len(b) // 2 * 2].unflatten(0, (-1, 2)).sum(1)
+                    for b in x.split(n)
+                    if len(b) > 1
+                ]
             ),
         ],
-        "nearness": [
-            lambda i, j, n: sum(
-                math.cos((i - j) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)
-            ),
-            lambda i, j, n: sum(
-                math.cos((i % 100 - j % 100) / 10_000 ** (2 * k / n)) for k in range(n // 2)
-            ),
-            lambda i, j, n: sum(
-                math.sin((i % 100 - j % 100) / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)
-            ),
-            lambda i, j, n: sum(
-                math.cos((i - j) % 100 / 10_000 ** (k / (n // 2 - 1))) for k in range(n // 2)
-            ),
-        ],
-        "understood": [
+        "final_tokens": [
             lambda n: n // 32_000 * 50,
             lambda n: max(0, (n - 200) // 160 + 1) // 4,
             lambda n: -(-n // 160) // 200 * 50,

@@ -32,6 +32,25 @@ TERMS = {
         "log-mel spectrogram",
         "vocoder",
     ),
+    "02": (
+        "audio encoder",
+        "blocks",
+        "CTC",
+        "dot product",
+        "steps",
+        "zero padding",
+        "stride",
+        "channels",
+        "GELU",
+        "receptive field",
+        "attention mask",
+        "attention weights",
+        "block-diagonal mask",
+        "sinusoidal position embedding",
+        "average pooling",
+        "LayerNorm",
+        "streaming",
+    ),
     "04": (
         "vision encoder",
         "vision transformer",
@@ -90,12 +109,14 @@ TERMS = {
 }
 FORMULAS = {
     "01": 4,
+    "02": 5,
     "04": 4,
     "05": 5,
     "07": 7,
 }  # displayed ones, at least
 REFERENCES = {
     "01": 6,
+    "02": 12,
     "04": 9,
     "05": 12,
     "07": 15,
