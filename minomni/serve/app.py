@@ -1,15 +1,16 @@
 """The application: routes, the model, and the server process."""
 
 import asyncio
-import logging
 import mimetypes
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -22,55 +23,49 @@ from minomni import paths
 from minomni.errors import UserError, quote, shorten
 from minomni.serve.access import Access
 from minomni.serve.chat import chat_completions, speech, transcriptions
-from minomni.serve.errors import INTERNAL, ApiError, of_user_error
+from minomni.serve.errors import ApiError, of_user_error
 from minomni.serve.realtime import realtime
 from minomni.serve.settings import Settings
-from minomni.serve.worker import Client, Slots, Worker
+from minomni.serve.worker import Client, Worker
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
-log = logging.getLogger("minomni.serve")
 STATIC = Path(__file__).parent / "static"
 SAMPLES = ("scene.png", "color.png", "digit.png")  # pictures that the page offers
 PING_S = 20.0  # between two signs of life on a WebSocket
+STOP_S = 3  # seconds that connections have to end when the server stops
 
 
 class Server:
-    """What all requests share: the model, its worker, and the slots."""
+    """What all requests share: the model, its worker, and the clients that it has now."""
 
     def __init__(self, omni: "Omni", model_name: str, settings: Settings):
         self.omni = omni
         self.model_name = model_name
         self.settings = settings
         self.worker = Worker()
-        self.slots = Slots(settings.sessions)
         self.clients: set[Client] = set()
+        self.trained_here = omni.config.codec is not None
 
     def take_client(self) -> Client:
-        """A new client of the worker. Raises ApiError 429 where all slots are taken."""
-        if not self.slots.take():
-            raise ApiError(
-                429, f"all {self.slots.count} sessions are in use", code="rate_limit_exceeded"
-            )
+        """A new client of the worker. Raises ApiError 429 where all sessions are in use."""
+        limit = self.settings.sessions
+        if len(self.clients) >= limit:
+            raise ApiError(429, f"all {limit} sessions are in use", code="rate_limit_exceeded")
         client = Client(self.worker)
         self.clients.add(client)
         return client
 
     def give_back(self, client: Client) -> None:
-        """End the work of a client and free its slot."""
+        """End the work of a client and free its session."""
         client.close()
-        if client in self.clients:
-            self.clients.remove(client)
-            self.slots.give_back()
+        self.clients.discard(client)
 
-    @asynccontextmanager
-    async def released(self, client: Client) -> AsyncIterator[None]:
-        """Give a client back at the end of a block."""
-        try:
-            yield
-        finally:
-            self.give_back(client)
+    def cancel_all(self) -> None:
+        """End the work of all clients, which then get the end of their answers."""
+        for client in self.clients:
+            client.close()
 
     def check_model(self, name: object) -> None:
         """Raise ApiError 404 for the name of another model; none means this one."""
@@ -91,7 +86,7 @@ class Server:
             "owned_by": "minomni",
             "voices": list(self.omni.voices),
             "speech": self.omni.token2wav is not None and bool(self.omni.voices),
-            "trained_here": self.omni.config.codec is not None,
+            "trained_here": self.trained_here,
         }
 
 
@@ -121,8 +116,7 @@ def create_app(omni: "Omni", model_name: str, settings: Settings) -> Starlette:
             ApiError: api_error,
             UserError: user_error,
             HTTPException: http_error,
-            ClientDisconnect: left,
-            Exception: unknown_error,
+            ClientDisconnect: client_disconnect,
         },
         lifespan=lifespan,
     )
@@ -133,9 +127,14 @@ def create_app(omni: "Omni", model_name: str, settings: Settings) -> Starlette:
 async def health(request: Request) -> Response:
     """GET /health."""
     server: Server = request.app.state.server
-    slots = server.slots
-    fields = {"status": "ok", "model": server.model_name, "sessions": slots.used}
-    return JSONResponse({**fields, "max_sessions": slots.count})
+    return JSONResponse(
+        {
+            "status": "ok",
+            "model": server.model_name,
+            "sessions": len(server.clients),
+            "max_sessions": server.settings.sessions,
+        }
+    )
 
 
 async def models(request: Request) -> Response:
@@ -196,41 +195,66 @@ async def http_error(request: Request | WebSocket, error: Exception) -> Response
     return response
 
 
-async def left(request: Request | WebSocket, error: Exception) -> Response:
-    """No one reads this answer."""
+async def client_disconnect(request: Request | WebSocket, error: Exception) -> Response:
+    """A client that left while its request was read: no one reads this answer."""
     return Response(status_code=400)
-
-
-async def unknown_error(request: Request | WebSocket, error: Exception) -> Response:
-    return INTERNAL.response()
 
 
 # ---------------------------------------------------------------------------------------- process
 
 
+class Process(uvicorn.Server):
+    """uvicorn with this application. When it is to stop, it ends all answers first."""
+
+    def __init__(self, app: Starlette, settings: Settings):
+        self.application = app
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            ws="websockets-sansio",
+            ws_max_size=settings.frame_bytes,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,
+            timeout_graceful_shutdown=STOP_S,
+            server_header=False,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.application.state.server.cancel_all()
+        await super().shutdown(sockets)
+
+
 def serve(omni: "Omni", model_name: str, settings: Settings) -> None:
     """Serve a model until Ctrl-C. Raises UserError where the address is taken."""
-    import uvicorn
-
     settings.check()
     listener = listen(settings)
     port = listener.getsockname()[1]
-    config = uvicorn.Config(
-        create_app(omni, model_name, settings),
-        log_level="warning",
-        access_log=False,
-        ws="websockets-sansio",
-        ws_max_size=settings.frame_bytes,
-        ws_ping_interval=PING_S,
-        ws_ping_timeout=PING_S,
-        ws_per_message_deflate=False,
-        timeout_graceful_shutdown=3,
-        server_header=False,
-    )
+    process = Process(create_app(omni, model_name, settings), settings)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"minomni serves {model_name} at http://{host}:{port} (Ctrl-C stops it)", flush=True)
     with suppress(KeyboardInterrupt), listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        process.run(sockets=[listener])
+
+
+@contextmanager
+def serving(omni: "Omni", model_name: str, settings: Settings) -> Iterator[tuple[Starlette, int]]:
+    """Serve a model in a thread -> the application and its port. It stops at the end of the block.
+
+    Raises UserError where the address is taken.
+    """
+    app = create_app(omni, model_name, settings)
+    process = Process(app, settings)
+    with listen(settings) as listener:
+        thread = threading.Thread(target=process.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield app, listener.getsockname()[1]
+        finally:
+            process.should_exit = True
+            thread.join(timeout=20)
 
 
 def listen(settings: Settings) -> socket.socket:

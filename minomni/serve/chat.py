@@ -5,7 +5,7 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import UploadFile
@@ -16,20 +16,17 @@ from minomni.chat.generate import reply_steps
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk, Timings
 from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_options
 from minomni.data.grammar import TRANSCRIBE
-from minomni.errors import quote
 from minomni.inputs.prompt import Inputs
+from minomni.serve.audio import MEDIA_TYPES, WIRE_RATE, AudioSender, encode, wav_header
 from minomni.serve.chat_request import (
     MAX_TEXT,
     ChatRequest,
     parse_chat,
-    parse_format,
     parse_json,
-    parse_voice,
-    typed,
+    parse_speech,
 )
 from minomni.serve.errors import ApiError, bad_request
-from minomni.serve.response import Stream, until_disconnect
-from minomni.serve.sound import MEDIA_TYPES, WIRE_RATE, WireAudio, encode, wav_header
+from minomni.serve.response import Stream, until_disconnect, with_client
 from minomni.serve.worker import Client, Task
 from minomni.token2wav.voice import Voice
 
@@ -37,7 +34,11 @@ if TYPE_CHECKING:
     from minomni.omni import Omni
     from minomni.serve.app import Server
 
-AUDIO_STORED_S = 3600  # OpenAI's clients expect a time until which an answer's audio is kept
+# OpenAI's clients expect a time until which the audio of an answer can be referred to. Nothing is
+# stored here.
+AUDIO_EXPIRES_S = 3600
+STOPPED = ApiError(503, "the server stops")
+END_OF_EVENTS = b"data: [DONE]\n\n"
 # What the release's model is asked for a transcript (its cookbook).
 RELEASE_TRANSCRIBE = "Transcribe the audio into text."
 
@@ -51,7 +52,9 @@ class Answer:
         self.ids: list[int] = []  # of the text
         self.prompt: Inputs | None = None
         self.created = int(time.time())
-        self.name = f"chatcmpl-{secrets.token_hex(12)}"
+        name = secrets.token_hex(12)
+        self.id = f"chatcmpl-{name}"
+        self.audio_id = f"audio_{name}"
 
     async def begin(self, client: Client) -> Task:
         """Read the messages and queue the work. Raises UserError and ApiError."""
@@ -97,7 +100,7 @@ class Answer:
     def head(self, kind: str) -> dict:
         """The fields that every object of an answer begins with."""
         return {
-            "id": self.name,
+            "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.server.model_name,
@@ -117,90 +120,120 @@ def answer_steps(
     yield from reply_steps(omni, prefill, voice, options, timings, ids)
 
 
-async def whole_reply(task: Task) -> Reply:
-    """The reply at the end of a task. Raises ApiError where the task failed."""
-    reply = None
-    async for event in task:
-        if isinstance(event, ReplyDone):
-            reply = event.reply
-    if reply is None:
-        raise ApiError(503, "the server stops")
-    return reply
+async def whole_reply(request: Request, answer: Answer, client: Client) -> Reply:
+    """Compute all of an answer; the work ends where the client leaves. Raises UserError, and
+    ApiError where a step failed.
+    """
+    async with until_disconnect(request, client):
+        async for event in await answer.begin(client):
+            if isinstance(event, ReplyDone):
+                return event.reply
+    raise STOPPED
 
 
-async def chat_completions(request: Request) -> Response:
+@with_client
+async def chat_completions(request: Request, server: "Server", client: Client) -> Response:
     """POST /v1/chat/completions."""
-    server: Server = request.app.state.server
     body = await asyncio.to_thread(parse_json, await request.body())
     server.check_model(body.get("model"))
-    parsed = parse_chat(body)
-    answer = Answer(server, parsed)
-    client = server.take_client()
-    if parsed.stream:
-        try:
-            task = await answer.begin(client)
-        except BaseException:
-            server.give_back(client)
-            raise
-        return Stream(chat_chunks(answer, task), server, client, "text/event-stream")
-
-    async with server.released(client), until_disconnect(request, client):
-        reply = await whole_reply(await answer.begin(client))
-        message: dict = {"role": "assistant", "content": reply.text, "refusal": None}
-        if parsed.speech:
-            sound = await asyncio.to_thread(encode, reply.wave, reply.sample_rate, parsed.format)
-            message["content"] = None
-            message["audio"] = {
-                "id": f"audio_{answer.name[9:]}",
-                "data": base64.b64encode(sound).decode(),
-                "expires_at": answer.created + AUDIO_STORED_S,
-                "transcript": reply.text,
-            }
-        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason()}
-        head = answer.head("chat.completion")
-        return JSONResponse(
-            {**head, "choices": [{**choice, "logprobs": None}], "usage": answer.usage(reply)}
-        )
+    answer = Answer(server, parse_chat(body))
+    if answer.request.stream:
+        chunks = chat_chunks(answer, await answer.begin(client))
+        return Stream(chunks, server, client, "text/event-stream")
+    reply = await whole_reply(request, answer, client)
+    return JSONResponse(await asyncio.to_thread(completion, answer, reply))
 
 
-async def chat_chunks(answer: Answer, task: Task) -> AsyncIterator[bytes]:
-    """A streamed answer as server-sent events."""
-    head = answer.head("chat.completion.chunk")
-    speech = answer.request.speech
-    audio_id = f"audio_{answer.name[9:]}"
-    usage = {"usage": None} if answer.request.with_usage else {}
+def completion(answer: Answer, reply: Reply) -> dict:
+    """A whole answer as an object of the API."""
+    message: dict = {"role": "assistant", "content": reply.text, "refusal": None}
+    if answer.request.speech:
+        data = encode(reply.wave, reply.sample_rate, answer.request.format)
+        message["content"] = None
+        message["audio"] = {
+            "id": answer.audio_id,
+            "data": base64.b64encode(data).decode(),
+            "expires_at": answer.created + AUDIO_EXPIRES_S,
+            "transcript": reply.text,
+        }
+    choice = {
+        "index": 0,
+        "message": message,
+        "finish_reason": answer.finish_reason(),
+        "logprobs": None,
+    }
+    head = answer.head("chat.completion")
+    return {**head, "choices": [choice], "usage": answer.usage(reply)}
 
-    def chunk(delta: dict, finish_reason: str | None = None) -> bytes:
+
+class ChatChunks:
+    """The objects of a streamed answer."""
+
+    def __init__(self, answer: Answer):
+        self.answer = answer
+        self.head = answer.head("chat.completion.chunk")
+        self.with_usage = answer.request.with_usage
+        if self.with_usage:
+            self.head["usage"] = None  # in all chunks but the last one
+        self.sender: AudioSender | None = None
+        if answer.request.speech:
+            self.sender = AudioSender(answer.server.omni.sample_rate)
+
+    def chunk(self, delta: dict, finish_reason: str | None = None) -> dict:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return sse({**head, "choices": [choice], **usage})
+        return {**self.head, "choices": [choice]}
 
-    first: dict = {"role": "assistant", "content": "", "refusal": None}
-    if speech:
-        first = {"role": "assistant", "audio": {"id": audio_id, "transcript": ""}}
-    yield chunk(first)
-    wire = WireAudio(answer.server.omni.sample_rate) if speech else None
+    def audio(self, **fields: object) -> dict:
+        return self.chunk({"audio": {"id": self.answer.audio_id, **fields}})
+
+    def audio_data(self, data: bytes) -> dict:
+        return self.audio(data=base64.b64encode(data).decode())
+
+    def first(self) -> dict:
+        """The chunk before all others."""
+        if self.sender is None:
+            return self.chunk({"role": "assistant", "content": "", "refusal": None})
+        audio = {"id": self.answer.audio_id, "transcript": ""}
+        return self.chunk({"role": "assistant", "audio": audio})
+
+    def of_event(self, event: TextChunk | AudioChunk | ReplyDone) -> list[dict]:
+        """The chunks of an event."""
+        if isinstance(event, TextChunk):
+            if self.sender is None:
+                return [self.chunk({"content": event.text})]
+            return [self.audio(transcript=event.text)]
+        if isinstance(event, AudioChunk):
+            assert self.sender is not None
+            return [self.audio_data(self.sender.feed(event.wave))]
+        return self.last(event.reply)
+
+    def last(self, reply: Reply) -> list[dict]:
+        """The chunks after all events."""
+        chunks = []
+        if self.sender is not None:
+            chunks.append(self.audio_data(self.sender.finish()))
+            chunks.append(self.audio(expires_at=self.answer.created + AUDIO_EXPIRES_S))
+        chunks.append(self.chunk({}, self.answer.finish_reason()))
+        if self.with_usage:
+            chunks.append({**self.head, "choices": [], "usage": self.answer.usage(reply)})
+        return chunks
+
+
+async def chat_chunks(answer: Answer, task: Task) -> AsyncGenerator[bytes]:
+    """A streamed answer as server-sent events. An error is the last one before the end."""
+    chunks = ChatChunks(answer)
+    yield sse(chunks.first())
+    is_complete = False
     try:
         async for event in task:
-            if isinstance(event, TextChunk) and speech:
-                yield chunk({"audio": {"id": audio_id, "transcript": event.text}})
-            elif isinstance(event, TextChunk):
-                yield chunk({"content": event.text})
-            elif isinstance(event, AudioChunk) and wire is not None:
-                data = base64.b64encode(wire.feed(event.wave)).decode()
-                yield chunk({"audio": {"id": audio_id, "data": data}})
-            elif isinstance(event, ReplyDone):
-                if wire is not None:
-                    rest = wire.feed(event.reply.wave[:0], last=True)
-                    data = base64.b64encode(rest).decode()
-                    yield chunk({"audio": {"id": audio_id, "data": data}})
-                    expires = answer.created + AUDIO_STORED_S
-                    yield chunk({"audio": {"id": audio_id, "expires_at": expires}})
-                yield chunk({}, answer.finish_reason())
-                if answer.request.with_usage:
-                    yield sse({**head, "choices": [], "usage": answer.usage(event.reply)})
+            for chunk in chunks.of_event(event):
+                yield sse(chunk)
+            is_complete = isinstance(event, ReplyDone)
+        if not is_complete:
+            raise STOPPED
     except ApiError as error:
         yield sse(error.body())
-    yield b"data: [DONE]\n\n"
+    yield END_OF_EVENTS
 
 
 def sse(value: dict) -> bytes:
@@ -211,102 +244,87 @@ def sse(value: dict) -> bytes:
 # ------------------------------------------------------------------------------------------ audio
 
 
-async def speech(request: Request) -> Response:
+@with_client
+async def speech(request: Request, server: "Server", client: Client) -> Response:
     """POST /v1/audio/speech: the model says a text. It is asked to, as in a conversation."""
-    server: Server = request.app.state.server
-    body = parse_json(await request.body())
-    body = {key: value for key, value in body.items() if value is not None}
+    body = await asyncio.to_thread(parse_json, await request.body())
     server.check_model(body.get("model"))
-    known = {"model", "input", "voice", "response_format", "speed", "instructions", "stream_format"}
-    for name in body:
-        if name not in known:
-            raise bad_request(f"unknown field {quote(name)}", param=str(name)[:60])
-    text = body.get("input")
-    if not isinstance(text, str) or not 0 < len(text.strip()) <= MAX_TEXT:
-        raise bad_request("input is the text to say", param="input")
-    if body.get("speed", 1) != 1:
-        raise bad_request("speed is 1: this model has one", param="speed")
-    if body.get("instructions"):
-        raise bad_request("instructions are not supported; choose a voice", param="instructions")
-    if body.get("stream_format", "audio") != "audio":
-        raise bad_request("stream_format is audio", param="stream_format")
-    name = parse_format(body.get("response_format", "mp3"))
-    voice = parse_voice(typed(body, "voice", object, None))
-
-    message = {"role": "user", "content": f"say {text.strip()}"}
-    answer = Answer(server, ChatRequest([message], speech=True, voice=voice))
-    client = server.take_client()
-    if name in ("pcm16", "wav"):
-        try:
-            task = await answer.begin(client)
-        except BaseException:
-            server.give_back(client)
-            raise
-        chunks = sound_chunks(task, server.omni.sample_rate, name)
-        return Stream(chunks, server, client, MEDIA_TYPES[name])
-    async with server.released(client), until_disconnect(request, client):
-        reply = await whole_reply(await answer.begin(client))
-        sound = await asyncio.to_thread(encode, reply.wave, reply.sample_rate, name)
-        return Response(sound, media_type=MEDIA_TYPES[name])
+    parsed = parse_speech(body)
+    message = {"role": "user", "content": f"say {parsed.text}"}
+    answer = Answer(server, ChatRequest([message], speech=True, voice=parsed.voice))
+    media_type = MEDIA_TYPES[parsed.format]
+    if parsed.format in ("pcm16", "wav"):
+        chunks = speech_chunks(await answer.begin(client), server.omni.sample_rate, parsed.format)
+        return Stream(chunks, server, client, media_type)
+    reply = await whole_reply(request, answer, client)
+    data = await asyncio.to_thread(encode, reply.wave, reply.sample_rate, parsed.format)
+    return Response(data, media_type=media_type)
 
 
-async def sound_chunks(task: Task, sample_rate: int, name: str) -> AsyncIterator[bytes]:
-    """Raw audio while it is generated; an error ends it early."""
+async def speech_chunks(task: Task, sample_rate: int, name: str) -> AsyncGenerator[bytes]:
+    """Speech while it is generated. Raises ApiError where it fails, which breaks the response
+    off: clients do not take it for complete.
+    """
     if name == "wav":
         yield wav_header(WIRE_RATE)
-    wire = WireAudio(sample_rate)
+    sender = AudioSender(sample_rate)
     async for event in task:
         if isinstance(event, AudioChunk):
-            yield wire.feed(event.wave)
+            yield sender.feed(event.wave)
         elif isinstance(event, ReplyDone):
-            yield wire.feed(event.reply.wave[:0], last=True)
+            yield sender.finish()
+            return
+    raise STOPPED
 
 
-async def transcriptions(request: Request) -> Response:
+@with_client
+async def transcriptions(request: Request, server: "Server", client: Client) -> Response:
     """POST /v1/audio/transcriptions: what the model writes down when it is asked to."""
-    server: Server = request.app.state.server
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise bad_request("expected multipart/form-data with a file")
-    async with request.form(max_files=1, max_fields=32, max_part_size=MAX_TEXT) as form:
-        server.check_model(form.get("model"))
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise bad_request("file is missing: a recording", param="file")
-        recording = await file.read()
-        shape = form.get("response_format", "json")
-        streamed = form.get("stream") in ("true", "True", "1")
-        temperature = form.get("temperature")
+    form = await transcription_form(request)
+    server.check_model(form.get("model"))
+    shape = form.get("response_format", "json")
     if shape not in ("json", "text"):
         raise bad_request("response_format is json or text", param="response_format")
     options = {}
-    if temperature is not None:
-        options["temperature"] = parse_temperature(temperature)
+    if "temperature" in form:
+        options["temperature"] = parse_temperature(form["temperature"])
 
-    trained_here = server.omni.config.codec is not None
-    request_text = TRANSCRIBE if trained_here else RELEASE_TRANSCRIBE
-    content = [{"type": "audio", "audio": recording}, {"type": "text", "text": request_text}]
-    messages = [{"role": "user", "content": content}]
-    answer = Answer(server, ChatRequest(messages, options=options))
-    client = server.take_client()
-    if streamed:
-        try:
-            task = await answer.begin(client)
-        except BaseException:
-            server.give_back(client)
-            raise
-        return Stream(transcript_chunks(task), server, client, "text/event-stream")
-    async with server.released(client), until_disconnect(request, client):
-        reply = await whole_reply(await answer.begin(client))
-        if shape == "text":
-            return PlainTextResponse(reply.text + "\n")
-        usage = answer.usage(reply)
-        counts = {
-            "type": "tokens",
-            "input_tokens": usage["prompt_tokens"],
-            "output_tokens": usage["completion_tokens"],
-            "total_tokens": usage["total_tokens"],
-        }
-        return JSONResponse({"text": reply.text, "usage": counts})
+    content = [
+        {"type": "audio", "audio": form["file"]},
+        {"type": "text", "text": transcription_prompt(server.omni)},
+    ]
+    answer = Answer(server, ChatRequest([{"role": "user", "content": content}], options=options))
+    if form.get("stream") in ("true", "True", "1"):
+        chunks = transcript_chunks(await answer.begin(client))
+        return Stream(chunks, server, client, "text/event-stream")
+    reply = await whole_reply(request, answer, client)
+    if shape == "text":
+        return PlainTextResponse(reply.text + "\n")
+    usage = answer.usage(reply)
+    counts = {
+        "type": "tokens",
+        "input_tokens": usage["prompt_tokens"],
+        "output_tokens": usage["completion_tokens"],
+        "total_tokens": usage["total_tokens"],
+    }
+    return JSONResponse({"text": reply.text, "usage": counts})
+
+
+async def transcription_form(request: Request) -> dict:
+    """The fields of an upload; "file" is the recording's bytes. Raises ApiError without one."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise bad_request("expected multipart/form-data with a file")
+    async with request.form(max_files=1, max_fields=32, max_part_size=MAX_TEXT) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise bad_request("file is missing: a recording", param="file")
+        return {**form, "file": await file.read()}
+
+
+def transcription_prompt(omni: "Omni") -> str:
+    """How this model was trained to be asked for a transcript."""
+    trained_here = omni.config.codec is not None
+    return TRANSCRIBE if trained_here else RELEASE_TRANSCRIBE
 
 
 def parse_temperature(text: object) -> float:
@@ -317,14 +335,18 @@ def parse_temperature(text: object) -> float:
         raise bad_request("temperature is no number", param="temperature") from None
 
 
-async def transcript_chunks(task: Task) -> AsyncIterator[bytes]:
-    """A transcript as server-sent events."""
+async def transcript_chunks(task: Task) -> AsyncGenerator[bytes]:
+    """A transcript as server-sent events. An error is the last one before the end."""
+    is_complete = False
     try:
         async for event in task:
             if isinstance(event, TextChunk):
                 yield sse({"type": "transcript.text.delta", "delta": event.text})
             elif isinstance(event, ReplyDone):
+                is_complete = True
                 yield sse({"type": "transcript.text.done", "text": event.reply.text})
+        if not is_complete:
+            raise STOPPED
     except ApiError as error:
         yield sse(error.body())
-    yield b"data: [DONE]\n\n"
+    yield END_OF_EVENTS

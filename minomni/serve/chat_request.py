@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from minomni.errors import quote
+from minomni.errors import quote, shorten
+from minomni.serve.audio import MEDIA_TYPES
 from minomni.serve.errors import bad_request
-from minomni.serve.sound import MEDIA_TYPES
 
 MAX_MESSAGES = 512
 MAX_ITEMS = 256  # of one message
@@ -62,7 +62,16 @@ NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,),
     "response_format": ({"type": "text"},),
 }
-# Type of a content item -> key of its source.
+SPEECH_FIELDS = {
+    "model",
+    "input",
+    "voice",
+    "response_format",
+    "speed",
+    "instructions",
+    "stream_format",
+}
+# Types of content items: media at an address, and texts.
 URL_ITEMS = ("image_url", "video_url", "audio_url")
 TEXT_ITEMS = ("text", "input_text", "output_text")
 
@@ -80,6 +89,15 @@ class ChatRequest:
     seed: int = 0
     use_audio_in_video: bool = False
     options: dict = field(default_factory=dict)
+
+
+@dataclass
+class SpeechRequest:
+    """A text to say."""
+
+    text: str
+    voice: str | None
+    format: str
 
 
 def parse_json(body: bytes) -> dict:
@@ -118,15 +136,52 @@ def parse_chat(body: dict) -> ChatRequest:
     return request
 
 
+def parse_speech(body: dict) -> SpeechRequest:
+    """Check a request of /v1/audio/speech. Raises ApiError that names the field."""
+    body = {key: value for key, value in body.items() if value is not None}
+    for name in body:
+        if name not in SPEECH_FIELDS:
+            raise bad_request(f"unknown field {quote(name)}", param=shorten(name, 60))
+    text = parse_text(body.get("input"), "input").strip()
+    if not text:
+        raise bad_request("input is the text to say", param="input")
+    if body.get("speed", 1) != 1:
+        raise bad_request("speed is 1: this model has one", param="speed")
+    if body.get("instructions"):
+        raise bad_request("instructions are not supported; choose a voice", param="instructions")
+    if body.get("stream_format", "audio") != "audio":
+        raise bad_request("stream_format is audio", param="stream_format")
+    return SpeechRequest(
+        text,
+        parse_voice(body.get("voice")),
+        parse_format(body.get("response_format", "mp3")),
+    )
+
+
 def refuse_unsupported(body: dict) -> None:
     """Raise ApiError for fields that are unknown, and for values that would be ignored."""
     for name, value in body.items():
         if name in FIELDS or name in IGNORED:
             continue
         if name not in NEUTRAL:
-            raise bad_request(f"unknown field {quote(name)}", param=str(name)[:60])
+            raise bad_request(f"unknown field {quote(name)}", param=shorten(name, 60))
         if value not in NEUTRAL[name]:
             raise bad_request(f"{name} is not supported by this model; leave it out", param=name)
+
+
+def parse_text(text: object, param: str) -> str:
+    """A text. Raises ApiError for other types, for a text that is too long, and for half of a
+    surrogate pair, which JSON can hold and Unicode cannot.
+    """
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        raise bad_request(f"expected a text of at most {MAX_TEXT} characters", param)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise bad_request(
+            "the text is not Unicode: it holds half of a surrogate pair", param
+        ) from None
+    return text
 
 
 def typed(body: dict, name: str, kind: type, default: Any) -> Any:
@@ -204,12 +259,7 @@ def parse_item(item: object) -> dict:
         raise bad_request("a content item is no object", param="messages")
     kind = item.get("type")
     if kind in TEXT_ITEMS:
-        text = item.get("text")
-        if not isinstance(text, str) or len(text) > MAX_TEXT:
-            raise bad_request(
-                f"a text item holds a string of at most {MAX_TEXT} characters", param="messages"
-            )
-        return {"type": "text", "text": text}
+        return {"type": "text", "text": parse_text(item.get("text"), "messages")}
     if kind in URL_ITEMS:
         return {"type": kind.removesuffix("_url"), kind.removesuffix("_url"): data_uri(item, kind)}
     if kind == "input_audio":

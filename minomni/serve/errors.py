@@ -1,8 +1,13 @@
 """Errors of the API, in OpenAI's form."""
 
+import logging
+import traceback
+
 from starlette.responses import JSONResponse
 
+log = logging.getLogger("minomni.serve")
 RETRY_AFTER_S = 2
+LOGGED_FRAMES = 8  # the innermost ones of an error
 
 
 class ApiError(Exception):
@@ -45,6 +50,13 @@ def of_user_error(error: Exception) -> ApiError:
     message = str(error)
     code = "context_length_exceeded" if "context" in message else "invalid_value"
     return ApiError(400, message, None, code)
+
+
+def log_unexpected(where: str, error: Exception) -> None:
+    """Log the type and the place of an error, without its message, which may quote a user."""
+    frames = traceback.extract_tb(error.__traceback__)[-LOGGED_FRAMES:]
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+    log.error("%s in %s (%s)", type(error).__name__, where, ", ".join(lines))
 
 
 INTERNAL = ApiError(500, "the server failed to answer; its log says where")

@@ -1,8 +1,9 @@
 """Responses that end when their client goes away or stops reading."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import wraps
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -15,6 +16,9 @@ from minomni.serve.worker import Client
 if TYPE_CHECKING:
     from minomni.serve.app import Server
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+ClientEndpoint = Callable[[Request, "Server", Client], Awaitable[Response]]
+
 
 class Stream(Response):
     """A response in chunks. When the client leaves, or takes longer than Settings.send_s to read a
@@ -22,11 +26,7 @@ class Stream(Response):
     """
 
     def __init__(
-        self,
-        chunks: AsyncGenerator[bytes] | AsyncIterator[bytes],
-        server: "Server",
-        client: Client,
-        media_type: str,
+        self, chunks: AsyncGenerator[bytes], server: "Server", client: Client, media_type: str
     ):
         super().__init__(media_type=media_type)
         self.chunks = chunks
@@ -47,13 +47,14 @@ class Stream(Response):
                 await sending
 
     async def send_all(self, send: Send) -> None:
-        """Send the chunks one by one."""
+        """Send the chunks one by one. Raises TimeoutError for a client that does not read."""
         seconds = self.server.settings.send_s
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async for chunk in self.chunks:
-            part = {"type": "http.response.body", "body": chunk, "more_body": True}
-            await asyncio.wait_for(send(part), seconds)
+        async with aclosing(self.chunks):
+            async for chunk in self.chunks:
+                part = {"type": "http.response.body", "body": chunk, "more_body": True}
+                await asyncio.wait_for(send(part), seconds)
         end = {"type": "http.response.body", "body": b"", "more_body": False}
         await asyncio.wait_for(send(end), seconds)
 
@@ -77,3 +78,25 @@ async def until_disconnect(request: Request, client: Client) -> AsyncIterator[No
         yield
     finally:
         watching.cancel()
+
+
+def with_client(endpoint: ClientEndpoint) -> Endpoint:
+    """Take a client of the worker before the body is read, and give it back after the answer.
+
+    The endpoint raises ApiError 429 where all clients are taken.
+    """
+
+    @wraps(endpoint)
+    async def run(request: Request) -> Response:
+        server: Server = request.app.state.server
+        client = server.take_client()
+        is_stream = False
+        try:
+            response = await endpoint(request, server, client)
+            is_stream = isinstance(response, Stream)  # it gives the client back at its own end
+            return response
+        finally:
+            if not is_stream:
+                server.give_back(client)
+
+    return run

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from minomni.errors import UserError, quote
 
 TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
+HOST_NAME = re.compile(r"[a-z0-9._-]{1,253}")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -16,6 +17,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    names: tuple[str, ...] = ()  # host names that requests may give, of a proxy for example
     token: str | None = None  # a client must give it; None for a server of this machine alone
     sessions: int = 32  # requests and conversations at once; others get status 429
     body_bytes: int = 32 * 2**20  # of a request
@@ -31,10 +33,21 @@ class Settings:
                 "the token has characters or a length that headers do not carry well; give 16 to "
                 "256 letters, digits and . _ ~ -"
             )
+        for name in self.names:
+            if not HOST_NAME.fullmatch(name):
+                raise UserError(
+                    f"--allow-host {quote(name)} is no host name; give it in lower case, without "
+                    f"https:// and without a port"
+                )
         if not is_loopback(self.host) and self.token is None:
             raise UserError(
                 f"--host {quote(self.host)} can be reached from other machines; set a token in the "
                 f"environment variable MINOMNI_TOKEN, or leave --host out"
+            )
+        if self.names and self.token is None:
+            raise UserError(
+                "--allow-host is for a proxy that other machines reach; set a token in the "
+                "environment variable MINOMNI_TOKEN"
             )
 
     def allows_host(self, host: str) -> bool:
@@ -43,7 +56,7 @@ class Settings:
         A page of another site can make its own name point here (DNS rebinding), but it cannot own
         an address: addresses are allowed where the server is meant for other machines.
         """
-        if host in LOOPBACK_NAMES or host == self.host:
+        if host in LOOPBACK_NAMES or host in (self.host, *self.names):
             return True
         return not is_loopback(self.host) and is_address(host)
 

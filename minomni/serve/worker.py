@@ -5,12 +5,11 @@
     client C             step        step
 
 A task is an iterator: each of its steps computes a little and gives an event, or None. The tasks of
-one client run one after the other; those of different clients take turns. A cancelled task is
-closed before its next step, which frees its caches.
+one client run one after the other; those of different clients take turns. A cancelled task computes
+no further step: in its next turn it is closed, which frees its caches.
 """
 
 import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
@@ -20,13 +19,14 @@ from typing import Any
 import torch
 
 from minomni.errors import UserError
-from minomni.serve.errors import INTERNAL, of_user_error
-
-log = logging.getLogger("minomni.serve")
+from minomni.serve.errors import INTERNAL, log_unexpected, of_user_error
 
 
 class Task:
-    """The steps of one piece of work, and the queue of its events in the event loop."""
+    """The steps of one piece of work, and the queue of its events in the event loop.
+
+    The queue holds at most the events of the task: one answer.
+    """
 
     def __init__(self, steps: Generator, loop: asyncio.AbstractEventLoop):
         self.steps = steps
@@ -48,8 +48,7 @@ class Task:
             self.put(of_user_error(error))
             return True
         except Exception as error:  # one request must not end the work of all others
-            # The message of an unknown error may hold what a user wrote.
-            log.error("%s in a step", type(error).__name__, exc_info=not str(error))
+            log_unexpected("a step of the worker", error)
             self.put(INTERNAL)
             return True
         if event is not None:
@@ -83,6 +82,7 @@ class Client:
     def __init__(self, worker: "Worker"):
         self.worker = worker
         self.tasks: deque[Task] = deque()
+        self.closed = False
 
     def submit(self, steps: Generator) -> Task:
         """Queue a task behind the client's other ones."""
@@ -95,9 +95,11 @@ class Client:
         return self.submit(one_step(function))
 
     def close(self) -> None:
-        """Cancel all tasks."""
-        for task in list(self.tasks):
-            task.cancelled = True
+        """Cancel all tasks, and those that would follow."""
+        with self.worker.changed:
+            self.closed = True
+            for task in self.tasks:
+                task.cancelled = True
 
 
 def one_step(function: Callable[[], Any]) -> Generator:
@@ -109,7 +111,7 @@ class Worker:
     """The thread that computes."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.changed = threading.Condition()  # guards all attributes, and the tasks of all clients
         self.turns: deque[Client] = deque()  # clients that have tasks, next one first
         self.stopped = False
         self.steps = 0  # computed so far
@@ -126,12 +128,17 @@ class Worker:
         self.thread.join(timeout=10)
 
     def add(self, client: Client, task: Task) -> None:
-        """Queue a task of a client."""
+        """Queue a task of a client. It ends at once where the client is closed or the worker has
+        stopped.
+        """
         with self.changed:
-            client.tasks.append(task)
-            if len(client.tasks) == 1:
-                self.turns.append(client)
-            self.changed.notify()
+            if not self.stopped and not client.closed:
+                client.tasks.append(task)
+                if len(client.tasks) == 1:
+                    self.turns.append(client)
+                self.changed.notify()
+                return
+        task.close()
 
     def next_client(self) -> Client | None:
         """Wait for a client with a task; None when the worker stops."""
@@ -147,8 +154,8 @@ class Worker:
         """Give each client one step in turn."""
         while (client := self.next_client()) is not None:
             ended = client.tasks[0].run_step()
-            self.steps += 1
             with self.changed:
+                self.steps += 1
                 if ended:
                     client.tasks.popleft()
                 if client.tasks:
@@ -157,21 +164,5 @@ class Worker:
         for client in self.turns:
             for task in client.tasks:
                 task.close()
-
-
-class Slots:
-    """How many requests and conversations run at once."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self.used = 0
-
-    def take(self) -> bool:
-        """Take a slot -> whether there was one."""
-        if self.used >= self.count:
-            return False
-        self.used += 1
-        return True
-
-    def give_back(self) -> None:
-        self.used -= 1
+            client.tasks.clear()
+        self.turns.clear()

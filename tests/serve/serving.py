@@ -1,7 +1,9 @@
 """A server in a thread of the test, and what its tests share."""
 
+import asyncio
 import base64
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,14 +11,19 @@ import pytest
 
 pytest.importorskip("starlette", reason="the server's packages are not installed")
 pytest.importorskip("uvicorn", reason="the server's packages are not installed")
-
-import uvicorn
+pytest.importorskip("websockets", reason="the server's packages are not installed")
+pytest.importorskip("python_multipart", reason="the server's packages are not installed")
 
 import minomni
-from minomni.serve.app import create_app, listen
+from minomni.chat.reply import ReplyDone
+from minomni.chat.session import Session
+from minomni.serve.app import serving
 from minomni.serve.settings import Settings
+from minomni.serve.worker import Client, Task, one_step
 
 SAMPLES = Path(__file__).parents[2] / "data_samples"
+RATE = 24_000  # Hz of the API
+SECONDS = 300  # of patience with a slow machine
 
 
 class Running:
@@ -32,25 +39,51 @@ class Running:
 @contextmanager
 def running(omni, **settings):
     """Serve a model at a free port of this machine."""
-    made = Settings(port=0, **settings)
-    app = create_app(omni, "tiny", made)
-    listener = listen(made)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        ws="websockets-sansio",
-        ws_max_size=made.frame_bytes,
-        timeout_graceful_shutdown=2,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield Running(app, listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(timeout=20)
-        listener.close()
+    with serving(omni, "tiny", Settings(port=0, **settings)) as (app, port):
+        yield Running(app, port)
+
+
+class Gate:
+    """A step that keeps the worker until it is opened: what is asked meanwhile begins together."""
+
+    def __init__(self, worker):
+        self.opened = threading.Event()
+        self.loop = asyncio.new_event_loop()
+        self.task = Task(one_step(self.opened.wait), self.loop)
+        worker.add(Client(worker), self.task)
+
+    def open(self) -> None:
+        self.opened.set()
+        self.loop.close()
+
+    def steps_after(self, steps: list[Task]) -> list[Task]:
+        """Of the tasks of all steps, those after the gate was opened, without its own."""
+        after = steps[steps.index(self.task) :]
+        return [task for task in after if task is not self.task]
+
+
+def keep_first_answer(monkeypatch) -> None:
+    """The first answer of a conversation lasts until it is cancelled, however fast it is made."""
+    respond_steps = Session.respond_steps
+    answers = []
+
+    def kept(session, *arguments, **options):
+        steps = respond_steps(session, *arguments, **options)
+        answers.append(steps)
+        return steps if len(answers) > 1 else without_end(steps)
+
+    monkeypatch.setattr(Session, "respond_steps", kept)
+
+
+def without_end(steps):
+    """The steps of an answer up to its last event, and then empty ones."""
+    for event in steps:
+        if isinstance(event, ReplyDone):
+            break
+        yield event
+    while True:
+        time.sleep(0.001)
+        yield None
 
 
 def base64_of(name: str) -> str:
@@ -59,3 +92,23 @@ def base64_of(name: str) -> str:
 
 def load_tiny():
     return minomni.load("tiny")
+
+
+def wait_until(condition) -> None:
+    """Wait for something that happens soon."""
+    for _ in range(SECONDS * 20):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def spoken(name: str = "question.wav") -> bytes:
+    """A recording as pcm16 at 24 kHz."""
+    import numpy as np
+    import soundfile
+    import soxr
+
+    wave, rate = soundfile.read(SAMPLES / name, dtype="float32")
+    wave = soxr.resample(wave, rate, RATE)
+    return np.rint(np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()

@@ -2,33 +2,53 @@
 
 import asyncio
 import base64
+import json
 
 import numpy as np
 import pytest
-import soundfile
-from serving import SAMPLES, base64_of, load_tiny, running
+from serving import (
+    RATE,
+    SAMPLES,
+    SECONDS,
+    Gate,
+    base64_of,
+    keep_first_answer,
+    load_tiny,
+    running,
+    spoken,
+)
+
+from minomni.serve import realtime
+from minomni.serve.vad import VadOptions, VoiceDetector
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
 pytestmark = pytest.mark.slow
 SENTENCE = "the red circle is above the blue square"
-RATE = 24_000
-SECONDS = 300  # of patience with a slow machine
+# A spoken request, and the sentence that it asks for.
+WISH = "wish.wav"
+WISHED = "the yellow square is left of the yellow cross"
+SILENCE = bytes(2 * RATE)  # one second
 
 
 @pytest.fixture(scope="module")
-def server():
-    with running(load_tiny()) as made:
+def omni():
+    return load_tiny()
+
+
+@pytest.fixture(scope="module")
+def server(omni):
+    with running(omni) as made:
         yield made
 
 
-def spoken(name: str = "question.wav") -> bytes:
-    """A recording as pcm16 at 24 kHz."""
-    import soxr
-
-    wave, rate = soundfile.read(SAMPLES / name, dtype="float32")
-    wave = soxr.resample(wave, rate, RATE)
-    return np.rint(np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()
+def other_wish() -> tuple[str, str]:
+    """Another spoken request, and the sentence that it asks for."""
+    entries = json.loads((SAMPLES / "speech" / "index.json").read_text())
+    entry = next(
+        entry for entry in entries if entry["text"] == "say a red circle and a yellow circle"
+    )
+    return f"speech/{entry['file']}", entry["text"].removeprefix("say ")
 
 
 def talk(server, conversation):
@@ -115,36 +135,245 @@ def test_picture_and_push_to_talk(server):
     assert text.text == "the red circle is left of the black square"
 
 
-def test_open_microphone_and_interruption(server):
-    silence = bytes(2 * RATE)
+def words(events, response_id: str) -> str:
+    """The transcript of an answer."""
+    deltas = of_kind(events, "response.output_audio_transcript.delta")
+    return "".join(event.delta for event in deltas if event.response_id == response_id)
+
+
+def test_open_microphone(server):
+    """Two spoken requests, one after the other: each is answered with its own words."""
+    name, sentence = other_wish()
 
     async def conversation(connection):
+        found = []
+        for recording in (WISH, name):
+            await send_audio(connection, SILENCE + spoken(recording) + SILENCE)
+            found.append(await until(connection, "response.done"))
+        return found
+
+    for events, expected in zip(talk(server, conversation), (WISHED, sentence), strict=True):
+        assert len(of_kind(events, "input_audio_buffer.speech_started")) == 1
+        assert len(of_kind(events, "input_audio_buffer.speech_stopped")) == 1
+        assert words(events, events[-1].response.id) == expected
+
+
+def test_interruption(server, monkeypatch):
+    """The second request interrupts the answer to the first one, and is answered with its own
+    words.
+    """
+    keep_first_answer(monkeypatch)
+    name, sentence = other_wish()
+
+    async def conversation(connection):
+        await send_audio(connection, SILENCE + spoken(WISH) + SILENCE)
+        events = await until(connection, "response.output_audio.delta")
+        item = events[-1].item_id
+        again = spoken(name)
+        await send_audio(connection, again[:RATE])  # half a second
+        events += await until(connection, "input_audio_buffer.speech_started")
+        await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=300)
+        await send_audio(connection, again[RATE:] + SILENCE)
+        events += await until(connection, "response.done")
+        return events + await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    first, second = of_kind(events, "response.done")
+    assert (first.response.status, second.response.status) == ("cancelled", "completed")
+    assert len(of_kind(events, "input_audio_buffer.speech_started")) == 2
+    assert len(of_kind(events, "conversation.item.truncated")) == 1
+    assert WISHED.startswith(words(events, first.response.id))
+    assert words(events, second.response.id) == sentence
+    # No event of the first answer comes after its end.
+    later = events[events.index(first) + 1 :]
+    assert first.response.id not in [getattr(event, "response_id", None) for event in later]
+
+
+def test_a_turn_equals_that_of_the_package(server, omni):
+    """What the model gets from an open microphone is what listen() gets from the same audio."""
+    audio = SILENCE + spoken(WISH) + SILENCE
+
+    async def conversation(connection):
+        await send_audio(connection, audio)
+        return await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    receiver = realtime.AudioReceiver()
+    detector = VoiceDetector(VadOptions(prefix_padding_ms=realtime.SHORT_PADDING_MS))
+    turn = [event.wave for event in detector.feed(receiver.feed(audio)) if hasattr(event, "wave")]
+    session = omni.listen(next(iter(omni.voices)))
+    session.add_audio(np.concatenate(turn))
+    *_, reply = session.respond()
+    usage = events[-1].response.usage
+    assert usage.output_token_details.audio_tokens == len(reply.reply.codes)
+    assert usage.input_tokens == session.length
+    data = b"".join(
+        base64.b64decode(event.delta) for event in of_kind(events, "response.output_audio.delta")
+    )
+    wave = reply.reply.wave.numpy()
+    if omni.sample_rate != RATE:
+        import soxr
+
+        wave = soxr.resample(wave, omni.sample_rate, RATE)
+    assert np.frombuffer(data, "<i2") / 32768 == pytest.approx(wave, abs=1e-3)
+
+
+@pytest.mark.parametrize("trained_here", [True, False])
+def test_earlier_turns(server, monkeypatch, trained_here):
+    """They are part of the conversation, but not for models that were trained on single ones."""
+    monkeypatch.setattr(server.server, "trained_here", trained_here)
+
+    async def conversation(connection):
+        counts = []
+        for _ in range(2):
+            await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+            await connection.response.create(response={"output_modalities": ["text"]})
+            done = (await until(connection, "response.done"))[-1].response
+            counts.append((done.usage.input_tokens, done.usage.total_tokens))
+        return counts
+
+    (first, first_total), (second, _) = talk(server, conversation)
+    if trained_here:
+        assert second == first
+    else:
+        assert second > first_total
+
+
+@pytest.mark.parametrize("silence_s", [0, 0.3, 1.5])
+def test_silence_before_a_held_question(server, silence_s):
+    """A person presses the button, and speaks a little later."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await send_audio(connection, bytes(2 * int(silence_s * RATE)) + spoken(WISH))
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return await until(connection, "response.done")
+
+    (text,) = of_kind(talk(server, conversation), "response.output_text.done")
+    assert text.text == WISHED
+
+
+def test_a_held_question_without_speech(server):
+    """The model gets all of it, and says that it is only silence."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await send_audio(connection, SILENCE)
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    assert events[-1].response.status == "failed"
+    assert "only silence" in of_kind(events, "error")[0].error.message
+
+
+def test_audio_that_is_cleared_is_forgotten(server):
+    """A picture that was given before stays."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
         image = f"data:image/png;base64,{base64_of('scene.png')}"
         await add(connection, {"type": "input_image", "image_url": image})
-        await send_audio(connection, silence + spoken() + silence)
-        first = await until(connection, "response.output_audio.delta")
-        again = spoken()
-        await send_audio(connection, again[:RATE])  # half a second
-        interrupted = await until(connection, "input_audio_buffer.speech_started")
-        item = of_kind(first, "response.output_audio.delta")[0].item_id
-        await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=300)
-        await send_audio(connection, again[RATE:] + silence)
-        first_id = of_kind(first, "response.created")[0].response.id
-        rest = interrupted + await until(connection, "response.done")
-        if rest[-1].response.id == first_id:
-            rest += await until(connection, "response.done")
-        return first, rest
+        await send_audio(connection, spoken(WISH))
+        await connection.input_audio_buffer.clear()
+        await send_audio(connection, spoken())
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return await until(connection, "response.done")
 
-    first, rest = talk(server, conversation)
-    assert len(of_kind(first, "input_audio_buffer.speech_started")) == 1
-    assert len(of_kind(first, "input_audio_buffer.speech_stopped")) == 1
-    assert len(of_kind(rest, "input_audio_buffer.speech_started")) == 1
-    statuses = [event.response.status for event in of_kind(rest, "response.done")]
-    assert statuses[-1] == "completed"
-    assert len(of_kind(rest, "conversation.item.truncated")) == 1
-    # The tiny model is not trained on pictures of earlier turns: its words are not compared.
-    assert of_kind(rest, "response.output_audio_transcript.done")[-1].transcript
-    assert of_kind(rest, "response.output_audio.delta")
+    (text,) = of_kind(talk(server, conversation), "response.output_text.done")
+    assert text.text == "the red circle is left of the black square"
+
+
+def test_a_question_whose_answer_is_cancelled_before_it_begins(server):
+    """Its words still belong to the turn, as its audio would."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await until(connection, "session.updated")
+        gate = Gate(server.server.worker)
+        await add(connection, {"type": "input_text", "text": "say the red circle"})
+        await connection.response.create()
+        await connection.response.cancel()
+        await add(connection, {"type": "input_text", "text": "is above the blue square"})
+        await connection.response.create()
+        await connection.send({"type": "the.end"})
+        await until(connection, "error")  # all of it was handled
+        gate.open()
+        first = await until(connection, "response.done")
+        return first, await until(connection, "response.done")
+
+    first, second = talk(server, conversation)
+    assert first[-1].response.status == "cancelled"
+    (text,) = of_kind(second, "response.output_text.done")
+    assert text.text == SENTENCE
+
+
+def test_metadata_is_returned_with_the_answer(server):
+    async def conversation(connection):
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create(response={"metadata": {"question": "7"}})
+        return await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    assert of_kind(events, "response.created")[0].response.metadata == {"question": "7"}
+    assert events[-1].response.metadata == {"question": "7"}
+
+
+def test_much_input_is_slowed_down(server, monkeypatch):
+    """A client that sends faster than the model reads waits; nothing is lost."""
+    monkeypatch.setattr(realtime, "WAITING_BYTES", 10_000)
+    most = []
+    wait = realtime.Conversation.wait_for_worker
+
+    async def recorded(conversation):
+        most.append(conversation.waiting_bytes)
+        await wait(conversation)
+        assert conversation.waiting_bytes <= 10_000
+
+    monkeypatch.setattr(realtime.Conversation, "wait_for_worker", recorded)
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await send_audio(connection, spoken(WISH))
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return await until(connection, "response.done")
+
+    (text,) = of_kind(talk(server, conversation), "response.output_text.done")
+    assert text.text == WISHED
+    assert max(most) < 30_000  # one chunk more
+
+
+def test_too_much_input_behind_an_answer_is_refused(server, monkeypatch):
+    monkeypatch.setattr(realtime, "MAX_WAITING_BYTES", 50_000)
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await until(connection, "session.updated")
+        gate = Gate(server.server.worker)
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create()
+        await send_audio(connection, spoken(WISH))
+        refused = await until(connection, "error")
+        gate.open()
+        return refused[-1].error.code, await until(connection, "response.done")
+
+    code, events = talk(server, conversation)
+    assert code == "input_buffer_full"
+    assert of_kind(events, "response.output_text.done")[0].text == SENTENCE
+
+
+def test_a_conversation_ends_after_its_time(omni):
+    async def conversation(connection):
+        return [event async for event in connection]  # to its end
+
+    with running(omni, session_s=0.5) as server:
+        events = talk(server, conversation)
+    assert [event.type for event in events] == ["session.created", "error"]
+    assert events[-1].error.code == "session_expired"
 
 
 def test_cancel(server):

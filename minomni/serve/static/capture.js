@@ -1,4 +1,4 @@
-// The microphone as 16-bit samples, in chunks of 40 ms. `active` is set by the page.
+// The microphone as 16-bit samples in chunks of 40 ms, while the page sets `active`.
 const SAMPLES = 960;
 
 class Capture extends AudioWorkletProcessor {
@@ -8,15 +8,16 @@ class Capture extends AudioWorkletProcessor {
     this.used = 0;
     this.active = false;
     this.port.onmessage = ({ data }) => {
-      if (this.active && !data.active) this.flush();
+      if (this.active && !data.active) this.end();
       this.active = data.active;
     };
   }
 
-  flush() {
+  /** Hand over the rest, and say that it was the last. */
+  end() {
     if (this.used) this.port.postMessage(this.chunk.slice(0, this.used));
-    this.port.postMessage("end");
     this.used = 0;
+    this.port.postMessage("end");
   }
 
   process(inputs) {

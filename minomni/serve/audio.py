@@ -1,8 +1,11 @@
-"""Sound on the wire: waveforms to the formats of the API, and 16-bit samples to waveforms."""
+"""Audio of the API: waveforms to its formats, and 16-bit samples to waveforms."""
 
 import io
+import struct
 
 import numpy as np
+import soxr
+import torch
 from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE
@@ -25,6 +28,7 @@ SOUNDFILE = {
     "opus": ("OGG", "OPUS"),
 }
 BLOCK = 65_536  # samples encoded per call
+UNKNOWN_LENGTH = 0xFFFF_FFFF  # in the head of a wav
 
 
 def pcm16(samples: np.ndarray) -> bytes:
@@ -33,12 +37,10 @@ def pcm16(samples: np.ndarray) -> bytes:
     return np.rint(scaled).astype("<i2").tobytes()
 
 
-class WireAudio:
+class AudioSender:
     """Chunks of a waveform of any rate -> 16-bit samples at WIRE_RATE, without seams."""
 
     def __init__(self, sample_rate: int):
-        import soxr
-
         self.resampler = None
         if sample_rate != WIRE_RATE:
             self.resampler = soxr.ResampleStream(sample_rate, WIRE_RATE, 1, dtype="float32")
@@ -50,25 +52,33 @@ class WireAudio:
             samples = self.resampler.resample_chunk(samples, last=last)
         return pcm16(samples)
 
+    def finish(self) -> bytes:
+        """The end of the waveform."""
+        return self.feed(torch.zeros(0), last=True)
 
-class Microphone:
+
+class AudioReceiver:
     """16-bit samples at WIRE_RATE, in chunks of any length -> waveform at the model's rate."""
 
     def __init__(self) -> None:
-        import soxr
-
         self.resampler = soxr.ResampleStream(WIRE_RATE, INPUT_SAMPLE_RATE, 1, dtype="float32")
 
     def feed(self, data: bytes) -> np.ndarray:
-        """Little-endian samples -> float32 [samples] at 16 kHz."""
+        """Little-endian samples -> float32 [samples] at 16 kHz. The resampler holds back some."""
         samples = np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
         return self.resampler.resample_chunk(samples)
+
+    def finish(self) -> np.ndarray:
+        """The end of the audio: what the resampler held back. The next chunk begins a new one."""
+        rest = self.resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        self.resampler.clear()
+        return rest
 
 
 def encode(wave: Tensor, sample_rate: int, name: str) -> bytes:
     """A waveform [samples] in one of the formats MEDIA_TYPES."""
     if name == "pcm16":
-        return WireAudio(sample_rate).feed(wave, last=True)
+        return AudioSender(sample_rate).feed(wave, last=True)
     if name == "aac":
         return encode_aac(wave, sample_rate)
     import soundfile
@@ -100,15 +110,16 @@ def encode_aac(wave: Tensor, sample_rate: int) -> bytes:
 
 def wav_header(sample_rate: int) -> bytes:
     """The head of a wav of unknown length, for a stream."""
-    import struct
-
-    unknown = 0xFFFF_FFFF
-    fmt = struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
-    return (
-        b"RIFF"
-        + struct.pack("<I", unknown)
-        + b"WAVEfmt "
-        + fmt
-        + b"data"
-        + struct.pack("<I", unknown)
+    bytes_per_s = 2 * sample_rate
+    channels = 1
+    pcm = 1
+    return b"".join(
+        (
+            b"RIFF",
+            struct.pack("<I", UNKNOWN_LENGTH),
+            b"WAVEfmt ",
+            struct.pack("<IHHIIHH", 16, pcm, channels, sample_rate, bytes_per_s, 2, 16),
+            b"data",
+            struct.pack("<I", UNKNOWN_LENGTH),
+        )
     )

@@ -1,0 +1,246 @@
+"""Many clients at once: nothing is lost, turns are fair, and everything is freed after them.
+
+Steps are counted, not timed: the tests hold on any machine.
+"""
+
+import base64
+import concurrent.futures
+import gc
+import json
+import socket
+import time
+from collections import Counter
+
+import httpx
+import pytest
+import torch
+from serving import SECONDS, Gate, running, spoken, wait_until
+from websockets.sync.client import connect
+
+import minomni
+from minomni.chat.reply import TextChunk
+from minomni.serve import chat
+from minomni.serve.worker import Task
+
+CLIENTS = 20
+SAY = {"messages": [{"role": "user", "content": "say the red circle"}], "max_tokens": 40}
+SPEECH = {**SAY, "modalities": ["text", "audio"], "stream": True}
+
+
+@pytest.fixture(scope="module")
+def omni(tiny_folder):
+    return minomni.load(tiny_folder)
+
+
+@pytest.fixture
+def server(omni):
+    with running(omni, sessions=CLIENTS, send_s=5) as made:
+        yield made
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The tasks whose steps are computed, in order; cancelled ones are not computed any more."""
+    computed: list[Task] = []
+    run_step = Task.run_step
+
+    def recorded(task):
+        if not task.cancelled:
+            computed.append(task)
+        return run_step(task)
+
+    monkeypatch.setattr(Task, "run_step", recorded)
+    return computed
+
+
+def ask(server, body: dict) -> list[dict]:
+    """The events of a streamed answer, without what differs between answers."""
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=SECONDS) as answer:
+        assert answer.status_code == 200
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    events = [json.loads(line) for line in lines]
+    for event in events:
+        for choice in event["choices"]:
+            audio = choice["delta"].get("audio", {})
+            audio.pop("id", None)
+            audio.pop("expires_at", None)
+    return [event["choices"] for event in events]
+
+
+@pytest.mark.slow
+def test_twenty_clients(server, steps):
+    """All get the answer that a client alone gets, and their steps alternate."""
+    alone = ask(server, SPEECH)
+    worker = server.server.worker
+    gate = Gate(worker)
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        asked = [pool.submit(ask, server, SPEECH) for _ in range(CLIENTS)]
+        wait_until(lambda: len(worker.turns) == CLIENTS)
+        gate.open()
+        for answer in asked:
+            assert answer.result() == alone
+
+    steps = gate.steps_after(steps)
+    found = Counter(steps)
+    assert len(found) == CLIENTS
+    assert len(set(found.values())) == 1  # of equal answers
+    last_step = {task: number for number, task in enumerate(steps)}
+    until_the_first_ends = steps[: min(last_step.values()) + 1]
+    counts = Counter(until_the_first_ends)
+    assert len(counts) == CLIENTS
+    assert min(counts.values()) > 20
+    assert max(counts.values()) <= 2 * min(counts.values())
+
+
+@pytest.mark.slow
+def test_a_short_answer_does_not_wait_for_long_ones(server, steps):
+    """It takes turns with nineteen long ones, and needs only its own steps times twenty."""
+    worker = server.server.worker
+    gate = Gate(worker)
+    short = {**SAY, "max_tokens": 2, "stream": True}
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        asked = [pool.submit(ask, server, SPEECH) for _ in range(CLIENTS - 1)]
+        wait_until(lambda: len(worker.turns) == CLIENTS - 1)
+        asked.append(pool.submit(ask, server, short))
+        wait_until(lambda: len(worker.turns) == CLIENTS)
+        gate.open()
+        for answer in asked:
+            answer.result()
+    steps = gate.steps_after(steps)
+    counts = Counter(steps)
+    shortest = min(counts, key=counts.__getitem__)
+    last = max(number for number, task in enumerate(steps) if task is shortest)
+    assert last < CLIENTS * counts[shortest]
+
+
+# -------------------------------------------------------------------------------------------- left
+
+
+def endless_steps(omni, inputs, voice, options, ids):
+    """An answer without end, in place of chat.answer_steps()."""
+    while True:
+        time.sleep(0.001)
+        yield TextChunk("x", 0.0)
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    monkeypatch.setattr(chat, "answer_steps", endless_steps)
+
+
+@pytest.fixture
+def steps_when_freed(server, steps, monkeypatch):
+    """How many steps had begun when the server gave a client back."""
+    counts: list[int] = []
+    give_back = server.server.give_back
+
+    def recorded(client):
+        give_back(client)
+        counts.append(len(steps))
+
+    monkeypatch.setattr(server.server, "give_back", recorded)
+    return counts
+
+
+def assert_stopped(server, steps, counts):
+    """No step has begun after the client was given back, and its task is closed."""
+    wait_until(lambda: counts)
+    wait_until(lambda: not server.server.worker.turns)
+    # A step that had begun before is in both counts, or in the second one only.
+    assert len(steps) <= counts[0] + 1
+    assert not server.server.clients
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves(server, steps, endless, steps_when_freed, stream):
+    body = json.dumps({**SAY, "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(f"{head}\r\n\r\n".encode() + body)
+        wait_until(lambda: len(steps) > 20)
+    if not stream:  # it is cancelled where the server sees that the client has left
+        steps_when_freed.clear()
+    assert_stopped(server, steps, steps_when_freed)
+
+
+def test_a_conversation_that_is_left(server, steps, steps_when_freed, monkeypatch):
+    from minomni.chat.session import Session
+
+    def endless_reply(session, *arguments, **options):
+        return endless_steps(*[None] * 5)
+
+    monkeypatch.setattr(Session, "respond_steps", endless_reply)
+    with connect(f"ws://127.0.0.1:{server.port}/v1/realtime") as websocket:
+        item = {"type": "message", "role": "user"}
+        item["content"] = [{"type": "input_text", "text": "say the red circle"}]
+        websocket.send(json.dumps({"type": "conversation.item.create", "item": item}))
+        websocket.send(json.dumps({"type": "response.create"}))
+        wait_until(lambda: len(steps) > 20)
+    assert_stopped(server, steps, steps_when_freed)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def held() -> Counter:
+    """Objects of the server, sessions and caches that exist, and the bytes of all tensors."""
+    gc.collect()
+    kinds = ("minomni.serve", "minomni.chat", "minomni.kv_cache", "minomni.token2wav.streaming")
+    counts: Counter = Counter()
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if str(kind.__module__).startswith(kinds):
+            counts[kind.__name__] += 1
+        if kind is torch.Tensor:
+            counts["bytes"] += thing.nbytes
+    return counts
+
+
+def converse(server) -> None:
+    """A conversation of a spoken and a typed question, and a third one that is left."""
+    with connect(f"ws://127.0.0.1:{server.port}/v1/realtime", max_size=None) as websocket:
+
+        def send(kind, **fields):
+            websocket.send(json.dumps({"type": kind, **fields}))
+
+        def until_done():
+            while json.loads(websocket.recv(timeout=SECONDS))["type"] != "response.done":
+                pass
+
+        detection = {"audio": {"input": {"turn_detection": None}}}
+        send("session.update", session={"max_output_tokens": 8, **detection})
+        send("input_audio_buffer.append", audio=base64.b64encode(spoken()).decode())
+        send("input_audio_buffer.commit")
+        send("response.create")
+        until_done()
+        content = [{"type": "input_text", "text": "say the red circle"}]
+        for _ in range(2):
+            item = {"type": "message", "role": "user", "content": content}
+            send("conversation.item.create", item=item)
+            send("response.create")
+            if _ == 0:
+                until_done()
+
+
+@pytest.mark.slow
+def test_everything_is_freed(server):
+    """After answers, conversations and clients that left, as much is held as before them."""
+
+    def some_of_each():
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, server, SPEECH) for _ in range(8)]
+            talked = [pool.submit(converse, server) for _ in range(3)]
+            for job in asked + talked:
+                job.result()
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=SPEECH) as answer:
+            next(answer.iter_bytes())
+        wait_until(lambda: not server.server.clients and not server.server.worker.turns)
+
+    some_of_each()  # makes what stays: tables and the like
+    wait_until(lambda: held()["Conversation"] == 0)
+    before = held()
+    assert before["Task"] == before["Session"] == before["KVCache"] == 0
+    some_of_each()
+    wait_until(lambda: held() <= before)
