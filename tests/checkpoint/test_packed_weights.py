@@ -221,6 +221,14 @@ def test_check_names_the_packing(plain, tmp_path):
             r"qweight is F32",
         ),
         (
+            lambda t, key: t.update({f"{key}.qweight": torch.zeros(8, dtype=torch.int32)}),
+            r"qweight is I32 \[8\]",
+        ),
+        (
+            lambda t, key: t.update({f"{key}.qweight": torch.zeros(0, 64, dtype=torch.int32)}),
+            r"qzeros is I32 \[2, 8\]; beside qweight \[0, 64\]",
+        ),
+        (
             lambda t, key: t[f"{key}.g_idx"].fill_(7),
             r"g_idx names groups outside of 0 to 1",
         ),
@@ -256,6 +264,7 @@ def test_a_plain_folder_that_says_it_is_packed(plain, tmp_path):
         {"group_size": 0},
         {"group_size": "32"},
         {"checkpoint_format": "marlin"},
+        {"checkpoint_format": ["gptq"]},
     ],
 )
 def test_other_formats_are_not_taken_for_ours(changes):
