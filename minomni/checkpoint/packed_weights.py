@@ -39,8 +39,9 @@ class PackedFormat:
 
     def num_groups(self, in_features: int) -> int:
         """The groups of a layer."""
-        size = in_features if self.group_size == -1 else self.group_size
-        return -(-in_features // size)
+        if self.group_size == -1:
+            return 1
+        return -(-in_features // self.group_size)
 
     def weight_shape(self, qweight: tuple[int, ...]) -> tuple[int, int]:
         """The shape [out, in] of a weight from the shape of its qweight."""
@@ -69,7 +70,7 @@ def packed_format(settings: Any) -> PackedFormat | None:
     if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
         return None
     if method == "gptq":
-        offset = ZERO_OFFSETS.get(settings.get("checkpoint_format", "gptq"))
+        offset = ZERO_OFFSETS.get(str(settings.get("checkpoint_format", "gptq")))
         return None if offset is None else PackedFormat(method, group_size, offset)
     is_gemm = str(settings.get("version", "gemm")).lower() == "gemm"
     if method == "awq" and is_gemm and settings.get("zero_point", True) is True:

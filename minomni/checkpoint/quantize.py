@@ -6,10 +6,12 @@ Tensors are quantized one by one as they are read, so memory never holds much mo
 quantized model.
 """
 
+import ctypes
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +173,7 @@ def quantize_tensor(weight: Tensor, method: str) -> nn.Parameter:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     config = torchao_config(method, weight.shape[1], weight.device)
     torchao.quantization.quantize_(layer, config, filter_fn=lambda module, name: True)
+    release_freed_memory()
     return layer.weight
 
 
@@ -194,3 +197,13 @@ def torchao_config(method: str, in_features: int, device: torch.device) -> Any:
         int4_choose_qparams_algorithm="hqq",
         set_inductor_config=False,
     )
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system, which glibc does not do by itself.
+
+    Between the results that stay, it keeps the room of the intermediate tensors of quantization.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

@@ -524,8 +524,8 @@ def read_shard(
 ) -> dict[str, Tensor]:
     """{name in our modules: tensor} of one file, for the tensors that the model uses.
 
-    A tensor that needs no change stays mapped. One that is unpacked or quantized is that at once,
-    so that no two exist at a time. Raises UserError where reading fails.
+    A tensor that needs no change stays mapped. Tensors are unpacked and quantized one by one, so
+    that only one of them is in memory in full. Raises UserError where reading fails.
     """
     tensors: dict[str, Tensor] = {}
     try:

@@ -15,6 +15,7 @@ import minomni
 from minomni.checkpoint import weights
 from minomni.checkpoint.check_folder import check_folder
 from minomni.checkpoint.packed_weights import packed_format
+from minomni.checkpoint.quantize import quantize_tensor
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import Omni
@@ -159,6 +160,35 @@ def test_packed_folders_load(plain, tmp_path, kind):
         assert omni.thinker(oracle.inputs("text")).isfinite().all()
 
 
+def test_packed_weights_are_quantized_again(plain, tmp_path):
+    """The unpacked weights, in torchao's int8."""
+    pytest.importorskip("torchao")
+    expected = packed_folder(plain, tmp_path / "packed", GPTQ)
+    omni = minomni.load(tmp_path / "packed", quantize="int8")
+    for name, weight in expected.items():
+        ours = omni.get_parameter(name)
+        again = quantize_tensor(torch.from_numpy(weight).bfloat16(), "int8")
+        assert torch.equal(ours.qdata, again.qdata), name
+        assert torch.equal(ours.scale, again.scale), name
+
+
+def test_a_packed_thinker_alone(plain, tmp_path):
+    """Its tensors have no prefix."""
+    folder = tmp_path / "packed"
+    expected = packed_folder(plain, folder, AWQ)
+    config = json.loads((folder / "config.json").read_text())
+    thinker = config["thinker_config"] | {"quantization_config": AWQ}
+    (folder / "config.json").write_text(json.dumps(thinker))
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        kept = [name for name in tensors if name.startswith("thinker.")]
+        save_file({name.removeprefix("thinker."): tensors[name] for name in kept}, file)
+    omni = minomni.load(folder)
+    assert omni.talker is None
+    for name, weight in expected.items():
+        assert torch.equal(omni.get_parameter(name), torch.from_numpy(weight).bfloat16()), name
+
+
 def test_a_packed_model_is_saved_as_a_plain_one(plain, tmp_path):
     packed_folder(plain, tmp_path / "packed", GPTQ)
     (tmp_path / "packed" / "quantize_config.json").write_text("{}")
@@ -189,6 +219,14 @@ def test_check_names_the_packing(plain, tmp_path):
         (
             lambda t, key: t.update({f"{key}.qweight": t[f"{key}.qweight"].float()}),
             r"qweight is F32",
+        ),
+        (
+            lambda t, key: t.update({f"{key}.qweight": torch.zeros(8, dtype=torch.int32)}),
+            r"qweight is I32 \[8\]",
+        ),
+        (
+            lambda t, key: t.update({f"{key}.qweight": torch.zeros(0, 64, dtype=torch.int32)}),
+            r"qzeros is I32 \[2, 8\]; beside qweight \[0, 64\]",
         ),
         (
             lambda t, key: t[f"{key}.g_idx"].fill_(7),
@@ -226,6 +264,7 @@ def test_a_plain_folder_that_says_it_is_packed(plain, tmp_path):
         {"group_size": 0},
         {"group_size": "32"},
         {"checkpoint_format": "marlin"},
+        {"checkpoint_format": ["gptq"]},
     ],
 )
 def test_other_formats_are_not_taken_for_ours(changes):

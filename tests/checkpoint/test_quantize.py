@@ -482,3 +482,28 @@ def test_chat_takes_quantize(tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*line, "--quantize", "int3"])
     assert command.main() == 2
     assert "quantize is 'int3'; expected int8 or int4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", [["serve", "--port", "0"], ["bench", "steps"], ["report", "--items", "1"]]
+)
+def test_other_commands_take_quantize(monkeypatch, capsys, line):
+    given = []
+
+    def load(*arguments, **options):
+        given.append(options["quantize"])
+        raise UserError("seen")
+
+    monkeypatch.setattr(command, "load", load)
+    monkeypatch.setattr("minomni.eval.report.load", load)
+    monkeypatch.setattr(sys, "argv", ["minomni", *line, "--quantize", "int8"])
+    assert command.main() == 2
+    assert given == ["int8"]
+    assert capsys.readouterr().err == "minomni: seen\n"
+
+
+def test_random_weights_of_bench_are_not_quantized(monkeypatch, capsys):
+    line = ["minomni", "bench", "steps", "--random-weights", "--quantize", "int8"]
+    monkeypatch.setattr(sys, "argv", line)
+    assert command.main() == 2
+    assert "--quantize goes with the folder of a model" in capsys.readouterr().err
