@@ -353,33 +353,32 @@ def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
 
 BUGS = {
     "00": {
+        "my_placed": [
+            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
+            lambda x, i, f, t: torch.cat([f, x[len(f) :]]),
+            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
+            lambda x, i, f, t: torch.cat([x[i != t], f]),
+        ],
+        "my_answer": [
+            lambda f, stop, limit: written(f, stop, limit)[:-1],
+            lambda f, stop, limit: written(f, None, limit),
+            lambda f, stop, limit: written(f, stop, limit + 1),
+            lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
+            lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
+        ],
+        "my_lines": [
+            lambda h, e, end, pad, n: texts(h, [end, pad], n),
+            lambda h, e, end, pad, n: texts(e, [end, pad], n),
+            lambda h, e, end, pad, n: texts(h + e, [pad], n),
+            lambda h, e, end, pad, n: texts(h + e, [end], n),
+            lambda h, e, end, pad, n: texts((h + e)[:-1], [end, pad], n),
+            lambda h, e, end, pad, n: torch.stack([*(h + e), end, *[pad] * n]),
+        ],
         "samples_of": [
             lambda n, k, r: n * k * sum(r),
             lambda n, k, r: n * math.prod(r),
             lambda n, k, r: n * k * 160,
             lambda n, k, r: n * k * max(r),
-        ],
-        "clip_tokens": [
-            lambda n, h, w, s: (
-                n // 2 * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2)
-            ),
-            lambda n, h, w, s: (
-                n * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2)
-            ),
-            lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + s // 640 + (4 if s else 2),
-            lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + 2,
-        ],
-        "fed": [
-            lambda w, n: (w + ["over"] + ["silence"] * n)[:n],
-            lambda w, n: (w[:-1] + ["silence"] * n)[:n],
-            lambda w, n: (w[:-1] + ["over"] * n)[:n],
-            lambda w, n: w[:-1] + ["over"] + ["silence"] * n,
-        ],
-        "placed": [
-            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
-            lambda x, i, f, t: torch.cat([f, x[len(f) :]]),
-            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
-            lambda x, i, f, t: torch.cat([x[i != t], f]),
         ],
     },
     "01": {

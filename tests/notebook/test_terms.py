@@ -9,6 +9,25 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # What a chapter introduces, in bold at first use.
 TERMS = {
+    "00": (
+        "token",
+        "mel spectrogram",
+        "encoders",
+        "Thinker",
+        "Talker",
+        "codes",
+        "DiT",
+        "vocoder",
+        "codec",
+        "embedding",
+        "hidden state",
+        "logits",
+        "Greedy",
+        "autoregressive",
+        "sampled",
+        "seed",
+        "meta device",
+    ),
     "01": (
         "sampling rate",
         "harmonics",
@@ -125,6 +144,7 @@ TERMS = {
     ),
 }
 FORMULAS = {
+    "00": 4,
     "01": 4,
     "02": 5,
     "03": 4,
@@ -133,6 +153,7 @@ FORMULAS = {
     "07": 7,
 }  # displayed ones, at least
 REFERENCES = {
+    "00": 7,
     "01": 6,
     "02": 12,
     "03": 10,
