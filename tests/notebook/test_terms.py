@@ -115,6 +115,13 @@ TERMS = {
         "prompt injection",
         "loss mask",
     ),
+    "06": (
+        "TMRoPE",
+        "position ids",
+        "wavelength",
+        "fp32",
+        "ablation",
+    ),
     "07": (
         "Thinker",
         "decoder",
@@ -150,6 +157,7 @@ FORMULAS = {
     "03": 4,
     "04": 4,
     "05": 5,
+    "06": 2,
     "07": 7,
 }  # displayed ones, at least
 REFERENCES = {
@@ -159,6 +167,7 @@ REFERENCES = {
     "03": 10,
     "04": 9,
     "05": 12,
+    "06": 10,
     "07": 15,
 }  # links out of the course, at least
 
