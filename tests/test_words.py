@@ -78,7 +78,7 @@ PROSE = {
     "swings": "cycles",
     "walls": "mask",
 }
-CHAPTERS_IN_STANDARD_WORDS = ("01", "02", "03", "04", "05", "07")  # of the notebooks
+CHAPTERS_IN_STANDARD_WORDS = ("00", "01", "02", "03", "04", "05", "06", "07")  # of the notebooks
 # Terms of the field, other programs, and seeds, whose random numbers depend on their text.
 ALLOWED = re.compile(r"teacher[ _-]forc\w+|ms-swift|-ears-|-eyes-")
 CHAPTERS = re.compile(r"<!-- chapters -->.*?<!-- end of chapters -->", re.DOTALL)  # of notebooks

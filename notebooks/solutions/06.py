@@ -3,27 +3,26 @@
 import torch
 
 
-def id_after(start, rows, columns):
-    return start + max(rows, columns)
+def my_image_ids(start, rows, columns):
+    ids = []
+    for row in range(rows):
+        ids += [(start, start + row, start + column) for column in range(columns)]
+    return ids
 
 
-def time_id(start, seconds):
-    return start + int(torch.tensor(seconds) * 25)
+def my_video_ids(start, seconds, rows, columns):
+    ids = []
+    for second in seconds:
+        time = start + int(torch.tensor(second) * 25)
+        for row in range(rows):
+            ids += [(time, start + row, start + column) for column in range(columns)]
+    return ids
 
 
-def axis_of(j, section):
-    j = j % sum(section)
-    return 0 if j < section[0] else 1 if j < section[0] + section[1] else 2
-
-
-def dealt(steps, sounds):
-    row, pictures, sound = "", "v" * steps, "a" * sounds
-    while pictures or sound:
-        row += pictures[:2] + sound[:50]
-        pictures, sound = pictures[2:], sound[50:]
-    return row
-
-
-def woven(angles, section):
+def my_angles(angles, section):
     parts = angles.split(section, dim=-1)
     return torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
+
+
+def id_after(start, rows, columns):
+    return start + max(rows, columns)

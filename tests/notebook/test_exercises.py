@@ -353,33 +353,32 @@ def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
 
 BUGS = {
     "00": {
+        "my_placed": [
+            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
+            lambda x, i, f, t: torch.cat([f, x[len(f) :]]),
+            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
+            lambda x, i, f, t: torch.cat([x[i != t], f]),
+        ],
+        "my_answer": [
+            lambda f, stop, limit: written(f, stop, limit)[:-1],
+            lambda f, stop, limit: written(f, None, limit),
+            lambda f, stop, limit: written(f, stop, limit + 1),
+            lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
+            lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
+        ],
+        "my_lines": [
+            lambda h, e, end, pad, n: texts(h, [end, pad], n),
+            lambda h, e, end, pad, n: texts(e, [end, pad], n),
+            lambda h, e, end, pad, n: texts(h + e, [pad], n),
+            lambda h, e, end, pad, n: texts(h + e, [end], n),
+            lambda h, e, end, pad, n: texts((h + e)[:-1], [end, pad], n),
+            lambda h, e, end, pad, n: torch.stack([*(h + e), end, *[pad] * n]),
+        ],
         "samples_of": [
             lambda n, k, r: n * k * sum(r),
             lambda n, k, r: n * math.prod(r),
             lambda n, k, r: n * k * 160,
             lambda n, k, r: n * k * max(r),
-        ],
-        "clip_tokens": [
-            lambda n, h, w, s: (
-                n // 2 * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2)
-            ),
-            lambda n, h, w, s: (
-                n * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + (4 if s else 2)
-            ),
-            lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + s // 640 + (4 if s else 2),
-            lambda n, h, w, s: -(-n // 2) * (h // 28) * (w // 28) + (-(-s // 160) + 1) // 4 + 2,
-        ],
-        "fed": [
-            lambda w, n: (w + ["over"] + ["silence"] * n)[:n],
-            lambda w, n: (w[:-1] + ["silence"] * n)[:n],
-            lambda w, n: (w[:-1] + ["over"] * n)[:n],
-            lambda w, n: w[:-1] + ["over"] + ["silence"] * n,
-        ],
-        "placed": [
-            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], x[i == t] + f),
-            lambda x, i, f, t: torch.cat([f, x[len(f) :]]),
-            lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
-            lambda x, i, f, t: torch.cat([x[i != t], f]),
         ],
     },
     "01": {
@@ -613,43 +612,32 @@ BUGS = {
         ],
     },
     "06": {
+        "my_image_ids": [
+            lambda s, r, c: [(s, s + x, s + y) for y in range(r) for x in range(c)],
+            lambda s, r, c: [(s, s + y, s + x) for x in range(c) for y in range(r)],
+            lambda s, r, c: [(s, y, x) for y in range(r) for x in range(c)],
+            lambda s, r, c: [(s + i,) * 3 for i in range(r * c)],
+            lambda s, r, c: [(s + y, s + y, s + x) for y in range(r) for x in range(c)],
+        ],
+        "my_video_ids": [
+            lambda s, ts, r, c: timed(s, ts, r, c, lambda t: int(t * 25)),  # in double precision
+            lambda s, ts, r, c: timed(s, ts, r, c, lambda t: round(t * 25)),
+            lambda s, ts, r, c: timed(s, ts, r, c, lambda t: int(t) * 25),
+            lambda s, ts, r, c: timed(s, ts, r, c, lambda t: math.ceil(t * 25)),
+            lambda s, ts, r, c: timed(0, ts, r, c, lambda t: int(torch.tensor(t) * 25)),
+            lambda s, ts, r, c: timed(s, ts, 1, c, lambda t: int(torch.tensor(t) * 25)),
+        ],
+        "my_angles": [
+            lambda x, s: x[0],
+            lambda x, s: x.mean(0),
+            lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
+            lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1),
+        ],
         "id_after": [
             lambda s, r, c: s + r * c,
             lambda s, r, c: s + max(r, c) - 1,
             lambda s, r, c: s + c,
             lambda s, r, c: s + 1,
-        ],
-        "time_id": [
-            lambda s, t: s + int(t * 25),  # in double precision
-            lambda s, t: s + round(t * 25),
-            lambda s, t: s + math.ceil(t * 25),
-            lambda s, t: s + int(t) * 25,
-            lambda s, t: int(t * 25),
-            lambda s, t: s + int(t * 50),
-        ],
-        "axis_of": [
-            lambda j, s: 0 if j < s[0] else 1 if j < s[0] + s[1] else 2,
-            lambda j, s: j % 3,
-            lambda j, s: 0 if j // 2 < s[0] else 1 if j // 2 < s[0] + s[1] else 2,
-            lambda j, s: 0 if j % sum(s) <= s[0] else 1 if j % sum(s) <= s[0] + s[1] else 2,
-        ],
-        "dealt": [
-            lambda v, a: "v" * v + "a" * a,
-            lambda v, a: "".join("vv" + "a" * 50 for _ in range(max(v // 2, a // 50))),
-            lambda v, a: "".join(
-                "v" * min(2, max(0, v - 2 * i)) + "a" * min(50, max(0, a - 50 * i))
-                for i in range(-(-v // 2))
-            ),
-            lambda v, a: "".join(
-                "a" * min(50, max(0, a - 50 * i)) + "v" * min(2, max(0, v - 2 * i))
-                for i in range(max(-(-v // 2), -(-a // 50)))
-            ),
-        ],
-        "woven": [
-            lambda x, s: x[0],
-            lambda x, s: x.mean(0),
-            lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
-            lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1),
         ],
     },
     "07": {

@@ -9,6 +9,25 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # What a chapter introduces, in bold at first use.
 TERMS = {
+    "00": (
+        "token",
+        "mel spectrogram",
+        "encoders",
+        "Thinker",
+        "Talker",
+        "codes",
+        "DiT",
+        "vocoder",
+        "codec",
+        "embedding",
+        "hidden state",
+        "logits",
+        "Greedy",
+        "autoregressive",
+        "sampled",
+        "seed",
+        "meta device",
+    ),
     "01": (
         "sampling rate",
         "harmonics",
@@ -96,6 +115,13 @@ TERMS = {
         "prompt injection",
         "loss mask",
     ),
+    "06": (
+        "TMRoPE",
+        "position ids",
+        "wavelength",
+        "fp32",
+        "ablation",
+    ),
     "07": (
         "Thinker",
         "decoder",
@@ -125,19 +151,23 @@ TERMS = {
     ),
 }
 FORMULAS = {
+    "00": 4,
     "01": 4,
     "02": 5,
     "03": 4,
     "04": 4,
     "05": 5,
+    "06": 2,
     "07": 7,
 }  # displayed ones, at least
 REFERENCES = {
+    "00": 7,
     "01": 6,
     "02": 12,
     "03": 10,
     "04": 9,
     "05": 12,
+    "06": 10,
     "07": 15,
 }  # links out of the course, at least
 
