@@ -633,6 +633,15 @@ class Conversation:
         answer.cancel_reason = reason
         answer.task.cancelled = True
         self.running = None
+        if self.server.trained_here:  # each of its questions stands by itself
+            self.call(lambda session: forget(session, answer))
+
+
+def forget(session: Session, answer: Answer) -> None:
+    """Forget the question of an answer that was cancelled before it began."""
+    if not answer.begun:
+        answer.begun = True
+        session.discard_turn()
 
 
 def read_image(source: Any, size: tuple[int, int]) -> Image.Image:

@@ -287,8 +287,9 @@ def test_audio_that_is_cleared_is_forgotten(server):
     assert text.text == "the red circle is left of the black square"
 
 
-def test_a_question_whose_answer_is_cancelled_before_it_begins(server):
+def test_a_question_whose_answer_is_cancelled_before_it_begins(server, monkeypatch):
     """Its words still belong to the turn, as its audio would."""
+    monkeypatch.setattr(server.server, "trained_here", False)
 
     async def conversation(connection):
         await connection.session.update(session=push_to_talk(output_modalities=["text"]))

@@ -249,17 +249,23 @@ function ask() {
   status("thinking");
 }
 
-function givePicture() {
-  if (!state.picture) return;
-  sendItem({ type: "input_image", image_url: state.picture });
-  addEntry("user", "", state.picture);
+function takePicture() {
+  const { picture } = state;
   setPicture(null);
+  return picture;
 }
 
-async function askText(text) {
+function givePicture(picture) {
+  if (!picture) return;
+  sendItem({ type: "input_image", image_url: picture });
+  addEntry("user", "", picture);
+}
+
+/** Ask a typed question about a picture: by default, about the one that was chosen. */
+async function askText(text, picture = takePicture()) {
   await openPlayer().catch((error) => fail(`no audio: ${error.message}`)); // words without it
   stopAnswer();
-  givePicture();
+  givePicture(picture);
   sendItem({ type: "input_text", text });
   addEntry("user", text);
   ask();
@@ -274,7 +280,7 @@ async function holdBegin() {
   if (!microphone) holdEnd();
   if (!state.holding) return; // let go while the browser asked for permission
   stopAnswer();
-  givePicture();
+  givePicture(takePicture());
   status("listening");
   state.heldAt = performance.now();
   microphone.begin();
@@ -301,7 +307,7 @@ async function holdEnd() {
 async function setOpen(on) {
   const microphone = on ? await openMicrophone() : await state.microphone;
   if (!microphone) return;
-  if (on) givePicture();
+  if (on) givePicture(takePicture());
   state.open = on;
   sendTurnDetection();
   $("open").setAttribute("aria-pressed", String(on));
@@ -317,22 +323,25 @@ function setPicture(url) {
   if (url) $("preview").src = url;
 }
 
-/** A picture of any size as a data: URL that fits into a message. */
+/** Keep a picture for the next question. */
 async function choosePicture(file) {
-  let bitmap;
   try {
-    bitmap = await createImageBitmap(file);
+    setPicture(await toDataUrl(file));
   } catch {
     fail("this file is no picture that the browser can read");
-    return;
   }
+}
+
+/** A picture of any size as a data: URL that fits into a message. */
+async function toDataUrl(file) {
+  const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, PICTURE_SIZE / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   const exact = canvas.toDataURL("image/png");
-  setPicture(exact.length < MAX_PICTURE ? exact : canvas.toDataURL("image/jpeg", 0.9));
+  return exact.length < MAX_PICTURE ? exact : canvas.toDataURL("image/jpeg", 0.9);
 }
 
 async function setCamera(on) {
@@ -382,8 +391,8 @@ function showExamples() {
     }
     button.append(text);
     button.onclick = async () => {
-      if (picture) await choosePicture(await (await fetch(picture)).blob());
-      await askText(text);
+      const response = picture ? await fetch(picture) : null;
+      await askText(text, response ? await toDataUrl(await response.blob()) : null);
     };
     const entry = document.createElement("li");
     entry.append(button);
