@@ -443,9 +443,7 @@ class Conversation:
         self.reset_detector()
         if self.turn_samples:
             images = list(self.turn_images)
-            self.call(lambda session: session.discard_turn())
-            for image in images:
-                self.call(lambda session, image=image: session.add_image(image))
+            self.call(lambda session: keep_images(session, images))
         self.turn_samples = 0
         self.last_frame_s = None
         self.outbox.send("input_audio_buffer.cleared")
@@ -635,6 +633,13 @@ class Conversation:
         self.running = None
         if self.server.trained_here:  # each of its questions stands by itself
             self.call(lambda session: forget(session, answer))
+
+
+def keep_images(session: Session, images: list[Image.Image]) -> None:
+    """Forget all of the current turn but its images."""
+    session.discard_turn()
+    for image in images:
+        session.add_image(image)
 
 
 def forget(session: Session, answer: Answer) -> None:

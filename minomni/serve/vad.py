@@ -6,7 +6,7 @@ and ends after a time without any (hangover), so that the pauses between words d
 The detector of frames is silero-vad, a small network. On 57 recordings and seven kinds of noise it
 had no false start in a minute of any noise from -70 to -30 dB and found every recording at 20 dB
 above white noise; the level of the frames, which decides where its package is missing, had up to
-45 (birdsong), and missed 9 (notebooks/lab_log.md).
+45 (birdsong), and missed 9.
 """
 
 from collections import deque
