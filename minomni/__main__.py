@@ -455,15 +455,14 @@ def add_check(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     """List the stages, fine-tune on own data, run one stage, or train a size from scratch."""
     from minomni.devices import device_of
-    from minomni.train import distributed, pipeline
+    from minomni.train import pipeline, processes
 
     if arguments.stages:
         print(pipeline.stage_table(arguments.size))
         return
     device = device_of(arguments.device).type
-    distributed.start(device)
     home = arguments.home or paths.runs() / Path(arguments.size).name
-    with distributed.lost_process_errors():
+    with processes.process_group(device):
         if arguments.data:
             run_finetune(arguments, home, device)
         else:
@@ -472,23 +471,25 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Run one stage, or all stages and the export of the model."""
-    from minomni.train import distributed, pipeline, recipes
+    from minomni.train import pipeline, processes, recipes
 
     if arguments.epochs or arguments.out:
         raise UserError("--epochs and --out go with --data")
-    if arguments.lora or arguments.skip_corrupt or arguments.held_out:
-        raise UserError("--lora, --skip-corrupt and --held-out go with --data")
+    if arguments.lora is not None or arguments.parts is not None or arguments.skip_corrupt:
+        raise UserError("--lora, --parts and --skip-corrupt go with --data")
+    if arguments.held_out:
+        raise UserError("--held-out goes with --data")
 
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))
     recipes.recipe_of(arguments.stage or first_stage, arguments.size)
     settings = recipes.budget_settings(arguments.budget, arguments.size)
     settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
-    with distributed.first_goes_first():
-        if distributed.is_first():
+    with processes.first_goes_first():
+        if processes.is_first():
             pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
-            processes = distributed.world()
-            settings = pipeline.split_settings(arguments.size, home, settings, processes)
+            world = processes.world()
+            settings = pipeline.split_settings(arguments.size, home, settings, world)
             pipeline.record_settings(home, settings)
     if arguments.stage:
         pipeline.run_stage(
@@ -506,20 +507,20 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import distributed, pipeline, stage_pool
+    from minomni.train import pipeline, processes, stage_pool
 
     began = time.perf_counter()
     try:
-        if distributed.world() == 1:
+        if processes.world() == 1:
             stage_pool.run_all(size, home, seed, device)
         else:
             for name in pipeline.STAGES:
                 pipeline.run_stage(name, size, home, seed, True, device, progress=False)
     finally:
         seconds = time.perf_counter() - began
-        if distributed.is_first():
+        if processes.is_first():
             seconds = pipeline.add_elapsed(home, seconds)
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {home / 'model'}")
@@ -528,12 +529,12 @@ def train_all(size: str, home: Path, seed: int, device: str) -> None:
 def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Fine-tune a trained size on the data of --data."""
     from minomni.checkpoint.lora import parse_lora
-    from minomni.train import distributed
+    from minomni.train import processes
     from minomni.train.finetune import finetune
 
     if arguments.set or arguments.budget != "quick":
         raise UserError("--set and --budget change the stages of a size and do not go with --data")
-    lora = parse_lora(arguments.lora) if arguments.lora else None
+    lora = None if arguments.lora is None else parse_lora(arguments.lora)
     folder = finetune(
         arguments.size,
         arguments.data,
@@ -550,11 +551,11 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         skip_corrupt=arguments.skip_corrupt,
         held_out_speaker=arguments.held_out,
     )
-    if arguments.held_out and distributed.is_first():
+    if arguments.held_out and processes.is_first():
         print(held_out_scores(arguments, folder, lora is not None, device))
-    if lora and distributed.is_first():
+    if lora and processes.is_first():
         print(f"tuned: {folder}; python -m minomni merge {arguments.size} {folder} OUT")
-    elif distributed.is_first():
+    elif processes.is_first():
         print(f"tuned: {folder}; python -m minomni chat --model {folder}")
 
 
@@ -582,7 +583,7 @@ def lora_parts(arguments: argparse.Namespace) -> tuple[str, ...]:
 
     if arguments.parts is None:
         return ()
-    if not arguments.lora:
+    if arguments.lora is None:
         raise UserError("--parts goes with --lora, as in --lora r=16 --parts talker")
     names = tuple(arguments.parts.split(","))
     for name in names:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from minomni.config import DecoderConfig, SamplingConfig
 from minomni.decoder import Decoder, DecoderLayer
@@ -91,6 +90,8 @@ class StaticCache:
 
     def flash_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention that reads only the filled part of each row, on CUDA in half precision."""
+        from torch.nn.attention.varlen import varlen_attn  # imports PyTorch's compiler
+
         out = varlen_attn(
             q,
             keys.flatten(0, 1),

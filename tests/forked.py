@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 # What a training imports; PyTorch imports its compiler with the first optimizer.
-PRELOAD = ["torch", "torch._dynamo", "minomni.train.pipeline"]
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "minomni.train.pipeline"]
 IS_SAFE = sys.platform == "linux"  # forks of PyTorch are not on macOS, Windows has none
 
 

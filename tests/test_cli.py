@@ -364,7 +364,10 @@ def test_help_is_worth_reading(command_name):
 @pytest.mark.slow
 def test_importing_is_quick_and_needs_little():
     heavy = {"transformers", "librosa", "IPython", "jupyterlab", "espeakng_loader", "matplotlib"}
-    code = f"import sys, minomni, minomni.omni; print({heavy} & set(sys.modules) or 'fine')"
+    of_torch = {"torch._dynamo", "torch.distributed.fsdp"}
+    code = f"import sys, minomni, minomni.omni; found = {heavy} & set(sys.modules); "
+    code += f"import minomni.train.finetune; found |= {of_torch} & set(sys.modules); "
+    code += "print(found or 'fine')"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert shown.stdout.strip() == "fine", shown.stderr
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from minomni.arguments import check_int, check_number
@@ -114,19 +114,23 @@ def save_lora(omni: Omni, folder: Path, voices: list[str]) -> None:
     if omni.loaded_from is not None:
         config.base_model_name_or_path = str(omni.loaded_from)
     config.inference_mode = True
-    with writing(folder):
-        fresh = sibling_path(folder, "part")
-        fresh.mkdir(parents=True)
-        try:
+    fresh = sibling_path(folder, "part")
+    old = sibling_path(folder, "old")
+    try:
+        with writing(folder):
+            fresh.mkdir(parents=True)
             config.save_pretrained(fresh)
-            save_file(tensors, fresh / ADAPTER_FILE, {"format": "pt"})
+            (fresh / ADAPTER_FILE).write_bytes(save(tensors, {"format": "pt"}))
             if voices:
                 write_voices({name: omni.voices[name] for name in voices}, fresh / VOICES_FILE)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(old)
             fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists():  # the second rename failed
+            old.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_lora(omni: Omni, folder: Path) -> None:
@@ -144,7 +148,7 @@ def load_lora(omni: Omni, folder: Path) -> None:
         stored = load_file(folder / ADAPTER_FILE)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{label}: the adapter cannot be read ({shorten(error, 100)})") from None
-    if not isinstance(config, peft.LoraConfig) or config.modules_to_save or config.bias != "none":
+    if not is_plain(config):
         raise UserError(f"{label}: is not a plain LoRA adapter; merge it where it was made")
 
     tensors = {our_name(name): tensor for name, tensor in stored.items()}
@@ -156,12 +160,21 @@ def load_lora(omni: Omni, folder: Path) -> None:
             f"{label}: belongs to another model: this one has no linear layer {quote(foreign[0])}"
         )
     config.target_modules = layers
+    config.exclude_modules = config.layers_to_transform = None  # `layers` are all there are
     peft.inject_adapter_in_model(config, omni)
     check_shapes(tensors, peft.get_peft_model_state_dict(omni), label)
     peft.set_peft_model_state_dict(omni, tensors)
     if (folder / VOICES_FILE).is_file():
         device = next(omni.parameters()).device
         omni.voices.update(load_voices(folder / VOICES_FILE, omni.config, device))
+
+
+def is_plain(config: Any) -> bool:
+    """Whether an adapter has the matrices of LoRA alone, of one rank and with one alpha."""
+    if type(config) is not require_peft().LoraConfig:
+        return False
+    has_more = config.bias != "none" or config.lora_bias or config.modules_to_save
+    return not (has_more or config.rank_pattern or config.alpha_pattern)
 
 
 def our_name(name: str) -> str:

@@ -15,9 +15,9 @@ import io
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -320,12 +320,27 @@ def add_line(
     """
     if not text.strip():
         return None
+    read = partial(parse, text, rows.folder, rows.system_prompt)
+    return add_row(rows, read, start, processor, omni, label)
+
+
+def add_row(
+    rows: JsonlRows,
+    read: Callable[[], JsonlRow],
+    start: int,
+    processor: Processor,
+    omni: "Omni",
+    label: str,
+) -> str | None:
+    """Read and validate one row and add it to the rows -> what is wrong with it, None if nothing
+    is. start: where it is read again.
+    """
     try:
-        row = parse(text, rows.folder, rows.system_prompt)
+        row = read()
         dry_run(row, processor, rows, omni, label)
     except UserError as error:
         return str(error)
-    except Exception as error:  # anything else a line may cause must name the line too
+    except Exception as error:  # anything else a row may cause must name the row too
         return f"cannot be read ({type(error).__name__}: {shorten(error, 200)})"
     if rows.held_out_speaker is not None and row.speaker == rows.held_out_speaker:
         rows.held_out_starts.append(start)
@@ -375,7 +390,9 @@ def dry_run(
         raise UserError(
             f"question and answer have {total} tokens and the context holds {context}; shorten them"
         )
-    if row.speech is None:
+    talker = omni.config.talker
+    token2wav = omni.config.token2wav
+    if row.speech is None or talker is None or token2wav is None:
         return
 
     # The recording must not be silent, and has to fit the Talker's context.
@@ -383,10 +400,8 @@ def dry_run(
     wave = load_audio(row.speech)
     if float(wave.abs().max()) < SILENCE_LEVEL:
         raise UserError(f"{name}: is silent; give a recording of the answer")
-    assert omni.config.token2wav is not None  # every size that has a recipe can speak
-    assert omni.config.talker is not None
-    codes = len(wave) * omni.config.token2wav.codes_per_second // INPUT_SAMPLE_RATE
-    if prompt_length + codes + 3 > omni.config.talker.decoder.max_position_embeddings:
+    codes = len(wave) * token2wav.codes_per_second // INPUT_SAMPLE_RATE
+    if prompt_length + codes + 3 > talker.decoder.max_position_embeddings:
         raise UserError(
             f"{name}: is too long for the Talker's context with {codes} codes; cut it up"
         )

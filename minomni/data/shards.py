@@ -9,11 +9,10 @@ arrays are mapped into memory and members are read by seeking. So a batch stays 
 number), which a stream that is shuffled in a buffer cannot offer, and no data is held in memory.
 """
 
-import hashlib
 import io
 import json
+import re
 import shutil
-import sys
 import tarfile
 import zlib
 from array import array
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from minomni.omni import Omni
 
 SHARD_BYTES = 256 * 2**20
+# A member's sample is its name up to the first dot, as WebDataset has it.
+WEBDATASET_KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*")
 MEMBERS = "members.npy"
 SAMPLES = "samples.npy"
 
@@ -148,34 +149,45 @@ def map_paths(item: Any, change: Callable[[str], Any]) -> Any:
 
 def write_index(folder: Path) -> None:
     """Write members.npy and samples.npy for the tar files of a folder. In memory are 32 bytes for
-    each member.
+    each member. Raises UserError for a damaged tar file.
     """
     members = array("q")
     samples = array("q")
     for shard, path in enumerate(shard_files(folder)):
         last_key = None
-        with open_tar(path) as tar:
-            for entry in tar:
-                key = entry.name.split(".")[0]
-                if key != last_key:
-                    samples.append(len(members) // 4)
-                last_key = key
-                content = tar.extractfile(entry)
-                crc = zlib.crc32(content.read()) if content else 0
-                members.extend((shard, entry.offset_data, entry.size, crc))
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
+        for name, offset, content in members_of_tar(path):
+            match = WEBDATASET_KEY.fullmatch(name)
+            if match is None:
+                continue
+            if match[1] != last_key:
+                samples.append(len(members) // 4)
+            last_key = match[1]
+            members.extend((shard, offset, len(content), zlib.crc32(content)))
     samples.append(len(members) // 4)
     arrays = {MEMBERS: np.asarray(members).reshape(-1, 4), SAMPLES: np.asarray(samples)}
     for name, values in arrays.items():
         write_atomically(folder / name, partial(np.save, arr=values))
 
 
-def open_tar(path: Path) -> tarfile.TarFile:
-    """A tar file. Raises UserError for another file."""
+def members_of_tar(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Name, offset and content of each file in a tar file. Raises UserError for a damaged one."""
     try:
-        return tarfile.open(path)
+        with tarfile.open(path, "r:") as tar:  # without compression, in which one cannot seek
+            for entry in tar:
+                file = tar.extractfile(entry) if entry.isreg() else None
+                if file is not None:
+                    yield entry.name, entry.offset_data, file.read()
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
+
+            # tarfile takes a damaged header for the end, which is a block of zeros.
+            with open(path, "rb") as whole:
+                whole.seek(tar.offset)
+                if whole.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{shorten(path, 200)}: is no tar file ({shorten(error, 100)})") from None
+        raise UserError(
+            f"{shorten(path, 200)}: is damaged or no tar file ({shorten(error, 100)})"
+        ) from None
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -193,14 +205,28 @@ class ShardRows(jsonl.JsonlRows):
     def __init__(self, folder: Path, system_prompt: str):
         super().__init__(folder, system_prompt, Path())
         self.shards = shard_files(folder)
+        self.skipped: list[str] = []  # damaged samples that were left out
         try:
             self.members = np.load(folder / MEMBERS, mmap_mode="r")
             self.samples = np.load(folder / SAMPLES, mmap_mode="r")
+            self.check_index()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.label}: its index cannot be read ({shorten(error, 100)}); "
+                f"{self.label}: its index cannot be used ({shorten(error, 100)}); "
                 f"delete {MEMBERS}, and it is made again"
             ) from None
+
+    def check_index(self) -> None:
+        """Raises ValueError unless the index can be that of these shards."""
+        members, samples = self.members, self.samples
+        if members.dtype != np.int64 or members.shape[1:] != (4,):
+            raise ValueError(f"{MEMBERS} has no four columns of integers")
+        is_list = samples.dtype == np.int64 and samples.ndim == 1 and len(samples) > 0
+        if not is_list or samples[-1] != len(members):
+            raise ValueError(f"{SAMPLES} belongs to another {MEMBERS}")
+        shards = int(members[:, 0].max(initial=-1)) + 1
+        if shards != len(self.shards):
+            raise ValueError(f"it is of {shards} tar files, and the folder has {len(self.shards)}")
 
     def __getitem__(self, i: int) -> jsonl.JsonlRow:
         return self.read(self.starts[i])
@@ -209,7 +235,8 @@ class ShardRows(jsonl.JsonlRows):
         """The row of a sample, with the bytes of its media. Raises UserError naming a damaged
         member.
         """
-        members = dict(map(self.member, range(self.samples[sample], self.samples[sample + 1])))
+        first, end = self.samples[sample : sample + 2]
+        members = dict(self.member(index) for index in range(first, end))
         texts = [content for name, content in members.items() if name.endswith(".json")]
         if len(texts) != 1:
             raise UserError(f"holds {len(texts)} members that end in .json; expected one")
@@ -227,9 +254,9 @@ class ShardRows(jsonl.JsonlRows):
 
     def member(self, index: int) -> tuple[str, bytes]:
         """Name and content of a member. Raises UserError for a damaged one, naming it."""
-        shard, offset, size, crc = map(int, self.members[index])
+        shard, offset, size, crc = self.members[index].tolist()
         path = self.shards[shard]
-        with open(path, "rb") as file:
+        with open_regular(path, "a tar file") as file:
             file.seek(offset - tarfile.BLOCKSIZE)
             header = file.read(tarfile.BLOCKSIZE)
             content = file.read(size)
@@ -246,36 +273,31 @@ def read_shards(folder: Path, run: Path, omni: "Omni", skip_corrupt: bool = Fals
     """A folder of shards -> its rows, all of which are checked as those of a JSONL file are.
 
     A missing index is made. Raises one UserError that names the first bad samples; with
-    skip_corrupt they are left out, and each is named on stderr.
+    skip_corrupt they are left out and listed in `skipped`.
     """
     if not (folder / MEMBERS).exists() or not (folder / SAMPLES).exists():
         write_index(folder)
     rows = ShardRows(folder, omni.config.media.system_prompt)
     assert omni.tokenizer is not None  # load() sets it
     processor = Processor(omni.config, omni.tokenizer)
-    digest = hashlib.sha256()
-    errors: list[str] = []
+    damaged: list[str] = []
     for sample in tqdm(range(len(rows.samples) - 1), "checking", leave=False, disable=None):
         label = f"sample {sample}"
-        try:
-            row = rows.read(sample)
-            jsonl.dry_run(row, processor, rows, omni, label)
-        except UserError as error:
-            if skip_corrupt:
-                print(f"skipped: {label}: {error}", file=sys.stderr)
-            else:
-                errors.append(f"{label}: {error}")
-            if len(errors) >= jsonl.MAX_ERRORS:
-                break
+        read = partial(rows.read, sample)
+        error = jsonl.add_row(rows, read, sample, processor, omni, label)
+        if error is None:
+            first, end = rows.samples[sample : sample + 2]
+            rows.digest.update(rows.members[first:end].tobytes())
             continue
-        if row.speech:
-            rows.spoken.append(len(rows))
-        rows.starts.append(sample)
-        digest.update(repr(rows.members[rows.samples[sample] : rows.samples[sample + 1]]).encode())
-    errors = errors or jsonl.voice_errors(rows, omni)
+        damaged.append(f"{label}: {error}")
+        if len(damaged) >= jsonl.MAX_ERRORS and not skip_corrupt:
+            break
+
+    if skip_corrupt:
+        rows.skipped = damaged
+    errors = damaged if damaged and not skip_corrupt else jsonl.voice_errors(rows, omni)
     if errors:
         raise UserError(jsonl.bad_rows_message(rows.label, errors, run, "sample"))
     if not len(rows):
         raise UserError(f"{rows.label}: holds no sample that can be read")
-    rows.digest = digest
     return rows

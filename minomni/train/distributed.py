@@ -1,99 +1,48 @@
-"""Training on several devices: torchrun starts one process for each, FSDP2 shards what trains.
+"""Training on several devices with FSDP2: a step is divided over the processes of torchrun.
 
     torchrun --nproc-per-node 2 -m minomni train small
 
 A step takes the mean gradient of recipe.accumulate batches, and a batch is a function of (seed,
 number). Process r of N computes batches r, r + N, ... of each step. A batch stays whole, because a
 loss may be normalized over its tokens, frames or spectra. The numbers are those of one process, up
-to the order of sums. With more processes than batches, the others compute a batch that counts zero.
+to the order of sums.
 
 Between steps a process holds one N-th of the trained parameters, their gradients and the state of
 their optimizers; during a step it holds all parameters (ZeRO stage 2, arXiv 1910.02054). The model
 is one FSDP group: a batch without images does not reach the vision encoder, and groups that only
 some processes reach would wait for one another forever.
 
-Without torchrun every function here does nothing.
+With one process nothing changes, and FSDP, which is slow to import, is not imported.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from minomni.errors import UserError, shorten
+from minomni.train.processes import gather, is_first, rank, world
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from minomni.train.loop import Stage
 
-LOST = ("gloo", "nccl", "connection", "recv", "timed out")  # in the errors of a lost process
 
-
-def start(device: str) -> None:
-    """Join the processes that torchrun has started. Raises UserError for a device without FSDP."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
-        return
-    if device == "mps":
-        raise UserError("torchrun trains on cuda and cpu; give --device cpu, or run one process")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-
-
-def world() -> int:
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes files and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-@contextmanager
-def first_goes_first() -> Iterator[None]:
-    """The first process runs the block alone, then the others do, and find the files it wrote."""
-    if world() > 1 and not is_first():
-        dist.barrier()
-    yield
-    if world() > 1 and is_first():
-        dist.barrier()
-
-
-@contextmanager
-def lost_process_errors() -> Iterator[None]:
-    """Turn the error of a collective whose other side has ended into one UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if world() == 1 or not any(word in str(error).lower() for word in LOST):
-            raise
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"another process of this run has ended ({shorten(first_line, 120)}); --resume "
-            f"continues from the last checkpoint, with any number of processes"
-        ) from None
-
-
-def share(step: int, parts: int) -> list[tuple[int, float]]:
+def share(step: int, batches: int) -> list[tuple[int, float]]:
     """The numbers of the batches of a step that this process computes, each with what its losses
     are divided by: the number of batches, or infinity for a batch that only keeps this process busy
     while others compute theirs.
     """
-    first = step * parts
-    if world() == 1:
-        return [(number, parts) for number in range(first, first + parts)]
-    own = list(range(first + dist.get_rank(), first + parts, world()))
-    shares: list[tuple[int, float]] = [(number, parts) for number in own]
-    idle = math.ceil(parts / world()) - len(own)
-    return shares + [(first, math.inf)] * idle
+    first = step * batches
+    numbers = range(first + rank(), first + batches, world())
+    own = [(number, float(batches)) for number in numbers]
+    idle = math.ceil(batches / world()) - len(own)
+    return own + [(first, math.inf)] * idle
 
 
 class ShardedLosses(nn.Module):
@@ -104,35 +53,28 @@ class ShardedLosses(nn.Module):
     def __init__(self, stage: "Stage"):
         super().__init__()
         self.losses = stage.losses
-        self.used: set[str] = set()  # names of the parameters that the losses of a step depend on
+        self.has_hooks = False
+        self.used: set[str] = set()  # names of the parameters that had a gradient in this step
         for name, value in vars(stage).items():
             if isinstance(value, nn.Module):
                 self.add_module(name, value)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        losses = self.losses(batch)
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
-        self.used |= {names[id(leaf)] for leaf in leaves(losses) if id(leaf) in names}
-        return losses
-
-
-def leaves(losses: dict[str, Tensor]) -> Iterator[Tensor]:
-    """The tensors that the gradients of the losses go to."""
-    nodes = [loss.grad_fn for loss in losses.values() if loss.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        after = {inner for inner, _ in node.next_functions if inner is not None} - seen
-        seen |= after
-        nodes.extend(after)
+        if not self.has_hooks:  # FSDP makes the whole parameters now, and keeps them
+            self.has_hooks = True
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    note = lambda _, name=name: self.used.add(name)  # noqa: E731
+                    parameter.register_post_accumulate_grad_hook(note)
+        return self.losses(batch)
 
 
 def shard(stage: "Stage") -> None:
     """Shard the parameters of a stage that require a gradient over all processes."""
     if world() == 1:
         return
+    from torch.distributed.fsdp import fully_shard
+
     module = ShardedLosses(stage)
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     mesh = dist.init_device_mesh(stage.device.type, (world(),))
@@ -151,24 +93,26 @@ def combine(stage: "Stage", means: dict[str, float]) -> dict[str, float]:
     module = stage.losses
     if not isinstance(module, ShardedLosses):
         return means
-    gathered: list[Any] = [None] * world()
-    dist.all_gather_object(gathered, (means, module.used))
-    used = set().union(*(names for _, names in gathered))
+    sums: dict[str, float] = {}
+    used: set[str] = set()
+    for losses, names in gather((means, module.used)):
+        used |= names
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value
     for name, parameter in module.named_parameters():
         if name not in used:
             parameter.grad = None
     module.used = set()
-    names = dict.fromkeys(name for losses, _ in gathered for name in losses)
-    return {name: sum(losses.get(name, 0.0) for losses, _ in gathered) for name in names}
+    return sums
 
 
 @contextmanager
 def unsharded(stage: "Stage") -> Iterator[None]:
     """All processes hold all parameters while the block runs."""
-    module: Any = stage.losses  # fully_shard() has added methods to it
-    if world() == 1 or not isinstance(module, FSDPModule):
+    if not isinstance(stage.losses, ShardedLosses):
         yield
         return
+    module: Any = stage.losses  # fully_shard() has added methods to it
     module.unshard()
     yield
     module.reshard()
@@ -179,14 +123,23 @@ def unshard(stage: "Stage") -> None:
     module = stage.losses
     if not isinstance(module, ShardedLosses):
         return
-    plain: dict[int, nn.Parameter] = {}  # by the sharded parameter, which modules may share
+    plain: dict[Tensor, nn.Parameter] = {}  # by the sharded parameter, which modules may share
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                if id(parameter) not in plain:
-                    plain[id(parameter)] = nn.Parameter(parameter.full_tensor().detach())
-                setattr(owner, name, plain[id(parameter)])
+            if is_sharded(parameter):
+                if parameter not in plain:
+                    plain[parameter] = nn.Parameter(parameter.full_tensor().detach())
+                setattr(owner, name, plain[parameter])
     del stage.losses
+
+
+def is_sharded(value: Any) -> TypeGuard["DTensor"]:
+    """Whether a value is a tensor of which this process holds a part."""
+    if world() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def whole(state: Any) -> Any:
@@ -194,19 +147,21 @@ def whole(state: Any) -> Any:
     the others, which write no file, keep none.
     """
 
-    def gather(value: Any) -> Any:
-        if not isinstance(value, DTensor):
+    def whole_tensor(value: Any) -> Any:
+        if not is_sharded(value):
             return value
         tensor = value.full_tensor()
         return tensor.cpu() if is_first() else None
 
-    return tree_map(gather, state)
+    return tree_map(whole_tensor, state)
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
+def part_of(value: Tensor, like: Any) -> Tensor:
     """The part of a whole tensor that this process holds; `like` is sharded in the same way."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not is_sharded(like) or value.shape != like.shape:  # the step count of AdamW is whole
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 

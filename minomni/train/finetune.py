@@ -5,6 +5,7 @@ JSONL file (data/jsonl.py).
 """
 
 import hashlib
+import sys
 import time
 from math import ceil
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minomni import load
+from minomni.arguments import check_int
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.lora import PARTS as LORA_PARTS
@@ -37,7 +39,7 @@ from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
-from minomni.train import distributed, losses
+from minomni.train import losses, processes
 from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import prepare_run, write_history
 from minomni.train.run_folder import is_finished, load_stages
@@ -185,20 +187,15 @@ def finetune(
     torch.set_num_threads(1)
     began = time.perf_counter()
     run = working_folder(out, home, "adapter_config.json" if lora else "config.json")
-    with distributed.first_goes_first():
-        if distributed.is_first():
+    with processes.first_goes_first():
+        if processes.is_first():
             prepare_run(run, resume, fresh)
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device)
-    with distributed.first_goes_first():
+    with processes.first_goes_first():
         rows = read_rows(data, run, omni, skip_corrupt, held_out_speaker)
-    if stage == "talker" and not rows.spoken:
-        raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
-    default_names = ["chat", "talker"] if rows.spoken else ["chat"]
-    names = [stage] if stage else default_names
-    if lora:
-        names = lora_stages(omni, rows, lora_parts, data)
+    names = stage_names(omni, rows, data, stage, lora_parts)
     inputs_of_run = {
         "data": rows.digest.hexdigest(),
         "model": weights_hash(omni),
@@ -210,8 +207,11 @@ def finetune(
         inputs_of_run["held-out speaker"] = held_out_speaker
     if lora:
         inputs_of_run["lora"] = vars(lora) | {"layers": list(lora.layers)}
-    with distributed.first_goes_first():
-        parts = check_same_run(run, inputs_of_run)
+    processes.require_same(inputs_of_run)
+    with processes.first_goes_first():
+        accumulate = check_same_run(run, inputs_of_run)
+
+    # New voices and adapters.
     for name, waveform in rows.voices.items():
         omni.voices[name] = make_voice(waveform, name, omni)
     if lora:
@@ -221,14 +221,14 @@ def finetune(
     # Each stage starts from the weights of the one before it.
     for name in names:
         if not is_finished(run / "stages", name):
-            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, parts)
+            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, accumulate)
             train(training, run / "stages", resume=True)
         load_stages(omni, run / "stages", [name])
 
     omni.eval().requires_grad_(False)
-    if distributed.is_first() and lora:
+    if processes.is_first() and lora:
         save_lora(omni, out, list(rows.voices))
-    elif distributed.is_first():
+    elif processes.is_first():
         weights.save(omni, out)
         seconds = time.perf_counter() - began
         details = {"data": data.name, "stages": names, "epochs": epochs}
@@ -247,29 +247,48 @@ def read_rows(
     if is_folder(data) and shard_files(data):
         if held_out_speaker is not None:
             raise UserError(f"{data}: --held-out takes a JSONL file or a folder of recordings")
-        return read_shards(data, run, omni, skip_corrupt)
+        packed = read_shards(data, run, omni, skip_corrupt)
+        for error in packed.skipped if processes.is_first() else ():
+            print(f"skipped: {error}", file=sys.stderr)
+        return packed
     if skip_corrupt:
         raise UserError(f"{data}: --skip-corrupt goes with packed data; minomni pack makes them")
     return read_dataset(data, run, omni, held_out_speaker)
 
 
-def lora_stages(omni: "Omni", rows: JsonlRows, parts: tuple[str, ...], data: Path) -> list[str]:
-    """The stages that tune the parts of a model by LoRA: those given, or those the data can tune.
+def stage_names(
+    omni: "Omni",
+    rows: JsonlRows,
+    data: Path,
+    stage: str | None,
+    lora_parts: tuple[str, ...],
+) -> list[str]:
+    """The stages to run: those asked for, by --stage or --parts, or those that the data can train.
 
-    Raises UserError for a part that the model or the data lacks.
+    Raises UserError where the model or the data lacks what they need.
     """
-    if "talker" in parts and omni.talker is None:
+    asked = [LORA_STAGES[part] for part in LORA_PARTS if part in lora_parts]
+    if stage:
+        asked = [stage]
+    if "talker" in asked:
+        check_talker(omni, rows, data)
+    if asked:
+        return asked
+    can_learn_speech = omni.talker is not None and omni.codec is not None
+    return ["chat", "talker"] if rows.spoken and can_learn_speech else ["chat"]
+
+
+def check_talker(omni: "Omni", rows: JsonlRows, data: Path) -> None:
+    """Raises UserError unless the Talker of a model can be tuned on the data."""
+    if omni.talker is None:
         raise UserError("--parts talker: this model answers in text alone and has no Talker")
-    if "talker" in parts and omni.codec is None:
+    if omni.codec is None:
         raise UserError(
-            "--parts talker: this model has no codec that turns recordings into codes, which a "
-            "Talker is tuned on"
+            "--parts talker: this model has no codec, which makes the codes that a Talker is tuned "
+            "on"
         )
-    if "talker" in parts and not rows.spoken:
+    if not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
-    if not parts:
-        parts = LORA_PARTS if rows.spoken and omni.codec is not None else ("thinker",)
-    return [LORA_STAGES[part] for part in LORA_PARTS if part in parts]
 
 
 def check_size_and_stage(size: str, stage: str | None, lora: bool) -> None:
@@ -315,20 +334,21 @@ def make_finetune_stage(
     seed: int,
     rows: JsonlRows,
     epochs: int | None,
-    parts: int,
+    accumulate: int,
 ) -> FinetuneStage:
     """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least.
 
-    parts: batches into which the rows of a step are divided.
+    accumulate: batches into which the rows of a step are divided.
     """
     lr, rows_per_step = FINETUNE_RECIPES[size][name] if size in FINETUNE_RECIPES else LORA_RECIPE
-    batch = ceil(rows_per_step / parts)
+    batch = ceil(rows_per_step / accumulate)
+    rows_per_step = batch * accumulate
     count = len(rows.spoken) if name == "talker" else len(rows)
     if epochs:
-        steps = ceil(epochs * count / (batch * parts))
+        steps = ceil(epochs * count / rows_per_step)
     else:
-        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / (batch * parts)))
-    recipe = Recipe(steps, batch, lr, accumulate=parts, warmup=min(30, ceil(steps / 10)))
+        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / rows_per_step))
+    recipe = Recipe(steps, batch, lr, accumulate=accumulate, warmup=min(30, ceil(steps / 10)))
     return FINETUNE_STAGES[name](omni, recipe, run, seed, rows)
 
 
@@ -344,12 +364,14 @@ def check_same_run(run: Path, inputs_of_run: dict) -> int:
     """Note what a run is made of -> batches in each of its steps: one for each process that it has
     begun with. Raises UserError where it has begun with something else.
     """
-    kept = read_json(run / RUN_INPUTS, True, "--fresh deletes the run")
+    start_over = "--fresh deletes the run"
+    kept = read_json(run / RUN_INPUTS, True, start_over)
     changed = [key for key, value in inputs_of_run.items() if kept.get(key, value) != value]
     if changed and any((run / "stages").iterdir()):
         raise UserError(
             f"{run} was begun with other {' and '.join(changed)}; use --fresh, or another --out"
         )
-    parts = kept.get("parts", distributed.world())
-    write_json(run / RUN_INPUTS, inputs_of_run | {"parts": parts})
-    return parts
+    accumulate = kept.get("accumulate", processes.world())
+    check_int(accumulate, f"{run / RUN_INPUTS}: accumulate", 1, 100_000)
+    write_json(run / RUN_INPUTS, inputs_of_run | {"accumulate": accumulate})
+    return accumulate

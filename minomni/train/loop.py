@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minomni.devices import has_bf16
 from minomni.errors import UserError
-from minomni.train import distributed, run_folder, samples
+from minomni.train import distributed, processes, run_folder, samples
 from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ def train(
     means: dict[str, float] = {}
     if resume:
         step, means = run_folder.load_checkpoint(folder, stage.name, trainable, optimizers)
+    processes.require_same({"recipes": recipe, "checkpoints": step})
     last = recipe.steps if until is None else until
     log_every = max(1, recipe.steps // LOG_LINES)
 
@@ -282,7 +283,7 @@ def progress_bar(stage: Stage, step: int, last: int, enabled: bool) -> tqdm:
         initial=step,
         desc=stage.name,
         leave=False,
-        disable=None if enabled and distributed.is_first() else True,  # None: without a terminal
+        disable=None if enabled and processes.is_first() else True,  # None: without a terminal
         unit=" items",
         unit_scale=stage.recipe.batch * stage.recipe.accumulate,
     )
@@ -308,8 +309,8 @@ def save_trained(stage: Stage, folder: Path) -> None:
     """Write the trained parameters of the model, without modules that only the stage has."""
     of_model = dict(stage.omni.named_parameters())
     trained = {name: p for name, p in stage.parameters().items() if name in of_model}
-    with distributed.first_goes_first():
-        if distributed.is_first():
+    with processes.first_goes_first():
+        if processes.is_first():
             run_folder.save_stage(folder, stage.name, trained)
 
 
@@ -329,7 +330,7 @@ def gradients(
         parameter.grad = None
 
     means: dict[str, float] = {}
-    for number, parts in distributed.share(step, stage.recipe.accumulate):
+    for number, count in distributed.share(step, stage.recipe.accumulate):
         batch, random_state = next(batches)
         if isinstance(batch, UserError):
             raise batch
@@ -343,9 +344,9 @@ def gradients(
             losses = stage.losses(batch)
         check_finite(stage.name, step, losses)
         total = reduce(torch.add, losses.values())
-        (total / parts).backward()
+        (total / count).backward()
         for name, value in losses.items():
-            means[name] = means.get(name, 0.0) + value.item() / parts
+            means[name] = means.get(name, 0.0) + value.item() / count
     return distributed.combine(stage, means)
 
 
@@ -389,11 +390,11 @@ def log_progress(
     sample = ""
     stage.omni.eval()
     with torch.no_grad(), distributed.unsharded(stage):
-        if distributed.is_first():
+        if processes.is_first():
             sample = stage.sample()
             samples.write_samples(stage, folder, step, sample)
     stage.omni.train()
-    if not distributed.is_first():
+    if not processes.is_first():
         return
 
     items_per_s = stage.recipe.batch * stage.recipe.accumulate / step_s

@@ -21,7 +21,7 @@ from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
 from minomni.errors import UserError
 from minomni.omni import Omni
-from minomni.train import distributed
+from minomni.train import processes
 from minomni.train.loop import Stage, format_losses, run_setup, train
 from minomni.train.measurements import measured, write_summary
 from minomni.train.recipes import (
@@ -206,9 +206,9 @@ def record_settings(home: Path, given: Settings) -> None:
     write_json(home / "stages" / SETTINGS, recorded | given)
 
 
-def split_settings(size: str, home: Path, settings: Settings, processes: int) -> Settings:
-    """Settings in which each step of a stage has a batch for each process, and as many rows as
-    before. Stages that have begun go on as they are.
+def split_settings(size: str, home: Path, settings: Settings, world: int) -> Settings:
+    """Settings in which each step of a stage has a batch for each of `world` processes, and as many
+    rows as before, rounded up. Stages that have begun go on as they are.
     """
     recorded = read_settings(home)
     split = dict(settings)
@@ -219,10 +219,10 @@ def split_settings(size: str, home: Path, settings: Settings, processes: int) ->
                 split[name] = before
             continue
         recipe = recipe_of(name, size, merge_settings(recorded, settings))
-        if recipe.accumulate % processes:
+        if recipe.accumulate % world:
             fields = {
-                "batch": ceil(recipe.batch / processes),
-                "accumulate": recipe.accumulate * processes,
+                "batch": ceil(recipe.batch / world),
+                "accumulate": recipe.accumulate * world,
             }
             split[name] = before | settings.get(name, {}) | fields
     return split
@@ -287,15 +287,15 @@ def run_stage(
     another size.
     """
     folder = home / "stages"
-    with distributed.first_goes_first():
+    with processes.first_goes_first():
         check_run_config(folder, SIZES[size])
         if resume and is_finished(folder, name):
-            if distributed.is_first():
+            if processes.is_first():
                 print(f"stage {name} is finished; --stage {name} --fresh starts it over")
             return
 
     torch.set_num_threads(1)
-    with distributed.first_goes_first():
+    with processes.first_goes_first():
         stage = make_stage(name, size, home, seed, device)
     log_event(stage, folder, "setup", stage.setup_s or 0.0)
     began = time.perf_counter()
@@ -305,7 +305,7 @@ def run_stage(
 
 def log_event(stage: Stage, folder: Path, event: str, seconds: float) -> None:
     """Append to log.jsonl how long setup or training took."""
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     on_gpu = stage.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores"

@@ -26,7 +26,7 @@ from minomni.checkpoint.hf_config import read_config, write_config
 from minomni.config import OmniConfig
 from minomni.errors import UserError, shorten
 from minomni.files import WriteError, open_regular, write_atomically, writing
-from minomni.train import distributed
+from minomni.train import distributed, processes
 
 # File name patterns of everything that this folder holds.
 RUN_FILES = (
@@ -150,7 +150,7 @@ def save_checkpoint(
     }
     state = distributed.whole(state)
     path = folder / f"{name}.resume.pt"
-    if distributed.is_first():
+    if processes.is_first():
         with disk_errors(path):
             write_atomically(path, lambda f: torch.save(state, f))
 

@@ -1,20 +1,24 @@
-"""Training by several processes: the numbers of one, checkpoints for any number, a lost process."""
+"""Training by several processes: the numbers of one, checkpoints for any number, a lost process, a
+full disk.
+"""
 
 import json
 import os
 import re
-import socket
+from dataclasses import replace
 from pathlib import Path
 
 import forked
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_map
-from training import stage_of
+from training import recordings_only, stage_of  # noqa: F401  a fixture
 
-from minomni.train import distributed, loop, run_folder
+from minomni.errors import UserError
+from minomni.train import distributed, loop, processes
 from minomni.train.loop import Recipe, Stage, train
 
 ROOT = Path(__file__).parents[2]
@@ -24,15 +28,15 @@ import json, sys
 from minomni.data import text_to_speech
 text_to_speech.available = lambda: False
 from minomni.errors import UserError
-from minomni.train import distributed
+from minomni.train import processes
 from test_distributed import run
-distributed.start("cpu")
 try:
-    with distributed.lost_process_errors():
+    with processes.process_group("cpu"):
         for arguments in json.loads(sys.argv[1]):
             run(**arguments)
 except UserError as error:
-    sys.exit(f"minomni: {error}")
+    print(f"minomni: {error}", file=sys.stderr)
+    sys.exit(2)
 """
 
 
@@ -116,8 +120,8 @@ def make_stage(name: str, cache: str, dtype: torch.dtype, accumulate: int) -> St
         import training
 
         training.CACHE = Path(cache)
-        with distributed.first_goes_first():
-            stage = stage_of(name, batch=2, steps=4, **recipe)
+        with processes.first_goes_first():
+            stage = stage_of(name, batch=2, steps=3, **recipe)
         stage.omni.to(dtype)
         original = stage.batch
         stage.batch = lambda number: to_dtype(original(number), dtype)
@@ -141,21 +145,30 @@ def run(
     resume: bool = False,
     accumulate: int = 2,
     kill_at: int | None = None,
+    full_at: int | None = None,
+    steps_of_second: int | None = None,
 ) -> None:
-    """Train four steps of a stage; the losses of each step go to history.json in the folder.
+    """Train the few steps of a stage; the losses of each step go to history.json in the folder.
 
-    kill_at: the step at which the second process ends by SIGKILL.
+    kill_at: the step at which the second process ends by SIGKILL. full_at: the step from which on
+    no file can grow. steps_of_second: in the recipe of the second process.
     """
     stage = make_stage(name, cache, getattr(torch, dtype), accumulate)
     history = []
     gradients = loop.gradients
 
     def recorded(stage, step, batches=None):
-        if step == kill_at and not distributed.is_first():
+        if step == kill_at and not processes.is_first():
             os.kill(os.getpid(), 9)
+        if step == full_at:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         history.append(gradients(stage, step, batches))
         return history[-1]
 
+    if not processes.is_first() and steps_of_second:
+        stage.recipe = replace(stage.recipe, steps=steps_of_second)
     loop.gradients = recorded
     loop.has_bf16 = lambda device: False
     try:
@@ -163,35 +176,43 @@ def run(
     finally:
         loop.gradients = gradients
     assert all(type(p) is nn.Parameter for p in stage.omni.parameters())
-    if distributed.is_first():
+    if processes.is_first():
         Path(folder, "history.json").write_text(json.dumps(history))
 
 
-def launch(processes: int, *runs: dict) -> list[tuple[int, str]]:
-    """Run run() with each of the arguments in several processes, with the environment that torchrun
-    gives them -> exit code and stderr of each.
+def launch(count: int, *runs: dict) -> list[tuple[int, str]]:
+    """Run run() with each of the arguments in several processes -> exit code and stderr of each."""
+    paths = [str(ROOT / "tests"), str(ROOT / "tests/train")]
+    code = f"import sys; sys.path[:0] = {paths}{CODE}"
+    return [(end, errors) for end, _, errors in launch_code(count, code, [json.dumps(runs)], ROOT)]
+
+
+def launch_code(
+    count: int, code: str, arguments: list[str], folder: Path
+) -> list[tuple[int, str, str]]:
+    """Run code in several processes in a folder, with the store and the environment that torchrun
+    gives them -> exit code, stdout and stderr of each.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
-    for rank in range(processes):
+    for rank in range(count):
         environment = {
             **os.environ,
             "TORCHELASTIC_RUN_ID": "test",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
             "OMP_NUM_THREADS": "1",
         }
-        code = f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'tests/train')]}"
-        started.append(forked.start(code + CODE, [json.dumps(runs)], ROOT, environment))
+        started.append(forked.start(code, arguments, folder, environment))
     ends = []
     for process in started:
-        _, errors = process.communicate()
-        ends.append((process.returncode, errors))
+        out, errors = process.communicate()
+        ends.append((process.returncode, out, errors))
     return ends
 
 
@@ -204,8 +225,23 @@ def differences(one: Path, two: Path, name: str) -> tuple[float, float]:
         losses += [abs(first[key] - second[key]) for key in first]
     weights = [load_file(folder / f"{name}.safetensors") for folder in (one, two)]
     assert weights[0].keys() == weights[1].keys()
-    tensors = [float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0]]
+    tensors = []
+    for key, value in weights[0].items():
+        difference = (value - weights[1][key]).abs()
+        if value.dtype == torch.float32:
+            difference = without_key_bias(key, difference)
+        tensors.append(float(difference.max()))
     return max(losses), max(tensors)
+
+
+def without_key_bias(name: str, values: torch.Tensor) -> torch.Tensor:
+    """The softmax hardly depends on a bias of all keys. Its gradient is nearly rounding error, and
+    AdamW divides it by its own size: in fp32 it has no digit that is right.
+    """
+    if name.endswith("qkv.bias"):
+        query, key, value = values.chunk(3)
+        return torch.cat([query, value])
+    return torch.zeros(1) if name.endswith("k_proj.bias") else values
 
 
 @pytest.fixture(autouse=True)
@@ -248,9 +284,18 @@ def test_two_processes_are_one(tmp_path):
     check_equal(CASES, tmp_path)
 
 
+# Stages of the package, which call methods of the model other than forward.
+STAGES = [
+    {"name": "codec", "dtype": "float64"},
+    {"name": "codec", "dtype": "float32"},
+    {"name": "language", "dtype": "float64"},
+    {"name": "language", "dtype": "float32"},
+]
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_in_stages_of_the_package(tmp_path):
-    check_equal([{"name": "codec", "dtype": "float64"}], tmp_path)
+    check_equal(STAGES, tmp_path)
 
 
 def test_a_branch_that_no_batch_uses_stays_as_it_is(tmp_path):
@@ -291,9 +336,67 @@ def test_resume_with_another_number_of_processes(tmp_path):
 def test_a_killed_process_ends_the_run_with_one_line(tmp_path):
     killed = {"name": "read", "folder": str(tmp_path), "kill_at": 2}
     (first, errors), (second, _) = launch(2, killed)
-    assert second == -9
-    assert first == 1
-    assert re.fullmatch(r"minomni: another process of this run has ended \(.*\n", errors)
-    assert torch.load(tmp_path / "read.resume.pt", weights_only=True)["step"] == 2
-    run("read", str(tmp_path), resume=True)
-    assert run_folder.is_finished(tmp_path, "read")
+    assert (first, second) == (2, -9)
+    assert re.fullmatch(r"minomni: the connection to another process .* is lost \(.*\n", errors)
+    check_resume(tmp_path, 2)
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path):
+    """Only the first process writes, so only it notices."""
+    pytest.importorskip("resource", reason="this system has no file size limits")
+    full = {"name": "read", "folder": str(tmp_path), "full_at": 2}
+    (first, errors), (second, no_errors) = launch(2, full)
+    assert (first, second) == (2, 2)
+    assert re.fullmatch(r"minomni: .*read.resume.pt: cannot be written .* --resume, .*\n", errors)
+    assert no_errors == ""
+    check_resume(tmp_path, 2)
+
+
+def check_resume(folder: Path, step: int) -> None:
+    """The last checkpoint is of a step, and one process goes on from it to the end of a whole
+    run.
+    """
+    assert torch.load(folder / "read.resume.pt", weights_only=True)["step"] == step
+    run("read", str(folder), resume=True)
+    run("read", str(folder / "whole"))
+    ends = [load_file(path / "read.safetensors") for path in (folder, folder / "whole")]
+    for name, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][name], rtol=0, atol=1e-8)
+
+
+def test_an_error_of_all_processes_is_one_line(tmp_path):
+    """The second process has another recipe, as with another settings file."""
+    (first, errors), (second, more) = launch(
+        2, {"name": "read", "folder": str(tmp_path), "steps_of_second": 5}
+    )
+    assert (first, second) == (2, 2)
+    assert re.fullmatch(
+        r"minomni: the processes of this run have different recipes; .*\n", errors + more
+    )
+
+
+def test_shares_of_a_step(monkeypatch):
+    """Each batch is computed once, and processes without one compute as many as the others."""
+    for count in (1, 2, 3, 5):
+        shares = []
+        monkeypatch.setattr(distributed, "world", lambda count=count: count)
+        for rank in range(count):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            shares.append(distributed.share(2, 3))
+        assert len({len(share) for share in shares}) == 1
+        counted = [number for share in shares for number, parts in share if parts == 3]
+        assert sorted(counted) == [6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("mps", "torchrun trains on cuda and cpu"),
+        ("cuda", "2 processes for 1 GPUs; give it --nproc"),
+    ],
+)
+def test_devices_that_are_refused(device, says, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=says):
+        processes.join(device)

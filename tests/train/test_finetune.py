@@ -951,7 +951,7 @@ def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
         (["huge", "--data", "none.jsonl"], "cannot fine-tune size 'huge'"),
         (["--epochs", "3"], "go with --data"),
         (["--out", "x"], "go with --data"),
-        (["--held-out", "ann"], "go with --data"),
+        (["--held-out", "ann"], "goes with --data"),
     ],
 )
 def test_command_line_errors(options, says, tmp_path, small, monkeypatch, capsys):

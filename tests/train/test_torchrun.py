@@ -1,4 +1,6 @@
-"""The command line under torchrun: stages and fine-tuning, one folder of a model at the end."""
+"""The command line under torchrun: stages and fine-tuning, one model at the end, one line for bad
+input.
+"""
 
 import json
 import os
@@ -7,29 +9,152 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+from test_distributed import launch_code
+
+import minomni
+from minomni.data import corpus
 
 ROOT = Path(__file__).parents[2]
+# `minomni` on the committed recordings, in fp32 and without samples; RANK in an argument becomes
+# the number of the process.
+CODE = """
+import json, os, sys
+from minomni import __main__
+from minomni.data import text_to_speech
+from minomni.train import loop, muon
+from minomni.train.finetune import FinetuneChatStage
+from minomni.train.stages.codec import CodecStage
+text_to_speech.available = lambda: False
+loop.has_bf16 = muon.has_bf16 = lambda device: False
+CodecStage.sample = FinetuneChatStage.sample = lambda self: ""
+CodecStage.sound = lambda self: None
+words = [word.replace("RANK", os.environ["RANK"]) for word in json.loads(sys.argv[1])]
+sys.argv = ["minomni", *words]
+sys.exit(__main__.main())
+"""
 
 
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run `python -m minomni` in two processes, in a folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", "-m", "minomni", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+def minomni_by(count: int, folder: Path, *arguments: str) -> tuple[list[int], str, str]:
+    """Run the command line by some processes in a folder -> exit codes, stdout and stderr of
+    all.
+    """
+    words = [*arguments, "--device", "cpu", "--no-progress"]
+    ends = launch_code(count, CODE, [json.dumps(words)], folder)
+    codes, outs, errors = zip(*ends, strict=True)
+    return list(codes), "".join(outs), "".join(errors)
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The one line with which two processes refuse a command."""
+    codes, out, errors = minomni_by(2, folder, *arguments)
+    assert codes == [2, 2], errors
+    assert errors.startswith("minomni: ")
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Four rows, two of them with a recording, in a folder of their own for each process."""
+    recordings = corpus.sample_recordings(held_out=False)
+    for rank in (0, 1):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        rows = []
+        for i in range(4):
+            text = recordings.utterances[i].text
+            messages = [
+                {"role": "user", "content": f"say {text}"},
+                {"role": "assistant", "content": text},
+            ]
+            row = {"messages": messages}
+            if i % 2:
+                soundfile.write(folder / f"{i}.wav", recordings.wave(i), 16_000)
+                row |= {"speech": f"{i}.wav", "voice": "Ann"}
+            rows.append(json.dumps(row) + "\n")
+        (folder / "my.jsonl").write_text("".join(rows))
+    return tmp_path
 
 
 @pytest.mark.slow
-def test_fine_tuning_by_two_processes(tmp_path):
-    import minomni
+def test_a_stage_by_two_processes_is_that_by_one(tmp_path):
+    """The settings of the first run, of two processes, make one process compute the same."""
+    settings = ["--set", "codec.steps=2", "--set", "codec.batch=3"]
+    command = ["train", "tiny", "--stage", "codec"]
+    assert minomni_by(2, tmp_path, *command, *settings, "--home", "two")[0] == [0, 0]
+    noted = json.loads((tmp_path / "two/stages/settings.json").read_text())["codec"]
+    assert noted == {"steps": 2, "batch": 2, "accumulate": 2}
+    settings = [word for key, value in noted.items() for word in ("--set", f"codec.{key}={value}")]
+    assert minomni_by(1, tmp_path, *command, *settings, "--home", "one")[0] == [0]
+    one, two = (load_file(tmp_path / f"{home}/stages/codec.safetensors") for home in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
-    messages = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a circle"}]
-    lines = [json.dumps({"messages": messages}) + "\n" for _ in range(20)]
-    (tmp_path / "my.jsonl").write_text("".join(lines))
-    options = ["--epochs", "1", "--out", "tuned", "--home", "run"]
-    done = torchrun(tmp_path, "train", "--data", "my.jsonl", *options)
+    # Other sizes, and the checkpoint of another model.
+    other = refused(tmp_path, "train", "small", "--stage", "codec", "--home", "two", "--resume")
+    assert "holds a run of other sizes" in other
+    stages = tmp_path / "two/stages"
+    state = {"step": 1, "means": {}, "parameters": {"x": torch.zeros(1)}, "optimizers": []}
+    torch.save(state, stages / "codec.resume.pt")
+    (stages / "codec.safetensors").unlink()
+    assert "belongs to another model" in refused(tmp_path, *command, "--home", "two", "--resume")
+
+
+@pytest.mark.slow
+def test_fine_tuning_by_two_processes(data, tiny_folder):
+    """Both stages, by two processes and by one that continues with their settings."""
+    lora = ["train", str(tiny_folder), "--data", "0/my.jsonl", "--lora", "r=2", "--epochs", "1"]
+    codes, out, errors = minomni_by(2, data, *lora, "--out", "adapter", "--home", "two")
+    assert codes == [0, 0], errors
+    assert out.count("tuned: ") == 1
+    kept = json.loads((data / "two/adapter.run/run_inputs.json").read_text())
+    assert kept["accumulate"] == 2
+    again = data / "one/same.run"
+    (again / "stages").mkdir(parents=True)
+    (again / "run_inputs.json").write_text(json.dumps(kept))
+    assert minomni_by(1, data, *lora, "--out", "same", "--home", "one", "--resume")[0] == [0]
+    one, two = (load_file(data / f"{out}/adapter_model.safetensors") for out in ("same", "adapter"))
+    assert {name.split(".")[2] for name in two} == {"thinker", "talker"}
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+
+
+@pytest.mark.slow
+def test_bad_input_of_two_processes_is_one_line(data, tiny_folder, tmp_path):
+    tune = ["train", str(tiny_folder), "--lora", "r=2", "--home", "run"]
+    with open(data / "1/my.jsonl", "a") as file:
+        file.write('{"query": "say b", "response": "a circle"}\n')
+    other_data = refused(data, *tune, "--data", "RANK/my.jsonl")
+    assert "the processes of this run have different data" in other_data
+    no_rank = ["train", str(tiny_folder), "--lora", "r=0", "--data", "0/my.jsonl"]
+    assert "--lora r is 0; expected a whole number" in refused(data, *no_rank)
+    unknown = ["train", str(tiny_folder), "--lora", "r=2,layers=x", "--data", "0/my.jsonl"]
+    assert "no layer is called 'x'" in refused(data, *unknown)
+
+    # A Thinker without a Talker.
+    stored = load_file(tiny_folder / "model.safetensors")
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in tiny_folder.iterdir():
+        if file.is_file() and file.suffix not in (".safetensors", ".pt"):
+            (base / file.name).write_bytes(file.read_bytes())
+    thinker = {name: tensor for name, tensor in stored.items() if name.startswith("thinker.")}
+    save_file(thinker, base / "model.safetensors", {"format": "pt"})
+    talker = ["train", "base", "--lora", "r=2", "--parts", "talker", "--data", "0/my.jsonl"]
+    assert "this model answers in text alone" in refused(data, *talker, "--fresh", "--home", "run")
+
+
+@pytest.mark.slow
+def test_torchrun(data, tiny_folder):
+    """PyTorch's own launcher, and one folder of a model at the end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "minomni", "train", "tiny", "--data", "0/my.jsonl"]
+    command += ["--stage", "chat", "--epochs", "1", "--out", "tuned", "--home", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=data, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tuned: ") == 1
-    assert minomni.load(str(tmp_path / "tuned")).talker is not None
-    inputs = json.loads((tmp_path / "run/tuned.run/run_inputs.json").read_text())
-    assert inputs["parts"] == 2
+    assert minomni.load(str(data / "tuned")).talker is not None
+    assert json.loads((data / "run/tuned.run/run_inputs.json").read_text())["accumulate"] == 2
