@@ -1,23 +1,56 @@
 """Solutions of the exercises of notebook 13. The graders are in the notebook."""
 
+import math
 
-def shortened(gradients, limit):
-    length = sum(g * g for g in gradients) ** 0.5
-    return [g * min(1.0, limit / length) for g in gradients]
+import torch
 
 
-def wanted(turns):
+def my_rate(step, peak, warmup, steps):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / (steps - warmup)
+    floor = peak / 20
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def my_adamw(weight, gradient, mean, square, t, rate, decay):
+    mean = 0.9 * mean + 0.1 * gradient
+    square = 0.98 * square + 0.02 * gradient**2
+    unbiased = mean / (1 - 0.9**t)
+    size = (square / (1 - 0.98**t)).sqrt()
+    return weight * (1 - rate * decay) - rate * unbiased / (size + 1e-8), mean, square
+
+
+def my_direction(gradient):
+    unit = gradient / gradient.norm()
+    left, values, right = torch.linalg.svd(unit, full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return 0.2 * max(gradient.shape) ** 0.5 * (left * values) @ right
+
+
+def my_targets(turns):
     marked = []
     for prompt, answer in turns:
         marked += [-100] * len(prompt) + answer
     return marked[1:] + [-100]
 
 
-def whole_mean(parts):
-    return sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
+def my_mean_loss(parts):
+    total, count = 0.0, 0
+    for logits, targets in parts:
+        counted = targets != -100
+        log_probs = logits[counted].log_softmax(-1)
+        total = total - log_probs.gather(1, targets[counted][:, None]).sum()
+        count += int(counted.sum())
+    return total / count
 
 
-def started(needs, done, running, workers):
-    ready = [name for name, wants in needs.items()
-             if name not in done + running and set(wants) <= set(done)]
-    return ready[: max(0, workers - len(running))]
+def kept(losses, patience):
+    best = 0
+    for i, loss in enumerate(losses):
+        if loss < losses[best]:
+            best = i
+        elif i - best >= patience:
+            break
+    return best
