@@ -230,7 +230,7 @@ def decoded(logits_of, choose, banned, stops, most: int, keep: bool = False) -> 
     return codes
 
 
-def attended(q, k, v, offset: int) -> torch.Tensor:
+def attended_with_offset(q, k, v, offset: int) -> torch.Tensor:
     """Attention of one head in which query i sees keys 0 .. i + offset."""
     mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(offset)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -972,11 +972,13 @@ BUGS = {
             lambda xs, ns: max(x - y for x, y in zip(xs[1:], xs)) - ns[0],
         ],
         "my_chunk_attention": [
-            lambda q, k, v: attended(q, k, v, offset=0),  # what is_causal=True does
-            lambda q, k, v: attended(q, k, v, offset=len(k) - len(q) - 1),
-            lambda q, k, v: attended(q, k, v, offset=len(k)),
-            lambda q, k, v: attended(q * q.shape[1] ** 0.5, k, v, offset=len(k) - len(q)),
-            lambda q, k, v: attended(q, k[-len(q) :], v[-len(q) :], offset=0),
+            lambda q, k, v: attended_with_offset(q, k, v, offset=0),  # what is_causal=True does
+            lambda q, k, v: attended_with_offset(q, k, v, offset=len(k) - len(q) - 1),
+            lambda q, k, v: attended_with_offset(q, k, v, offset=len(k)),
+            lambda q, k, v: attended_with_offset(
+                q * q.shape[1] ** 0.5, k, v, offset=len(k) - len(q)
+            ),
+            lambda q, k, v: attended_with_offset(q, k[-len(q) :], v[-len(q) :], offset=0),
         ],
         "my_spans": [
             lambda n, b, *x: windows_of(n, b, *x, inside=True),

@@ -44,6 +44,8 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[
 BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside this folder\n'
 # what chapters will teach that are still being written: a chapter that is there has no allowance
 LOOSEST = 0.02  # the largest tolerance of a proof
+LONGEST_S = 180  # seconds of one notebook, by its header
+ALL_S = 2 * 12 * 60  # seconds of all notebooks: twelve minutes on two cores
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 600_000, range(20, 46), 460, 25, 100
 
 
@@ -120,10 +122,15 @@ def test_header_says_what_it_costs_and_where_the_code_is(notebook):
     header = notebook.cells[0].source
     assert header.splitlines()[0].startswith("# ")
     assert header.splitlines()[0].endswith("?")
-    assert int(BUDGET.search(header)[1]) <= 60
+    assert int(BUDGET.search(header)[1]) <= LONGEST_S
     taught = re.findall(r"`(minomni/[\w/]+\.py)`", header)
     assert taught
     assert all((ROOT / path).is_file() for path in taught)
+
+
+def test_all_notebooks_run_in_twelve_minutes_on_two_cores():
+    headers = [nbformat.read(path, as_version=4).cells[0].source for path in NOTEBOOKS]
+    assert sum(int(BUDGET.search(header)[1]) for header in headers) <= ALL_S
 
 
 def defined(source: str) -> dict[str, str]:
