@@ -461,7 +461,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         print(pipeline.stage_table(arguments.size))
         return
     device = device_of(arguments.device).type
-    home = arguments.home or paths.runs() / Path(arguments.size).name
+    home = arguments.home or paths.runs() / Path(arguments.size).resolve().name
     with processes.process_group(device):
         if arguments.data:
             run_finetune(arguments, home, device)
@@ -897,7 +897,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     )
     settings.check()
     omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
-    app.serve(omni, Path(arguments.model).name, settings)
+    app.serve(omni, Path(arguments.model).resolve().name, settings)
 
 
 def run_report(arguments: argparse.Namespace) -> None:

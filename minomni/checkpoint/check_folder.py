@@ -233,8 +233,8 @@ def prefill_bytes(config: OmniConfig) -> int:
     return 2 * max(decoder, encoder)
 
 
-def film_tokens(config: OmniConfig) -> int:
-    """Visual tokens of a second of film with the largest frames."""
+def video_tokens(config: OmniConfig) -> int:
+    """Visual tokens of a second of video with the largest frames."""
     vision, media = config.thinker.vision, config.media
     steps = media.fps / vision.temporal_patch_size
     return round(steps * media.frame_max_pixels / vision.cell_size**2)
@@ -265,8 +265,8 @@ def memory_table(config: OmniConfig) -> str:
     for length in CACHE_LENGTHS:
         if length <= context:
             row(f"KV caches of {length:,} tokens", [per_token * length] * columns)
-    film = AUDIO_TOKENS + film_tokens(config)
-    for what, rate in (("audio", AUDIO_TOKENS), ("film in the largest size", film)):
+    video = AUDIO_TOKENS + video_tokens(config)
+    for what, rate in (("audio", AUDIO_TOKENS), ("video in the largest size", video)):
         for seconds in PROMPT_SECONDS:
             tokens = rate * seconds
             if tokens <= context:

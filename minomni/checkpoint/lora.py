@@ -26,6 +26,7 @@ from minomni.omni import Omni
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG, VOICES_FILE, "README.md")  # of a folder
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PARTS = ("thinker", "talker")
 # The whole name: peft takes a bare q_proj for a suffix, which the encoders' layers have too.
@@ -80,7 +81,7 @@ def require_peft() -> Any:
         with without_import_notes():  # peft imports torchao where that is installed
             import peft
     except ImportError:
-        raise UserError("LoRA needs peft: pip install 'minomni[tune]'") from None
+        raise UserError("LoRA needs peft: pip install -r requirements-tune.txt") from None
     return peft
 
 
@@ -103,8 +104,10 @@ def add_lora(omni: Omni, options: LoraOptions, parts: tuple[str, ...], seed: int
 def save_lora(omni: Omni, folder: Path, voices: list[str]) -> None:
     """Write the adapters of a model as a folder in peft's format, with the voices that are new.
 
-    An adapter that is there is replaced. Raises UserError where it cannot be written.
+    An adapter that is there is replaced. Raises UserError where it cannot be written, and where
+    the folder holds other files than those of an adapter.
     """
+    check_replaceable(folder)
     peft = require_peft()
     tensors = {}
     for name, tensor in peft.get_peft_model_state_dict(omni).items():
@@ -131,6 +134,18 @@ def save_lora(omni: Omni, folder: Path, voices: list[str]) -> None:
             old.rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError if a folder holds files that do not belong to an adapter."""
+    if not folder.is_dir():
+        return
+    others = sorted({path.name for path in folder.iterdir()} - set(ADAPTER_FILES))
+    if others:
+        raise UserError(
+            f"{short_path(folder)}: holds {shorten(others[0], 60)}, which saving would delete; "
+            f"move it away, or give another folder"
+        )
 
 
 def load_lora(omni: Omni, folder: Path) -> None:

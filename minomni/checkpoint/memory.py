@@ -17,6 +17,7 @@ SCALE_BYTES = 2  # of a scale and of a zero point, which are bf16
 OPTIONS = ("int8", "int4", "int4+head+encoders")
 MEMINFO = Path("/proc/meminfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 def weight_bytes(
@@ -68,7 +69,8 @@ def free_bytes(device: torch.device) -> int | None:
                 free = 1024 * int(line.split()[1])
         limit = CGROUP_LIMIT.read_text().strip()
         if free is not None and limit != "max":
-            free = min(free, int(limit))
+            used = int(CGROUP_USED.read_text())
+            free = min(free, max(0, int(limit) - used))
     return free
 
 

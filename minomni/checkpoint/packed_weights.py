@@ -24,7 +24,7 @@ from minomni.errors import UserError, short_path, shorten
 BITS = 4
 PER_INT = 32 // BITS  # numbers in an int32
 # Where AWQ puts the first, second, ... of eight outputs.
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+AWQ_POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)
 PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # by GPTQ's checkpoint_format
 
@@ -123,9 +123,9 @@ def unpack(packing: PackedFormat, parts: dict[str, Tensor], dtype: torch.dtype) 
         zeros = zeros.flatten(1) + packing.zero_offset  # [groups, out]
         groups = parts["g_idx"].long()  # [in]
     else:
-        places = torch.tensor(AWQ_PLACES, device=numbers.device)
-        numbers = numbers[..., places].flatten(1)  # [in, out]
-        zeros = zeros[..., places].flatten(1)
+        positions = torch.tensor(AWQ_POSITIONS, device=numbers.device)
+        numbers = numbers[..., positions].flatten(1)  # [in, out]
+        zeros = zeros[..., positions].flatten(1)
         size = len(numbers) if packing.group_size == -1 else packing.group_size
         groups = torch.arange(len(numbers), device=numbers.device) // size
     centered = numbers - zeros[groups]  # int8: from -16 to 15

@@ -116,7 +116,9 @@ def require_torchao() -> Any:
         with without_import_notes():
             import torchao.quantization
     except ImportError:
-        raise UserError("quantize needs torchao: pip install 'minomni[quantize]'") from None
+        raise UserError(
+            "quantize needs torchao: pip install -r requirements-quantize.txt"
+        ) from None
     return torchao
 
 

@@ -380,8 +380,8 @@ def packed_layers(folder: Path, files: dict[Path, dict[str, Stored]]) -> dict[st
     packing = read_packing(folder)
     if packing is None:
         return {}
-    places = {name: file for file, names in files.items() for name in names}
-    layers = [name.removesuffix(".qweight") for name in places if name.endswith(".qweight")]
+    file_of = {name: file for file, names in files.items() for name in names}
+    layers = [name.removesuffix(".qweight") for name in file_of if name.endswith(".qweight")]
     if not layers:
         raise UserError(
             f"{short_path(folder)}: config.json says that weights are packed by {packing.method}, "
@@ -389,7 +389,7 @@ def packed_layers(folder: Path, files: dict[Path, dict[str, Stored]]) -> dict[st
         )
     found = {}
     for layer in layers:
-        parts = {part: places.get(f"{layer}.{part}") for part in PACKED_PARTS[packing.method]}
+        parts = {part: file_of.get(f"{layer}.{part}") for part in PACKED_PARTS[packing.method]}
         stored = {}
         for part, file in parts.items():
             if file is None:
@@ -399,7 +399,7 @@ def packed_layers(folder: Path, files: dict[Path, dict[str, Stored]]) -> dict[st
                 )
             stored[part] = files[file].pop(f"{layer}.{part}")
         shape = packed_shape(folder, layer, stored, packing)
-        first = places[f"{layer}.qweight"]
+        first = file_of[f"{layer}.qweight"]
         files[first][f"{layer}.weight"] = Stored("BF16", shape)
         kept = {part: file for part, file in parts.items() if file is not None}
         found[f"{layer}.weight"] = PackedLayer(packing, layer, shape, kept)

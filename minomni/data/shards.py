@@ -29,7 +29,7 @@ from minomni.data.jsonl_layouts import PATH_KEYS, normalize_row
 from minomni.errors import UserError, shorten
 from minomni.files import open_regular, sibling_path, write_atomically, writing
 from minomni.inputs.prompt import Processor
-from minomni.inputs.source import is_uri
+from minomni.inputs.source import DATA_URI, FILE_URI, WEB_ADDRESS, open_source
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 256 * 2**20
 # A member's sample is its name up to the first dot, as WebDataset has it.
 WEBDATASET_KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*")
+SUFFIX = re.compile(r"\.\w{1,10}$")  # of a medium; names of members have at most 100 characters
 MEMBERS = "members.npy"
 SAMPLES = "samples.npy"
 
@@ -84,7 +85,8 @@ def write_shards(rows: Iterator[Any], data: Path, folder: Path, shard_bytes: int
     """Write rows into numbered tar files of about shard_bytes -> number of samples."""
     folder_of_media = data if data.is_dir() else data.parent
     tar = None
-    count = shard = 0
+    count = 0
+    shard = 0
     try:
         for count, row in enumerate(tqdm(rows, "packing", leave=False, disable=None), 1):
             members = members_of(row, f"{count - 1:09}", folder_of_media.resolve(), count)
@@ -110,10 +112,11 @@ def members_of(row: Any, key: str, folder: Path, number: int) -> dict[str, bytes
     members: dict[str, bytes] = {}
 
     def add(path: str) -> str:
-        if is_uri(path):
+        if DATA_URI.match(path) or (WEB_ADDRESS.match(path) and not FILE_URI.match(path)):
             return path
-        name = f"{key}.{len(members)}{Path(path).suffix.lower()}"
-        with open_regular(Path(path), "a medium") as file:
+        suffix = SUFFIX.search(path)
+        name = f"{key}.{len(members)}{suffix[0].lower() if suffix else ''}"
+        with open_source(path, shorten(path, 120)) as file:
             members[name] = file.read()
         return name
 

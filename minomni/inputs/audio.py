@@ -13,7 +13,13 @@ from minomni.config import INPUT_SAMPLE_RATE, QWEN7B
 from minomni.errors import UserError, quote, shorten
 from minomni.inputs.containers import is_ogg, parts_of_stream, pcm_samples, require_whole
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
-from minomni.inputs.source import name_of, one_line_errors, open_source, to_numpy
+from minomni.inputs.source import (
+    NO_OTHER_FILES,
+    name_of,
+    one_line_errors,
+    open_source,
+    to_numpy,
+)
 
 MIN_SAMPLES = INPUT_SAMPLE_RATE // 50  # samples: 20 ms or less make no audio token
 # Seconds of audio that fill the context of the largest model: 32,768 tokens, 25 per second.
@@ -195,7 +201,8 @@ def _decode(stream: Any, name: str) -> Iterator[Block]:
     import av
 
     stream.seek(0)
-    with one_line_errors(name, "not readable as audio"), av.open(stream) as container:
+    errors = one_line_errors(name, "not readable as audio")
+    with errors, av.open(stream, options=NO_OTHER_FILES) as container:
         if not container.streams.audio:
             return
         format_now = None

@@ -20,6 +20,8 @@ from minomni.errors import UserError, shorten
 
 MAX_NAME_LENGTH = 120  # characters of a path in a message
 MAX_REASON_LENGTH = 160  # characters of a library's error message
+# Options of av.open(): a playlist or a list of files may name others, which are never opened.
+NO_OTHER_FILES = {"protocol_whitelist": "none"}
 DATA_URI = re.compile("data:", re.IGNORECASE)
 FILE_URI = re.compile("file:/", re.IGNORECASE)
 WEB_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)

@@ -24,7 +24,7 @@ from minomni.inputs.containers import require_whole
 from minomni.inputs.image import load_image
 from minomni.inputs.options import NO_OPTIONS, SAMPLING_OPTIONS, SIZE_OPTIONS, MediaOptions
 from minomni.inputs.patches import frame_size, smart_resize
-from minomni.inputs.source import name_of, one_line_errors, open_source
+from minomni.inputs.source import NO_OTHER_FILES, name_of, one_line_errors, open_source
 
 # Pixels of one frame. 8K television has 33 million, and a decoder holds up to 16 frames.
 MAX_FRAME_PIXELS = 36_000_000
@@ -441,7 +441,7 @@ def _opened(stream: Any, name: str) -> Iterator[Any]:
 
     limit = {"max_pixels": str(MAX_FRAME_PIXELS)}  # checked before a decoder allocates memory
     stream.seek(0)
-    with av.open(stream, options=limit) as container:
+    with av.open(stream, options=limit | NO_OTHER_FILES) as container:
         if not container.streams.video or container.format.name in TEXT_FORMATS:
             raise UserError(f"{name}: holds no video")
         codec = container.streams.video[0].codec_context

@@ -105,7 +105,9 @@ class Access:
         """Whether a request gives the server's token, compared in constant time."""
         if self.settings.token is None:
             return True
-        given = headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = ""
         for protocol in headers.get("sec-websocket-protocol", "").split(","):
             if protocol.strip().startswith(KEY_PROTOCOL):
                 given = protocol.strip().removeprefix(KEY_PROTOCOL)

@@ -312,7 +312,8 @@ async def transcriptions(request: Request, server: "Server", client: Client) -> 
 
 async def transcription_form(request: Request) -> dict:
     """The fields of an upload; "file" is the recording's bytes. Raises ApiError without one."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    media_type = request.headers.get("content-type", "").lower()
+    if not media_type.startswith("multipart/form-data"):
         raise bad_request("expected multipart/form-data with a file")
     async with request.form(max_files=1, max_fields=32, max_part_size=MAX_TEXT) as form:
         file = form.get("file")

@@ -404,6 +404,8 @@ class Conversation:
             return samples
         if self.detector is None:
             self.detector = VoiceDetector(VadOptions(prefix_padding_ms=self.padding_ms))
+        if len(self.silence) + len(samples) > MAX_SILENCE_S * INPUT_SAMPLE_RATE:
+            raise bad_request(f"no speech in {MAX_SILENCE_S} seconds; clear the buffer", "audio")
         self.silence = np.concatenate((self.silence, samples))
         for found in self.detector.feed(samples):
             if isinstance(found, SpeechStarted):
@@ -411,8 +413,6 @@ class Conversation:
                 self.silence = np.zeros(0, np.float32)
                 self.detector = None
                 return speech
-        if len(self.silence) > MAX_SILENCE_S * INPUT_SAMPLE_RATE:
-            raise bad_request(f"no speech in {MAX_SILENCE_S} seconds; clear the buffer", "audio")
         return np.zeros(0, np.float32)
 
     async def commit(self, event: dict) -> None:
@@ -476,9 +476,9 @@ class Conversation:
         if not 0 < len(content) <= MAX_PARTS:
             raise bad_request(f"content is a list of 1 to {MAX_PARTS} parts", "item.content")
 
-        # All parts are checked before the first one is added.
-        actions = [await self.item_action(part) for part in content]
+        # Images are counted before any is decoded, and all parts are checked before one is added.
         self.check_turn(content)
+        actions = [await self.item_action(part) for part in content]
         for action in actions:
             action()
         name = item.get("id")
@@ -511,10 +511,11 @@ class Conversation:
 
     def check_turn(self, content: list[dict]) -> None:
         """Raise ApiError where the texts or images of the turn become too many."""
-        num_images = sum(part["type"] == "input_image" for part in content)
+        parts = [part for part in content if isinstance(part, dict)]
+        num_images = sum(part.get("type") == "input_image" for part in parts)
         if len(self.turn_images) + num_images > MAX_IMAGES:
             raise bad_request(f"a turn has at most {MAX_IMAGES} images", "item.content")
-        texts = [part["text"] for part in content if part["type"] == "input_text"]
+        texts = [str(part.get("text")) for part in parts if part.get("type") == "input_text"]
         if len(" ".join((*self.turn_text, *texts))) > MAX_TEXT:
             raise bad_request(
                 f"the texts of a turn have at most {MAX_TEXT} characters", "item.content"

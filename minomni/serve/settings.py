@@ -56,7 +56,7 @@ class Settings:
         A page of another site can make its own name point here (DNS rebinding), but it cannot own
         an address: addresses are allowed where the server is meant for other machines.
         """
-        if host in LOOPBACK_NAMES or host in (self.host, *self.names):
+        if host in LOOPBACK_NAMES or host in (self.host.lower(), *self.names):
             return True
         return not is_loopback(self.host) and is_address(host)
 

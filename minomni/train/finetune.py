@@ -19,8 +19,14 @@ from minomni import load
 from minomni.arguments import check_int
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.checkpoint.lora import (
+    ADAPTER_CONFIG,
+    LoraOptions,
+    add_lora,
+    check_replaceable,
+    save_lora,
+)
 from minomni.checkpoint.lora import PARTS as LORA_PARTS
-from minomni.checkpoint.lora import LoraOptions, add_lora, save_lora
 from minomni.data.batching import batched
 from minomni.data.codes import encode_waves
 from minomni.data.examples import append_answer
@@ -186,7 +192,7 @@ def finetune(
     check_size_and_stage(size, stage, lora is not None)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    run = working_folder(out, home, "adapter_config.json" if lora else "config.json")
+    run = working_folder(out, home, ADAPTER_CONFIG if lora else "config.json")
     with processes.first_goes_first():
         if processes.is_first():
             prepare_run(run, resume, fresh)
@@ -237,7 +243,11 @@ def finetune(
 
 
 def read_rows(
-    data: Path, run: Path, omni: "Omni", skip_corrupt: bool, held_out_speaker: str | None
+    data: Path,
+    run: Path,
+    omni: "Omni",
+    skip_corrupt: bool,
+    held_out_speaker: str | None = None,
 ) -> JsonlRows:
     """The rows of a JSONL file, of a folder of recordings, or of shards (data/shards.py).
 
@@ -248,8 +258,9 @@ def read_rows(
         if held_out_speaker is not None:
             raise UserError(f"{data}: --held-out takes a JSONL file or a folder of recordings")
         packed = read_shards(data, run, omni, skip_corrupt)
-        for error in packed.skipped if processes.is_first() else ():
-            print(f"skipped: {error}", file=sys.stderr)
+        if processes.is_first():
+            for error in packed.skipped:
+                print(f"skipped: {error}", file=sys.stderr)
         return packed
     if skip_corrupt:
         raise UserError(f"{data}: --skip-corrupt goes with packed data; minomni pack makes them")
@@ -281,11 +292,10 @@ def stage_names(
 def check_talker(omni: "Omni", rows: JsonlRows, data: Path) -> None:
     """Raises UserError unless the Talker of a model can be tuned on the data."""
     if omni.talker is None:
-        raise UserError("--parts talker: this model answers in text alone and has no Talker")
+        raise UserError("the Talker: this model answers in text alone and has no Talker")
     if omni.codec is None:
         raise UserError(
-            "--parts talker: this model has no codec, which makes the codes that a Talker is tuned "
-            "on"
+            "the Talker: this model has no codec, which makes the codes that a Talker is tuned on"
         )
     if not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
@@ -323,6 +333,8 @@ def working_folder(out: Path, home: Path | None, config: str = "config.json") ->
             raise UserError(
                 f"{label}: contains something other than {kind}; give the name of a new folder"
             )
+        if config == ADAPTER_CONFIG:
+            check_replaceable(out)
     return (home or out.parent) / f"{out.name}.run"
 
 

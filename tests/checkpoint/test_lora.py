@@ -245,7 +245,7 @@ def test_a_model_without_a_talker(tiny_folder, data, tmp_path, quick, capsys, mo
     save_file(thinker, base / "model.safetensors", {"format": "pt"})
     options = ["--lora", "r=2", "--epochs", "1"]
     assert train(base, data, tmp_path / "out", *options, "--parts", "talker") == 2
-    assert "--parts talker: this model answers in text alone" in capsys.readouterr().err
+    assert "the Talker: this model answers in text alone" in capsys.readouterr().err
     assert train(base, data, tmp_path / "out", *options, "--fresh") == 0
     tensors = load_file(tmp_path / "out" / lora.ADAPTER_FILE)
     assert {name.split(".")[2] for name in tensors} == {"thinker"}
@@ -287,6 +287,10 @@ def test_a_folder_like_the_release(tmp_path, hf_class):
 def test_an_adapter_is_replaced_or_kept(adapted, monkeypatch):
     omni, folder = adapted
     (folder / "notes.txt").write_text("of the first")
+    with pytest.raises(UserError, match="holds notes.txt, which saving would delete"):
+        lora.save_lora(omni, folder, [])
+    assert (folder / "notes.txt").read_text() == "of the first"
+    (folder / "notes.txt").unlink()
     before = (folder / lora.ADAPTER_FILE).read_bytes()
 
     def full(*_):
@@ -299,7 +303,7 @@ def test_an_adapter_is_replaced_or_kept(adapted, monkeypatch):
     assert (folder / lora.ADAPTER_FILE).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     lora.save_lora(omni, folder, [])
-    assert not (folder / "notes.txt").exists()
+    assert (folder / lora.ADAPTER_FILE).read_bytes() == before
 
 
 def test_adapters_that_do_not_fit(adapted, tiny_folder, tmp_path):

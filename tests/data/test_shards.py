@@ -54,6 +54,19 @@ def packed(data, tmp_path) -> Path:
     return tmp_path / "packed"
 
 
+def test_media_by_uri_and_with_long_names_are_packed(data, tmp_path):
+    recording = (tmp_path / "0.wav").rename(tmp_path / f"a.{'x' * 150}")
+    row = {"speech": recording.as_uri(), "voice": "Ann"}
+    row["messages"] = json.loads(data.read_text().splitlines()[0])["messages"]
+    data.write_text(json.dumps(row) + "\n")
+    assert shards.pack(data, tmp_path / "packed") == 1
+    with tarfile.open(tmp_path / "packed" / "00000.tar") as tar:
+        contents = {member.name: tar.extractfile(member).read() for member in tar}
+    assert list(contents) == ["000000000.json", "000000000.0.png", "000000000.1"]
+    assert json.loads(contents["000000000.json"])["speech"] == "000000000.1"
+    assert contents["000000000.1"] == recording.read_bytes()
+
+
 def test_packed_rows_are_the_rows_of_the_file(data, packed, omni, tmp_path):
     rows = read_rows(data, tmp_path / "run", omni, False)
     same = read_rows(packed, tmp_path / "run", omni, False)

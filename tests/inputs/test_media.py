@@ -411,3 +411,22 @@ def test_files_are_closed(tmp_path, recwarn):
     load_audio(path)
     assert not [w for w in recwarn if w.category is ResourceWarning]
     path.unlink()  # where something still held it, Windows would refuse
+
+
+def test_files_that_name_other_files_open_none(tmp_path, monkeypatch):
+    """ffmpeg opens what a playlist or a list of files names, as the control shows; load_*() not."""
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("private.wav", tone(1.0), 16_000)
+    film(tmp_path / "private.mp4")
+    for name in ("private.wav", "private.mp4"):
+        listed = f"ffconcat version 1.0\nfile {name}\n".encode()
+        with av.open(io.BytesIO(listed)) as container:
+            assert next(container.decode(0)) is not None
+        playlist = (
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{name}\n#EXT-X-ENDLIST\n".encode()
+        )
+        for content in (listed, playlist):
+            with pytest.raises(UserError):
+                load_audio(content)
+            with pytest.raises(UserError):
+                load_video(content, MEDIA, with_audio=False)

@@ -193,7 +193,7 @@ def held() -> Counter:
         kind = type(thing)
         if str(kind.__module__).startswith(kinds):
             counts[kind.__name__] += 1
-        if kind is torch.Tensor:
+        if kind is torch.Tensor and thing.layout is torch.strided:
             counts["bytes"] += thing.nbytes
     return counts
 

@@ -847,7 +847,7 @@ def test_held_out_speaker_is_scored_before_and_after(
     monkeypatch.setattr(command, "load", lambda name, device: minomni.load(name, device))
     path = write(tmp_path, [line(speaker="Ada"), line(), line("say b", "a square", speaker="Ada")])
     finetune_arguments = ["train", str(tiny_folder), "--data", str(path), "--held-out", "Ada"]
-    options = ["--lora", "r=2", "--epochs", "1", "--out", str(tmp_path / "out")]
+    options = ["--lora", "r=2", "--epochs", "1", "--home", str(tmp_path / "home")]
     monkeypatch.setattr(sys, "argv", ["minomni", *finetune_arguments, *options])
     assert command.main() == 0
     table = capsys.readouterr().out
