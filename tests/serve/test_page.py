@@ -230,6 +230,16 @@ def test_stop(page):
     assert len(answers(page)) == 2
 
 
+def test_a_question_while_the_answer_plays(page):
+    page.get_by_role("button", name="say the red circle is above the blue square").click()
+    wait_for_player(page, "first")
+    page.get_by_role("button", name="where is the red circle").click()
+    wait_for_player(page, "stopped")
+    wait_for_player(page, "ended")
+    assert answers(page)[-1] == ANSWER
+    assert page.evaluate("window.minomni.errors") == []
+
+
 def test_two_questions_at_once(page):
     """The second one replaces the first one, whether or not its answer has begun."""
     page.evaluate(

@@ -43,6 +43,10 @@ function ready() {
 }
 
 // -------------------------------------------------------------------------------------- connection
+function start() {
+  connect().catch((error) => fail(`the server does not answer: ${error.message}`));
+}
+
 async function connect() {
   const token = sessionStorage.getItem("token");
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
@@ -51,7 +55,9 @@ async function connect() {
     $("ask").showModal();
     return;
   }
-  const [model] = (await response.json()).data;
+  const content = await response.json();
+  if (!response.ok) throw new Error(content.error.message);
+  const [model] = content.data;
   for (const voice of model.voices) $("voice").append(new Option(voice, voice));
   $("voice").disabled = !model.speech;
   if (model.trained_here) showExamples();
@@ -171,6 +177,7 @@ function played(message) {
     const about = { item_id: message.item, content_index: 0, audio_end_ms: heardMs };
     send({ type: "conversation.item.truncate", ...about });
   }
+  if (message.kind === "stopped") state.stopped?.();
   if (message.kind === "ended" && answer?.item === message.item) finish();
 }
 
@@ -203,11 +210,15 @@ function stopAnswer(cancel = true) {
     runs ||= !answer.done;
     answer.entry?.classList.add("cut");
     answer.entry?.removeAttribute("aria-busy");
-    if (answer.playing) toPlayer({ kind: "stop" });
   }
   state.answer = null;
   $("stop").disabled = true;
   if (runs && cancel) send({ type: "response.cancel" });
+  if (!answer?.playing) return Promise.resolve();
+  return new Promise((resolve) => {
+    state.stopped = resolve;
+    toPlayer({ kind: "stop" });
+  });
 }
 
 // --------------------------------------------------------------------------------------- questions
@@ -264,7 +275,7 @@ function givePicture(picture) {
 /** Ask a typed question about a picture: by default, about the one that was chosen. */
 async function askText(text, picture = takePicture()) {
   await openPlayer().catch((error) => fail(`no audio: ${error.message}`)); // words without it
-  stopAnswer();
+  await stopAnswer(); // the server learns what was heard before the next question
   givePicture(picture);
   sendItem({ type: "input_text", text });
   addEntry("user", text);
@@ -346,15 +357,20 @@ async function toDataUrl(file) {
 
 async function setCamera(on) {
   if (on) {
+    $("camera").disabled = true;
     try {
       const video = { width: 320, height: 240 };
       state.camera = await navigator.mediaDevices.getUserMedia({ video });
+      $("view").srcObject = state.camera;
+      await $("view").play();
     } catch (error) {
+      state.camera?.getTracks().forEach((track) => track.stop());
+      state.camera = null;
       fail(`no camera: ${error.message}`);
       return;
+    } finally {
+      $("camera").disabled = false;
     }
-    $("view").srcObject = state.camera;
-    await $("view").play();
     state.frames = setInterval(sendFrame, 1000 / FRAMES_PER_S);
   } else {
     clearInterval(state.frames);
@@ -444,7 +460,7 @@ $("picture").onchange = (event) => {
 $("remove").onclick = () => setPicture(null);
 $("ask").onclose = () => {
   sessionStorage.setItem("token", $("token").value);
-  connect();
+  start();
 };
 document.ondragover = (event) => {
   event.preventDefault();
@@ -457,4 +473,4 @@ document.ondrop = (event) => {
   const [file] = event.dataTransfer.files;
   if (file) choosePicture(file);
 };
-connect().catch((error) => fail(`the server does not answer: ${error.message}`));
+start();
