@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import minomni
 from minomni.checkpoint import random_checkpoint, weights
-from minomni.checkpoint.check_folder import check_folder, video_tokens, memory_table, size_of
+from minomni.checkpoint.check_folder import check_folder, memory_table, size_of, video_tokens
 from minomni.checkpoint.hf_config import read_config, without_speech
 from minomni.checkpoint.random_checkpoint import (
     RELEASE_BYTES,
@@ -279,9 +279,9 @@ def test_memory_table_of_the_release():
     assert rows["weights"][0] == f"{RELEASE_BYTES / 2**30:.2f}"
     cache = (57_344 + 49_152) * 32_768 / 2**30
     assert rows["KV caches of 32,768 tokens"][0] == f"{cache:.2f}"
-    # 15 s of film: 768 cells of 28 x 28 pixels a second and 25 audio tokens; a minute does not fit.
-    film = [name for name in rows if "film" in name]
-    assert [name.split()[2] for name in film] == ["15", "30"]
+    # A second of video has 768 cells of 28 x 28 pixels and 25 audio tokens; a minute does not fit.
+    video = [name for name in rows if "video" in name]
+    assert [name.split()[2] for name in video] == ["15", "30"]
     assert video_tokens(QWEN7B) == 768
     # Linear layers: 6.53 billion weights in the Thinker, 1.31 in the Talker, one byte less each.
     saved = float(rows["weights"][0]) - float(rows["weights"][1])
