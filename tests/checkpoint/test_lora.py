@@ -302,6 +302,7 @@ def test_an_adapter_is_replaced_or_kept(adapted, monkeypatch):
             lora.save_lora(omni, folder, [])
     assert (folder / lora.ADAPTER_FILE).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    (folder / lora.ADAPTER_FILE).write_bytes(b"of another adapter")
     lora.save_lora(omni, folder, [])
     assert (folder / lora.ADAPTER_FILE).read_bytes() == before
 

@@ -480,6 +480,15 @@ def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
     return [(start + clock(t), start + y, start + x) for t in seconds for y, x in cells]
 
 
+# Patches in a wrong order of axes, for the slow and the fast function of chapter 03.
+WRONG_CUTS = [
+    lambda x: cut_by(x, (0, 3, 4, 6, 7, 2, 1, 5, 8)),
+    lambda x: cut_by(x, (0, 3, 6, 4, 7, 1, 2, 5, 8)),
+    lambda x: cut_by(x, (0, 3, 6, 7, 4, 2, 1, 5, 8)),
+    lambda x: cut_by(x, (0, 3, 6, 4, 7, 2, 1, 8, 5)),
+    lambda x: cut_by(x, (0, 6, 3, 4, 7, 2, 1, 5, 8)),
+    lambda x: x.reshape(-1, 1176),
+]
 BUGS = {
     "00": {
         "my_placed": [
@@ -613,22 +622,8 @@ BUGS = {
             lambda h, w, least, most: sized(h, w, least, most)[::-1],
             lambda h, w, least, most: sized(h, w, least, most, smallest=0),
         ],
-        "my_cut": [
-            lambda x: cut_by(x, (0, 3, 4, 6, 7, 2, 1, 5, 8)),
-            lambda x: cut_by(x, (0, 3, 6, 4, 7, 1, 2, 5, 8)),
-            lambda x: cut_by(x, (0, 3, 6, 7, 4, 2, 1, 5, 8)),
-            lambda x: cut_by(x, (0, 3, 6, 4, 7, 2, 1, 8, 5)),
-            lambda x: cut_by(x, (0, 6, 3, 4, 7, 2, 1, 5, 8)),
-            lambda x: x.reshape(-1, 1176),
-        ],
-        "my_fast_cut": [
-            lambda x: cut_by(x, (0, 3, 4, 6, 7, 2, 1, 5, 8)),
-            lambda x: cut_by(x, (0, 3, 6, 4, 7, 1, 2, 5, 8)),
-            lambda x: cut_by(x, (0, 3, 6, 7, 4, 2, 1, 5, 8)),
-            lambda x: cut_by(x, (0, 3, 6, 4, 7, 2, 1, 8, 5)),
-            lambda x: cut_by(x, (0, 6, 3, 4, 7, 2, 1, 5, 8)),
-            lambda x: x.reshape(-1, 1176),
-        ],
+        "my_cut": WRONG_CUTS,
+        "my_fast_cut": WRONG_CUTS,
         "my_moments": [
             lambda n, rate, most: evenly(n, 2 * n / rate, most),
             lambda n, rate, most: evenly(n, max(2 * n / rate, 4), n),

@@ -7,6 +7,7 @@ import os
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -18,6 +19,7 @@ import minomni
 from minomni import __main__ as command
 from minomni.data import corpus, jsonl
 from minomni.errors import UserError
+from minomni.eval import held_out_speaker
 from minomni.train import finetune
 from minomni.train.loop import Recipe, train
 
@@ -853,6 +855,24 @@ def test_held_out_speaker_is_scored_before_and_after(
     table = capsys.readouterr().out
     assert "| answers_right | 0.0% (" in table
     assert "| answer_wer | " in table
+
+
+def test_scores_of_a_held_out_speaker(tmp_path, omni, monkeypatch):
+    """Of two answers one is right, and of five words two are wrong."""
+    path = write(
+        tmp_path,
+        [
+            line("say a", "a circle", speaker="Ada"),
+            line("say b", "a red square", speaker="Ada"),
+            line(),
+        ],
+    )
+    rows = held_out_speaker.held_out_rows(path, omni, "Ada")
+    answers = iter(["a circle", "the black square"])
+    monkeypatch.setattr(omni, "respond", lambda *_, **__: SimpleNamespace(text=next(answers)))
+    right, errors = held_out_speaker.answer_metrics(omni, rows)
+    assert (right.value, right.n) == (0.5, 2)
+    assert (errors.value, errors.n) == (0.4, 5)
 
 
 def test_folder_of_ljspeech(tmp_path, small, recordings):
