@@ -1,8 +1,11 @@
 """Runs all stages of a size, several at a time, each in a process of its own."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -36,7 +39,7 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     ready: list[str] = []
     running: dict[Future, str] = {}
     processes: list[subprocess.Popen] = []
-    with ThreadPoolExecutor(workers) as pool:
+    with exit_on_sigterm(), ThreadPoolExecutor(workers) as pool:
         try:
             while sorter.is_active():
                 ready += sorter.get_ready()
@@ -52,10 +55,24 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
                     check_exit(name, future.result())
                     sorter.done(name)
         finally:
-            # After an error or Ctrl-C the pool would otherwise wait for the other stages.
+            # After an error, Ctrl-C or SIGTERM the pool would otherwise wait for the other stages.
             for process in processes:
                 if process.poll() is None:
                     process.terminate()
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit where SIGTERM would end this process at once and leave its children."""
+
+    def exit_now(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, exit_now)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def unfinished_stages(folder: Path) -> TopologicalSorter:

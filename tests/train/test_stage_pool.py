@@ -1,6 +1,10 @@
 """The stages of a run start in a sensible order, several at a time, and fail together."""
 
 import heapq
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import wait
 from threading import Event
 
@@ -121,6 +125,35 @@ def test_a_stage_that_fails_ends_the_others(clock, tmp_path):
         stage_pool.run_all("tiny", tmp_path, seed=0)
     assert run.names() == ["language", "vision_align"]
     assert [process.code for process in run.started] == [-15, 1]
+
+
+TERMINATED = """
+import subprocess, sys
+from pathlib import Path
+from minomni.train import stage_pool
+
+def start(*_):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(process.pid, flush=True)
+    return process
+
+stage_pool.start_stage = start
+stage_pool.corpus = lambda *_: None
+stage_pool.run_all("tiny", Path(sys.argv[1]), seed=0)
+"""
+
+
+def test_sigterm_ends_the_stages_too(tmp_path):
+    """What a job scheduler and `kill` send; nothing goes on training."""
+    command = [sys.executable, "-c", TERMINATED, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        stages = [int(run.stdout.readline()) for _ in range(2)]
+        run.terminate()
+        assert run.wait(60) == 128 + signal.SIGTERM
+    for stage in stages:
+        with pytest.raises(ProcessLookupError):
+            os.kill(stage, 0)
 
 
 def test_a_stage_is_started_by_the_command_line(monkeypatch, tmp_path):
