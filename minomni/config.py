@@ -924,11 +924,11 @@ TINY = OmniConfig(
         ),
         bigvgan=BigVGANConfig(
             mel_dim=80,
-            upsample_initial_channel=64,
-            upsample_rates=(10, 4, 4),
-            upsample_kernel_sizes=(20, 8, 8),
-            resblock_kernel_sizes=(3, 5),
-            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)),
+            upsample_initial_channel=128,
+            upsample_rates=(8, 2, 2, 5),
+            upsample_kernel_sizes=(16, 4, 4, 11),
+            resblock_kernel_sizes=(3,),
+            resblock_dilation_sizes=((1, 3, 5),),
         ),
     ),
     codec=CodecConfig(

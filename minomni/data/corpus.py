@@ -27,9 +27,9 @@ from minomni.inputs.mel import voice_mel
 from minomni.token2wav.voice import Voice, voice_of
 
 # Utterances of the speaking corpus beside the plain statements.
-SPEAKING_LONG = 2400  # two statements joined by "and"
-SPEAKING_STRINGS = 1200  # random words
-SPEAKING_FRAMED = 2000  # random words in the frame of a statement
+SPEAKING_LONG = 1200  # two statements joined by "and"
+SPEAKING_STRINGS = 1000  # random words
+SPEAKING_FRAMED = 1400  # random words in the frame of a statement
 # Utterances of the listening corpus beside the questions.
 LISTENING_STATEMENTS = 2200  # statements
 LISTENING_STRINGS = 400  # random words
@@ -133,7 +133,7 @@ def varied_job(name: str, text: str, voices: dict[str, str], random: Random) -> 
 
 
 def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
-    """The model's voices in training: every trained statement by two voices or all, long
+    """The model's voices in training: every trained statement by one voice or all, long
     statements, and random words.
 
     The random words include English ones if there are any, loose and in the frames of statements.
@@ -145,7 +145,7 @@ def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     # Every trained statement.
     pairs = []  # (voice, text)
     for text in all_statements(held_out=False):
-        count = len(voices) if text in rare_statements() else 2
+        count = len(voices) if text in rare_statements() else 1
         pairs += [(name, text) for name in random.sample(voices, count)]
     # Long statements.
     for _ in range(SPEAKING_LONG):

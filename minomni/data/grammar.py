@@ -46,8 +46,7 @@ def installed(voices: dict[str, str]) -> dict[str, str]:
     return voices
 
 
-# The voices by name. installed(NATURAL_VOICES) instead makes the model speak naturally.
-VOICES = ESPEAK_VOICES
+VOICES = installed(NATURAL_VOICES)  # by name
 LISTENING_VOICES = {
     **VOICES,
     "Mike": "en-us+m1",

@@ -11,19 +11,19 @@ Settings = dict[str, dict[str, Any]]  # {stage: {field of its recipe: value}}
 
 RECIPES = {
     "tiny": {
-        "codec": Recipe(steps=900, batch=16, lr=5e-3),
-        "vocoder": Recipe(steps=600, batch=16, lr=5e-3),
-        "dit": Recipe(steps=1800, batch=16, lr=8e-3),
-        "language": Recipe(steps=3000, batch=8, lr=3.5e-3),
-        "audio_align": Recipe(steps=1100, batch=16, lr=6e-3),
-        "vision_align": Recipe(steps=1050, batch=32, lr=6e-3),
-        "thinker1": Recipe(steps=100, batch=8, lr=5e-4),
-        "thinker2": Recipe(steps=800, batch=8, lr=6e-4),
-        "thinker3": Recipe(steps=240, batch=4, lr=8e-4),
-        "chat": Recipe(steps=1100, batch=8, lr=6e-4),
-        "talker": Recipe(steps=1500, batch=24, lr=5e-3),
-        "dpo": Recipe(steps=160, batch=16, lr=2e-3, warmup=16),  # about four epochs
-        "speakers": Recipe(steps=80, batch=24, lr=5e-4),
+        "codec": Recipe(steps=450, batch=16, lr=5e-3),
+        "vocoder": Recipe(steps=450, batch=16, lr=5e-3),
+        "dit": Recipe(steps=800, batch=16, lr=8e-3),
+        "language": Recipe(steps=1400, batch=8, lr=3.5e-3),
+        "audio_align": Recipe(steps=550, batch=16, lr=6e-3),
+        "vision_align": Recipe(steps=500, batch=32, lr=6e-3),
+        "thinker1": Recipe(steps=50, batch=8, lr=5e-4),
+        "thinker2": Recipe(steps=400, batch=8, lr=6e-4),
+        "thinker3": Recipe(steps=120, batch=4, lr=8e-4),
+        "chat": Recipe(steps=550, batch=8, lr=6e-4),
+        "talker": Recipe(steps=750, batch=24, lr=5e-3),
+        "dpo": Recipe(steps=80, batch=16, lr=2e-3, warmup=16),  # about two epochs
+        "speakers": Recipe(steps=40, batch=24, lr=5e-4),
     },
 }
 # Steps of each stage by budget: `quick` is the recipes as they are; `long` has not been run yet.
