@@ -27,9 +27,9 @@ from minomni.inputs.mel import voice_mel
 from minomni.token2wav.voice import Voice, voice_of
 
 # Utterances of the speaking corpus beside the plain statements.
-SPEAKING_LONG = 1200  # two statements joined by "and"
-SPEAKING_STRINGS = 1000  # random words
-SPEAKING_FRAMED = 1400  # random words in the frame of a statement
+SPEAKING_LONG = 600  # two statements joined by "and"
+SPEAKING_STRINGS = 700  # random words
+SPEAKING_FRAMED = 1000  # random words in the frame of a statement
 # Utterances of the listening corpus beside the questions.
 LISTENING_STATEMENTS = 2200  # statements
 LISTENING_STRINGS = 400  # random words
