@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX, INPUT_SAMPLE_RATE, OmniConfig
 from minomni.data import grammar, scenes
@@ -29,6 +30,10 @@ MAX_TURNS = 4
 # Seconds of speech in a long dictation. Longer ones (up to 30 s) learn less in as many steps.
 LONG_SECONDS = (3, 10)
 NOISE_LEVELS = (0.0, 0.002, 0.006)  # standard deviations, full scale is 1
+# Seconds of silence before and after a recording in training, at most: a microphone is open before
+# somebody speaks. Half of the recordings have none.
+MAX_SILENCE_BEFORE = 0.5
+MAX_SILENCE_AFTER = 0.25
 
 
 def estimated_tokens(example: Example) -> int:
@@ -140,10 +145,14 @@ class ExampleBuilder:
         return self.recording(example.transcript or example.question, random)
 
     def recording(self, text: str, random: Random) -> Tensor:
-        """A recording of a text [samples], with random gain and noise in training."""
+        """A recording of a text [samples], with random silence, gain and noise in training."""
         wave = self.speech.wave(self.speech.find(text, random))
         if self.held_out:
             return wave
+        if random.random() < 0.5:
+            before = int(random.uniform(0, MAX_SILENCE_BEFORE) * INPUT_SAMPLE_RATE)
+            after = int(random.uniform(0, MAX_SILENCE_AFTER) * INPUT_SAMPLE_RATE)
+            wave = F.pad(wave, (before, after))
         generator = np.random.RandomState(random.randrange(1 << 31))
         noise = torch.from_numpy(generator.randn(len(wave)).astype(np.float32))
         gain = random.uniform(0.5, 1.2)

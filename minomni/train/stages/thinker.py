@@ -25,6 +25,9 @@ PARTS = 2  # parts of a batch, so that short prompts are not padded to the lengt
 # the second.
 IMAGES_UNTIL = 0.25
 VIDEOS_UNTIL = 0.45
+# A spoken conversation has turns of these kinds, without pictures, which cost more.
+SPOKEN_TURNS = ("say-spoken", "hear")
+MAX_LATER_TURNS = 2
 FRAME_WEIGHT = 0.5  # weight of the loss on the object that is visible at each audio token
 
 Part = tuple[list[Example], Inputs, Tensor]  # examples, model inputs, targets [B, L]
@@ -225,3 +228,11 @@ class ChatStage(ThinkerStage):
         "sync-typed": 3,
     }
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")
+
+    def dialogue(self, kind: str, random: Random) -> list[Example]:
+        """Half of the spoken requests to say something or to write it down open a conversation."""
+        examples = super().dialogue(kind, random)
+        if kind in SPOKEN_TURNS and random.random() < 0.5:
+            kinds = random.choices(SPOKEN_TURNS, k=random.randint(1, MAX_LATER_TURNS))
+            examples += [self.builder.example(name, random) for name in kinds]
+        return examples
