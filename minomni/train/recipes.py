@@ -11,9 +11,9 @@ Settings = dict[str, dict[str, Any]]  # {stage: {field of its recipe: value}}
 
 RECIPES = {
     "tiny": {
-        "codec": Recipe(steps=450, batch=16, lr=5e-3),
+        "codec": Recipe(steps=600, batch=16, lr=5e-3),
         "vocoder": Recipe(steps=450, batch=16, lr=5e-3),
-        "dit": Recipe(steps=800, batch=16, lr=8e-3),
+        "dit": Recipe(steps=1500, batch=8, lr=8e-3),
         "language": Recipe(steps=1200, batch=8, lr=3.5e-3),
         "audio_align": Recipe(steps=550, batch=16, lr=6e-3),
         "vision_align": Recipe(steps=500, batch=32, lr=6e-3),
@@ -31,9 +31,9 @@ BUDGETS: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
         "quick": {},
         "long": {
-            "codec": 900,
+            "codec": 1200,
             "vocoder": 900,
-            "dit": 4000,
+            "dit": 12_000,
             "language": 3000,
             "audio_align": 1500,
             "vision_align": 1200,

@@ -16,7 +16,9 @@ Batch = tuple[Tensor, Tensor, list[Tensor], Tensor, float]
 
 
 class CodecStage(MelStage):
-    """CTC loss on letters and L1 loss on the mel, both from the quantized values."""
+    """CTC loss on letters and L1 losses on the mel, all from the quantized values: one mel is
+    predicted from all codes, one from each code alone.
+    """
 
     name = "codec"
     trainable = ("codec.",)
@@ -36,10 +38,12 @@ class CodecStage(MelStage):
         codec = self.codec
         grid, _ = codec.quantize(mels)
         reconstructed = codec.mel(grid, conds)
+        without_neighbors = codec.mel_of_codes(grid, conds)
         lengths = frames // codec.config.downsample
         return {
             "ctc": losses.ctc(codec.letters(grid), lengths, letters),
             "mel": mel_weight * losses.masked_l1(reconstructed, mels, frames),
+            "code_mel": mel_weight * losses.masked_l1(without_neighbors, mels, frames),
             "fsq_mean": losses.off_center(grid, lengths),
         }
 
