@@ -136,25 +136,44 @@ class Evaluator:
 
     # Speech recognition by the model
 
-    def transcription(self, name: str, voices: dict) -> Metric:
-        """Word error rate of the Thinker's transcripts of held-out sentences in some voices."""
+    def transcription(
+        self, name: str, voices: dict, silence_s: float = 0.0, second_turn: bool = False
+    ) -> Metric:
+        """Word error rate of the Thinker's transcripts of held-out sentences in some voices.
+
+        silence_s: seconds of silence before each. second_turn: each is the second turn of a
+        conversation, whose first turn is the recording before it with its correct transcript.
+        """
         utterances = self.builder.speech.utterances
         chosen = self.recordings(lambda u: u.voice in voices and u.text.startswith("say "))
-        transcripts = self.transcribe_recordings(chosen)
+        transcripts = self.transcribe_recordings(chosen, silence_s, second_turn)
         pairs = [
             word_errors(utterances[i].text, transcript.split())
             for i, transcript in zip(chosen, transcripts)
         ]
         return word_error_metric(name, pairs)
 
-    def transcribe_recordings(self, indices: list[int]) -> list[str]:
-        """The Thinker's transcripts of some recordings of the test corpus."""
+    def transcribe_recordings(
+        self, indices: list[int], silence_s: float = 0.0, second_turn: bool = False
+    ) -> list[str]:
+        """The Thinker's transcripts of some recordings of the test corpus: see transcription()."""
+        turns = [self.transcription_turn(i, silence_s) for i in indices]
+        if not second_turn:
+            return self.replies([[turn] for turn in turns])
         conversations = []
-        for i in indices:
-            audio = {"type": "audio", "audio": self.builder.speech.wave(i)}
-            request = {"type": "text", "text": grammar.TRANSCRIBE}
-            conversations.append([{"role": "user", "content": [audio, request]}])
+        for position, turn in enumerate(turns):
+            before = position - 1  # the first one follows the last one
+            answer = self.builder.speech.utterances[indices[before]].text
+            conversations.append([turns[before], {"role": "assistant", "content": answer}, turn])
         return self.replies(conversations)
+
+    def transcription_turn(self, index: int, silence_s: float) -> dict:
+        """A user's turn that asks for a transcript of a recording after some silence."""
+        wave = self.builder.speech.wave(index)
+        silence = torch.zeros(round(silence_s * INPUT_SAMPLE_RATE))
+        audio = {"type": "audio", "audio": torch.cat([silence, wave])}
+        question = {"type": "text", "text": grammar.TRANSCRIBE}
+        return {"role": "user", "content": [audio, question]}
 
     # English words
 

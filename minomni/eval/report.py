@@ -19,6 +19,7 @@ from minomni.eval.stats import Metric, bootstrap, markdown_table
 from minomni.files import write_atomically
 from minomni.train.pipeline import cache_of, commit
 
+SILENCE_S = 0.4  # before a recording, as an open microphone has it
 MROPE = "sync_mrope.json"  # in the run folder: the result of `ablate tmrope`
 
 
@@ -84,7 +85,10 @@ def measure(
     rows = [evaluator.accuracy(name, kinds) for name, kinds in ANSWERS.items()]
     rows.append(mrope_metric(folder.parent / MROPE))
     rows.append(evaluator.spoken_over_typed())
-    rows.append(evaluator.transcription("asr_wer", grammar.LISTENING_VOICES))
+    known = grammar.LISTENING_VOICES
+    rows.append(evaluator.transcription("asr_wer", known))
+    rows.append(evaluator.transcription("asr_wer_after_silence", known, silence_s=SILENCE_S))
+    rows.append(evaluator.transcription("asr_wer_second_turn", known, second_turn=True))
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
     unseen_natural = grammar.UNSEEN_NATURAL_VOICES
     rows.append(evaluator.transcription("asr_wer_unseen_natural_voices", unseen_natural))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import minomni
 from minomni import paths
 from minomni.config import INPUT_SAMPLE_RATE, SMALL
 from minomni.data import corpus, grammar, text_to_speech
@@ -45,6 +46,8 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
         "sync_accuracy_mrope",
         "spoken_over_typed",
         "asr_wer",
+        "asr_wer_after_silence",
+        "asr_wer_second_turn",
         "asr_wer_unseen_voices",
         "asr_wer_unseen_natural_voices",
         "closed_speech_wer",
@@ -67,6 +70,31 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     # A model of random weights speaks no words.
     assert values["closed_natural_speech_wer"] < 0.35 < values["closed_speech_wer"]
     assert (tmp_path / "runs" / "report.md").read_text() == result.markdown()
+
+
+def test_recordings_after_silence_and_in_a_second_turn(tiny_folder, monkeypatch, tmp_path):
+    """The conversations that are transcribed, and word errors by hand."""
+    monkeypatch.setattr(text_to_speech, "available", lambda: False)
+    scored = evaluator.Evaluator(minomni.load(str(tiny_folder)), 2, tmp_path)
+    asked: list[list[dict]] = []
+
+    def replies(conversations):
+        asked.extend(conversations)
+        return ["say"] * len(conversations)
+
+    monkeypatch.setattr(scored, "replies", replies)
+    voices = {utterance.voice for utterance in scored.builder.speech.utterances}
+    metric = scored.transcription("x", dict.fromkeys(voices), silence_s=0.5, second_turn=True)
+    spoken = [u for u in scored.builder.speech.utterances if u.text.startswith("say ")][:2]
+    words = sum(len(utterance.text.split()) for utterance in spoken)
+    assert metric.value == pytest.approx(1 - 2 / words)
+    first, second = asked
+    assert [turn["role"] for turn in first] == ["user", "assistant", "user"]
+    assert first[1]["content"] == spoken[1].text  # the first one follows the last one
+    assert second[1]["content"] == spoken[0].text
+    wave = second[2]["content"][0]["audio"]
+    assert not wave[:8000].any()
+    assert wave[8000:].any()
 
 
 def test_folder_of_digits_is_checked_before_the_model_is_loaded(monkeypatch, tmp_path):
