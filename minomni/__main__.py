@@ -210,8 +210,8 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--budget",
         choices=("quick", "long"),
         default="quick",
-        help="steps of the stages of tiny: quick (default), or long, with up to 23 times as many; "
-        "its time has not been measured",
+        help="steps of the stages of tiny: quick (default), or long, which made the weights that are "
+        "shipped",
     )
     train.add_argument(
         "--set",

@@ -33,7 +33,7 @@ BUDGETS: dict[str, dict[str, dict[str, int]]] = {
         "long": {
             "codec": 1200,
             "vocoder": 900,
-            "dit": 12_000,
+            "dit": 8000,
             "language": 3000,
             "audio_align": 1500,
             "vision_align": 1200,
