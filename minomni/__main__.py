@@ -286,10 +286,10 @@ def add_train_encoder(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="the encoder is as large as the codec of this size (default small)",
     )
     command.add_argument(
-        "--pairs", type=COUNT, default=4000, help="pairs of codes and sound (default 4000)"
+        "--pairs", type=COUNT, default=2000, help="pairs of codes and sound (default 2000)"
     )
     command.add_argument(
-        "--steps", type=COUNT, default=4000, help="training steps of 16 pairs (default 4000)"
+        "--steps", type=COUNT, default=3000, help="training steps of 16 pairs (default 3000)"
     )
     command.add_argument(
         "--random-codes",
@@ -561,8 +561,10 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
         raise UserError("--epochs and --out go with --data")
     if arguments.lora is not None or arguments.parts is not None or arguments.skip_corrupt:
         raise UserError("--lora, --parts and --skip-corrupt go with --data")
-    if arguments.held_out or arguments.quantize:
-        raise UserError("--held-out and --quantize go with --data")
+    if arguments.held_out:
+        raise UserError("--held-out goes with --data")
+    if arguments.quantize:
+        raise UserError("--quantize goes with --data and --lora")
 
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))

@@ -1,6 +1,6 @@
 """Is an encoder that was learned back as good as the one that a model was trained with?
 
-    python tests/measure_encoder.py FOLDER [--pairs 4000] [--steps 4000] [--rows 200] [--items 60]
+    python tests/measure_encoder.py FOLDER [--pairs 2000] [--steps 3000] [--rows 200] [--items 60]
 
 The encoder of tiny is thrown away and learned from the model's own sound, as for a folder of the
 release, which has none. Then the Talker is tuned by LoRA on a synthesized voice that tiny does not
@@ -82,10 +82,12 @@ def without_encoder(folder: Path) -> Path:
     return base
 
 
-def tuned(base: Path, data: Path, out: Path) -> Path:
+def tuned(base: Path, data: Path, out: Path, epochs: int | None) -> Path:
     """A LoRA adapter of the Talker, trained on the codes of the encoder of `base`."""
     if not out.exists():
-        finetune(str(base), data, out, resume=True, lora=parse_lora(LORA), lora_parts=("talker",))
+        lora = parse_lora(LORA)
+        parts = ("talker",)
+        finetune(str(base), data, out, epochs=epochs, resume=True, lora=lora, lora_parts=parts)
     return out
 
 
@@ -135,9 +137,10 @@ def spoken(omni: Omni, texts: list[str]) -> list[torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pairs", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--epochs", type=int, help="of the tuning (default: that of train)")
     parser.add_argument("--items", type=int, default=60)
     parser.add_argument("--voice", default="natural:alto", help="as in text_to_speech.Job")
     arguments = parser.parse_args()
@@ -156,7 +159,7 @@ def main() -> None:
     bases = {"true": true, "learned": learned}
     adapters = {}
     for name, base in bases.items():
-        adapters[name] = tuned(base, data, folder / f"adapter-{name}")
+        adapters[name] = tuned(base, data, folder / f"adapter-{name}", arguments.epochs)
 
     # The judges hear held-out sentences.
     texts = texts_of(arguments.items, held_out=True)

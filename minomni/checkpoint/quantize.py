@@ -246,7 +246,8 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors of which a quantized tensor consists; of a plain one, itself."""
     if not is_quantized(tensor):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
+    quantized: Any = tensor  # torchao's classes have more methods
+    names, _ = quantized.__tensor_flatten__()
     return [getattr(tensor, name) for name in names]
 
 

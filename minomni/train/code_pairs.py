@@ -123,13 +123,13 @@ class PairMaker:
         batch = append_answer(prompts, answers, tokens.endoftext)
         states = talker_prompts(self.omni.thinker, *to_device(batch, self.device))
         examples = []
-        for inputs, (row, voice) in zip(states, part, strict=True):
+        for row_states, (row, voice) in zip(states, part, strict=True):
             no_codes = torch.zeros(0, dtype=torch.long)
-            examples.append(TalkerExample(*inputs, voice.bos_token, no_codes, row.answer))
+            examples.append(TalkerExample(*row_states, voice.bos_token, no_codes, row.answer))
         inputs = collate(examples, tokens, self.omni.thinker.model.embed_tokens)
         sampling = replace(self.omni.config.talker_sampling, max_new_tokens=self.max_codes)
         codes = self.talker.generate(inputs, sampling, self.omni.num_codes, generator)
-        return [row.cpu() for row in codes]
+        return [row_codes.cpu() for row_codes in codes]
 
     def random_codes(self, random: Random) -> Tensor:
         """Codes [m] that are drawn one by one; 0 is not one of them, see DiT."""

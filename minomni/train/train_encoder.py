@@ -45,8 +45,8 @@ class EncoderOptions:
     """What an encoder is, and how it is trained."""
 
     size: str = "small"  # whose codec has the sizes of the encoder's layers
-    pairs: int = 4000
-    steps: int = 4000
+    pairs: int = 2000
+    steps: int = 3000
     random_share: float = 0.1  # of the pairs: random codes in place of the Talker's
 
 
