@@ -79,6 +79,20 @@ def width_factor(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from 0.125 to 1")
 
 
+def share(text: str) -> float:
+    """A type for an option: a number from 0 to 1."""
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from 0 to 1")
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """A type for an option: numbers of processes, with commas."""
+    convert = whole(1, 1025)
+    return tuple(convert(part) for part in text.split(","))
+
+
 SEED = whole(0, 2**63)
 COUNT = whole(1, 100_000)
 
@@ -92,6 +106,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True)
     for add in (
         add_train,
+        add_train_encoder,
         add_pack,
         add_merge,
         add_chat,
@@ -144,6 +159,23 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "bf16 in hardware and more than an hour without.",
     )
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
+    add_recipe(train)
+    add_run(train)
+    train.add_argument(
+        "--data",
+        type=Path,
+        help="fine-tune the trained model on your data: a JSONL file of messages and replies, or a "
+        "folder of recordings or of shards that `pack` wrote; --stage chat or talker",
+    )
+    add_own_data(train)
+    add_lora_options(train)
+    train.add_argument(
+        "--no-progress", action="store_true", help="print lines only, without a progress bar"
+    )
+
+
+def add_recipe(train: argparse.ArgumentParser) -> None:
+    """Which stages are trained, and how."""
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
     train.add_argument(
         "--stages",
@@ -151,44 +183,50 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="list the stages: trained parts, seconds, losses, data",
     )
     train.add_argument(
+        "--budget",
+        choices=("quick", "long"),
+        default="quick",
+        help="steps of the stages of tiny: quick (default), or long, with up to 23 times as many; "
+        "its time has not been measured",
+    )
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="change the recipe of a stage, as in --set talker.steps=200; may be repeated. "
+        "Fields: steps, batch, lr, accumulate, warmup, weight_decay, clip",
+    )
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Where a run works, and how it begins."""
+    command.add_argument(
         "--resume",
         action="store_true",
         help="continue an unfinished run exactly where it stopped",
     )
-    train.add_argument(
+    command.add_argument(
         "--fresh",
         action="store_true",
         help="delete an earlier run and start over; with --stage, of that stage only",
     )
-    train.add_argument(
+    command.add_argument(
         "--device",
         default="auto",
         choices=DEVICES,
         help="device to compute on (default auto: cuda, else mps, else cpu)",
     )
-    add_seed(train)
-    train.add_argument(
+    add_seed(command)
+    command.add_argument(
         "--home",
         type=Path,
         help="folder of the run, which holds all that it writes (default runs/SIZE)",
     )
-    train.add_argument(
-        "--data",
-        type=Path,
-        help="fine-tune the trained model on your data: a JSONL file of messages and replies, or a "
-        "folder of recordings or of shards that `pack` wrote; --stage chat or talker",
-    )
-    train.add_argument(
-        "--lora",
-        metavar="r=N",
-        help="train adapters of this rank and leave the weights as they are, as in --lora r=16; "
-        "also alpha=32 and layers=q_proj+v_proj; SIZE may then be the folder of any model",
-    )
-    train.add_argument(
-        "--parts",
-        metavar="PARTS",
-        help="what --lora tunes: thinker, talker, or thinker,talker (default: what the data can)",
-    )
+
+
+def add_own_data(train: argparse.ArgumentParser) -> None:
+    """What --data does."""
     train.add_argument(
         "--skip-corrupt",
         action="store_true",
@@ -206,24 +244,62 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument(
         "--out", type=Path, help="folder of the fine-tuned model (default runs/SIZE/tuned)"
     )
+
+
+def add_lora_options(train: argparse.ArgumentParser) -> None:
+    """Adapters in place of the weights."""
     train.add_argument(
-        "--budget",
-        choices=("quick", "long"),
-        default="quick",
-        help="steps of the stages of tiny: quick (default), or long, with up to 23 times as many; "
-        "its time has not been measured",
+        "--lora",
+        metavar="r=N",
+        help="train adapters of this rank and leave the weights as they are, as in --lora r=16; "
+        "also alpha=32 and layers=q_proj+v_proj; SIZE may then be the folder of any model",
     )
     train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STAGE.FIELD=VALUE",
-        help="change the recipe of a stage, as in --set talker.steps=200; may be repeated. "
-        "Fields: steps, batch, lr, accumulate, warmup, weight_decay, clip",
+        "--parts",
+        metavar="PARTS",
+        help="what --lora tunes: thinker, talker, or thinker,talker (default: what the data can)",
     )
-    train.add_argument(
-        "--no-progress", action="store_true", help="print lines only, without a progress bar"
+    add_quantize(train)
+
+
+def add_train_encoder(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "train-encoder",
+        help="train an encoder for the speech codes of a folder that has none",
+        description="The model speaks, and an encoder learns to predict the codes of this speech. "
+        "Writes the model with the encoder as its codec, which `train --data` needs to tune the "
+        "Talker on recordings.",
     )
+    command.add_argument("folder", help="folder of a model, or a size trained here")
+    command.add_argument(
+        "--data",
+        type=Path,
+        help="rows whose answers the Talker speaks, as for `train` (default: sentences of tiny)",
+    )
+    command.add_argument(
+        "--out", type=Path, help="folder of the new model (default runs/FOLDER/with-encoder)"
+    )
+    command.add_argument(
+        "--size",
+        choices=("tiny", "small"),
+        default="small",
+        help="the encoder is as large as the codec of this size (default small)",
+    )
+    command.add_argument(
+        "--pairs", type=COUNT, default=2000, help="pairs of codes and sound (default 2000)"
+    )
+    command.add_argument(
+        "--steps", type=COUNT, default=3000, help="training steps of 16 pairs (default 3000)"
+    )
+    command.add_argument(
+        "--random-codes",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the pairs, from 0 to 1, whose codes are drawn at random and not spoken by "
+        "the Talker (default 0.1)",
+    )
+    add_run(command)
 
 
 def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -404,10 +480,11 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps", "serve"],
+        choices=["stream", "first", "steps", "serve", "processes"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
         "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
-        "second and latency of the server",
+        "second and latency of the server; processes: a training step of tiny by one process and "
+        "by several",
     )
     add_model(bench)
     add_quantize(bench)
@@ -419,6 +496,13 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.add_argument(
         "--picture", type=Path, help="plot predicted and measured latency into this PNG (stream)"
+    )
+    bench.add_argument(
+        "--processes",
+        type=counts,
+        default=(1, 2),
+        metavar="N,N",
+        help="numbers of processes (processes; default 1,2)",
     )
     add_device(bench)
 
@@ -479,6 +563,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
         raise UserError("--lora, --parts and --skip-corrupt go with --data")
     if arguments.held_out:
         raise UserError("--held-out goes with --data")
+    if arguments.quantize:
+        raise UserError("--quantize goes with --data and --lora")
 
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))
@@ -548,6 +634,7 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         home=home,
         lora=lora,
         lora_parts=lora_parts(arguments),
+        quantize=arguments.quantize,
         skip_corrupt=arguments.skip_corrupt,
         held_out_speaker=arguments.held_out,
     )
@@ -559,6 +646,34 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         print(f"tuned: {folder}; python -m minomni chat --model {folder}")
 
 
+def run_train_encoder(arguments: argparse.Namespace) -> None:
+    """Train an encoder for the codes of a folder."""
+    from minomni.devices import device_of
+    from minomni.train import processes
+    from minomni.train.train_encoder import EncoderOptions, train_encoder
+
+    device = device_of(arguments.device).type
+    home = arguments.home or paths.runs() / Path(arguments.folder).resolve().name
+    options = EncoderOptions(
+        arguments.size, arguments.pairs, arguments.steps, arguments.random_codes
+    )
+    with processes.process_group(device):
+        out = train_encoder(
+            arguments.folder,
+            arguments.out or home / "with-encoder",
+            options,
+            data=arguments.data,
+            seed=arguments.seed,
+            resume=arguments.resume,
+            fresh=arguments.fresh,
+            device=device,
+            home=home,
+        )
+        if processes.is_first():
+            command = f"python -m minomni train {out} --data FILE --lora r=16 --parts talker"
+            print(f"with an encoder: {out}; {command}")
+
+
 def held_out_scores(
     arguments: argparse.Namespace, tuned_folder: Path, is_adapter: bool, device: str
 ) -> str:
@@ -566,7 +681,7 @@ def held_out_scores(
     from minomni.checkpoint.lora import load_lora
     from minomni.eval import held_out_speaker
 
-    omni = load(arguments.size, device)
+    omni = load(arguments.size, device, quantize=arguments.quantize)
     rows = held_out_speaker.held_out_rows(arguments.data, omni, arguments.held_out)
     before = held_out_speaker.answer_metrics(omni, rows)
     if is_adapter:
@@ -936,6 +1051,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
     device = device_of(arguments.device).type
+    if arguments.what == "processes":
+        bench_processes(arguments, device)
+        return
     if arguments.random_weights and arguments.quantize:
         raise UserError(
             "--quantize goes with the folder of a model; make-checkpoint writes one with random "
@@ -968,6 +1086,17 @@ def run_bench(arguments: argparse.Namespace) -> None:
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
 
 
+def bench_processes(arguments: argparse.Namespace, device: str) -> None:
+    """Measure training by several processes and print the times."""
+    from minomni.eval import process_scaling
+
+    rows = process_scaling.measure(arguments.processes, device)
+    if arguments.json:
+        print(json.dumps([row._asdict() for row in rows]))
+    else:
+        print(process_scaling.markdown(rows))
+
+
 def run_make_checkpoint(arguments: argparse.Namespace) -> None:
     """Write a checkpoint with random weights."""
     from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
@@ -992,6 +1121,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "train": run_train,
+    "train-encoder": run_train_encoder,
     "pack": run_pack,
     "merge": run_merge,
     "chat": run_chat,

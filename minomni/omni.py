@@ -31,7 +31,7 @@ from minomni.inputs.audio import SILENCE_LEVEL
 from minomni.inputs.prompt import Inputs, Processor, checked_messages, collate
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.sampling import cut_at_stop
-from minomni.talker.codec import Codec
+from minomni.talker.codec import make_codec
 from minomni.talker.talker import Talker
 from minomni.thinker.thinker import Thinker
 from minomni.token2wav.streaming import Schedule
@@ -50,7 +50,7 @@ class Omni(nn.Module):
         self.thinker = Thinker(config.thinker)
         self.talker = None if config.talker is None else Talker(config.talker)
         self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav)
-        self.codec = None if config.codec is None else Codec(config.codec)
+        self.codec = None if config.codec is None else make_codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
         # Set by use_static_steps(); None decodes by the plain steps of Thinker and Talker.

@@ -20,6 +20,7 @@ from minomni.config import (
     AudioEncoderConfig,
     BigVGANConfig,
     CodecConfig,
+    CodeClassifierConfig,
     DecoderConfig,
     DiTConfig,
     FlowConfig,
@@ -555,11 +556,13 @@ def parse_own(section: Section, cls: type) -> Any:
     return section.build(cls)
 
 
-def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
+def parse_codec(root: Section, folder: Path) -> CodecConfig | CodeClassifierConfig | None:
     """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
     if file.exists():
-        return parse_own(Section(read_json(file), short_path(file)), CodecConfig)
+        section = Section(read_json(file), short_path(file))
+        is_classifier = "num_codes" in section.data
+        return parse_own(section, CodeClassifierConfig if is_classifier else CodecConfig)
     return parse_group(root, "codec_config", CodecConfig, None)
 
 

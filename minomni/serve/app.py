@@ -46,7 +46,7 @@ class Server:
         self.settings = settings
         self.worker = Worker()
         self.clients: set[Client] = set()
-        self.trained_here = omni.config.codec is not None
+        self.trained_here = omni.config.trained_here
 
     def take_client(self) -> Client:
         """A new client of the worker. Raises ApiError 429 where all sessions are in use."""

@@ -324,8 +324,7 @@ async def transcription_form(request: Request) -> dict:
 
 def transcription_prompt(omni: "Omni") -> str:
     """How this model was trained to be asked for a transcript."""
-    trained_here = omni.config.codec is not None
-    return TRANSCRIBE if trained_here else RELEASE_TRANSCRIBE
+    return TRANSCRIBE if omni.config.trained_here else RELEASE_TRANSCRIBE
 
 
 def parse_temperature(text: object) -> float:

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from minomni.devices import has_bf16
 from minomni.errors import UserError
+from minomni.talker.codec import Codec
 from minomni.train import distributed, processes, run_folder, samples
 from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
-    from minomni.talker.codec import Codec
     from minomni.token2wav.token2wav import Token2Wav
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
@@ -70,9 +70,9 @@ class Stage:
         self.device = next(omni.parameters()).device
 
     @property
-    def codec(self) -> "Codec":
+    def codec(self) -> Codec:
         """The speech codec. Every size that is trained here has one."""
-        assert self.omni.codec is not None
+        assert isinstance(self.omni.codec, Codec)
         return self.omni.codec
 
     @property

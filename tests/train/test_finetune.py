@@ -846,7 +846,6 @@ def test_speaker_of_a_row(tmp_path, omni):
 def test_held_out_speaker_is_scored_before_and_after(
     tmp_path, small, tiny_folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command, "load", lambda name, device: minomni.load(name, device))
     path = write(tmp_path, [line(speaker="Ada"), line(), line("say b", "a square", speaker="Ada")])
     finetune_arguments = ["train", str(tiny_folder), "--data", str(path), "--held-out", "Ada"]
     options = ["--lora", "r=2", "--epochs", "1", "--home", str(tmp_path / "home")]
