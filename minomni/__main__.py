@@ -123,6 +123,20 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_parts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--parts",
+        metavar="PARTS",
+        help="text: load the text decoder alone; +audio, +vision and +speech add the encoders and "
+        "speech, as in text+audio (default: all)",
+    )
+    command.add_argument(
+        "--encoders-on-host",
+        action="store_true",
+        help="keep the encoders in the host's memory and copy them to the device when they run",
+    )
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="cpu", choices=DEVICES, help="device to compute on (default cpu)"
@@ -293,6 +307,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
         add_generation_options(chat, prefix, part)
     add_model(chat)
     add_quantize(chat)
+    add_parts(chat)
     chat.add_argument(
         "--stream",
         action="store_true",
@@ -317,6 +332,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_model(serve)
     add_quantize(serve)
+    add_parts(serve)
     add_device(serve)
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
@@ -612,11 +628,22 @@ def run_merge(arguments: argparse.Namespace) -> None:
     print(f"merged: {arguments.out}; python -m minomni chat --model {arguments.out}")
 
 
+def load_parts(arguments: argparse.Namespace) -> "Omni":
+    """The model of the command line with the parts that it names."""
+    return load(
+        arguments.model,
+        arguments.device,
+        quantize=arguments.quantize,
+        parts=arguments.parts,
+        encoders_on_host=arguments.encoders_on_host,
+    )
+
+
 def run_chat(arguments: argparse.Namespace) -> None:
     """Answer the sample questions, the question of the command line, or a conversation."""
     out = arguments.out or Path("reply.wav")
     check_chat(arguments, out)
-    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
+    omni = load_parts(arguments)
     voice = arguments.voice
     if arguments.voice_from:
         from minomni import make_voice
@@ -896,7 +923,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         sessions=arguments.sessions,
     )
     settings.check()
-    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
+    omni = load_parts(arguments)
     app.serve(omni, Path(arguments.model).resolve().name, settings)
 
 
