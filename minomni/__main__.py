@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -420,10 +420,11 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps", "serve"],
+        choices=["stream", "first", "steps", "serve", "parts"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
         "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
-        "second and latency of the server",
+        "second and latency of the server; parts: every part beside transformers, which must be "
+        "installed, and the limit of the machine",
     )
     add_model(bench)
     add_quantize(bench)
@@ -435,6 +436,26 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.add_argument(
         "--picture", type=Path, help="plot predicted and measured latency into this PNG (stream)"
+    )
+    bench.add_argument(
+        "--width-factor",
+        type=width_factor,
+        metavar="F",
+        help="random weights of the release with all widths multiplied by F, from 0.125 to 1, in "
+        "place of --model (parts; 0.25 has 0.9 billion parameters)",
+    )
+    bench.add_argument(
+        "--dtype", choices=["fp32", "bf16"], help="of Thinker and Talker (parts; default fp32)"
+    )
+    bench.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile transformers' decoding steps, which takes minutes (parts)",
+    )
+    bench.add_argument(
+        "--short",
+        action="store_true",
+        help="small inputs, measured once, to see whether all of it runs (parts)",
     )
     add_device(bench)
 
@@ -962,6 +983,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
+    if arguments.what == "parts":
+        run_bench_parts(arguments)
+        return
+    if arguments.width_factor or arguments.dtype or arguments.compile or arguments.short:
+        raise UserError("--width-factor, --dtype, --compile and --short go with `bench parts`")
     device = device_of(arguments.device).type
     if arguments.random_weights and arguments.quantize:
         raise UserError(
@@ -993,6 +1019,32 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.picture:
         result.draw(arguments.picture)
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
+
+
+def run_bench_parts(arguments: argparse.Namespace) -> None:
+    """Measure every part of a model beside transformers and print one table."""
+    from minomni import folder_of
+    from minomni.devices import device_of, dtype_of
+    from minomni.eval import parts_benchmark, parts_sides
+
+    if arguments.random_weights or arguments.quantize:
+        raise UserError(
+            "`bench parts` measures a folder as it is stored; leave out --random-weights and "
+            "--quantize, or give --width-factor for random weights"
+        )
+    parts_sides.require_transformers()
+    device = device_of(arguments.device)
+    dtype = dtype_of(arguments.dtype or "fp32")
+    assert dtype is not None
+    work = parts_sides.SHORT if arguments.short else parts_sides.FULL
+    opened: AbstractContextManager[Path]
+    if arguments.width_factor:
+        opened = parts_benchmark.random_folder(arguments.width_factor)
+    else:
+        opened = nullcontext(folder_of(arguments.model))
+    with opened as folder:
+        parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
+    print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
 
 
 def run_make_checkpoint(arguments: argparse.Namespace) -> None:
