@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +135,20 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="int8 or int4: keep the linear layers of Thinker and Talker in so many bits; "
         "int4+head+encoders also quantizes those, to int8 (default: as stored; needs torchao)",
+    )
+
+
+def add_parts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--parts",
+        metavar="PARTS",
+        help="text: load the text decoder alone; +audio, +vision and +speech add the encoders and "
+        "speech, as in text+audio (default: all)",
+    )
+    command.add_argument(
+        "--encoders-on-host",
+        action="store_true",
+        help="keep the encoders in the host's memory and copy them to the device when they run",
     )
 
 
@@ -369,6 +383,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
         add_generation_options(chat, prefix, part)
     add_model(chat)
     add_quantize(chat)
+    add_parts(chat)
     chat.add_argument(
         "--stream",
         action="store_true",
@@ -393,6 +408,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_model(serve)
     add_quantize(serve)
+    add_parts(serve)
     add_device(serve)
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
@@ -480,11 +496,12 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps", "serve", "processes"],
+        choices=["stream", "first", "steps", "serve", "parts", "processes"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
         "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
-        "second and latency of the server; processes: a training step of tiny by one process and "
-        "by several",
+        "second and latency of the server; parts: every part beside transformers, which must be "
+        "installed, and the limit of the machine; processes: a training step of tiny by one "
+        "process and by several",
     )
     add_model(bench)
     add_quantize(bench)
@@ -503,6 +520,26 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=(1, 2),
         metavar="N,N",
         help="numbers of processes (processes; default 1,2)",
+    )
+    bench.add_argument(
+        "--width-factor",
+        type=width_factor,
+        metavar="F",
+        help="random weights of the release with all widths multiplied by F, from 0.125 to 1, in "
+        "place of --model (parts; 0.25 has 0.9 billion parameters)",
+    )
+    bench.add_argument(
+        "--dtype", choices=["fp32", "bf16"], help="of Thinker and Talker (parts; default fp32)"
+    )
+    bench.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile transformers' decoding steps, which takes minutes (parts)",
+    )
+    bench.add_argument(
+        "--short",
+        action="store_true",
+        help="small inputs, measured once, to see whether all of it runs (parts)",
     )
     add_device(bench)
 
@@ -727,11 +764,22 @@ def run_merge(arguments: argparse.Namespace) -> None:
     print(f"merged: {arguments.out}; python -m minomni chat --model {arguments.out}")
 
 
+def load_parts(arguments: argparse.Namespace) -> "Omni":
+    """The model of the command line with the parts that it names."""
+    return load(
+        arguments.model,
+        arguments.device,
+        quantize=arguments.quantize,
+        parts=arguments.parts,
+        encoders_on_host=arguments.encoders_on_host,
+    )
+
+
 def run_chat(arguments: argparse.Namespace) -> None:
     """Answer the sample questions, the question of the command line, or a conversation."""
     out = arguments.out or Path("reply.wav")
     check_chat(arguments, out)
-    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
+    omni = load_parts(arguments)
     voice = arguments.voice
     if arguments.voice_from:
         from minomni import make_voice
@@ -1011,7 +1059,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         sessions=arguments.sessions,
     )
     settings.check()
-    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
+    omni = load_parts(arguments)
     app.serve(omni, Path(arguments.model).resolve().name, settings)
 
 
@@ -1050,6 +1098,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
+    if arguments.what == "parts":
+        run_bench_parts(arguments)
+        return
+    if arguments.width_factor or arguments.dtype or arguments.compile or arguments.short:
+        raise UserError("--width-factor, --dtype, --compile and --short go with `bench parts`")
     device = device_of(arguments.device).type
     if arguments.what == "processes":
         bench_processes(arguments, device)
@@ -1095,6 +1148,32 @@ def bench_processes(arguments: argparse.Namespace, device: str) -> None:
         print(json.dumps([row._asdict() for row in rows]))
     else:
         print(process_scaling.markdown(rows))
+
+
+def run_bench_parts(arguments: argparse.Namespace) -> None:
+    """Measure every part of a model beside transformers and print one table."""
+    from minomni import folder_of
+    from minomni.devices import device_of, dtype_of
+    from minomni.eval import parts_benchmark, parts_sides
+
+    if arguments.random_weights or arguments.quantize:
+        raise UserError(
+            "`bench parts` measures a folder as it is stored; leave out --random-weights and "
+            "--quantize, or give --width-factor for random weights"
+        )
+    parts_sides.require_transformers()
+    device = device_of(arguments.device)
+    dtype = dtype_of(arguments.dtype or "fp32")
+    assert dtype is not None
+    work = parts_sides.SHORT if arguments.short else parts_sides.FULL
+    opened: AbstractContextManager[Path]
+    if arguments.width_factor:
+        opened = parts_benchmark.random_folder(arguments.width_factor)
+    else:
+        opened = nullcontext(folder_of(arguments.model))
+    with opened as folder:
+        parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
+    print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
 
 
 def run_make_checkpoint(arguments: argparse.Namespace) -> None:

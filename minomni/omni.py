@@ -57,6 +57,8 @@ class Omni(nn.Module):
         self.static_generator: StaticGenerator | None = None
         # What load(quantize=) was given. Quantized weights can be neither saved nor trained.
         self.quantized: str | None = None
+        # Parts that load(parts=) left out: audio, vision, speech. Such a model cannot be saved.
+        self.left_out: tuple[str, ...] = ()
         # The folder the model was loaded from; saving copies its other files.
         self.loaded_from: Path | None = None
 
@@ -73,6 +75,11 @@ class Omni(nn.Module):
 
     def require_speech(self) -> tuple[Talker, Token2Wav]:
         """The parts that speak. Raises UserError for a model that answers in text only."""
+        if "speech" in self.left_out:
+            raise UserError(
+                "speech was left out when this model was loaded; load it with parts (--parts) that "
+                "hold +speech, or give speech=False, or --no-speech, for an answer in text"
+            )
         if self.talker is None or self.token2wav is None:
             raise UserError(
                 "this model has no voice: its folder holds the Thinker alone; give speech=False, "
