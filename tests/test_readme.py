@@ -57,7 +57,7 @@ def test_the_readme_is_one_page():
 @pytest.mark.parametrize("readme", READMES)
 def test_the_readme_begins_with_the_main_commands(readme):
     found = commands(read(readme))
-    for arguments in ([], ["test"], ["hear"]):
+    for arguments in ([], ["test"], ["hear"], ["serve"]):
         assert ["python", "run.py", *arguments] in found
 
 
@@ -125,6 +125,21 @@ def test_a_new_latency_replaces_its_column_or_adds_one(device):
     assert len(stored["first"]) == (1 if device == "two cores" else 2)
     assert stored["first"][-1]["first_audio_ms"] == 2
     assert "talker_ms" not in stored["first"][-1]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_server_is_described_once_it_was_measured(monkeypatch, language):
+    monkeypatch.setattr(refresh_readme, "results", dict)
+    assert refresh_readme.served(language) == refresh_readme.serving(language) == ""
+    measured = {key: 1000.0 + i for i, key in enumerate(refresh_readme.serving_keys())}
+    monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": measured})
+    sentence = refresh_readme.served(language)
+    assert str(round(measured["spoken_first_audio_ms"])) in sentence
+    assert str(round(measured["open_first_audio_ms"])) in sentence
+    assert sentence.count("\n") == 1
+    rows = refresh_readme.serving(language)
+    assert "| 1 client | 4 clients | 16 clients |" in rows
+    assert rows.count("\n|") == 2 + len(refresh_readme.SERVING_ROWS)
 
 
 def test_an_unknown_table_is_named():

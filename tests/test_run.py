@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def machine(tmp_path, monkeypatch):
 
     Every subprocess call is recorded and answered with exit code 0.
     """
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-serve.txt"):
         (tmp_path / name).write_text(f"{name}-package==1.0  # a reason\n", encoding="utf-8")
     calls = []
     python = tmp_path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -60,6 +61,9 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(run, "DONE", tmp_path / ".venv" / ".ok")
     monkeypatch.setattr(run, "NEEDS", [tmp_path / "requirements.txt"])
+    monkeypatch.setattr(
+        run, "SERVE_NEEDS", [tmp_path / "requirements.txt", tmp_path / "requirements-serve.txt"]
+    )
     monkeypatch.setattr(
         run, "TEST_NEEDS", [tmp_path / "requirements.txt", tmp_path / "requirements-dev.txt"]
     )
@@ -101,6 +105,36 @@ def test_hear_trains_nothing(machine):
     assert "requirements-dev" not in install
     assert chat == f"-m minomni chat --samples --model {shipped}"
     assert (ROOT / shipped / "model.safetensors").is_file()
+
+
+def test_serve_trains_nothing(machine):
+    code, (install, serve), _ = machine("serve", "--port", "8001")
+    assert code == 0
+    assert "requirements-serve.txt" in install
+    assert "requirements-dev" not in install
+    assert serve == "-m minomni serve --port 8001"
+    assert machine("serve")[1] == ["-m minomni serve"]  # installed before
+
+
+def test_the_server_ends_by_itself_on_control_c(machine, monkeypatch):
+    """The interrupt of the terminal reaches run.py as well, which waits, and is as before then."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    machine("serve")
+    monkeypatch.setattr(run.subprocess, "call", interrupted)
+    assert machine("serve")[0] == 0
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_options_are_for_serve_alone(machine, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        machine("hear", "--port", "8001")
+    assert stopped.value.code == 2
+    assert "--port" in capsys.readouterr().err
 
 
 def test_tests_are_one_call_on_one_thread(machine):
