@@ -184,8 +184,8 @@ class Omni(nn.Module):
         seeds: list[int],
         sampling: tuple[SamplingConfig, SamplingConfig],
     ) -> GenerateOutput:
-        """generate() with checked arguments. voices: one for each row, or None for each; seeds: one
-        for each row.
+        """generate() with checked arguments. voices: one for each row, or None for each;
+        seeds: one for each row.
         """
         prefill = self.thinker.prefill(inputs, self.thinker.model.new_cache())
         chosen = [voice for voice in voices if voice is not None]

@@ -617,7 +617,7 @@ def image_settings(folder: Path) -> Section:
 
 
 def check_round_trip(given: dict, written: dict, name: str) -> None:
-    """Raise UserError naming the first given key that we would not write, or with another value."""
+    """Raise UserError naming the first given key that we would write in another way."""
     for key, value in given.items():
         if key in IGNORED_CONFIG_KEYS:
             continue
@@ -625,8 +625,8 @@ def check_round_trip(given: dict, written: dict, name: str) -> None:
             if key in LEGACY_DEFAULTS and value == LEGACY_DEFAULTS[key]:
                 continue
             raise UserError(
-                f"{name}: unknown key {quote_json(key)}; remove it, or use the code that it was "
-                "written for"
+                f"{name}: unknown key {quote_json(key)}; remove it, or use the code "
+                "that it was written for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
             check_round_trip(value, written[key], f"{name}, {key}")

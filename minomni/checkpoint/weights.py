@@ -154,19 +154,23 @@ def load(
     config = read_config(folder)
     files = headers(folder)
     packed = packed_layers(folder, files)
-    stored = {name: tensor for names in files.values() for name, tensor in names.items()}
+    stored: dict[str, Stored] = {}
+    for names in files.values():
+        stored |= names
     check_precisions(folder, stored)
     has_speech = config.talker is not None and any(name.startswith(SPEECH) for name in stored)
     if not has_speech or "speech" in left_out:
         config = without_speech(config)
     if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:
-        config = replace(config, thinker=replace(config.thinker, tie_word_embeddings=False))
+        untied = replace(config.thinker, tie_word_embeddings=False)
+        config = replace(config, thinker=untied)
 
     # Nothing is read before names and shapes are known to be right.
     omni = empty_model(folder, config)
     leave_out(omni, left_out if has_speech else tuple(p for p in left_out if p != "speech"))
     omni.thinker.encoders_on_host = encoders_on_host
-    check_bijection(folder, {name: tensor.shape for name, tensor in stored.items()}, omni)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    check_bijection(folder, shapes, omni)
     dtype = dtype or most_common_dtype(stored)
     methods = {} if quantization is None else quantized_layers(omni, quantization)
     mapped = mapped_tensors(stored, packed) if device.type == "cpu" else {}
@@ -502,9 +506,14 @@ def is_used(name: str, omni: Omni) -> bool:
     return omni.talker is not None or not name.startswith(SPEECH)
 
 
-def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni) -> None:
-    """Raise one UserError that counts all missing, extra and misshapen tensors, and names some."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in omni.stored_tensors().items()}
+def check_bijection(
+    folder: Path,
+    stored: dict[str, tuple[int, ...]],
+    omni: Omni,
+) -> None:
+    """Raise one UserError that counts missing, extra and misshapen tensors."""
+    tensors = omni.stored_tensors()
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     stored = {name: shape for name, shape in stored.items() if is_used(name, omni)}
 
     missing = sorted(wanted.keys() - stored.keys())
@@ -512,7 +521,8 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
     misshapen = []
     for name in sorted(wanted.keys() & stored.keys()):
         if stored[name] != wanted[name]:
-            found, expected = shorten(list(stored[name]), 24), shorten(list(wanted[name]), 24)
+            found = shorten(list(stored[name]), 24)
+            expected = shorten(list(wanted[name]), 24)
             misshapen.append(f"{shorten(name, 50)} is {found}, expected {expected}")
     if not missing and not extra and not misshapen:
         return
@@ -536,8 +546,12 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
     )
 
 
-def fill_model(omni: Omni, files: dict[Path, dict[str, Stored]], reading: Reading) -> None:
-    """Give an empty model its tensors, file by file. Raises UserError where reading fails."""
+def fill_model(
+    omni: Omni,
+    files: dict[Path, dict[str, Stored]],
+    reading: Reading,
+) -> None:
+    """Give an empty model its tensors, file by file. Raises as read_shard() does."""
     for file, names in files.items():
         tensors = read_shard(file, names, reading, omni)
         omni.load_state_dict(tensors, strict=False, assign=True)

@@ -180,7 +180,7 @@ class SpeechEncoder(nn.Module):
         return self._in_blocks(x.transpose(1, 2), self.encoder)
 
     def _in_blocks(self, x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
-        """Run layers on x [B, C, D], split into blocks of time that do not attend to each other."""
+        """Run layers on x [B, C, D], cut into blocks that do not see each other."""
         b, c, d = x.shape
         size = min(self.block_codes, c)
         padding = -c % size
@@ -233,9 +233,9 @@ class Codec(SpeechEncoder):
         return self.ctc_head(x).log_softmax(-1)
 
     def mel(self, grid: Tensor, cond: Tensor) -> Tensor:
-        """Grid values [B, C, channels], speaker vectors [B, 2 * mel_dim] -> mel [B, T, mel_dim].
+        """Grid values [B, C, channels] and speaker vectors -> mel [B, T, mel_dim].
 
-        T = C * downsample.
+        The vectors are cond [B, 2 * mel_dim]; T = C * downsample.
         """
         speaker = self.speaker(cond)[:, None]  # [B, 1, D]
         x = (self.from_grid(grid) + speaker).transpose(1, 2)  # [B, D, C]

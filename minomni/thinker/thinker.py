@@ -48,19 +48,26 @@ class ThinkerOutput:
     attention_mask: Tensor  # [B, L] of the prompt
 
 
-def scatter_features(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
-    """Write features [n, D] in order to the n positions of embeds [B, L, D] where the mask is true.
+def scatter_features(
+    embeds: Tensor,
+    where: Tensor,
+    features: Tensor,
+    name: str,
+) -> Tensor:
+    """Write features [n, D] in order to the n positions where the mask is true.
 
-    where [B, L] bool -> [B, L, D]. Raises UserError if the number of positions is not n.
+    embeds [B, L, D], where [B, L] bool -> [B, L, D]. Raises UserError if the number of
+    positions is not n.
     """
     positions = int(where.sum())
     if positions != len(features):
         raise UserError(
             f"the prompt has {positions} places for {name}, and the {name} given make "
-            f"{len(features)} tokens; build prompts with Processor, or give exactly the media that "
-            f"the prompt names"
+            f"{len(features)} tokens; build prompts with Processor, or give exactly "
+            f"the media that the prompt names"
         )
-    return embeds.masked_scatter(where[..., None], features.to(embeds.dtype))  # [B, L, D]
+    features = features.to(embeds.dtype)
+    return embeds.masked_scatter(where[..., None], features)  # [B, L, D]
 
 
 MEDIA = {"audio": "audio", "vision": "images and videos"}  # that each encoder reads
