@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -496,11 +496,12 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps", "serve", "parts", "processes"],
+        choices=["stream", "first", "steps", "serve", "parts", "gpu", "processes"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
         "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
         "second and latency of the server; parts: every part beside transformers, which must be "
-        "installed, and the limit of the machine; processes: a training step of tiny by one "
+        "installed, and the limit of the machine; gpu: parts, replayed steps, memory, 20 minutes "
+        "of sound and parity on a GPU in nine minutes; processes: a training step of tiny by one "
         "process and by several",
     )
     add_model(bench)
@@ -526,7 +527,7 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         type=width_factor,
         metavar="F",
         help="random weights of the release with all widths multiplied by F, from 0.125 to 1, in "
-        "place of --model (parts; 0.25 has 0.9 billion parameters)",
+        "place of --model (parts, gpu; 0.25 has 0.9 billion parameters)",
     )
     bench.add_argument(
         "--dtype", choices=["fp32", "bf16"], help="of Thinker and Talker (parts; default fp32)"
@@ -539,7 +540,10 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.add_argument(
         "--short",
         action="store_true",
-        help="small inputs, measured once, to see whether all of it runs (parts)",
+        help="small inputs, measured once, to see whether all of it runs (parts, gpu)",
+    )
+    bench.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of gpu.json and gpu.md (gpu)"
     )
     add_device(bench)
 
@@ -1098,8 +1102,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
     if arguments.picture and arguments.what != "stream":
         raise UserError("--picture draws what `bench stream` measures; leave it out here")
-    if arguments.what == "parts":
-        run_bench_parts(arguments)
+    if arguments.out and arguments.what != "gpu":
+        raise UserError("--out is the folder of `bench gpu`; leave it out here")
+    if arguments.what in ("parts", "gpu"):
+        run_bench_folder(arguments)
         return
     if arguments.width_factor or arguments.dtype or arguments.compile or arguments.short:
         raise UserError("--width-factor, --dtype, --compile and --short go with `bench parts`")
@@ -1150,30 +1156,53 @@ def bench_processes(arguments: argparse.Namespace, device: str) -> None:
         print(process_scaling.markdown(rows))
 
 
-def run_bench_parts(arguments: argparse.Namespace) -> None:
-    """Measure every part of a model beside transformers and print one table."""
+def run_bench_folder(arguments: argparse.Namespace) -> None:
+    """Measure the model in a folder: every part beside transformers, or all of it on a GPU."""
     from minomni import folder_of
-    from minomni.devices import device_of, dtype_of
-    from minomni.eval import parts_benchmark, parts_sides
+    from minomni.eval import parts_benchmark
 
     if arguments.random_weights or arguments.quantize:
         raise UserError(
-            "`bench parts` measures a folder as it is stored; leave out --random-weights and "
-            "--quantize, or give --width-factor for random weights"
+            f"`bench {arguments.what}` measures a folder as it is stored; leave out "
+            f"--random-weights and --quantize, or give --width-factor for random weights"
         )
-    parts_sides.require_transformers()
+    run = run_bench_gpu if arguments.what == "gpu" else run_bench_parts
+    if arguments.width_factor:
+        with parts_benchmark.random_folder(arguments.width_factor) as folder:
+            run(arguments, folder)
+    else:
+        run(arguments, folder_of(arguments.model))
+
+
+def run_bench_parts(arguments: argparse.Namespace, folder: Path) -> None:
+    """Measure every part of a model beside transformers and print one table."""
+    from minomni.devices import device_of, dtype_of
+    from minomni.eval import parts_benchmark, parts_sides
+
     device = device_of(arguments.device)
     dtype = dtype_of(arguments.dtype or "fp32")
     assert dtype is not None
     work = parts_sides.SHORT if arguments.short else parts_sides.FULL
-    opened: AbstractContextManager[Path]
-    if arguments.width_factor:
-        opened = parts_benchmark.random_folder(arguments.width_factor)
-    else:
-        opened = nullcontext(folder_of(arguments.model))
-    with opened as folder:
-        parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
+    parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
     print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
+
+
+def run_bench_gpu(arguments: argparse.Namespace, folder: Path) -> None:
+    """Measure a model on a GPU, print one table and write it with all tracebacks."""
+    from minomni.devices import device_of
+    from minomni.eval import gpu_benchmark
+
+    if arguments.out is None:
+        raise UserError("`bench gpu` writes gpu.json and gpu.md; give --out DIR")
+    if arguments.dtype or arguments.compile:
+        raise UserError("`bench gpu` measures bf16; leave out --dtype and --compile")
+    device = device_of(arguments.device)
+    if device.type != "cuda" and not arguments.short:
+        raise UserError(
+            "`bench gpu` needs --device cuda; with --short it also runs elsewhere, to try it"
+        )
+    results = gpu_benchmark.measure(folder, device, arguments.out, arguments.short)
+    print(json.dumps(results.pieces) if arguments.json else results.markdown())
 
 
 def run_make_checkpoint(arguments: argparse.Namespace) -> None:

@@ -159,7 +159,7 @@ def load(
         stored |= names
     check_precisions(folder, stored)
     has_speech = config.talker is not None and any(name.startswith(SPEECH) for name in stored)
-    if not has_speech or "speech" in left_out:
+    if config.talker is not None and (not has_speech or "speech" in left_out):
         config = without_speech(config)
     if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:
         untied = replace(config.thinker, tie_word_embeddings=False)

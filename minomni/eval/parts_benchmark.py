@@ -67,11 +67,12 @@ if sys.argv[2] == "cuda":
     torch.cuda.synchronize()
 print(json.dumps([time.perf_counter() - start, memory("VmHWM") - before]))
 """
+OUR_PROGRAM = LOAD_PROGRAM.format(
+    imports="import minomni, minomni.checkpoint.weights",
+    load="minomni.load(sys.argv[1], sys.argv[2])",
+)
 LOAD_PROGRAMS = {
-    OURS: LOAD_PROGRAM.format(
-        imports="import minomni, minomni.checkpoint.weights",
-        load="minomni.load(sys.argv[1], sys.argv[2])",
-    ),
+    OURS: OUR_PROGRAM,
     THEIRS: LOAD_PROGRAM.format(
         imports="from transformers import Qwen2_5OmniForConditionalGeneration as Model",
         load='Model.from_pretrained(sys.argv[1], dtype="auto").to(sys.argv[2])',
@@ -138,22 +139,29 @@ def random_folder(width_factor: float) -> Iterator[Path]:
 
 
 def measure(
-    folder: Path, device: torch.device, dtype: torch.dtype, work: Work, compiled: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Work,
+    compiled: bool = False,
+    alone: bool = False,
 ) -> Parts:
     """Measure every part of the model in a folder, here and in transformers.
 
     dtype: of Thinker and Talker. compiled: also compile the static cache's steps, which takes
-    minutes. Raises UserError where transformers is missing, and for a model without speech.
+    minutes. alone: leave out transformers. Raises UserError where transformers is missing, and for
+    a model without speech.
     """
-    require_transformers()
+    version = "left out" if alone else require_transformers().__version__
     limits = {"fp32": matrix_rate(device, torch.float32, work)}
     limits["rate"] = matrix_rate(device, dtype, work)
     limits["bandwidth"] = copy_bandwidth(device, work)
-    parts = Parts(machine_of(device, dtype, limits), work, {row: {} for row in ROWS})
-    measure_loading(folder, device, parts)
+    machine = machine_of(device, dtype, limits) | {"transformers": version}
+    parts = Parts(machine, work, {row: {} for row in ROWS})
+    measure_loading(folder, device, parts, LOAD_PROGRAMS if not alone else {OURS: OUR_PROGRAM})
 
     ours = Ours(folder, device, dtype, work)
-    official = Official(folder, dtype, ours)
+    official = None if alone else Official(folder, dtype, ours)
     for sides in works(ours, official, compiled):
         measure_sides(sides, parts)
     for row, flops in ours.flops().items():
@@ -163,8 +171,12 @@ def measure(
     return parts
 
 
-def works(ours: Ours, official: Official, compiled: bool) -> list[dict[str, Callable[[], Outcome]]]:
+def works(
+    ours: Ours, official: Official | None, compiled: bool
+) -> list[dict[str, Callable[[], Outcome]]]:
     """The pieces of work, each with the sides that do it."""
+    if official is None:
+        return [{OURS: work} for work in ours.works()]
     thinker = {OURS: ours.thinker, THEIRS: official.thinker, STATIC: official.static_thinker}
     if compiled:
         thinker[COMPILED] = official.compiled_thinker
@@ -233,11 +245,16 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 # --------------------------------------------------------------------------------------------------
 # loading
-def measure_loading(folder: Path, device: torch.device, parts: Parts) -> None:
-    """Load the folder in new processes, in turns, and enter seconds and memory."""
-    runs: dict[str, list[list[float]]] = {name: [] for name in LOAD_PROGRAMS}
+def measure_loading(
+    folder: Path, device: torch.device, parts: Parts, programs: dict[str, str]
+) -> None:
+    """Load the folder in new processes, in turns, and enter seconds and memory.
+
+    programs: of LOAD_PROGRAMS.
+    """
+    runs: dict[str, list[list[float]]] = {name: [] for name in programs}
     for turn in range(1 + parts.work.rounds):
-        for name, program in LOAD_PROGRAMS.items():
+        for name, program in programs.items():
             run = run_program(program, folder, device)
             if turn:  # the first one reads the files into the memory of the system
                 runs[name].append(run)
@@ -300,7 +317,6 @@ def machine_of(
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
-        "transformers": require_transformers().__version__,
         "copy_gb_per_s": float(f"{limits['bandwidth'] / 1e9:.3g}"),
         "gflops": float(f"{limits['rate'] / 1e9:.3g}"),
         "fp32_gflops": float(f"{limits['fp32'] / 1e9:.3g}"),

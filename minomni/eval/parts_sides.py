@@ -284,6 +284,22 @@ class Ours:
 
         return trained("talker_training", loss, talker, self.device)
 
+    def works(self) -> list[Callable[[], Outcome]]:
+        """All pieces of work."""
+        return [
+            self.log_mel,
+            self.image,
+            self.video,
+            self.audio_encoder,
+            self.vision_encoder,
+            self.thinker,
+            self.answer,
+            self.speech,
+            self.streamed_speech,
+            self.thinker_training,
+            self.talker_training,
+        ]
+
     def flops(self) -> dict[str, int]:
         """Floating-point operations of the rows whose limit is the rate of matrix products."""
         works: dict[str, Callable[[], object]] = {
