@@ -61,8 +61,7 @@ class Answer:
         request = self.request
         omni = self.server.omni
         options = stream_options(omni.config, request.seed, LOW_LATENCY, None, request.options)
-        # Decoding media is not the model's work and does not hold up the others' steps.
-        voice, inputs = await asyncio.to_thread(
+        voice, inputs = await self.server.decode(
             omni.prepare,
             request.messages,
             request.voice,

@@ -116,6 +116,7 @@ class Conversation:
         self.receiver = AudioReceiver()
         self.input_item = new_id("item")
         self.turn_samples = 0  # at 16 kHz
+        self.buffer_samples = 0  # of them, those that are not committed yet
         self.silence = np.zeros(0, np.float32)  # audio of push to talk before any speech
         self.turn_text: list[str] = []
         self.turn_images: list[Image.Image] = []
@@ -392,6 +393,7 @@ class Conversation:
             self.add_frame(self.frame)
             self.frame = None
         self.turn_samples += len(samples)
+        self.buffer_samples += len(samples)
         self.add_input(lambda session: session.add_audio(samples), samples.nbytes)
 
     def without_silence(self, samples: np.ndarray) -> np.ndarray:
@@ -426,9 +428,14 @@ class Conversation:
         self.commit_audio()
 
     def commit_audio(self) -> None:
-        """Complete the audio of the turn. Raises ApiError where there is none."""
-        if self.turn_samples == 0:
-            raise bad_request("the audio buffer is empty", "audio")
+        """Complete the audio of the buffer. Raises ApiError where there is none."""
+        if self.buffer_samples == 0:
+            raise ApiError(
+                400,
+                "the audio buffer is empty; append audio before it is committed",
+                code="input_audio_buffer_commit_empty",
+            )
+        self.buffer_samples = 0
         self.release_held()
         self.outbox.send(
             "input_audio_buffer.committed", item_id=self.input_item, previous_item_id=None
@@ -437,21 +444,26 @@ class Conversation:
         self.input_item = new_id("item")
 
     async def clear(self, event: dict) -> None:
-        """input_audio_buffer.clear: forget the audio and the frames of the turn."""
-        self.held = None
+        """input_audio_buffer.clear: forget the audio that is not committed.
+
+        All audio and frames of a turn are encoded together: what was committed before is forgotten
+        with what came after it.
+        """
         self.receiver = AudioReceiver()
         self.reset_detector()
-        if self.turn_samples:
+        if self.buffer_samples:
+            self.held = None
             images = list(self.turn_images)
             self.call(lambda session: keep_images(session, images))
-        self.turn_samples = 0
-        self.last_frame_s = None
+            self.turn_samples = 0
+            self.buffer_samples = 0
+            self.last_frame_s = None
         self.outbox.send("input_audio_buffer.cleared")
 
     async def append_frame(self, event: dict) -> None:
         """input_video_frame.append: a camera frame. It counts where the user speaks."""
         data = decode_base64(event.get("image"), "image")
-        image = await asyncio.to_thread(read_image, io.BytesIO(data), FRAME_SIZE)
+        image = await self.server.decode(read_image, io.BytesIO(data), FRAME_SIZE)
         frame = np.asarray(image)
         if self.turn_samples == 0:
             self.frame = frame  # the first one of the next turn
@@ -496,7 +508,7 @@ class Conversation:
             return lambda: self.turn_text.append(text)
         if kind == "input_image":
             uri = data_uri({"image_url": part.get("image_url")}, "image_url")
-            image = await asyncio.to_thread(read_image, uri, IMAGE_SIZE)
+            image = await self.server.decode(read_image, uri, IMAGE_SIZE)
             return lambda: self.add_image(image)
         if kind == "input_audio":
             data = decode_base64(part.get("audio"), "audio")
@@ -591,6 +603,7 @@ class Conversation:
     def begin_turn(self) -> None:
         """What arrives from now on belongs to the next turn."""
         self.turn_samples = 0
+        self.buffer_samples = 0
         self.turn_text = []
         self.turn_images = []
         self.frame = None

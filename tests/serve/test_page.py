@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from serving import RATE, SAMPLES, keep_first_answer, load_tiny, running, spoken
+from serving import RATE, SAMPLES, keep_first_answers, spoken
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -60,18 +60,14 @@ def find_browser() -> str:
 
 @pytest.fixture(scope="module")
 def microphone(tmp_path_factory) -> Path:
-    """A recording that the browser repeats: a request between silences."""
+    """A recording that the browser repeats: a request between silences. The second one is long, so
+    that the answer of a slow machine is not interrupted by the request's return.
+    """
     wave, rate = soundfile.read(SAMPLES / WISH, dtype="float32")
     path = tmp_path_factory.mktemp("microphone") / "microphone.wav"
-    silence = np.zeros(3 * rate, np.float32)
-    soundfile.write(path, np.concatenate((silence, wave, silence)), rate)
+    before, after = np.zeros(3 * rate, np.float32), np.zeros(60 * rate, np.float32)
+    soundfile.write(path, np.concatenate((before, wave, after)), rate)
     return path
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(load_tiny()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def browser(microphone):
         f"--use-file-for-fake-audio-capture={microphone}",
     ]
     with sync_api.sync_playwright() as play:
-        made = play.chromium.launch(executable_path=find_browser(), args=flags)
+        made = play.chromium.launch(executable_path=find_browser(), args=flags, timeout=PATIENCE_MS)
         yield made
         made.close()
 
@@ -184,7 +180,7 @@ def test_open_microphone_is_interrupted(quiet_page, monkeypatch):
     """A second request while the answer to the first one is played: it stops, and each answer has
     the words of its own request.
     """
-    keep_first_answer(monkeypatch)
+    keep_first_answers(monkeypatch)
     page = quiet_page
     page.get_by_role("button", name="Open microphone").click()
     wait(page, "window.minomni.state.open")
@@ -219,7 +215,8 @@ def test_push_to_talk(quiet_page):
     assert answers(page) == [ANSWER]
 
 
-def test_stop(page):
+def test_stop(page, monkeypatch):
+    keep_first_answers(monkeypatch)
     page.get_by_role("button", name="say the red circle is above the blue square").click()
     wait_for_player(page, "first")
     page.get_by_role("button", name="Stop").click()
@@ -230,7 +227,8 @@ def test_stop(page):
     assert len(answers(page)) == 2
 
 
-def test_a_question_while_the_answer_plays(page):
+def test_a_question_while_the_answer_plays(page, monkeypatch):
+    keep_first_answers(monkeypatch)
     page.get_by_role("button", name="say the red circle is above the blue square").click()
     wait_for_player(page, "first")
     page.get_by_role("button", name="where is the red circle").click()
@@ -255,7 +253,7 @@ def test_two_questions_at_once(page):
 
 
 def test_the_browsers_own_microphone(page):
-    """Through the filters of the browser: a repeated request is answered with its own words."""
+    """Through the filters of the browser: a request is answered with its own words."""
     page.get_by_role("button", name="Open microphone").click()
     page.locator("#log li.model", has_text=WISHED).first.wait_for()
     wait_for_player(page, "first")
