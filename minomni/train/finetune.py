@@ -201,21 +201,12 @@ def finetune(
     run = begin_run(out, home, resume, fresh, ADAPTER_CONFIG if lora else "config.json")
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
-    omni = load(size, device, quantize=quantize) if quantize else load(size, device)
+    omni = load(size, device, quantize=quantize)
     with processes.first_goes_first():
         rows = read_rows(data, run, omni, skip_corrupt, held_out_speaker)
     names = stage_names(omni, rows, data, stage, lora_parts)
-    inputs_of_run = {
-        "data": rows.digest.hexdigest(),
-        "model": weights_hash(omni),
-        "seed": seed,
-        "epochs": epochs,
-        "stages": names,
-    }
-    if held_out_speaker is not None:
-        inputs_of_run["held-out speaker"] = held_out_speaker
-    if lora:
-        inputs_of_run["lora"] = vars(lora) | {"layers": list(lora.layers)}
+    inputs_of_run = {"seed": seed, "epochs": epochs, "stages": names}
+    inputs_of_run |= inputs_by_hash(omni, rows, lora, held_out_speaker)
     accumulate = agree_on_run(run, inputs_of_run)
 
     add_new_parts(omni, rows, lora, names, seed)
@@ -243,6 +234,18 @@ def begin_run(out: Path, home: Path | None, resume: bool, fresh: bool, config: s
         if processes.is_first():
             prepare_run(run, resume, fresh)
     return run
+
+
+def inputs_by_hash(
+    omni: "Omni", rows: JsonlRows, lora: LoraOptions | None, held_out_speaker: str | None
+) -> dict:
+    """What a run is made of besides numbers: hashes of data and model, and the options given."""
+    inputs: dict = {"data": rows.digest.hexdigest(), "model": weights_hash(omni)}
+    if held_out_speaker is not None:
+        inputs["held-out speaker"] = held_out_speaker
+    if lora:
+        inputs["lora"] = vars(lora) | {"layers": list(lora.layers)}
+    return inputs
 
 
 def agree_on_run(run: Path, inputs_of_run: dict) -> int:

@@ -39,7 +39,7 @@ def omni(tiny_folder):
 def small(monkeypatch, tiny_folder):
     """finetune() starts from the random model and takes two rows per step."""
     monkeypatch.setattr(
-        finetune, "load", lambda size, device: minomni.load(str(tiny_folder), device)
+        finetune, "load", lambda size, device, **_: minomni.load(str(tiny_folder), device)
     )
     monkeypatch.setitem(finetune.FINETUNE_RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
     monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
@@ -950,7 +950,7 @@ def test_broken_metadata(content, says, tmp_path):
 def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
     """The error comes before the data are read or a model is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(finetune, "load", lambda *_, **__: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
