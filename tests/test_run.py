@@ -220,10 +220,12 @@ def test_every_import_is_pinned():
         for file in ("", "-quantize", "-serve", "-tune", "-dev")
     }
     wanted = names[""] | names["-quantize"] | names["-serve"] | names["-tune"]
-    # IPython comes with ipykernel, and only notebooks import it. The outside judges are optional;
-    # pip cannot install resemblyzer with its dependencies everywhere, see requirements-dev.txt.
-    judges = {"faster_whisper", "resemblyzer"}
-    assert imports("minomni") <= wanted | {"IPython"} | judges
+    # IPython and matplotlib_inline come with ipykernel, and only notebooks import them.
+    of_notebooks = {"IPython", "matplotlib_inline"}
+    # The outside judges and transformers, which `bench parts` measures, are optional; pip cannot
+    # install resemblyzer with its dependencies everywhere, see requirements-dev.txt.
+    optional = {"faster_whisper", "resemblyzer", "transformers"}
+    assert imports("minomni") <= wanted | of_notebooks | optional
     # torchvision comes with the transformers that test_export.py installs apart, httpx with openai;
     # qwen_omni_utils is used by hand only.
     others = {"torchvision", "httpx", "qwen_omni_utils"}
