@@ -24,7 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
-COLORS = 128  # of a stored figure: half the bytes of full color, and no eye sees the difference
+COLORS = 64  # of a stored figure: a third of the bytes of full color, and no eye sees it
 SOUND = re.compile(r"data:audio/wav;base64,([A-Za-z0-9+/=]+)")
 PHOTOGRAPH = 8192  # more colors than this and it is a photograph, in whose sky an eye would see it
 
@@ -70,7 +70,7 @@ def clean(notebook) -> None:
                 }
                 if "text/html" in output.data:
                     output.data["text/html"] = with_flac(output.data["text/html"])
-                picture = small(figure) if figure else {}
+                picture = small(figure, shown_size) if figure else {}
                 output.data |= picture
                 output.metadata = dict.fromkeys(picture, shown_size) if shown_size else {}
 
@@ -92,13 +92,15 @@ def merged(outputs) -> list:
     return kept
 
 
-def small(png: str) -> dict[str, str]:
+def small(png: str, shown: dict[str, int] | None = None) -> dict[str, str]:
     """A PNG in base64 -> the same picture as a PNG with a palette, or a photograph as a JPEG, under
-    its MIME type.
+    its MIME type. shown: the size at which a page shows it; a photograph keeps no more pixels.
     """
     picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
     photograph = picture.getcolors(PHOTOGRAPH) is None
     if photograph:
+        if shown:
+            picture = picture.resize((shown["width"], shown["height"]), Image.Resampling.LANCZOS)
         picture.save(file, "JPEG", quality=75, optimize=True)
     else:
         picture.quantize(COLORS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
