@@ -1,27 +1,21 @@
-"""Firefox and WebKit, driven by the protocols that browsers offer for it.
+"""Firefox, driven by the protocol that it offers for it.
 
-playwright brings builds of its own for these two, which distributions do not have. Firefox speaks
-WebDriver BiDi over a WebSocket (https://w3c.github.io/webdriver-bidi), WebKitGTK has a server that
-speaks WebDriver over HTTP (https://w3c.github.io/webdriver). Both do what the tests need: load a
+playwright needs a build of its own, which distributions do not have. Any Firefox speaks WebDriver
+BiDi over a WebSocket (https://w3c.github.io/webdriver-bidi). It does what the tests need: load a
 page, evaluate expressions in it, press the mouse, and take pictures.
 """
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
-import httpx
 import pytest
 from serving import SECONDS, wait_until
 from websockets.sync.client import connect
 
 FIREFOX = ("firefox", "firefox-esr")
-WEBKIT_DRIVER = "WebKitWebDriver"
-# Where distributions keep its browser, below /usr.
-WEBKIT_BROWSERS = ("lib*/webkit2gtk-*/MiniBrowser", "lib*/*/webkit2gtk-*/MiniBrowser")
 LISTENING = "WebDriver BiDi listening on "
 # A microphone that asks for no permission and hears a tone.
 FIREFOX_PREFERENCES = {
@@ -126,87 +120,3 @@ class Firefox:
         self.socket.close()
         self.process.kill()
         self.process.wait()
-
-
-class WebKit:
-    """The small browser of WebKitGTK. It needs a display."""
-
-    def __init__(self, folder: Path):
-        """folder: an empty one. Skips the test where there is no WebKitGTK or no display."""
-        program = shutil.which(WEBKIT_DRIVER)
-        found = [path for pattern in WEBKIT_BROWSERS for path in Path("/usr").glob(pattern)]
-        browser = min(found, default=None)
-        if program is None or browser is None:
-            pytest.skip(f"no WebKitGTK here: {WEBKIT_DRIVER} is not on the PATH")
-        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            pytest.skip("WebKitGTK needs a display, and there is none here")
-        self.errors: list[str] = []  # this protocol does not tell what the console says
-        port = free_port()
-        self.process = subprocess.Popen([program, f"--port={port}"])
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS)
-        try:
-            wait_until(self.is_ready)
-            options = {"binary": str(browser), "args": ["--automation"]}
-            wanted = {"alwaysMatch": {"webkitgtk:browserOptions": options}}
-            self.session = ""
-            self.session = self.call("POST", "", capabilities=wanted)["sessionId"]
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def is_ready(self) -> bool:
-        try:
-            return self.client.get("/status").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def call(self, method: str, path: str, **parameters):
-        """A command -> its result."""
-        address = f"/session/{self.session}{path}".rstrip("/")
-        body = parameters if method == "POST" else None
-        answer = self.client.request(method, address, json=body).json()
-        assert "error" not in (answer["value"] or {}), answer
-        return answer["value"]
-
-    def goto(self, url: str) -> None:
-        self.call("POST", "/url", url=url)
-
-    def script(self, expression: str):
-        return self.call("POST", "/execute/sync", script=f"return {expression}", args=[])
-
-    def evaluate(self, expression: str):
-        """The value of an expression that JSON can hold."""
-        return json.loads(self.script(f"JSON.stringify({expression}) ?? 'null'"))
-
-    def press(self, element: str) -> None:
-        """Press the mouse on the element that an expression gives."""
-        self.evaluate(f"({element}).scrollIntoView({{block: 'center'}})")
-        move = {"type": "pointerMove", "x": 0, "y": 0, "origin": self.script(element)}
-        self.mouse(move, {"type": "pointerDown", "button": 0})
-
-    def release(self) -> None:
-        self.mouse({"type": "pointerUp", "button": 0})
-
-    def mouse(self, *actions: dict) -> None:
-        source = {"type": "pointer", "id": "mouse", "actions": list(actions)}
-        self.call("POST", "/actions", actions=[source])
-
-    def picture(self) -> bytes:
-        """What the window shows, as PNG."""
-        return base64.b64decode(self.call("GET", "/screenshot"))
-
-    def close(self) -> None:
-        try:
-            self.call("DELETE", "")
-        finally:
-            self.client.close()
-            self.process.kill()
-            self.process.wait()
-
-
-def free_port() -> int:
-    """A port that no one listens at."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        return made.getsockname()[1]

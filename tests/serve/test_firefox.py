@@ -1,10 +1,11 @@
-"""The page in Firefox and WebKit: words, audio, and the microphone."""
+"""The page in Firefox: words, audio, and the microphone."""
 
 import os
 import time
+from pathlib import Path
 
 import pytest
-from browsers import Firefox, WebKit
+from firefox import Firefox
 from serving import RATE, SECONDS
 
 from minomni.serve.realtime import HANDLERS
@@ -18,16 +19,17 @@ HOLD = "document.querySelector('#hold')"
 PICTURES = os.environ.get("MINOMNI_SCREENSHOTS")  # a folder; by default none are kept
 
 
-@pytest.fixture(params=[Firefox, WebKit], ids=["firefox", "webkit"])
+@pytest.fixture
 def page(request, server, tmp_path):
-    browser = request.param(tmp_path)
-    browser.goto(server.url)
-    wait(browser, "document.querySelector('#status').textContent.includes('ready')")
-    yield browser
-    if PICTURES:
-        with open(f"{PICTURES}/{request.node.name}.png", "wb") as file:
-            file.write(browser.picture())
-    browser.close()
+    browser = Firefox(tmp_path)
+    try:
+        browser.goto(server.url)
+        wait(browser, "document.querySelector('#status').textContent.includes('ready')")
+        yield browser
+        if PICTURES:
+            Path(PICTURES, f"{request.node.name}.png").write_bytes(browser.picture())
+    finally:
+        browser.close()
 
 
 def wait(page, condition: str) -> None:
