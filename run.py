@@ -29,6 +29,8 @@ SERVE_NEEDS = [*NEEDS, ROOT / "requirements-serve.txt"]
 TEST_NEEDS = [
     ROOT / f"requirements{kind}.txt" for kind in ("", "-dev", "-quantize", "-serve", "-tune")
 ]
+EPILOG = """options of serve, given after it: --port, --model, --device, --host and more. After its
+installation, .venv/bin/python -m minomni serve --help lists them."""
 # Two processes, whole files each: the cells of a notebook run in order, in one kernel.
 PYTEST = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600"]
@@ -40,7 +42,10 @@ def main() -> int:
         version = ".".join(map(str, sys.version_info[:2]))
         sys.exit(f"run.py: needs Python 3.11 or newer; this is {version}")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --he would be --here, and not an option of `minomni serve`
     )
     parser.add_argument(
         "command",

@@ -481,6 +481,8 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "stages": stages,
     "sizes": sizes,
 }
+# Blocks of what has not been measured: the documents leave them out until then.
+OPTIONAL = {"serving": "serving", "served": "serving"}  # block -> key of the stored results
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """run.py: what it installs and runs and which exit code it returns; nothing is really installed."""
 
 import ast
+import contextlib
+import io
 import os
 import re
 import signal
@@ -118,16 +120,48 @@ def test_serve_trains_nothing(machine):
 
 def test_the_server_ends_by_itself_on_control_c(machine, monkeypatch):
     """The interrupt of the terminal reaches run.py as well, which waits, and is as before then."""
-    handler = signal.getsignal(signal.SIGINT)
+    interrupts = []
 
     def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)
         return 0
 
+    def handler(*_):  # in place of pytest's, which would end all tests
+        interrupts.append("not ignored by run.py")
+
     machine("serve")
     monkeypatch.setattr(run.subprocess, "call", interrupted)
-    assert machine("serve")[0] == 0
-    assert signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert machine("serve")[0] == 0
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interrupts == []
+
+
+def test_options_of_serve_are_not_abbreviations_of_its_own(machine):
+    assert machine("serve", "--he", "x")[1][-1] == "-m minomni serve --he x"
+
+
+def test_help_of_serve_tells_where_its_options_are(machine, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        machine("serve", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "minomni serve --help" in shown
+    for option in re.findall(r"--(?!help)\w+", run.EPILOG):
+        assert option in server_options()
+
+
+def server_options() -> str:
+    """The help of `minomni serve`."""
+    from minomni.__main__ import parser
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        parser().parse_args(["serve", "--help"])
+    return shown.getvalue()
 
 
 def test_options_are_for_serve_alone(machine, capsys):
