@@ -102,6 +102,6 @@ def folder_of(name: str | Path) -> Path:
     for folder in (paths.runs() / size / "model", paths.data_samples() / size):
         if folder.is_dir():
             return folder
-    if config.SIZES[size].codec is None:  # a size of the release, not trained here
+    if not config.SIZES[size].trained_here:  # a size of the release
         raise UserError(f"no model of size {size!r} is included; give the folder of a checkpoint")
     raise UserError(f"no model of size {size!r} here; python -m minomni train {size} makes one")

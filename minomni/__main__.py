@@ -174,7 +174,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     add_recipe(train)
-    add_run(train)
+    add_run(train, "runs/SIZE", "; with --stage, of that stage only")
     train.add_argument(
         "--data",
         type=Path,
@@ -213,8 +213,8 @@ def add_recipe(train: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run(command: argparse.ArgumentParser) -> None:
-    """Where a run works, and how it begins."""
+def add_run(command: argparse.ArgumentParser, home: str, fresh: str = "") -> None:
+    """Where a run works, and how it begins. home: its default folder; fresh: more about --fresh."""
     command.add_argument(
         "--resume",
         action="store_true",
@@ -223,7 +223,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fresh",
         action="store_true",
-        help="delete an earlier run and start over; with --stage, of that stage only",
+        help=f"delete an earlier run and start over{fresh}",
     )
     command.add_argument(
         "--device",
@@ -235,7 +235,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--home",
         type=Path,
-        help="folder of the run, which holds all that it writes (default runs/SIZE)",
+        help=f"folder of the run, which holds all that it writes (default {home})",
     )
 
 
@@ -313,7 +313,7 @@ def add_train_encoder(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="share of the pairs, from 0 to 1, whose codes are drawn at random and not spoken by "
         "the Talker (default 0.1)",
     )
-    add_run(command)
+    add_run(command, "runs/FOLDER")
 
 
 def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:

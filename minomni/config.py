@@ -117,6 +117,10 @@ class TokenIds:
     def __post_init__(self):
         require_sizes(self, indexes=tuple(field.name for field in fields(self)))
 
+    def of_thinker(self) -> dict[str, int]:
+        """The ids that a Thinker alone uses, by name."""
+        return {name: token for name, token in vars(self).items() if name not in TTS_TOKENS}
+
 
 TTS_TOKENS = ("tts_text_start", "tts_text_end", "tts_text_pad")  # unused by a Thinker alone
 
@@ -229,9 +233,8 @@ class ThinkerConfig:
         for name in ("position_id_per_seconds", "seconds_per_chunk"):
             require_int(name, getattr(self, name), 1, 10_000)
         vocab_size = self.text.vocab_size
-        for name, token in vars(self.tokens).items():
-            if name not in TTS_TOKENS:
-                require_id(name, token, vocab_size)
+        for name, token in self.tokens.of_thinker().items():
+            require_id(name, token, vocab_size)
         width = self.text.hidden_size
         require(
             self.audio.output_dim == width,
@@ -575,8 +578,14 @@ class OmniConfig:
 
     @property
     def trained_here(self) -> bool:
-        """Whether the model is one of our sizes: they have a codec with codes of its own."""
-        return isinstance(self.codec, CodecConfig)
+        """Whether the model knows the generated world: its vocabulary is that of one of our sizes.
+
+        The ids of the special tokens follow the words of the world and of no other vocabulary. They
+        stay where speech is left out and where the codec is replaced.
+        """
+        own_ids = self.thinker.tokens.of_thinker()
+        our_sizes = [size for size in SIZES.values() if isinstance(size.codec, CodecConfig)]
+        return any(own_ids == size.thinker.tokens.of_thinker() for size in our_sizes)
 
 
 QWEN7B = OmniConfig(

@@ -21,7 +21,7 @@ from minomni.data.batching import batched
 from minomni.data.examples import append_answer
 from minomni.data.grammar import framed_words, statement
 from minomni.data.jsonl import JsonlRow, JsonlRows, prompt_inputs
-from minomni.errors import UserError
+from minomni.errors import UserError, shorten
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.inputs.prompt import Processor
@@ -47,14 +47,14 @@ class Pair:
 
     mel: Tensor  # [T, bands], voice mel in fp16
     codes: Tensor  # [T / repeats]
-    text: str  # that is spoken; empty where that is not known
+    text: str  # that is spoken; empty where there is none, or only a part of it is spoken
 
 
 class PairMaker:
     """Makes pairs in chunks. A chunk depends on the model, the texts, the seed and its number.
 
     rows: whose answers the Talker speaks, None for sentences of the generated world. random_share:
-    how many of the pairs have random codes. Raises UserError for a model that cannot speak.
+    the share of the pairs that have random codes. Raises UserError for a model that cannot speak.
     """
 
     def __init__(self, omni: "Omni", rows: JsonlRows | None, seed: int, random_share: float):
@@ -77,7 +77,8 @@ class PairMaker:
         """The CHUNK pairs of a number: spoken ones, then random ones."""
         random = Random(f"{self.seed}-{number}")
         generator = torch.Generator(self.device).manual_seed(random.getrandbits(32))
-        rows = [self.row(random) for _ in range(round(CHUNK * (1 - self.random_share)))]
+        num_random = self.num_random((number + 1) * CHUNK) - self.num_random(number * CHUNK)
+        rows = [self.row(random) for _ in range(CHUNK - num_random)]
         voices = list(self.omni.voices.values())
         speakers = [random.choice(voices) for _ in rows]
         codes = []
@@ -90,12 +91,16 @@ class PairMaker:
             is_whole = len(row_codes) < self.max_codes
             text = row.answer if is_speech and is_whole else ""
             kept = row_codes if is_speech else self.random_codes(random)
-            # Codes are not to depend on the voice, so that of Token2Wav is another one.
+            # Codes are not to depend on the voice, so that of Token2Wav is drawn anew.
             pairs.append(self.pair(kept, random.choice(voices), text, generator))
         while len(pairs) < CHUNK:
             codes_of_pair = self.random_codes(random)
             pairs.append(self.pair(codes_of_pair, random.choice(voices), "", generator))
         return pairs
+
+    def num_random(self, count: int) -> int:
+        """How many of the first `count` pairs are to have random codes."""
+        return int(count * self.random_share)
 
     def row(self, random: Random) -> JsonlRow:
         """A row of the data, or the request to say a sentence."""
@@ -187,7 +192,10 @@ def read_pairs(path: Path) -> list[Pair]:
         lengths = rows["lengths"].T.tolist()
         mels = rows["mels"].split(lengths[0])
         codes = rows["codes"].split(lengths[1])
-        return list(map(Pair, mels, codes, rows["texts"]))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        return [Pair(*parts) for parts in zip(mels, codes, rows["texts"], strict=True)]
+    except Exception as error:  # a broken or hostile file can raise any exception
         first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path}: is damaged ({first_line:.100}); delete it") from None
+        raise UserError(
+            f"{shorten(path, 200)}: is damaged, expected pairs of codes and their sound "
+            f"({type(error).__name__}: {shorten(first_line, 100)}); delete it, it is made again"
+        ) from None

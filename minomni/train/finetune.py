@@ -360,7 +360,7 @@ def check_size_and_stage(size: str, stage: str | None, lora: bool) -> None:
 
 
 def working_folder(out: Path, home: Path | None, config: str = "config.json") -> Path:
-    """The folder of the run: NAME.run in `home`, or beside the tuned model without one.
+    """The folder of the run: NAME.run in `home`, or beside the new model without one.
 
     config: the file by which an earlier result in its place is known. Raises UserError where no
     model can be written as `out`.
@@ -369,10 +369,10 @@ def working_folder(out: Path, home: Path | None, config: str = "config.json") ->
     with writing(out):
         if out.name in ("", ".."):
             raise UserError(
-                f"{label}: expected the name of a folder for the tuned model, as runs/tuned"
+                f"{label}: expected the name of a folder for the new model, as runs/new"
             )
         if out.exists() and not out.is_dir():
-            raise UserError(f"{label}: is a file; give the name of a folder for the tuned model")
+            raise UserError(f"{label}: is a file; give the name of a folder for the new model")
         if out.is_dir() and any(out.iterdir()) and not (out / config).is_file():
             kind = "a model" if config == "config.json" else "an adapter"
             raise UserError(

@@ -19,6 +19,7 @@ from minomni.checkpoint import weights
 from minomni.config import SIZES, CodeClassifierConfig, OmniConfig
 from minomni.errors import UserError
 from minomni.talker.codec import CodeClassifier
+from minomni.token2wav.voice import Voice
 from minomni.train import processes
 from minomni.train.code_pairs import PairMaker
 from minomni.train.finetune import (
@@ -83,6 +84,10 @@ def train_encoder(
     inputs_of_pairs = {
         "data": "none" if rows is None else rows.digest.hexdigest(),
         "model": weights_hash(omni),
+        "voices": voices_hash(omni.voices),
+        "system prompt": omni.config.media.system_prompt,
+        "Talker sampling": asdict(omni.config.talker_sampling),
+        "flow": asdict(omni.config.flow),
         "seed": seed,
         "random share": options.random_share,
     }
@@ -109,8 +114,20 @@ def train_encoder(
     if processes.is_first():
         weights.save(omni, out)
         seconds = time.perf_counter() - began
-        write_history(out, omni, Path(folder).name, seed, seconds, encoder=asdict(options))
+        write_history(
+            out, omni, Path(folder).resolve().name, seed, seconds, encoder=asdict(options)
+        )
     return out
+
+
+def voices_hash(voices: dict[str, Voice]) -> str:
+    """A fingerprint of voices, in their order."""
+    digest = hashlib.sha256()
+    for name, voice in voices.items():
+        digest.update(repr((name, voice.bos_token)).encode())
+        for tensor in (voice.cond, voice.ref_mel):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def recipe_of(options: EncoderOptions, accumulate: int) -> Recipe:

@@ -6,7 +6,9 @@ import io
 import httpx
 import pytest
 import soundfile
-from serving import SAMPLES, SECONDS, base64_of
+from serving import SAMPLES, SECONDS, base64_of, running
+
+import minomni
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
@@ -171,6 +173,19 @@ def test_say(client, name):
 
 def test_transcript(client):
     with (SAMPLES / "question.wav").open("rb") as file:
+        made = client.audio.transcriptions.create(model="tiny", file=file)
+    assert made.text == "where is the red circle"
+
+
+def test_transcript_by_a_model_without_speech():
+    """It is asked as it was trained to be asked, though it is loaded without its codec."""
+    heard = minomni.load("tiny", parts="text+audio")
+    with (
+        running(heard) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        (SAMPLES / "question.wav").open("rb") as file,
+    ):
+        assert server.server.trained_here
         made = client.audio.transcriptions.create(model="tiny", file=file)
     assert made.text == "where is the red circle"
 

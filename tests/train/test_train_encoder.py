@@ -1,6 +1,7 @@
 """An encoder for the codes of a folder: it learns, resumes, and lets the Talker be tuned."""
 
 import json
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +17,30 @@ from minomni.checkpoint import weights
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
 from minomni.config import TINY, OmniConfig
 from minomni.data import corpus
+from minomni.data.jsonl import JsonlRow
 from minomni.errors import UserError
-from minomni.talker.codec import CodeClassifier, ids_to_letters
+from minomni.talker.codec import CodeClassifier, letters_to_ids
+from minomni.token2wav.voice import Voice
 from minomni.train import code_pairs, finetune, train_encoder
-from minomni.train.code_pairs import PairMaker
+from minomni.train.code_pairs import Pair, PairMaker
 from minomni.train.loop import Recipe, train
 from minomni.train.stages import encoder
 from minomni.train.stages.encoder import EncoderStage, known_letters, varied
-from minomni.train.train_encoder import put_classifier, with_classifier
+from minomni.train.train_encoder import EncoderOptions, put_classifier, with_classifier
+
+MIN_SPOKEN = encoder.MIN_SPOKEN
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Four pairs in a file, of half a second each, and two pairs in a step."""
+    """Four pairs in a file, of half a second each, and two pairs in a step. A Talker of random
+    weights need not speak.
+    """
     for module in (code_pairs, encoder):
         monkeypatch.setattr(module, "CHUNK", 4)
     monkeypatch.setattr(code_pairs, "MAX_SECONDS", 1)
     monkeypatch.setattr(code_pairs, "RANDOM_SECONDS", 0.6)
+    monkeypatch.setattr(encoder, "MIN_SPOKEN", 0)
     monkeypatch.setattr(train_encoder, "BATCH", 2)
     monkeypatch.setattr(finetune, "LORA_RECIPE", (1e-2, 2))
     monkeypatch.setattr(sys, "argv", [])
@@ -101,9 +109,124 @@ def test_the_sound_is_what_the_model_speaks(tiny_folder, monkeypatch):
     assert random.text == ""
 
 
+@pytest.mark.slow
+def test_codes_of_pairs_are_those_of_answers(monkeypatch):
+    """The codes of a pair are those of an answer to the same messages by the same voice."""
+    monkeypatch.setattr(code_pairs, "MAX_SECONDS", 10)
+    omni = minomni.load("tiny", dtype="float32")
+    greedy = replace(omni.config.talker_sampling, temperature=0)
+    omni.config = replace(omni.config, talker_sampling=greedy)
+    names = list(omni.voices)
+    system = {"role": "system", "content": omni.config.media.system_prompt}
+    part = []
+    answers = []
+    for text, name in (("the red circle is above the blue square", names[0]), ("four", names[-1])):
+        question = [system, {"role": "user", "content": f"say {text}"}]
+        reply = omni.respond(question, voice=name, temperature=0)
+        row = JsonlRow(question, reply.text, None, None, False, None)
+        part.append((row, omni.voices[name]))
+        answers.append(reply.codes)
+    assert part[0][0].answer == "the red circle is above the blue square"
+    maker = PairMaker(omni, None, 0, 0.0)
+    codes = maker.spoken_codes(part, torch.Generator().manual_seed(0))
+    assert [row.tolist() for row in codes] == [row.tolist() for row in answers]
+    # The comparison notices another voice.
+    swapped = [(row, omni.voices[names[1]]) for row, _ in part]
+    others = maker.spoken_codes(swapped, torch.Generator().manual_seed(0))
+    assert not others[0].equal(codes[0])
+
+
+def silent_pair(codes: torch.Tensor, voice: Voice, text: str, generator: torch.Generator) -> Pair:
+    """A pair without the work of Token2Wav, in place of PairMaker.pair()."""
+    return Pair(torch.zeros(TINY.codec.downsample * len(codes), 80).half(), codes, text)
+
+
+def test_a_small_share_of_random_codes(tiny_folder, monkeypatch):
+    """One pair in ten, though no file of four has as many as half of one."""
+    maker = PairMaker(weights.load(tiny_folder), None, 0, 0.1)
+    monkeypatch.setattr(maker, "pair", silent_pair)
+    speech = torch.full((15,), 7)
+    monkeypatch.setattr(maker, "spoken_codes", lambda part, _: [speech] * len(part))
+    texts = [pair.text for number in range(5) for pair in maker.chunk(number)]
+    assert len(texts) == 20
+    assert texts.count("") == maker.num_random(20) == 2
+
+
+def test_a_talker_that_says_nothing(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "MIN_SPOKEN", MIN_SPOKEN)
+    stage = encoder_stage(tiny_folder, tmp_path / "pairs")
+    monkeypatch.setattr(stage.maker, "pair", silent_pair)
+    nothing = torch.zeros(0, dtype=torch.long)
+    monkeypatch.setattr(stage.maker, "spoken_codes", lambda part, _: [nothing] * len(part))
+    with pytest.raises(UserError, match=r"the Talker spoke 0 of 4 texts, .*; give --data with"):
+        stage.setup()
+
+    # Half of them are enough, and where all codes are random none are needed.
+    speech = torch.full((15,), 7)
+    monkeypatch.setattr(stage.maker, "spoken_codes", lambda part, _: [speech, nothing])
+    stage.cache = tmp_path / "half"
+    stage.setup()
+    assert "the Talker spoke 2 of 4 texts" in stage.sample()
+    stage.maker.random_share = 1.0
+    stage.cache = tmp_path / "random"
+    stage.setup()
+    assert "spoke" not in stage.sample()
+
+
 def test_letters_that_are_known():
-    assert ids_to_letters(known_letters("Don't stop, two-fold now.")) == "dont stop two fold now"
-    assert len(known_letters("7 apples")) == len(known_letters("Äpfel")) == 0
+    assert known_letters("Don't stop, two-fold now.") == "dont stop two fold now"
+    assert known_letters("7 apples") == known_letters("Äpfel") == known_letters("...") == ""
+
+
+def test_a_perfect_transcript_has_no_errors(tiny_folder, tmp_path, monkeypatch):
+    """The letters that are trained are the reference, not the text as it is written."""
+    stage = encoder_stage(tiny_folder, tmp_path / "pairs")
+    stage.num_texts = stage.num_spoken = 1
+    codes = torch.tensor([3, 1, 4])
+    stage.held_out = [Pair(torch.zeros(12, 80), codes, "Don't stop, now.")]
+    blank = torch.tensor([0])
+    path = torch.cat([torch.stack((i, blank[0])) for i in letters_to_ids("dont stop now")])
+    log_probs = torch.nn.functional.one_hot(path, 28).float()[None]
+    logits = torch.nn.functional.one_hot(codes, 8).float()[None]
+    monkeypatch.setattr(EncoderStage, "classifier", staticmethod(lambda mel: (logits, log_probs)))
+    line = stage.sample()
+    assert line.startswith("100.0% of the held-out codes; word error rate of the letters 0%;")
+
+
+def test_pairs_of_another_voice_or_sampling_are_others(tiny_folder, tmp_path, monkeypatch):
+    """The pairs depend on more than the weights."""
+    monkeypatch.setattr(train_encoder, "run_setup", lambda stage: None)
+    monkeypatch.setattr(train_encoder, "train_or_load", lambda stage, folder: None)
+    monkeypatch.setattr(train_encoder.weights, "save", lambda omni, out: out.mkdir(exist_ok=True))
+    caches = []
+    stage_of = train_encoder.EncoderStage
+
+    def noted(omni, recipe, cache, *rest):
+        caches.append(cache.name)
+        return stage_of(omni, recipe, cache, *rest)
+
+    def louder(omni):
+        omni.voices["Bob"].ref_mel.add_(1)
+
+    def sampled(omni):
+        sampling = replace(omni.config.talker_sampling, temperature=0.25)
+        omni.config = replace(omni.config, talker_sampling=sampling)
+
+    def fewer_points(omni):
+        omni.config = replace(omni.config, flow=replace(omni.config.flow, points=2))
+
+    monkeypatch.setattr(train_encoder, "EncoderStage", noted)
+    for change in (None, None, louder, sampled, fewer_points):
+        omni = weights.load(tiny_folder)
+        if change:
+            change(omni)
+        monkeypatch.setattr(train_encoder, "load", lambda folder, device, omni=omni: omni)
+        out = tmp_path / "out"
+        options = EncoderOptions("tiny", 4, 2)
+        train_encoder.train_encoder(str(tiny_folder), out, options, fresh=True)
+        (out / "config.json").write_text("{}")
+    assert caches[0] == caches[1]
+    assert len(set(caches)) == 4
 
 
 def test_varied_mels_keep_their_frames():
@@ -150,20 +273,25 @@ def tune_with_a_new_encoder(base: Path, folder: Path, voice: str) -> Path:
     return out
 
 
-def test_from_a_folder_without_an_encoder_to_a_tuned_talker(tiny_folder, tmp_path, capsys):
+def test_from_a_folder_without_an_encoder_to_a_tuned_talker(
+    tiny_folder, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("peft")
     base = tmp_path / "base"
     omni = weights.load(tiny_folder)
     omni.codec = None
     omni.config = replace(omni.config, codec=None)
+    assert omni.config.trained_here
     weights.save(omni, base)
     before = weights.load(base).state_dict()
 
-    out = tune_with_a_new_encoder(base, tmp_path, "Ann")
+    monkeypatch.chdir(base)
+    out = tune_with_a_new_encoder(Path("."), tmp_path, "Ann")
+    assert json.loads((out / "trained.json").read_text())["size"] == base.name
     assert "with an encoder: " in capsys.readouterr().out
     new = weights.load(out)
     assert isinstance(new.codec, CodeClassifier)
-    assert not new.config.trained_here
+    assert new.config.trained_here  # it still knows the generated world
     assert new.codec.encode(torch.zeros(1, 40, 80)).shape == (1, 10)
     for name, tensor in new.state_dict().items():
         assert name.startswith("codec.") or tensor.equal(before[name]), name
@@ -209,12 +337,13 @@ def test_a_folder_in_the_format_of_the_release(tmp_path):
     make_checkpoint(shallow(checkpoint_config("qwen7b", 0.125)), base)
     out = tune_with_a_new_encoder(base, tmp_path, "Chelsie")
     new = minomni.load(str(out))
+    assert not new.config.trained_here
     assert new.config.codec.num_codes == 8194
     assert new.thinker.lm_head.weight.dtype == torch.bfloat16
     assert new.codec.encode(torch.zeros(1, 40, 80)).shape == (1, 20)
 
 
-def test_folders_that_are_refused(tiny_folder, tmp_path):
+def test_folders_that_are_refused(tiny_folder):
     omni = weights.load(tiny_folder)
     omni.voices = {}
     with pytest.raises(UserError, match=r"holds no tokenizer or no voices; copy .*spk_dict.pt"):
@@ -226,9 +355,37 @@ def test_folders_that_are_refused(tiny_folder, tmp_path):
     odd = replace(TINY, token2wav=replace(TINY.token2wav, dit=dit), codec=None)
     with pytest.raises(UserError, match="no encoder fits this model: downsample 3 must be a power"):
         with_classifier(odd, "tiny")
-    (tmp_path / "00000.pt").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"00000.pt: is damaged .*; delete it"):
-        code_pairs.read_pairs(tmp_path / "00000.pt")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"cut"),
+        lambda path: path.write_bytes(pickle.dumps(print)),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"lengths": 3}, path),
+        lambda path: torch.save({"lengths": torch.zeros(0, 2), "mels": 1}, path),
+        lambda path: torch.save(Path("."), path),
+    ],
+    ids=["cut", "pickle", "list", "number", "mels", "class"],
+)
+def test_damaged_pairs(tmp_path, write):
+    path = tmp_path / "00000.pt"
+    write(path)
+    says = r"00000.pt: is damaged, expected pairs of codes .*; delete it, it is made again$"
+    with pytest.raises(UserError, match=says) as error:
+        code_pairs.read_pairs(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_folder_of_a_run(capsys):
+    """Help names the folder that the command has."""
+    with pytest.raises(SystemExit):
+        minomni_command("train-encoder", "--help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(default runs/FOLDER)" in words
+    assert "runs/SIZE" not in words
+    assert "--stage" not in words
 
 
 def test_options_that_are_refused(tiny_folder, tmp_path, capsys):

@@ -10,15 +10,17 @@ from torch.nn.utils.rnn import pad_sequence
 from minomni.config import IGNORE_INDEX
 from minomni.data.batching import SILENT_MEL, pad_mels, similar_lengths
 from minomni.data.word_errors import word_error_rate, word_errors
+from minomni.errors import UserError
 from minomni.talker.codec import LETTERS, CodeClassifier, ids_to_letters, letters_to_ids
 from minomni.train import losses
-from minomni.train.code_pairs import CHUNK, CodePairs, PairMaker
+from minomni.train.code_pairs import CHUNK, MAX_SECONDS, MIN_SECONDS, CodePairs, PairMaker
 from minomni.train.loop import Recipe, Stage
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
 CTC_WEIGHT = 0.3
+MIN_SPOKEN = 0.5  # the share of its texts that a Talker has to speak
 LEVEL = 1.5  # a recording is up to so much louder or softer, in the units of the mel
 NOISE = -6.0  # the loudest noise that is added, in the same units
 WARP = 0.12  # formants are moved up or down by up to this share of the bands
@@ -52,8 +54,17 @@ class EncoderStage(Stage):
         return self.omni.codec
 
     def setup(self) -> None:
+        """Make the pairs. Raises UserError where the Talker spoke too few of its texts."""
         self.omni.eval()
         pairs = CodePairs(self.maker, self.cache, CHUNK + self.count)
+        self.num_texts = len(pairs) - self.maker.num_random(len(pairs))
+        self.num_spoken = sum(bool(pair.text) for pair in pairs)
+        if self.num_spoken < MIN_SPOKEN * self.num_texts:
+            raise UserError(
+                f"the Talker spoke {self.num_spoken} of {self.num_texts} texts, expected at least "
+                f"{MIN_SPOKEN:.0%}, each in {MIN_SECONDS} to {MAX_SECONDS} seconds; give --data "
+                f"with short answers that the model can speak, or --random-codes 1 for no texts"
+            )
         self.held_out = pairs[:CHUNK]
         self.pairs = pairs[CHUNK:]
         self.lengths = [len(pair.codes) for pair in self.pairs]
@@ -63,9 +74,10 @@ class EncoderStage(Stage):
         chosen = [self.pairs[i] for i in indices]
         mels, frames = pad_mels([varied(pair.mel.float()) for pair in chosen])
         codes = pad_sequence([pair.codes for pair in chosen], True, IGNORE_INDEX)
-        letters = [known_letters(pair.text) for pair in chosen]
-        rows = [row for row, text in enumerate(letters) if len(text)]
-        return mels, frames, codes, [letters[row] for row in rows], rows
+        texts = [known_letters(pair.text) for pair in chosen]
+        rows = [row for row, text in enumerate(texts) if text]
+        letters = [letters_to_ids(texts[row]) for row in rows]
+        return mels, frames, codes, letters, rows
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         mels, frames, codes, letters, rows = batch
@@ -77,29 +89,32 @@ class EncoderStage(Stage):
         return {"codes": losses.next_token(logits, codes), "ctc": CTC_WEIGHT * ctc}
 
     def sample(self) -> str:
-        """The share of held-out codes that are right, and the word error rate of the CTC head."""
+        """The share of held-out codes that are right, the word error rate of the CTC head, and how
+        many of its texts the Talker spoke.
+        """
         right = []
         errors = []
         for pair in self.held_out:
             logits, log_probs = self.classifier(pair.mel.float()[None].to(self.device))
             right.append((logits[0].argmax(-1).cpu() == pair.codes).float())
-            if len(known_letters(pair.text)):
+            reference = known_letters(pair.text)
+            if reference:
                 transcript = ids_to_letters(log_probs[0].argmax(-1))
-                errors.append(word_errors(pair.text.lower(), transcript.split()))
+                errors.append(word_errors(reference, transcript.split()))
         line = f"{torch.cat(right).mean():.1%} of the held-out codes"
         if errors:
             line += f"; word error rate of the letters {word_error_rate(errors):.0%}"
+        if self.num_texts:
+            line += f"; the Talker spoke {self.num_spoken} of {self.num_texts} texts"
         return line
 
 
-def known_letters(text: str) -> Tensor:
-    """CTC classes of a text [letters]; none where it is not written in the letters a to z alone."""
+def known_letters(text: str) -> str:
+    """The text in LETTERS, without punctuation; empty where it has letters beyond a to z."""
     text = text.lower().replace("'", "")
     words = text.translate(str.maketrans(".,;:!?-", "       ")).split()
     spoken = " ".join(words)
-    if not set(spoken) <= set(LETTERS):
-        return torch.zeros(0, dtype=torch.long)
-    return letters_to_ids(spoken)
+    return spoken if set(spoken) <= set(LETTERS) else ""
 
 
 def varied(mel: Tensor) -> Tensor:
