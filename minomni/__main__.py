@@ -18,6 +18,8 @@ from minomni.errors import UserError, quote
 from minomni.files import is_stream
 
 if TYPE_CHECKING:
+    import torch
+
     from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
     from minomni.omni import Omni
 
@@ -95,6 +97,20 @@ def counts(text: str) -> tuple[int, ...]:
 
 SEED = whole(0, 2**63)
 COUNT = whole(1, 100_000)
+
+# The benchmarks that use an option of `bench`; run_bench_folder() refuses some in its own words.
+BENCH_OPTIONS = {
+    "model": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "quantize": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "random-weights": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "picture": ("stream",),
+    "processes": ("processes",),
+    "width-factor": ("parts", "gpu"),
+    "dtype": ("parts",),
+    "compile": ("parts",),
+    "short": ("parts", "gpu"),
+    "out": ("gpu",),
+}
 
 
 def parser() -> Parser:
@@ -500,11 +516,12 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="stream: streamed speech against speech made after the text; first: latency of the "
         "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
         "second and latency of the server; parts: every part beside transformers, which must be "
-        "installed, and the limit of the machine; gpu: parts, replayed steps, memory, 20 minutes "
-        "of sound and parity on a GPU in nine minutes; processes: a training step of tiny by one "
-        "process and by several",
+        "installed, and the limit of the machine; gpu: replayed steps, memory, 20 minutes of "
+        "sound, parity and parts on a GPU; begins no piece after nine minutes; not run on a GPU "
+        "yet; processes: a training step of tiny by one process and by several",
     )
     add_model(bench)
+    bench.set_defaults(model=None)  # tells "not given" apart, for options that exclude it
     add_quantize(bench)
     bench.add_argument(
         "--random-weights",
@@ -518,7 +535,6 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.add_argument(
         "--processes",
         type=counts,
-        default=(1, 2),
         metavar="N,N",
         help="numbers of processes (processes; default 1,2)",
     )
@@ -1100,15 +1116,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from minomni.eval import benchmark
     from minomni.files import writing
 
-    if arguments.picture and arguments.what != "stream":
-        raise UserError("--picture draws what `bench stream` measures; leave it out here")
-    if arguments.out and arguments.what != "gpu":
-        raise UserError("--out is the folder of `bench gpu`; leave it out here")
+    check_bench_options(arguments)
     if arguments.what in ("parts", "gpu"):
         run_bench_folder(arguments)
         return
-    if arguments.width_factor or arguments.dtype or arguments.compile or arguments.short:
-        raise UserError("--width-factor, --dtype, --compile and --short go with `bench parts`")
     device = device_of(arguments.device).type
     if arguments.what == "processes":
         bench_processes(arguments, device)
@@ -1119,9 +1130,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
             "weights"
         )
     if arguments.random_weights:
-        omni = benchmark.random_model(arguments.model, device)
+        omni = benchmark.random_model(arguments.model or "tiny", device)
     else:
-        omni = load(arguments.model, device, quantize=arguments.quantize)
+        omni = load(arguments.model or "tiny", device, quantize=arguments.quantize)
 
     if arguments.what != "stream":
         if arguments.what == "serve":
@@ -1145,11 +1156,24 @@ def run_bench(arguments: argparse.Namespace) -> None:
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
 
 
+def check_bench_options(arguments: argparse.Namespace) -> None:
+    """Raises UserError for an option that a benchmark does not use."""
+    for option, benchmarks in BENCH_OPTIONS.items():
+        value = getattr(arguments, option.replace("-", "_"))
+        if value in (None, False) or arguments.what in benchmarks:
+            continue
+        names = ", ".join(benchmarks)
+        raise UserError(
+            f"--{option} is no option of `bench {arguments.what}`, but of {names}; leave it out"
+        )
+
+
 def bench_processes(arguments: argparse.Namespace, device: str) -> None:
     """Measure training by several processes and print the times."""
     from minomni.eval import process_scaling
 
-    rows = process_scaling.measure(arguments.processes, device)
+    counts = arguments.processes or process_scaling.PROCESSES
+    rows = process_scaling.measure(counts, device)
     if arguments.json:
         print(json.dumps([row._asdict() for row in rows]))
     else:
@@ -1159,27 +1183,38 @@ def bench_processes(arguments: argparse.Namespace, device: str) -> None:
 def run_bench_folder(arguments: argparse.Namespace) -> None:
     """Measure the model in a folder: every part beside transformers, or all of it on a GPU."""
     from minomni import folder_of
-    from minomni.eval import parts_benchmark
+    from minomni.devices import device_of
+    from minomni.eval import parts_benchmark, parts_sides
 
     if arguments.random_weights or arguments.quantize:
         raise UserError(
             f"`bench {arguments.what}` measures a folder as it is stored; leave out "
             f"--random-weights and --quantize, or give --width-factor for random weights"
         )
-    run = run_bench_gpu if arguments.what == "gpu" else run_bench_parts
-    if arguments.width_factor:
-        with parts_benchmark.random_folder(arguments.width_factor) as folder:
-            run(arguments, folder)
+    if arguments.width_factor and arguments.model:
+        raise UserError("--width-factor makes a model in place of --model; leave out one of them")
+
+    # Everything is checked before a folder of up to 22 GB is written.
+    stored = None if arguments.width_factor else folder_of(arguments.model or "tiny")
+    device = device_of(arguments.device)
+    if arguments.what == "gpu":
+        check_bench_gpu(arguments, device)
+        run = run_bench_gpu
     else:
-        run(arguments, folder_of(arguments.model))
+        parts_sides.require_transformers()
+        run = run_bench_parts
+    if stored is not None:
+        run(arguments, stored, device)
+        return
+    with parts_benchmark.random_folder(arguments.width_factor) as folder:
+        run(arguments, folder, device)
 
 
-def run_bench_parts(arguments: argparse.Namespace, folder: Path) -> None:
+def run_bench_parts(arguments: argparse.Namespace, folder: Path, device: "torch.device") -> None:
     """Measure every part of a model beside transformers and print one table."""
-    from minomni.devices import device_of, dtype_of
+    from minomni.devices import dtype_of
     from minomni.eval import parts_benchmark, parts_sides
 
-    device = device_of(arguments.device)
     dtype = dtype_of(arguments.dtype or "fp32")
     assert dtype is not None
     work = parts_sides.SHORT if arguments.short else parts_sides.FULL
@@ -1187,20 +1222,23 @@ def run_bench_parts(arguments: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
 
 
-def run_bench_gpu(arguments: argparse.Namespace, folder: Path) -> None:
-    """Measure a model on a GPU, print one table and write it with all tracebacks."""
-    from minomni.devices import device_of
+def check_bench_gpu(arguments: argparse.Namespace, device: "torch.device") -> None:
+    """Make the folder of the results. Raises UserError for options that cannot be measured."""
     from minomni.eval import gpu_benchmark
 
     if arguments.out is None:
         raise UserError("`bench gpu` writes gpu.json and gpu.md; give --out DIR")
-    if arguments.dtype or arguments.compile:
-        raise UserError("`bench gpu` measures bf16; leave out --dtype and --compile")
-    device = device_of(arguments.device)
     if device.type != "cuda" and not arguments.short:
         raise UserError(
             "`bench gpu` needs --device cuda; with --short it also runs elsewhere, to try it"
         )
+    gpu_benchmark.make_folder(arguments.out)
+
+
+def run_bench_gpu(arguments: argparse.Namespace, folder: Path, device: "torch.device") -> None:
+    """Measure a model on a GPU, print one table and write it with all tracebacks."""
+    from minomni.eval import gpu_benchmark
+
     results = gpu_benchmark.measure(folder, device, arguments.out, arguments.short)
     print(json.dumps(results.pieces) if arguments.json else results.markdown())
 

@@ -21,7 +21,7 @@ from minomni.checkpoint.hf_config import (
     read_packing,
     without_speech,
 )
-from minomni.checkpoint.memory import GIB, OPTIONS, weight_bytes
+from minomni.checkpoint.memory import GIB, OPTIONS, needed_bytes
 from minomni.checkpoint.packed_weights import packed_format
 from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
 from minomni.checkpoint.quantize import parse_quantize
@@ -243,10 +243,20 @@ def video_tokens(config: OmniConfig) -> int:
     return round(steps * media.frame_max_pixels / vision.cell_size**2)
 
 
-def weight_sizes(tensors: dict[str, Tensor], left_out: tuple[str, ...]) -> list[int]:
-    """Bytes of weights for each of TABLE_OPTIONS, without those whose names begin with left_out."""
+def weight_sizes(
+    tensors: dict[str, Tensor], left_out: tuple[str, ...], on_host: tuple[str, ...] = ()
+) -> list[int]:
+    """Bytes of weights on a device for each of TABLE_OPTIONS.
+
+    left_out, on_host: the beginnings of the names of those that are not loaded, and of those that
+    are there only while they run.
+    """
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
-    return [weight_bytes(kept, torch.bfloat16, parse_quantize(option)) for option in TABLE_OPTIONS]
+    sizes = []
+    for option in TABLE_OPTIONS:
+        quantization = parse_quantize(option)
+        sizes.append(needed_bytes(kept, torch.bfloat16, quantization, on_host=on_host))
+    return sizes
 
 
 def memory_table(config: OmniConfig) -> str:
@@ -270,7 +280,9 @@ def memory_table(config: OmniConfig) -> str:
     for parts in TABLE_PARTS:
         left_out = prefixes_of(parse_parts(parts))
         row(f"weights with parts={parts}", weight_sizes(tensors, left_out))
-    row("weights on the device with encoders_on_host", weight_sizes(tensors, ENCODERS))
+    # One encoder at a time is copied to the device.
+    on_host = weight_sizes(tensors, (), ENCODERS)
+    row("most weights on the device with encoders_on_host", on_host)
     context = config.thinker.text.max_position_embeddings
     for length in CACHE_LENGTHS:
         if length <= context:

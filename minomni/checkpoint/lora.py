@@ -191,7 +191,7 @@ def load_lora(omni: Omni, folder: Path) -> None:
     check_shapes(tensors, peft.get_peft_model_state_dict(omni), label)
     peft.set_peft_model_state_dict(omni, tensors)
     if (folder / VOICES_FILE).is_file():
-        device = next(omni.parameters()).device
+        device = omni.thinker.device
         omni.voices.update(load_voices(folder / VOICES_FILE, omni.config, device))
 
 

@@ -1,14 +1,14 @@
 """Loading some parts of a model: the rest is neither read from the disk nor kept in memory."""
 
 from minomni.errors import UserError, quote
+from minomni.thinker.thinker import ENCODER_NAMES
 
 # By the beginning of the tensors' names. The text decoder, "text", is always loaded.
 PREFIXES = {
-    "audio": ("thinker.audio_tower.",),
-    "vision": ("thinker.visual.",),
+    **{part: (f"thinker.{name}.",) for part, name in ENCODER_NAMES.items()},
     "speech": ("talker.", "token2wav.", "codec."),
 }
-ENCODERS = (*PREFIXES["audio"], *PREFIXES["vision"])
+ENCODERS = tuple(f"thinker.{name}." for name in ENCODER_NAMES.values())  # of their tensors
 
 
 def parse_parts(text: str | None) -> tuple[str, ...]:

@@ -175,9 +175,8 @@ def load(
     methods = {} if quantization is None else quantized_layers(omni, quantization)
     mapped = mapped_tensors(stored, packed) if device.type == "cpu" else {}
     reading = Reading(device, dtype, methods, packed, on_host)
-    tensors = omni.stored_tensors()
-    on_device = {name: x for name, x in tensors.items() if reading.device_of(name) == device}
-    check_fits(folder, on_device, device, dtype, quantization, mapped)
+    copied = on_host if device.type != "cpu" else ()  # a copy on the same device takes no memory
+    check_fits(folder, omni.stored_tensors(), device, dtype, quantization, mapped, copied)
     fill_model(omni, files, reading)
     omni.quantized = quantize
 

@@ -6,7 +6,6 @@ arithmetic, the bandwidth of a copy for decoding steps, which read all weights o
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -198,7 +197,8 @@ def works(
 def measure_sides(sides: dict[str, Callable[[], Outcome]], parts: Parts) -> None:
     """Let the sides do one piece of work in turns, and enter medians and differences.
 
-    What the official code cannot do here becomes a note; an error of ours is raised.
+    What the official code cannot do here becomes a note, and so do outputs of different shapes; an
+    error of ours is raised.
     """
     sides = dict(sides)
     seconds: dict[tuple[str, str], list[float]] = {}  # by row and side
@@ -210,10 +210,9 @@ def measure_sides(sides: dict[str, Callable[[], Outcome]], parts: Parts) -> None
             except Exception as error:
                 if name == OURS:
                     raise
-                what = " and ".join(ROWS[row] for row in outcomes[OURS].seconds)
-                reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
-                parts.notes.append(f"{name}: {what}: {reason}")
+                parts.notes.append(note(name, outcomes[OURS], error))
                 del sides[name]
+                outcomes.pop(name, None)
                 continue
             outcomes[name] = outcome
             if turn:  # the first one warms up
@@ -225,9 +224,22 @@ def measure_sides(sides: dict[str, Callable[[], Outcome]], parts: Parts) -> None
             parts.rows[row][name] = median(values)
     ours = outcomes[OURS]
     theirs = outcomes.get(THEIRS)
-    if theirs is not None and ours.output is not None and theirs.output is not None:
-        for row in ours.seconds:
-            parts.rows[row]["difference"] = difference(ours.output, theirs.output)
+    if theirs is None or ours.output is None or theirs.output is None:
+        return
+    try:
+        found = difference(ours.output, theirs.output)
+    except ValueError as error:
+        parts.notes.append(note(THEIRS, ours, error))
+        return
+    for row in ours.seconds:
+        parts.rows[row]["difference"] = found
+
+
+def note(side: str, ours: Outcome, error: Exception) -> str:
+    """One line: a side, the rows of our outcome, and the error."""
+    what = " and ".join(ROWS[row] for row in ours.seconds)
+    reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
+    return f"{side}: {what}: {reason}"
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -267,11 +279,9 @@ def measure_loading(
 
 def run_program(program: str, folder: Path, device: torch.device) -> list[float]:
     """Run a program of LOAD_PROGRAMS -> seconds and MiB. Raises UserError where it fails."""
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-c", program, str(folder), device.type],
-        env={**os.environ, "PYTHONPATH": path},
+        env=paths.environment(),
         capture_output=True,
         text=True,
     )

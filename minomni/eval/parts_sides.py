@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minomni import load
@@ -34,6 +35,7 @@ from minomni.train.losses import next_token
 WORDS_PER_S = 3  # text tokens per second of speech
 TEXT_BEFORE_CODES = 2  # text tokens of the reply in which the Talker's steps are timed
 VIDEO_SIZE = 224  # pixels of the height and width of a frame
+TRANSFORMERS = "5.24.0"  # the version of requirements-dev.txt
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,12 @@ class Ours:
         if self.device.type == "cuda":
             self.omni.use_static_steps()
 
-        # The encoders' inputs.
+        # The encoders' inputs, on the device, so that no copy is timed.
         config = self.omni.config
-        self.mel = log_mel(self.samples.wave)
+        self.mel = log_mel(self.samples.wave).to(self.device, dtype)
         self.still = Image.fromarray(self.samples.image.numpy())
-        self.patches, self.grid = image_patches(self.still, config.thinker.vision, config.media)
+        patches, self.grid = image_patches(self.still, config.thinker.vision, config.media)
+        self.patches = patches.to(self.device, dtype)
 
         # A spoken question. No answer stops by itself: the ids that would stop it never come.
         content = [{"type": "audio", "audio": self.samples.question.numpy()}]
@@ -313,9 +316,7 @@ class Ours:
         }
         counts = {}
         for row, work in works.items():
-            with FlopCounterMode(display=False) as counter:
-                work()
-            counts[row] = counter.get_total_flops()
+            counts[row] = count_flops(work)
         return counts
 
     def step_bytes(self) -> dict[str, int]:
@@ -329,6 +330,17 @@ class Ours:
             "talker_step": weights_read(talker.model.layers, talker.codec_head)
             + cache_bytes(talker.model.config, asked.shape[1], talker.codec_head.weight.dtype),
         }
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions in a piece of work.
+
+    Attention is computed by plain matrix products here: torch's counter does not know the fused
+    kernel of a CPU.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def weights_read(*modules: torch.nn.Module) -> int:
@@ -360,10 +372,11 @@ def require_transformers() -> Any:
         with without_import_notes():
             import transformers
             from transformers import Qwen2_5OmniForConditionalGeneration  # noqa: F401
+            from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl  # noqa: F401
     except ImportError:
         raise UserError(
-            "bench parts compares with transformers, which is not installed in a version that has "
-            "this model; run: pip install -r requirements-dev.txt"
+            f"bench parts compares with transformers {TRANSFORMERS}, and what is installed lacks "
+            f"this model or its image processor; run: pip install -r requirements-dev.txt"
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

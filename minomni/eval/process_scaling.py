@@ -7,7 +7,6 @@ and trains on the committed recordings. This file is also the program of the pro
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from minomni import paths
 from minomni.data import text_to_speech
 from minomni.errors import UserError, shorten
-from minomni.paths import PACKAGE
 from minomni.train import pipeline, processes
 from minomni.train.loop import train
 from minomni.train.recipes import recipe_of
@@ -48,8 +47,11 @@ def measure(
     steps: int = STEPS,
 ) -> list[Row]:
     """Train some steps of each stage by each number of processes. Raises UserError where the
-    processes fail.
+    processes fail, and for a number that is given twice.
     """
+    if len(set(counts)) < len(counts):
+        given = shorten(",".join(map(str, counts)), 100)
+        raise UserError(f"--processes {given} has a number twice; give each number once")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for stage in stages:
@@ -78,8 +80,7 @@ def run_processes(stage: str, home: Path, device: str, count: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), "-m", "minomni.eval.process_scaling"]
     command += [stage, str(home), device]
-    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**paths.environment(), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.startswith("minomni: ")]

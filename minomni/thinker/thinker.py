@@ -71,7 +71,7 @@ def scatter_features(
 
 
 MEDIA = {"audio": "audio", "vision": "images and videos"}  # that each encoder reads
-ENCODERS = {"audio": "audio_tower", "vision": "visual"}  # attributes of the Thinker
+ENCODER_NAMES = {"audio": "audio_tower", "vision": "visual"}  # attributes of the Thinker
 
 
 class LeftOut(nn.Module):
@@ -109,7 +109,7 @@ class Thinker(nn.Module):
 
     def leave_out(self, name: str) -> None:
         """Replace an encoder, audio or vision, by one that says that it is not there."""
-        self.register_module(ENCODERS[name], LeftOut(name))
+        self.register_module(ENCODER_NAMES[name], LeftOut(name))
 
     def tie_head(self) -> None:
         """Share the embedding table with the text head, if the configuration says so."""

@@ -70,7 +70,7 @@ class PairMaker:
             )
         self.processor = Processor(omni.config, omni.tokenizer)
         self.codes_per_second = self.token2wav.config.codes_per_second
-        self.device = next(omni.parameters()).device
+        self.device = omni.thinker.device
 
     @torch.no_grad()
     def chunk(self, number: int) -> list[Pair]:

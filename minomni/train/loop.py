@@ -67,7 +67,7 @@ class Stage:
         self.recipe = recipe
         self.cache = cache
         self.seed = seed
-        self.device = next(omni.parameters()).device
+        self.device = omni.thinker.device
 
     @property
     def codec(self) -> Codec:

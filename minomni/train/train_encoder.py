@@ -166,6 +166,6 @@ def put_classifier(omni: "Omni", config: OmniConfig, seed: int) -> None:
     """Give a model an untrained encoder."""
     assert isinstance(config.codec, CodeClassifierConfig)
     torch.manual_seed(seed)
-    device = next(omni.parameters()).device
+    device = omni.thinker.device
     omni.config = config
     omni.codec = CodeClassifier(config.codec).to(device)

@@ -9,10 +9,13 @@ from torch import nn
 
 import minomni
 from minomni import __main__ as command
-from minomni.checkpoint import check_folder, weights
+from minomni.checkpoint import check_folder, lora, weights
+from minomni.checkpoint.memory import needed_bytes
 from minomni.checkpoint.parts import ENCODERS, parse_parts
 from minomni.config import TINY
 from minomni.errors import UserError
+from minomni.thinker.thinker import ENCODER_NAMES
+from minomni.train import code_pairs, loop, train_encoder
 
 QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
 LISTEN = [{"role": "user", "content": [{"type": "audio", "audio": torch.rand(8000).numpy()}]}]
@@ -140,6 +143,43 @@ def test_encoders_visit_the_device_and_stay_on_the_host():
     assert weight.device.type == encoder.offset.device.type == "cpu"
 
 
+@pytest.fixture
+def on_two_devices(tiny_folder):
+    """A model with its encoders on the host and its decoder on the meta device, as of a GPU."""
+    omni = minomni.load(tiny_folder, encoders_on_host=True)
+    omni.thinker.model.to("meta")
+    omni.thinker.lm_head.to("meta")
+    assert next(omni.parameters()).device.type == "cpu"
+    return omni
+
+
+def test_training_takes_the_device_of_the_decoder(on_two_devices, tmp_path):
+    omni = on_two_devices
+    assert loop.Stage(omni, loop.Recipe(1, 1, 1e-3), tmp_path, 0).device.type == "meta"
+    assert code_pairs.PairMaker(omni, None, 0, 0.5).device.type == "meta"
+    config = train_encoder.with_classifier(omni.config, "tiny")
+    train_encoder.put_classifier(omni, config, seed=0)
+    assert {parameter.device.type for parameter in omni.codec.parameters()} == {"meta"}
+
+
+def test_voices_of_an_adapter_go_to_the_device_of_the_decoder(
+    on_two_devices, tiny_folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft", reason="the extra tune is not installed")
+    adapted = minomni.load(tiny_folder)
+    lora.add_lora(adapted, lora.parse_lora("r=2"), ("talker",))
+    lora.save_lora(adapted, tmp_path / "adapter", list(adapted.voices)[:1])
+    devices = []
+
+    def voices(file, config, device):
+        devices.append(device.type)
+        return {}
+
+    monkeypatch.setattr(lora, "load_voices", voices)
+    lora.load_lora(on_two_devices, tmp_path / "adapter")
+    assert devices == ["meta"]
+
+
 def test_only_encoders_are_loaded_onto_the_host():
     device = torch.device("cuda")
     for on_host, expected in (((), "cuda"), (ENCODERS, "cpu")):
@@ -178,6 +218,36 @@ def test_memory_table_has_a_row_for_parts():
     table = check_folder.memory_table(TINY)
     for row in ("parts=text |", "parts=text+audio+vision |", "encoders_on_host |"):
         assert row in table
+
+
+def test_an_encoder_on_the_host_takes_memory_of_the_device_while_it_runs(tiny_folder, monkeypatch):
+    tensors = {
+        "thinker.audio_tower.proj.bias": torch.empty(300, device="meta"),
+        "thinker.visual.proj.bias": torch.empty(1000, device="meta"),
+        "thinker.model.norm.weight": torch.empty(20, device="meta"),
+    }
+    needed = needed_bytes(tensors, torch.bfloat16, None, on_host=ENCODERS)
+    assert needed == 2 * 20 + 2 * 1000  # the larger encoder, as one runs at a time
+    assert needed_bytes(tensors, torch.bfloat16, None) == 2 * (300 + 1000 + 20)
+    assert check_folder.weight_sizes(tensors, (), ENCODERS)[0] == needed
+
+    # load() counts so too, before it reads.
+    asked = []
+    monkeypatch.setattr(weights, "check_fits", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(weights, "device_of", torch.device)
+    monkeypatch.setattr(weights, "fill_model", lambda *arguments: None)
+    monkeypatch.setattr(weights, "load_voices", lambda *arguments: {})
+    for device, on_host in (("cuda", ENCODERS), ("cpu", ())):
+        weights.load(tiny_folder, device, encoders_on_host=True)
+        _, counted, *_, copied = asked.pop()
+        assert copied == on_host
+        assert any(name.startswith(ENCODERS) for name in counted)
+
+
+def test_names_of_encoders_are_those_of_the_thinker():
+    thinker = minomni.omni.Omni(TINY).thinker
+    assert ENCODERS == ("thinker.audio_tower.", "thinker.visual.")
+    assert set(ENCODER_NAMES.values()) <= {name for name, _ in thinker.named_children()}
 
 
 def test_the_command_line_names_parts(tiny_folder, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """Every part is measured beside the official code, on the same inputs, in turns."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -13,7 +15,14 @@ from minomni.checkpoint.random_checkpoint import make_checkpoint
 from minomni.errors import UserError
 from minomni.eval import parts_benchmark
 from minomni.eval.parts_benchmark import OURS, ROWS, STATIC, THEIRS, Parts, measure_sides
-from minomni.eval.parts_sides import SHORT, Outcome
+from minomni.eval.parts_sides import (
+    SHORT,
+    TRANSFORMERS,
+    Ours,
+    Outcome,
+    count_flops,
+    require_transformers,
+)
 
 WORK = replace(SHORT, rounds=3)
 # What the outputs of the two sides may differ by in fp32, relative to their largest value.
@@ -75,6 +84,57 @@ def test_what_the_official_code_cannot_do_is_a_note(parts):
         measure_sides({OURS: fails, THEIRS: theirs}, parts)
 
 
+def test_outputs_of_different_shapes_are_a_note(parts):
+    calls: list[str] = []
+    ours = side([1] * 4, calls, "a", torch.zeros(1, 3))
+    theirs = side([2] * 4, calls, "b", torch.zeros(1, 4))
+    measure_sides({OURS: ours, THEIRS: theirs}, parts)
+    assert parts.rows["log_mel"] == {OURS: 1, THEIRS: 2}
+    assert parts.notes == [
+        "transformers: log-mel of the audio, ms: ValueError: outputs have shapes [1, 3] and [1, 4]"
+    ]
+
+
+def test_a_side_that_fails_in_a_later_turn_has_no_difference(parts):
+    calls: list[str] = []
+    ours = side([1] * 4, calls, "a", torch.ones(3))
+    theirs = side([2] * 2, calls, "b", torch.zeros(3))  # its third turn fails
+    measure_sides({OURS: ours, THEIRS: theirs}, parts)
+    assert parts.rows["log_mel"] == {OURS: 1}
+    assert len(parts.notes) == 1
+    assert "StopIteration" in parts.notes[0]
+
+
+def test_flops_of_attention_are_counted():
+    """Two products of 2 * heads * queries * keys * width operations; four more for gradients."""
+    heads, queries, keys, width = 4, 6, 5, 8
+    q = torch.randn(1, heads, queries, width, requires_grad=True)
+    k, v = torch.randn(2, 1, heads, keys, width, requires_grad=True)
+    expected = 2 * (2 * heads * queries * keys * width)
+
+    def attention() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attention()
+
+    assert count_flops(forward) == expected
+    assert count_flops(lambda: attention().sum().backward()) == 3 * expected
+
+
+def test_inputs_of_our_encoders_are_on_the_device(tmp_path):
+    """They have the precision of the encoders, so that no copy is timed."""
+    make_checkpoint(oracle.CONFIG, tmp_path / "model")
+    ours = Ours(tmp_path / "model", torch.device("cpu"), torch.bfloat16, SHORT)
+    for tensor, encoder in (
+        (ours.mel, ours.omni.thinker.audio_tower),
+        (ours.patches, ours.omni.thinker.visual),
+    ):
+        weight = next(encoder.parameters())
+        assert (tensor.device, tensor.dtype) == (weight.device, weight.dtype)
+
+
 def test_ids_are_compared_by_the_share_that_differs():
     ids = torch.tensor([[1, 2, 3, 4]])
     assert parts_benchmark.difference(ids, torch.tensor([[1, 2, 0, 4]])) == 0.25
@@ -121,7 +181,9 @@ def test_all_parts_are_measured_and_agree(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("first --short", "--short go with `bench parts`"),
+        ("first --short", "--short is no option of `bench first`, but of parts, gpu"),
+        ("steps --processes 1,2", "--processes is no option of `bench steps`, but of processes"),
+        ("parts --processes 1,2", "--processes is no option of `bench parts`"),
         ("parts --quantize int8", "leave out --random-weights and --quantize"),
         ("parts --width-factor 2", "'2' is not a number from 0.125 to 1"),
         ("parts --model nowhere", "neither a folder nor a size"),
@@ -140,3 +202,16 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install -r requirements-dev.txt"):
         parts_benchmark.measure(None, torch.device("cpu"), torch.float32, SHORT)
+
+
+def test_an_older_transformers(monkeypatch):
+    """One that has the model, but not the image processor that is measured."""
+    pytest.importorskip("transformers", reason="the official code is not installed")
+    package = importlib.import_module("transformers.models.qwen2_vl")
+    name = "image_processing_pil_qwen2_vl"
+    monkeypatch.delattr(package, name, raising=False)
+    monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", None)
+    with pytest.raises(UserError, match=f"transformers {TRANSFORMERS}, "):
+        require_transformers()
+    required = (Path(__file__).parents[2] / "requirements-dev.txt").read_text()
+    assert f"transformers=={TRANSFORMERS} " in required

@@ -1,11 +1,13 @@
 """The table of training steps by one process and by several."""
 
 import json
+import os
 import sys
 
 import pytest
 
 from minomni import __main__ as command
+from minomni import paths
 from minomni.errors import UserError
 from minomni.eval import process_scaling
 from minomni.eval.process_scaling import Row
@@ -51,6 +53,34 @@ def test_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*line[:4], "1,0"])
     assert command.main() == 2
     assert "'0' is not a whole number from 1 to 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["model tiny", "quantize int8", "random-weights", "short"])
+def test_options_of_other_benchmarks_are_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr(process_scaling, "measure", None)
+    monkeypatch.setattr(sys, "argv", ["minomni", "bench", "processes", *f"--{option}".split()])
+    assert command.main() == 2
+    shown = capsys.readouterr().err
+    assert f"--{option.split()[0]} is no option of `bench processes`, but of " in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_number_of_processes_given_twice(monkeypatch, capsys):
+    monkeypatch.setattr(process_scaling, "prepare", None)
+    monkeypatch.setattr(sys, "argv", ["minomni", "bench", "processes", "--processes", "2,1,2"])
+    assert command.main() == 2
+    assert "--processes 2,1,2 has a number twice" in capsys.readouterr().err
+
+
+def test_a_new_process_finds_the_package_and_not_the_current_folder(monkeypatch):
+    package = str(paths.PACKAGE.parent)
+    for before in (None, ""):
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        if before is not None:
+            monkeypatch.setenv("PYTHONPATH", before)
+        assert paths.environment()["PYTHONPATH"] == package
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert paths.environment()["PYTHONPATH"] == package + os.pathsep + "elsewhere"
 
 
 @pytest.mark.slow
