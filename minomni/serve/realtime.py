@@ -116,7 +116,7 @@ class Conversation:
         self.receiver = AudioReceiver()
         self.input_item = new_id("item")
         self.turn_samples = 0  # at 16 kHz
-        self.buffer_samples = 0  # of them, those that are not committed yet
+        self.buffer_samples = 0  # of them, those of the buffer that are not committed yet
         self.silence = np.zeros(0, np.float32)  # audio of push to talk before any speech
         self.turn_text: list[str] = []
         self.turn_images: list[Image.Image] = []
@@ -340,7 +340,7 @@ class Conversation:
             raise bad_request("audio has half a sample at its end; expected pcm16", "audio")
         samples = self.receiver.feed(data)
         if self.detection is None:
-            self.add_audio(self.without_silence(samples))
+            self.add_buffer_audio(self.without_silence(samples))
             return
         if self.detector is None:
             self.detector = VoiceDetector(self.detection.options)
@@ -348,7 +348,7 @@ class Conversation:
             if isinstance(found, SpeechStarted):
                 self.begin_speech(found)
             elif isinstance(found, SpeechContinued):
-                self.add_audio(found.wave)
+                self.add_buffer_audio(found.wave)
             else:
                 self.end_speech(found)
 
@@ -371,7 +371,7 @@ class Conversation:
             if is_playing:
                 self.held = []
                 self.held_until = self.turn_samples + int(HOLD_S * INPUT_SAMPLE_RATE)
-        self.add_audio(found.wave)
+        self.add_buffer_audio(found.wave)
 
     def end_speech(self, found: SpeechStopped) -> None:
         """The user has spoken: the turn is complete."""
@@ -385,15 +385,19 @@ class Conversation:
         if self.detection.create_response and self.running is None:
             self.begin_answer({})
 
+    def add_buffer_audio(self, samples: np.ndarray) -> None:
+        """Add audio of the buffer [samples] at 16 kHz to the current turn: not committed yet."""
+        self.buffer_samples += len(samples)
+        self.add_audio(samples)
+
     def add_audio(self, samples: np.ndarray) -> None:
-        """Add audio [samples] at 16 kHz to the current turn."""
+        """Add audio [samples] at 16 kHz to the current turn: of the buffer, or of an item."""
         if not len(samples):
             return
         if self.frame is not None and self.turn_samples == 0:
             self.add_frame(self.frame)
             self.frame = None
         self.turn_samples += len(samples)
-        self.buffer_samples += len(samples)
         self.add_input(lambda session: session.add_audio(samples), samples.nbytes)
 
     def without_silence(self, samples: np.ndarray) -> np.ndarray:
@@ -424,7 +428,7 @@ class Conversation:
             if len(self.silence):  # no speech was found: the model decides what it is
                 rest = np.concatenate((self.silence, rest))
             self.reset_detector()
-            self.add_audio(rest)
+            self.add_buffer_audio(rest)
         self.commit_audio()
 
     def commit_audio(self) -> None:

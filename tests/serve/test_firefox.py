@@ -19,6 +19,27 @@ HOLD = "document.querySelector('#hold')"
 PICTURES = os.environ.get("MINOMNI_SCREENSHOTS")  # a folder; by default none are kept
 
 
+# What the browser itself can do, asked by a click as browsers want it, without the page's code.
+# A browser without an audio device neither begins nor says so.
+PROBE = """(() => {
+  const within = (promise) => Promise.race([
+    promise.then(() => true, () => false),
+    new Promise((resolve) => setTimeout(resolve, 10000, false)),
+  ]);
+  const ask = async () => {
+    const audio = within(new AudioContext().resume());
+    const microphone = within(
+      (async () => {
+        const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+        stream.getTracks().forEach((track) => track.stop());
+      })(),
+    );
+    window.probed = { audio: await audio, microphone: await microphone };
+  };
+  document.querySelector("h1").addEventListener("click", ask, { once: true });
+})()"""
+
+
 @pytest.fixture
 def page(request, server, tmp_path):
     browser = Firefox(tmp_path)
@@ -30,6 +51,15 @@ def page(request, server, tmp_path):
             Path(PICTURES, f"{request.node.name}.png").write_bytes(browser.picture())
     finally:
         browser.close()
+
+
+def probe(page) -> dict:
+    """Whether the browser plays audio, and whether it has a microphone."""
+    page.evaluate(PROBE)
+    page.press("document.querySelector('h1')")
+    page.release()
+    wait(page, "window.probed !== undefined")
+    return page.evaluate("window.probed")
 
 
 def wait(page, condition: str) -> None:
@@ -49,26 +79,25 @@ def reports(kind: str) -> str:
 
 def test_an_answer_is_shown_and_played(page):
     """Without an audio device the words come alone, and the page says so."""
+    has_audio = probe(page)["audio"]
     page.press(EXAMPLE)
     page.release()
-    wait(
-        page,
-        f"{reports('ended')}.length === 1 || ({MUTE} && !{ANSWER}?.ariaBusy && {ANSWER} !== null)",
-    )
+    wait(page, f"{reports('ended')}.length === 1" if has_audio else MUTE)
     assert page.evaluate(f"{ANSWER}.querySelector('span').textContent") == SENTENCE
-    if page.evaluate(MUTE):
-        (error,) = page.evaluate("window.minomni.errors")
+    assert page.errors == []
+    errors = page.evaluate("window.minomni.errors")
+    if not has_audio:
+        (error,) = errors
         assert error.startswith("no audio")
-        pytest.skip("this browser has no audio device: words only")
+        return
+    assert errors == []
     (ended,) = page.evaluate(reports("ended"))
     assert ended["played"] > RATE
     assert len(page.evaluate("window.minomni.latency")) == 4
-    assert page.evaluate("window.minomni.errors") == []
-    assert page.errors == []
 
 
 def test_the_microphone_is_heard(page, monkeypatch):
-    """While the button is held, audio reaches the server."""
+    """While the button is held, audio reaches the server. The page says where none can."""
     heard = []
     append = HANDLERS["input_audio_buffer.append"]
 
@@ -77,6 +106,7 @@ def test_the_microphone_is_heard(page, monkeypatch):
         await append(conversation, event)
 
     monkeypatch.setitem(HANDLERS, "input_audio_buffer.append", recorded)
+    can_hear = all(probe(page).values())
     page.press(HOLD)
     for _ in range(SECONDS * 5):
         if len(heard) > 10 or page.evaluate("window.minomni.errors"):
@@ -84,7 +114,9 @@ def test_the_microphone_is_heard(page, monkeypatch):
         time.sleep(0.2)
     page.release()
     errors = page.evaluate("window.minomni.errors")
-    if any(error.startswith("no microphone") for error in errors):
-        pytest.skip("this browser has no microphone or no audio device")
+    if not can_hear:
+        (error,) = errors
+        assert error.startswith("no microphone")
+        return
     assert errors == []
     assert len(heard) > 10

@@ -277,6 +277,29 @@ def test_audio_that_is_cleared_is_forgotten(server):
     assert text.text == "the red circle is left of the black square"
 
 
+def test_audio_of_an_item_is_no_audio_of_the_buffer(server):
+    """It can be neither committed once more nor cleared."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        audio = base64.b64encode(spoken(WISH)).decode()
+        await add(connection, {"type": "input_audio", "audio": audio})
+        await connection.input_audio_buffer.commit()
+        await connection.input_audio_buffer.clear()
+        await connection.response.create()
+        return await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    (error,) = of_kind(events, "error")
+    assert error.error.code == "input_audio_buffer_commit_empty"
+    assert of_kind(events, "input_audio_buffer.committed") == []
+    assert len(of_kind(events, "input_audio_buffer.cleared")) == 1
+    items = of_kind(events, "conversation.item.added")
+    assert [item.item.role for item in items].count("user") == 1
+    (text,) = of_kind(events, "response.output_text.done")
+    assert text.text == WISHED
+
+
 def test_a_question_whose_answer_is_cancelled_before_it_begins(server, monkeypatch):
     """Its words still belong to the turn, as its audio would."""
     monkeypatch.setattr(server.server, "trained_here", False)

@@ -23,10 +23,10 @@ export class Player {
     return this.context.state === "running";
   }
 
-  /** Begin to play, or go on; an error where the browser does not. */
-  async resume() {
+  /** Begin to play, or go on; an error where the browser does not within this time. */
+  async resume(patienceMs = RESUME_MS) {
     const late = new Promise((_, reject) => {
-      setTimeout(() => reject(new Error("the browser starts no audio")), RESUME_MS);
+      setTimeout(() => reject(new Error("the browser starts no audio")), patienceMs);
     });
     await Promise.race([this.context.resume(), late]);
   }

@@ -5,6 +5,7 @@ import { $, addEntry, addWav, addWords, draw, showLatency, status } from "/stati
 const FRAMES_PER_S = 2; // of the camera
 const PAUSE_MS = 500; // that ends a turn of an open microphone
 const CLICK_MS = 200; // a press of the button that is shorter says nothing
+const START_MS = 5000; // that an audio device may take to begin, once the answer is complete
 const PICTURE_SIZE = 1024; // pixels
 const MAX_PICTURE = 700_000; // characters of a data: URL; a message has at most 1 MiB
 const EXAMPLES = [
@@ -245,6 +246,7 @@ function noAudio(reason) {
 /** End a complete answer that the browser does not play. */
 async function checkAudio(answer) {
   const player = await state.player.catch(() => null);
+  await player?.resume(START_MS).catch(() => {}); // a short answer may be faster than the device
   if (player?.running || state.answer !== answer) return;
   noAudio("is a loudspeaker connected?");
   finish();
