@@ -275,6 +275,12 @@ def latency(language: str) -> str:
     return table(head, rows)
 
 
+def three_digits(value: float) -> str:
+    """A positive number to three digits, without an exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.0f}" if rounded >= 100 else f"{rounded:g}"
+
+
 def serving(language: str) -> str:
     """What bench serve measured, a column for each number of clients; nothing before that."""
     measured = results().get("serving")
@@ -286,7 +292,7 @@ def serving(language: str) -> str:
     )
     head = ["", *("1 client" if count == 1 else f"{count} clients" for count in CLIENTS)]
     rows = [
-        [text, *(f"{measured[f'{key}_{count}']:.3g}" for count in CLIENTS)]
+        [text, *(three_digits(measured[f"{key}_{count}"]) for count in CLIENTS)]
         for key, text in SERVING_ROWS.items()
     ]
     return intro + table(head, rows)
