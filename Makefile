@@ -1,7 +1,7 @@
 # Short names for the commands of run.py.
 PYTHON ?= python3
 
-.PHONY: run hear test
+.PHONY: run hear serve test
 run:
 	$(PYTHON) run.py
 
@@ -10,3 +10,6 @@ test:
 
 hear:
 	$(PYTHON) run.py hear
+
+serve:
+	$(PYTHON) run.py serve

@@ -1,7 +1,9 @@
-"""Three commands, for a machine that has Python 3.11 or newer and nothing else:
+"""Four commands, for a machine that has Python 3.11 or newer and nothing else:
 
     python run.py          install, train the tiny model once, answer the sample questions, score it
     python run.py hear     install, answer them with the trained weights of data_samples/tiny
+    python run.py serve    install, open a page to talk to the model; takes the options of
+                           `minomni serve`
     python run.py test     install, run all tests and notebooks
 
 Each command creates .venv here and installs into it once. With --here it uses the running Python
@@ -12,6 +14,7 @@ library alone, because it runs before anything is installed.
 import argparse
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -22,9 +25,12 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 DONE = VENV / ".ok"  # the digest of each set of requirements that is fully installed
 NEEDS = [ROOT / "requirements.txt"]
+SERVE_NEEDS = [*NEEDS, ROOT / "requirements-serve.txt"]
 TEST_NEEDS = [
     ROOT / f"requirements{kind}.txt" for kind in ("", "-dev", "-quantize", "-serve", "-tune")
 ]
+EPILOG = """options of serve, given after it: --port, --model, --device, --host and more. After its
+installation, .venv/bin/python -m minomni serve --help lists them."""
 # Two processes, whole files each: the cells of a notebook run in order, in one kernel.
 PYTEST = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600"]
@@ -36,18 +42,25 @@ def main() -> int:
         version = ".".join(map(str, sys.version_info[:2]))
         sys.exit(f"run.py: needs Python 3.11 or newer; this is {version}")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --he would be --here, and not an option of `minomni serve`
     )
     parser.add_argument(
         "command",
         nargs="?",
-        choices=["hear", "test"],
+        choices=["hear", "serve", "test"],
         help="what to do (default: train, then answer)",
     )
     parser.add_argument("--here", action="store_true", help="use this Python, make no .venv")
-    arguments = parser.parse_args()
-    needs = TEST_NEEDS if arguments.command == "test" else NEEDS
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    needs = {"serve": SERVE_NEEDS, "test": TEST_NEEDS}.get(arguments.command, NEEDS)
     python = install_here(needs) if arguments.here else install_in_venv(needs)
+    if arguments.command == "serve":
+        return serve(python, rest)
     commands = {"test": test, "hear": hear, None: demo}
     return commands[arguments.command](python)
 
@@ -71,6 +84,18 @@ def hear(python: str) -> int:
     """Answer the sample questions with the trained weights of the repository -> exit code."""
     weights = os.path.join("data_samples", "tiny")
     return call(python, "-m", "minomni", "chat", "--samples", "--model", weights)
+
+
+def serve(python: str, options: list[str]) -> int:
+    """Serve the model until Ctrl-C -> exit code.
+
+    Ctrl-C reaches the server, too. It is waited for, as it ends its answers first.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return call(python, "-m", "minomni", "serve", *options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test(python: str) -> int:

@@ -28,6 +28,8 @@ def load(
     device: "str | torch.device" = "cpu",
     dtype: "str | torch.dtype | None" = None,
     quantize: str | None = None,
+    parts: str | None = None,
+    encoders_on_host: bool = False,
 ) -> "Omni":
     """Load a model by the name of a size that is trained here, or by the folder of a checkpoint.
 
@@ -37,7 +39,10 @@ def load(
     or "auto" keeps the dtype of a folder, and is fp32 for a size. quantize: "int8" or "int4" keeps
     the linear layers of Thinker and Talker in that many bits, with "+head" and "+encoders" also
     those, in int8 ("int4+head+encoders"); the rest of both is bf16 unless dtype says otherwise.
-    Raises UserError naming what is missing, broken or of the wrong type.
+    parts: "text" loads the text decoder alone, and "+audio", "+vision" and "+speech" what they name
+    as well ("text+audio+speech"); the rest is never read. encoders_on_host: keep the encoders in
+    the host's memory and copy them to the device whenever they run. Raises UserError naming what is
+    missing, broken or of the wrong type.
     """
     import torch
 
@@ -49,7 +54,7 @@ def load(
     is_size = folder != Path(name)
     if is_size and dtype is None and quantize is None:
         dtype = torch.float32
-    return weights.load(folder, device, dtype, quantize)
+    return weights.load(folder, device, dtype, quantize, parts, encoders_on_host)
 
 
 def save(omni: "Omni", folder: str | Path) -> None:
@@ -97,6 +102,6 @@ def folder_of(name: str | Path) -> Path:
     for folder in (paths.runs() / size / "model", paths.data_samples() / size):
         if folder.is_dir():
             return folder
-    if config.SIZES[size].codec is None:  # a size of the release, not trained here
+    if not config.SIZES[size].trained_here:  # a size of the release
         raise UserError(f"no model of size {size!r} is included; give the folder of a checkpoint")
     raise UserError(f"no model of size {size!r} here; python -m minomni train {size} makes one")

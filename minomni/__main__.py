@@ -18,6 +18,8 @@ from minomni.errors import UserError, quote
 from minomni.files import is_stream
 
 if TYPE_CHECKING:
+    import torch
+
     from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
     from minomni.omni import Omni
 
@@ -79,8 +81,36 @@ def width_factor(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from 0.125 to 1")
 
 
+def share(text: str) -> float:
+    """A type for an option: a number from 0 to 1."""
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from 0 to 1")
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """A type for an option: numbers of processes, with commas."""
+    convert = whole(1, 1025)
+    return tuple(convert(part) for part in text.split(","))
+
+
 SEED = whole(0, 2**63)
 COUNT = whole(1, 100_000)
+
+# The benchmarks that use an option of `bench`; run_bench_folder() refuses some in its own words.
+BENCH_OPTIONS = {
+    "model": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "quantize": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "random-weights": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "picture": ("stream",),
+    "processes": ("processes",),
+    "width-factor": ("parts", "gpu"),
+    "dtype": ("parts",),
+    "compile": ("parts",),
+    "short": ("parts", "gpu"),
+    "out": ("gpu",),
+}
 
 
 def parser() -> Parser:
@@ -92,6 +122,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True)
     for add in (
         add_train,
+        add_train_encoder,
         add_pack,
         add_merge,
         add_chat,
@@ -123,6 +154,20 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_parts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--parts",
+        metavar="PARTS",
+        help="text: load the text decoder alone; +audio, +vision and +speech add the encoders and "
+        "speech, as in text+audio (default: all)",
+    )
+    command.add_argument(
+        "--encoders-on-host",
+        action="store_true",
+        help="keep the encoders in the host's memory and copy them to the device when they run",
+    )
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="cpu", choices=DEVICES, help="device to compute on (default cpu)"
@@ -144,6 +189,23 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "bf16 in hardware and more than an hour without.",
     )
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
+    add_recipe(train)
+    add_run(train, "runs/SIZE", "; with --stage, of that stage only")
+    train.add_argument(
+        "--data",
+        type=Path,
+        help="fine-tune the trained model on your data: a JSONL file of messages and replies, or a "
+        "folder of recordings or of shards that `pack` wrote; --stage chat or talker",
+    )
+    add_own_data(train)
+    add_lora_options(train)
+    train.add_argument(
+        "--no-progress", action="store_true", help="print lines only, without a progress bar"
+    )
+
+
+def add_recipe(train: argparse.ArgumentParser) -> None:
+    """Which stages are trained, and how."""
     train.add_argument("--stage", help="run this one stage only; --stages lists them")
     train.add_argument(
         "--stages",
@@ -151,44 +213,50 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="list the stages: trained parts, seconds, losses, data",
     )
     train.add_argument(
+        "--budget",
+        choices=("quick", "long"),
+        default="quick",
+        help="steps of the stages of tiny: quick (default), or long, which made the weights that are "
+        "shipped",
+    )
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="change the recipe of a stage, as in --set talker.steps=200; may be repeated. "
+        "Fields: steps, batch, lr, accumulate, warmup, weight_decay, clip",
+    )
+
+
+def add_run(command: argparse.ArgumentParser, home: str, fresh: str = "") -> None:
+    """Where a run works, and how it begins. home: its default folder; fresh: more about --fresh."""
+    command.add_argument(
         "--resume",
         action="store_true",
         help="continue an unfinished run exactly where it stopped",
     )
-    train.add_argument(
+    command.add_argument(
         "--fresh",
         action="store_true",
-        help="delete an earlier run and start over; with --stage, of that stage only",
+        help=f"delete an earlier run and start over{fresh}",
     )
-    train.add_argument(
+    command.add_argument(
         "--device",
         default="auto",
         choices=DEVICES,
         help="device to compute on (default auto: cuda, else mps, else cpu)",
     )
-    add_seed(train)
-    train.add_argument(
+    add_seed(command)
+    command.add_argument(
         "--home",
         type=Path,
-        help="folder of the run, which holds all that it writes (default runs/SIZE)",
+        help=f"folder of the run, which holds all that it writes (default {home})",
     )
-    train.add_argument(
-        "--data",
-        type=Path,
-        help="fine-tune the trained model on your data: a JSONL file of messages and replies, or a "
-        "folder of recordings or of shards that `pack` wrote; --stage chat or talker",
-    )
-    train.add_argument(
-        "--lora",
-        metavar="r=N",
-        help="train adapters of this rank and leave the weights as they are, as in --lora r=16; "
-        "also alpha=32 and layers=q_proj+v_proj; SIZE may then be the folder of any model",
-    )
-    train.add_argument(
-        "--parts",
-        metavar="PARTS",
-        help="what --lora tunes: thinker, talker, or thinker,talker (default: what the data can)",
-    )
+
+
+def add_own_data(train: argparse.ArgumentParser) -> None:
+    """What --data does."""
     train.add_argument(
         "--skip-corrupt",
         action="store_true",
@@ -206,24 +274,62 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument(
         "--out", type=Path, help="folder of the fine-tuned model (default runs/SIZE/tuned)"
     )
+
+
+def add_lora_options(train: argparse.ArgumentParser) -> None:
+    """Adapters in place of the weights."""
     train.add_argument(
-        "--budget",
-        choices=("quick", "long"),
-        default="quick",
-        help="steps of the stages of tiny: quick (default), or long, which made the weights that are "
-        "shipped",
+        "--lora",
+        metavar="r=N",
+        help="train adapters of this rank and leave the weights as they are, as in --lora r=16; "
+        "also alpha=32 and layers=q_proj+v_proj; SIZE may then be the folder of any model",
     )
     train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STAGE.FIELD=VALUE",
-        help="change the recipe of a stage, as in --set talker.steps=200; may be repeated. "
-        "Fields: steps, batch, lr, accumulate, warmup, weight_decay, clip",
+        "--parts",
+        metavar="PARTS",
+        help="what --lora tunes: thinker, talker, or thinker,talker (default: what the data can)",
     )
-    train.add_argument(
-        "--no-progress", action="store_true", help="print lines only, without a progress bar"
+    add_quantize(train)
+
+
+def add_train_encoder(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "train-encoder",
+        help="train an encoder for the speech codes of a folder that has none",
+        description="The model speaks, and an encoder learns to predict the codes of this speech. "
+        "Writes the model with the encoder as its codec, which `train --data` needs to tune the "
+        "Talker on recordings.",
     )
+    command.add_argument("folder", help="folder of a model, or a size trained here")
+    command.add_argument(
+        "--data",
+        type=Path,
+        help="rows whose answers the Talker speaks, as for `train` (default: sentences of tiny)",
+    )
+    command.add_argument(
+        "--out", type=Path, help="folder of the new model (default runs/FOLDER/with-encoder)"
+    )
+    command.add_argument(
+        "--size",
+        choices=("tiny", "small"),
+        default="small",
+        help="the encoder is as large as the codec of this size (default small)",
+    )
+    command.add_argument(
+        "--pairs", type=COUNT, default=2000, help="pairs of codes and sound (default 2000)"
+    )
+    command.add_argument(
+        "--steps", type=COUNT, default=3000, help="training steps of 16 pairs (default 3000)"
+    )
+    command.add_argument(
+        "--random-codes",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the pairs, from 0 to 1, whose codes are drawn at random and not spoken by "
+        "the Talker (default 0.1)",
+    )
+    add_run(command, "runs/FOLDER")
 
 
 def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -293,6 +399,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
         add_generation_options(chat, prefix, part)
     add_model(chat)
     add_quantize(chat)
+    add_parts(chat)
     chat.add_argument(
         "--stream",
         action="store_true",
@@ -317,6 +424,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_model(serve)
     add_quantize(serve)
+    add_parts(serve)
     add_device(serve)
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
@@ -404,12 +512,16 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps", "serve"],
+        choices=["stream", "first", "steps", "serve", "parts", "gpu", "processes"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
         "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
-        "second and latency of the server",
+        "second and latency of the server; parts: every part beside transformers, which must be "
+        "installed, and the limit of the machine; gpu: replayed steps, memory, 20 minutes of "
+        "sound, parity and parts on a GPU; begins no piece after nine minutes; not run on a GPU "
+        "yet; processes: a training step of tiny by one process and by several",
     )
     add_model(bench)
+    bench.set_defaults(model=None)  # tells "not given" apart, for options that exclude it
     add_quantize(bench)
     bench.add_argument(
         "--random-weights",
@@ -419,6 +531,35 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.add_argument(
         "--picture", type=Path, help="plot predicted and measured latency into this PNG (stream)"
+    )
+    bench.add_argument(
+        "--processes",
+        type=counts,
+        metavar="N,N",
+        help="numbers of processes (processes; default 1,2)",
+    )
+    bench.add_argument(
+        "--width-factor",
+        type=width_factor,
+        metavar="F",
+        help="random weights of the release with all widths multiplied by F, from 0.125 to 1, in "
+        "place of --model (parts, gpu; 0.25 has 0.9 billion parameters)",
+    )
+    bench.add_argument(
+        "--dtype", choices=["fp32", "bf16"], help="of Thinker and Talker (parts; default fp32)"
+    )
+    bench.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile transformers' decoding steps, which takes minutes (parts)",
+    )
+    bench.add_argument(
+        "--short",
+        action="store_true",
+        help="small inputs, measured once, to see whether all of it runs (parts, gpu)",
+    )
+    bench.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of gpu.json and gpu.md (gpu)"
     )
     add_device(bench)
 
@@ -479,6 +620,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
         raise UserError("--lora, --parts and --skip-corrupt go with --data")
     if arguments.held_out:
         raise UserError("--held-out goes with --data")
+    if arguments.quantize:
+        raise UserError("--quantize goes with --data and --lora")
 
     # Everything is checked before anything is written.
     first_stage = next(iter(pipeline.STAGES))
@@ -548,6 +691,7 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         home=home,
         lora=lora,
         lora_parts=lora_parts(arguments),
+        quantize=arguments.quantize,
         skip_corrupt=arguments.skip_corrupt,
         held_out_speaker=arguments.held_out,
     )
@@ -559,6 +703,34 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
         print(f"tuned: {folder}; python -m minomni chat --model {folder}")
 
 
+def run_train_encoder(arguments: argparse.Namespace) -> None:
+    """Train an encoder for the codes of a folder."""
+    from minomni.devices import device_of
+    from minomni.train import processes
+    from minomni.train.train_encoder import EncoderOptions, train_encoder
+
+    device = device_of(arguments.device).type
+    home = arguments.home or paths.runs() / Path(arguments.folder).resolve().name
+    options = EncoderOptions(
+        arguments.size, arguments.pairs, arguments.steps, arguments.random_codes
+    )
+    with processes.process_group(device):
+        out = train_encoder(
+            arguments.folder,
+            arguments.out or home / "with-encoder",
+            options,
+            data=arguments.data,
+            seed=arguments.seed,
+            resume=arguments.resume,
+            fresh=arguments.fresh,
+            device=device,
+            home=home,
+        )
+        if processes.is_first():
+            command = f"python -m minomni train {out} --data FILE --lora r=16 --parts talker"
+            print(f"with an encoder: {out}; {command}")
+
+
 def held_out_scores(
     arguments: argparse.Namespace, tuned_folder: Path, is_adapter: bool, device: str
 ) -> str:
@@ -566,7 +738,7 @@ def held_out_scores(
     from minomni.checkpoint.lora import load_lora
     from minomni.eval import held_out_speaker
 
-    omni = load(arguments.size, device)
+    omni = load(arguments.size, device, quantize=arguments.quantize)
     rows = held_out_speaker.held_out_rows(arguments.data, omni, arguments.held_out)
     before = held_out_speaker.answer_metrics(omni, rows)
     if is_adapter:
@@ -612,11 +784,22 @@ def run_merge(arguments: argparse.Namespace) -> None:
     print(f"merged: {arguments.out}; python -m minomni chat --model {arguments.out}")
 
 
+def load_parts(arguments: argparse.Namespace) -> "Omni":
+    """The model of the command line with the parts that it names."""
+    return load(
+        arguments.model,
+        arguments.device,
+        quantize=arguments.quantize,
+        parts=arguments.parts,
+        encoders_on_host=arguments.encoders_on_host,
+    )
+
+
 def run_chat(arguments: argparse.Namespace) -> None:
     """Answer the sample questions, the question of the command line, or a conversation."""
     out = arguments.out or Path("reply.wav")
     check_chat(arguments, out)
-    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
+    omni = load_parts(arguments)
     voice = arguments.voice
     if arguments.voice_from:
         from minomni import make_voice
@@ -896,7 +1079,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         sessions=arguments.sessions,
     )
     settings.check()
-    omni = load(arguments.model, arguments.device, quantize=arguments.quantize)
+    omni = load_parts(arguments)
     app.serve(omni, Path(arguments.model).resolve().name, settings)
 
 
@@ -933,18 +1116,23 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from minomni.eval import benchmark
     from minomni.files import writing
 
-    if arguments.picture and arguments.what != "stream":
-        raise UserError("--picture draws what `bench stream` measures; leave it out here")
+    check_bench_options(arguments)
+    if arguments.what in ("parts", "gpu"):
+        run_bench_folder(arguments)
+        return
     device = device_of(arguments.device).type
+    if arguments.what == "processes":
+        bench_processes(arguments, device)
+        return
     if arguments.random_weights and arguments.quantize:
         raise UserError(
             "--quantize goes with the folder of a model; make-checkpoint writes one with random "
             "weights"
         )
     if arguments.random_weights:
-        omni = benchmark.random_model(arguments.model, device)
+        omni = benchmark.random_model(arguments.model or "tiny", device)
     else:
-        omni = load(arguments.model, device, quantize=arguments.quantize)
+        omni = load(arguments.model or "tiny", device, quantize=arguments.quantize)
 
     if arguments.what != "stream":
         if arguments.what == "serve":
@@ -966,6 +1154,93 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.picture:
         result.draw(arguments.picture)
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
+
+
+def check_bench_options(arguments: argparse.Namespace) -> None:
+    """Raises UserError for an option that a benchmark does not use."""
+    for option, benchmarks in BENCH_OPTIONS.items():
+        value = getattr(arguments, option.replace("-", "_"))
+        if value in (None, False) or arguments.what in benchmarks:
+            continue
+        names = ", ".join(benchmarks)
+        raise UserError(
+            f"--{option} is no option of `bench {arguments.what}`, but of {names}; leave it out"
+        )
+
+
+def bench_processes(arguments: argparse.Namespace, device: str) -> None:
+    """Measure training by several processes and print the times."""
+    from minomni.eval import process_scaling
+
+    counts = arguments.processes or process_scaling.PROCESSES
+    rows = process_scaling.measure(counts, device)
+    if arguments.json:
+        print(json.dumps([row._asdict() for row in rows]))
+    else:
+        print(process_scaling.markdown(rows))
+
+
+def run_bench_folder(arguments: argparse.Namespace) -> None:
+    """Measure the model in a folder: every part beside transformers, or all of it on a GPU."""
+    from minomni import folder_of
+    from minomni.devices import device_of
+    from minomni.eval import parts_benchmark, parts_sides
+
+    if arguments.random_weights or arguments.quantize:
+        raise UserError(
+            f"`bench {arguments.what}` measures a folder as it is stored; leave out "
+            f"--random-weights and --quantize, or give --width-factor for random weights"
+        )
+    if arguments.width_factor and arguments.model:
+        raise UserError("--width-factor makes a model in place of --model; leave out one of them")
+
+    # Everything is checked before a folder of up to 22 GB is written.
+    stored = None if arguments.width_factor else folder_of(arguments.model or "tiny")
+    device = device_of(arguments.device)
+    if arguments.what == "gpu":
+        check_bench_gpu(arguments, device)
+        run = run_bench_gpu
+    else:
+        parts_sides.require_transformers()
+        run = run_bench_parts
+    if stored is not None:
+        run(arguments, stored, device)
+        return
+    with parts_benchmark.random_folder(arguments.width_factor) as folder:
+        run(arguments, folder, device)
+
+
+def run_bench_parts(arguments: argparse.Namespace, folder: Path, device: "torch.device") -> None:
+    """Measure every part of a model beside transformers and print one table."""
+    from minomni.devices import dtype_of
+    from minomni.eval import parts_benchmark, parts_sides
+
+    dtype = dtype_of(arguments.dtype or "fp32")
+    assert dtype is not None
+    work = parts_sides.SHORT if arguments.short else parts_sides.FULL
+    parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
+    print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
+
+
+def check_bench_gpu(arguments: argparse.Namespace, device: "torch.device") -> None:
+    """Make the folder of the results. Raises UserError for options that cannot be measured."""
+    from minomni.eval import gpu_benchmark
+
+    if arguments.out is None:
+        raise UserError("`bench gpu` writes gpu.json and gpu.md; give --out DIR")
+    if device.type != "cuda" and not arguments.short:
+        raise UserError(
+            "`bench gpu` needs --device cuda; with --short it also runs elsewhere, to try it"
+        )
+    gpu_benchmark.make_folder(arguments.out)
+
+
+def run_bench_gpu(arguments: argparse.Namespace, folder: Path, device: "torch.device") -> None:
+    """Measure a model on a GPU, print one table and write it with all tracebacks."""
+    from minomni.eval import gpu_benchmark
+
+    results = gpu_benchmark.measure(folder, device, arguments.out, arguments.short)
+    print(json.dumps(results.pieces) if arguments.json else results.markdown())
 
 
 def run_make_checkpoint(arguments: argparse.Namespace) -> None:
@@ -992,6 +1267,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "train": run_train,
+    "train-encoder": run_train_encoder,
     "pack": run_pack,
     "merge": run_merge,
     "chat": run_chat,

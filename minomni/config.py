@@ -117,6 +117,10 @@ class TokenIds:
     def __post_init__(self):
         require_sizes(self, indexes=tuple(field.name for field in fields(self)))
 
+    def of_thinker(self) -> dict[str, int]:
+        """The ids that a Thinker alone uses, by name."""
+        return {name: token for name, token in vars(self).items() if name not in TTS_TOKENS}
+
 
 TTS_TOKENS = ("tts_text_start", "tts_text_end", "tts_text_pad")  # unused by a Thinker alone
 
@@ -229,9 +233,8 @@ class ThinkerConfig:
         for name in ("position_id_per_seconds", "seconds_per_chunk"):
             require_int(name, getattr(self, name), 1, 10_000)
         vocab_size = self.text.vocab_size
-        for name, token in vars(self.tokens).items():
-            if name not in TTS_TOKENS:
-                require_id(name, token, vocab_size)
+        for name, token in self.tokens.of_thinker().items():
+            require_id(name, token, vocab_size)
         width = self.text.hidden_size
         require(
             self.audio.output_dim == width,
@@ -409,20 +412,54 @@ class CodecConfig:
 
     def __post_init__(self):
         require_sizes(self, layers=("num_hidden_layers",))
-        heads = self.num_attention_heads
-        require(
-            self.hidden_size % heads == 0,
-            f"the codec's hidden_size {self.hidden_size} must split into {heads} heads",
-        )
-        require(
-            self.downsample & (self.downsample - 1) == 0,
-            f"downsample {self.downsample} must be a power of two",
-        )
+        check_speech_encoder(self)
 
     @property
     def num_codes(self) -> int:
         """Size of the codebook."""
         return math.prod(self.levels)
+
+    @property
+    def highest_code(self) -> int:
+        """Codes start at 1: 0 is "no code" in classifier-free guidance."""
+        return self.num_codes
+
+
+@dataclass(frozen=True)
+class CodeClassifierConfig:
+    """An encoder for codes that another program has defined; `train-encoder` makes it."""
+
+    mel_dim: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_codes: int  # rows of the DiT's table of codes
+    downsample: int  # mel frames per code, a power of two
+    block_frames: int  # mel frames per attention block
+    ctc_vocab: int  # the blank and the letters
+
+    def __post_init__(self):
+        require_sizes(self, layers=("num_hidden_layers",))
+        check_speech_encoder(self)
+
+    @property
+    def highest_code(self) -> int:
+        """Codes start at 0."""
+        return self.num_codes - 1
+
+
+def check_speech_encoder(config: CodecConfig | CodeClassifierConfig) -> None:
+    """Raise ValueError for sizes that no speech encoder can have."""
+    heads = config.num_attention_heads
+    require(
+        config.hidden_size % heads == 0,
+        f"the codec's hidden_size {config.hidden_size} must split into {heads} heads",
+    )
+    require(
+        config.downsample & (config.downsample - 1) == 0,
+        f"downsample {config.downsample} must be a power of two",
+    )
 
 
 @dataclass(frozen=True)
@@ -501,7 +538,7 @@ class OmniConfig:
     thinker: ThinkerConfig
     talker: TalkerConfig | None  # None for a model that answers in text alone
     token2wav: Token2WavConfig | None  # None where talker is None
-    codec: CodecConfig | None  # None for the release, which has none
+    codec: CodecConfig | CodeClassifierConfig | None  # None for the release, which has none
     media: MediaConfig
     thinker_sampling: SamplingConfig
     talker_sampling: SamplingConfig
@@ -535,9 +572,20 @@ class OmniConfig:
             "codec and DiT disagree on the mel frames per code",
         )
         require(
-            self.codec is None or self.codec.num_codes <= self.token2wav.dit.num_embeds,
+            self.codec is None or self.codec.highest_code <= self.token2wav.dit.num_embeds,
             "the codec has more codes than the DiT has embeddings",
         )
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the model knows the generated world: its vocabulary is that of one of our sizes.
+
+        The ids of the special tokens follow the words of the world and of no other vocabulary. They
+        stay where speech is left out and where the codec is replaced.
+        """
+        own_ids = self.thinker.tokens.of_thinker()
+        our_sizes = [size for size in SIZES.values() if isinstance(size.codec, CodecConfig)]
+        return any(own_ids == size.thinker.tokens.of_thinker() for size in our_sizes)
 
 
 QWEN7B = OmniConfig(

@@ -31,7 +31,7 @@ from minomni.inputs.audio import SILENCE_LEVEL
 from minomni.inputs.prompt import Inputs, Processor, checked_messages, collate
 from minomni.inputs.tokenizer import Tokenizer
 from minomni.sampling import cut_at_stop
-from minomni.talker.codec import Codec
+from minomni.talker.codec import make_codec
 from minomni.talker.talker import Talker
 from minomni.thinker.thinker import Thinker
 from minomni.token2wav.streaming import Schedule
@@ -50,13 +50,15 @@ class Omni(nn.Module):
         self.thinker = Thinker(config.thinker)
         self.talker = None if config.talker is None else Talker(config.talker)
         self.token2wav = None if config.token2wav is None else Token2Wav(config.token2wav)
-        self.codec = None if config.codec is None else Codec(config.codec)
+        self.codec = None if config.codec is None else make_codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
         # Set by use_static_steps(); None decodes by the plain steps of Thinker and Talker.
         self.static_generator: StaticGenerator | None = None
         # What load(quantize=) was given. Quantized weights can be neither saved nor trained.
         self.quantized: str | None = None
+        # Parts that load(parts=) left out: audio, vision, speech. Such a model cannot be saved.
+        self.left_out: tuple[str, ...] = ()
         # The folder the model was loaded from; saving copies its other files.
         self.loaded_from: Path | None = None
 
@@ -73,6 +75,11 @@ class Omni(nn.Module):
 
     def require_speech(self) -> tuple[Talker, Token2Wav]:
         """The parts that speak. Raises UserError for a model that answers in text only."""
+        if "speech" in self.left_out:
+            raise UserError(
+                "speech was left out when this model was loaded; load it with parts (--parts) that "
+                "hold +speech, or give speech=False, or --no-speech, for an answer in text"
+            )
         if self.talker is None or self.token2wav is None:
             raise UserError(
                 "this model has no voice: its folder holds the Thinker alone; give speech=False, "
@@ -177,8 +184,8 @@ class Omni(nn.Module):
         seeds: list[int],
         sampling: tuple[SamplingConfig, SamplingConfig],
     ) -> GenerateOutput:
-        """generate() with checked arguments. voices: one for each row, or None for each; seeds: one
-        for each row.
+        """generate() with checked arguments. voices: one for each row, or None for each;
+        seeds: one for each row.
         """
         prefill = self.thinker.prefill(inputs, self.thinker.model.new_cache())
         chosen = [voice for voice in voices if voice is not None]

@@ -4,6 +4,7 @@ In a checkout both are folders of the repository. An installed package contains 
 runs are written to the current directory.
 """
 
+import os
 from pathlib import Path
 
 from minomni.errors import UserError
@@ -35,3 +36,12 @@ def runs() -> Path:
     """The folder of training runs, reports and answers, which may not exist yet."""
     root = checkout() or Path.cwd()
     return root / "runs"
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a new process, which finds this package in any folder."""
+    before = os.environ.get("PYTHONPATH")
+    path = str(PACKAGE.parent)
+    if before:  # an empty entry would be the current folder
+        path += os.pathsep + before
+    return {**os.environ, "PYTHONPATH": path}

@@ -54,10 +54,11 @@ def mel(
     low: float | None = None,
     high: float | None = None,
     bar: bool = True,
+    cmap: str = "magma",
 ) -> None:
     """A mel or any other image of bands over frames. bands [C, F], one frame every 10 ms.
 
-    Low bands are at the bottom. low, high: the values of the darkest and brightest color. bar: add
+    Low bands are at the bottom. low, high: the values at the ends of the color map `cmap`. bar: add
     a color bar.
     """
     seconds = bands.shape[1] / MEL_RATE
@@ -65,7 +66,7 @@ def mel(
         bands,
         origin="lower",
         aspect="auto",
-        cmap="magma",
+        cmap=cmap,
         vmin=low,
         vmax=high,
         extent=(0, seconds, 0, bands.shape[0]),

@@ -35,10 +35,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely ids whose probabilities reach p, at least one.
+    """Keep the fewest most likely ids whose probabilities reach p, at least one.
 
-    logits [B, V] -> [B, V]. Sorted and summed from the least likely id up, as transformers does, so
-    that rounding and ties give the same result.
+    logits [B, V] -> [B, V]. Sorted and summed from the least likely id up, as
+    transformers does, so that rounding and ties give the same result.
     """
     ascending, order = logits.sort(dim=-1)
     cumulative = ascending.softmax(-1).cumsum(-1)

@@ -8,6 +8,8 @@
         take the rows of `python -m minomni bench stream --json` first
     python tests/refresh_readme.py --first first.json --size tiny --device "two cores"
         take the rows of `python -m minomni bench first --json` first
+    python tests/refresh_readme.py --serve serve.json
+        take the rows of `python -m minomni bench serve --json` first
 
 Needs the package: pip install -e .
 
@@ -87,6 +89,12 @@ LATENCY_ROWS = {
     "mel_and_audio_ms": ("mel and audio of the first chunk, ms", "第一段的梅尔谱与波形，毫秒"),
     "first_audio_ms": ("first audio, ms", "第一段音频，毫秒"),
     "realtime_factor": ("seconds of work for a second of speech", "每秒语音所需的计算时间，秒"),
+}
+CLIENTS = (1, 4, 16)  # at once
+SERVING_ROWS = {  # by numbers of clients
+    "text_requests_per_s": "text answers per second",
+    "speech_requests_per_s": "spoken answers per second",
+    "first_audio_ms": "from a typed question to the first audio, ms",
 }
 DEVICES_IN_CHINESE = {"two cores": "双核", "one core": "单核", "H200": "H200"}
 # What each stage trains, in words: stage -> (English, Chinese)
@@ -267,6 +275,59 @@ def latency(language: str) -> str:
     return table(head, rows)
 
 
+def three_digits(value: float) -> str:
+    """A positive number to three digits, without an exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.0f}" if rounded >= 100 else f"{rounded:g}"
+
+
+def serving(language: str) -> str:
+    """What bench serve measured, a column for each number of clients; nothing before that."""
+    measured = results().get("serving")
+    if measured is None:
+        return ""
+    intro = (
+        "`python -m minomni bench serve`, tiny on two cores, server and clients on the same "
+        'machine; the question is "say the red circle is above the blue square":\n\n'
+    )
+    head = ["", *("1 client" if count == 1 else f"{count} clients" for count in CLIENTS)]
+    rows = [
+        [text, *(three_digits(measured[f"{key}_{count}"]) for count in CLIENTS)]
+        for key, text in SERVING_ROWS.items()
+    ]
+    return intro + table(head, rows)
+
+
+def serving_keys() -> list[str]:
+    """The rows of bench serve that the documents show."""
+    keys = [f"{key}_{count}" for key in SERVING_ROWS for count in CLIENTS]
+    return [*keys, "spoken_first_audio_ms", "open_first_audio_ms"]
+
+
+def served(language: str) -> str:
+    """The server in one paragraph; nothing before it was measured."""
+    measured = results().get("serving")
+    if measured is None:
+        return ""
+    rates = [f"{measured[f'speech_requests_per_s_{count}']:.2g}" for count in CLIENTS]
+    texts = [f"{measured[f'text_requests_per_s_{count}']:.2g}" for count in CLIENTS]
+    held = round(measured["spoken_first_audio_ms"])
+    opened = round(measured["open_first_audio_ms"])
+    if language == "zh":
+        return (
+            f"`minomni bench serve`，tiny，双核：1 / 4 / 16 个客户端同时提问时，每秒完成 "
+            f"{' / '.join(texts)} 个文字回答、{' / '.join(rates)} 个语音回答；"
+            f"说完问题后 {held} 毫秒得到第一段音频，开放麦克风为 {opened} 毫秒"
+            f"（其中 500 毫秒用于等待停顿）。\n"
+        )
+    return (
+        f"`minomni bench serve`, tiny on two cores: {' / '.join(texts)} text answers and "
+        f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. The first "
+        f"audio comes {held} ms after the end of a spoken question, and after {opened} ms with an "
+        f"open microphone, which waits for a pause of 500 ms.\n"
+    )
+
+
 def ablate_tmrope(language: str) -> str:
     rows = [
         [name, percent(row["value"]), interval(row), items(row)]
@@ -414,6 +475,8 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "stream_stages": stream_stages,
     "stream_schedules": stream_schedules,
     "latency": latency,
+    "serving": serving,
+    "served": served,
     "ablate_tmrope": ablate_tmrope,
     "ablate_stage3": ablate_stage3,
     "ablate_tuning": ablate_tuning,
@@ -424,6 +487,8 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "stages": stages,
     "sizes": sizes,
 }
+# Blocks of what has not been measured: the documents leave them out until then.
+OPTIONAL = {"serving": "serving", "served": "serving"}  # block -> key of the stored results
 
 
 # ---------------------------------------------------------------------------------------------
@@ -493,6 +558,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="output of `minomni report --json`")
     parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
     parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
+    parser.add_argument("--serve", type=Path, help="output of `minomni bench serve --json`")
     parser.add_argument("--size", default="tiny", help="of --report and --first")
     parser.add_argument("--device", default="two cores", help="of --first, as its column says it")
     arguments = parser.parse_args()
@@ -504,6 +570,9 @@ def main() -> None:
     if arguments.first:
         measured = json.loads(arguments.first.read_text())
         take_first(measured, arguments.size, arguments.device, stored)
+    if arguments.serve:
+        measured = json.loads(arguments.serve.read_text())
+        stored["serving"] = {key: measured[key] for key in serving_keys()}
     RESULTS.write_text(pretty(stored) + "\n", encoding="utf-8")
     write_documents()
 

@@ -25,7 +25,17 @@ from minomni.checkpoint.hf_config import (
     without_speech,
     write_config,
 )
-from minomni.config import QWEN7B, SIZES, FlowConfig, MediaConfig, OmniConfig, SamplingConfig
+from minomni.checkpoint.random_checkpoint import checkpoint_config
+from minomni.config import (
+    QWEN7B,
+    SIZES,
+    SMALL,
+    TINY,
+    FlowConfig,
+    MediaConfig,
+    OmniConfig,
+    SamplingConfig,
+)
 from minomni.errors import UserError
 from minomni.omni import Omni
 
@@ -429,6 +439,17 @@ def test_pipes_and_devices_are_not_read(tmp_path):
 def test_a_byte_order_mark_is_accepted(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(RELEASE).encode())
     assert read_config(tmp_path) == QWEN7B
+
+
+def test_models_of_the_generated_world():
+    """They are known by their vocabulary, which a model keeps without its codec or its speech."""
+    for size in (TINY, SMALL):
+        assert size.trained_here
+        assert dataclasses.replace(size, codec=None).trained_here
+        assert without_speech(size).trained_here
+    for other in (QWEN7B, oracle.CONFIG, checkpoint_config("qwen7b", 0.125)):
+        assert not other.trained_here
+        assert not without_speech(other).trained_here
 
 
 def test_speech_turned_off(tmp_path):

@@ -57,7 +57,7 @@ def test_the_readme_is_one_page():
 @pytest.mark.parametrize("readme", READMES)
 def test_the_readme_begins_with_the_main_commands(readme):
     found = commands(read(readme))
-    for arguments in ([], ["test"], ["hear"]):
+    for arguments in ([], ["test"], ["hear"], ["serve"]):
         assert ["python", "run.py", *arguments] in found
 
 
@@ -96,7 +96,16 @@ def test_generated_tables_are_current(document):
 def test_every_table_is_in_a_document():
     texts = [read(document) for document in refresh_readme.DOCUMENTS]
     used = {name for text in texts for name in refresh_readme.BEGIN.findall(text)}
-    assert used == set(refresh_readme.BLOCKS)
+    stored = refresh_readme.results()
+    missing = {name for name, key in refresh_readme.OPTIONAL.items() if key not in stored}
+    assert used == set(refresh_readme.BLOCKS) - missing
+
+
+def test_no_table_is_empty():
+    """What has not been measured is left out, with its section and its links."""
+    for document in refresh_readme.DOCUMENTS:
+        for name in refresh_readme.BEGIN.findall(read(document)):
+            assert f"<!-- {name} -->\n<!-- end of {name} -->" not in read(document)
 
 
 def test_results_are_stored_as_the_script_writes_them():
@@ -125,6 +134,21 @@ def test_a_new_latency_replaces_its_column_or_adds_one(device):
     assert len(stored["first"]) == (1 if device == "two cores" else 2)
     assert stored["first"][-1]["first_audio_ms"] == 2
     assert "talker_ms" not in stored["first"][-1]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_server_is_described_once_it_was_measured(monkeypatch, language):
+    monkeypatch.setattr(refresh_readme, "results", dict)
+    assert refresh_readme.served(language) == refresh_readme.serving(language) == ""
+    measured = {key: 1000.0 + i for i, key in enumerate(refresh_readme.serving_keys())}
+    monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": measured})
+    sentence = refresh_readme.served(language)
+    assert str(round(measured["spoken_first_audio_ms"])) in sentence
+    assert str(round(measured["open_first_audio_ms"])) in sentence
+    assert sentence.count("\n") == 1
+    rows = refresh_readme.serving(language)
+    assert "| 1 client | 4 clients | 16 clients |" in rows
+    assert rows.count("\n|") == 2 + len(refresh_readme.SERVING_ROWS)
 
 
 def test_an_unknown_table_is_named():

@@ -152,7 +152,7 @@ class UserTurn:
         patches, grid = image_patches(
             load_image(image), self.config.thinker.vision, self.config.media, "the image given"
         )
-        features = thinker.visual(patches, [grid])
+        features = thinker.encode_vision(patches, [grid])
         length = self.session.length
         position = self.session.position
         try:
@@ -270,7 +270,7 @@ class UserTurn:
             torch.stack([first, second]), config.vision, self.config.media, "the frame"
         )
         with torch.no_grad():
-            features = self.session.omni.thinker.visual(patches, [grid])
+            features = self.session.omni.thinker.encode_vision(patches, [grid])
 
         # A pair that lies beyond the current part begins the next one.
         time = float(video_times(torch.tensor(seconds), config.position_id_per_seconds))
@@ -373,7 +373,7 @@ class UserTurn:
     def audio_part(self, index: int) -> tuple[Tensor, Tensor]:
         """-> features [n, D] and positions [3, n] of a block of audio."""
         mel = normalize_log_mel(self.log_powers[index], self.peak)
-        features = self.session.omni.thinker.audio_tower([mel])
+        features = self.session.omni.thinker.encode_audio([mel])
         start = self.base + index * num_audio_tokens(self.block_frames)
         return features, text_positions(start, len(features))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minomni.checkpoint import weights
 from minomni.checkpoint.hf_config import (
@@ -20,8 +21,9 @@ from minomni.checkpoint.hf_config import (
     read_packing,
     without_speech,
 )
-from minomni.checkpoint.memory import GIB, OPTIONS, weight_bytes
+from minomni.checkpoint.memory import GIB, OPTIONS, needed_bytes
 from minomni.checkpoint.packed_weights import packed_format
+from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
 from minomni.checkpoint.quantize import parse_quantize
 from minomni.checkpoint.saving import INDEX_FILE, VOICES_FILE
 from minomni.config import QWEN7B, DecoderConfig, OmniConfig
@@ -31,6 +33,7 @@ from minomni.omni import TEXT_HEAD
 
 TABLE_OPTIONS = (None, *OPTIONS)  # of load(quantize=), a column each
 CACHE_LENGTHS = (1024, 4096, 8192, 16384, 32768)  # tokens
+TABLE_PARTS = ("text", "text+audio+vision")  # of load(parts=), a row each
 AUDIO_TOKENS = 25  # a second
 PROMPT_SECONDS = (15, 30, 60)
 WIDTHS_3B = (2048, 36)  # hidden size and layers of the Thinker of the 3B (source: Qwen2.5-3B)
@@ -240,16 +243,29 @@ def video_tokens(config: OmniConfig) -> int:
     return round(steps * media.frame_max_pixels / vision.cell_size**2)
 
 
+def weight_sizes(
+    tensors: dict[str, Tensor], left_out: tuple[str, ...], on_host: tuple[str, ...] = ()
+) -> list[int]:
+    """Bytes of weights on a device for each of TABLE_OPTIONS.
+
+    left_out, on_host: the beginnings of the names of those that are not loaded, and of those that
+    are there only while they run.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
+    sizes = []
+    for option in TABLE_OPTIONS:
+        quantization = parse_quantize(option)
+        sizes.append(needed_bytes(kept, torch.bfloat16, quantization, on_host=on_host))
+    return sizes
+
+
 def memory_table(config: OmniConfig) -> str:
     """GiB of weights, of the KV cache by context and of a prefill by seconds of media, in Markdown.
 
-    A column for bf16, and for each way to quantize that load() offers. The prefill's rows are
-    estimates.
+    A column for bf16, and for each way to quantize that load() offers; rows of weights for all
+    parts and for some. The prefill's rows are estimates.
     """
     tensors = weights.empty_model(Path("."), config).stored_tensors()
-    sizes = [
-        weight_bytes(tensors, torch.bfloat16, parse_quantize(option)) for option in TABLE_OPTIONS
-    ]
     both = [config.thinker.text, None if config.talker is None else config.talker.decoder]
     per_token = sum(cache_bytes(decoder) for decoder in both)
     names = [option or "bf16" for option in TABLE_OPTIONS]
@@ -260,7 +276,13 @@ def memory_table(config: OmniConfig) -> str:
         cells = [f"{value / GIB:.2f}" for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    row("weights", sizes)
+    row("weights", weight_sizes(tensors, ()))
+    for parts in TABLE_PARTS:
+        left_out = prefixes_of(parse_parts(parts))
+        row(f"weights with parts={parts}", weight_sizes(tensors, left_out))
+    # One encoder at a time is copied to the device.
+    on_host = weight_sizes(tensors, (), ENCODERS)
+    row("most weights on the device with encoders_on_host", on_host)
     context = config.thinker.text.max_position_embeddings
     for length in CACHE_LENGTHS:
         if length <= context:

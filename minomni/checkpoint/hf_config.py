@@ -20,6 +20,7 @@ from minomni.config import (
     AudioEncoderConfig,
     BigVGANConfig,
     CodecConfig,
+    CodeClassifierConfig,
     DecoderConfig,
     DiTConfig,
     FlowConfig,
@@ -555,11 +556,13 @@ def parse_own(section: Section, cls: type) -> Any:
     return section.build(cls)
 
 
-def parse_codec(root: Section, folder: Path) -> CodecConfig | None:
+def parse_codec(root: Section, folder: Path) -> CodecConfig | CodeClassifierConfig | None:
     """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
     if file.exists():
-        return parse_own(Section(read_json(file), short_path(file)), CodecConfig)
+        section = Section(read_json(file), short_path(file))
+        is_classifier = "num_codes" in section.data
+        return parse_own(section, CodeClassifierConfig if is_classifier else CodecConfig)
     return parse_group(root, "codec_config", CodecConfig, None)
 
 
@@ -614,7 +617,7 @@ def image_settings(folder: Path) -> Section:
 
 
 def check_round_trip(given: dict, written: dict, name: str) -> None:
-    """Raise UserError naming the first given key that we would not write, or with another value."""
+    """Raise UserError naming the first given key that we would write in another way."""
     for key, value in given.items():
         if key in IGNORED_CONFIG_KEYS:
             continue
@@ -622,8 +625,8 @@ def check_round_trip(given: dict, written: dict, name: str) -> None:
             if key in LEGACY_DEFAULTS and value == LEGACY_DEFAULTS[key]:
                 continue
             raise UserError(
-                f"{name}: unknown key {quote_json(key)}; remove it, or use the code that it was "
-                "written for"
+                f"{name}: unknown key {quote_json(key)}; remove it, or use the code "
+                "that it was written for"
             )
         if isinstance(value, dict) and isinstance(written[key], dict):
             check_round_trip(value, written[key], f"{name}, {key}")

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from minomni.arguments import check_int, check_number
-from minomni.checkpoint.quantize import without_import_notes
+from minomni.checkpoint.quantize import let_gradients_through, without_import_notes
 from minomni.checkpoint.saving import VOICES_FILE, write_voices
 from minomni.checkpoint.weights import load_voices
 from minomni.errors import UserError, quote, short_path, shorten
@@ -98,7 +99,17 @@ def add_lora(omni: Omni, options: LoraOptions, parts: tuple[str, ...], seed: int
         r=options.r, lora_alpha=options.alpha, target_modules=options.pattern(parts)
     )
     torch.manual_seed(seed)
-    peft.inject_adapter_in_model(config, omni)
+    inject(config, omni)
+
+
+def inject(config: Any, omni: Omni) -> None:
+    """Put the layers of a peft configuration into a model, in fp32: bf16 would lose small steps."""
+    let_gradients_through(omni)
+    with catch_warnings(action="ignore"):  # about merging into quantized layers, which is not done
+        require_peft().inject_adapter_in_model(config, omni)
+    for name, parameter in omni.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def save_lora(omni: Omni, folder: Path, voices: list[str]) -> None:
@@ -176,11 +187,11 @@ def load_lora(omni: Omni, folder: Path) -> None:
         )
     config.target_modules = layers
     config.exclude_modules = config.layers_to_transform = None  # `layers` are all there are
-    peft.inject_adapter_in_model(config, omni)
+    inject(config, omni)
     check_shapes(tensors, peft.get_peft_model_state_dict(omni), label)
     peft.set_peft_model_state_dict(omni, tensors)
     if (folder / VOICES_FILE).is_file():
-        device = next(omni.parameters()).device
+        device = omni.thinker.device
         omni.voices.update(load_voices(folder / VOICES_FILE, omni.config, device))
 
 

@@ -46,6 +46,26 @@ def weight_bytes(
     return total
 
 
+def needed_bytes(
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    mapped: Mapping[str, torch.dtype] | None = None,
+    on_host: tuple[str, ...] = (),
+) -> int:
+    """Most bytes of weights on a device at once: weight_bytes() of what stays there, and of the
+    largest part that is copied there while it runs.
+
+    on_host: the beginnings of the tensors' names of each of those parts.
+    """
+    resident = {name: tensor for name, tensor in tensors.items() if not name.startswith(on_host)}
+    copied = [0]
+    for prefix in on_host:
+        part = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        copied.append(weight_bytes(part, dtype, quantization))
+    return weight_bytes(resident, dtype, quantization, mapped) + max(copied)
+
+
 def quantized_bytes(weight: Tensor, method: str) -> int:
     """Bytes of a weight [out, in] in int8 or int4 with its scales and zero points."""
     out_features, in_features = weight.shape
@@ -81,17 +101,18 @@ def check_fits(
     dtype: torch.dtype,
     quantization: Quantization | None,
     mapped: Mapping[str, torch.dtype],
+    on_host: tuple[str, ...] = (),
 ) -> None:
     """Raise UserError where a device has too little free memory for the weights, with the options
-    that would fit. The arguments are those of weight_bytes().
+    that would fit. The arguments are those of needed_bytes().
     """
     free = free_bytes(device)
-    needed = weight_bytes(tensors, dtype, quantization, mapped)
+    needed = needed_bytes(tensors, dtype, quantization, mapped, on_host)
     if free is None or needed <= free:
         return
     fitting = []
     for option in OPTIONS:
-        size = weight_bytes(tensors, torch.bfloat16, parse_quantize(option), mapped)
+        size = needed_bytes(tensors, torch.bfloat16, parse_quantize(option), mapped, on_host)
         if size <= free:
             fitting.append(f"quantize={option} {size / GIB:.1f}")
     advice = "no quantization fits either; give another device"

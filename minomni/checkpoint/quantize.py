@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minomni.errors import UserError, quote
 from minomni.omni import Omni
@@ -199,6 +200,62 @@ def torchao_config(method: str, in_features: int, device: torch.device) -> Any:
         int4_choose_qparams_algorithm="hqq",
         set_inductor_config=False,
     )
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer with a quantized weight through which gradients flow to its input.
+
+    torchao's kernels for int4 have no derivative, and that for int8 keeps a wide copy of its weight
+    until the backward pass.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the precision of the scales."""
+        y = QuantizedProduct.apply(x.to(self.weight.dtype), self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """x W^T for a quantized W, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ plain_weight(ctx.weight).to(gradient.dtype), None
+
+
+def plain_weight(weight: Tensor) -> Tensor:
+    """A quantized weight [out, in] as a plain tensor."""
+    try:
+        return weight.dequantize()
+    except NotImplementedError:  # a packed format: its product with the identity is W^T
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return F.linear(identity, weight).T
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a tensor is one of torchao's."""
+    return hasattr(weight, "__tensor_flatten__")
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors of which a quantized tensor consists; of a plain one, itself."""
+    if not is_quantized(tensor):
+        return [tensor]
+    quantized: Any = tensor  # torchao's classes have more methods
+    names, _ = quantized.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def let_gradients_through(omni: Omni) -> None:
+    """Make the quantized layers of a model pass gradients on to their inputs."""
+    for layer in omni.modules():
+        if type(layer) is nn.Linear and is_quantized(layer.weight):
+            layer.__class__ = FrozenLinear
 
 
 def release_freed_memory() -> None:

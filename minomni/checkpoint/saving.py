@@ -132,6 +132,11 @@ def check_arguments(omni: Omni, folder: str | Path) -> None:
             f"save() was given a quantized model ({omni.quantized}), which no other program reads; "
             f"load the model without quantize and save that"
         )
+    if omni.left_out:
+        raise UserError(
+            f"save() was given a model without its {' and '.join(omni.left_out)}, which load() "
+            f"left out; load the model without parts and save that"
+        )
     if not isinstance(folder, (str, Path)) or not str(folder):
         raise UserError(
             f"save() was given {shorten(repr(folder), 60)} as the folder; expected a path"

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from minomni.arguments import check_bool
 from minomni.checkpoint.hf_config import (
     CODEC_FOLDER,
     RELEASE,
@@ -38,6 +39,7 @@ from minomni.checkpoint.hf_config import (
 from minomni.checkpoint.memory import ANY_PRECISION, check_fits
 from minomni.checkpoint.packed_weights import PARTS as PACKED_PARTS
 from minomni.checkpoint.packed_weights import PackedFormat, PackedLayer
+from minomni.checkpoint.parts import ENCODERS, PREFIXES, parse_parts, prefixes_of
 from minomni.checkpoint.quantize import (
     check_quantization,
     parse_quantize,
@@ -58,7 +60,7 @@ __all__ = ["INDEX_FILE", "VOICES_FILE", "WEIGHTS_FILE", "load", "load_voices", "
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
 COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
-SPEECH = ("talker.", "token2wav.", "codec.")  # unused by a model that answers in text alone
+SPEECH = PREFIXES["speech"]  # unused by a model that answers in text alone
 PARTS = ("thinker.", *SPEECH)
 # The precisions that are read, by their names in safetensors.
 PRECISIONS = {
@@ -108,6 +110,11 @@ class Reading:
     dtype: torch.dtype  # of Thinker and Talker; the rest becomes fp32
     methods: dict[str, str]  # {name: int8 or int4} of those that are quantized
     packed: dict[str, PackedLayer]  # {name: where its parts are} of those that are unpacked
+    on_host: tuple[str, ...]  # beginnings of the names of those that stay on the host
+
+    def device_of(self, name: str) -> torch.device:
+        """The device of a tensor."""
+        return torch.device("cpu") if name.startswith(self.on_host) else self.device
 
 
 def load(
@@ -115,6 +122,8 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     quantize: str | None = None,
+    parts: str | None = None,
+    encoders_on_host: bool = False,
 ) -> Omni:
     """Build the model of a folder with its voices and tokenizer -> Omni in evaluation mode.
 
@@ -124,7 +133,9 @@ def load(
     or "auto" keeps what is stored, and takes the most common precision where tensors differ.
     Token2Wav and codec are fp32. quantize: "int8" or "int4" for the linear layers of Thinker and
     Talker, with "+head" and "+encoders" for those in int8 as well; see quantize.py. The rest of
-    both is bf16 then, unless dtype says otherwise.
+    both is bf16 then, unless dtype says otherwise. parts: "text", with "+audio", "+vision" and
+    "+speech" for what is loaded besides; None loads all. encoders_on_host: keep the encoders in the
+    host's memory and copy them to the device whenever they run.
 
     On a CPU tensors are mapped where possible (see above); on a GPU the host's memory peaks at one
     shard. omni.loaded_from is the folder. Raises UserError naming the file for tensors or files
@@ -135,27 +146,38 @@ def load(
     if quantization is not None:
         check_quantization(quantization, device, dtype)
         dtype = dtype or torch.bfloat16
+    left_out = parse_parts(parts)
+    on_host = ENCODERS if check_bool(encoders_on_host, "encoders_on_host") else ()
     folder = snapshot(Path(folder))
 
     # The tensors that are there decide about speech and about the text head.
     config = read_config(folder)
     files = headers(folder)
     packed = packed_layers(folder, files)
-    stored = {name: tensor for names in files.values() for name, tensor in names.items()}
+    stored: dict[str, Stored] = {}
+    for names in files.values():
+        stored |= names
     check_precisions(folder, stored)
-    if config.talker is not None and not any(name.startswith(SPEECH) for name in stored):
+    has_speech = config.talker is not None and any(name.startswith(SPEECH) for name in stored)
+    if config.talker is not None and (not has_speech or "speech" in left_out):
         config = without_speech(config)
     if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:
-        config = replace(config, thinker=replace(config.thinker, tie_word_embeddings=False))
+        untied = replace(config.thinker, tie_word_embeddings=False)
+        config = replace(config, thinker=untied)
 
     # Nothing is read before names and shapes are known to be right.
     omni = empty_model(folder, config)
-    check_bijection(folder, {name: tensor.shape for name, tensor in stored.items()}, omni)
+    leave_out(omni, left_out if has_speech else tuple(p for p in left_out if p != "speech"))
+    omni.thinker.encoders_on_host = encoders_on_host
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    check_bijection(folder, shapes, omni)
     dtype = dtype or most_common_dtype(stored)
     methods = {} if quantization is None else quantized_layers(omni, quantization)
     mapped = mapped_tensors(stored, packed) if device.type == "cpu" else {}
-    check_fits(folder, omni.stored_tensors(), device, dtype, quantization, mapped)
-    fill_model(omni, files, Reading(device, dtype, methods, packed))
+    reading = Reading(device, dtype, methods, packed, on_host)
+    copied = on_host if device.type != "cpu" else ()  # a copy on the same device takes no memory
+    check_fits(folder, omni.stored_tensors(), device, dtype, quantization, mapped, copied)
+    fill_model(omni, files, reading)
     omni.quantized = quantize
 
     omni.voices = load_voices(folder / VOICES_FILE, config, device)
@@ -164,6 +186,14 @@ def load(
         check_tokenizer(folder, omni.tokenizer, config)
     omni.loaded_from = folder.absolute()
     return omni.eval()
+
+
+def leave_out(omni: Omni, parts: tuple[str, ...]) -> None:
+    """Mark parts as left out, and remove the encoders among them."""
+    omni.left_out = parts
+    for part in parts:
+        if part != "speech":
+            omni.thinker.leave_out(part)
 
 
 class SkipInit(TorchFunctionMode):
@@ -469,15 +499,20 @@ def mapped_tensors(
 
 
 def is_used(name: str, omni: Omni) -> bool:
-    """Whether the model needs a stored tensor. It computes some itself, and may lack speech."""
-    if name in COMPUTED:
+    """Whether the model needs a stored tensor. It computes some itself, and may lack parts."""
+    if name in COMPUTED or name.startswith(prefixes_of(omni.left_out)):
         return False
     return omni.talker is not None or not name.startswith(SPEECH)
 
 
-def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni) -> None:
-    """Raise one UserError that counts all missing, extra and misshapen tensors, and names some."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in omni.stored_tensors().items()}
+def check_bijection(
+    folder: Path,
+    stored: dict[str, tuple[int, ...]],
+    omni: Omni,
+) -> None:
+    """Raise one UserError that counts missing, extra and misshapen tensors."""
+    tensors = omni.stored_tensors()
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     stored = {name: shape for name, shape in stored.items() if is_used(name, omni)}
 
     missing = sorted(wanted.keys() - stored.keys())
@@ -485,7 +520,8 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
     misshapen = []
     for name in sorted(wanted.keys() & stored.keys()):
         if stored[name] != wanted[name]:
-            found, expected = shorten(list(stored[name]), 24), shorten(list(wanted[name]), 24)
+            found = shorten(list(stored[name]), 24)
+            expected = shorten(list(wanted[name]), 24)
             misshapen.append(f"{shorten(name, 50)} is {found}, expected {expected}")
     if not missing and not extra and not misshapen:
         return
@@ -509,8 +545,12 @@ def check_bijection(folder: Path, stored: dict[str, tuple[int, ...]], omni: Omni
     )
 
 
-def fill_model(omni: Omni, files: dict[Path, dict[str, Stored]], reading: Reading) -> None:
-    """Give an empty model its tensors, file by file. Raises UserError where reading fails."""
+def fill_model(
+    omni: Omni,
+    files: dict[Path, dict[str, Stored]],
+    reading: Reading,
+) -> None:
+    """Give an empty model its tensors, file by file. Raises as read_shard() does."""
     for file, names in files.items():
         tensors = read_shard(file, names, reading, omni)
         omni.load_state_dict(tensors, strict=False, assign=True)
@@ -535,11 +575,12 @@ def read_shard(
                 if not is_used(name, omni):
                     continue
                 dtype = reading.dtype if name.startswith(ANY_PRECISION) else torch.float32
+                device = reading.device_of(name)
                 if name in reading.packed:
-                    tensor = reading.packed[name].read(reading.device, dtype)
+                    tensor = reading.packed[name].read(device, dtype)
                 else:
                     key = name if name in inside else name.removeprefix("thinker.")
-                    tensor = aligned(shard.get_tensor(key).to(reading.device, dtype))
+                    tensor = aligned(shard.get_tensor(key).to(device, dtype))
                 if name in reading.methods:
                     tensor = quantize_tensor(tensor, reading.methods[name])
                 tensors[name] = tensor

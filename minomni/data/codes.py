@@ -11,7 +11,7 @@ from minomni.data.batching import batched, pad_mels
 from minomni.data.corpus import SpeechCorpus
 from minomni.files import write_atomically
 from minomni.inputs.mel import voice_mel
-from minomni.talker.codec import Codec
+from minomni.talker.codec import Codec, CodeClassifier
 
 BATCH = 32  # utterances encoded together
 
@@ -52,9 +52,9 @@ def encode_batches(codec: Codec, speech: SpeechCorpus) -> list[Tensor]:
     return [codes[i] for i in range(len(speech))]
 
 
-def encode_waves(codec: Codec, waves: list[Tensor]) -> list[Tensor]:
+def encode_waves(codec: Codec | CodeClassifier, waves: list[Tensor]) -> list[Tensor]:
     """Waveforms of whole codes [samples] -> their codes [C] on the CPU, encoded as one batch."""
     mels, frames = pad_mels([voice_mel(wave) for wave in waves])
-    rows = codec.encode(mels.to(codec.to_grid.weight.device)).cpu()  # [B, C]
+    rows = codec.encode(mels.to(codec.stem.weight.device)).cpu()  # [B, C]
     counts = frames // codec.config.downsample
     return [row[:count] for row, count in zip(rows, counts, strict=True)]

@@ -193,6 +193,13 @@ def members_of_tar(path: Path) -> Iterator[tuple[str, int, bytes]]:
         ) from None
 
 
+def holds_samples(path: Path) -> bool:
+    """Whether a tar file has a member that belongs to a sample. Raises UserError for a damaged
+    file.
+    """
+    return any(WEBDATASET_KEY.fullmatch(name) for name, _, _ in members_of_tar(path))
+
+
 def shard_files(folder: Path) -> list[Path]:
     """The tar files of a folder in order."""
     return sorted(folder.glob("*.tar"))
@@ -228,7 +235,8 @@ class ShardRows(jsonl.JsonlRows):
         if not is_list or samples[-1] != len(members):
             raise ValueError(f"{SAMPLES} belongs to another {MEMBERS}")
         shards = int(members[:, 0].max(initial=-1)) + 1
-        if shards != len(self.shards):
+        others = self.shards[shards:]  # a writer may leave its last tar file empty
+        if shards > len(self.shards) or any(map(holds_samples, others)):
             raise ValueError(f"it is of {shards} tar files, and the folder has {len(self.shards)}")
 
     def __getitem__(self, i: int) -> jsonl.JsonlRow:

@@ -33,10 +33,11 @@ MIN_IS_WHITE = 0
 def load_image(source: Any) -> Image.Image:
     """Any source of an image -> RGB image, upright, transparency on white.
 
-    source: a path, a file:// or data: URI, bytes, an open file, {"bytes", "path"}, a PIL image, or
-    an array [h, w], [h, w, channels] or [channels, h, w] of 1, 3 or 4 channels, as uint8, uint16
-    over its full range, or floats from 0 to 1. Of an animation, the first frame is taken. Raises
-    UserError for an image that is missing, unreadable, too large, or of unknown scale.
+    source: a path, a file:// or data: URI, bytes, an open file, {"bytes", "path"}, a
+    PIL image, or an array [h, w], [h, w, channels] or [channels, h, w] of 1, 3 or 4
+    channels, as uint8, uint16 over its full range, or floats from 0 to 1. Of an
+    animation, the first frame is taken. Raises UserError for an image that is missing,
+    unreadable, too large, or of unknown scale.
     """
     name = name_of(source, "image")
     if isinstance(source, (np.ndarray, Tensor)):
@@ -47,8 +48,9 @@ def load_image(source: Any) -> Image.Image:
         try:
             with warnings.catch_warnings(action="ignore"):
                 image = Image.open(stream)
-        except Exception as error:  # on broken bytes, the readers of some formats raise anything
-            raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
+        except Exception as error:  # readers raise anything on broken bytes
+            reason = first_line(error)
+            raise UserError(f"{name}: not a readable picture ({reason})") from None
         with image:
             return _to_rgb(image, name)
 

@@ -43,11 +43,12 @@ def chunk_bounds(times: Tensor, ids_per_chunk: int) -> list[tuple[int, int]]:
 def interleave(
     seconds: Tensor, audio_tokens: int, config: ThinkerConfig
 ) -> list[tuple[str, int, int]]:
-    """Seconds [t] of the grid steps and number of audio tokens -> segments in sequence order.
+    """Seconds [t] of the grid steps, number of audio tokens -> segments in their order.
 
-    A segment is (kind, begin, end). For kind "video", begin and end are indices of grid steps, each
-    of which has rows * columns tokens; for kind "audio", indices of audio tokens. No segment is
-    empty. After the end of one track, the remaining chunks of the other are adjacent.
+    A segment is (kind, begin, end). For kind "video", begin and end are indices of grid
+    steps, each of which has rows * columns tokens; for kind "audio", indices of audio
+    tokens. No segment is empty. After the end of one track, the remaining chunks of the
+    other are adjacent.
     """
     ids_per_second = config.position_id_per_seconds
     ids_per_chunk = config.seconds_per_chunk * ids_per_second
@@ -55,7 +56,8 @@ def interleave(
     audio_chunks = chunk_bounds(torch.arange(audio_tokens), ids_per_chunk)
 
     segments = []
-    for video_chunk, audio_chunk in zip_longest(video_chunks, audio_chunks, fillvalue=(0, 0)):
+    chunks = zip_longest(video_chunks, audio_chunks, fillvalue=(0, 0))
+    for video_chunk, audio_chunk in chunks:
         segments.append(("video", *video_chunk))
         segments.append(("audio", *audio_chunk))
     return [(kind, begin, end) for kind, begin, end in segments if begin < end]

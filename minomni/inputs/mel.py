@@ -74,19 +74,25 @@ def num_audio_tokens(frames: Frames) -> Frames:
 
 
 def log_power(wave: Tensor) -> Tensor:
-    """Waveform [samples] or [B, samples] at 16 kHz -> log10 power in 128 bands [..., 128, n].
+    """Waveform [samples] or [B, samples], 16 kHz -> log10 power of bands [..., 128, n].
 
-    n is F, the number of frames of log_mel, plus a few. Power spectrum of 25 ms Hann windows; the
-    window of frame t is centered on sample 160 t. The end of the clip is padded with silence, not
-    by reflection, as the release's padding to 300 s does; the windows of the frames after F still
-    overlap the clip.
+    n is F, the number of frames of log_mel, plus a few. Power spectrum of 25 ms Hann
+    windows; the window of frame t is centered on sample 160 t. The end of the clip is
+    padded with silence, not by reflection, as the release's padding to 300 s does; the
+    windows of the frames after F still overlap the clip.
     """
     samples = wave.shape[-1]
     frames = ceil(samples / HOP)
     padded = F.pad(wave, (0, frames * HOP + LOG_FFT - samples))
     window = torch.hann_window(LOG_FFT, device=wave.device)
     spectrum = torch.stft(
-        padded, LOG_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True
+        padded,
+        LOG_FFT,
+        HOP,
+        window=window,
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
     )
     power = spectrum.abs() ** 2  # [..., 201, n]
     filters = mel_filters(LOG_FFT, LOG_BANDS).to(wave.device)
@@ -94,9 +100,9 @@ def log_power(wave: Tensor) -> Tensor:
 
 
 def normalize_log_mel(power: Tensor, peak: Tensor) -> Tensor:
-    """log_power() -> clipped DYNAMIC_RANGE below `peak`, the maximum of the clip, and scaled.
+    """log_power() -> scaled and clipped DYNAMIC_RANGE below `peak`, the maximum.
 
-    The result lies between about -1 and 1.
+    The result spans at most two units; where it lies depends on how loud the clip is.
     """
     return (torch.maximum(power, peak - DYNAMIC_RANGE) + 4.0) / 4.0
 
@@ -104,7 +110,8 @@ def normalize_log_mel(power: Tensor, peak: Tensor) -> Tensor:
 def log_mel(wave: Tensor) -> Tensor:
     """Waveform [samples] or [B, samples] at 16 kHz -> log-mel [128, F] or [B, 128, F].
 
-    F = ceil(samples / 160). Source: release feature extractor; Whisper's recipe with 128 bands.
+    F = ceil(samples / 160). Source: release feature extractor; Whisper's recipe with
+    128 bands.
     """
     power = log_power(wave)
     peak = power.amax((-2, -1), keepdim=True)

@@ -140,9 +140,11 @@ def image_patches(
 ) -> tuple[Tensor, Grid]:
     """An RGB image -> patches [gh * gw, patch_dim] and grid (1, gh, gw).
 
-    The image is both frames of a pair. Raises UserError for sizes that smart_resize refuses.
+    The image is both frames of a pair. Raises UserError for sizes that smart_resize
+    does not accept.
     """
-    height, width = image_size(image.height, image.width, vision.cell_size, media, name, options)
+    cell = vision.cell_size
+    height, width = image_size(image.height, image.width, cell, media, name, options)
     pixels = _resize(image, height, width)
     pair = pixels.expand(vision.temporal_patch_size, -1, -1, -1)
     return to_patches(pair, vision)
@@ -170,10 +172,11 @@ def video_patches(
 
 
 def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Grid]:
-    """Normalized frames [n, 3, height, width] -> patches [t * gh * gw, patch_dim] and grid.
+    """Normalized frames [n, 3, height, width] -> patches [t * gh * gw, patch_dim].
 
-    The grid is (t, gh, gw). Order of the rows: by frame pair, then by merge cell, then row-major
-    inside the cell. Order of the columns: by (channel, frame, row, column).
+    Also returns the grid (t, gh, gw). Order of the rows: by frame pair, then by merge
+    cell, then row-major inside the cell. Order of the columns: by (channel, frame, row,
+    column).
     """
     n, channels, height, width = pixels.shape
     pair = vision.temporal_patch_size
@@ -181,15 +184,18 @@ def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Gri
     patch = vision.patch_size
     t, gh, gw = n // pair, height // patch, width // patch
 
-    x = pixels.reshape(t, pair, channels, gh // merge, merge, patch, gw // merge, merge, patch)
-    # -> [t, row and column of the cell, row and column inside it, channels, pair, patch, patch]
+    rows, columns = gh // merge, gw // merge  # of cells
+    x = pixels.reshape(t, pair, channels, rows, merge, patch, columns, merge, patch)
+    # -> [t, row and column of the cell, row and column inside it, channels, pair,
+    # patch, patch]
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(t * gh * gw, vision.patch_dim), (t, gh, gw)
 
 
 def _resize(image: Image.Image, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, then scaled and normalized -> [1, 3, height, width]."""
+    """Bicubic with antialiasing, scaled and normalized -> [1, 3, height, width]."""
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)  # [height, width, 3]
+    colors = np.asarray(resized, dtype=np.float32) / 255
+    pixels = torch.from_numpy(colors)  # [height, width, 3]
     normalized = (pixels - CHANNEL_MEAN) / CHANNEL_STD
     return normalized.permute(2, 0, 1)[None]

@@ -163,7 +163,7 @@ def _items_of(content: str | list) -> list[Item]:
 
 
 def _joined_texts(parts: list[str | Item]) -> list[str | Item]:
-    """The parts with adjacent strings joined, since a token may reach across their border."""
+    """The parts with adjacent strings joined: a token may reach across their border."""
     joined: list[str | Item] = []
     for part in parts:
         if joined and isinstance(part, str) and isinstance(joined[-1], str):

@@ -15,15 +15,18 @@ from torch import Tensor
 
 STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
 DOTS = {1: "●○○", 2: "●●○", 3: "●●●"}
+CUT = "# ..."  # stands for lines that show() leaves out
 WHOLE = 12  # elements of a tensor that a grader prints whole
 
 
-def show(*objects: Any) -> None:
+def show(*objects: Any, begin: str = "", end: str = "") -> None:
     """Print the current source of functions, classes or modules, so that no page is out of date.
 
-    In a notebook it is highlighted, by a Markdown block that GitHub renders too.
+    In a notebook it is highlighted, by a Markdown block that GitHub renders too. begin, end: show
+    the part from the first line that contains `begin` to the one before the next that contains
+    `end`; CUT stands for the rest. Raises ValueError if there is no such line.
     """
-    sources = [dedent(inspect.getsource(inspect.unwrap(thing))).rstrip() for thing in objects]
+    sources = [source_of(thing, begin, end) for thing in objects]
     source = "\n\n\n".join(sources)
     if not _in_ipython():
         print(source)
@@ -31,6 +34,30 @@ def show(*objects: Any) -> None:
     from IPython.display import display
 
     display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, raw=True)
+
+
+def source_of(thing: Any, begin: str = "", end: str = "") -> str:
+    """The source that show() prints of one object."""
+    source = dedent(inspect.getsource(inspect.unwrap(thing))).rstrip()
+    lines = source.splitlines()
+    first = _line_with(begin, lines, 0) if begin else 0
+    last = _line_with(end, lines, first + 1) if end else len(lines)
+    part = "\n".join(lines[first:last]).rstrip()
+    indent = " " * (len(lines[first]) - len(lines[first].lstrip()))
+    if begin:
+        part = f"{indent}{CUT}\n{part}"
+    if end:
+        inner = " " * (len(lines[last]) - len(lines[last].lstrip()))
+        part = f"{part}\n{inner}{CUT}"
+    return part
+
+
+def _line_with(text: str, lines: list[str], first: int) -> int:
+    """The index of the first line from `first` on that contains a text."""
+    for i in range(first, len(lines)):
+        if text in lines[i]:
+            return i
+    raise ValueError(f"show: no line contains {text!r}; give a part of a line that is there")
 
 
 def _in_ipython() -> bool:

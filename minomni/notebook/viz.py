@@ -1,10 +1,11 @@
-"""Figures for the notebooks: audio, mels, filters, position ids, and settings side by side or
-under a slider.
+"""Figures for the notebooks: audio, mels, filters, position ids, settings side by side with buttons
+and sliders, and diagrams.
 
 matplotlib and ipywidgets are imported where they are used, so importing this file is cheap.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from html import escape
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE, TokenIds
 from minomni.inputs.mel import LOG_BANDS, VOICE_BANDS, hz_to_mel
-from minomni.plot import COLORS, PALE, axes, plain
+from minomni.plot import COLORS, PALE, plain
+from minomni.plot import axes as plot_axes
 from minomni.plot import mel as plot_bands
 
 if TYPE_CHECKING:
@@ -25,6 +27,28 @@ AXES = ("time", "height", "width")
 MAX_NUMBERED_TOKENS = 40  # tokens in a row whose ids are still legible
 
 
+def axes(*args: Any, **options: Any) -> Any:
+    """A figure of rows x columns plots, as of minomni.plot.axes, in a notebook at 2x resolution."""
+    draw_at_double_resolution()
+    return plot_axes(*args, **options)
+
+
+@cache
+def draw_at_double_resolution() -> None:
+    """Let a notebook store its figures with twice the pixels, shown at the usual size.
+
+    Outside of a notebook nothing changes.
+    """
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.config import InlineBackend
+    except ImportError:
+        return
+    shell = get_ipython()
+    if hasattr(shell, "kernel"):
+        InlineBackend.instance(parent=shell).figure_formats = {"retina"}
+
+
 def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str = "") -> None:
     """Air pressure over time. wave [samples]."""
     seconds = torch.arange(len(wave)) / rate
@@ -33,18 +57,23 @@ def waveform(ax: "Axes", wave: Tensor, rate: int = INPUT_SAMPLE_RATE, title: str
 
 
 def mel(ax: "Axes", bands: Any, title: str = "", **options: Any) -> None:
-    """A mel spectrogram over seconds and Hz; options as of minomni.plot.mel.
+    """A mel spectrogram, or a difference of two, over seconds and Hz; options as of
+    minomni.plot.mel.
 
     Other images of bands over frames keep the number of the band as their axis.
     """
     plot_bands(ax, bands, title, **options)
-    count = len(bands)
-    if count in (LOG_BANDS, VOICE_BANDS):
-        # The centers of the bands are equally spaced in mels between 0 Hz and the Nyquist limit.
-        hz = torch.tensor([500.0, 1000, 2000, 4000, INPUT_SAMPLE_RATE / 2])
-        mels = hz_to_mel(hz)
-        ticks = mels / mels[-1] * (count + 1) - 0.5
-        ax.set(ylabel="Hz", yticks=ticks.clamp_max(count), yticklabels=[f"{f:,.0f}" for f in hz])
+    if len(bands) in (LOG_BANDS, VOICE_BANDS):
+        hz_axis(ax, len(bands))
+
+
+def hz_axis(ax: "Axes", bands: int) -> None:
+    """Label the vertical axis of an image of `bands` mel bands in Hz."""
+    # The centers of the bands are equally spaced in mels between 0 Hz and the Nyquist limit.
+    hz = torch.tensor([500.0, 1000, 2000, 4000, INPUT_SAMPLE_RATE / 2])
+    mels = hz_to_mel(hz)
+    ticks = mels / mels[-1] * (bands + 1) - 0.5
+    ax.set(ylabel="Hz", yticks=ticks.clamp_max(bands), yticklabels=[f"{f:,.0f}" for f in hz])
 
 
 def filters(
@@ -233,12 +262,18 @@ def angles(ax: "Axes", cosines: Tensor, section: tuple[int, int, int]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def explore(draw: Callable, size: float = 2.6, **ranges: Sequence) -> None:
-    """Show draw(ax, **settings) at many settings: a row of plots, and sliders in a live notebook.
+def explore(
+    draw: Callable,
+    size: float = 2.6,
+    slide: Mapping[str, Sequence] | None = None,
+    **ranges: Sequence,
+) -> None:
+    """Show draw(ax, **settings) at many settings: a row of plots, and controls in a live notebook.
 
     ranges: the values of each setting. The row of plots varies the first setting; the others are at
     their middle value, which is written above it. A title that draw sets is kept. size: height of a
-    plot in inches.
+    plot in inches. slide: the finer values that an ordered quantity has on its slider. Every other
+    setting has a button for each value; there are no controls if the row shows all there is.
     """
     (first, values), *others = ranges.items()
     middle = {name: options[len(options) // 2] for name, options in others}
@@ -255,8 +290,9 @@ def explore(draw: Callable, size: float = 2.6, **ranges: Sequence) -> None:
     if middle:
         fixed = ", ".join(f"{name} = {value}" for name, value in middle.items())
         plots[0].figure.suptitle(fixed, x=0.01, ha="left", fontsize=8, color=COLORS["text"])
-    if is_interactive():
-        _sliders(draw, size, ranges)
+    has_more = len(ranges) > 1 or bool(slide)
+    if has_more and is_interactive():
+        _controls(draw, size, ranges, slide or {})
 
 
 def is_interactive() -> bool:
@@ -271,8 +307,10 @@ def is_interactive() -> bool:
         return False
 
 
-def _sliders(draw: Callable, size: float, ranges: dict[str, Sequence]) -> None:
-    """One slider for each setting; draw is called whenever one moves."""
+def _controls(
+    draw: Callable, size: float, ranges: Mapping[str, Sequence], slide: Mapping[str, Sequence]
+) -> None:
+    """Buttons or a slider for each setting; draw is called whenever one changes."""
     import ipywidgets
     import matplotlib.pyplot as plt
 
@@ -280,15 +318,29 @@ def _sliders(draw: Callable, size: float, ranges: dict[str, Sequence]) -> None:
         draw(axes(width=7, height=1.2 * size), **settings)
         plt.show()
 
-    sliders = {}
+    controls = {}
     for name, values in ranges.items():
-        sliders[name] = ipywidgets.SelectionSlider(
-            options=list(values),
-            value=values[len(values) // 2],
-            continuous_update=False,
-            layout={"width": "480px"},
-        )
-    ipywidgets.interact(redraw, **sliders)
+        middle = values[len(values) // 2]
+        controls[name] = _slider(slide[name], middle) if name in slide else _buttons(values, middle)
+    ipywidgets.interact(redraw, **controls)
+
+
+def _slider(values: Sequence, value: Any) -> Any:
+    """A slider over the values of an ordered quantity; it begins at `value`, one of them."""
+    import ipywidgets
+
+    return ipywidgets.SelectionSlider(
+        options=list(values), value=value, continuous_update=False, layout={"width": "480px"}
+    )
+
+
+def _buttons(values: Sequence, value: Any) -> Any:
+    """A button for each value; `value` is the one that is pressed."""
+    import ipywidgets
+
+    options = [(str(option), option) for option in values]
+    style = {"button_width": "auto"}
+    return ipywidgets.ToggleButtons(options=options, value=value, style=style)
 
 
 MAP = {  # x, y and width of each box of the model
@@ -360,6 +412,34 @@ def flow(*steps: str, wide: int = 860):
     return _svg(int(right) + 6, y + 40, parts)
 
 
+def cell_order(cells: int = 2, inside: int = 2):
+    """How patches become rows, as a diagram (SVG): an image of numbered patches and, beside it, the
+    same numbers cell by cell.
+
+    cells: cells along a side of the image; inside: patches along a side of a cell.
+    """
+    side = cells * inside
+    parts = []
+    for y, x in product(range(side), repeat=2):
+        parts.append(_square(4 + 30 * x, 4 + 30 * y, str(side * y + x)))
+    for y, x in product(range(cells), repeat=2):
+        edge = 30 * inside
+        parts.append(_frame(4 + edge * x, 4 + edge * y, edge, edge))
+    left = 4 + 30 * side + 76
+    middle = 4 + 15 * side
+    parts.append(_arrow((left - 68, middle), (left - 12, middle)))
+    for row, column, y, x in product(range(cells), range(cells), range(inside), range(inside)):
+        cell = cells * row + column
+        number = side * (inside * row + y) + inside * column + x
+        at = left + 30 * (inside * inside * cell + inside * y + x) + 8 * cell
+        parts.append(_square(at, middle - 15, str(number)))
+    width = 30 * inside * inside
+    for cell in range(cells * cells):
+        parts.append(_frame(left + (width + 8) * cell, middle - 15, width, 30))
+    right = left + (width + 8) * cells * cells
+    return _svg(right, 30 * side + 8, parts)
+
+
 def _svg(width: int, height: int, parts: list[str]):
     from IPython.display import SVG
 
@@ -381,6 +461,16 @@ def _box(x: float, y: float, width: float, name: str, lit: bool = False) -> str:
     fill = COLORS["audio"] if lit else "#f2f2f2"
     box = f'<rect x="{x:g}" y="{y}" width="{width:g}" height="30" rx="4" fill="{fill}" '
     return box + f'stroke="{INK}"/>' + _text(x + width / 2, y + 19, name)
+
+
+def _square(x: float, y: float, name: str) -> str:
+    square = f'<rect x="{x:g}" y="{y:g}" width="30" height="30" fill="#f2f2f2" stroke="{PALE}"/>'
+    return square + _text(x + 15, y + 19, name)
+
+
+def _frame(x: float, y: float, width: float, height: float) -> str:
+    corner = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
+    return corner + f'fill="none" stroke="{INK}" stroke-width="2"/>'
 
 
 def _text(x: float, y: float, text: str, size: int = 12) -> str:

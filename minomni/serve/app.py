@@ -5,10 +5,11 @@ import mimetypes
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -31,6 +32,7 @@ from minomni.serve.worker import Client, Worker
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
+Result = TypeVar("Result")
 STATIC = Path(__file__).parent / "static"
 SAMPLES = ("scene.png", "color.png", "digit.png")  # pictures that the page offers
 PING_S = 20.0  # between two signs of life on a WebSocket
@@ -45,8 +47,20 @@ class Server:
         self.model_name = model_name
         self.settings = settings
         self.worker = Worker()
+        # A pool and not a semaphore: a request that is given up frees its place when its thread
+        # ends, not before.
+        self.decoders = ThreadPoolExecutor(settings.decoders, "minomni-decoder")
         self.clients: set[Client] = set()
-        self.trained_here = omni.config.codec is not None
+        self.trained_here = omni.config.trained_here
+
+    async def decode(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call a function that decodes media in a thread of its own.
+
+        It does not hold up the worker's steps. At most Settings.decoders such calls run at once,
+        which bounds the memory that decoded media take; others wait for their turn.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.decoders, function, *arguments)
 
     def take_client(self) -> Client:
         """A new client of the worker. Raises ApiError 429 where all sessions are in use."""
@@ -98,6 +112,7 @@ def create_app(omni: "Omni", model_name: str, settings: Settings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         server.worker.start()
         yield
+        server.decoders.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(server.worker.stop)
 
     app = Starlette(

@@ -108,7 +108,7 @@ def spoken_question(port: int, open_microphone: bool) -> float:
     session = {"type": "realtime", "audio": {"input": {"turn_detection": detection}}}
     address = f"ws://127.0.0.1:{port}/v1/realtime"
     with (
-        connect(address, max_size=None, compression=None) as websocket,
+        connect(address, max_size=None, compression=None, open_timeout=TIMEOUT_S) as websocket,
         ThreadPoolExecutor(1) as pool,
     ):
         send(websocket, "session.update", session=session)

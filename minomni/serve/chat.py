@@ -61,8 +61,7 @@ class Answer:
         request = self.request
         omni = self.server.omni
         options = stream_options(omni.config, request.seed, LOW_LATENCY, None, request.options)
-        # Decoding media is not the model's work and does not hold up the others' steps.
-        voice, inputs = await asyncio.to_thread(
+        voice, inputs = await self.server.decode(
             omni.prepare,
             request.messages,
             request.voice,
@@ -324,8 +323,7 @@ async def transcription_form(request: Request) -> dict:
 
 def transcription_prompt(omni: "Omni") -> str:
     """How this model was trained to be asked for a transcript."""
-    trained_here = omni.config.codec is not None
-    return TRANSCRIBE if trained_here else RELEASE_TRANSCRIBE
+    return TRANSCRIBE if omni.config.trained_here else RELEASE_TRANSCRIBE
 
 
 def parse_temperature(text: object) -> float:

@@ -116,6 +116,7 @@ class Conversation:
         self.receiver = AudioReceiver()
         self.input_item = new_id("item")
         self.turn_samples = 0  # at 16 kHz
+        self.buffer_samples = 0  # of them, those of the buffer that are not committed yet
         self.silence = np.zeros(0, np.float32)  # audio of push to talk before any speech
         self.turn_text: list[str] = []
         self.turn_images: list[Image.Image] = []
@@ -339,7 +340,7 @@ class Conversation:
             raise bad_request("audio has half a sample at its end; expected pcm16", "audio")
         samples = self.receiver.feed(data)
         if self.detection is None:
-            self.add_audio(self.without_silence(samples))
+            self.add_buffer_audio(self.without_silence(samples))
             return
         if self.detector is None:
             self.detector = VoiceDetector(self.detection.options)
@@ -347,7 +348,7 @@ class Conversation:
             if isinstance(found, SpeechStarted):
                 self.begin_speech(found)
             elif isinstance(found, SpeechContinued):
-                self.add_audio(found.wave)
+                self.add_buffer_audio(found.wave)
             else:
                 self.end_speech(found)
 
@@ -370,7 +371,7 @@ class Conversation:
             if is_playing:
                 self.held = []
                 self.held_until = self.turn_samples + int(HOLD_S * INPUT_SAMPLE_RATE)
-        self.add_audio(found.wave)
+        self.add_buffer_audio(found.wave)
 
     def end_speech(self, found: SpeechStopped) -> None:
         """The user has spoken: the turn is complete."""
@@ -384,8 +385,13 @@ class Conversation:
         if self.detection.create_response and self.running is None:
             self.begin_answer({})
 
+    def add_buffer_audio(self, samples: np.ndarray) -> None:
+        """Add audio of the buffer [samples] at 16 kHz to the current turn: not committed yet."""
+        self.buffer_samples += len(samples)
+        self.add_audio(samples)
+
     def add_audio(self, samples: np.ndarray) -> None:
-        """Add audio [samples] at 16 kHz to the current turn."""
+        """Add audio [samples] at 16 kHz to the current turn: of the buffer, or of an item."""
         if not len(samples):
             return
         if self.frame is not None and self.turn_samples == 0:
@@ -422,13 +428,18 @@ class Conversation:
             if len(self.silence):  # no speech was found: the model decides what it is
                 rest = np.concatenate((self.silence, rest))
             self.reset_detector()
-            self.add_audio(rest)
+            self.add_buffer_audio(rest)
         self.commit_audio()
 
     def commit_audio(self) -> None:
-        """Complete the audio of the turn. Raises ApiError where there is none."""
-        if self.turn_samples == 0:
-            raise bad_request("the audio buffer is empty", "audio")
+        """Complete the audio of the buffer. Raises ApiError where there is none."""
+        if self.buffer_samples == 0:
+            raise ApiError(
+                400,
+                "the audio buffer is empty; append audio before it is committed",
+                code="input_audio_buffer_commit_empty",
+            )
+        self.buffer_samples = 0
         self.release_held()
         self.outbox.send(
             "input_audio_buffer.committed", item_id=self.input_item, previous_item_id=None
@@ -437,21 +448,26 @@ class Conversation:
         self.input_item = new_id("item")
 
     async def clear(self, event: dict) -> None:
-        """input_audio_buffer.clear: forget the audio and the frames of the turn."""
-        self.held = None
+        """input_audio_buffer.clear: forget the audio that is not committed.
+
+        All audio and frames of a turn are encoded together: what was committed before is forgotten
+        with what came after it.
+        """
         self.receiver = AudioReceiver()
         self.reset_detector()
-        if self.turn_samples:
+        if self.buffer_samples:
+            self.held = None
             images = list(self.turn_images)
             self.call(lambda session: keep_images(session, images))
-        self.turn_samples = 0
-        self.last_frame_s = None
+            self.turn_samples = 0
+            self.buffer_samples = 0
+            self.last_frame_s = None
         self.outbox.send("input_audio_buffer.cleared")
 
     async def append_frame(self, event: dict) -> None:
         """input_video_frame.append: a camera frame. It counts where the user speaks."""
         data = decode_base64(event.get("image"), "image")
-        image = await asyncio.to_thread(read_image, io.BytesIO(data), FRAME_SIZE)
+        image = await self.server.decode(read_image, io.BytesIO(data), FRAME_SIZE)
         frame = np.asarray(image)
         if self.turn_samples == 0:
             self.frame = frame  # the first one of the next turn
@@ -496,7 +512,7 @@ class Conversation:
             return lambda: self.turn_text.append(text)
         if kind == "input_image":
             uri = data_uri({"image_url": part.get("image_url")}, "image_url")
-            image = await asyncio.to_thread(read_image, uri, IMAGE_SIZE)
+            image = await self.server.decode(read_image, uri, IMAGE_SIZE)
             return lambda: self.add_image(image)
         if kind == "input_audio":
             data = decode_base64(part.get("audio"), "audio")
@@ -591,6 +607,7 @@ class Conversation:
     def begin_turn(self) -> None:
         """What arrives from now on belongs to the next turn."""
         self.turn_samples = 0
+        self.buffer_samples = 0
         self.turn_text = []
         self.turn_images = []
         self.frame = None

@@ -20,6 +20,7 @@ class Settings:
     names: tuple[str, ...] = ()  # host names that requests may give, of a proxy for example
     token: str | None = None  # a client must give it; None for a server of this machine alone
     sessions: int = 32  # requests and conversations at once; others get status 429
+    decoders: int = 4  # threads that decode media; further media wait, see Server.decode()
     body_bytes: int = 32 * 2**20  # of a request
     frame_bytes: int = 2**20  # of a WebSocket message
     body_s: float = 60.0  # seconds that a request may take to arrive

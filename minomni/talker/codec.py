@@ -1,10 +1,11 @@
 """Our speech tokenizer: mel -> one code per 40 ms -> letters and mel.
 
-The release ships no encoder; its codes differ from ours. A mel is downsampled by strided
-convolutions, encoded by a small transformer in 2-second blocks (so that encoding can stream), and
-quantized by finite scalar quantization (FSQ, arXiv 2309.15505). Two decoders determine what the
-codes keep: a CTC head predicts letters (the words), and a convolutional mel decoder *conditioned on
-the speaker* predicts the mel (pitch and timing), so that the codes need not carry the voice.
+The release ships no encoder; its codes differ from ours, and CodeClassifier predicts them. A mel
+is downsampled by strided convolutions, encoded by a small transformer in 2-second blocks (so that
+encoding can stream), and quantized by finite scalar quantization (FSQ, arXiv 2309.15505). Two
+decoders determine what the codes keep: a CTC head predicts letters (the words), and a convolutional
+mel decoder *conditioned on the speaker* predicts the mel (pitch and timing), so that the codes need
+not carry the voice.
 Supervision by transcripts follows the supervised tokenizers (CosyVoice, Qwen3-TTS); the
 architecture is our own.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minomni.config import CodecConfig
+from minomni.config import CodecConfig, CodeClassifierConfig
 from minomni.layers import attention
 
 FIRST_CODE = 1  # code 0 is the DiT's "no code" in classifier-free guidance
@@ -123,7 +124,7 @@ class FSQ(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer layer with attention inside one block of time."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: CodecConfig | CodeClassifierConfig):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
@@ -153,12 +154,11 @@ class Block(nn.Module):
         return x + self.ff(self.ff_norm(x))
 
 
-class Codec(nn.Module):
-    """Speech tokenizer of CodecConfig: encode() for codes, letters() and mel() for decoding."""
+class SpeechEncoder(nn.Module):
+    """A mel downsampled to one hidden state for each code. What follows is up to the subclass."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: CodecConfig | CodeClassifierConfig):
         super().__init__()
-        self.config = config
         width = config.hidden_size
         halvings = config.downsample.bit_length() - 1
         self.stem = nn.Conv1d(config.mel_dim, width, 5, padding=2)
@@ -166,6 +166,39 @@ class Codec(nn.Module):
             nn.Conv1d(width, width, 4, stride=2, padding=1) for _ in range(halvings)
         )
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.block_codes = config.block_frames // config.downsample
+
+    def hidden_states(self, mel: Tensor) -> Tensor:
+        """Voice mel [B, T, mel_dim] -> hidden states [B, T / downsample, D].
+
+        T is a multiple of downsample.
+        """
+        x = ((mel - MEL_MEAN) / MEL_STD).transpose(1, 2)  # [B, mel_dim, T]
+        x = F.gelu(self.stem(x))
+        for layer in self.down:
+            x = F.gelu(layer(x))  # halves T
+        return self._in_blocks(x.transpose(1, 2), self.encoder)
+
+    def _in_blocks(self, x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
+        """Run layers on x [B, C, D], cut into blocks that do not see each other."""
+        b, c, d = x.shape
+        size = min(self.block_codes, c)
+        padding = -c % size
+        blocks = F.pad(x, (0, 0, 0, padding)).reshape(-1, size, d)  # [B * blocks, size, D]
+        mask = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, padding))
+        mask = mask.view(-1, 1, 1, size)
+        for layer in layers:
+            blocks = layer(blocks, mask)
+        return blocks.view(b, -1, d)[:, :c]
+
+
+class Codec(SpeechEncoder):
+    """Speech tokenizer of CodecConfig: encode() for codes, letters() and mel() for decoding."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__(config)
+        self.config = config
+        width = config.hidden_size
         self.to_grid = nn.Linear(width, len(config.levels))
         self.fsq = FSQ(config.levels)
         self.from_grid = nn.Linear(len(config.levels), width)
@@ -175,7 +208,7 @@ class Codec(nn.Module):
         # Mel decoder
         self.speaker = nn.Linear(2 * config.mel_dim, width)
         self.mel_layers = nn.ModuleList(
-            nn.Conv1d(width, width, 5, padding=2) for _ in range(halvings + 2)
+            nn.Conv1d(width, width, 5, padding=2) for _ in range(len(self.down) + 2)
         )
         self.mel_out = nn.Conv1d(width, config.mel_dim, 5, padding=2)
         # Mel of each code without its neighbors, in training only
@@ -198,12 +231,7 @@ class Codec(nn.Module):
 
         C = T / downsample.
         """
-        x = ((mel - MEL_MEAN) / MEL_STD).transpose(1, 2)  # [B, mel_dim, T]
-        x = F.gelu(self.stem(x))
-        for layer in self.down:
-            x = F.gelu(layer(x))  # halves T
-        x = self._in_blocks(x.transpose(1, 2), self.encoder)  # [B, C, D]
-        return self.fsq(self.to_grid(x))
+        return self.fsq(self.to_grid(self.hidden_states(mel)))
 
     def letters(self, grid: Tensor) -> Tensor:
         """Grid values [B, C, channels] -> CTC log-probabilities [B, C, ctc_vocab]."""
@@ -211,9 +239,9 @@ class Codec(nn.Module):
         return self.ctc_head(x).log_softmax(-1)
 
     def mel(self, grid: Tensor, cond: Tensor) -> Tensor:
-        """Grid values [B, C, channels], speaker vectors [B, 2 * mel_dim] -> mel [B, T, mel_dim].
+        """Grid values [B, C, channels] and speaker vectors -> mel [B, T, mel_dim].
 
-        T = C * downsample.
+        The vectors are cond [B, 2 * mel_dim]; T = C * downsample.
         """
         speaker = self.speaker(cond)[:, None]  # [B, 1, D]
         x = (self.from_grid(grid) + speaker).transpose(1, 2)  # [B, D, C]
@@ -234,14 +262,33 @@ class Codec(nn.Module):
         frames = x.unflatten(-1, (self.config.downsample, -1)).flatten(1, 2)  # [B, T, mel_dim]
         return frames * MEL_STD + MEL_MEAN
 
-    def _in_blocks(self, x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
-        """Run layers on x [B, C, D], split into blocks of time that do not attend to each other."""
-        b, c, d = x.shape
-        size = min(self.config.block_frames // self.config.downsample, c)
-        padding = -c % size
-        blocks = F.pad(x, (0, 0, 0, padding)).reshape(-1, size, d)  # [B * blocks, size, D]
-        mask = F.pad(x.new_ones(b, c, dtype=torch.bool), (0, padding))
-        mask = mask.view(-1, 1, 1, size)
-        for layer in layers:
-            blocks = layer(blocks, mask)
-        return blocks.view(b, -1, d)[:, :c]
+
+class CodeClassifier(SpeechEncoder):
+    """Predicts codes of any kind: class i is code i of Token2Wav. It has no decoder of its own.
+
+    A CTC head on the same hidden states predicts letters. It is used in training only, where it
+    keeps the words in the hidden states.
+    """
+
+    def __init__(self, config: CodeClassifierConfig):
+        super().__init__(config)
+        self.config = config
+        self.code_head = nn.Linear(config.hidden_size, config.num_codes)
+        self.ctc_head = nn.Linear(config.hidden_size, config.ctc_vocab)
+
+    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Voice mel [B, T, mel_dim] -> (logits of the codes [B, C, num_codes], CTC
+        log-probabilities [B, C, ctc_vocab]), C = T / downsample, a multiple of which is T.
+        """
+        hidden = self.hidden_states(mel)
+        return self.code_head(hidden), self.ctc_head(hidden).log_softmax(-1)
+
+    def encode(self, mel: Tensor) -> Tensor:
+        """Voice mel [B, T, mel_dim] -> most likely codes [B, T / downsample]."""
+        logits, _ = self(mel)
+        return logits.argmax(-1)
+
+
+def make_codec(config: CodecConfig | CodeClassifierConfig) -> Codec | CodeClassifier:
+    """The codec of a configuration: one that has codes of its own, or one that predicts others."""
+    return Codec(config) if isinstance(config, CodecConfig) else CodeClassifier(config)

@@ -56,7 +56,7 @@ class TalkerState:
 
 
 def reply_embeds(states: Tensor, end: Tensor, pad: Tensor) -> Tensor:
-    """The text input of the Talker: r_0 ... r_{n-2} [n - 1, E], `end` [E], `pad` [E] -> [n + 1, E].
+    """The text input: r_0 ... r_{n-2} [n - 1, E], `end` [E], `pad` [E] -> [n + 1, E].
 
     A reply of one token has no states, so nothing is spoken: [0, E].
     """
@@ -175,7 +175,7 @@ class Talker(nn.Module):
         return logits
 
     def suppressed_ids(self, num_codes: int) -> Tensor:
-        """Ids that are never sampled: bos, and all from num_codes on except the two stop ids."""
+        """Ids that are never sampled: bos, and all from num_codes on but the stop ids."""
         ids = torch.arange(self.config.decoder.vocab_size)
         outside = (ids >= num_codes) & ~self.is_stop(ids)
         return ids[(ids == self.config.codec_bos) | outside]

@@ -118,9 +118,10 @@ class AudioEncoder(nn.Module):
         return x + positions.to(x.dtype)
 
     def forward(self, mels: list[Tensor]) -> Tensor:
-        """Encode clips [num_mel_bins, F] -> packed tokens [sum of num_audio_tokens(F), output_dim].
+        """Encode clips [num_mel_bins, F] -> packed tokens [N, output_dim].
 
-        Positions restart in every block. As in the release: pool, then ln_post, then proj.
+        N is the sum of num_audio_tokens(F). Positions restart in every block. As in the
+        release: pool, then ln_post, then proj.
         """
         if not any(mel.shape[1] for mel in mels):
             weight = self.proj.weight

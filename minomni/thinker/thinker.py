@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from minomni.config import SamplingConfig, ThinkerConfig
 from minomni.decoder import Decoder, next_position
 from minomni.errors import UserError
+from minomni.inputs.patches import Grid
 from minomni.inputs.prompt import Inputs
 from minomni.kv_cache import KVCache
 from minomni.layers import init_weights
@@ -46,19 +48,46 @@ class ThinkerOutput:
     attention_mask: Tensor  # [B, L] of the prompt
 
 
-def scatter_features(embeds: Tensor, where: Tensor, features: Tensor, name: str) -> Tensor:
-    """Write features [n, D] in order to the n positions of embeds [B, L, D] where the mask is true.
+def scatter_features(
+    embeds: Tensor,
+    where: Tensor,
+    features: Tensor,
+    name: str,
+) -> Tensor:
+    """Write features [n, D] in order to the n positions where the mask is true.
 
-    where [B, L] bool -> [B, L, D]. Raises UserError if the number of positions is not n.
+    embeds [B, L, D], where [B, L] bool -> [B, L, D]. Raises UserError if the number of
+    positions is not n.
     """
     positions = int(where.sum())
     if positions != len(features):
         raise UserError(
             f"the prompt has {positions} places for {name}, and the {name} given make "
-            f"{len(features)} tokens; build prompts with Processor, or give exactly the media that "
-            f"the prompt names"
+            f"{len(features)} tokens; build prompts with Processor, or give exactly "
+            f"the media that the prompt names"
         )
-    return embeds.masked_scatter(where[..., None], features.to(embeds.dtype))  # [B, L, D]
+    features = features.to(embeds.dtype)
+    return embeds.masked_scatter(where[..., None], features)  # [B, L, D]
+
+
+MEDIA = {"audio": "audio", "vision": "images and videos"}  # that each encoder reads
+ENCODER_NAMES = {"audio": "audio_tower", "vision": "visual"}  # attributes of the Thinker
+
+
+class LeftOut(nn.Module):
+    """In the place of an encoder that was not loaded."""
+
+    def __init__(self, name: str):
+        """name: audio or vision."""
+        super().__init__()
+        self.name = name
+
+    def forward(self, *inputs) -> Tensor:
+        """Raises UserError."""
+        raise UserError(
+            f"the {self.name} encoder was left out when this model was loaded; load it with parts "
+            f"(--parts) that hold +{self.name}, or give no {MEDIA[self.name]}"
+        )
 
 
 class Thinker(nn.Module):
@@ -75,6 +104,12 @@ class Thinker(nn.Module):
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         init_weights(self.lm_head, depth=1)
         self.tie_head()
+        # Whether the encoders stay on the host, and are copied to the device when they run.
+        self.encoders_on_host = False
+
+    def leave_out(self, name: str) -> None:
+        """Replace an encoder, audio or vision, by one that says that it is not there."""
+        self.register_module(ENCODER_NAMES[name], LeftOut(name))
 
     def tie_head(self) -> None:
         """Share the embedding table with the text head, if the configuration says so."""
@@ -84,6 +119,24 @@ class Thinker(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device
+
+    def encode_audio(self, mels: list[Tensor]) -> Tensor:
+        """Log-mels [128, F] -> features [N, D]. Raises UserError without an encoder."""
+        return self.run_encoder(self.audio_tower, mels)
+
+    def encode_vision(self, patches: Tensor | None, grids: list[Grid]) -> Tensor:
+        """Patches [N, patch_dim] -> features [N / 4, D]. Raises UserError without an encoder."""
+        return self.run_encoder(self.visual, patches, grids)
+
+    def run_encoder(self, encoder: nn.Module, *inputs) -> Tensor:
+        """The features of an encoder. Its weights are on the Thinker's device only during the call,
+        if it stays on the host.
+        """
+        if not self.encoders_on_host:
+            return encoder(*inputs)
+        tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+        copies = {name: tensor.to(self.device) for name, tensor in tensors}
+        return functional_call(encoder, copies, inputs)
 
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Token embeddings with the media features at their positions.
@@ -98,11 +151,11 @@ class Thinker(nn.Module):
         # Encode the media of each kind, packed over the batch: [N, D]
         audio = images = videos = text_embeds.new_zeros(0, text_embeds.shape[2])
         if inputs.mels:
-            audio = self.audio_tower(inputs.mels)
+            audio = self.encode_audio(inputs.mels)
         if inputs.image_grids:
-            images = self.visual(inputs.image_patches, inputs.image_grids)
+            images = self.encode_vision(inputs.image_patches, inputs.image_grids)
         if inputs.video_grids:
-            videos = self.visual(inputs.video_patches, inputs.video_grids)
+            videos = self.encode_vision(inputs.video_patches, inputs.video_grids)
 
         # Write the features over the embeddings of their placeholder tokens.
         is_audio = ids == tokens.audio

@@ -105,7 +105,12 @@ def image_positions(start: int, grid: Grid, config: ThinkerConfig) -> Tensor:
     return _grid_positions(start, times, grid, config)
 
 
-def video_positions(start: int, grid: Grid, seconds: Tensor, config: ThinkerConfig) -> Tensor:
+def video_positions(
+    start: int,
+    grid: Grid,
+    seconds: Tensor,
+    config: ThinkerConfig,
+) -> Tensor:
     """A video: grid step k at time trunc(seconds[k] * 25) -> [3, t * cells].
 
     Every step has the same rows and columns.
@@ -134,9 +139,15 @@ def audio_video_positions(
     return segments
 
 
-def _grid_positions(start: int, times: Tensor, grid: Grid, config: ThinkerConfig) -> Tensor:
-    """Ids of merge cells at the times [t], row-major inside a step -> [3, t * rows * columns]."""
+def _grid_positions(
+    start: int,
+    times: Tensor,
+    grid: Grid,
+    config: ThinkerConfig,
+) -> Tensor:
+    """Ids of merge cells at the times [t], row-major in a step -> [3, t * cells]."""
     rows = grid[1] // config.vision.spatial_merge_size
     columns = grid[2] // config.vision.spatial_merge_size
-    axes = torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij")
+    inside = torch.arange(rows), torch.arange(columns)
+    axes = torch.meshgrid(times, *inside, indexing="ij")
     return start + torch.stack([axis.flatten() for axis in axes])

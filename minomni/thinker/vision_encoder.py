@@ -50,7 +50,8 @@ def patch_positions(grid: Grid, merge: int) -> Tensor:
 def segment(keys: Tensor, angles: Tensor) -> Segments:
     """Group patches with equal keys.
 
-    keys [N, k]: patches with equal rows attend to each other; angles [N, d]: rotary angles.
+    keys [N, k]: patches with equal rows attend to each other. angles [N, d]: for the
+    rotary embedding.
     """
     _, labels, counts = keys.unique(dim=0, return_inverse=True, return_counts=True)
     # Sort by length of the segment, then by segment.

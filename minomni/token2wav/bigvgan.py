@@ -81,7 +81,8 @@ def pad_edges(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
 def add_filtered(out: Tensor, wide: Tensor, phase: int, gain: float = 1.0) -> None:
     """Add to out [B, T, C] the wide tensor filtered with every second tap.
 
-    The first tap lies 3 frames before the output in phase 0, and 2 frames before it in phase 1.
+    The first tap lies 3 frames before the output in phase 0, and 2 frames before it in
+    phase 1.
     """
     frames = out.shape[1]
     for i, tap in enumerate(kaiser_taps()[phase::2], start=phase):
@@ -291,7 +292,7 @@ class BigVGAN(nn.Module):
     def layers(self) -> list[VocoderLayer]:
         """The layers from mel to waveform, in order.
 
-        forward() runs them on a whole mel, token2wav/streaming.py on one chunk after the other.
+        forward() runs them on a whole mel, token2wav/streaming.py on chunk after chunk.
         """
         first = partial(convolve, self.conv_pre)
         layers = [VocoderLayer(first, conv_context(self.conv_pre))]

@@ -72,7 +72,8 @@ class InputEmbedding(nn.Module):
     def context(self, code_embeds: Tensor, cond: Tensor, timbre: Tensor) -> Tensor:
         """The part that does not depend on the noisy mel.
 
-        code_embeds [B, n, emb_dim], cond [B, E], timbre [B, enc_dim] -> [B, n * repeats, D].
+        code_embeds [B, n, emb_dim], cond [B, E], timbre [B, enc_dim] -> [B, T, D] with
+        T = n * repeats.
         """
         # Computed once per code, then repeated for each mel frame of the code.
         length = code_embeds.shape[1]
@@ -184,14 +185,15 @@ class BlockAttention(nn.Module):
     def window(self, x: Tensor, missing: int) -> Tensor:
         """The frames that each new block attends to, zeros beyond the ends.
 
-        [B, known blocks, size, ...] -> [B, new blocks, seen, ...]. missing: how many of the `back`
-        blocks before the first new block do not exist.
+        [B, known blocks, size, ...] -> [B, new blocks, seen, ...]. missing: how many of the
+        `back` blocks before the first new block do not exist.
         """
         if not self.back and not self.ahead:
             return x
         # Blocks of zeros at both ends; F.pad lists the padding of the last axis first.
         other_axes = (0, 0) * (x.ndim - 2)
-        x = F.pad(x, other_axes + (missing, self.ahead))  # [B, back + new + ahead, size, ...]
+        x = F.pad(x, other_axes + (missing, self.ahead))
+        # -> [B, back + new + ahead, size, ...]
 
         # Shifted copies side by side: the window of each new block.
         size = self.back + 1 + self.ahead
@@ -396,8 +398,9 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Integrate from noise [1, T, 80] to a natural-log mel [1, 80, T].
 
-        codes [1, n] with T = n * repeats. Guidance g follows conditional + g * (conditional -
-        unconditional); g = 0 skips the unconditional branch, which halves the work.
+        codes [1, n] with T = n * repeats. With guidance g the velocity is
+        conditional + g * (conditional - unconditional); g = 0 skips the unconditional
+        branch, which halves the work.
         """
         branches = [both_branches(x, flow) for x in (codes, cond, ref_mel)]
         context = self.context(*branches)  # [1 or 2, T, D]

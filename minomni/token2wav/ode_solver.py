@@ -66,7 +66,7 @@ def rk4_times(start: Tensor, end: Tensor) -> list[Tensor]:
 
 
 def rk4_step(velocity_fn: VelocityFn, y: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Fourth-order Runge-Kutta by the 3/8 rule: four evaluations of the velocity field per step."""
+    """Fourth-order Runge-Kutta by the 3/8 rule: four evaluations a step."""
     h = end - start
     t1, t2, t3, t4 = rk4_times(start, end)
     k1 = velocity_fn(t1, y)

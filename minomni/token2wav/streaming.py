@@ -95,7 +95,8 @@ FIRST_CHUNK_FRAMES = 5
 def low_latency_schedule(token2wav: Token2Wav) -> Schedule:
     """Chunks of 1, 1, 2, 4, 8, 8, ... blocks: early, then good, then cheap.
 
-    The first block holds only the codes that the vocoder needs for FIRST_CHUNK_FRAMES of audio.
+    The first block holds only the codes that the vocoder needs for FIRST_CHUNK_FRAMES
+    of audio.
     """
     dit = token2wav.config.dit
     context_frames = token2wav.code2wav_bigvgan_model.context_frames
@@ -178,7 +179,7 @@ class MelStream:
         return evaluations
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
-        """Append codes [1, n] -> the mel [1, 80, frames] of each chunk that they complete."""
+        """Append codes [1, n] -> the mel [1, 80, frames] of each chunk now complete."""
         self.codes = torch.cat([self.codes, codes.to(self.codes.device)], dim=1)
         frames = self.codes.shape[1] * self.dit.config.repeats
         block = self.dit.config.block_size
@@ -256,7 +257,7 @@ class LayerStream:
         self.out = 0  # inputs of the tail whose outputs were returned
 
     def __call__(self, x: Tensor | None, last: bool) -> Tensor | None:
-        """x, or None for no new input -> [B, rate * (0 or more), C'], or None for no output."""
+        """x, or None for no input -> [B, rate * (0 or more), C'], or None for no output."""
         if self.tail is not None:
             x = self.tail if x is None else torch.cat([self.tail, x], dim=1)
         if x is None:

@@ -27,6 +27,7 @@ from minomni.checkpoint.lora import (
     save_lora,
 )
 from minomni.checkpoint.lora import PARTS as LORA_PARTS
+from minomni.checkpoint.quantize import plain_parts
 from minomni.data.batching import batched
 from minomni.data.codes import encode_waves
 from minomni.data.examples import append_answer
@@ -140,12 +141,14 @@ class FinetuneTalkerStage(FinetuneStage):
     @torch.no_grad()
     def codes(self, rows: list[JsonlRow]) -> list[Tensor]:
         """The recordings of the rows, encoded by our codec: codes [m] of each row."""
-        code_samples = HOP * self.codec.config.downsample
+        codec = self.omni.codec
+        assert codec is not None  # see check_talker()
+        code_samples = HOP * codec.config.downsample
         waves = []
         for row in rows:
             wave = load_audio(row.speech)
             waves.append(F.pad(wave, (0, -len(wave) % code_samples)))
-        return encode_waves(self.codec, waves)
+        return encode_waves(codec, waves)
 
 
 FINETUNE_STAGES: dict[str, type[FinetuneStage]] = {
@@ -173,6 +176,7 @@ def finetune(
     home: Path | None = None,
     lora: LoraOptions | None = None,
     lora_parts: tuple[str, ...] = (),
+    quantize: str | None = None,
     skip_corrupt: bool = False,
     held_out_speaker: str | None = None,
 ) -> Path:
@@ -181,55 +185,34 @@ def finetune(
 
     With lora, `size` may also be the folder of any model. Its weights stay as they are, adapters
     are trained, and the folder holds the adapters alone. lora_parts: "thinker" and "talker"; by
-    default what the data can tune. skip_corrupt: leave out damaged samples of packed data.
-    held_out_speaker: train without the rows of this speaker.
+    default what the data can tune. quantize: keep the weights in so many bits, as in load().
+    skip_corrupt: leave out damaged samples of packed data. held_out_speaker: train without the rows
+    of this speaker.
 
     All of the data is checked before the first step. Stages: chat, then talker where answers have
     recordings; or one of them. A voice that the model does not know is made from its first
     recordings. The run works in `home`, by default the folder of `out`. Raises UserError for bad
     data, naming the lines, and for a run that belongs to other data.
     """
+    check_quantize(quantize, lora is not None)
     check_size_and_stage(size, stage, lora is not None)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    run = working_folder(out, home, ADAPTER_CONFIG if lora else "config.json")
-    with processes.first_goes_first():
-        if processes.is_first():
-            prepare_run(run, resume, fresh)
+    run = begin_run(out, home, resume, fresh, ADAPTER_CONFIG if lora else "config.json")
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
-    omni = load(size, device)
+    omni = load(size, device, quantize=quantize)
     with processes.first_goes_first():
         rows = read_rows(data, run, omni, skip_corrupt, held_out_speaker)
     names = stage_names(omni, rows, data, stage, lora_parts)
-    inputs_of_run = {
-        "data": rows.digest.hexdigest(),
-        "model": weights_hash(omni),
-        "seed": seed,
-        "epochs": epochs,
-        "stages": names,
-    }
-    if held_out_speaker is not None:
-        inputs_of_run["held-out speaker"] = held_out_speaker
-    if lora:
-        inputs_of_run["lora"] = vars(lora) | {"layers": list(lora.layers)}
-    processes.require_same(inputs_of_run)
-    with processes.first_goes_first():
-        accumulate = check_same_run(run, inputs_of_run)
+    inputs_of_run = {"seed": seed, "epochs": epochs, "stages": names}
+    inputs_of_run |= inputs_by_hash(omni, rows, lora, held_out_speaker)
+    accumulate = agree_on_run(run, inputs_of_run)
 
-    # New voices and adapters.
-    for name, waveform in rows.voices.items():
-        omni.voices[name] = make_voice(waveform, name, omni)
-    if lora:
-        tuned = tuple(part for part in LORA_PARTS if LORA_STAGES[part] in names)
-        add_lora(omni, lora, tuned, seed)
-
-    # Each stage starts from the weights of the one before it.
+    add_new_parts(omni, rows, lora, names, seed)
     for name in names:
-        if not is_finished(run / "stages", name):
-            training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, accumulate)
-            train(training, run / "stages", resume=True)
-        load_stages(omni, run / "stages", [name])
+        training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, accumulate)
+        train_or_load(training, run / "stages")
 
     omni.eval().requires_grad_(False)
     if processes.is_first() and lora:
@@ -240,6 +223,67 @@ def finetune(
         details = {"data": data.name, "stages": names, "epochs": epochs}
         write_history(out, omni, size, seed, seconds, **details)
     return out
+
+
+def begin_run(out: Path, home: Path | None, resume: bool, fresh: bool, config: str) -> Path:
+    """Make the folder of a run whose result will be `out` -> that folder. Raises UserError where
+    one of the two cannot be written. config: as in working_folder().
+    """
+    run = working_folder(out, home, config)
+    with processes.first_goes_first():
+        if processes.is_first():
+            prepare_run(run, resume, fresh)
+    return run
+
+
+def inputs_by_hash(
+    omni: "Omni", rows: JsonlRows, lora: LoraOptions | None, held_out_speaker: str | None
+) -> dict:
+    """What a run is made of besides numbers: hashes of data and model, and the options given."""
+    inputs: dict = {"data": rows.digest.hexdigest(), "model": weights_hash(omni)}
+    if held_out_speaker is not None:
+        inputs["held-out speaker"] = held_out_speaker
+    if lora:
+        inputs["lora"] = vars(lora) | {"layers": list(lora.layers)}
+    return inputs
+
+
+def agree_on_run(run: Path, inputs_of_run: dict) -> int:
+    """Check that all processes, and the run so far, have the same inputs -> batches in each step.
+
+    Raises UserError where they differ.
+    """
+    processes.require_same(inputs_of_run)
+    with processes.first_goes_first():
+        return check_same_run(run, inputs_of_run)
+
+
+def add_new_parts(
+    omni: "Omni", rows: JsonlRows, lora: LoraOptions | None, names: list[str], seed: int
+) -> None:
+    """Add the voices that are new, and the adapters of the parts that the stages `names` tune."""
+    for name, waveform in rows.voices.items():
+        omni.voices[name] = make_voice(waveform, name, omni)
+    if lora:
+        tuned = tuple(part for part in LORA_PARTS if LORA_STAGES[part] in names)
+        add_lora(omni, lora, tuned, seed)
+
+
+def train_or_load(stage: Stage, folder: Path) -> None:
+    """Give the model of a stage what it learns there: from the folder if the stage is finished."""
+    if not is_finished(folder, stage.name):
+        train(stage, folder, resume=True)
+    load_stages(stage.omni, folder, [stage.name])
+
+
+def check_quantize(quantize: str | None, lora: bool) -> None:
+    """Raises UserError for quantized weights that would be trained, and for several processes."""
+    if quantize is None:
+        return
+    if not lora:
+        raise UserError("--quantize goes with --lora: quantized weights are not trained themselves")
+    if processes.world() > 1:
+        raise UserError("--quantize trains in one process; leave it out, or start without torchrun")
 
 
 def read_rows(
@@ -295,7 +339,8 @@ def check_talker(omni: "Omni", rows: JsonlRows, data: Path) -> None:
         raise UserError("the Talker: this model answers in text alone and has no Talker")
     if omni.codec is None:
         raise UserError(
-            "the Talker: this model has no codec, which makes the codes that a Talker is tuned on"
+            "the Talker: this model has no codec, which makes the codes that a Talker is tuned on; "
+            "minomni train-encoder makes one"
         )
     if not rows.spoken:
         raise UserError(f'{data}: no line has "speech", so the Talker has nothing to learn from it')
@@ -315,7 +360,7 @@ def check_size_and_stage(size: str, stage: str | None, lora: bool) -> None:
 
 
 def working_folder(out: Path, home: Path | None, config: str = "config.json") -> Path:
-    """The folder of the run: NAME.run in `home`, or beside the tuned model without one.
+    """The folder of the run: NAME.run in `home`, or beside the new model without one.
 
     config: the file by which an earlier result in its place is known. Raises UserError where no
     model can be written as `out`.
@@ -324,10 +369,10 @@ def working_folder(out: Path, home: Path | None, config: str = "config.json") ->
     with writing(out):
         if out.name in ("", ".."):
             raise UserError(
-                f"{label}: expected the name of a folder for the tuned model, as runs/tuned"
+                f"{label}: expected the name of a folder for the new model, as runs/new"
             )
         if out.exists() and not out.is_dir():
-            raise UserError(f"{label}: is a file; give the name of a folder for the tuned model")
+            raise UserError(f"{label}: is a file; give the name of a folder for the new model")
         if out.is_dir() and any(out.iterdir()) and not (out / config).is_file():
             kind = "a model" if config == "config.json" else "an adapter"
             raise UserError(
@@ -368,7 +413,8 @@ def weights_hash(omni: "Omni") -> str:
     """A fingerprint of all weights of a model."""
     digest = hashlib.sha256()
     for tensor in omni.state_dict().values():
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for part in plain_parts(tensor):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from minomni.devices import has_bf16
 from minomni.errors import UserError
+from minomni.talker.codec import Codec
 from minomni.train import distributed, processes, run_folder, samples
 from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
-    from minomni.talker.codec import Codec
     from minomni.token2wav.token2wav import Token2Wav
 
 NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
@@ -67,12 +67,12 @@ class Stage:
         self.recipe = recipe
         self.cache = cache
         self.seed = seed
-        self.device = next(omni.parameters()).device
+        self.device = omni.thinker.device
 
     @property
-    def codec(self) -> "Codec":
+    def codec(self) -> Codec:
         """The speech codec. Every size that is trained here has one."""
-        assert self.omni.codec is not None
+        assert isinstance(self.omni.codec, Codec)
         return self.omni.codec
 
     @property
@@ -106,7 +106,8 @@ class Stage:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this stage trains, by name."""
-        chosen = {n: p for n, p in self.omni.named_parameters() if n.startswith(self.trainable)}
+        every = self.omni.named_parameters()
+        chosen = {name: p for name, p in every if name.startswith(self.trainable)}
         if not chosen:
             raise UserError(
                 f"stage {self.name}: no parameter begins with {' or '.join(self.trainable)}"
@@ -122,7 +123,7 @@ def run_setup(stage: Stage) -> None:
 
 
 class StageBatches(Dataset):
-    """The batches of a stage by number, each with the state of the random generator after it.
+    """The batches of a stage by number, each with the generator's state after it.
 
     A loader process raises nothing: an error is returned in place of a batch.
     """
@@ -210,7 +211,7 @@ def make_optimizers(
 
 
 def mixes_channels(parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix [out, in] or a filter [out, in, kernel], out and in > 1."""
+    """Whether it is a matrix [out, in] or filter [out, in, kernel], out and in > 1."""
     return parameter.dim() in (2, 3) and min(parameter.shape[:2]) > 1
 
 

@@ -35,12 +35,18 @@ def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 def ctc(log_probs: Tensor, frames: Tensor, labels: list[Tensor]) -> Tensor:
     """CTC loss per label, averaged over rows.
 
-    log_probs [B, T, classes], of which `frames` [B] are valid; labels: the classes of each row.
+    log_probs [B, T, classes], of which `frames` [B] are valid; labels: the classes of
+    each row.
     """
     lengths = torch.tensor([len(row) for row in labels], device=log_probs.device)
     targets = torch.cat(labels).to(log_probs.device)
     loss = F.ctc_loss(
-        log_probs.transpose(0, 1), targets, frames, lengths, reduction="none", zero_infinity=True
+        log_probs.transpose(0, 1),
+        targets,
+        frames,
+        lengths,
+        reduction="none",
+        zero_infinity=True,
     )
     return (loss / lengths).mean()
 
@@ -52,10 +58,12 @@ def masked_l1(predicted: Tensor, target: Tensor, frames: Tensor) -> Tensor:
 
 
 def off_center(grid: Tensor, lengths: Tensor) -> Tensor:
-    """Squared mean of each channel of FSQ values [B, C, channels], summed, averaged over rows.
+    """Squared means of the channels of FSQ values [B, C, channels]: their sum, averaged
+    over rows.
 
-    Only the first `lengths` [B] values of a row count. The loss keeps channels in use: a channel
-    that has drifted to the end of its range is constant, and tanh is too flat there to recover.
+    Only the first `lengths` [B] values of a row count. The loss keeps channels in use:
+    a channel that has drifted to the end of its range is constant, and tanh is too flat
+    there to recover.
     """
     valid = torch.arange(grid.shape[1], device=grid.device) < lengths[:, None]  # [B, C]
     means = (grid * valid[..., None]).sum(1) / lengths[:, None]  # [B, channels]
@@ -63,12 +71,15 @@ def off_center(grid: Tensor, lengths: Tensor) -> Tensor:
 
 
 def flow_matching(
-    predict: Callable[[Tensor, Tensor], Tensor], mel: Tensor, noise: Tensor, time: Tensor
+    predict: Callable[[Tensor, Tensor], Tensor],
+    mel: Tensor,
+    noise: Tensor,
+    time: Tensor,
 ) -> Tensor:
     """Squared error of the velocity on the straight path from noise to mel.
 
-    arXiv 2210.02747, eq. 22 with sigma 0. predict(x_t [B, T, bands], time [B]) -> velocity
-    [B, T, bands]; mel and noise [B, T, bands]; time [B] in [0, 1].
+    arXiv 2210.02747, eq. 22 and 23 with sigma 0. predict(x_t [B, T, bands], time [B])
+    -> velocity [B, T, bands]; mel and noise [B, T, bands]; time [B] in [0, 1].
     """
     t = time[:, None, None]
     x_t = (1 - t) * noise + t * mel
@@ -119,7 +130,8 @@ def dpo(
 ) -> Tensor:
     """Direct preference optimization (paper, sec. 3.3; arXiv 2305.18290, eq. 7).
 
-    The first four: sequence log-probabilities [B] under the policy and under the reference model.
+    The first four: sequence log-probabilities [B] under the policy and under the
+    reference model.
     """
     chosen_gain = chosen - chosen_reference
     rejected_gain = rejected - rejected_reference

@@ -145,7 +145,7 @@ def save_checkpoint(
     state = {
         "step": step,
         "means": means,
-        "parameters": {name: parameter.detach() for name, parameter in trainable.items()},
+        "parameters": {key: value.detach() for key, value in trainable.items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
     state = distributed.whole(state)

@@ -57,13 +57,12 @@ def trained_codec(stage: "Stage", folder: Path) -> Codec | None:
     The stage's own if it trains or needs one, otherwise the one in the folder.
     """
     if "codec" in (stage.name, *stage.needs):
-        return stage.omni.codec
+        return stage.codec
     if not is_finished(folder, "codec"):
         return None
     tensors = read_tensors(result_file(folder, "codec"))
     weights = {name.removeprefix("codec."): value for name, value in tensors.items()}
-    assert stage.omni.config.codec is not None  # every size that is trained here has a codec
-    codec = Codec(stage.omni.config.codec)
+    codec = Codec(stage.codec.config)
     codec.load_state_dict(weights)
     return codec
 

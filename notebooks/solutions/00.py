@@ -18,7 +18,7 @@ def my_answer(next_logits, stop, limit):
     return said
 
 
-def my_lines(states, embeds, end, pad, steps):
+def my_talker_inputs(states, embeds, end, pad, steps):
     vectors = [*(states + embeds), end]
     vectors += [pad] * (steps - len(vectors))
     return torch.stack(vectors[:steps])

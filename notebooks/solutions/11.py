@@ -20,8 +20,8 @@ def my_snake(x, alpha, beta):
 def my_double(x, taps):
     reach = len(taps) // 4
     wide = torch.nn.functional.pad(x, (reach, reach), mode="replicate")
-    spread = torch.stack([wide, torch.zeros_like(wide)], 2).flatten(1)  # x 0 x 0 ...
-    return 2 * spread.unfold(1, len(taps), 1)[:, : 2 * x.shape[1]] @ taps
+    sparse = torch.stack([wide, torch.zeros_like(wide)], 2).flatten(1)  # x 0 x 0 ...
+    return 2 * sparse.unfold(1, len(taps), 1)[:, : 2 * x.shape[1]] @ taps
 
 
 def alias(hz, rate):

@@ -1,6 +1,7 @@
 """LoRA adapters: ours open in peft and transformers, theirs open here; merged equals adapted."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import minomni
 from minomni import __main__ as command
-from minomni.checkpoint import lora, weights
+from minomni.checkpoint import lora, quantize, weights
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
@@ -221,6 +222,8 @@ def test_training_writes_adapters_alone(dtype, tiny_folder, data, tmp_path, quic
         (["--parts", "talker"], "--parts goes with --lora"),
         (["--lora", ""], "expected r=16"),
         (["--lora", "r=2", "--skip-corrupt"], "--skip-corrupt goes with packed data"),
+        (["--quantize", "int8"], "--quantize goes with --lora"),
+        (["--lora", "r=2", "--quantize", "int3"], "quantize is 'int3'; expected int8 or int4"),
     ],
 )
 def test_options_that_are_refused(options, says, tiny_folder, data, tmp_path, capsys, monkeypatch):
@@ -230,6 +233,83 @@ def test_options_that_are_refused(options, says, tiny_folder, data, tmp_path, ca
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+QUANTIZED = {"int8": torch.float32, "int4": torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_gradients_through_quantized_weights(method, tiny_folder):
+    """Of the adapters of all layers, against a model with the same weights as plain numbers."""
+    pytest.importorskip("torchao")
+    dtype = QUANTIZED[method]
+    omni = weights.load(tiny_folder, dtype=dtype, quantize=method)
+    plain = weights.load(tiny_folder, dtype=dtype)
+    for name, weight in omni.named_parameters():
+        if quantize.is_quantized(weight):
+            plain.get_parameter(name).data = quantize.plain_weight(weight).detach().clone()
+    losses = []
+    for model in (omni, plain):
+        lora.add_lora(model, lora.parse_lora("r=4"), ("thinker",))
+        randomize(model)
+        output = model.thinker(Inputs(IDS, torch.ones_like(IDS)))
+        loss = output.float().square().mean()
+        loss.backward()
+        losses.append(loss.item())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05  # of bf16, in products of other kernels
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    for (name, ours), (_, theirs) in zip(omni.named_parameters(), plain.named_parameters()):
+        if ".lora_" in name and name.startswith("thinker."):
+            difference = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+            assert difference < tolerance, name
+
+
+def test_int8_in_peft_and_transformers(adapted, tiny_folder, hf_class):
+    """An adapter on a base that torchao has quantized, ours and theirs."""
+    torchao = pytest.importorskip("torchao.quantization")
+    _, folder = adapted
+    omni = weights.load(tiny_folder, dtype=torch.float32, quantize="int8")
+    lora.load_lora(omni, folder)
+    theirs = hf_class.from_pretrained(tiny_folder, dtype=torch.float32)
+    decoders = re.compile(r"(thinker\.model\.language_model|talker\.model)\.layers\.")
+    torchao.quantize_(
+        theirs,
+        torchao.Int8WeightOnlyConfig(set_inductor_config=False),
+        lambda module, name: isinstance(module, torch.nn.Linear) and bool(decoders.match(name)),
+    )
+    theirs = peft.PeftModel.from_pretrained(theirs, folder)
+    ours = logits(omni)
+    assert max(largest(ours, their_logits(theirs.base_model.model)).values()) < 2e-4
+    whole = weights.load(tiny_folder)
+    lora.load_lora(whole, folder)
+    assert max(largest(ours, logits(whole)).values()) > 0  # the base is another one
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_training_on_quantized_weights(
+    method, tiny_folder, data, tmp_path, quick, monkeypatch, capsys
+):
+    """The adapters alone are written, in fp32, and fit the folder as it was."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(sys, "argv", [])
+    before = (tiny_folder / "model.safetensors").read_bytes()
+    out = tmp_path / "adapter"
+    options = ["--lora", "r=2", "--epochs", "2", "--quantize", method]
+    assert train(tiny_folder, data, out, *options) == 0
+    tensors = load_file(out / lora.ADAPTER_FILE)
+    assert {name.split(".")[2] for name in tensors} == {"thinker", "talker"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    assert (tiny_folder / "model.safetensors").read_bytes() == before
+
+    # Another number of bits is another run.
+    other = {"int8": "int4", "int4": "int8"}[method]
+    options = ["--lora", "r=2", "--epochs", "2", "--quantize", other, "--resume"]
+    assert train(tiny_folder, data, out, *options) == 2
+    assert "was begun with other model" in capsys.readouterr().err
+    whole = weights.load(tiny_folder)
+    lora.load_lora(whole, out)
+    lora.merge_lora(whole)
 
 
 def test_a_model_without_a_talker(tiny_folder, data, tmp_path, quick, capsys, monkeypatch):

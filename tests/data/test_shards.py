@@ -164,6 +164,23 @@ def test_an_index_of_other_shards(packed, omni, tmp_path):
     assert len(read_rows(packed, tmp_path / "run", omni, False)) == 6
 
 
+def test_empty_tar_files(packed, omni, tmp_path):
+    """A writer may leave its last file empty. One that came with samples needs a new index."""
+    last = packed / "99999.tar"
+    tarfile.open(last, "w").close()
+    rows = read_rows(packed, tmp_path / "run", omni, False)
+    assert [row.answer for row in rows] == [f"answer {i}" for i in range(6)]
+    (packed / "members.npy").unlink()
+    assert len(read_rows(packed, tmp_path / "run", omni, False)) == 6
+    assert len(read_rows(packed, tmp_path / "run", omni, False)) == 6  # by the index of both
+    last.write_bytes((packed / "00000.tar").read_bytes())
+    with pytest.raises(UserError, match=r"its index cannot be used .* delete members.npy"):
+        read_rows(packed, tmp_path / "run", omni, False)
+    last.write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"its index cannot be used .*is damaged or no tar file"):
+        read_rows(packed, tmp_path / "run", omni, False)
+
+
 def test_damaged_tar_files(packed, omni, tmp_path):
     """A cut file, one that is compressed, a header whose checksum is wrong: none is cut short in
     silence.

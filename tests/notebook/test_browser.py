@@ -1,5 +1,5 @@
 """What only a browser sees: notebooks in JupyterLab run without an error, and their figures follow
-the sliders.
+sliders and buttons.
 """
 
 import json
@@ -32,6 +32,8 @@ QUIET = (
     "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 )
+BUTTON = ".widget-toggle-buttons button"
+CONTROL = f":is(.widget-slider .noUi-handle, {BUTTON})"
 SESSION = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session"
 IDLE = f"() => {SESSION}?.kernel?.status === 'idle'"
 ORDER = "command => window.jupyterapp.commands.execute(command)"
@@ -45,7 +47,7 @@ LISTEN = """window.played = []; const start = AudioBufferSourceNode.prototype.st
 
 
 def chosen() -> list[str]:
-    """Three notebooks with something to drag."""
+    """Three notebooks with something to drag or to choose."""
     moving = [
         path.stem
         for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -163,9 +165,9 @@ def addresses(lab):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", chosen())
-def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses, tmp_path):
-    """No cell fails, nothing complains in the page, and the figure under the slider becomes another
-    one.
+def test_a_reader_runs_a_notebook_and_uses_its_controls(name, browser, addresses, tmp_path):
+    """No cell fails, nothing complains in the page, and the figure under the first slider or button
+    becomes another one.
     """
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     page.set_default_timeout(150_000)
@@ -181,14 +183,17 @@ def test_a_reader_runs_a_notebook_and_drags_its_slider(name, browser, addresses,
     )  # comes back when the last cell is done, or one has failed
     counts = page.evaluate(COUNTS)
     assert counts == list(range(1, len(counts) + 1))
-    handle = page.locator(".widget-slider .noUi-handle").first
-    figure = page.locator(".jp-OutputArea-output:has(.widget-slider) img").first
-    handle.scroll_into_view_if_needed()
+    control = page.locator(CONTROL).first
+    figure = page.locator(f".jp-OutputArea-output:has({CONTROL}) img").first
+    control.scroll_into_view_if_needed()
     figure.wait_for()
     before = figure.get_attribute("src")
     page.screenshot(path=tmp_path / f"{name}_before.png")
-    handle.focus()
-    handle.press("ArrowRight")
+    if page.locator(".widget-slider").count():
+        control.focus()
+        control.press("ArrowRight")
+    else:
+        page.locator(f"{BUTTON}:not(.mod-active)").first.click()
     page.wait_for_function(
         "([image, old]) => image.isConnected === false || image.src !== old",
         arg=[figure.element_handle(), before],

@@ -504,7 +504,7 @@ BUGS = {
             lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
             lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
         ],
-        "my_lines": [
+        "my_talker_inputs": [
             lambda h, e, end, pad, n: texts(h, [end, pad], n),
             lambda h, e, end, pad, n: texts(e, [end, pad], n),
             lambda h, e, end, pad, n: texts(h + e, [pad], n),

@@ -15,15 +15,17 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import soundfile
 import torch
 from exercises import stubs
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
-from refresh_notebooks import BUDGET, clean, small
+from refresh_notebooks import BUDGET, clean, small, with_flac
 from refresh_notebooks import ROOT as CHECKOUT
 
 from minomni.config import TINY
 from minomni.notebook import viz
+from minomni.notebook.check import CUT, source_of
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -46,6 +48,7 @@ BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside t
 LOOSEST = 0.02  # the largest tolerance of a proof
 LONGEST_S = 180  # seconds of one notebook, by its header
 ALL_S = 2 * 12 * 60  # seconds of all notebooks: twelve minutes on two cores
+SHOWN_LINES, SHOWN_COLUMNS = 25, 88  # of source at a time
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 600_000, range(20, 46), 460, 25, 100
 
 
@@ -361,12 +364,62 @@ def test_shown_source_is_what_is_on_disk(notebook):
     )
     package += package.replace("\n    ", "\n")  # methods are shown without their indentation
     shown = [
-        cell.outputs[0].data["text/plain"]
+        output.data["text/plain"]
         for cell in notebook.codes
         if cell.source.startswith("show(")
+        for output in cell.outputs
     ]
     assert shown
-    assert [part for text in shown for part in text.split("\n\n\n") if part not in package] == []
+    parts = [part for text in shown for part in without_marks(text).split("\n\n\n")]
+    assert [part for part in parts if part not in package] == []
+
+
+def without_marks(text: str) -> str:
+    """Shown source without the lines that stand for what is left out."""
+    return "\n".join(line for line in text.splitlines() if line.strip() != CUT)
+
+
+def shown_now(notebook) -> dict[str, str]:
+    """{cell: what it shows} of the cells that show source, as the package is now."""
+    trees = [ast.parse(cell.source) for cell in notebook.codes]
+    imports = [
+        ast.unparse(node)
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names: dict = {}
+    exec("\n".join(imports), names)
+    shown = {}
+
+    def record(*objects, begin="", end=""):
+        parts = [source_of(thing, begin, end) for thing in objects]
+        shown[source] = "\n\n\n".join(parts)
+
+    names["show"] = record
+    for source in [cell.source for cell in notebook.codes if cell.source.startswith("show(")]:
+        exec(source, names)
+    return shown
+
+
+def test_source_is_shown_in_bites(notebook):
+    """A reader takes in a screen at a time, and a page has no room for longer lines."""
+    shown = shown_now(notebook)
+    assert shown
+    long = {source: len(text.splitlines()) for source, text in shown.items()}
+    assert {source: n for source, n in long.items() if n > SHOWN_LINES} == {}
+    lines = [line for text in shown.values() for line in text.splitlines()]
+    assert [line for line in lines if len(line) > SHOWN_COLUMNS] == []
+
+
+def test_a_part_of_a_function_is_shown_with_marks():
+    whole = source_of(without_marks)
+    assert source_of(without_marks, end='"""').endswith(f"    {CUT}")
+    part = source_of(without_marks, begin="return")
+    assert part.splitlines()[0] == f"    {CUT}"
+    assert without_marks(part) in whole
+    with pytest.raises(ValueError, match="no line contains 'nothing of this'"):
+        source_of(without_marks, begin="nothing of this")
 
 
 def test_copies_would_be_found():
@@ -401,17 +454,37 @@ def test_figures_keep_a_palette_and_photographs_become_jpegs(colors, kind):
     assert Image.open(BytesIO(base64.b64decode(data))).size == (300, 300)
 
 
+def test_a_figure_at_double_resolution_keeps_the_size_at_which_it_is_shown():
+    plt.imsave(file := BytesIO(), torch.zeros(8, 6, 3).numpy(), format="png")
+    png, size = base64.b64encode(file.getvalue()).decode(), {"width": 3, "height": 4}
+    output = new_output("display_data", {"image/png": png}, metadata={"image/png": size})
+    cell = new_code_cell("x", outputs=[output])
+    clean(new_notebook(cells=[cell]))
+    assert cell.outputs[0].metadata == {"image/png": size}
+
+
+def test_sounds_become_flac_without_losing_a_sample():
+    samples = (torch.rand(4000) * 60_000 - 30_000).short().numpy()
+    soundfile.write(file := BytesIO(), samples, 16_000, format="WAV", subtype="PCM_16")
+    data = base64.b64encode(file.getvalue()).decode()
+    page = f'<audio><source src="data:audio/wav;base64,{data}" type="audio/wav" /></audio>'
+    found = re.search(r'src="data:audio/flac;base64,([^"]+)" type="audio/flac"', with_flac(page))
+    heard, rate = soundfile.read(BytesIO(base64.b64decode(found[1])), dtype="int16")
+    assert rate == 16_000
+    assert (heard == samples).all()
+
+
 @pytest.fixture
-def sliders(monkeypatch):
-    """What explore() hands to its sliders."""
+def controls(monkeypatch):
+    """What explore() hands to its buttons and sliders."""
     plt.switch_backend("agg")
     handed = []
-    monkeypatch.setattr(viz, "_sliders", lambda draw, size, ranges: handed.append(ranges))
+    monkeypatch.setattr(viz, "_controls", lambda draw, size, *settings: handed.append(settings))
     yield handed
     plt.close("all")
 
 
-def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders, monkeypatch):
+def test_explore_draws_every_setting_and_adds_controls_only_for_a_reader(controls, monkeypatch):
     drawn = []
 
     def draw(ax, **settings):
@@ -419,7 +492,7 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
 
     viz.explore(draw, a=(1, 2, 3), b=(4, 5, 6))
     assert drawn == [{"a": a, "b": 5} for a in (1, 2, 3)]
-    assert sliders == []
+    assert controls == []
     assert plt.gcf().get_suptitle() == "b = 5"
     assert [ax.get_title() for ax in plt.gcf().axes] == [
         "a = 1",
@@ -427,11 +500,37 @@ def test_explore_draws_every_setting_and_adds_sliders_only_for_somebody(sliders,
         "a = 3",
     ]
     monkeypatch.setattr(viz, "is_interactive", lambda: True)
-    viz.explore(draw, a=(1,))
-    assert sliders == [{"a": (1,)}]
+    viz.explore(draw, a=(1, 2))
+    assert controls == []  # the row of plots shows both
+    viz.explore(draw, slide={"a": range(9)}, a=(1, 2))
+    viz.explore(draw, a=(1,), b=(2, 3))
+    assert controls == [({"a": (1, 2)}, {"a": range(9)}), ({"a": (1,), "b": (2, 3)}, {})]
 
 
-def test_squares_are_lines_from_the_top(sliders):
+def test_categories_have_buttons_and_ordered_quantities_sliders():
+    buttons = viz._buttons(("Anna", "Karl"), "Karl")
+    assert type(buttons).__name__ == "ToggleButtons"
+    assert (buttons.value, [label for label, _ in buttons.options]) == ("Karl", ["Anna", "Karl"])
+    slider = viz._slider(range(0, 9, 2), 4)
+    assert type(slider).__name__ == "SelectionSlider"
+    assert (slider.value, slider.options) == (4, (0, 2, 4, 6, 8))
+
+
+def test_the_order_of_patches_is_drawn_cell_by_cell():
+    numbers = re.findall(r">(\d+)</text>", viz.cell_order().data)
+    assert list(map(int, numbers[:16])) == list(range(16))
+    assert list(map(int, numbers[16:])) == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+
+
+def test_a_mel_is_labeled_in_hz(controls):
+    ax = viz.axes()
+    viz.mel(ax, torch.zeros(80, 10), bar=False, cmap="coolwarm")
+    assert ax.get_ylabel() == "Hz"
+    assert [label.get_text() for label in ax.get_yticklabels()][-1] == "8,000"
+    assert ax.get_images()[0].get_cmap().name == "coolwarm"
+
+
+def test_squares_are_lines_from_the_top(controls):
     ax = viz.axes()
     viz.squares(ax, {"first": ["audio", "image"], "second": ["text"]})
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_y() + 0.4) for bar in ax.patches] == [
@@ -447,7 +546,7 @@ def test_squares_are_lines_from_the_top(sliders):
 
 
 @pytest.mark.parametrize("length", [3, viz.MAX_NUMBERED_TOKENS, viz.MAX_NUMBERED_TOKENS + 1])
-def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
+def test_tmrope_pictures_name_the_axes_and_the_kinds(length, controls):
     tokens = TINY.thinker.tokens
     kinds = viz.modalities(
         [7, tokens.audio_bos, tokens.audio] + [tokens.image] * (length - 3), tokens
@@ -467,7 +566,7 @@ def test_tmrope_pictures_name_the_axes_and_the_kinds(length, sliders):
     ]
 
 
-def test_lattice_and_tint_lie_on_the_picture(sliders):
+def test_lattice_and_tint_lie_on_the_picture(controls):
     ax = viz.axes()
     viz.picture(ax, torch.zeros(56, 84, 3).numpy())
     viz.tint(ax, torch.arange(24).view(4, 6) % 2 == 1, 14)

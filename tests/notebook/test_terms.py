@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from glossary import unlinked
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # What a chapter introduces, in bold at first use.
@@ -175,7 +176,7 @@ REFERENCES = {
 def prose(number: str) -> str:
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
     cells = nbformat.read(path, as_version=4).cells
-    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return unlinked("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
 
 
 @pytest.mark.parametrize("number", TERMS)

@@ -14,7 +14,8 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed")
 pytest.importorskip("websockets", reason="the server's packages are not installed")
 pytest.importorskip("python_multipart", reason="the server's packages are not installed")
 
-import minomni
+from websockets.sync.client import ClientConnection, connect
+
 from minomni.chat.reply import ReplyDone
 from minomni.chat.session import Session
 from minomni.serve.app import serving
@@ -62,15 +63,17 @@ class Gate:
         return [task for task in after if task is not self.task]
 
 
-def keep_first_answer(monkeypatch) -> None:
-    """The first answer of a conversation lasts until it is cancelled, however fast it is made."""
+def keep_first_answers(monkeypatch, count: int = 1) -> None:
+    """The first answers last until they are cancelled, however fast they are made: a test that
+    cancels or interrupts an answer never comes too late.
+    """
     respond_steps = Session.respond_steps
     answers = []
 
     def kept(session, *arguments, **options):
         steps = respond_steps(session, *arguments, **options)
         answers.append(steps)
-        return steps if len(answers) > 1 else without_end(steps)
+        return steps if len(answers) > count else without_end(steps)
 
     monkeypatch.setattr(Session, "respond_steps", kept)
 
@@ -90,8 +93,10 @@ def base64_of(name: str) -> str:
     return base64.b64encode((SAMPLES / name).read_bytes()).decode()
 
 
-def load_tiny():
-    return minomni.load("tiny")
+def connect_to(server: Running, **options) -> ClientConnection:
+    """A client of /v1/realtime that is as patient as the tests."""
+    address = f"ws://127.0.0.1:{server.port}/v1/realtime"
+    return connect(address, open_timeout=SECONDS, **options)
 
 
 def wait_until(condition) -> None:

@@ -8,18 +8,17 @@ import concurrent.futures
 import gc
 import json
 import socket
+import threading
 import time
 from collections import Counter
 
 import httpx
 import pytest
 import torch
-from serving import SECONDS, Gate, running, spoken, wait_until
-from websockets.sync.client import connect
+from serving import SECONDS, Gate, base64_of, connect_to, running, spoken, wait_until
 
-import minomni
 from minomni.chat.reply import TextChunk
-from minomni.serve import chat
+from minomni.serve import chat, realtime
 from minomni.serve.worker import Task
 
 CLIENTS = 20
@@ -27,14 +26,9 @@ SAY = {"messages": [{"role": "user", "content": "say the red circle"}], "max_tok
 SPEECH = {**SAY, "modalities": ["text", "audio"], "stream": True}
 
 
-@pytest.fixture(scope="module")
-def omni(tiny_folder):
-    return minomni.load(tiny_folder)
-
-
 @pytest.fixture
-def server(omni):
-    with running(omni, sessions=CLIENTS, send_s=5) as made:
+def server(untrained):
+    with running(untrained, sessions=CLIENTS) as made:
         yield made
 
 
@@ -73,6 +67,7 @@ def ask(server, body: dict) -> list[dict]:
 def test_twenty_clients(server, steps):
     """All get the answer that a client alone gets, and their steps alternate."""
     alone = ask(server, SPEECH)
+    wait_until(lambda: not server.server.clients)
     worker = server.server.worker
     gate = Gate(worker)
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
@@ -113,6 +108,72 @@ def test_a_short_answer_does_not_wait_for_long_ones(server, steps):
     shortest = min(counts, key=counts.__getitem__)
     last = max(number for number, task in enumerate(steps) if task is shortest)
     assert last < CLIENTS * counts[shortest]
+
+
+# ------------------------------------------------------------------------------------------- media
+
+
+def test_media_are_decoded_a_few_at_a_time(untrained, monkeypatch):
+    """Five requests, two threads: three requests wait, and the server still answers others."""
+    opened = threading.Event()
+    asked = []
+    begun = []  # names of the threads
+    prepare = untrained.prepare
+
+    def kept(*arguments):
+        begun.append(threading.current_thread().name)
+        assert opened.wait(SECONDS)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(untrained, "prepare", kept)
+    with (
+        running(untrained, decoders=2) as server,
+        concurrent.futures.ThreadPoolExecutor(5) as pool,
+    ):
+        decode = server.server.decode
+
+        async def counted(*arguments):
+            asked.append(arguments)
+            return await decode(*arguments)
+
+        monkeypatch.setattr(server.server, "decode", counted)
+        answers = [pool.submit(ask, server, {**SAY, "stream": True}) for _ in range(5)]
+        try:
+            wait_until(lambda: len(asked) == 5 and len(begun) == 2)
+            health = httpx.get(f"{server.url}/health", timeout=SECONDS).json()
+            assert health["sessions"] == 5
+        finally:
+            opened.set()
+        for answer in answers:
+            assert answer.result()
+    assert len(begun) == 5
+    assert len(set(begun)) == 2
+
+
+def test_images_of_a_conversation_are_decoded_there_too(server, monkeypatch):
+    """A camera frame and an image of an item."""
+    threads = []
+    read_image = realtime.read_image
+
+    def recorded(source, size):
+        threads.append(threading.current_thread().name)
+        return read_image(source, size)
+
+    monkeypatch.setattr(realtime, "read_image", recorded)
+    data = base64_of("color.png")
+    image = {"type": "input_image", "image_url": f"data:image/png;base64,{data}"}
+    item = {"type": "message", "role": "user", "content": [image]}
+    events = (
+        {"type": "input_video_frame.append", "image": data},
+        {"type": "conversation.item.create", "item": item},
+    )
+    with connect_to(server) as websocket:
+        for event in events:
+            websocket.send(json.dumps(event))
+        while json.loads(websocket.recv(timeout=SECONDS))["type"] != "conversation.item.done":
+            pass
+    assert len(threads) == 2
+    assert all(name.startswith("minomni-decoder") for name in threads)
 
 
 # -------------------------------------------------------------------------------------------- left
@@ -170,7 +231,7 @@ def test_a_conversation_that_is_left(server, steps, steps_when_freed, monkeypatc
         return endless_steps(*[None] * 5)
 
     monkeypatch.setattr(Session, "respond_steps", endless_reply)
-    with connect(f"ws://127.0.0.1:{server.port}/v1/realtime") as websocket:
+    with connect_to(server) as websocket:
         item = {"type": "message", "role": "user"}
         item["content"] = [{"type": "input_text", "text": "say the red circle"}]
         websocket.send(json.dumps({"type": "conversation.item.create", "item": item}))
@@ -198,7 +259,7 @@ def held() -> Counter:
 
 def converse(server) -> None:
     """A conversation of a spoken and a typed question, and a third one that is left."""
-    with connect(f"ws://127.0.0.1:{server.port}/v1/realtime", max_size=None) as websocket:
+    with connect_to(server, max_size=None) as websocket:
 
         def send(kind, **fields):
             websocket.send(json.dumps({"type": kind, **fields}))
@@ -232,13 +293,14 @@ def test_everything_is_freed(server):
             talked = [pool.submit(converse, server) for _ in range(3)]
             for job in asked + talked:
                 job.result()
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=SPEECH) as answer:
+        url = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=SPEECH, timeout=SECONDS) as answer:
             next(answer.iter_bytes())
         wait_until(lambda: not server.server.clients and not server.server.worker.turns)
 
     some_of_each()  # makes what stays: tables and the like
-    wait_until(lambda: held()["Conversation"] == 0)
+    short_lived = ("Conversation", "Task", "Session", "KVCache")
+    wait_until(lambda: not any(held()[kind] for kind in short_lived))
     before = held()
-    assert before["Task"] == before["Session"] == before["KVCache"] == 0
     some_of_each()
     wait_until(lambda: held() <= before)

@@ -1,5 +1,6 @@
 """Clients that are not allowed to ask, ask for too much, or send what no one expects."""
 
+import asyncio
 import copy
 import json
 import random
@@ -7,12 +8,14 @@ import socket
 
 import httpx
 import pytest
-from serving import SECONDS, base64_of, running, wait_until
+from serving import SECONDS, base64_of, connect_to, running, wait_until
+from starlette.routing import Route
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
-from websockets.sync.client import connect
 
-import minomni
 from minomni.errors import UserError
+from minomni.serve.access import LimitedBody
+from minomni.serve.errors import ApiError
+from minomni.serve.response import Stream
 from minomni.serve.settings import Settings
 
 TOKEN = "correct-horse-battery"
@@ -20,25 +23,14 @@ SAY = {"messages": [{"role": "user", "content": "say the red circle"}]}
 
 
 @pytest.fixture(scope="module")
-def omni(tiny_folder):
-    return minomni.load(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def server(omni):
-    with running(omni, body_bytes=2**20, sessions=24) as made:
+def server(untrained):
+    with running(untrained, body_bytes=2**20, sessions=24) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def guarded(omni):
-    with running(omni, token=TOKEN) as made:
-        yield made
-
-
-@pytest.fixture
-def limited(omni):
-    with running(omni, sessions=2, send_s=0.5, body_s=0.5) as made:
+def guarded(untrained):
+    with running(untrained, token=TOKEN) as made:
         yield made
 
 
@@ -54,10 +46,6 @@ def answers(server) -> bool:
     return ask(server).status_code == 200
 
 
-def realtime(server, **options):
-    return connect(f"ws://127.0.0.1:{server.port}/v1/realtime", **options)
-
-
 # ---------------------------------------------------------------------------------------- access
 
 
@@ -69,18 +57,19 @@ def test_foreign_host(server, host):
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
 def test_foreign_origin(server, origin):
     assert ask_with(server, {"Origin": origin}) == 403
-    with pytest.raises(InvalidStatus) as refused, realtime(server, origin=origin):
+    with pytest.raises(InvalidStatus) as refused, connect_to(server, origin=origin):
         pass
     assert refused.value.response.status_code == 403
 
 
 def ask_with(server, headers: dict) -> int:
-    return httpx.get(f"{server.url}/v1/models", headers=headers).status_code
+    url = f"{server.url}/v1/models"
+    return httpx.get(url, headers=headers, timeout=SECONDS).status_code
 
 
 def test_own_origin(server):
     assert ask_with(server, {"Origin": server.url}) == 200
-    with realtime(server, origin=server.url) as websocket:
+    with connect_to(server, origin=server.url) as websocket:
         assert json.loads(websocket.recv())["type"] == "session.created"
 
 
@@ -89,17 +78,18 @@ def test_token(guarded):
     assert ask_with(guarded, {"Authorization": "Bearer wrong"}) == 401
     assert ask_with(guarded, {"Authorization": "Bearer ü".encode()}) == 401
     assert ask_with(guarded, {"Authorization": f"Bearer {TOKEN}"}) == 200
-    assert httpx.get(guarded.url).status_code == 200  # the page asks for the token
-    with pytest.raises(InvalidStatus) as refused, realtime(guarded):
+    page = httpx.get(guarded.url, timeout=SECONDS)
+    assert page.status_code == 200  # it asks for the token
+    with pytest.raises(InvalidStatus) as refused, connect_to(guarded):
         pass
     assert refused.value.response.status_code == 401
     protocols = ["realtime", f"openai-insecure-api-key.{TOKEN}"]
-    with realtime(guarded, subprotocols=protocols) as websocket:
+    with connect_to(guarded, subprotocols=protocols) as websocket:
         assert websocket.subprotocol == "realtime"
 
 
-def test_the_host_name_of_a_proxy(omni):
-    with running(omni, token=TOKEN, names=("talk.example",)) as made:
+def test_the_host_name_of_a_proxy(untrained):
+    with running(untrained, token=TOKEN, names=("talk.example",)) as made:
         headers = {"Host": "talk.example", "Authorization": f"Bearer {TOKEN}"}
         assert ask_with(made, headers) == 200
         assert ask_with(made, {**headers, "Origin": "https://talk.example"}) == 200
@@ -120,7 +110,7 @@ def test_other_machines_need_a_token():
 
 
 def test_headers(server):
-    headers = httpx.get(server.url).headers
+    headers = httpx.get(server.url, timeout=SECONDS).headers
     assert "default-src 'none'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff"
     assert "microphone=(self)" in headers["permissions-policy"]
@@ -145,7 +135,7 @@ def test_paths(server, path):
 
 
 def test_methods(server):
-    answer = httpx.get(f"{server.url}/v1/chat/completions")
+    answer = httpx.get(f"{server.url}/v1/chat/completions", timeout=SECONDS)
     assert answer.status_code == 405
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -166,68 +156,82 @@ def test_large_bodies(server):
 
 
 def test_large_frames(server):
-    with realtime(server) as websocket:
-        websocket.recv()
+    def send_and_receive():  # the server may close before all of the message is sent
         websocket.send("x" * (2**20 + 1))
+        websocket.recv(timeout=SECONDS)
+
+    with connect_to(server) as websocket:
+        websocket.recv()
         with pytest.raises(ConnectionClosedError) as closed:
-            websocket.recv(timeout=SECONDS)
+            send_and_receive()
     assert closed.value.rcvd.code == 1009
     assert answers(server)
 
 
-def test_sessions(limited):
-    with realtime(limited) as first, realtime(limited) as second:
-        first.recv()
-        second.recv()
-        answer = ask(limited)
-        assert answer.status_code == 429
-        assert int(answer.headers["retry-after"]) > 0
-        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
-        with pytest.raises(InvalidStatus) as refused, realtime(limited):
-            pass
-        assert refused.value.response.status_code == 429
-    wait_until(lambda: not limited.server.clients)
-    assert answers(limited)
+def test_sessions(untrained):
+    with running(untrained, sessions=2) as limited:
+        with connect_to(limited) as first, connect_to(limited) as second:
+            first.recv()
+            second.recv()
+            answer = ask(limited)
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) > 0
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+            with pytest.raises(InvalidStatus) as refused, connect_to(limited):
+                pass
+            assert refused.value.response.status_code == 429
+        wait_until(lambda: not limited.server.clients)
+        assert answers(limited)
 
 
-def test_a_slow_reader_is_dropped(limited):
+def test_a_slow_reader_is_dropped(untrained):
     """It asks for an answer, and never reads."""
+    taken = []
 
     async def endless():
         while True:
             yield b"x" * 2**16
 
-    from starlette.routing import Route
-
-    from minomni.serve.response import Stream
-
     async def endpoint(request):
-        return Stream(endless(), limited.server, limited.server.take_client(), "text/plain")
+        server = request.app.state.server
+        taken.append(server.take_client())
+        return Stream(endless(), server, taken[0], "text/plain")
 
-    limited.app.router.routes.append(Route("/endless", endpoint))
-    with socket.create_connection(("127.0.0.1", limited.port)) as raw:
-        raw.sendall(b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        wait_until(lambda: len(limited.server.clients) == 1)
-        wait_until(lambda: not limited.server.clients)
-    assert answers(limited)
+    with running(untrained, send_s=0.5) as limited:
+        limited.app.router.routes.append(Route("/endless", endpoint))
+        with socket.create_connection(("127.0.0.1", limited.port)) as raw:
+            raw.sendall(b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_until(lambda: taken)
+            wait_until(lambda: not limited.server.clients)
+        assert answers(limited)
 
 
-def test_a_body_that_arrives_slowly(limited):
-    """A client that sends a byte now and then does not keep its session."""
+def test_a_body_that_does_not_arrive(untrained):
+    """A client that sends a part of its request does not keep its session."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", limited.port)) as raw:
-        raw.settimeout(0.05)
-        raw.sendall(head)
-        received = b""
-        for _ in range(SECONDS * 20):
-            try:
-                received = raw.recv(1024)
-                break
-            except TimeoutError:
-                raw.sendall(b" ")
-    assert b" 408 " in received.split(b"\r\n")[0]
-    wait_until(lambda: not limited.server.clients)
-    assert answers(limited)
+    with running(untrained, body_s=0.5) as limited:
+        with socket.create_connection(("127.0.0.1", limited.port), timeout=SECONDS) as raw:
+            raw.sendall(head + b"{")
+            assert b" 408 " in raw.recv(1024).split(b"\r\n")[0]
+        wait_until(lambda: not limited.server.clients)
+        wait_until(lambda: answers(limited))
+
+
+def test_a_body_that_arrives_slowly():
+    """A byte now and then does not give a client more time."""
+
+    async def byte():
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def read_all():
+        body = LimitedBody(byte, Settings(body_s=0.1))
+        while True:
+            await body.receive()
+
+    with pytest.raises(ApiError) as slow:
+        asyncio.run(asyncio.wait_for(read_all(), SECONDS))
+    assert slow.value.status == 408
 
 
 # ------------------------------------------------------------------------------------------- fuzz
@@ -336,7 +340,7 @@ def test_random_events(server, caplog):
     """Whatever is sent, the conversation goes on, or is closed by the server in order."""
     chooser = random.Random(0)
     for _ in range(10):
-        with realtime(server, max_size=None) as websocket:
+        with connect_to(server, max_size=None) as websocket:
             for _ in range(50):
                 event = chooser.choice(EVENTS)
                 if chooser.random() < 0.7:

@@ -14,12 +14,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 ROOT = Path(__file__).parents[2]
-# The command, with an answer that has no end.
+# The command, with an answer that has no end, and as much time to stop as a slow machine needs.
 ENDLESS = """
 import sys, time
 from minomni import __main__
 from minomni.chat.reply import TextChunk
-from minomni.serve import chat
+from minomni.serve import app, chat
 
 def endless_steps(*_):
     while True:
@@ -27,6 +27,7 @@ def endless_steps(*_):
         yield TextChunk("x", 0.0)
 
 chat.answer_steps = endless_steps
+app.STOP_S = 300
 sys.exit(__main__.main())
 """
 
@@ -54,7 +55,7 @@ def process(request, tiny_folder):
     made.wait()
 
 
-def address(process) -> str:
+def address_of(process) -> str:
     line = process.stdout.readline()
     assert line.startswith("minomni serves ")
     return line.split(" at ")[1].split()[0]
@@ -68,8 +69,8 @@ def interrupt(process) -> tuple[str, str]:
 
 @pytest.mark.parametrize("process", ["-m minomni"], indirect=True)
 def test_control_c(process):
-    url = address(process)
-    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    url = address_of(process)
+    assert httpx.get(f"{url}/health", timeout=SECONDS).json()["status"] == "ok"
     assert interrupt(process) == ("", "")
     assert process.returncode == 0
 
@@ -77,10 +78,11 @@ def test_control_c(process):
 @pytest.mark.parametrize("process", ["endless"], indirect=True)
 def test_control_c_during_answers(process):
     """The answers end with an error, the conversation is closed, and nothing is printed."""
-    url = address(process)
+    url = address_of(process)
+    address = url.replace("http", "ws")
     body = {"messages": [{"role": "user", "content": "say the red circle"}], "stream": True}
     with (
-        connect(f"{url.replace('http', 'ws')}/v1/realtime") as websocket,
+        connect(f"{address}/v1/realtime", open_timeout=SECONDS) as websocket,
         httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=SECONDS) as answer,
     ):
         assert json.loads(websocket.recv())["type"] == "session.created"

@@ -12,8 +12,7 @@ from serving import (
     SECONDS,
     Gate,
     base64_of,
-    keep_first_answer,
-    load_tiny,
+    keep_first_answers,
     running,
     spoken,
 )
@@ -29,17 +28,6 @@ SENTENCE = "the red circle is above the blue square"
 WISH = "wish.wav"
 WISHED = "the yellow square is left of the yellow cross"
 SILENCE = bytes(2 * RATE)  # one second
-
-
-@pytest.fixture(scope="module")
-def omni():
-    return load_tiny()
-
-
-@pytest.fixture(scope="module")
-def server(omni):
-    with running(omni) as made:
-        yield made
 
 
 def other_wish() -> tuple[str, str]:
@@ -60,7 +48,9 @@ def talk(server, conversation):
             openai.AsyncOpenAI(
                 base_url=f"{server.url}/v1", websocket_base_url=address, api_key="none"
             ) as client,
-            client.realtime.connect(model="tiny") as connection,
+            client.realtime.connect(
+                model="tiny", websocket_connection_options={"open_timeout": SECONDS}
+            ) as connection,
         ):
             return await asyncio.wait_for(conversation(connection), SECONDS)
 
@@ -162,7 +152,7 @@ def test_interruption(server, monkeypatch):
     """The second request interrupts the answer to the first one, and is answered with its own
     words.
     """
-    keep_first_answer(monkeypatch)
+    keep_first_answers(monkeypatch)
     name, sentence = other_wish()
 
     async def conversation(connection):
@@ -189,7 +179,7 @@ def test_interruption(server, monkeypatch):
     assert first.response.id not in [getattr(event, "response_id", None) for event in later]
 
 
-def test_a_turn_equals_that_of_the_package(server, omni):
+def test_a_turn_equals_that_of_the_package(server, trained):
     """What the model gets from an open microphone is what listen() gets from the same audio."""
     audio = SILENCE + spoken(WISH) + SILENCE
 
@@ -201,7 +191,7 @@ def test_a_turn_equals_that_of_the_package(server, omni):
     receiver = realtime.AudioReceiver()
     detector = VoiceDetector(VadOptions(prefix_padding_ms=realtime.SHORT_PADDING_MS))
     turn = [event.wave for event in detector.feed(receiver.feed(audio)) if hasattr(event, "wave")]
-    session = omni.listen(next(iter(omni.voices)))
+    session = trained.listen(next(iter(trained.voices)))
     session.add_audio(np.concatenate(turn))
     *_, reply = session.respond()
     usage = events[-1].response.usage
@@ -211,10 +201,10 @@ def test_a_turn_equals_that_of_the_package(server, omni):
         base64.b64decode(event.delta) for event in of_kind(events, "response.output_audio.delta")
     )
     wave = reply.reply.wave.numpy()
-    if omni.sample_rate != RATE:
+    if trained.sample_rate != RATE:
         import soxr
 
-        wave = soxr.resample(wave, omni.sample_rate, RATE)
+        wave = soxr.resample(wave, trained.sample_rate, RATE)
     assert np.frombuffer(data, "<i2") / 32768 == pytest.approx(wave, abs=1e-3)
 
 
@@ -285,6 +275,29 @@ def test_audio_that_is_cleared_is_forgotten(server):
 
     (text,) = of_kind(talk(server, conversation), "response.output_text.done")
     assert text.text == "the red circle is left of the black square"
+
+
+def test_audio_of_an_item_is_no_audio_of_the_buffer(server):
+    """It can be neither committed once more nor cleared."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        audio = base64.b64encode(spoken(WISH)).decode()
+        await add(connection, {"type": "input_audio", "audio": audio})
+        await connection.input_audio_buffer.commit()
+        await connection.input_audio_buffer.clear()
+        await connection.response.create()
+        return await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    (error,) = of_kind(events, "error")
+    assert error.error.code == "input_audio_buffer_commit_empty"
+    assert of_kind(events, "input_audio_buffer.committed") == []
+    assert len(of_kind(events, "input_audio_buffer.cleared")) == 1
+    items = of_kind(events, "conversation.item.added")
+    assert [item.item.role for item in items].count("user") == 1
+    (text,) = of_kind(events, "response.output_text.done")
+    assert text.text == WISHED
 
 
 def test_a_question_whose_answer_is_cancelled_before_it_begins(server, monkeypatch):
@@ -367,17 +380,44 @@ def test_too_much_input_behind_an_answer_is_refused(server, monkeypatch):
     assert of_kind(events, "response.output_text.done")[0].text == SENTENCE
 
 
-def test_a_conversation_ends_after_its_time(omni):
+def test_a_second_commit_finds_the_buffer_empty(server):
+    """It is an error, as is the first commit without audio. What was committed stays."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await connection.input_audio_buffer.commit()
+        events = await until(connection, "error")
+        await send_audio(connection, spoken(WISH))
+        await connection.input_audio_buffer.commit()
+        await connection.input_audio_buffer.commit()
+        events += await until(connection, "error")
+        await connection.input_audio_buffer.clear()
+        await connection.response.create()
+        return events + await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    errors = [event.error for event in of_kind(events, "error")]
+    assert [error.code for error in errors] == 2 * ["input_audio_buffer_commit_empty"]
+    assert {error.type for error in errors} == {"invalid_request_error"}
+    assert len(of_kind(events, "input_audio_buffer.committed")) == 1
+    assert len(of_kind(events, "input_audio_buffer.cleared")) == 1
+    (text,) = of_kind(events, "response.output_text.done")
+    assert text.text == WISHED
+
+
+def test_a_conversation_ends_after_its_time(trained):
     async def conversation(connection):
         return [event async for event in connection]  # to its end
 
-    with running(omni, session_s=0.5) as server:
+    with running(trained, session_s=0.5) as server:
         events = talk(server, conversation)
     assert [event.type for event in events] == ["session.created", "error"]
     assert events[-1].error.code == "session_expired"
 
 
-def test_cancel(server):
+def test_cancel(server, monkeypatch):
+    keep_first_answers(monkeypatch, 2)
+
     async def conversation(connection):
         for _ in range(2):
             await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})

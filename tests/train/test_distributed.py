@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -55,6 +56,7 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(5)
         self.head = nn.Linear(5, 11)
         self.deep = nn.Linear(9, 9)
+        self.thinker = SimpleNamespace(device=torch.device("cpu"))  # a stage asks for it
 
     def read(self, ids, with_branch):
         """Logits [B, L, 11] by a method other than forward."""

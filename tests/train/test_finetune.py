@@ -39,7 +39,7 @@ def omni(tiny_folder):
 def small(monkeypatch, tiny_folder):
     """finetune() starts from the random model and takes two rows per step."""
     monkeypatch.setattr(
-        finetune, "load", lambda size, device: minomni.load(str(tiny_folder), device)
+        finetune, "load", lambda size, device, **_: minomni.load(str(tiny_folder), device)
     )
     monkeypatch.setitem(finetune.FINETUNE_RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
     monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
@@ -846,7 +846,6 @@ def test_speaker_of_a_row(tmp_path, omni):
 def test_held_out_speaker_is_scored_before_and_after(
     tmp_path, small, tiny_folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command, "load", lambda name, device: minomni.load(name, device))
     path = write(tmp_path, [line(speaker="Ada"), line(), line("say b", "a square", speaker="Ada")])
     finetune_arguments = ["train", str(tiny_folder), "--data", str(path), "--held-out", "Ada"]
     options = ["--lora", "r=2", "--epochs", "1", "--home", str(tmp_path / "home")]
@@ -951,7 +950,7 @@ def test_broken_metadata(content, says, tmp_path):
 def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
     """The error comes before the data are read or a model is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finetune, "load", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(finetune, "load", lambda *_, **__: pytest.fail("work began"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")

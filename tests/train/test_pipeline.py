@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,7 @@ def test_train_sets_up_a_stage_once(tmp_path):
             return {"square": self.omni(batch).square().mean()}
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 1))
+    model.thinker = SimpleNamespace(device=torch.device("cpu"))  # a stage asks for it
     stage = Late(model, loop.Recipe(steps=1, batch=2, lr=1e-3), tmp_path, 0)
     loop.train(stage, tmp_path)
     assert stage.setup_s is not None

@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -612,7 +613,9 @@ class Rows(Stage):
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(1)
-        super().__init__(nn.Sequential(nn.Linear(5, 3)), recipe, Path(), 0)
+        omni = nn.Sequential(nn.Linear(5, 3))
+        omni.thinker = SimpleNamespace(device=torch.device("cpu"))  # a stage asks for it
+        super().__init__(omni, recipe, Path(), 0)
         self.asked, self.rows = [], torch.randn(96, 5)
 
     def batch(self, number):

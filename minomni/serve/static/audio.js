@@ -1,6 +1,7 @@
 // Microphone and loudspeaker: two worklets at 24 kHz, and conversions of their samples.
 export const RATE = 24000; // Hz, of both directions
 const WAV_HEAD = 44; // bytes
+const RESUME_MS = 10_000; // that a browser may take to begin with audio
 
 export class Player {
   /** Plays answers; `onmessage` gets what playback.js reports. */
@@ -14,8 +15,20 @@ export class Player {
     player.analyser = new AnalyserNode(context, { fftSize: 1024, smoothingTimeConstant: 0.3 });
     player.node.connect(context.destination);
     player.node.connect(player.analyser);
-    await context.resume();
     return player;
+  }
+
+  /** Whether audio is played. Without an audio device some browsers neither begin nor say so. */
+  get running() {
+    return this.context.state === "running";
+  }
+
+  /** Begin to play, or go on; an error where the browser does not within this time. */
+  async resume(patienceMs = RESUME_MS) {
+    const late = new Promise((_, reject) => {
+      setTimeout(() => reject(new Error("the browser starts no audio")), patienceMs);
+    });
+    await Promise.race([this.context.resume(), late]);
   }
 
   send(message) {

@@ -5,6 +5,7 @@ import { $, addEntry, addWav, addWords, draw, showLatency, status } from "/stati
 const FRAMES_PER_S = 2; // of the camera
 const PAUSE_MS = 500; // that ends a turn of an open microphone
 const CLICK_MS = 200; // a press of the button that is shorter says nothing
+const START_MS = 5000; // that an audio device may take to begin, once the answer is complete
 const PICTURE_SIZE = 1024; // pixels
 const MAX_PICTURE = 700_000; // characters of a data: URL; a message has at most 1 MiB
 const EXAMPLES = [
@@ -20,6 +21,7 @@ const ABOUT_TINY =
 const state = {
   socket: null,
   player: null, // a promise, from the first click on
+  mute: false, // whether the user was told that there is no audio
   microphone: null, // a promise, from the first use on
   camera: null,
   picture: null, // data: URL of the next question
@@ -143,7 +145,8 @@ const HANDLERS = {
     if (response.status === "failed") answer.entry.remove();
     else keepAudio(answer);
     measure(answer);
-    if (!answer.playing) finish();
+    if (answer.playing) checkAudio(answer);
+    else finish();
   },
   error({ error }) {
     state.asked.delete(error.event_id);
@@ -218,6 +221,7 @@ function stopAnswer(cancel = true) {
   return new Promise((resolve) => {
     state.stopped = resolve;
     toPlayer({ kind: "stop" });
+    state.player.then((player) => player.running || resolve(), resolve);
   });
 }
 
@@ -229,14 +233,30 @@ async function openPlayer() {
     return player;
   });
   const player = await state.player;
-  await player.context.resume();
+  player.context.resume().catch(() => {}); // checkAudio() tells
   return player;
+}
+
+/** Tell the user once that answers are words only. */
+function noAudio(reason) {
+  if (!state.mute) fail(`no audio: ${reason}`);
+  state.mute = true;
+}
+
+/** End a complete answer that the browser does not play. */
+async function checkAudio(answer) {
+  const player = await state.player.catch(() => null);
+  await player?.resume(START_MS).catch(() => {}); // a short answer may be faster than the device
+  if (player?.running || state.answer !== answer) return;
+  noAudio("is a loudspeaker connected?");
+  finish();
 }
 
 /** The microphone. Tells the user why there is none, and returns null. */
 async function openMicrophone() {
   try {
     const player = await openPlayer();
+    await player.resume(); // its samples come by the same way
     state.microphone ??= Microphone.open(player, (audio) => {
       send({ type: "input_audio_buffer.append", audio });
     });
@@ -274,7 +294,7 @@ function givePicture(picture) {
 
 /** Ask a typed question about a picture: by default, about the one that was chosen. */
 async function askText(text, picture = takePicture()) {
-  await openPlayer().catch((error) => fail(`no audio: ${error.message}`)); // words without it
+  await openPlayer().catch((error) => noAudio(error.message)); // words without it
   await stopAnswer(); // the server learns what was heard before the next question
   givePicture(picture);
   sendItem({ type: "input_text", text });

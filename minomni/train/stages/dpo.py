@@ -42,7 +42,7 @@ class DPOStage(SpeechStage):
     sft_weight = 0.5
 
     def setup(self) -> None:
-        """Also sample the preference pairs, and compute their reference log-probabilities."""
+        """Also sample the preference pairs and compute the reference log-probabilities."""
         super().setup()
         with torch.no_grad():
             self.pairs = batched(self.preference_pairs(), self.recipe.batch)
@@ -64,16 +64,17 @@ class DPOStage(SpeechStage):
         )
         pairs = []
         for prompts in self.dpo_prompts():
-            repeated = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
+            count = self.samples_per_prompt
+            repeated = [prompt for prompt in prompts for _ in range(count)]
             samples = self.speak(repeated, sampling, generator)
-            for prompt, own_samples in zip(prompts, batched(samples, self.samples_per_prompt)):
+            for prompt, own_samples in zip(prompts, batched(samples, count)):
                 pair = self.best_and_worst(prompt, own_samples)
                 if pair is not None:
                     pairs.append(pair)
         if not pairs:
             raise UserError(
-                f"stage {self.name}: the samples of each of {self.num_prompts} sentences are "
-                "equally good; the talker stage needs more steps"
+                f"stage {self.name}: the samples of each of {self.num_prompts} "
+                "sentences are equally good; the talker stage needs more steps"
             )
         # Pairs of a batch are padded together, so they should have similar lengths.
         pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))
@@ -142,7 +143,8 @@ class DPOStage(SpeechStage):
     def losses(self, batch: Any) -> dict[str, Tensor]:
         pairs, reference, examples = batch
         chosen, rejected = self._log_probs(pairs)
-        chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)  # each with its stop code
+        # Each sample counts with its stop code.
+        chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)
         return {
             "dpo": losses.dpo(chosen, rejected, reference[0], reference[1], self.beta),
             "sft": -self.sft_weight * chosen.sum() / chosen_codes,

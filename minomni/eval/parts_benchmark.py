@@ -1,0 +1,333 @@
+"""Every part of a model beside the official code and the limit of the machine, in one run.
+
+The sides take turns, so that other load on the machine affects them equally, and each time is a
+median. A limit is measured in the same run: the rate of matrix products for work that is bound by
+arithmetic, the bandwidth of a copy for decoding steps, which read all weights once.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minomni import paths
+from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
+from minomni.errors import UserError, shorten
+from minomni.eval.parts_sides import Clock, Official, Ours, Outcome, Work, require_transformers
+from minomni.eval.stats import markdown_table
+
+OURS, THEIRS = "minomni", "transformers"
+STATIC, COMPILED = "static cache", "static cache, compiled"
+SIDES = (OURS, THEIRS, STATIC, COMPILED)  # columns of the table
+ROWS = {
+    "load": "load, s",
+    "load_memory": "memory that loading takes, MiB",
+    "log_mel": "log-mel of the audio, ms",
+    "image": "preparation of the image, ms",
+    "video": "preparation of the video's frames, ms",
+    "audio_encoder": "audio encoder, ms",
+    "vision_encoder": "vision encoder, ms",
+    "prefill": "Thinker, prefill and first token, ms",
+    "thinker_step": "Thinker, a token, ms",
+    "talker_step": "Talker, a code, ms",
+    "token2wav": "Token2Wav, whole, ms",
+    "token2wav_streamed": "Token2Wav, streamed, ms",
+    "first_audio": "question to first audio, ms",
+    "thinker_training": "Thinker, forward and backward, ms",
+    "talker_training": "Talker, forward and backward, ms",
+}
+UNITS = {"load": 1.0, "load_memory": 1.0}  # of one second or MiB; all other rows are in ms
+FP32_ROWS = ("token2wav", "token2wav_streamed")  # the rest has the dtype of the benchmark
+
+# Loading, each time in a new process. Linux reports the largest memory of a process.
+LOAD_PROGRAM = """
+import json, sys, time
+import torch
+{imports}
+def memory(name):
+    try:
+        lines = open("/proc/self/status").read().splitlines()
+    except OSError:
+        return float("nan")
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+before = memory("VmRSS")
+start = time.perf_counter()
+model = {load}
+if sys.argv[2] == "cuda":
+    torch.cuda.synchronize()
+print(json.dumps([time.perf_counter() - start, memory("VmHWM") - before]))
+"""
+OUR_PROGRAM = LOAD_PROGRAM.format(
+    imports="import minomni, minomni.checkpoint.weights",
+    load="minomni.load(sys.argv[1], sys.argv[2])",
+)
+LOAD_PROGRAMS = {
+    OURS: OUR_PROGRAM,
+    THEIRS: LOAD_PROGRAM.format(
+        imports="from transformers import Qwen2_5OmniForConditionalGeneration as Model",
+        load='Model.from_pretrained(sys.argv[1], dtype="auto").to(sys.argv[2])',
+    ),
+}
+
+
+@dataclass
+class Parts:
+    """Results of measure(). Times are in seconds."""
+
+    machine: dict[str, Any]
+    work: Work
+    rows: dict[str, dict[str, float]]  # by row and side; "limit" and "difference" are there too
+    notes: list[str] = field(default_factory=list)  # what could not be measured, and why
+
+    def ratio(self, row: str) -> float | None:
+        """Time of transformers' default : ours."""
+        values = self.rows[row]
+        if OURS not in values or THEIRS not in values:
+            return None
+        return values[THEIRS] / values[OURS]
+
+    def as_json(self) -> dict[str, Any]:
+        """All results as one JSON object."""
+        rows = {}
+        for row, values in self.rows.items():
+            rows[row] = {name: float(f"{value:.4g}") for name, value in values.items()}
+            ratio = self.ratio(row)
+            if ratio is not None:
+                rows[row]["ratio"] = round(ratio, 3)
+        work = vars(self.work)
+        return {"machine": self.machine, "work": work, "rows": rows, "notes": self.notes}
+
+    def markdown(self) -> str:
+        """All results as one Markdown table, with the machine before it and the notes after it."""
+        header = ("work", *SIDES, "limit", f"{THEIRS} : {OURS}", "difference of outputs")
+        lines = []
+        for row, values in self.rows.items():
+            factor = UNITS.get(row, 1e3)
+            times = [number(values.get(name), factor) for name in (*SIDES, "limit")]
+            difference = number(values.get("difference"))
+            lines.append((ROWS[row], *times, number(self.ratio(row)), difference))
+        machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        parts = [machine, "", markdown_table(header, lines)]
+        if self.notes:
+            parts += ["", *self.notes]
+        return "\n".join(parts)
+
+
+def number(value: float | None, factor: float = 1.0) -> str:
+    """A cell of the table; empty where nothing was measured."""
+    return "" if value is None else f"{factor * value:.3g}"
+
+
+@contextmanager
+def random_folder(width_factor: float) -> Iterator[Path]:
+    """A folder like the release's with random weights and narrower layers, deleted at the end."""
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=paths.runs()) as home:
+        folder = Path(home) / "model"
+        make_checkpoint(checkpoint_config("qwen7b", width_factor), folder)
+        yield folder
+
+
+def measure(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Work,
+    compiled: bool = False,
+    alone: bool = False,
+) -> Parts:
+    """Measure every part of the model in a folder, here and in transformers.
+
+    dtype: of Thinker and Talker. compiled: also compile the static cache's steps, which takes
+    minutes. alone: leave out transformers. Raises UserError where transformers is missing, and for
+    a model without speech.
+    """
+    version = "left out" if alone else require_transformers().__version__
+    limits = {"fp32": matrix_rate(device, torch.float32, work)}
+    limits["rate"] = matrix_rate(device, dtype, work)
+    limits["bandwidth"] = copy_bandwidth(device, work)
+    machine = machine_of(device, dtype, limits) | {"transformers": version}
+    parts = Parts(machine, work, {row: {} for row in ROWS})
+    measure_loading(folder, device, parts, LOAD_PROGRAMS if not alone else {OURS: OUR_PROGRAM})
+
+    ours = Ours(folder, device, dtype, work)
+    official = None if alone else Official(folder, dtype, ours)
+    for sides in works(ours, official, compiled):
+        measure_sides(sides, parts)
+    for row, flops in ours.flops().items():
+        parts.rows[row]["limit"] = flops / limits["fp32" if row in FP32_ROWS else "rate"]
+    for row, num_bytes in ours.step_bytes().items():
+        parts.rows[row]["limit"] = num_bytes / limits["bandwidth"]
+    return parts
+
+
+def works(
+    ours: Ours, official: Official | None, compiled: bool
+) -> list[dict[str, Callable[[], Outcome]]]:
+    """The pieces of work, each with the sides that do it."""
+    if official is None:
+        return [{OURS: work} for work in ours.works()]
+    thinker = {OURS: ours.thinker, THEIRS: official.thinker, STATIC: official.static_thinker}
+    if compiled:
+        thinker[COMPILED] = official.compiled_thinker
+    return [
+        {OURS: ours.log_mel, THEIRS: official.log_mel},
+        {OURS: ours.image, THEIRS: official.image},
+        {OURS: ours.video, THEIRS: official.video},
+        {OURS: ours.audio_encoder, THEIRS: official.audio_encoder},
+        {OURS: ours.vision_encoder, THEIRS: official.vision_encoder},
+        thinker,
+        {OURS: ours.answer, THEIRS: official.answer},
+        {OURS: ours.speech, THEIRS: official.speech},
+        {OURS: ours.streamed_speech},
+        {OURS: ours.thinker_training, THEIRS: official.thinker_training},
+        {OURS: ours.talker_training, THEIRS: official.talker_training},
+    ]
+
+
+def measure_sides(sides: dict[str, Callable[[], Outcome]], parts: Parts) -> None:
+    """Let the sides do one piece of work in turns, and enter medians and differences.
+
+    What the official code cannot do here becomes a note, and so do outputs of different shapes; an
+    error of ours is raised.
+    """
+    sides = dict(sides)
+    seconds: dict[tuple[str, str], list[float]] = {}  # by row and side
+    outcomes: dict[str, Outcome] = {}  # the last one of each side
+    for turn in range(1 + parts.work.rounds):
+        for name, work in list(sides.items()):
+            try:
+                outcome = work()
+            except Exception as error:
+                if name == OURS:
+                    raise
+                parts.notes.append(note(name, outcomes[OURS], error))
+                del sides[name]
+                outcomes.pop(name, None)
+                continue
+            outcomes[name] = outcome
+            if turn:  # the first one warms up
+                for row, value in outcome.seconds.items():
+                    seconds.setdefault((row, name), []).append(value)
+
+    for (row, name), values in seconds.items():
+        if name in sides:
+            parts.rows[row][name] = median(values)
+    ours = outcomes[OURS]
+    theirs = outcomes.get(THEIRS)
+    if theirs is None or ours.output is None or theirs.output is None:
+        return
+    try:
+        found = difference(ours.output, theirs.output)
+    except ValueError as error:
+        parts.notes.append(note(THEIRS, ours, error))
+        return
+    for row in ours.seconds:
+        parts.rows[row]["difference"] = found
+
+
+def note(side: str, ours: Outcome, error: Exception) -> str:
+    """One line: a side, the rows of our outcome, and the error."""
+    what = " and ".join(ROWS[row] for row in ours.seconds)
+    reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
+    return f"{side}: {what}: {reason}"
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value; for ids, the share that differs.
+
+    Raises ValueError for outputs of different shapes.
+    """
+    if ours.shape != theirs.shape:
+        raise ValueError(f"outputs have shapes {list(ours.shape)} and {list(theirs.shape)}")
+    if not ours.is_floating_point():
+        return float((ours != theirs).double().mean())
+    ours, theirs = ours.double().cpu(), theirs.double().cpu()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
+# --------------------------------------------------------------------------------------------------
+# loading
+def measure_loading(
+    folder: Path, device: torch.device, parts: Parts, programs: dict[str, str]
+) -> None:
+    """Load the folder in new processes, in turns, and enter seconds and memory.
+
+    programs: of LOAD_PROGRAMS.
+    """
+    runs: dict[str, list[list[float]]] = {name: [] for name in programs}
+    for turn in range(1 + parts.work.rounds):
+        for name, program in programs.items():
+            run = run_program(program, folder, device)
+            if turn:  # the first one reads the files into the memory of the system
+                runs[name].append(run)
+    for name, found in runs.items():
+        parts.rows["load"][name] = median(seconds for seconds, _ in found)
+        memory = median(mebibytes for _, mebibytes in found)
+        if memory == memory:  # NaN where the system does not report it
+            parts.rows["load_memory"][name] = memory
+
+
+def run_program(program: str, folder: Path, device: torch.device) -> list[float]:
+    """Run a program of LOAD_PROGRAMS -> seconds and MiB. Raises UserError where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), device.type],
+        env=paths.environment(),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last_line = (done.stderr.splitlines() or ["?"])[-1]
+        raise UserError(f"{folder}: cannot be loaded in a process of its own: {last_line:.300}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --------------------------------------------------------------------------------------------------
+# the machine
+def fastest_s(run: Callable[[], object], device: torch.device, times: int = 5) -> float:
+    """Shortest seconds of several runs, after one that warms up."""
+    seconds = []
+    for _ in range(1 + times):
+        clock = Clock(device)
+        run()
+        seconds.append(clock.mark())
+    return min(seconds[1:])
+
+
+def copy_bandwidth(device: torch.device, work: Work) -> float:
+    """Bytes read and written per second by a copy in memory."""
+    source = torch.ones(work.probe_mib * 2**18, device=device)  # of 4 bytes each
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / fastest_s(lambda: target.copy_(source), device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, work: Work) -> float:
+    """Floating-point operations per second of a product of square matrices."""
+    width = work.probe_width
+    matrix = torch.randn(width, width, device=device).to(dtype)
+    return 2 * width**3 / fastest_s(lambda: matrix @ matrix, device)
+
+
+def machine_of(
+    device: torch.device, dtype: torch.dtype, limits: dict[str, float]
+) -> dict[str, Any]:
+    """What is printed above the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "copy_gb_per_s": float(f"{limits['bandwidth'] / 1e9:.3g}"),
+        "gflops": float(f"{limits['rate'] / 1e9:.3g}"),
+        "fp32_gflops": float(f"{limits['fp32'] / 1e9:.3g}"),
+    }

@@ -1,0 +1,171 @@
+"""An encoder for a folder that has none: its codes are learned from its own sound.
+
+A Talker is tuned on the codes of recordings. The release has no encoder that would make them, but
+its Token2Wav makes the sound of any codes. A classifier is trained to invert it: mel -> codes.
+Thinker, Talker and Token2Wav stay as they are.
+"""
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from minomni import load
+from minomni.checkpoint import weights
+from minomni.config import SIZES, CodeClassifierConfig, OmniConfig
+from minomni.errors import UserError
+from minomni.talker.codec import CodeClassifier
+from minomni.token2wav.voice import Voice
+from minomni.train import processes
+from minomni.train.code_pairs import PairMaker
+from minomni.train.finetune import (
+    agree_on_run,
+    begin_run,
+    read_rows,
+    train_or_load,
+    weights_hash,
+)
+from minomni.train.loop import Recipe, run_setup
+from minomni.train.pipeline import write_history
+from minomni.train.run_folder import is_finished
+from minomni.train.stages.encoder import EncoderStage
+
+if TYPE_CHECKING:
+    from minomni.omni import Omni
+
+BATCH = 16  # pairs in a step
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What an encoder is, and how it is trained."""
+
+    size: str = "small"  # whose codec has the sizes of the encoder's layers
+    pairs: int = 2000
+    steps: int = 3000
+    random_share: float = 0.1  # of the pairs: random codes in place of the Talker's
+
+
+def train_encoder(
+    folder: str,
+    out: Path,
+    options: EncoderOptions,
+    data: Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
+    home: Path | None = None,
+) -> Path:
+    """Train an encoder for the codes of a model folder -> the folder `out`: the same model with the
+    encoder as its codec, in place of one that it may have.
+
+    data: rows whose answers the Talker speaks, as for fine-tuning; without it, sentences of the
+    generated world. The run works in `home`, by default the folder of `out`; the pairs stay there,
+    and a run that is started over uses them again. Raises UserError for a model that cannot speak,
+    for bad data, and for a run that was begun with something else.
+    """
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    run = begin_run(out, home, resume, fresh, "config.json")
+    omni = load(folder, device)
+    config = with_classifier(omni.config, options.size)
+    rows = None
+    if data is not None:
+        with processes.first_goes_first():
+            rows = read_rows(data, run, omni, skip_corrupt=False)
+
+    # The pairs depend on fewer things than the run, which may be started over with other steps.
+    inputs_of_pairs = {
+        "data": "none" if rows is None else rows.digest.hexdigest(),
+        "model": weights_hash(omni),
+        "voices": voices_hash(omni.voices),
+        "system prompt": omni.config.media.system_prompt,
+        "Talker sampling": asdict(omni.config.talker_sampling),
+        "flow": asdict(omni.config.flow),
+        "seed": seed,
+        "random share": options.random_share,
+    }
+    key = hashlib.sha256(repr(inputs_of_pairs).encode()).hexdigest()[:12]
+    inputs_of_run = inputs_of_pairs | {"options": asdict(options)}
+    accumulate = agree_on_run(run, inputs_of_run)
+
+    maker = PairMaker(omni, rows, seed, options.random_share)
+    put_classifier(omni, config, seed)
+    stage = EncoderStage(
+        omni,
+        recipe_of(options, accumulate),
+        run / f"pairs-{key}",
+        seed,
+        maker,
+        options.pairs,
+    )
+    if not is_finished(run / "stages", stage.name):
+        with processes.first_goes_first():
+            run_setup(stage)
+    train_or_load(stage, run / "stages")
+
+    omni.eval().requires_grad_(False)
+    if processes.is_first():
+        weights.save(omni, out)
+        seconds = time.perf_counter() - began
+        write_history(
+            out, omni, Path(folder).resolve().name, seed, seconds, encoder=asdict(options)
+        )
+    return out
+
+
+def voices_hash(voices: dict[str, Voice]) -> str:
+    """A fingerprint of voices, in their order."""
+    digest = hashlib.sha256()
+    for name, voice in voices.items():
+        digest.update(repr((name, voice.bos_token)).encode())
+        for tensor in (voice.cond, voice.ref_mel):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def recipe_of(options: EncoderOptions, accumulate: int) -> Recipe:
+    """The recipe of a run. accumulate: batches into which the pairs of a step are divided."""
+    warmup = min(30, ceil(options.steps / 10))
+    batch = ceil(BATCH / accumulate)
+    return Recipe(options.steps, batch, LEARNING_RATE, accumulate=accumulate, warmup=warmup)
+
+
+def with_classifier(config: OmniConfig, size: str) -> OmniConfig:
+    """The configuration with an encoder for its own codes, whose layers are as wide as those of the
+    codec of `size`. Raises UserError for a model that cannot speak, and for codes of a length that
+    no encoder has.
+    """
+    if config.token2wav is None:
+        raise UserError("this model answers in text alone, and has no codes that could be learned")
+    layers = layers_of_codec(size)
+    dit = config.token2wav.dit
+    layers |= {"num_codes": dit.num_embeds + 1, "downsample": dit.repeats}
+    try:
+        return replace(config, codec=CodeClassifierConfig(**layers))
+    except ValueError as error:
+        raise UserError(f"no encoder fits this model: {error}") from None
+
+
+def layers_of_codec(size: str) -> dict[str, int]:
+    """The sizes of the layers of a codec by name."""
+    codec = SIZES[size].codec
+    assert codec is not None  # the command line offers sizes that have one
+    layers = asdict(codec)
+    del layers["levels"]
+    return layers
+
+
+def put_classifier(omni: "Omni", config: OmniConfig, seed: int) -> None:
+    """Give a model an untrained encoder."""
+    assert isinstance(config.codec, CodeClassifierConfig)
+    torch.manual_seed(seed)
+    device = omni.thinker.device
+    omni.config = config
+    omni.codec = CodeClassifier(config.codec).to(device)

@@ -1,0 +1,259 @@
+"""What is not asked for is not read, not kept, and named where it is used."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import minomni
+from minomni import __main__ as command
+from minomni.checkpoint import check_folder, lora, weights
+from minomni.checkpoint.memory import needed_bytes
+from minomni.checkpoint.parts import ENCODERS, parse_parts
+from minomni.config import TINY
+from minomni.errors import UserError
+from minomni.thinker.thinker import ENCODER_NAMES
+from minomni.train import code_pairs, loop, train_encoder
+
+QUESTION = [{"role": "user", "content": "say the red circle is above the blue square"}]
+LISTEN = [{"role": "user", "content": [{"type": "audio", "audio": torch.rand(8000).numpy()}]}]
+LOOK = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (56, 56))}]}]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of all tensors that are read."""
+    names: list[str] = []
+    real = weights.safe_open
+
+    class Spy:
+        def __init__(self, *arguments):
+            self.file = real(*arguments)
+
+        def __enter__(self):
+            self.shard = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.shard, name)
+
+        def get_tensor(self, name):
+            names.append(name)
+            return self.shard.get_tensor(name)
+
+    monkeypatch.setattr(weights, "safe_open", Spy)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("parts", "left_out"),
+    [
+        ("text", ("thinker.audio_tower.", "thinker.visual.", "talker.", "token2wav.", "codec.")),
+        ("text+vision+speech", ("thinker.audio_tower.",)),
+        ("text+audio+vision+speech", ()),
+    ],
+)
+def test_only_what_is_asked_for_is_read(parts, left_out, tiny_folder, read):
+    omni = minomni.load(tiny_folder)
+    everything = set(read)
+    read.clear()
+    omni = minomni.load(tiny_folder, parts=parts)
+    # The codec's tensors have names of their own in their file.
+    kept = {name for name in everything if not name.startswith(left_out)}
+    if "codec." in left_out:
+        kept -= {name for name in everything if name.split(".")[0] not in ("thinker",)}
+    assert set(read) == kept
+    assert not [name for name in omni.state_dict() if name.startswith(left_out)]
+    assert all(not tensor.is_meta for tensor in omni.state_dict().values())
+
+
+def test_what_is_left_answers_as_before(tiny_folder):
+    whole = minomni.load(tiny_folder)
+    for parts, messages in (("text", QUESTION), ("text+audio", LISTEN), ("text+vision", LOOK)):
+        omni = minomni.load(tiny_folder, parts=parts)
+        answers = []
+        for model in (whole, omni):
+            _, inputs = model.prepare(messages, None, False, False)
+            answers.append(model.generate(inputs, None, max_new_tokens=8).tokens)
+        assert answers[0] == answers[1]
+
+
+def test_using_what_was_left_out_is_one_line(tiny_folder):
+    omni = minomni.load(tiny_folder, parts="text")
+    with pytest.raises(UserError, match=r"audio encoder was left out .* \+audio, or give no audio"):
+        omni.respond(LISTEN, speech=False)
+    with pytest.raises(UserError, match=r"vision encoder was left out .* no images and videos"):
+        omni.respond(LOOK, speech=False)
+    for ask in (omni.respond, omni.stream):
+        with pytest.raises(UserError, match=r"speech was left out .* give speech=False"):
+            ask(QUESTION)
+    session = omni.listen(speech=False)
+    with pytest.raises(UserError, match="vision encoder was left out"):
+        session.add_image(Image.new("RGB", (56, 56)))
+    assert session.respond("say yes", max_new_tokens=2)  # the session goes on
+    with pytest.raises(UserError, match="without its audio and vision and speech"):
+        minomni.save(omni, tiny_folder.parent / "saved")
+    assert not (tiny_folder.parent / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "parts", ["speech", "text+text", "text+", "text,audio", "text+talker", "", 3]
+)
+def test_wrong_parts_are_one_line(parts, tiny_folder):
+    with pytest.raises(UserError, match=r"^parts is .*expected text, and behind it \+audio"):
+        minomni.load(tiny_folder, parts=parts)
+
+
+def test_names_of_parts():
+    assert parse_parts(None) == ()
+    assert parse_parts("text") == ("audio", "vision", "speech")
+    assert parse_parts("text+speech+audio") == ("vision",)
+
+
+# --------------------------------------------------------------------------------------------------
+# encoders on the host
+class Encoder(nn.Module):
+    """An encoder whose output shows on which device its weights were."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+        self.register_buffer("offset", torch.zeros(2))
+
+    def forward(self, patches, grids):
+        return self.weight + self.offset
+
+
+def test_encoders_visit_the_device_and_stay_on_the_host():
+    """The meta device takes the place of a GPU."""
+    omni = minomni.omni.Omni(TINY)
+    thinker = omni.thinker.to("meta")
+    encoder = Encoder()
+    thinker.register_module("visual", encoder)
+    weight = encoder.weight
+    assert thinker.encode_vision(None, []).device.type == "cpu"  # without the option
+    thinker.encoders_on_host = True
+    assert thinker.encode_vision(None, []).device.type == "meta"
+    assert encoder.weight is weight
+    assert weight.device.type == encoder.offset.device.type == "cpu"
+
+
+@pytest.fixture
+def on_two_devices(tiny_folder):
+    """A model with its encoders on the host and its decoder on the meta device, as of a GPU."""
+    omni = minomni.load(tiny_folder, encoders_on_host=True)
+    omni.thinker.model.to("meta")
+    omni.thinker.lm_head.to("meta")
+    assert next(omni.parameters()).device.type == "cpu"
+    return omni
+
+
+def test_training_takes_the_device_of_the_decoder(on_two_devices, tmp_path):
+    omni = on_two_devices
+    assert loop.Stage(omni, loop.Recipe(1, 1, 1e-3), tmp_path, 0).device.type == "meta"
+    assert code_pairs.PairMaker(omni, None, 0, 0.5).device.type == "meta"
+    config = train_encoder.with_classifier(omni.config, "tiny")
+    train_encoder.put_classifier(omni, config, seed=0)
+    assert {parameter.device.type for parameter in omni.codec.parameters()} == {"meta"}
+
+
+def test_voices_of_an_adapter_go_to_the_device_of_the_decoder(
+    on_two_devices, tiny_folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft", reason="the extra tune is not installed")
+    adapted = minomni.load(tiny_folder)
+    lora.add_lora(adapted, lora.parse_lora("r=2"), ("talker",))
+    lora.save_lora(adapted, tmp_path / "adapter", list(adapted.voices)[:1])
+    devices = []
+
+    def voices(file, config, device):
+        devices.append(device.type)
+        return {}
+
+    monkeypatch.setattr(lora, "load_voices", voices)
+    lora.load_lora(on_two_devices, tmp_path / "adapter")
+    assert devices == ["meta"]
+
+
+def test_only_encoders_are_loaded_onto_the_host():
+    device = torch.device("cuda")
+    for on_host, expected in (((), "cuda"), (ENCODERS, "cpu")):
+        reading = weights.Reading(device, torch.bfloat16, {}, {}, on_host)
+        assert reading.device_of("thinker.visual.merger.mlp.0.weight").type == expected
+        assert reading.device_of("thinker.audio_tower.proj.weight").type == expected
+        assert reading.device_of("thinker.model.embed_tokens.weight").type == "cuda"
+
+
+def test_encoders_on_the_host_give_the_same_answer(tiny_folder):
+    answers = []
+    for on_host in (False, True):
+        omni = minomni.load(tiny_folder, encoders_on_host=on_host)
+        assert omni.thinker.encoders_on_host == on_host
+        prefills = []
+        for messages in (LISTEN, LOOK):
+            _, inputs = omni.prepare(messages, None, False, False)
+            prefills.append(omni.thinker.prefill(inputs).hidden)
+        answers.append(prefills)
+    for first, second in zip(*answers, strict=True):
+        assert torch.equal(first, second)
+    with pytest.raises(UserError, match="encoders_on_host"):
+        minomni.load(tiny_folder, encoders_on_host="yes")
+
+
+# --------------------------------------------------------------------------------------------------
+# check and the command line
+def test_memory_table_has_a_row_for_parts():
+    tensors = {
+        "thinker.visual.proj.bias": torch.empty(1000, device="meta"),
+        "talker.norm.weight": torch.empty(100, device="meta"),
+        "token2wav.norm.weight": torch.empty(10, device="meta"),
+    }
+    assert check_folder.weight_sizes(tensors, ())[0] == 2 * 1000 + 2 * 100 + 4 * 10
+    assert check_folder.weight_sizes(tensors, ENCODERS)[0] == 2 * 100 + 4 * 10
+    table = check_folder.memory_table(TINY)
+    for row in ("parts=text |", "parts=text+audio+vision |", "encoders_on_host |"):
+        assert row in table
+
+
+def test_an_encoder_on_the_host_takes_memory_of_the_device_while_it_runs(tiny_folder, monkeypatch):
+    tensors = {
+        "thinker.audio_tower.proj.bias": torch.empty(300, device="meta"),
+        "thinker.visual.proj.bias": torch.empty(1000, device="meta"),
+        "thinker.model.norm.weight": torch.empty(20, device="meta"),
+    }
+    needed = needed_bytes(tensors, torch.bfloat16, None, on_host=ENCODERS)
+    assert needed == 2 * 20 + 2 * 1000  # the larger encoder, as one runs at a time
+    assert needed_bytes(tensors, torch.bfloat16, None) == 2 * (300 + 1000 + 20)
+    assert check_folder.weight_sizes(tensors, (), ENCODERS)[0] == needed
+
+    # load() counts so too, before it reads.
+    asked = []
+    monkeypatch.setattr(weights, "check_fits", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(weights, "device_of", torch.device)
+    monkeypatch.setattr(weights, "fill_model", lambda *arguments: None)
+    monkeypatch.setattr(weights, "load_voices", lambda *arguments: {})
+    for device, on_host in (("cuda", ENCODERS), ("cpu", ())):
+        weights.load(tiny_folder, device, encoders_on_host=True)
+        _, counted, *_, copied = asked.pop()
+        assert copied == on_host
+        assert any(name.startswith(ENCODERS) for name in counted)
+
+
+def test_names_of_encoders_are_those_of_the_thinker():
+    thinker = minomni.omni.Omni(TINY).thinker
+    assert ENCODERS == ("thinker.audio_tower.", "thinker.visual.")
+    assert set(ENCODER_NAMES.values()) <= {name for name, _ in thinker.named_children()}
+
+
+def test_the_command_line_names_parts(tiny_folder, monkeypatch, capsys):
+    line = ["minomni", "chat", "--model", str(tiny_folder), "--parts", "text", "--text", "say yes"]
+    monkeypatch.setattr(sys, "argv", line)
+    assert command.main() == 2
+    assert "speech was left out" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*line, "--no-speech", "--encoders-on-host"])
+    assert command.main() == 0
