@@ -216,8 +216,7 @@ def add_recipe(train: argparse.ArgumentParser) -> None:
         "--budget",
         choices=("quick", "long"),
         default="quick",
-        help="steps of the stages of tiny: quick (default), or long, which made the weights that are "
-        "shipped",
+        help="steps of tiny's stages: quick (default), or long, which made the shipped weights",
     )
     train.add_argument(
         "--set",
