@@ -134,7 +134,20 @@ class Samples:
         self.positions = torch.arange(length, device=device).expand(3, 1, -1)
 
 
-class Ours:
+class Side:
+    """What both sides share."""
+
+    device: torch.device
+
+    def timed(self, row: str, run: Callable[[], Tensor]) -> Outcome:
+        """Time one call."""
+        clock = Clock(self.device)
+        with torch.no_grad():
+            output = run()
+        return Outcome({row: clock.mark()}, output)
+
+
+class Ours(Side):
     """The side of this package."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, work: Work):
@@ -164,13 +177,6 @@ class Ours:
         thinker.config = replace(thinker.config, tokens=unused)
         bos = talker.config.codec_bos
         talker.config = replace(talker.config, codec_pad=bos, codec_eos=bos)
-
-    def timed(self, row: str, run: Callable[[], Tensor]) -> Outcome:
-        """Time one call."""
-        clock = Clock(self.device)
-        with torch.no_grad():
-            output = run()
-        return Outcome({row: clock.mark()}, output)
 
     def log_mel(self) -> Outcome:
         return self.timed("log_mel", lambda: log_mel(self.samples.wave))
@@ -383,7 +389,7 @@ def require_transformers() -> Any:
     return transformers
 
 
-class Official:
+class Official(Side):
     """The side of the official code, with the options of Ours."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, ours: Ours):
@@ -420,13 +426,6 @@ class Official:
             return_attention_mask=True,
             return_tensors="pt",
         )
-
-    def timed(self, row: str, run: Callable[[], Tensor]) -> Outcome:
-        """Time one call."""
-        clock = Clock(self.device)
-        with torch.no_grad():
-            output = run()
-        return Outcome({row: clock.mark()}, output)
 
     def log_mel(self) -> Outcome:
         outcome = self.timed("log_mel", lambda: self.extract(self.samples.wave)["input_features"])
