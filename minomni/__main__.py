@@ -471,13 +471,6 @@ def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_model(report)
     add_quantize(report)
     report.add_argument("--json", action="store_true", help="print one JSON object of fractions")
-    report.add_argument(
-        "--digits",
-        type=Path,
-        metavar="FOLDER",
-        help="also fine-tune on real spoken digits in the layout of free-spoken-digit-dataset, and "
-        "test on the speaker left out",
-    )
     report.add_argument("--items", type=COUNT, default=100, help="items per metric (default 100)")
     add_device(report)
 
@@ -1092,7 +1085,6 @@ def run_report(arguments: argparse.Namespace) -> None:
     card = report.measure(
         arguments.model,
         arguments.items,
-        arguments.digits,
         arguments.device,
         arguments.quantize,
     )

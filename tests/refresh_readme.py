@@ -2,8 +2,9 @@
 
     python tests/refresh_readme.py
         write all tables again
-    python tests/refresh_readme.py --report report.json --size tiny
-        take the rows of `python -m minomni report --json` first
+    python tests/refresh_readme.py --report runs/report.json --size tiny
+        take the rows that `python -m minomni report` has left first (--size tiny_quick: of a model
+        of the quick budget, where tiny is the shipped one)
     python tests/refresh_readme.py --stream stream.json
         take the rows of `python -m minomni bench stream --json` first
     python tests/refresh_readme.py --first first.json --size tiny --device "two cores"
@@ -192,8 +193,9 @@ def results() -> dict:
     return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
-def report_rows(size: str) -> dict[str, dict]:
-    return results()["report"][size]["rows"]
+def report_rows(model: str) -> dict[str, dict]:
+    """The rows of a model's report; none for a model without one."""
+    return results()["report"].get(model, {"rows": {}})["rows"]
 
 
 def headline(language: str) -> str:
@@ -212,16 +214,25 @@ def headline(language: str) -> str:
 
 
 def report(language: str) -> str:
-    """All rows of tiny's report."""
-    measured = results()["report"]["tiny"]
+    """All rows of tiny's reports: of the shipped weights and of the quick budget."""
+    rows = []
+    for name, long in report_rows("tiny").items():
+        row = [f"`{name}`", value_of(name, long), interval_of(name, long)]
+        quick = report_rows("tiny_quick").get(name)
+        row += [value_of(name, quick), interval_of(name, quick)] if quick else ["", ""]
+        rows.append([*row, items(long)])
+    head = ["tiny", "shipped", "95 % interval", "quick", "95 % interval", "items or words"]
+    return table(head, rows)
+
+
+def held_out_speakers(language: str) -> str:
+    """Right answers about each speaker who was left out of the tuning, before and after it."""
+    measured = results()["held_out_speakers"]
     rows = [
-        [f"`{name}`", value_of(name, row), interval_of(name, row), items(row)]
-        for name, row in measured["rows"].items()
+        [name, percent(row["before"]), percent(row["after"]), str(row["items"])]
+        for name, row in measured.items()
     ]
-    head = ["tiny", "value", "95 % interval", "items or words"]
-    trained, spent = measured["train_seconds"], measured["measured_seconds"]
-    times = f"Trained in {trained} s; measured in {spent} s on {measured['hardware']}"
-    return f"{table(head, rows)}\n{times}, shared with other work.\n"
+    return table(["speaker left out", "before", "after", "recordings"], rows)
 
 
 def report_small(language: str) -> str:
@@ -369,14 +380,6 @@ def ablate_dpo(language: str) -> str:
     return table(head, [row])
 
 
-def spoken_digits(language: str) -> str:
-    measured = results()["spoken_digits"]
-    speakers = [name for name in measured if name != "recordings"]
-    values = [percent(measured[name]) for name in speakers]
-    head = ["speaker left out", *(f"**{name}**" if name == "all" else name for name in speakers)]
-    return table(head, [["right", *values]])
-
-
 def loading(language: str) -> str:
     rows = [
         [name, *(str(row[key]) for key in ("minomni", "transformers", "ratio"))]
@@ -438,7 +441,7 @@ def facts(language: str) -> str:
     """The numbers of the first screen."""
     parameters = sum(parameter_counts("tiny").values())
     release = sum(parameter_counts("qwen7b").values())
-    minutes = round(results()["report"]["tiny"]["train_seconds"] / 60)
+    minutes = round(results()["report"]["tiny_quick"]["train_seconds"] / 60)
     first = round(results()["stream"]["first_audio_ms"])
     if language == "zh":
         return (
@@ -482,13 +485,17 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "ablate_tuning": ablate_tuning,
     "ablate_beta": ablate_beta,
     "ablate_dpo": ablate_dpo,
-    "spoken_digits": spoken_digits,
+    "held_out_speakers": held_out_speakers,
     "loading": loading,
     "stages": stages,
     "sizes": sizes,
 }
 # Blocks of what has not been measured: the documents leave them out until then.
-OPTIONAL = {"serving": "serving", "served": "serving"}  # block -> key of the stored results
+OPTIONAL = {  # block -> key of the stored results
+    "serving": "serving",
+    "served": "serving",
+    "held_out_speakers": "held_out_speakers",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -511,21 +518,6 @@ def write_documents() -> None:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         path.write_text(refreshed(text, language), encoding="utf-8")
-
-
-def take_report(measured: dict, size: str, stored: dict) -> None:
-    """New values of a report. A metric is a fraction, or an object of value, low, high and items.
-
-    Where a fraction changes, its old interval is dropped, since it belongs to the old value.
-    """
-    rows = stored["report"].setdefault(size, {"rows": {}})["rows"]
-    for name, value in measured.items():
-        if name == "train_seconds":
-            stored["report"][size][name] = value
-        elif isinstance(value, dict):
-            rows[name] = value
-        elif rows.get(name, {}).get("value") != value:
-            rows[name] = {"value": value}
 
 
 def take_first(measured: dict, size: str, device: str, stored: dict) -> None:
@@ -555,7 +547,7 @@ def pretty(value, indent: int = 0) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the generated tables of the documents.")
-    parser.add_argument("--report", type=Path, help="output of `minomni report --json`")
+    parser.add_argument("--report", type=Path, help="runs/report.json of `minomni report`")
     parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
     parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
     parser.add_argument("--serve", type=Path, help="output of `minomni bench serve --json`")
@@ -564,7 +556,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stored = results()
     if arguments.report:
-        take_report(json.loads(arguments.report.read_text()), arguments.size, stored)
+        stored["report"][arguments.size] = json.loads(arguments.report.read_text())
     if arguments.stream:
         stored["stream"].update(json.loads(arguments.stream.read_text()))
     if arguments.first:

@@ -113,18 +113,6 @@ def test_results_are_stored_as_the_script_writes_them():
     assert refresh_readme.pretty(refresh_readme.results()) + "\n" == stored
 
 
-def test_a_new_report_replaces_the_old_one():
-    old = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 100}
-    stored = {"report": {"tiny": {"rows": {"same": old, "other": old, "full": old}}}}
-    full = {"value": 0.9, "low": 0.8, "high": 1.0, "items": 200}
-    measured = {"same": 0.5, "other": 0.7, "full": full, "train_seconds": 10}
-    refresh_readme.take_report(measured, "tiny", stored)
-    rows = stored["report"]["tiny"]["rows"]
-    # the interval of a value that changed would be wrong, so it is dropped
-    assert rows == {"same": old, "other": {"value": 0.7}, "full": full}
-    assert stored["report"]["tiny"]["train_seconds"] == 10
-
-
 @pytest.mark.parametrize("device", ["two cores", "H200"])
 def test_a_new_latency_replaces_its_column_or_adds_one(device):
     old = {"model": "tiny", "device": "two cores", **dict.fromkeys(refresh_readme.LATENCY_ROWS, 1)}

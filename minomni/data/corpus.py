@@ -43,21 +43,6 @@ FIRST_VOICE_OFFSET = 5  # offset of the voices' token ids from tts_text_pad
 REFERENCE_RECORDINGS = 4  # recordings from which a voice is made
 CODE_SAMPLES = 640  # samples of one code (40 ms)
 
-# The synthetic speakers of isolated digits: variants of espeak-ng, accents, (rate, pitch) pairs.
-ACCENTS = ("en-us", "en", "gmw/en-GB-scotland", "gmw/en-029")
-PACES = list(product(range(120, 221, 20), range(20, 81, 20)))
-# fmt: off
-SYNTHETIC_SPEAKERS = [
-    "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt",
-    "klatt2", "klatt3", "klatt4", "klatt5", "klatt6", "adam", "Alex", "Alicia", "Andrea",
-    "Andy", "Annie", "aunty", "belinda", "benjamin", "boris", "caleb", "david", "ed", "edward",
-    "Gene", "grandma", "grandpa", "gustave", "Hugo", "ian", "iven", "Jacky", "john", "Lee",
-    "linda", "Marco", "Mario", "max", "Michael", "michel", "miguel", "Mike", "norbert", "pablo",
-    "paul", "pedro", "quincy", "Reed", "rob", "robert", "sandro", "shelby", "steph", "Storm",
-    "travis", "victor", "zac",
-]
-# fmt: on
-
 NamedJob = tuple[str, Job]  # speaker's name and the utterance
 
 
@@ -225,26 +210,13 @@ def judged_jobs() -> list[NamedJob]:
     return [speaker_job(name, grammar.statement(random, held_out=True)) for name in speakers]
 
 
-def digit_jobs() -> list[NamedJob]:
-    """Isolated digits by many synthetic speakers in several accents, to extend a small data set of
-    few real speakers.
-    """
-    random = Random(4)
-    jobs = []
-    for variant, _, number in product(SYNTHETIC_SPEAKERS, range(4), grammar.NUMBERS):
-        accent = random.choice(ACCENTS)
-        rate, pitch = random.choice(PACES)
-        jobs.append((variant, Job(number, f"{accent}+{variant}", rate, pitch)))
-    return jobs
-
-
 # ----------------------------------------------------------------------------------------------
 # corpora
 
 
 def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0) -> SpeechCorpus:
-    """The "speaking", "listening", "test", "judged" or "digits" corpus, synthesized on first use
-    into the cache folder.
+    """The "speaking", "listening", "test" or "judged" corpus, synthesized on first use into the
+    cache folder.
 
     english: words that occur in it beside the world's own. The cache file is named by a hash of
     all jobs, so a changed recipe never reads an old file.
@@ -252,8 +224,7 @@ def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0)
     if not text_to_speech.available():
         return sample_recordings(held_out=name in ("test", "judged"))
     makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": evaluation_jobs}
-    without_english = {"digits": digit_jobs, "judged": judged_jobs}
-    jobs = without_english[name]() if name in without_english else makers[name](english)
+    jobs = judged_jobs() if name == "judged" else makers[name](english)
     recipe = json.dumps([seed, text_to_speech.PART, jobs])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     samples_path = cache / f"{name}-{key}.npy"

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from minomni import folder_of, load, paths
-from minomni.checkpoint.hf_config import read_json
+from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import grammar
 from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.speech_chain import speech_chain_metrics
-from minomni.eval.spoken_digits import check_recordings, leave_one_out
-from minomni.eval.stats import Metric, bootstrap, markdown_table
+from minomni.eval.stats import Metric, markdown_table
 from minomni.files import write_atomically
 from minomni.train.pipeline import cache_of, commit
 
@@ -41,6 +40,15 @@ class Report:
         values["train_seconds"] = self.train_seconds
         return values
 
+    def json_object(self) -> dict:
+        """The report with its intervals, as tests/refresh_readme.py reads it."""
+        return {
+            "rows": {row.name: row.json_object() for row in self.rows},
+            "train_seconds": self.train_seconds,
+            "measured_seconds": round(self.seconds),
+            "hardware": hardware(self.device),
+        }
+
     def markdown(self) -> str:
         """The report as a Markdown table."""
         header = (self.model, "value", "95 % interval", "items")
@@ -64,21 +72,16 @@ def hardware(device: str = "cpu") -> str:
 def measure(
     model: str,
     items: int = 100,
-    digits: Path | None = None,
     device: str = "cpu",
     quantize: str | None = None,
 ) -> Report:
-    """Evaluate a model, by name or folder, and write the report to runs/report.md.
+    """Evaluate a model, by name or folder, and write the report to runs/report.md and report.json.
 
-    items: number of held-out examples per metric. digits: folder of recorded spoken digits; the
-    metric on them has no value without it. quantize: as in load(). Raises UserError for an unknown
-    model, folder or device, and for a quantization that is not possible.
+    items: number of held-out examples per metric. quantize: as in load(). Raises UserError for an
+    unknown model, folder or device, and for a quantization that is not possible.
     """
     start = time.perf_counter()
     folder = folder_of(model)
-    if digits is not None:
-        check_recordings(digits)  # fail early: the other metrics take up to an hour
-
     omni = load(model, device, quantize=quantize)
     cache = cache_of_model(folder)
     evaluator = Evaluator(omni, items, cache)
@@ -92,7 +95,6 @@ def measure(
     rows.append(evaluator.transcription("asr_wer_unseen_voices", grammar.UNSEEN_VOICES))
     unseen_natural = grammar.UNSEEN_NATURAL_VOICES
     rows.append(evaluator.transcription("asr_wer_unseen_natural_voices", unseen_natural))
-    rows.append(spoken_digits_metric(model, digits, cache, device))
     rows += evaluator.speech()
     rows += speech_chain_metrics(evaluator)
     rows += evaluator.preference(folder.parent / "stages")
@@ -104,6 +106,7 @@ def measure(
     report = Report(name, rows, seconds, train_seconds, omni.thinker.device.type)
     markdown = report.markdown().encode()
     write_atomically(paths.runs() / "report.md", lambda file: file.write(markdown))
+    write_json(paths.runs() / "report.json", report.json_object())
     return report
 
 
@@ -120,23 +123,3 @@ def mrope_metric(file: Path) -> Metric:
     """
     result = read_json(file, True, "python -m minomni ablate tmrope writes it again")
     return Metric("sync_accuracy_mrope", result.get("sync_accuracy_mrope"), result.get("items", 0))
-
-
-def spoken_digits_metric(model: str, digits: Path | None, cache: Path, device: str) -> Metric:
-    """Accuracy on recorded spoken digits of people, each speaker left out of the fine-tuning.
-
-    The interval resamples speakers, because the errors of one speaker are correlated.
-    """
-    if digits is None:
-        return Metric("real_digits_accuracy", None)
-    speakers = list(leave_one_out(model, digits, cache, device=device).values())
-    count = sum(count for _, count in speakers)
-    interval = bootstrap(pooled_accuracy, speakers)
-    return Metric("real_digits_accuracy", pooled_accuracy(speakers), count, interval)
-
-
-def pooled_accuracy(speakers: list[tuple[int, int]]) -> float:
-    """Accuracy over all recordings, from the (correct, total) pair of each speaker."""
-    correct = sum(correct for correct, _ in speakers)
-    total = sum(total for _, total in speakers)
-    return correct / total

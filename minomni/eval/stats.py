@@ -43,6 +43,18 @@ class Metric:
         high = min(1.0, (center + margin) / scale)
         return low, high
 
+    def json_object(self) -> dict[str, float | int | None]:
+        """Value, interval and number of items, to four decimals."""
+        if self.value is None:
+            return {"value": None}
+        low, high = self.interval()
+        return {
+            "value": round(self.value, 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "items": self.n,
+        }
+
     def cells(self) -> list[str]:
         """Name, value, interval and number of items as the cells of a table row."""
         if self.value is None:

@@ -14,7 +14,6 @@ from minomni.config import INPUT_SAMPLE_RATE, SMALL
 from minomni.data import corpus, grammar, text_to_speech
 from minomni.data.vocabulary import English, english, evaluation_words
 from minomni.data.word_errors import edit_distance
-from minomni.errors import UserError
 from minomni.eval import asr, evaluator, report, speech_chain, stats
 from minomni.eval.asr import ENGLISH, LONG_STATEMENT, SpeechRecognizer
 
@@ -31,6 +30,8 @@ def test_report_as_markdown_and_fractions():
     assert result.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
     assert "| a | 25.0% |" in result.markdown()
     assert "not measurable here" in result.markdown()
+    rows = {"a": {"value": 0.25, "low": 0.0715, "high": 0.5907, "items": 8}, "b": {"value": None}}
+    assert result.json_object()["rows"] == rows
 
 
 @pytest.mark.slow
@@ -42,7 +43,6 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     assert json.loads(json.dumps(values)) == values
     assert all(row.n >= 0 for row in result.rows)
     other_metrics = {
-        "real_digits_accuracy",
         "sync_accuracy_mrope",
         "spoken_over_typed",
         "asr_wer",
@@ -62,14 +62,14 @@ def test_every_metric_is_measured(tiny_folder, monkeypatch, tmp_path):
     assert set(evaluator.ANSWERS) | other_metrics | of_run_folder | judged == set(values)
     assert all(values[name] is None for name in of_run_folder)
 
-    # Neither a folder of digits was given nor `ablate tmrope` run.
-    assert values["real_digits_accuracy"] is None
+    # `ablate tmrope` was not run.
     assert values["sync_accuracy_mrope"] is None
     # Without text-to-speech there are no recordings of unseen voices.
     assert values["asr_wer_unseen_voices"] is None
     # A model of random weights speaks no words.
     assert values["closed_natural_speech_wer"] < 0.35 < values["closed_speech_wer"]
     assert (tmp_path / "runs" / "report.md").read_text() == result.markdown()
+    assert json.loads((tmp_path / "runs" / "report.json").read_text()) == result.json_object()
 
 
 def test_recordings_after_silence_and_in_a_second_turn(tiny_folder, monkeypatch, tmp_path):
@@ -95,22 +95,6 @@ def test_recordings_after_silence_and_in_a_second_turn(tiny_folder, monkeypatch,
     wave = second[2]["content"][0]["audio"]
     assert not wave[:8000].any()
     assert wave[8000:].any()
-
-
-def test_folder_of_digits_is_checked_before_the_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "load", lambda *_: pytest.fail("the model was loaded"))
-    (tmp_path / "two").mkdir()
-    for name in ("1_ann_0.wav", "2_bob_0.wav"):
-        (tmp_path / "two" / name).write_bytes(b"no audio")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "1_ann_0.wav").write_bytes(b"no audio")
-    for name, message in (
-        ("none", "holds no"),
-        ("one", "recordings of 1 speakers"),
-        ("two", "1_ann_0.wav"),
-    ):
-        with pytest.raises(UserError, match=message):
-            report.measure("data_samples/tiny", digits=tmp_path / name)
 
 
 def test_word_error_interval_resamples_sentences():
