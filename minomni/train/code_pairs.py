@@ -4,6 +4,7 @@ The Talker speaks texts, or codes are drawn at random, and Token2Wav turns the c
 Pairs can be made without end, from a folder without any recording.
 """
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from minomni.inputs.prompt import Processor
 from minomni.token2wav.token2wav import check_wave
 from minomni.token2wav.voice import Voice
 from minomni.train.loop import to_device
-from minomni.train.run_folder import disk_errors
+from minomni.train.run_folder import check_unpacked_size, disk_errors
 from minomni.train.stages.speech import TalkerExample, collate, talker_prompts
 
 if TYPE_CHECKING:
@@ -188,6 +189,8 @@ def write_pairs(pairs: list[Pair], path: Path) -> None:
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a chunk. Raises UserError for a damaged file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_unpacked_size(archive, path)
         rows = torch.load(path, mmap=True, weights_only=True)
         lengths = rows["lengths"].T.tolist()
         mels = rows["mels"].split(lengths[0])

@@ -187,6 +187,16 @@ def load_checkpoint(
     return state["step"], state["means"]
 
 
+def check_unpacked_size(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raises ValueError for an archive that would unpack to more than torch.save writes.
+
+    torch.save stores without compression, so all parts together are smaller than the file.
+    """
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError("its parts are larger than the file")
+
+
 def read_checked(path: Path):
     """What torch.save wrote to a file, read as data without executing code.
 
@@ -196,9 +206,7 @@ def read_checked(path: Path):
     """
     try:
         with open_regular(path, "a checkpoint") as file, zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > path.stat().st_size:  # torch stores without compression
-                raise ValueError("its parts are larger than the file")
+            check_unpacked_size(archive, path)
             if broken := archive.testzip():
                 raise ValueError(f"{broken} was changed")
         with warnings.catch_warnings(action="ignore"):

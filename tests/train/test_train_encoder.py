@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,8 +367,9 @@ def test_folders_that_are_refused(tiny_folder):
         lambda path: torch.save({"lengths": 3}, path),
         lambda path: torch.save({"lengths": torch.zeros(0, 2), "mels": 1}, path),
         lambda path: torch.save(Path("."), path),
+        lambda path: write_compressed(path),
     ],
-    ids=["cut", "pickle", "list", "number", "mels", "class"],
+    ids=["cut", "pickle", "list", "number", "mels", "class", "compressed"],
 )
 def test_damaged_pairs(tmp_path, write):
     path = tmp_path / "00000.pt"
@@ -376,6 +378,24 @@ def test_damaged_pairs(tmp_path, write):
     with pytest.raises(UserError, match=says) as error:
         code_pairs.read_pairs(path)
     assert "\n" not in str(error.value)
+
+
+def write_compressed(path: Path) -> None:
+    """An archive of pairs that unpacks to far more than its size."""
+    torch.save({"lengths": torch.zeros(100_000, 2, dtype=torch.long)}, path)
+    with zipfile.ZipFile(path) as stored:
+        parts = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def test_a_compressed_archive_of_pairs_is_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "00000.pt"
+    write_compressed(path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(UserError, match="its parts are larger than the file"):
+        code_pairs.read_pairs(path)
 
 
 def test_the_folder_of_a_run(capsys):
