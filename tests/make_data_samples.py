@@ -1,13 +1,10 @@
-"""Makes data_samples/: questions with pictures, sounds and clips, and a few recordings for want of
-a synthesizer.
+"""Makes data_samples/: questions with pictures, sounds and clips, a few recordings for machines
+without text-to-speech, and the trained tiny model.
 
-python -m tests.make_data_samples          questions and recordings; needs espeakng-loader
-python -m tests.make_data_samples model    the tiny model that was trained last, in half precision
-python -m tests.make_data_samples convert  the tiny model that is there, with three pairs in each
-                                           block of its vocoder
+python -m tests.make_data_samples            questions and recordings; needs text-to-speech
+python -m tests.make_data_samples model RUN  the model of a run folder, in half precision
 """
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -17,15 +14,11 @@ from random import Random
 import av
 import numpy as np
 import soundfile
-import torch
 
 import minomni
 from minomni.checkpoint import weights
-from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import corpus, grammar, scenes, text_to_speech
-from minomni.omni import Omni
-from minomni.train.pipeline import config_hash
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
 RATE = 16_000
@@ -135,8 +128,8 @@ def questions() -> list[dict]:
 
 
 def recordings(count: int = 32) -> None:
-    """Write a few recordings to stand in for the synthesizer: statements by the model's voices,
-    then spoken requests.
+    """Write a few recordings for machines without text-to-speech: statements and spoken requests by
+    the model's voices.
     """
     random, rows = Random("recordings"), []
     texts = random.sample(corpus.all_statements(held_out=False), count) + random.sample(
@@ -155,47 +148,18 @@ def recordings(count: int = 32) -> None:
     (FOLDER / "speech" / "index.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def model() -> None:
-    """Keep runs/tiny/model as data_samples/tiny, at half its size: load() converts it to fp32."""
-    weights.save(minomni.load("tiny").half(), FOLDER / "tiny")
-    shutil.copy(minomni.folder_of("tiny") / HISTORY_FILE, FOLDER / "tiny")
+def model(run: Path) -> None:
+    """Keep a run's model as data_samples/tiny, at half its size: load() converts it to fp32.
 
-
-def with_three_pairs(omni: Omni, dilations: tuple[int, int, int] = (1, 3, 5)) -> Omni:
-    """The same model, in the same precision, with three pairs of convolutions in each block of its
-    vocoder.
-
-    transformers can only build three. The pairs that come new are zeros and so add exactly nothing.
+    The run's log becomes the log of the long budget.
     """
-    token2wav = omni.config.token2wav
-    kinds = len(token2wav.bigvgan.resblock_kernel_sizes)
-    bigvgan = dataclasses.replace(token2wav.bigvgan, resblock_dilation_sizes=(dilations,) * kinds)
-    wider = Omni(
-        dataclasses.replace(omni.config, token2wav=dataclasses.replace(token2wav, bigvgan=bigvgan))
-    )
-    old = omni.state_dict()
-    new = {
-        name: old[name] if name in old else torch.zeros_like(like)
-        for name, like in wider.state_dict().items()
-    }
-    added = {name.rsplit(".", 3)[0] for name in new.keys() - old.keys()}
-    assert old.keys() <= new.keys()
-    assert all("code2wav_bigvgan_model.resblocks" in name for name in added)
-    wider.load_state_dict(new, assign=True)
-    wider.voices, wider.tokenizer, wider.loaded_from = omni.voices, omni.tokenizer, omni.loaded_from
-    return wider.eval()
-
-
-def convert() -> None:
-    """Add third pairs of zeros to the tiny model that is there; its history stays the same."""
-    trained = read_json(FOLDER / "tiny" / HISTORY_FILE)
-    omni = with_three_pairs(weights.load(FOLDER / "tiny"))
-    weights.save(omni.half(), FOLDER / "tiny")
-    write_json(FOLDER / "tiny" / HISTORY_FILE, trained | {"config": config_hash(omni.config)})
+    weights.save(minomni.load(str(run / "model")).half(), FOLDER / "tiny")
+    shutil.copy(run / "model" / HISTORY_FILE, FOLDER / "tiny")
+    shutil.copy(run / "log.jsonl", FOLDER / "tiny_long_log.jsonl")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] in (["model"], ["convert"]):
-        sys.exit({"model": model, "convert": convert}[sys.argv[1]]())
+    if sys.argv[1:2] == ["model"]:
+        sys.exit(model(Path(sys.argv[2])))
     (FOLDER / "questions.json").write_text(json.dumps(questions(), indent=1) + "\n")
     recordings()

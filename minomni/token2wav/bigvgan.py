@@ -208,36 +208,22 @@ class AMPBlock(nn.Module):
         self.convs2 = nn.ModuleList(conv(1) for _ in dilations)
         self.activations = nn.ModuleList(Activation(channels) for _ in range(2 * len(dilations)))
 
-    def pairs(self) -> list[int]:
-        """Indices of the pairs to run.
-
-        All of them in training, else those whose second convolution is not zero. A model converted
-        from two pairs to three has a pair of zeros, which adds exactly nothing and costs a third of
-        the time.
-        """
-        indices = []
-        for i, conv in enumerate(self.convs2):
-            if self.training or any(parameter.any() for parameter in conv.parameters()):
-                indices.append(i)
-        return indices
-
     def convs(self, i: int) -> tuple[nn.Conv1d, nn.Conv1d]:
         """The two convolutions of a pair."""
         return cast(nn.Conv1d, self.convs1[i]), cast(nn.Conv1d, self.convs2[i])
 
-    def context_frames(self, pairs: list[int]) -> int:
+    @property
+    def context_frames(self) -> int:
         """Frames on each side that an output depends on."""
         frames = 0
-        for i in pairs:
+        for i in range(len(self.convs1)):
             first, second = self.convs(i)
             frames += conv_context(first) + conv_context(second)
             frames += 2 * Activation.context_frames
         return frames
 
-    def forward(self, x: Tensor, pairs: list[int] | None = None) -> Tensor:
-        if pairs is None:
-            pairs = self.pairs()
-        for i in pairs:
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(len(self.convs1)):
             first, second = self.convs(i)
             y = self.activations[2 * i](x)
             y = convolve(first, y)
@@ -340,14 +326,11 @@ def upsampling_layer(up: nn.ConvTranspose1d) -> VocoderLayer:
 
 def amp_layer(blocks: list[AMPBlock]) -> VocoderLayer:
     """The mean of parallel AMP blocks: [B, T, C] -> same."""
-    pairs = [block.pairs() for block in blocks]
 
     def run(x: Tensor) -> Tensor:
-        total = sum(block(x, indices) for block, indices in zip(blocks, pairs, strict=True))
-        return total / len(blocks)
+        return sum(block(x) for block in blocks) / len(blocks)
 
-    contexts = [block.context_frames(indices) for block, indices in zip(blocks, pairs, strict=True)]
-    return VocoderLayer(run, max(contexts))
+    return VocoderLayer(run, max(block.context_frames for block in blocks))
 
 
 def normalize(mel: Tensor) -> Tensor:

@@ -7,10 +7,8 @@ import shutil
 import stat
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from make_data_samples import with_three_pairs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,7 +20,6 @@ from minomni.errors import UserError
 from minomni.inputs.prompt import render
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import Omni
-from minomni.token2wav.streaming import VocoderStream
 from minomni.token2wav.voice import Voice
 
 
@@ -180,54 +177,6 @@ def test_saving_over_the_folder_it_was_loaded_from(folder, omni):
     assert same_tensors(again, model)
     assert torch.equal(again.thinker.lm_head.weight, 2 * omni.thinker.lm_head.weight)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
-# ----------------------------------------------------------------------------------------------
-# three pairs in a block
-def two_pairs() -> Omni:
-    """A tiny model with two pairs in each block of the vocoder, none of them zero."""
-    bigvgan = dataclasses.replace(TINY.token2wav.bigvgan, resblock_dilation_sizes=((1, 2), (1, 2)))
-    token2wav = dataclasses.replace(TINY.token2wav, bigvgan=bigvgan)
-    model = Omni(dataclasses.replace(TINY, token2wav=token2wav)).eval()
-    oracle.fill(model.token2wav.state_dict())
-    return model
-
-
-def test_a_third_pair_of_zeros_changes_no_bit():
-    old = two_pairs()
-    vocoder = old.token2wav.code2wav_bigvgan_model
-    wider = with_three_pairs(old, dilations=(1, 2, 7)).token2wav.code2wav_bigvgan_model
-    generator = torch.Generator().manual_seed(3)
-    mel = torch.randn(1, 80, 90, generator=generator) - 4
-    with torch.no_grad():
-        whole = vocoder(mel)
-        assert whole.std() > 0.01
-        assert torch.equal(wider(mel), whole)
-        # A stream waits for the same number of mel frames and has the same chunks.
-        assert wider.context_frames == vocoder.context_frames
-        streams = VocoderStream(vocoder), VocoderStream(wider)
-        for begin in range(0, 90, 15):
-            pieces = [stream.feed(mel[:, :, begin : begin + 15], begin == 75) for stream in streams]
-            assert torch.equal(*pieces)
-        wider.train()
-        assert torch.equal(wider(mel), whole)  # all pairs are run in training
-
-
-def test_a_pair_that_is_not_zero_is_run():
-    new = with_three_pairs(two_pairs(), dilations=(1, 2, 3)).token2wav.code2wav_bigvgan_model
-    mel, reach = torch.full((1, 80, 30), -4.0), new.context_frames
-    before = new(mel)
-    with torch.no_grad():
-        new.resblocks[-1].convs2[2].bias[0] = 0.5
-    assert new.context_frames > reach
-    assert not torch.equal(new(mel), before)
-
-
-def test_a_new_model_has_nonzero_weights_in_all_pairs():
-    vocoder = Omni(TINY).token2wav.code2wav_bigvgan_model
-    for block in vocoder.resblocks:
-        assert len(block.convs2) == 3
-        assert all(conv.weight.any() for conv in block.convs2)
 
 
 # ----------------------------------------------------------------------------------------------
