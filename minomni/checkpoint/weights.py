@@ -159,11 +159,8 @@ def load(
         stored |= names
     check_precisions(folder, stored)
     has_speech = config.talker is not None and any(name.startswith(SPEECH) for name in stored)
-    if config.talker is not None and (not has_speech or "speech" in left_out):
-        config = without_speech(config)
-    if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:
-        untied = replace(config.thinker, tie_word_embeddings=False)
-        config = replace(config, thinker=untied)
+    reads_speech = has_speech and "speech" not in left_out
+    config = config_of_stored(config, reads_speech, has_text_head=TEXT_HEAD in stored)
 
     # Nothing is read before names and shapes are known to be right.
     omni = empty_model(folder, config)
@@ -186,6 +183,19 @@ def load(
         check_tokenizer(folder, omni.tokenizer, config)
     omni.loaded_from = folder.absolute()
     return omni.eval()
+
+
+def config_of_stored(config: OmniConfig, reads_speech: bool, has_text_head: bool) -> OmniConfig:
+    """The config without speech that is not read, and with a text head of its own if there is one.
+
+    Some folders say that the text head is the embedding table, and still store both.
+    """
+    if config.talker is not None and not reads_speech:
+        config = without_speech(config)
+    if config.thinker.tie_word_embeddings and has_text_head:
+        untied = replace(config.thinker, tie_word_embeddings=False)
+        config = replace(config, thinker=untied)
+    return config
 
 
 def leave_out(omni: Omni, parts: tuple[str, ...]) -> None:

@@ -10,13 +10,14 @@ import time
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minomni import load
 from minomni.checkpoint import weights
 from minomni.config import SIZES, CodeClassifierConfig, OmniConfig
+from minomni.data.jsonl import JsonlRows
 from minomni.errors import UserError
 from minomni.talker.codec import CodeClassifier
 from minomni.token2wav.voice import Voice
@@ -81,16 +82,7 @@ def train_encoder(
             rows = read_rows(data, run, omni, skip_corrupt=False)
 
     # The pairs depend on fewer things than the run, which may be started over with other steps.
-    inputs_of_pairs = {
-        "data": "none" if rows is None else rows.digest.hexdigest(),
-        "model": weights_hash(omni),
-        "voices": voices_hash(omni.voices),
-        "system prompt": omni.config.media.system_prompt,
-        "Talker sampling": asdict(omni.config.talker_sampling),
-        "flow": asdict(omni.config.flow),
-        "seed": seed,
-        "random share": options.random_share,
-    }
+    inputs_of_pairs = inputs_by_name(omni, rows, seed, options.random_share)
     key = hashlib.sha256(repr(inputs_of_pairs).encode()).hexdigest()[:12]
     inputs_of_run = inputs_of_pairs | {"options": asdict(options)}
     accumulate = agree_on_run(run, inputs_of_run)
@@ -118,6 +110,22 @@ def train_encoder(
             out, omni, Path(folder).resolve().name, seed, seconds, encoder=asdict(options)
         )
     return out
+
+
+def inputs_by_name(
+    omni: "Omni", rows: JsonlRows | None, seed: int, random_share: float
+) -> dict[str, Any]:
+    """All that the pairs depend on, by name."""
+    return {
+        "data": "none" if rows is None else rows.digest.hexdigest(),
+        "model": weights_hash(omni),
+        "voices": voices_hash(omni.voices),
+        "system prompt": omni.config.media.system_prompt,
+        "Talker sampling": asdict(omni.config.talker_sampling),
+        "flow": asdict(omni.config.flow),
+        "seed": seed,
+        "random share": random_share,
+    }
 
 
 def voices_hash(voices: dict[str, Voice]) -> str:
