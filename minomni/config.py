@@ -1007,7 +1007,7 @@ TINY = OmniConfig(
     talker_sampling=SamplingConfig(
         temperature=0.5, top_k=20, top_p=0.8, repetition_penalty=1.0, max_new_tokens=256
     ),
-    flow=FlowConfig(points=7, solver="rk4", guidance=0.5, sway=-1.0),
+    flow=FlowConfig(points=7, solver="rk4", guidance=1.5, sway=-1.0),
 )
 
 SIZES = {"tiny": TINY, "small": SMALL, "qwen7b": QWEN7B}
