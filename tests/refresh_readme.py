@@ -389,14 +389,17 @@ def loading(language: str) -> str:
 
 
 def stages(language: str) -> str:
-    """Steps, seconds and last losses of the stages of tiny."""
-    heads = ("stage | trains | steps | seconds | last loss", "阶段 | 训练 | 步数 | 秒 | 最后的损失")
+    """Steps of both budgets of tiny, and seconds and last losses of the long one."""
+    heads = (
+        "stage | trains | steps, quick | steps, long | seconds, long | last loss, long",
+        "阶段 | 训练 | 步数（quick） | 步数（long） | 秒（long） | 最后的损失（long）",
+    )
     rows = []
     for name, measurement in measured("tiny").items():
-        steps = recipes.recipe_of(name, "tiny").steps
+        quick = str(recipes.recipe_of(name, "tiny").steps)
         losses = ", ".join(f"{loss} {value:.3f}" for loss, value in measurement.losses.items())
-        seconds = f"{measurement.seconds:.0f}"
-        rows.append([name, in_language(STAGES[name], language), str(steps), seconds, losses])
+        long = [str(measurement.step), f"{measurement.seconds:.0f}", losses]
+        rows.append([name, in_language(STAGES[name], language), quick, *long])
     return table(in_language(heads, language).split(" | "), rows)
 
 

@@ -1,8 +1,7 @@
 """Seconds and final losses of measured runs: one JSON line per stage.
 
-data_samples/tiny_log.jsonl is of a run of the quick budget, tiny_long_log.jsonl of the run of the
-long one whose weights are in data_samples/tiny, both on two cores with two stages at a time.
-small_log.jsonl is of a run on one H100.
+data_samples/tiny_log.jsonl is of the run of the long budget whose weights are in data_samples/tiny:
+two cores, two stages at a time, with other work on both. small_log.jsonl is of a run on one H100.
 A line has the keys stage, step, losses, seconds and hardware; unmeasured stages have none.
 """
 
@@ -27,10 +26,9 @@ class Measurement:
 
 
 @cache
-def measured(size: str, budget: str = "quick") -> dict[str, Measurement]:
+def measured(size: str) -> dict[str, Measurement]:
     """The measurements that ship with the package, by stage; none for a size without a file."""
-    name = f"{size}_log.jsonl" if budget == "quick" else f"{size}_{budget}_log.jsonl"
-    path = paths.data_samples() / name
+    path = paths.data_samples() / f"{size}_log.jsonl"
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

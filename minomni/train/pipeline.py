@@ -85,6 +85,7 @@ COLUMNS = (
     "steps",
     "rows/step",
     "lr",
+    "steps*",
     "seconds*",
     "final loss*",
     "trains",
@@ -105,13 +106,14 @@ def cache_of(home: Path) -> Path:
 def stage_table(size: str) -> str:
     """The stages as a table: parameters that train and that stay frozen, time, data, final losses.
 
-    Raises UserError for an unknown size.
+    Time and losses are those of the measured steps. Raises UserError for an unknown size.
     """
     measurements = measured(size)
     rows: list[tuple[str, ...]] = [COLUMNS]
     for name, stage in STAGES.items():
-        seconds, losses = "-", "-"
+        measured_steps, seconds, losses = "-", "-", "-"
         if name in measurements:
+            measured_steps = str(measurements[name].step)
             seconds = f"{measurements[name].seconds:g}"
             losses = format_losses(measurements[name].losses)
         recipe = recipe_of(name, size)
@@ -120,6 +122,7 @@ def stage_table(size: str) -> str:
             str(recipe.steps),
             str(recipe.batch * recipe.accumulate),
             f"{recipe.lr:.0e}",
+            measured_steps,
             seconds,
             losses,
             short_names(stage.trainable),

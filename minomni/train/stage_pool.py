@@ -102,11 +102,12 @@ def check_exit(name: str, code: int) -> None:
 def critical_path_s(name: str, size: str) -> float:
     """Seconds from a stage's start to the end of the last stage that depends on it.
 
-    As measured; an unmeasured stage counts by its steps.
+    By the recipe's steps and the measured pace; an unmeasured stage has a guessed one.
     """
     measurements = measured(size)
-    seconds = recipe_of(name, size).steps * STEP_S
+    step_s = STEP_S
     if name in measurements:
-        seconds = measurements[name].seconds
+        step_s = measurements[name].seconds / measurements[name].step
+    seconds = recipe_of(name, size).steps * step_s
     after = [critical_path_s(other, size) for other in STAGES if name in STAGES[other].needs]
     return seconds + max(after, default=0.0)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import wait
 from threading import Event
 
@@ -14,13 +15,16 @@ from minomni.errors import UserError
 from minomni.train import measurements, recipes, stage_pool
 from minomni.train.pipeline import STAGES
 
-SECONDS = {name: row.seconds for name, row in measurements.measured("tiny").items()}
+SECONDS = {
+    name: row.seconds / row.step * recipes.recipe_of(name, "tiny").steps
+    for name, row in measurements.measured("tiny").items()
+}
 
 
 def test_the_longest_path_goes_first():
     """By hand: dpo and then speakers wait for chat. A stage has a longer path than its users."""
     path = stage_pool.critical_path_s("chat", "tiny")
-    assert path == SECONDS["chat"] + SECONDS["dpo"] + SECONDS["speakers"]
+    assert path == pytest.approx(SECONDS["chat"] + SECONDS["dpo"] + SECONDS["speakers"])
     for name, stage in STAGES.items():
         for need in stage.needs:
             before = stage_pool.critical_path_s(need, "tiny")
@@ -96,7 +100,7 @@ def clock(monkeypatch):
 
 
 def test_all_stages_run_two_at_a_time(clock, tmp_path):
-    """Every stage once, after those it needs; in all at most 5 % longer than the critical path."""
+    """Every stage once, after those it needs, in little more time than no order can go below."""
     run = clock()
     stage_pool.run_all("tiny", tmp_path, seed=0)
     begun = run.names()
@@ -106,7 +110,8 @@ def test_all_stages_run_two_at_a_time(clock, tmp_path):
         assert all(begun.index(need) < begun.index(name) for need in stage.needs)
     assert run.most == 2
     longest = max(stage_pool.critical_path_s(name, "tiny") for name in STAGES)
-    assert longest <= run.now <= 1.05 * longest
+    bound = max(longest, sum(SECONDS.values()) / 2)
+    assert bound <= run.now <= 1.05 * bound
     assert all(process.code == 0 for process in run.started)
 
 
@@ -120,10 +125,10 @@ def test_finished_stages_are_left_out(clock, tmp_path):
 
 
 def test_a_stage_that_fails_ends_the_others(clock, tmp_path):
-    run = clock(broken="vision_align")
-    with pytest.raises(UserError, match="vision_align stopped with exit code 1; see its message"):
+    run = clock(broken="audio_align")
+    with pytest.raises(UserError, match="audio_align stopped with exit code 1; see its message"):
         stage_pool.run_all("tiny", tmp_path, seed=0)
-    assert run.names() == ["language", "vision_align"]
+    assert run.names() == ["language", "audio_align"]
     assert [process.code for process in run.started] == [-15, 1]
 
 
@@ -143,6 +148,17 @@ stage_pool.run_all("tiny", Path(sys.argv[1]), seed=0)
 """
 
 
+def ends(pid: int) -> bool:
+    """Whether a process is gone within a minute: it was told to end, and takes a moment."""
+    for _ in range(600):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_sigterm_ends_the_stages_too(tmp_path):
     """What a job scheduler and `kill` send; nothing goes on training."""
     command = [sys.executable, "-c", TERMINATED, tmp_path]
@@ -151,9 +167,7 @@ def test_sigterm_ends_the_stages_too(tmp_path):
         stages = [int(run.stdout.readline()) for _ in range(2)]
         run.terminate()
         assert run.wait(60) == 128 + signal.SIGTERM
-    for stage in stages:
-        with pytest.raises(ProcessLookupError):
-            os.kill(stage, 0)
+    assert all(ends(stage) for stage in stages)
 
 
 def test_a_stage_is_started_by_the_command_line(monkeypatch, tmp_path):
