@@ -377,8 +377,8 @@ def test_streamed_speech_has_the_word_error_rate_of_respond(omni, monkeypatch):
         *_, alike = omni.stream(asked, seed=seed, flow=omni.config.flow)
         replies = (streamed.reply, alike.reply, omni.respond(asked, seed=seed))
         for name, reply in zip(wrong, replies, strict=True):
-            heard = judge.transcribe(reply.wave, reply.sample_rate)
-            wrong[name] += edit_distance(right, heard.split())
+            transcript = judge.transcribe(reply.wave, reply.sample_rate)
+            wrong[name] += edit_distance(right, transcript.split())
         words += len(right)
     assert words >= 200
     assert abs(wrong["same solver"] - wrong["respond"]) <= 0.01 * words
