@@ -5,7 +5,8 @@ is one of espeak-ng, from pip's `espeakng-loader`.
 
 espeak-ng keeps state between utterances and seeds its breath noise from the clock. So a corpus is
 cut into parts, each made in a fresh process, in a fixed order, with a fixed seed. Then it is
-bit-identical wherever the same version runs, on any number of cores.
+bit-identical wherever the same version runs, on any number of cores. These processes import this
+module, which therefore does without PyTorch: importing that takes longer than a short part.
 """
 
 import ctypes
@@ -19,7 +20,6 @@ import soxr
 
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data import neural_tts
-from minomni.data.batching import batched
 from minomni.errors import UserError
 
 ESPEAK_RATE = 22_050  # Hz, espeak-ng's output
@@ -51,7 +51,7 @@ def synthesize(jobs: list[Job], seed: int) -> list[np.ndarray]:
     The same jobs and seed give the same samples. Raises UserError if the synthesizer is not
     installed or lacks a voice.
     """
-    parts = batched(jobs, PART)
+    parts = [jobs[begin : begin + PART] for begin in range(0, len(jobs), PART)]
     seeds = range(seed, seed + len(parts))
     waves = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -1,6 +1,9 @@
 """The generated data: what is held out stays unseen, and answers agree with what is shown."""
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -14,6 +17,8 @@ from minomni.data.examples import ExampleBuilder
 from minomni.data.vocabulary import english, world_tokenizer
 from minomni.data.word_errors import edit_distance, word_error_rate, word_errors
 from minomni.talker.codec import Codec
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_voice_stages_leave_long_recordings_out():
@@ -310,6 +315,11 @@ def test_corpus_hash_is_recorded_and_repeats(monkeypatch, tmp_path):
         jobs[1:], seed=4
     )
     assert all((a == b).all() for a, b in zip(apart, alone, strict=True))
+
+
+def test_a_process_that_synthesizes_does_not_import_torch():
+    code = "import sys, minomni.data.text_to_speech; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_word_error_by_hand():
