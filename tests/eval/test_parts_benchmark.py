@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import oracle
@@ -143,9 +144,13 @@ def test_ids_are_compared_by_the_share_that_differs():
 
 
 @pytest.mark.slow
-def test_all_parts_are_measured_and_agree(tmp_path):
-    """Loading too, each time in a process of its own."""
+def test_all_parts_are_measured_and_agree(tmp_path, monkeypatch):
+    """Loading too, in a process of its own: one for each side, whose result stands for both turns.
+
+    A process that imports transformers takes eight seconds.
+    """
     pytest.importorskip("transformers", reason="the official code is not installed")
+    monkeypatch.setattr(parts_benchmark, "run_program", cache(parts_benchmark.run_program))
     folder = tmp_path / "model"
     make_checkpoint(oracle.CONFIG, folder)
     device = torch.device("cpu")
