@@ -444,7 +444,7 @@ def facts(language: str) -> str:
     """The numbers of the first screen."""
     parameters = sum(parameter_counts("tiny").values())
     release = sum(parameter_counts("qwen7b").values())
-    minutes = round(results()["report"]["tiny_quick"]["train_seconds"] / 60)
+    minutes = round(results()["quick_training"]["seconds"] / 60)
     first = round(results()["stream"]["first_audio_ms"])
     if language == "zh":
         return (
