@@ -480,6 +480,30 @@ def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
     return [(start + clock(t), start + y, start + x) for t in seconds for y, x in cells]
 
 
+def woven(
+    start,
+    seconds,
+    rows,
+    columns,
+    audio_tokens,
+    chunk: int = 50,
+    origin: int | None = None,
+    order: int = 1,
+    later: int = 0,
+    marker=lambda turns: max(turns[-1]) + 1,
+) -> list[tuple[int, int, int]]:
+    """Position ids of a video with its sound and of the closing marker; each switch does one thing
+    wrong.
+    """
+    video = timed(start, seconds, rows, columns, lambda t: int(torch.tensor(t) * 25))
+    first = start if origin is None else origin
+    keyed = [((ids[0] - first) // chunk, 0, i, ids) for i, ids in enumerate(video)]
+    for i in range(audio_tokens):
+        keyed.append((i // chunk, order, i, (start + later + i,) * 3))
+    turns = [ids for *_, ids in sorted(keyed)]
+    return [*turns, (marker(turns),) * 3]
+
+
 # Patches in a wrong order of axes, for the slow and the fast function of chapter 03.
 WRONG_CUTS = [
     lambda x: cut_by(x, (0, 3, 4, 6, 7, 2, 1, 5, 8)),
@@ -750,6 +774,18 @@ BUGS = {
             lambda s, ts, r, c: timed(s, ts, r, c, lambda t: math.ceil(t * 25)),
             lambda s, ts, r, c: timed(0, ts, r, c, lambda t: int(torch.tensor(t) * 25)),
             lambda s, ts, r, c: timed(s, ts, 1, c, lambda t: int(torch.tensor(t) * 25)),
+        ],
+        "my_turns": [
+            lambda *x: woven(*x, marker=lambda turns: max(map(max, turns)) + 1),
+            lambda *x: woven(*x, marker=lambda turns: max(turns[-1])),
+            lambda *x: woven(*x, marker=lambda turns: turns[-1][1] + 1),
+            lambda *x: woven(*x)[:-1],
+            lambda *x: woven(*x, chunk=1000),  # all frames first
+            lambda *x: woven(*x, chunk=1),  # by time
+            lambda *x: woven(*x, chunk=25),
+            lambda *x: woven(*x, origin=0),
+            lambda *x: woven(*x, order=-1),
+            lambda *x: woven(*x, later=1),
         ],
         "my_angles": [
             lambda x, s: x[0],
