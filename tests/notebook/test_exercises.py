@@ -830,14 +830,6 @@ BUGS = {
             lambda q, k, v: taken(q, k[:-1], v[:-1]),
             lambda q, k, v: taken(q, k, v, repeat=True),
         ],
-        "my_nucleus": [
-            lambda x, t, p: nucleus(x * t, p),
-            lambda x, t, p: nucleus(x, p) ** (1 / t),
-            lambda x, t, p: nucleus(x / t, p, crossing=False),
-            lambda x, t, p: nucleus(x / t, p, scaled=False),
-            lambda x, t, p: nucleus(x / t, p).sort(descending=True).values,
-            lambda x, t, p: (x / t).softmax(0),
-        ],
         "my_loss": [
             lambda z, x, m: F.cross_entropy(z, x.where(m > 0, -100)),
             lambda z, x, m: F.cross_entropy(z[1:], x[:-1].where(m[1:] > 0, -100)),
@@ -921,6 +913,14 @@ BUGS = {
             lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
             lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
             lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)],
+        ],
+        "my_nucleus": [
+            lambda x, t, p: nucleus(x * t, p),
+            lambda x, t, p: nucleus(x, p) ** (1 / t),
+            lambda x, t, p: nucleus(x / t, p, crossing=False),
+            lambda x, t, p: nucleus(x / t, p, scaled=False),
+            lambda x, t, p: nucleus(x / t, p).sort(descending=True).values,
+            lambda x, t, p: (x / t).softmax(0),
         ],
     },
     "10": {
