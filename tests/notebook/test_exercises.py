@@ -468,12 +468,6 @@ def written(next_logits, stop: int | None, limit: int) -> list[int]:
     return said
 
 
-def texts(vectors, after: list, steps: int) -> torch.Tensor:
-    """The vectors and those after them, the last of which repeats."""
-    row = [*vectors, *after, *after[-1:] * steps]
-    return torch.stack(row[:steps])
-
-
 def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
     """Position ids of a video; clock: seconds -> ids since its beginning."""
     cells = [(y, x) for y in range(rows) for x in range(columns)]
@@ -527,14 +521,6 @@ BUGS = {
             lambda f, stop, limit: written(f, stop, limit + 1),
             lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
             lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
-        ],
-        "my_talker_inputs": [
-            lambda h, e, end, pad, n: texts(h, [end, pad], n),
-            lambda h, e, end, pad, n: texts(e, [end, pad], n),
-            lambda h, e, end, pad, n: texts(h + e, [pad], n),
-            lambda h, e, end, pad, n: texts(h + e, [end], n),
-            lambda h, e, end, pad, n: texts((h + e)[:-1], [end, pad], n),
-            lambda h, e, end, pad, n: torch.stack([*(h + e), end, *[pad] * n]),
         ],
         "samples_of": [
             lambda n, k, r: n * k * sum(r),
@@ -751,12 +737,6 @@ BUGS = {
             lambda row: marked(row, "assistant", 3, 2),
             lambda row: marked(row, "user", 3, 1),
             lambda row: [1] * len(row),
-        ],
-        "showable": [
-            lambda data: len(data),
-            lambda data: len(data.decode(errors="ignore")),
-            lambda data: len(data.decode(errors="replace").encode()),
-            lambda data: sum(byte < 128 for byte in data),
         ],
     },
     "06": {
