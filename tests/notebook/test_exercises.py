@@ -67,6 +67,13 @@ def headed(q, k, v, mask, scale: float = 2) -> tuple[torch.Tensor, torch.Tensor]
     return weights @ v, weights
 
 
+def sorted_by(x, labels, attend, back=torch.argsort) -> torch.Tensor:
+    """attend() for each window; back: the sorted order -> the way back, which can be wrong."""
+    order = labels.argsort(stable=True)
+    found = [attend(x[labels == label]) for label in labels.unique()]
+    return torch.cat(found)[back(order)]
+
+
 def framed(x, size: int, hop: int, repeat: bool = False, mirror_end: bool = False):
     """Centered frames; the switches repeat sample 0 in the mirror, or mirror the end too."""
     half = size // 2
@@ -668,13 +675,12 @@ BUGS = {
             lambda x, r, c: rotated(x, r, c, slow=True),
             lambda x, r, c: rotated(x, r, c, adjacent=True),
         ],
-        "my_head": [
-            lambda q, k, v, m: headed(q, k, v, m, scale=1),
-            lambda q, k, v, m: headed(q, k, v, m, scale=4),
-            lambda q, k, v, m: headed(q, k, v, torch.ones_like(m)),
-            lambda q, k, v, m: headed(q, k, v, ~m),
-            lambda q, k, v, m: headed(q, k, v, m)[0],
-            lambda q, k, v, m: headed(q, k, v, m)[::-1],
+        "my_windows": [
+            lambda x, labels, attend: attend(x),
+            lambda x, labels, attend: sorted_by(x, labels, attend, back=lambda order: slice(None)),
+            lambda x, labels, attend: sorted_by(x, labels, attend, back=lambda order: order),
+            lambda x, labels, attend: sorted_by(x.flip(0), labels.flip(0), attend).flip(0),
+            lambda x, labels, attend: torch.cat([attend(row[None]) for row in x]),
         ],
         "my_merge": [
             lambda x, r, c: x.reshape(r * c // 4, -1),
