@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 
 def my_placed(embeds, ids, features, token):
     x = embeds.clone()
@@ -16,12 +14,6 @@ def my_answer(next_logits, stop, limit):
     while len(said) < limit and stop not in said:
         said.append(int(next_logits(said).argmax()))
     return said
-
-
-def my_talker_inputs(states, embeds, end, pad, steps):
-    vectors = [*(states + embeds), end]
-    vectors += [pad] * (steps - len(vectors))
-    return torch.stack(vectors[:steps])
 
 
 def samples_of(codes, repeats, rates):

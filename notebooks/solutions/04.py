@@ -1,7 +1,5 @@
 """Solutions of the exercises of notebook 04. The graders are in the notebook."""
 
-import math
-
 import torch
 
 
@@ -20,10 +18,11 @@ def my_rotate(x, rows, columns):
     return torch.cat([pairs.real, pairs.imag], 1)
 
 
-def my_head(q, k, v, mask):
-    scores = q @ k.T / q.shape[1] ** 0.5  # [N, N]
-    weights = scores.masked_fill(~mask, -math.inf).softmax(1)
-    return weights @ v, weights
+def my_windows(x, labels, attend):
+    order = labels.argsort(stable=True)
+    sizes = labels.unique(return_counts=True)[1]  # patches in each window
+    found = [attend(window) for window in x[order].split(sizes.tolist())]
+    return torch.cat(found)[order.argsort()]
 
 
 def my_merge(x, rows, columns):

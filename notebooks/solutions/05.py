@@ -43,7 +43,3 @@ def my_loss_mask(sequence):
         if sequence[max(i - 2, 0) : i + 1] == ["<|im_start|>", "assistant", "\n"]:
             answering = True
     return mask
-
-
-def showable(data):
-    return len(data.decode("utf-8", errors="ignore").encode())

@@ -19,6 +19,19 @@ def my_video_ids(start, seconds, rows, columns):
     return ids
 
 
+def my_turns(start, seconds, rows, columns, audio_tokens):
+    keyed = []
+    for i, ids in enumerate(my_video_ids(start, seconds, rows, columns)):
+        chunk = (ids[0] - start) // 50
+        keyed.append(((chunk, 0, i), ids))
+    for i in range(audio_tokens):
+        keyed.append(((i // 50, 1, i), (start + i,) * 3))
+    keyed.sort()
+    turns = [ids for _, ids in keyed]
+    marker = max(turns[-1]) + 1
+    return [*turns, (marker,) * 3]
+
+
 def my_angles(angles, section):
     parts = angles.split(section, dim=-1)
     return torch.cat([part[axis] for axis, part in enumerate(parts)], -1)

@@ -31,14 +31,6 @@ def my_step(q, keys, values):
     return torch.einsum("hs,shd->hd", weights, values)
 
 
-def my_nucleus(logits, temperature, top_p):
-    p = (logits / temperature).softmax(0)
-    falling, order = p.sort(descending=True)
-    likelier = falling.cumsum(0) - falling  # probability of all likelier words
-    kept = torch.where(likelier < top_p, falling, 0.0)
-    return torch.zeros_like(p).scatter(0, order, kept / kept.sum())
-
-
 def my_loss(logits, ids, mask):
     log_p = logits[:-1].log_softmax(-1)  # [L - 1, V]
     right = log_p.gather(1, ids[1:, None])[:, 0]

@@ -42,3 +42,11 @@ def ready_at(chosen, cost, count):
         free = max(free, chosen[min(i + 1, len(chosen) - 1)]) + cost
         times.append(free)
     return times
+
+
+def my_nucleus(logits, temperature, top_p):
+    p = (logits / temperature).softmax(0)
+    falling, order = p.sort(descending=True)
+    likelier = falling.cumsum(0) - falling  # probability of all likelier ids
+    kept = torch.where(likelier < top_p, falling, 0.0)
+    return torch.zeros_like(p).scatter(0, order, kept / kept.sum())

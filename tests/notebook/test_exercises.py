@@ -67,6 +67,13 @@ def headed(q, k, v, mask, scale: float = 2) -> tuple[torch.Tensor, torch.Tensor]
     return weights @ v, weights
 
 
+def sorted_by(x, labels, attend, back=torch.argsort) -> torch.Tensor:
+    """attend() for each window; back: the sorted order -> the way back, which can be wrong."""
+    order = labels.argsort(stable=True)
+    found = [attend(x[labels == label]) for label in labels.unique()]
+    return torch.cat(found)[back(order)]
+
+
 def framed(x, size: int, hop: int, repeat: bool = False, mirror_end: bool = False):
     """Centered frames; the switches repeat sample 0 in the mirror, or mirror the end too."""
     half = size // 2
@@ -468,16 +475,34 @@ def written(next_logits, stop: int | None, limit: int) -> list[int]:
     return said
 
 
-def texts(vectors, after: list, steps: int) -> torch.Tensor:
-    """The vectors and those after them, the last of which repeats."""
-    row = [*vectors, *after, *after[-1:] * steps]
-    return torch.stack(row[:steps])
-
-
 def timed(start, seconds, rows, columns, clock) -> list[tuple[int, int, int]]:
     """Position ids of a video; clock: seconds -> ids since its beginning."""
     cells = [(y, x) for y in range(rows) for x in range(columns)]
     return [(start + clock(t), start + y, start + x) for t in seconds for y, x in cells]
+
+
+def woven(
+    start,
+    seconds,
+    rows,
+    columns,
+    audio_tokens,
+    chunk: int = 50,
+    origin: int | None = None,
+    order: int = 1,
+    later: int = 0,
+    marker=lambda turns: max(turns[-1]) + 1,
+) -> list[tuple[int, int, int]]:
+    """Position ids of a video with its sound and of the closing marker; each switch does one thing
+    wrong.
+    """
+    video = timed(start, seconds, rows, columns, lambda t: int(torch.tensor(t) * 25))
+    first = start if origin is None else origin
+    keyed = [((ids[0] - first) // chunk, 0, i, ids) for i, ids in enumerate(video)]
+    for i in range(audio_tokens):
+        keyed.append((i // chunk, order, i, (start + later + i,) * 3))
+    turns = [ids for *_, ids in sorted(keyed)]
+    return [*turns, (marker(turns),) * 3]
 
 
 # Patches in a wrong order of axes, for the slow and the fast function of chapter 03.
@@ -503,14 +528,6 @@ BUGS = {
             lambda f, stop, limit: written(f, stop, limit + 1),
             lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
             lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
-        ],
-        "my_talker_inputs": [
-            lambda h, e, end, pad, n: texts(h, [end, pad], n),
-            lambda h, e, end, pad, n: texts(e, [end, pad], n),
-            lambda h, e, end, pad, n: texts(h + e, [pad], n),
-            lambda h, e, end, pad, n: texts(h + e, [end], n),
-            lambda h, e, end, pad, n: texts((h + e)[:-1], [end, pad], n),
-            lambda h, e, end, pad, n: torch.stack([*(h + e), end, *[pad] * n]),
         ],
         "samples_of": [
             lambda n, k, r: n * k * sum(r),
@@ -658,13 +675,12 @@ BUGS = {
             lambda x, r, c: rotated(x, r, c, slow=True),
             lambda x, r, c: rotated(x, r, c, adjacent=True),
         ],
-        "my_head": [
-            lambda q, k, v, m: headed(q, k, v, m, scale=1),
-            lambda q, k, v, m: headed(q, k, v, m, scale=4),
-            lambda q, k, v, m: headed(q, k, v, torch.ones_like(m)),
-            lambda q, k, v, m: headed(q, k, v, ~m),
-            lambda q, k, v, m: headed(q, k, v, m)[0],
-            lambda q, k, v, m: headed(q, k, v, m)[::-1],
+        "my_windows": [
+            lambda x, labels, attend: attend(x),
+            lambda x, labels, attend: sorted_by(x, labels, attend, back=lambda order: slice(None)),
+            lambda x, labels, attend: sorted_by(x, labels, attend, back=lambda order: order),
+            lambda x, labels, attend: sorted_by(x.flip(0), labels.flip(0), attend).flip(0),
+            lambda x, labels, attend: torch.cat([attend(row[None]) for row in x]),
         ],
         "my_merge": [
             lambda x, r, c: x.reshape(r * c // 4, -1),
@@ -728,12 +744,6 @@ BUGS = {
             lambda row: marked(row, "user", 3, 1),
             lambda row: [1] * len(row),
         ],
-        "showable": [
-            lambda data: len(data),
-            lambda data: len(data.decode(errors="ignore")),
-            lambda data: len(data.decode(errors="replace").encode()),
-            lambda data: sum(byte < 128 for byte in data),
-        ],
     },
     "06": {
         "my_image_ids": [
@@ -750,6 +760,18 @@ BUGS = {
             lambda s, ts, r, c: timed(s, ts, r, c, lambda t: math.ceil(t * 25)),
             lambda s, ts, r, c: timed(0, ts, r, c, lambda t: int(torch.tensor(t) * 25)),
             lambda s, ts, r, c: timed(s, ts, 1, c, lambda t: int(torch.tensor(t) * 25)),
+        ],
+        "my_turns": [
+            lambda *x: woven(*x, marker=lambda turns: max(map(max, turns)) + 1),
+            lambda *x: woven(*x, marker=lambda turns: max(turns[-1])),
+            lambda *x: woven(*x, marker=lambda turns: turns[-1][1] + 1),
+            lambda *x: woven(*x)[:-1],
+            lambda *x: woven(*x, chunk=1000),  # all frames first
+            lambda *x: woven(*x, chunk=1),  # by time
+            lambda *x: woven(*x, chunk=25),
+            lambda *x: woven(*x, origin=0),
+            lambda *x: woven(*x, order=-1),
+            lambda *x: woven(*x, later=1),
         ],
         "my_angles": [
             lambda x, s: x[0],
@@ -793,14 +815,6 @@ BUGS = {
             lambda q, k, v: taken(q, k.flip(1), v.flip(1)),
             lambda q, k, v: taken(q, k[:-1], v[:-1]),
             lambda q, k, v: taken(q, k, v, repeat=True),
-        ],
-        "my_nucleus": [
-            lambda x, t, p: nucleus(x * t, p),
-            lambda x, t, p: nucleus(x, p) ** (1 / t),
-            lambda x, t, p: nucleus(x / t, p, crossing=False),
-            lambda x, t, p: nucleus(x / t, p, scaled=False),
-            lambda x, t, p: nucleus(x / t, p).sort(descending=True).values,
-            lambda x, t, p: (x / t).softmax(0),
         ],
         "my_loss": [
             lambda z, x, m: F.cross_entropy(z, x.where(m > 0, -100)),
@@ -885,6 +899,14 @@ BUGS = {
             lambda xs, d, n: [xs[-1] + d * (i + 1) for i in range(n)],
             lambda xs, d, n: [xs[min(i + 1, len(xs) - 1)] + d for i in range(n)],
             lambda xs, d, n: [xs[1] + d * (i + 1) for i in range(n)],
+        ],
+        "my_nucleus": [
+            lambda x, t, p: nucleus(x * t, p),
+            lambda x, t, p: nucleus(x, p) ** (1 / t),
+            lambda x, t, p: nucleus(x / t, p, crossing=False),
+            lambda x, t, p: nucleus(x / t, p, scaled=False),
+            lambda x, t, p: nucleus(x / t, p).sort(descending=True).values,
+            lambda x, t, p: (x / t).softmax(0),
         ],
     },
     "10": {

@@ -54,7 +54,6 @@ ALLOWED_WITHOUT_ROW = {
     "log-mel spectrogram",
     "normalized",
     "steps",
-    "top-k",
     "windows",
 }
 

@@ -136,13 +136,8 @@ TERMS = {
         "grouped-query attention",
         "logits",
         "Greedy",
-        "Sampling",
-        "temperature",
-        "top-p",
-        "top-k",
         "KV cache",
         "prefill",
-        "repetition penalty",
         "attention sink",
         "logit lens",
         "ablation",
@@ -159,7 +154,7 @@ FORMULAS = {
     "04": 4,
     "05": 5,
     "06": 2,
-    "07": 7,
+    "07": 6,
 }  # displayed ones, at least
 REFERENCES = {
     "00": 7,
