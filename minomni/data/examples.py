@@ -31,7 +31,7 @@ MAX_TURNS = 4
 LONG_SECONDS = (3, 10)
 NOISE_LEVELS = (0.0, 0.002, 0.006)  # standard deviations, full scale is 1
 # Seconds of silence before and after a recording in training, at most: a microphone is open before
-# somebody speaks. Half of the recordings have none.
+# the speaker begins. Half of the recordings have none.
 MAX_SILENCE_BEFORE = 0.5
 MAX_SILENCE_AFTER = 0.25
 
