@@ -259,7 +259,7 @@ class Codec(SpeechEncoder):
         """
         speaker = self.speaker(cond)[:, None]  # [B, 1, D]
         x = self.code_mel(self.from_grid(grid) + speaker)  # [B, C, downsample * mel_dim]
-        frames = x.unflatten(-1, (self.config.downsample, -1)).flatten(1, 2)  # [B, T, mel_dim]
+        frames = x.unflatten(-1, (-1, self.config.mel_dim)).flatten(1, 2)  # [B, T, mel_dim]
         return frames * MEL_STD + MEL_MEAN
 
 

@@ -26,7 +26,7 @@ RECIPES = {
         "speakers": Recipe(steps=40, batch=24, lr=5e-4),
     },
 }
-# Steps of each stage by budget: `quick` is the recipes above, `long` made the shipped weights.
+# Steps of each stage by budget: `quick` is the recipes as they are, `long` made the shipped model.
 BUDGETS: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
         "quick": {},

@@ -18,6 +18,17 @@ def my_weight(margins, beta):
     return beta * (-beta * margins).sigmoid()
 
 
+def my_pairs(judged):
+    pairs = []
+    for i, samples in enumerate(judged):
+        ranked = sorted(samples, key=lambda sample: sample[0])
+        fewest, chosen = ranked[0]
+        most, rejected = ranked[-1]
+        if most > fewest + 1 and len(chosen) > 0:
+            pairs.append((i, chosen, rejected))
+    return pairs
+
+
 def hacks(before, after):
     def run(codes):
         longest = now = 0

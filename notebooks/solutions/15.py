@@ -28,6 +28,11 @@ def problems(wanted, stored):
             sorted(name for name in both if wanted[name] != stored[name])]
 
 
+def cache_bytes(c, tokens, each=2):
+    head = 2 * c.head_dim  # a key and a value
+    return c.num_hidden_layers * c.num_key_value_heads * head * tokens * each
+
+
 def pass_ms(weights, bits, tokens, gb_s, tflop_s):
     fetch = weights * bits / 8 / (gb_s * 1e9)
     count = 2 * weights * tokens / (tflop_s * 1e12)

@@ -332,6 +332,18 @@ def stopped(losses, patience: int, equal: bool = False) -> int:
     return best
 
 
+def preferred(judged, key=lambda sample: sample[0], least: int = 2, empty: bool = False) -> list:
+    """Preference pairs; the switches change the order, the difference that counts, and whether an
+    empty sample may be chosen.
+    """
+    pairs = []
+    for i, samples in enumerate(judged):
+        (first, chosen), *_, (last, rejected) = sorted(samples, key=key)
+        if abs(last - first) >= least and (empty or chosen):
+            pairs.append((i, chosen, rejected))
+    return pairs
+
+
 def noticed(
     before, after, total: bool = False, short: bool = True, often: bool = False, twice: float = 2
 ) -> list[str]:
@@ -846,18 +858,18 @@ BUGS = {
             lambda p, x: read_as(p, x, ends=1),
             lambda p, x: read_as(p, [c for c, d in zip(x, [0, *x]) if c != d]),
         ],
+        "shortest": [
+            lambda text: len(text),
+            lambda text: 2 * len(text) + 1,
+            lambda text: 2 * len(text) - len(set(text)),
+            lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:])),
+        ],
         "my_nearest": [
             lambda x, book: (x @ book.T).argmax(-1),
             lambda x, book: (x[..., None, :] - book).square().sum(-1).argmax(-1),
             lambda x, book: (x[..., None, :] - book).sum(-1).abs().argmin(-1),
             lambda x, book: (x[..., None, :] - book).square().sum(-1).min(-1).values,
             lambda x, book: (x[..., None, :] - book).square().sum(-1).argmin(-1) + 1,
-        ],
-        "shortest": [
-            lambda text: len(text),
-            lambda text: 2 * len(text) + 1,
-            lambda text: 2 * len(text) - len(set(text)),
-            lambda text: len(text) - sum(a == b for a, b in zip(text, text[1:])),
         ],
     },
     "09": {
@@ -910,13 +922,6 @@ BUGS = {
         ],
     },
     "10": {
-        "my_mask": [
-            lambda n, b, back, ahead: blocks(n, b, ahead, back),
-            lambda n, b, back, ahead: blocks(n, 1, back * b, ahead * b),
-            lambda n, b, back, ahead: blocks(n, b, back, max(ahead - 1, 0)),
-            lambda n, b, back, ahead: ~blocks(n, b, back, ahead),
-            lambda n, b, back, ahead: blocks(n, b, back, ahead).T,
-        ],
         "my_flow_loss": [
             lambda v, x1, x0, t: ((v((1 - t) * x0 + t * x1, t) - x1 + x0) ** 2).mean(),
             lambda v, x1, x0, t: velocity_error(v, x0, x1, t),
@@ -937,6 +942,13 @@ BUGS = {
             lambda c, u, g: c + g * (u - c),
             lambda c, u, g: (1 + g) * c + g * u,
             lambda c, u, g: c + g * c,
+        ],
+        "my_mask": [
+            lambda n, b, back, ahead: blocks(n, b, ahead, back),
+            lambda n, b, back, ahead: blocks(n, 1, back * b, ahead * b),
+            lambda n, b, back, ahead: blocks(n, b, back, max(ahead - 1, 0)),
+            lambda n, b, back, ahead: ~blocks(n, b, back, ahead),
+            lambda n, b, back, ahead: blocks(n, b, back, ahead).T,
         ],
         "heun_step": [
             lambda f, y, a, b: y + (b - a) * f(a, y),
@@ -1091,6 +1103,15 @@ BUGS = {
             lambda m, b: b * (-m).sigmoid(),
             lambda m, b: -b * (-b * m).sigmoid(),
         ],
+        "my_pairs": [
+            lambda judged: preferred(judged, least=1),
+            lambda judged: preferred(judged, empty=True),
+            lambda judged: preferred(judged, key=lambda sample: (sample[0], -len(sample[1]))),
+            lambda judged: preferred(judged, key=lambda sample: sample),
+            lambda judged: preferred(judged, key=lambda sample: -sample[0]),
+            lambda judged: [(i, b, a) for i, a, b in preferred(judged)],
+            lambda judged: [pair[1:] for pair in preferred(judged)],
+        ],
         "hacks": [
             lambda a, b: noticed(a, b, total=True),
             lambda a, b: noticed(a, b, short=False),
@@ -1132,6 +1153,13 @@ BUGS = {
                 sorted(b.keys() - a.keys()),
                 [n for n in a if n in b and math.prod(a[n]) != math.prod(b[n])],
             ],
+        ],
+        "cache_bytes": [
+            lambda c, n, b=2: c.num_hidden_layers * c.num_key_value_heads * c.head_dim * n * b,
+            lambda c, n, b=2: 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * n * b,
+            lambda c, n, b=2: 2 * c.num_key_value_heads * c.head_dim * n * b,
+            lambda c, n, b=2: 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * n * 2,
+            lambda c, n, b=2: 2 * c.num_hidden_layers * c.hidden_size * n * b,
         ],
         "pass_ms": [
             lambda n, b, w, g, t: b * n / 8 / g / 1e6 + 2 * n * w / t / 1e9,
@@ -1208,7 +1236,7 @@ def test_every_exercise_is_tested_and_its_folded_solution_is_the_tested_one():
         source = (NOTEBOOKS / "solutions" / f"{number}.py").read_text()
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 assert ast.get_source_segment(source, node) in text, (
                     f"{number} folds another {node.name}"
                 )
