@@ -3,7 +3,7 @@
 from random import Random
 from typing import TYPE_CHECKING
 
-import numpy as np
+from PIL import Image
 
 from minomni.data.scenes import random_scene
 from minomni.inputs.prompt import Processor
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SCENES = 60
 WHERE, COLOR = 24, 12  # questions of each kind
-Question = tuple[np.ndarray, str, str]  # image, question, answer
+Question = tuple[Image.Image, str, str]  # image, question, answer
 
 
 def scene_questions() -> dict[str, list[Question]]:
@@ -21,6 +21,7 @@ def scene_questions() -> dict[str, list[Question]]:
     asked: list[Question] = []
     for seed in range(SCENES):
         scene = random_scene(Random(seed))
+        assert scene.image is not None  # every scene has one
         pairs = [(scene.question, scene.answer), *scene.follow_ups]
         asked += [(scene.image, question, answer) for question, answer in pairs]
     where = [x for x in asked if x[1].startswith("where")]
@@ -34,7 +35,12 @@ def right_answers(omni: "Omni", questions: list[Question]) -> int:
     for image, question, _ in questions:
         content = [{"image": image}, {"text": question}]
         conversations.append([{"role": "user", "content": content}])
-    inputs = Processor(omni.config, omni.tokenizer)(conversations)
-    said = omni.thinker.generate(inputs, omni.config.thinker_sampling).tokens
-    texts = [omni.tokenizer.decode(ids, skip_special=True) for ids in said]
-    return sum(text == answer for text, (*_, answer) in zip(texts, questions, strict=True))
+    tokenizer = omni.require_tokenizer()
+    inputs = Processor(omni.config, tokenizer)(conversations)
+    replies = omni.thinker.generate(inputs, omni.config.thinker_sampling).tokens
+
+    correct = 0
+    for ids, (_, _, answer) in zip(replies, questions, strict=True):
+        text = tokenizer.decode(ids, skip_special=True)
+        correct += int(text == answer)
+    return correct

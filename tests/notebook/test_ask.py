@@ -25,7 +25,7 @@ def test_only_answers_that_are_right_word_for_word_count():
     thinker = SimpleNamespace(generate=lambda inputs, sampling: SimpleNamespace(tokens=tokens))
     omni = SimpleNamespace(
         config=TINY,
-        tokenizer=tokenizer,
+        require_tokenizer=lambda: tokenizer,
         thinker=thinker,
     )
     assert right_answers(omni, questions) == 2
