@@ -45,12 +45,9 @@ HEADLINE_METRICS = {
     "scene_accuracy": ("questions about images, correct", "图片问题，答对"),
     "video_accuracy": ("questions about clips, correct", "短片问题，答对"),
     "asr_wer": ("transcripts of speech, word error rate", "听写，词错误率"),
-    "closed_speech_wer": (
-        "its own speech, word error rate with a closed grammar",
-        "模型的语音，词错误率（封闭语法）",
-    ),
-    "closed_streamed_speech_wer": ("its own speech when streamed", "流式语音，词错误率"),
-    "closed_natural_speech_wer": ("recordings of the same sentences", "同样句子的录音，词错误率"),
+    "open_wer_model": ("its own speech, word error rate of Whisper", "模型的语音，Whisper 的词错误率"),
+    "open_wer_streamed": ("its own speech when streamed", "流式语音，词错误率"),
+    "open_wer_recordings": ("recordings of the same sentences", "同样句子的录音，词错误率"),
 }
 # Rows of the report that are scores on a scale of their own, not fractions: how their names begin
 SCORES = ("dnsmos_", "speaker_similarity_")
