@@ -137,6 +137,7 @@ def as_they_take_it(omni, question: dict) -> dict:
             "talker_repetition_penalty": config.talker_sampling.repetition_penalty,
             "talker_eos_token_id": [config.talker.codec_pad, config.talker.codec_eos],
             "token2wav_num_steps": config.flow.points,
+            "token2wav_guidance_scale": config.flow.guidance,
         },
     }
 
