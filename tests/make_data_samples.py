@@ -151,11 +151,11 @@ def recordings(count: int = 32) -> None:
 def model(run: Path) -> None:
     """Keep a run's model as data_samples/tiny, at half its size: load() converts it to fp32.
 
-    The run's log becomes the log of the long budget.
+    The summary of the run's log becomes tiny_log.jsonl.
     """
     weights.save(minomni.load(str(run / "model")).half(), FOLDER / "tiny")
     shutil.copy(run / "model" / HISTORY_FILE, FOLDER / "tiny")
-    shutil.copy(run / "log.jsonl", FOLDER / "tiny_long_log.jsonl")
+    shutil.copy(run / "log.jsonl", FOLDER / "tiny_log.jsonl")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ HEADLINE_METRICS = {
     "scene_accuracy": ("questions about images, correct", "图片问题，答对"),
     "video_accuracy": ("questions about clips, correct", "短片问题，答对"),
     "asr_wer": ("transcripts of speech, word error rate", "听写，词错误率"),
-    "open_wer_model": ("its own speech, word error rate of Whisper", "模型的语音，Whisper 的词错误率"),
+    "open_wer_model": (
+        "its own speech, word error rate of Whisper",
+        "模型的语音，Whisper 的词错误率",
+    ),
     "open_wer_streamed": ("its own speech when streamed", "流式语音，词错误率"),
     "open_wer_recordings": ("recordings of the same sentences", "同样句子的录音，词错误率"),
 }
@@ -211,15 +214,21 @@ def headline(language: str) -> str:
 
 
 def report(language: str) -> str:
-    """All rows of tiny's reports: of the shipped weights and of the quick budget."""
+    """All rows of the report of the included weights, beside the quick budget's if there is one."""
+    quick_rows = report_rows("tiny_quick")
     rows = []
-    for name, long in report_rows("tiny").items():
-        row = [f"`{name}`", value_of(name, long), interval_of(name, long)]
-        quick = report_rows("tiny_quick").get(name)
-        row += [value_of(name, quick), interval_of(name, quick)] if quick else ["", ""]
-        rows.append([*row, items(long)])
-    head = ["tiny", "shipped", "95 % interval", "quick", "95 % interval", "items or words"]
-    return table(head, rows)
+    for name, row in report_rows("tiny").items():
+        cells = [f"`{name}`", value_of(name, row), interval_of(name, row), items(row)]
+        if name in quick_rows:
+            quick = quick_rows[name]
+            cells += [value_of(name, quick), interval_of(name, quick), items(quick)]
+        rows.append(cells)
+    head = ["tiny", "value", "95 % interval", "items or words"]
+    if quick_rows:
+        head += ["quick budget", "95 % interval", "items or words"]
+    measured = results()["report"]["tiny"]
+    times = f"Measured in {measured['measured_seconds']} s on {measured['hardware']}."
+    return f"{table(head, rows)}\n{times}\n"
 
 
 def held_out_speakers(language: str) -> str:
@@ -278,7 +287,7 @@ def latency(language: str) -> str:
         )
     rows = []
     for key, texts in LATENCY_ROWS.items():
-        values = [str(column[key]) for column in columns]
+        values = [three_digits(column[key]) for column in columns]
         rows.append([in_language(texts, language), *values])
     return table(head, rows)
 
@@ -441,12 +450,13 @@ def facts(language: str) -> str:
     """The numbers of the first screen."""
     parameters = sum(parameter_counts("tiny").values())
     release = sum(parameter_counts("qwen7b").values())
-    minutes = round(results()["quick_training"]["seconds"] / 60)
+    hours = results()["report"]["tiny"]["train_seconds"] / 3600
     first = round(results()["stream"]["first_audio_ms"])
     if language == "zh":
         return (
             f"- **笔记本电脑即可训练。** {parameters:,} 个参数，所有部件从随机权重开始，"
-            f"双核 CPU 上 {minutes} 分钟。\n"
+            f"双核 CPU 上训练：随附权重的各阶段合计 {hours:.1f} 小时，两个阶段同时进行；"
+            f"quick 步数更短。\n"
             f"- **流式输出。** 文字与语音同时生成；文字提问后 {first} 毫秒得到第一段音频"
             f"（同样的双核 CPU）。\n"
             f"- **与官方结构相同。** 同样的类可以构建 7B（{release:,} 个参数）并读入其检查点目录，"
@@ -454,8 +464,9 @@ def facts(language: str) -> str:
         )
     return (
         f"- **It trains on a laptop.** {parameters:,} parameters, every part from random weights, "
-        f"in {minutes} minutes on two CPU cores: encoders, language model, speech codec, Talker, "
-        f"DiT, vocoder, then DPO on speech.\n"
+        f"on two CPU cores: encoders, language model, speech codec, Talker, DiT, vocoder, then DPO "
+        f"on speech. The stages of the included model add up to {hours:.1f} hours, two at a time; "
+        f"the quick budget is shorter.\n"
         f"- **It streams.** Text and speech are generated together. The first audio of the answer "
         f"to a typed question is there after {first} ms, on two CPU cores.\n"
         f"- **It is the release's architecture.** The same classes build the 7B model ({release:,} "
@@ -520,6 +531,13 @@ def write_documents() -> None:
         path.write_text(refreshed(text, language), encoding="utf-8")
 
 
+def take_report(measured: dict, size: str, stored: dict) -> None:
+    """Replace the report of a model. Exits where it is not what `report` leaves in a file."""
+    if "rows" not in measured:
+        raise SystemExit("--report takes runs/report.json, not what `report --json` prints")
+    stored["report"][size] = measured
+
+
 def take_first(measured: dict, size: str, device: str, stored: dict) -> None:
     """New values of one column of the latency table."""
     column = {"model": size, "device": device, **{key: measured[key] for key in LATENCY_ROWS}}
@@ -556,7 +574,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stored = results()
     if arguments.report:
-        stored["report"][arguments.size] = json.loads(arguments.report.read_text())
+        take_report(json.loads(arguments.report.read_text()), arguments.size, stored)
     if arguments.stream:
         stored["stream"].update(json.loads(arguments.stream.read_text()))
     if arguments.first:

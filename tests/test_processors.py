@@ -14,8 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Layers, encoders, decoders and speech against golden files, written-out forms and themselves. The
-# official code, which is slow, is not asked again: its answers are in the golden files. What is
-# refused, interrupted or freed depends on no processor.
+# official code, which is slow, is not asked again: its answers are in the golden files.
 MODEL = (
     "tests/test_layers.py",
     "tests/test_parity.py",
@@ -27,8 +26,6 @@ MODEL = (
     "tests/token2wav/test_token2wav.py",
     "-m",
     "not slow",
-    "-k",
-    "not (refused or raise or one_line or interrupt or bounds_memory or freed)",
 )
 TRAINING = (
     "tests/train/test_loop.py",

@@ -44,14 +44,14 @@ class Metric:
         return low, high
 
     def json_object(self) -> dict[str, float | int | None]:
-        """Value, interval and number of items, to four decimals."""
+        """Value, interval and number of items, to six decimals."""
         if self.value is None:
             return {"value": None}
         low, high = self.interval()
         return {
-            "value": round(self.value, 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
+            "value": round(self.value, 6),
+            "low": round(low, 6),
+            "high": round(high, 6),
             "items": self.n,
         }
 

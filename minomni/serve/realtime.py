@@ -63,9 +63,8 @@ if TYPE_CHECKING:
 
 # Seconds of speech that wait for the message how much of the interrupted answer was heard.
 HOLD_S = 0.4
-# Audio that is kept from before speech. Models trained here have only learned from recordings that
-# begin with the first word: of ten spoken requests, tiny understands ten after 30 ms of silence,
-# nine after 100 ms and one after 440 ms.
+# Audio that is kept from before speech. Chosen for models trained without silence before the first
+# word; training has up to 0.5 s of it since, with which this was not measured again.
 PADDING_MS = 300  # OpenAI's
 SHORT_PADDING_MS = 64  # of models trained here
 MAX_SILENCE_S = 60  # that is kept while no speech was found

@@ -21,7 +21,7 @@ class Measurement:
     stage: str
     step: int
     losses: dict[str, float]  # running means at the last step, by name
-    seconds: float  # of setup and training
+    seconds: float  # of setup and training; in tiny_log.jsonl steps times their median time
     hardware: str
 
 

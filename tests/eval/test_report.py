@@ -30,7 +30,10 @@ def test_report_as_markdown_and_fractions():
     assert result.fractions() == {"a": 0.25, "b": None, "train_seconds": None}
     assert "| a | 25.0% |" in result.markdown()
     assert "not measurable here" in result.markdown()
-    rows = {"a": {"value": 0.25, "low": 0.0715, "high": 0.5907, "items": 8}, "b": {"value": None}}
+    rows = {
+        "a": {"value": 0.25, "low": 0.071478, "high": 0.59073, "items": 8},
+        "b": {"value": None},
+    }
     assert result.json_object()["rows"] == rows
 
 

@@ -35,7 +35,7 @@ class DPOStage(SpeechStage):
         "direct preference optimization: the most intelligible of several samples over the worst"
     )
     data = "its own samples of sentences without a recording, and the recorded ones as before"
-    beta = 1.0  # of 0.03, 0.05, 0.1, 0.3 and 1 in a sweep (lab log) the best by far
+    beta = 1.0  # the best of 0.03, 0.1, 0.3 and 1 (lab log: sweep of beta)
     samples_per_prompt = 4
     num_prompts = 640
     # Weight of the next-code loss on chosen samples: preference alone did not help.
