@@ -63,10 +63,10 @@ if TYPE_CHECKING:
 
 # Seconds of speech that wait for the message how much of the interrupted answer was heard.
 HOLD_S = 0.4
-# Audio that is kept from before speech. Chosen for models trained without silence before the first
-# word; training has up to 0.5 s of it since, with which this was not measured again.
+# Audio that is kept from before speech: as much as a soft beginning of a word needs. Training has
+# up to 0.5 s of silence there.
 PADDING_MS = 300  # OpenAI's
-SHORT_PADDING_MS = 64  # of models trained here
+SHORT_PADDING_MS = 128  # of models trained here
 MAX_SILENCE_S = 60  # that is kept while no speech was found
 FRAME_SIZE = (320, 240)  # pixels: camera frames are reduced to fit
 FRAMES_PER_S = 4.0  # camera frames that are kept

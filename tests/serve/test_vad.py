@@ -101,7 +101,7 @@ def test_a_turn_holds_the_whole_recording(name, kind):
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_a_turn_can_begin_with_its_first_word(kind):
-    """As models need it that were trained on such recordings."""
+    """Nothing of it is cut, and little silence is left before it."""
     leads = []
     for name in recordings():
         wave = recording(name)
@@ -111,8 +111,8 @@ def test_a_turn_can_begin_with_its_first_word(kind):
         )
         audible = np.flatnonzero(np.abs(wave) > AUDIBLE * np.abs(wave).max())[0]
         leads.append(1000 * audible / RATE + 1000 - first.at_ms)
-    assert min(leads) > -20
-    assert max(leads) < 130
+    assert min(leads) > 0
+    assert max(leads) < 200
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

@@ -277,7 +277,8 @@ def check_equal(cases: list[dict], tmp_path: Path) -> None:
     assert launch(2, *runs) == [(0, ""), (0, "")]
     for one, two, case in pairs:
         losses, weights = differences(one, two, case["name"])
-        tolerance = {"float64": 1e-8, "float32": 1e-6}[case["dtype"]]
+        # In fp32 a loss of about five is rounded to 5e-7: four roundings.
+        tolerance = {"float64": 1e-8, "float32": 2e-6}[case["dtype"]]
         assert losses < tolerance, case
         assert weights < tolerance, case
 

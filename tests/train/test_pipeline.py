@@ -178,7 +178,7 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
     (summary,) = measurements.read_log(tmp_path / "log.jsonl")
     assert summary["step"] == 3
     assert summary["losses"] == {
-        key: round(steps[-1][key], 3) for key in ("ctc", "mel", "fsq_mean")
+        key: round(steps[-1][key], 3) for key in ("ctc", "mel", "code_mel", "fsq_mean")
     }
     assert summary["seconds"] == pytest.approx(setup_entry["seconds"] + end["seconds"], abs=0.1)
     assert summary.keys() == vars(measurements.measured("tiny")["codec"]).keys()
