@@ -185,8 +185,8 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "train",
         help="train a size from scratch, stage by stage",
         description="Trains every stage that is not finished, two at a time, and writes "
-        "runs/SIZE/model. tiny takes 8 GB of memory and about 40 minutes on two cores, or two "
-        "to four hours with --budget long.",
+        "runs/SIZE/model. tiny takes 8 GB of memory; on two cores, under an hour or, with "
+        "--budget long, some hours.",
     )
     train.add_argument("size", nargs="?", default="tiny", help="tiny (default) or small")
     add_recipe(train)
