@@ -277,9 +277,11 @@ def check_equal(cases: list[dict], tmp_path: Path) -> None:
     assert launch(2, *runs) == [(0, ""), (0, "")]
     for one, two, case in pairs:
         losses, weights = differences(one, two, case["name"])
-        # In fp32 a loss of about five is rounded to 5e-7: four roundings.
-        tolerance = {"float64": 1e-8, "float32": 2e-6}[case["dtype"]]
+        tolerance = {"float64": 1e-8, "float32": 1e-6}[case["dtype"]]
         assert losses < tolerance, case
+        # AdamW divides a gradient by its own size, so where it is nearly zero, few digits of the
+        # step are right in fp32: of all weights one bias of the codec differs by 1.06e-6.
+        tolerance = {"float64": 1e-8, "float32": 2e-6}[case["dtype"]]
         assert weights < tolerance, case
 
 
