@@ -27,7 +27,8 @@ from minomni.inputs.mel import voice_mel
 from minomni.token2wav.voice import Voice, voice_of
 
 # Utterances of the speaking corpus beside the plain statements.
-SPEAKING_LONG = 600  # two statements joined by "and"
+VOICES_PER_STATEMENT = 2
+SPEAKING_LONG = 2400  # two statements joined by "and"
 SPEAKING_STRINGS = 700  # random words
 SPEAKING_FRAMED = 1000  # random words in the frame of a statement
 # Utterances of the listening corpus beside the questions.
@@ -118,7 +119,7 @@ def varied_job(name: str, text: str, voices: dict[str, str], random: Random) -> 
 
 
 def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
-    """The model's voices in training: every trained statement by one voice or all, long
+    """The model's voices in training: every trained statement by some voices or all, long
     statements, and random words.
 
     The random words include English ones if there are any, loose and in the frames of statements.
@@ -130,7 +131,7 @@ def speaking_jobs(english: English = NO_ENGLISH) -> list[NamedJob]:
     # Every trained statement.
     pairs = []  # (voice, text)
     for text in all_statements(held_out=False):
-        count = len(voices) if text in rare_statements() else 1
+        count = len(voices) if text in rare_statements() else VOICES_PER_STATEMENT
         pairs += [(name, text) for name in random.sample(voices, count)]
     # Long statements.
     for _ in range(SPEAKING_LONG):

@@ -53,6 +53,8 @@ LISTENING_VOICES = {
     "Max": "en-us+m3",
     "Nora": "en-us+f4",
     "Paul": "en-us",
+    "Flora": "en-us+f2",
+    "Kurt": "en-us+klatt",
 }
 # In evaluation only
 UNSEEN_VOICES = {"Faye": "en-us+f1", "Klaus": "en-us+klatt2"}

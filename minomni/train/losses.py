@@ -110,6 +110,32 @@ def stft_magnitude(wave: Tensor, fft_size: int) -> Tensor:
     return spectrum.abs().clamp_min(1e-5)
 
 
+def adversarial(scores: list[Tensor]) -> Tensor:
+    """How far a generator is from being taken for real: least squares over the scores [B, N] of
+    each discriminator, averaged over them (arXiv 1611.04076, eq. 2, with b = c = 1).
+    """
+    return torch.stack([(1 - score).square().mean() for score in scores]).mean()
+
+
+def discrimination(real: list[Tensor], generated: list[Tensor]) -> Tensor:
+    """Least-squares loss of discriminators: 1 for the scores of recordings and 0 for generated
+    waveforms, both [B, N], averaged over the discriminators (the same equation, with a = 0).
+    """
+    to_zero = torch.stack([score.square().mean() for score in generated]).mean()
+    return adversarial(real) + to_zero
+
+
+def feature_matching(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Tensor:
+    """L1 distance of activations to those of the recordings, summed over the layers of a
+    discriminator and averaged over discriminators (arXiv 2010.05646, eq. 5).
+    """
+    distances = []
+    for real_layers, generated_layers in zip(real, generated, strict=True):
+        pairs = zip(real_layers, generated_layers, strict=True)
+        distances.append(torch.stack([F.l1_loss(made, true) for true, made in pairs]).sum())
+    return torch.stack(distances).mean()
+
+
 def sequence_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each row's targets [B, L] under logits [B, L, V] -> [B].
 
