@@ -1,8 +1,8 @@
 """Discriminators: networks that tell recordings from the vocoder's waveforms, in training only.
 
-As BigVGAN trains (arXiv 2206.04658, sec. 2.1), with fewer channels, for a CPU. Spectral losses
-average over what a mel leaves open, such as phase, which sounds like a buzz; a discriminator accepts
-any waveform that could be a recording.
+As for BigVGAN (arXiv 2206.04658, sec. 2.1), with fewer channels, for a CPU. A mel leaves the phase
+open. Spectral losses average over it, which sounds like a buzz; a discriminator accepts any
+waveform that could be a recording.
 """
 
 import torch

@@ -31,9 +31,9 @@ BUDGETS: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
         "quick": {},
         "long": {
-            "codec": 1200,
-            "vocoder": 900,
-            "dit": 8000,
+            "codec": 1600,
+            "vocoder": 4000,
+            "dit": 14000,
             "language": 3000,
             "audio_align": 1500,
             "vision_align": 1200,
@@ -41,7 +41,7 @@ BUDGETS: dict[str, dict[str, dict[str, int]]] = {
             "thinker2": 1000,
             "thinker3": 300,
             "chat": 1500,
-            "talker": 1800,
+            "talker": 2400,
             "dpo": 160,
             "speakers": 80,
         },
