@@ -32,8 +32,8 @@ BUDGETS: dict[str, dict[str, dict[str, int]]] = {
         "quick": {},
         "long": {
             "codec": 1600,
-            "vocoder": 4000,
-            "dit": 14000,
+            "vocoder": 3000,
+            "dit": 12000,
             "language": 3000,
             "audio_align": 1500,
             "vision_align": 1200,

@@ -13,7 +13,7 @@ from minomni.train.stages.mel_stage import MelStage
 
 CROP_FRAMES = 32  # mel frames in one training crop
 # Spectral losses alone teach most in the first steps, in half the time of a step.
-SPECTRAL_STEPS = 2500  # steps before the discriminators join
+SPECTRAL_STEPS = 2000  # steps before the discriminators join
 ADVERSARIAL_WEIGHT = 0.5
 FEATURE_WEIGHT = 1.0
 
