@@ -50,7 +50,6 @@ LONGEST_S = 180  # seconds of one notebook, by its header
 ALL_S = 2 * 12 * 60  # seconds of all notebooks: twelve minutes on two cores
 SHOWN_LINES, SHOWN_COLUMNS = 25, 88  # of source at a time
 SHORT = ("00", "01", "02", "03", "04", "05", "06", "07")
-SHORT_TEXT = (*SHORT, "08", "13")
 SHORT_CELLS, SHORT_LINES, SHORT_WORDS = 35, 300, 2500
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 600_000, range(20, 46), 460, 25, 100
 
@@ -123,8 +122,6 @@ def test_the_first_chapters_are_short(notebook):
 
 def test_the_text_is_short(notebook):
     """What a reader has to get through who unfolds nothing."""
-    if notebook.path.stem[:2] not in SHORT_TEXT:
-        return
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     text = re.sub(r"<details>.*?</details>", "", "\n".join(texts), flags=re.DOTALL)
     words = re.sub(r"\]\([^)]*\)", "]", text).split()  # without the addresses of links
