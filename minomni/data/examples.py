@@ -83,9 +83,12 @@ class ExampleBuilder:
         if task == "hear":
             text = self.recorded_text(random)
             return Example(TRANSCRIBE, text, voice="any", transcript=text, kind=kind)
-        example = self._typed_example(kind, random)
-        is_spoken = variant == "spoken" and example.question in self.recorded
-        return replace(example, voice="any" if is_spoken else None, kind=kind)
+        example = replace(self._typed_example(kind, random), kind=kind)
+        return self.with_voice(example) if variant == "spoken" else example
+
+    def with_voice(self, example: Example) -> Example:
+        """The same example with a spoken question, if there is a recording of it."""
+        return replace(example, voice="any") if example.question in self.recorded else example
 
     def _typed_example(self, kind: str, random: Random) -> Example:
         """An example whose question is typed, of any kind but hear."""

@@ -25,9 +25,9 @@ PARTS = 2  # parts of a batch, so that short prompts are not padded to the lengt
 # the second.
 IMAGES_UNTIL = 0.25
 VIDEOS_UNTIL = 0.45
-# A spoken conversation has turns of these kinds, without pictures, which cost more.
-SPOKEN_TURNS = ("say-spoken", "hear")
-MAX_LATER_TURNS = 2
+# Kinds of the later turns of a conversation that are not about what its first turn shows.
+LATER_KINDS = ("hear", "say-spoken", "say-typed", "scene-typed", "scene-spoken")
+MAX_LATER_TURNS = 2  # about what the first turn shows, and as many of other kinds
 FRAME_WEIGHT = 0.5  # weight of the loss on the object that is visible at each audio token
 
 Part = tuple[list[Example], Inputs, Tensor]  # examples, model inputs, targets [B, L]
@@ -230,9 +230,23 @@ class ChatStage(ThinkerStage):
     fixed = ("say-spoken", "scene-spoken", "video-spoken", "sync-typed")
 
     def dialogue(self, kind: str, random: Random) -> list[Example]:
-        """Half of the spoken requests to say something or to write it down open a conversation."""
+        """Half of the dialogues without a clip are conversations: further questions about what is
+        shown, then requests of other kinds, each typed or spoken.
+        """
         examples = super().dialogue(kind, random)
-        if kind in SPOKEN_TURNS and random.random() < 0.5:
-            kinds = random.choices(SPOKEN_TURNS, k=random.randint(1, MAX_LATER_TURNS))
-            examples += [self.builder.example(name, random) for name in kinds]
-        return examples
+        first = examples[0]
+        if first.clip is not None or random.random() < 0.5:
+            return examples
+
+        count = min(MAX_LATER_TURNS, len(first.follow_ups))
+        about_first = [
+            Example(question, answer, kind=first.kind)
+            for question, answer in random.sample(first.follow_ups, count)
+        ]
+        about_first = [
+            self.builder.with_voice(example) if random.random() < 0.5 else example
+            for example in about_first
+        ]
+        kinds = random.choices(LATER_KINDS, k=random.randint(1, MAX_LATER_TURNS))
+        others = [self.builder.example(name, random) for name in kinds]
+        return [first, *about_first, *others]
