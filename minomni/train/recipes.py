@@ -40,7 +40,7 @@ BUDGETS: dict[str, dict[str, dict[str, int]]] = {
             "thinker1": 100,
             "thinker2": 1000,
             "thinker3": 300,
-            "chat": 1500,
+            "chat": 1200,
             "talker": 2400,
             "dpo": 160,
             "speakers": 80,
