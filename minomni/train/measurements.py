@@ -1,8 +1,10 @@
 """Seconds and final losses of measured runs: one JSON line per stage.
 
-data_samples/tiny_log.jsonl is of the run of the long budget whose weights are in data_samples/tiny:
-two cores, two stages at a time, with other work on both. small_log.jsonl is of a run on one H100.
-A line has the keys stage, step, losses, seconds and hardware; unmeasured stages have none.
+data_samples/tiny_log.jsonl has the steps and losses of the run of the long budget whose weights are
+in data_samples/tiny. That run shared its machine with other work, so seconds are its steps times
+the median time of a step in a run of the quick budget that did not. small_log.jsonl is of a run on
+one H100. A line has the keys stage, step, losses, seconds and hardware; unmeasured stages have
+none.
 """
 
 import json
@@ -21,7 +23,7 @@ class Measurement:
     stage: str
     step: int
     losses: dict[str, float]  # running means at the last step, by name
-    seconds: float  # of setup and training; in tiny_log.jsonl steps times their median time
+    seconds: float  # of setup and training; in tiny_log.jsonl of the steps alone
     hardware: str
 
 
