@@ -267,8 +267,8 @@ class Conversation:
         """The session of the model, made on first use. Runs in the worker.
 
         Models trained here understand a spoken request less well after other turns: after three
-        questions about an image, tiny is right in two thirds of them, alone in nine of ten. Each
-        turn of theirs is a session of its own.
+        questions about an image, tiny is right in 68 of 100. Each turn of theirs is a session of
+        its own.
         """
         is_over = self.session is not None and self.session.turn is None
         if self.session is None or (is_over and self.server.trained_here):
