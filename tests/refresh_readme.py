@@ -104,7 +104,10 @@ STAGES = {
         "speech tokenizer (FSQ): reads letters by CTC and restores the mel from its codes",
         "语音编解码器（FSQ）",
     ),
-    "vocoder": ("BigVGAN: mel to waveform, by mel and STFT distance", "声码器 BigVGAN"),
+    "vocoder": (
+        "BigVGAN: mel to waveform, by mel and STFT distance, then discriminators",
+        "声码器 BigVGAN，后期加判别器",
+    ),
     "dit": ("flow-matching DiT: codes to mel in sliding blocks", "流匹配 DiT"),
     "language": (
         "decoder, on text with ideal encoder outputs (in place of Qwen2.5's weights)",
@@ -458,7 +461,7 @@ def facts(language: str) -> str:
             f"双核 CPU 上训练：随附权重的各阶段合计 {hours:.1f} 小时，两个阶段同时进行；"
             f"quick 步数更短。\n"
             f"- **流式输出。** 文字与语音同时生成；文字提问后 {first} 毫秒得到第一段音频"
-            f"（同样的双核 CPU）。\n"
+            f"（双核 CPU）。\n"
             f"- **与官方结构相同。** 同样的类可以构建 7B（{release:,} 个参数）并读入其检查点目录，"
             f"测试逐一与官方代码比对。\n"
         )

@@ -61,7 +61,7 @@ class PeriodDiscriminator(Discriminator):
 
 
 class SpectrogramDiscriminator(Discriminator):
-    """Sees the log magnitudes of an STFT (arXiv 2106.07889, sec. 2.3)."""
+    """Sees the log magnitudes of an STFT (arXiv 2106.07889, sec. 2.3, without the logarithm)."""
 
     def __init__(self, fft_size: int):
         layers = []

@@ -127,7 +127,7 @@ def discrimination(real: list[Tensor], generated: list[Tensor]) -> Tensor:
 
 def feature_matching(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Tensor:
     """L1 distance of activations to those of the recordings, summed over the layers of a
-    discriminator and averaged over discriminators (arXiv 2010.05646, eq. 5).
+    discriminator and averaged over discriminators (arXiv 2010.05646, eq. 4).
     """
     distances = []
     for real_layers, generated_layers in zip(real, generated, strict=True):

@@ -2,9 +2,9 @@
 
 data_samples/tiny_log.jsonl has the steps and losses of the run of the long budget whose weights are
 in data_samples/tiny. That run shared its machine with other work, so seconds are its steps times
-the median time of a step in a run of the quick budget that did not. small_log.jsonl is of a run on
-one H100. A line has the keys stage, step, losses, seconds and hardware; unmeasured stages have
-none.
+the median time of a step in a run of the quick budget that did not; a step of the vocoder with
+discriminators was timed alone. small_log.jsonl is of a run on one H100. A line has the keys stage,
+step, losses, seconds and hardware; unmeasured stages have none.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Training stages: each learns, trains its own parameters only, and draws its data as planned."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from minomni.train.loop import Recipe, gradients, train
 from minomni.train.muon import orthogonal
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import code_loss
-from minomni.train.stages.thinker import LanguageStage
+from minomni.train.stages.thinker import MAX_LATER_TURNS, LanguageStage
 
 # Steps and share of the first loss that a stage must fall below on one and the same batch.
 OVERFIT = {
@@ -175,3 +176,23 @@ def test_the_better_try_is_a_example_as_any_other():
             stage.omni, [replace(example, codes=better) for example, better, _ in pairs]
         )
     assert losses_of["sft"].item() == pytest.approx(stage.sft_weight * taught.item(), rel=1e-4)
+
+
+def test_a_conversation_asks_about_what_it_has_shown():
+    """Its first turn has the image; later ones are about it, then about something else."""
+    stage = stage_of("chat")
+    random = Random(0)
+    with_clip = [stage.dialogue("video-typed", random) for _ in range(40)]
+    assert all(example.voice is None for dialogue in with_clip for example in dialogue)
+
+    dialogues = [stage.dialogue("scene-typed", random) for _ in range(60)]
+    assert all(dialogue[0].image is not None for dialogue in dialogues)
+    conversations = [d for d in dialogues if any(e.kind != "scene-typed" for e in d[1:])]
+    assert 15 < len(conversations) < 45  # half of 60
+    for dialogue in conversations:
+        about_first = [e for e in dialogue[1:] if e.kind == "scene-typed" and e.image is None]
+        others = [e for e in dialogue[1:] if e not in about_first]
+        assert len(about_first) <= MAX_LATER_TURNS
+        assert 1 <= len(others) <= MAX_LATER_TURNS
+        answers = {answer for _, answer in dialogue[0].follow_ups}
+        assert {example.answer for example in about_first} <= answers

@@ -27,7 +27,7 @@ IMAGES_UNTIL = 0.25
 VIDEOS_UNTIL = 0.45
 # Kinds of the later turns of a conversation that are not about what its first turn shows.
 LATER_KINDS = ("hear", "say-spoken", "say-typed", "scene-typed", "scene-spoken")
-MAX_LATER_TURNS = 2  # about what the first turn shows, and as many of other kinds
+MAX_LATER_TURNS = 2  # of each sort: about what the first turn shows, and of other kinds
 FRAME_WEIGHT = 0.5  # weight of the loss on the object that is visible at each audio token
 
 Part = tuple[list[Example], Inputs, Tensor]  # examples, model inputs, targets [B, L]

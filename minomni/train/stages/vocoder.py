@@ -35,7 +35,10 @@ class VocoderStage(MelStage):
             self.discriminators = Discriminators().to(self.device)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those of the vocoder, and of the discriminators, which are not part of the model."""
+        """Those of the vocoder, and of the discriminators, which are not part of the model.
+
+        One clip of the gradient covers both.
+        """
         own = self.discriminators.named_parameters(prefix="discriminators")
         return super().parameters() | dict(own)
 
