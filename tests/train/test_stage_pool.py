@@ -125,11 +125,11 @@ def test_finished_stages_are_left_out(clock, tmp_path):
 
 
 def test_a_stage_that_fails_ends_the_others(clock, tmp_path):
-    run = clock(broken="audio_align")
-    with pytest.raises(UserError, match="audio_align stopped with exit code 1; see its message"):
+    run = clock(broken="language")
+    with pytest.raises(UserError, match="language stopped with exit code 1; see its message"):
         stage_pool.run_all("tiny", tmp_path, seed=0)
-    assert run.names() == ["language", "audio_align"]
-    assert [process.code for process in run.started] == [-15, 1]
+    assert run.names()[0] == "language"
+    assert [process.code for process in run.started] == [1, -15]
 
 
 TERMINATED = """
