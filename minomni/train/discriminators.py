@@ -17,17 +17,25 @@ FFT_SIZES = (256, 512, 1024)  # samples
 SPECTROGRAM_CHANNELS = (8, 8, 8, 8)
 SLOPE = 0.1  # of the leaky ReLU below zero
 
+Size = tuple[int, int]  # height and width
 # Scores [B, N], one per place of the waveform, and the activations of all layers
 Judgment = tuple[Tensor, list[Tensor]]
 
 
 class Discriminator(nn.Module):
-    """Convolutions over an image that is made of the waveform; subclasses make it."""
+    """Convolutions over an image that is made of the waveform; subclasses make it.
 
-    def __init__(self, layers: list[nn.Conv2d], score: nn.Conv2d):
+    kernel, stride and score_kernel: (height, width).
+    """
+
+    def __init__(self, channels: tuple[int, ...], kernel: Size, stride: Size, score_kernel: Size):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.score = score
+        self.layers = nn.ModuleList()
+        inputs = 1
+        for outputs in channels:
+            self.layers.append(nn.Conv2d(inputs, outputs, kernel, stride, half(kernel)))
+            inputs = outputs
+        self.score = nn.Conv2d(inputs, 1, score_kernel, padding=half(score_kernel))
 
     def image(self, wave: Tensor) -> Tensor:
         """Waveforms [B, samples] -> [B, 1, height, width]."""
@@ -42,16 +50,16 @@ class Discriminator(nn.Module):
         return self.score(x).flatten(1), activations
 
 
+def half(kernel: Size) -> Size:
+    """The padding with which an odd kernel keeps an image's size."""
+    return kernel[0] // 2, kernel[1] // 2
+
+
 class PeriodDiscriminator(Discriminator):
     """Sees every period-th sample in one column (arXiv 2010.05646, sec. 2.3)."""
 
     def __init__(self, period: int):
-        layers = []
-        inputs = 1
-        for channels in PERIOD_CHANNELS:
-            layers.append(nn.Conv2d(inputs, channels, (5, 1), stride=(3, 1), padding=(2, 0)))
-            inputs = channels
-        super().__init__(layers, nn.Conv2d(inputs, 1, (3, 1), padding=(1, 0)))
+        super().__init__(PERIOD_CHANNELS, kernel=(5, 1), stride=(3, 1), score_kernel=(3, 1))
         self.period = period
 
     def image(self, wave: Tensor) -> Tensor:
@@ -64,12 +72,7 @@ class SpectrogramDiscriminator(Discriminator):
     """Sees the log magnitudes of an STFT (arXiv 2106.07889, sec. 2.3, without the logarithm)."""
 
     def __init__(self, fft_size: int):
-        layers = []
-        inputs = 1
-        for channels in SPECTROGRAM_CHANNELS:
-            layers.append(nn.Conv2d(inputs, channels, (9, 3), stride=(2, 1), padding=(4, 1)))
-            inputs = channels
-        super().__init__(layers, nn.Conv2d(inputs, 1, 3, padding=1))
+        super().__init__(SPECTROGRAM_CHANNELS, kernel=(9, 3), stride=(2, 1), score_kernel=(3, 3))
         self.fft_size = fft_size
 
     def image(self, wave: Tensor) -> Tensor:

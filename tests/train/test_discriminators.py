@@ -98,6 +98,8 @@ def test_they_join_late_and_stay_out_of_the_model(tmp_path, monkeypatch):
     """A run that is resumed after they have joined equals one that was not stopped, to the bit."""
     monkeypatch.setattr(vocoder, "SPECTRAL_STEPS", 1)
     assert [stage_of("vocoder").batch(step)[1] for step in (0, 1)] == [False, True]
+    halved = stage_of("vocoder", accumulate=2)  # two batches a step
+    assert [halved.batch(number)[1] for number in range(4)] == [False, False, True, True]
 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     means = train(stage_of("vocoder", batch=1, steps=4), whole)

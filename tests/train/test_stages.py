@@ -189,10 +189,14 @@ def test_a_conversation_asks_about_what_it_has_shown():
     assert all(dialogue[0].image is not None for dialogue in dialogues)
     conversations = [d for d in dialogues if any(e.kind != "scene-typed" for e in d[1:])]
     assert 15 < len(conversations) < 45  # half of 60
+    turns = []
     for dialogue in conversations:
         about_first = [e for e in dialogue[1:] if e.kind == "scene-typed" and e.image is None]
         others = [e for e in dialogue[1:] if e not in about_first]
         assert len(about_first) <= MAX_LATER_TURNS
         assert 1 <= len(others) <= MAX_LATER_TURNS
+        assert dialogue[1 : 1 + len(about_first)] == about_first
         answers = {answer for _, answer in dialogue[0].follow_ups}
         assert {example.answer for example in about_first} <= answers
+        turns += dialogue[1:]
+    assert {turn.voice for turn in turns} == {None, "any"}  # typed and spoken
