@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk
+    from minomni.eval.benchmark import Rows
     from minomni.omni import Omni
 
 STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -100,8 +101,8 @@ COUNT = whole(1, 100_000)
 
 # The benchmarks that use an option of `bench`; run_bench_folder() refuses some in its own words.
 BENCH_OPTIONS = {
-    "model": ("stream", "first", "steps", "serve", "parts", "gpu"),
-    "quantize": ("stream", "first", "steps", "serve", "parts", "gpu"),
+    "model": ("stream", "first", "steps", "answer", "serve", "parts", "gpu"),
+    "quantize": ("stream", "first", "steps", "answer", "serve", "parts", "gpu"),
     "random-weights": ("stream", "first", "steps", "serve", "parts", "gpu"),
     "picture": ("stream",),
     "processes": ("processes",),
@@ -504,9 +505,10 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     bench.add_argument(
         "what",
-        choices=["stream", "first", "steps", "serve", "parts", "gpu", "processes"],
+        choices=["stream", "first", "steps", "answer", "serve", "parts", "gpu", "processes"],
         help="stream: streamed speech against speech made after the text; first: latency of the "
-        "first audio; steps: a decoding step, plain and with static shapes; serve: requests per "
+        "first audio; steps: a decoding step, plain and with static shapes; answer: loading a "
+        "model and a few short answers, with the memory they take; serve: requests per "
         "second and latency of the server; parts: every part beside transformers, which must be "
         "installed, and the limit of the machine; gpu: replayed steps, memory, 20 minutes of "
         "sound, parity and parts on a GPU; begins no piece after nine minutes; not run on a GPU "
@@ -1115,6 +1117,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.what == "processes":
         bench_processes(arguments, device)
         return
+    if arguments.what == "answer":
+        bench_answer(arguments)
+        return
     if arguments.random_weights and arguments.quantize:
         raise UserError(
             "--quantize goes with the folder of a model; make-checkpoint writes one with random "
@@ -1132,10 +1137,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
             rows = benchmark.first_audio(omni)
         else:
             rows = benchmark.decoding_steps(omni)
-        if arguments.json:
-            print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
-        else:
-            print(benchmark.table(rows))
+        print_rows(rows, arguments.json)
         return
 
     if arguments.picture:
@@ -1169,6 +1171,26 @@ def bench_processes(arguments: argparse.Namespace, device: str) -> None:
         print(json.dumps([row._asdict() for row in rows]))
     else:
         print(process_scaling.markdown(rows))
+
+
+def bench_answer(arguments: argparse.Namespace) -> None:
+    """Load a model, let it answer, and print memory and times."""
+    from minomni.devices import device_of
+    from minomni.eval import answer_benchmark
+
+    device = device_of(arguments.device)
+    rows = answer_benchmark.measure(arguments.model or "tiny", device, arguments.quantize)
+    print_rows(rows, arguments.json)
+
+
+def print_rows(rows: "Rows", as_json: bool) -> None:
+    """Print the values of a benchmark as one JSON object, or with their descriptions as a table."""
+    from minomni.eval import benchmark
+
+    if as_json:
+        print(json.dumps({name: round(value, 4) for name, (value, _) in rows.items()}))
+    else:
+        print(benchmark.table(rows))
 
 
 def run_bench_folder(arguments: argparse.Namespace) -> None:

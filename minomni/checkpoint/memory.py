@@ -1,7 +1,8 @@
 """The bytes that weights take in each precision, and whether a device has them free."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ SCALE_BYTES = 2  # of a scale and of a zero point, which are bf16
 # What load(quantize=) can be given, from the largest model to the smallest.
 OPTIONS = ("int8", "int4", "int4+head+encoders")
 MEMINFO = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def weight_bytes(
@@ -76,22 +77,69 @@ def quantized_bytes(weight: Tensor, method: str) -> int:
     return weight.numel() // 2 + 2 * SCALE_BYTES * groups
 
 
+@dataclass(frozen=True)
+class CgroupFiles:
+    """Where a version of Linux's control groups says what memory a container may use."""
+
+    prefix: str  # of the line of /proc/self/cgroup, behind its number
+    folder: str
+    limit: str
+    used: str
+    cached: tuple[str, str]  # numbers in memory.stat: pages of files, which can be freed
+
+
+CGROUP_VERSIONS = (
+    CgroupFiles(":", ".", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    CgroupFiles(
+        "memory:",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that a device can still give, or None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    free = None
-    with suppress(OSError, ValueError, IndexError):  # not on Linux
+    free = [*meminfo_free(), *cgroups_free()]
+    return min(free, default=None)
+
+
+def meminfo_free() -> Iterator[int]:
+    """Free bytes of the machine; nothing where the system is not Linux."""
+    with suppress(OSError, ValueError, IndexError):
         for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                free = 1024 * int(line.split()[1])
-        limit = CGROUP_LIMIT.read_text().strip()
-        if free is not None and limit != "max":
-            used = int(CGROUP_USED.read_text())
-            free = min(free, max(0, int(limit) - used))
-    return free
+                yield 1024 * int(line.split()[1])
+
+
+def cgroups_free() -> Iterator[int]:
+    """Free bytes under the limit of this process's control group and of each one around it."""
+    with suppress(OSError, ValueError):
+        for line in PROCESS_CGROUPS.read_text().splitlines():
+            _, group = line.split(":", 1)
+            for version in CGROUP_VERSIONS:
+                if group.startswith(version.prefix):
+                    yield from cgroup_free(group.removeprefix(version.prefix), version)
+
+
+def cgroup_free(group: str, version: CgroupFiles) -> Iterator[int]:
+    """The same for one line of /proc/self/cgroup: "/pod/box" is within "/pod" within "/"."""
+    folder = CGROUPS / version.folder
+    for part in ("", *group.strip("/").split("/")):
+        folder = folder / part
+        with suppress(OSError, ValueError, KeyError):  # no limit, or a folder that is not shown
+            limit = int((folder / version.limit).read_text())
+            used = int((folder / version.used).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+            numbers = dict(line.split() for line in lines)
+            cached = sum(int(numbers[name]) for name in version.cached)
+            yield max(0, limit - used + cached)
 
 
 def check_fits(

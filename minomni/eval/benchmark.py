@@ -123,7 +123,7 @@ class Streaming:
 def table(rows: Rows) -> str:
     """Values with their descriptions as a Markdown table."""
     cells = [(name, f"{value:.3g}", description) for name, (value, description) in rows.items()]
-    return markdown_table(("streaming", "value", "description"), cells)
+    return markdown_table(("measurement", "value", "description"), cells)
 
 
 # ----------------------------------------------------------------------------------------------

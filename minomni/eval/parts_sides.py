@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minomni import load
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk
-from minomni.checkpoint.quantize import without_import_notes
+from minomni.checkpoint.quantize import plain_parts, without_import_notes
 from minomni.config import INPUT_SAMPLE_RATE, DecoderConfig, SamplingConfig
 from minomni.errors import UserError
 from minomni.inputs.mel import log_mel
@@ -350,8 +350,12 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 def weights_read(*modules: torch.nn.Module) -> int:
-    """Bytes of the parameters of modules."""
-    return sum(p.nbytes for module in modules for p in module.parameters())
+    """Bytes of the parameters of modules, as they are stored."""
+    total = 0
+    for module in modules:
+        for parameter in module.parameters():
+            total += sum(part.nbytes for part in plain_parts(parameter))
+    return total
 
 
 def cache_bytes(config: DecoderConfig, length: int, dtype: torch.dtype) -> int:

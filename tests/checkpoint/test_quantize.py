@@ -278,15 +278,41 @@ def test_mapped_tensors_take_no_memory(saved, monkeypatch):
 def test_free_bytes_of_this_machine(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     assert 0 < memory.free_bytes(cpu) < 2**50
-    limit = tmp_path / "memory.max"
-    limit.write_text("1000\n")
-    used = tmp_path / "memory.current"
-    used.write_text("300\n")
-    monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
-    monkeypatch.setattr(memory, "CGROUP_USED", used)
-    assert memory.free_bytes(cpu) == 700
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "PROCESS_CGROUPS", tmp_path / "none")
     assert memory.free_bytes(cpu) is None
+
+
+CGROUPS = {
+    "version 2": ("0::/pod/box", ".", "memory.max", "memory.current", ""),
+    "version 1": (
+        "7:cpu,cpuacct:/pod/box\n4:memory:/pod/box",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", CGROUPS)
+@pytest.mark.parametrize("group", ["", "pod", "pod/box"])
+def test_free_bytes_of_a_container(version, group, tmp_path, monkeypatch):
+    """The limit may be that of a group around the process's own, and pages of files are free."""
+    lines, folder, limit, used, prefix = CGROUPS[version]
+    (tmp_path / "cgroup").write_text(lines + "\n")
+    monkeypatch.setattr(memory, "PROCESS_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "fs")
+    for inside in ("", "pod", "pod/box"):
+        files = tmp_path / "fs" / folder / inside
+        files.mkdir(parents=True, exist_ok=True)
+        (files / limit).write_text("max\n" if version == "version 2" else f"{2**63 - 4096}\n")
+        (files / used).write_text("300\n")
+        stat = f"{prefix}inactive_file 150\n{prefix}active_file 50\n{prefix}anon 100\n"
+        (files / "memory.stat").write_text(stat)
+    (tmp_path / "fs" / folder / group / limit).write_text("1000\n")
+    assert memory.free_bytes(torch.device("cpu")) == 1000 - 300 + 200
 
 
 # ----------------------------------------------------------------------------------------------

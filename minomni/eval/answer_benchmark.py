@@ -1,0 +1,114 @@
+"""Loading a model and a few short answers: the memory that takes, and the speed here.
+
+Each thing is done once, on small inputs, so that it ends in minutes for a model that barely fits.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from minomni import load
+from minomni.chat.generate import seeded_generator
+from minomni.chat.reply import Timings
+from minomni.checkpoint.memory import GIB
+from minomni.config import INPUT_SAMPLE_RATE
+from minomni.eval.benchmark import Rows
+from minomni.eval.parts_benchmark import copy_bandwidth
+from minomni.eval.parts_sides import FULL, Clock, weights_read
+from minomni.omni import Omni
+
+IMAGE_SIZE = 224  # pixels of the height and width
+AUDIO_S = 2
+TEXT_TOKENS = 12  # of the spoken answer
+SPEECH_S = 1  # of speech, at most
+STATUS = Path("/proc/self/status")  # where Linux reports the memory of a process
+
+
+def measure(model: str, device: torch.device, quantize: str | None = None) -> Rows:
+    """Load a model, ask about a text, an image and audio, and let it speak.
+
+    model, quantize: as in load(). Raises UserError for a model that does not speak.
+    """
+    clock = Clock(device)
+    omni = load(model, device, quantize=quantize)
+    rows: Rows = {"load_s": (clock.mark(), "seconds to load")}
+    talker, token2wav = omni.require_speech()
+
+    # Three questions: until the first token of the answer.
+    contents = questions()
+    for name, content in contents.items():
+        clock = Clock(device)
+        respond(omni, [content], speech=False, max_new_tokens=1)
+        rows[f"{name}_s"] = (clock.mark(), f"from a question with {name} to the first token")
+
+    # All in one question, answered in text and speech.
+    codes = SPEECH_S * token2wav.config.codes_per_second
+    everything = list(contents.values())
+    reply = respond(omni, everything, max_new_tokens=TEXT_TOKENS, talker_max_new_tokens=codes)
+    text_s, code_s = step_seconds(reply.timings)
+    decoding_s = reply.total_s - (reply.timings.last("code") or 0.0)
+    peak = peak_gib(device)
+
+    # The limit of a step is the time to read its weights once.
+    bandwidth = copy_bandwidth(device, FULL)
+    thinker_bytes = weights_read(omni.thinker.model.layers, omni.thinker.lm_head)
+    talker_bytes = weights_read(talker.model.layers, talker.codec_head)
+    rows |= {
+        "answer_s": (reply.total_s, "a question with all three, and a spoken answer"),
+        "speech_s": (reply.seconds, "seconds of speech in that answer"),
+        "tokens_per_s": (1 / text_s, "text tokens per second"),
+        "tokens_per_s_limit": (bandwidth / thinker_bytes, "the same if a step only read weights"),
+        "codes_per_s": (1 / code_s, "speech codes per second"),
+        "codes_per_s_limit": (bandwidth / talker_bytes, "the same if a step only read weights"),
+        "token2wav_s": (decoding_s / reply.seconds, "Token2Wav, for a second of speech"),
+        "peak_gib": (peak, "largest memory of all this, GiB"),
+        "copy_gb_per_s": (bandwidth / 1e9, "bandwidth of a copy in memory, GB/s"),
+    }
+    return rows
+
+
+def questions() -> dict[str, dict[str, Any]]:
+    """Content items of a question, by the row that they are measured in."""
+    random = seeded_generator(0)
+    pixels = torch.randint(256, (IMAGE_SIZE, IMAGE_SIZE, 3), generator=random).byte()
+    wave = 0.1 * torch.randn(AUDIO_S * INPUT_SAMPLE_RATE, generator=random)
+    return {
+        "text": {"type": "text", "text": "What is this?"},
+        "image": {"type": "image", "image": pixels.numpy()},
+        "audio": {"type": "audio", "audio": wave.numpy()},
+    }
+
+
+def respond(omni: Omni, content: list[dict[str, Any]], **options: Any) -> Any:
+    """The reply to one message of a user."""
+    return omni.respond([{"role": "user", "content": content}], seed=0, **options)
+
+
+def step_seconds(timings: Timings) -> tuple[float, float]:
+    """Median seconds of a step of the Thinker and of a step of the Talker in one reply."""
+    events = []
+    for kind in ("text", "code"):
+        for at_s in timings.times[kind]:
+            events.append((at_s, kind))
+    events.sort()
+    steps: dict[str, list[float]] = {"text": [], "code": []}
+    for (before_s, _), (after_s, kind) in pairwise(events):
+        steps[kind].append(after_s - before_s)
+    return median(steps["text"]), median(steps["code"])
+
+
+def peak_gib(device: torch.device) -> float:
+    """The largest memory so far in GiB: of a GPU, or of this process; NaN where it is not known.
+
+    A process counts the pages of the files that it reads weights from.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    if device.type != "cpu" or not STATUS.exists():
+        return float("nan")
+    lines = STATUS.read_text().splitlines()
+    peak = next(line for line in lines if line.startswith("VmHWM:"))
+    return 1024 * int(peak.split()[1]) / GIB
