@@ -30,6 +30,7 @@ def load(
     quantize: str | None = None,
     parts: str | None = None,
     encoders_on_host: bool = False,
+    dit_dtype: "str | torch.dtype | None" = None,
 ) -> "Omni":
     """Load a model by the name of a size that is trained here, or by the folder of a checkpoint.
 
@@ -41,7 +42,8 @@ def load(
     those, in int8 ("int4+head+encoders"); the rest of both is bf16 unless dtype says otherwise.
     parts: "text" loads the text decoder alone, and "+audio", "+vision" and "+speech" what they name
     as well ("text+audio+speech"); the rest is never read. encoders_on_host: keep the encoders in
-    the host's memory and copy them to the device whenever they run. Raises UserError naming what is
+    the host's memory and copy them to the device whenever they run. dit_dtype: "bf16" halves the
+    memory of the DiT, which is fp32 otherwise. Raises UserError naming what is
     missing, broken or of the wrong type.
     """
     import torch
@@ -54,7 +56,7 @@ def load(
     is_size = folder != Path(name)
     if is_size and dtype is None and quantize is None:
         dtype = torch.float32
-    return weights.load(folder, device, dtype, quantize, parts, encoders_on_host)
+    return weights.load(folder, device, dtype, quantize, parts, encoders_on_host, dit_dtype)
 
 
 def save(omni: "Omni", folder: str | Path) -> None:

@@ -11,6 +11,12 @@
         take the rows of `python -m minomni bench first --json` first
     python tests/refresh_readme.py --serve serve.json
         take the rows of `python -m minomni bench serve --json` first
+    python tests/refresh_readme.py --answer answer.json
+        take the rows of `python -m minomni bench answer --json` first
+    python tests/refresh_readme.py --parts parts.json
+        take the rows of `python -m minomni bench parts --json` first, beside those of another dtype
+    python tests/refresh_readme.py --processes processes.json
+        take the rows of `python -m minomni bench processes --json` first
 
 Needs the package: pip install -e .
 
@@ -29,6 +35,8 @@ import chapters
 import torch
 
 from minomni import config
+from minomni.eval.parts_benchmark import OURS, SIDES, THEIRS, UNITS
+from minomni.eval.parts_benchmark import ROWS as PART_ROWS
 from minomni.omni import Omni
 from minomni.train import recipes
 from minomni.train.measurements import measured
@@ -84,6 +92,19 @@ SCHEDULES = {
     "6 blocks, the past remembered, 1 ahead": "6 blocks, cached left context, look-ahead of 1",
 }
 # Rows of the latency table: key -> (English, Chinese)
+ANSWER_ROWS = {
+    "load_s": ("loading 22.4 GB, s", "加载 22.4 GB，秒"),
+    "peak_gib": ("largest memory of the process, GiB", "进程的最大内存，GiB"),
+    "text_s": ("a typed question until the first token, s", "文字提问到第一个 token，秒"),
+    "image_s": ("the same with an image of 224 x 224, s", "附 224 x 224 的图片，秒"),
+    "audio_s": ("the same with 2 s of audio, s", "附 2 秒声音，秒"),
+    "tokens_per_s": ("text tokens per second", "每秒文字 token"),
+    "tokens_per_s_limit": ("the same if a step only read weights", "只算读权重时的上限"),
+    "codes_per_s": ("speech codes per second", "每秒语音编码"),
+    "codes_per_s_limit": ("the same if a step only read weights", "只算读权重时的上限"),
+    "token2wav_s": ("Token2Wav for a second of speech, s", "一秒语音的 Token2Wav，秒"),
+    "copy_gb_per_s": ("bandwidth of a copy in memory, GB/s", "内存复制带宽，GB/s"),
+}
 LATENCY_ROWS = {
     "codes_before_audio": ("codes before the first audio", "第一段音频所需的编码数"),
     "thinker_and_talker_ms": ("one step of Thinker and Talker, ms", "Thinker 与 Talker 一步，毫秒"),
@@ -348,6 +369,89 @@ def served(language: str) -> str:
     )
 
 
+def answer(language: str) -> str:
+    """What bench answer measured; nothing before that."""
+    measured = results().get("answer")
+    if measured is None:
+        return ""
+    heads = ("7B, int4, two cores | value", "7B，int4，双核 | 数值")
+    rows = []
+    for key, texts in ANSWER_ROWS.items():
+        rows.append([in_language(texts, language), three_digits(measured[key])])
+    return table(in_language(heads, language).split(" | "), rows)
+
+
+def answered(language: str) -> str:
+    """The same in one paragraph."""
+    measured = results().get("answer")
+    if measured is None:
+        return ""
+    load_s = round(measured["load_s"])
+    memory, tokens, limit, codes, copy, token2wav = (
+        three_digits(measured[key])
+        for key in (
+            "peak_gib",
+            "tokens_per_s",
+            "tokens_per_s_limit",
+            "codes_per_s",
+            "copy_gb_per_s",
+            "token2wav_s",
+        )
+    )
+    if language == "zh":
+        return (
+            f"没有 GPU 也能回答：`minomni bench answer`，7B 规模、随机权重、int4，双核，"
+            f"内存限制 12 GiB："
+            f"{load_s} 秒加载 22.4 GB，进程最多占用 {memory} GiB，每秒 {tokens} 个文字 token"
+            f"（内存复制带宽 {copy} GB/s，只算读权重可达 {limit} 个）、{codes} 个语音编码，"
+            f"一秒语音的合成需 {token2wav} 秒。\n"
+        )
+    return (
+        f"It answers without a GPU too. `minomni bench answer`, random weights of the 7B in int4, "
+        f"two cores, memory limited to 12 GiB: 22.4 GB load in {load_s} s, the process takes at "
+        f"most {memory} GiB, and text, an image and audio are answered with {tokens} text tokens a "
+        f"second ({limit} if a step only read its weights at {copy} GB/s) and {codes} speech codes "
+        f"a second, of which a second of speech takes {token2wav} s to make.\n"
+    )
+
+
+def parts(language: str) -> str:
+    """Every part beside transformers, one table for each dtype; nothing before it was measured."""
+    tables = []
+    for dtype, run in results().get("parts", {}).items():
+        machine = run["machine"]
+        intro = (
+            f"{dtype}, {machine['threads']} threads, a copy at {machine['copy_gb_per_s']:.3g} "
+            f"GB/s, matrix products at {machine['gflops']:.3g} GFLOP/s in {dtype} and "
+            f"{machine['fp32_gflops']:.3g} in fp32, PyTorch {machine['torch']}, transformers "
+            f"{machine['transformers']}:\n\n"
+        )
+        rows = []
+        for name, row in run["rows"].items():
+            factor = UNITS.get(name, 1e3)
+            values = [part_value(row.get(side), factor) for side in (*SIDES, "limit")]
+            rows.append([PART_ROWS[name], *values, part_value(row.get("ratio"))])
+        head = ("work", *SIDES, "limit", f"{THEIRS} : {OURS}")
+        tables.append(intro + table(head, rows))
+    return "\n".join(tables)
+
+
+def part_value(value: float | None, factor: float = 1.0) -> str:
+    """A cell of the table of parts; empty where nothing was measured."""
+    return "" if value is None else three_digits(factor * value)
+
+
+def scaling(language: str) -> str:
+    """A training step by one process and by several; nothing before it was measured."""
+    rows = []
+    for row in results().get("processes", []):
+        step, speed_up = f"{row['step_ms']:.0f}", f"{row['speed_up']:.2f}"
+        rows.append([row["stage"], str(row["processes"]), str(row["rows"]), step, speed_up])
+    if not rows:
+        return ""
+    return table(["stage", "processes", "rows a step", "a step, ms", "speed-up"], rows)
+
+
 def ablate_tmrope(language: str) -> str:
     rows = [
         [name, percent(row["value"]), interval(row), items(row)]
@@ -501,6 +605,10 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "ablate_dpo": ablate_dpo,
     "held_out_speakers": held_out_speakers,
     "loading": loading,
+    "answer": answer,
+    "answered": answered,
+    "parts": parts,
+    "scaling": scaling,
     "stages": stages,
     "sizes": sizes,
 }
@@ -509,6 +617,10 @@ OPTIONAL = {  # block -> key of the stored results
     "serving": "serving",
     "served": "serving",
     "held_out_speakers": "held_out_speakers",
+    "answer": "answer",
+    "answered": "answer",
+    "parts": "parts",
+    "scaling": "processes",
 }
 
 
@@ -572,6 +684,9 @@ def main() -> None:
     parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
     parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
     parser.add_argument("--serve", type=Path, help="output of `minomni bench serve --json`")
+    parser.add_argument("--answer", type=Path, help="output of `minomni bench answer --json`")
+    parser.add_argument("--parts", type=Path, help="output of `minomni bench parts --json`")
+    parser.add_argument("--processes", type=Path, help="output of `minomni bench processes --json`")
     parser.add_argument("--size", default="tiny", help="of --report and --first")
     parser.add_argument("--device", default="two cores", help="of --first, as its column says it")
     arguments = parser.parse_args()
@@ -586,6 +701,13 @@ def main() -> None:
     if arguments.serve:
         measured = json.loads(arguments.serve.read_text())
         stored["serving"] = {key: measured[key] for key in serving_keys()}
+    if arguments.answer:
+        stored["answer"] = json.loads(arguments.answer.read_text())
+    if arguments.parts:
+        measured = json.loads(arguments.parts.read_text())
+        stored.setdefault("parts", {})[measured["machine"]["dtype"]] = measured
+    if arguments.processes:
+        stored["processes"] = json.loads(arguments.processes.read_text())
     RESULTS.write_text(pretty(stored) + "\n", encoding="utf-8")
     write_documents()
 

@@ -12,7 +12,9 @@ from minomni.checkpoint.quantize import GROUP_SIZES, Quantization, parse_quantiz
 from minomni.errors import UserError, short_path
 
 GIB = 2**30
-ANY_PRECISION = ("thinker.", "talker.")  # the rest is fp32, as the release stores and runs it
+ANY_PRECISION = ("thinker.", "talker.")
+DIT = "token2wav.code2wav_dit_model."
+FP32 = torch.float32  # of all that is neither, as the release stores and runs it
 SCALE_BYTES = 2  # of a scale and of a zero point, which are bf16
 # What load(quantize=) can be given, from the largest model to the smallest.
 OPTIONS = ("int8", "int4", "int4+head+encoders")
@@ -21,11 +23,21 @@ PROCESS_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+def precision_of(name: str, dtype: torch.dtype, dit_dtype: torch.dtype = FP32) -> torch.dtype:
+    """The precision of a tensor of a loaded model. dtype: of Thinker and Talker."""
+    if name.startswith(ANY_PRECISION):
+        return dtype
+    if name.startswith(DIT):
+        return dit_dtype
+    return FP32
+
+
 def weight_bytes(
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
     quantization: Quantization | None,
     mapped: Mapping[str, torch.dtype] | None = None,
+    dit_dtype: torch.dtype = FP32,
 ) -> int:
     """Bytes of a model's tensors, given by name on any device.
 
@@ -41,7 +53,7 @@ def weight_bytes(
         if method is not None:
             total += quantized_bytes(tensor, method)
             continue
-        precision = dtype if name.startswith(ANY_PRECISION) else torch.float32
+        precision = precision_of(name, dtype, dit_dtype)
         if mapped.get(name) != precision:
             total += precision.itemsize * tensor.numel()
     return total
@@ -53,6 +65,7 @@ def needed_bytes(
     quantization: Quantization | None,
     mapped: Mapping[str, torch.dtype] | None = None,
     on_host: tuple[str, ...] = (),
+    dit_dtype: torch.dtype = FP32,
 ) -> int:
     """Most bytes of weights on a device at once: weight_bytes() of what stays there, and of the
     largest part that is copied there while it runs.
@@ -63,8 +76,8 @@ def needed_bytes(
     copied = [0]
     for prefix in on_host:
         part = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        copied.append(weight_bytes(part, dtype, quantization))
-    return weight_bytes(resident, dtype, quantization, mapped) + max(copied)
+        copied.append(weight_bytes(part, dtype, quantization, dit_dtype=dit_dtype))
+    return weight_bytes(resident, dtype, quantization, mapped, dit_dtype) + max(copied)
 
 
 def quantized_bytes(weight: Tensor, method: str) -> int:
@@ -150,17 +163,19 @@ def check_fits(
     quantization: Quantization | None,
     mapped: Mapping[str, torch.dtype],
     on_host: tuple[str, ...] = (),
+    dit_dtype: torch.dtype = FP32,
 ) -> None:
     """Raise UserError where a device has too little free memory for the weights, with the options
     that would fit. The arguments are those of needed_bytes().
     """
     free = free_bytes(device)
-    needed = needed_bytes(tensors, dtype, quantization, mapped, on_host)
+    needed = needed_bytes(tensors, dtype, quantization, mapped, on_host, dit_dtype)
     if free is None or needed <= free:
         return
     fitting = []
     for option in OPTIONS:
-        size = needed_bytes(tensors, torch.bfloat16, parse_quantize(option), mapped, on_host)
+        quantized = parse_quantize(option)
+        size = needed_bytes(tensors, torch.bfloat16, quantized, mapped, on_host, dit_dtype)
         if size <= free:
             fitting.append(f"quantize={option} {size / GIB:.1f}")
     advice = "no quantization fits either; give another device"

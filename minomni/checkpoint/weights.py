@@ -36,7 +36,7 @@ from minomni.checkpoint.hf_config import (
     read_packing,
     without_speech,
 )
-from minomni.checkpoint.memory import ANY_PRECISION, check_fits
+from minomni.checkpoint.memory import ANY_PRECISION, FP32, check_fits, precision_of
 from minomni.checkpoint.packed_weights import PARTS as PACKED_PARTS
 from minomni.checkpoint.packed_weights import PackedFormat, PackedLayer
 from minomni.checkpoint.parts import ENCODERS, PREFIXES, parse_parts, prefixes_of
@@ -107,7 +107,8 @@ class Reading:
     """What becomes of the tensors that are read."""
 
     device: torch.device
-    dtype: torch.dtype  # of Thinker and Talker; the rest becomes fp32
+    dtype: torch.dtype  # of Thinker and Talker
+    dit_dtype: torch.dtype  # the rest becomes fp32
     methods: dict[str, str]  # {name: int8 or int4} of those that are quantized
     packed: dict[str, PackedLayer]  # {name: where its parts are} of those that are unpacked
     on_host: tuple[str, ...]  # beginnings of the names of those that stay on the host
@@ -124,6 +125,7 @@ def load(
     quantize: str | None = None,
     parts: str | None = None,
     encoders_on_host: bool = False,
+    dit_dtype: torch.dtype | str | None = None,
 ) -> Omni:
     """Build the model of a folder with its voices and tokenizer -> Omni in evaluation mode.
 
@@ -131,17 +133,19 @@ def load(
     (models--...), of which the main snapshot is read. A folder with a Thinker alone gives a model
     that answers in text. device: "cpu", "cuda", "mps" or "auto". dtype: of Thinker and Talker; None
     or "auto" keeps what is stored, and takes the most common precision where tensors differ.
-    Token2Wav and codec are fp32. quantize: "int8" or "int4" for the linear layers of Thinker and
-    Talker, with "+head" and "+encoders" for those in int8 as well; see quantize.py. The rest of
-    both is bf16 then, unless dtype says otherwise. parts: "text", with "+audio", "+vision" and
-    "+speech" for what is loaded besides; None loads all. encoders_on_host: keep the encoders in the
-    host's memory and copy them to the device whenever they run.
+    Token2Wav and codec are fp32; dit_dtype="bf16" halves the memory of the DiT. quantize: "int8" or
+    "int4" for the linear layers of Thinker and Talker, with "+head" and "+encoders" for those in
+    int8 as well; see quantize.py. The rest of both is bf16 then, unless dtype says otherwise.
+    parts: "text", with "+audio", "+vision" and "+speech" for what is loaded besides; None loads
+    all. encoders_on_host: keep the encoders in the host's memory and copy them to the device
+    whenever they run.
 
     On a CPU tensors are mapped where possible (see above); on a GPU the host's memory peaks at one
     shard. omni.loaded_from is the folder. Raises UserError naming the file for tensors or files
     that are missing, extra, misshapen or broken, and for a device with too little memory.
     """
     device, dtype = device_of(device), dtype_of(dtype)
+    dit_dtype = check_dit_dtype(dit_dtype)
     quantization = parse_quantize(quantize)
     if quantization is not None:
         check_quantization(quantization, device, dtype)
@@ -171,9 +175,10 @@ def load(
     dtype = dtype or most_common_dtype(stored)
     methods = {} if quantization is None else quantized_layers(omni, quantization)
     mapped = mapped_tensors(stored, packed) if device.type == "cpu" else {}
-    reading = Reading(device, dtype, methods, packed, on_host)
+    reading = Reading(device, dtype, dit_dtype, methods, packed, on_host)
     copied = on_host if device.type != "cpu" else ()  # a copy on the same device takes no memory
-    check_fits(folder, omni.stored_tensors(), device, dtype, quantization, mapped, copied)
+    tensors = omni.stored_tensors()
+    check_fits(folder, tensors, device, dtype, quantization, mapped, copied, dit_dtype)
     fill_model(omni, files, reading)
     omni.quantized = quantize
 
@@ -183,6 +188,16 @@ def load(
         check_tokenizer(folder, omni.tokenizer, config)
     omni.loaded_from = folder.absolute()
     return omni.eval()
+
+
+def check_dit_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The precision of the DiT; None or "auto" is fp32. Raises UserError for one other than bf16
+    and fp32.
+    """
+    dtype = dtype_of(dtype) or FP32
+    if dtype not in (FP32, torch.bfloat16):
+        raise UserError(f"dit_dtype is {str(dtype).removeprefix('torch.')}; expected fp32 or bf16")
+    return dtype
 
 
 def config_of_stored(config: OmniConfig, reads_speech: bool, has_text_head: bool) -> OmniConfig:
@@ -584,7 +599,7 @@ def read_shard(
             for name in names:
                 if not is_used(name, omni):
                     continue
-                dtype = reading.dtype if name.startswith(ANY_PRECISION) else torch.float32
+                dtype = precision_of(name, reading.dtype, reading.dit_dtype)
                 device = reading.device_of(name)
                 if name in reading.packed:
                     tensor = reading.packed[name].read(device, dtype)

@@ -38,7 +38,8 @@ class TimeEmbedding(nn.Module):
         index = torch.arange(TIME_FREQUENCIES, device=time.device, dtype=time.dtype)
         frequencies = torch.exp(index * (-math.log(10_000) / (TIME_FREQUENCIES - 1)))
         angles = 1000 * time[:, None] * frequencies  # [B, 128]
-        return self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.time_mlp(waves.to(self.time_mlp[0].weight.dtype))
 
 
 class CodeEmbedding(nn.Module):
@@ -121,7 +122,7 @@ def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = first[..., 0::2], first[..., 1::2]  # [B, T, 1, d/2]
     rotated = [even * cos - odd * sin, odd * cos + even * sin]
     first = torch.stack(rotated, dim=-1).flatten(-2)  # pairs interleaved again: [B, T, 1, d]
-    return torch.cat([first, rest], dim=2)
+    return torch.cat([first.to(x.dtype), rest], dim=2)
 
 
 @dataclass
@@ -284,7 +285,9 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The velocity field from noise to mel, and its integration. Keep it in float32, as released.
+    """The velocity field from noise to mel, and its integration.
+
+    As released it is float32. In bf16 the mel, the time and the sum of velocities stay float32.
 
         codes, cond, ref_mel  ->  context()      once per utterance
         time                  ->  modulations()  once per evaluation time
@@ -330,15 +333,21 @@ class DiT(nn.Module):
 
         It is computed once per utterance.
         """
-        timbre = self.input_embed.spk_encoder(ref_mel)  # [B, enc_dim]
+        cond, timbre = self.speaker(cond, ref_mel)
         return self.input_embed.context(self.text_embed(codes), cond, timbre)
+
+    def speaker(self, cond: Tensor, ref_mel: Tensor) -> tuple[Tensor, Tensor]:
+        """The speaker vector [B, E] and the timbre [B, enc_dim], in the DiT's precision."""
+        dtype = self.proj_out.weight.dtype
+        return cond.to(dtype), self.input_embed.spk_encoder(ref_mel.to(dtype))
 
     def modulations(self, time: Tensor | float) -> list[tuple[Tensor, ...]]:
         """Shifts, scales and gates for time [B], or for one number: of every block, then of the
         output norm. Each is [B or 1, 1, D].
         """
         weight = self.proj_out.weight
-        time = torch.as_tensor(time, dtype=weight.dtype, device=weight.device).reshape(-1)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        time = torch.as_tensor(time, dtype=dtype, device=weight.device).reshape(-1)
         embedding = self.time_embed(time)  # [B or 1, D]
         blocks = cast(Iterable[DiTBlock], self.transformer_blocks)
         norms = [block.attn_norm for block in blocks]
@@ -364,7 +373,7 @@ class DiT(nn.Module):
         # Pad on both sides to whole blocks.
         frames = x.shape[1]
         right_pad = -(left_pad + frames) % self.config.block_size
-        h = self.input_embed(x, context)  # [B, T, D]
+        h = self.input_embed(x.to(self.proj_out.weight.dtype), context)  # [B, T, D]
         h = F.pad(h, (0, 0, left_pad, right_pad))  # [B, T in whole blocks, D]
         positions = torch.arange(-left_pad, frames + right_pad, device=x.device)
         valid = None
@@ -379,7 +388,7 @@ class DiT(nn.Module):
         # The output norm has scale before shift, the blocks have shift before scale: as released.
         scale, shift = modulations[-1]
         h = h[:, left_pad : left_pad + frames]
-        return self.proj_out(modulate(h, shift, scale))  # [B, T, 80]
+        return self.proj_out(modulate(h, shift, scale)).to(x.dtype)  # [B, T, 80]
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d/2] of positions [T].

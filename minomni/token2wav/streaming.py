@@ -156,7 +156,7 @@ class MelStream:
         cond = both_branches(voice.cond.float().to(device), flow)
         ref_mel = both_branches(voice.ref_mel.float().to(device), flow)
         with torch.no_grad():
-            self.speaker = (cond, dit.input_embed.spk_encoder(ref_mel))
+            self.speaker = dit.speaker(cond, ref_mel)
             self.evaluations = self._evaluations(device)
 
         self.codes = torch.zeros(1, 0, dtype=torch.long, device=device)
