@@ -1,14 +1,20 @@
-"""Questions about generated scenes, with which a notebook counts the right answers of a model."""
+"""Questions with which a notebook counts the right answers of a model: about generated scenes, and
+those that come with the project.
+"""
 
+import json
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from minomni.chat.reply import Reply
 from minomni.data.scenes import random_scene
 from minomni.inputs.prompt import Processor
 
 if TYPE_CHECKING:
+    from minomni.eval.asr import SpeechRecognizer
     from minomni.omni import Omni
 
 SCENES = 60
@@ -44,3 +50,44 @@ def right_answers(omni: "Omni", questions: list[Question]) -> int:
         text = tokenizer.decode(ids, skip_special=True)
         correct += int(text == answer)
     return correct
+
+
+def answer_sample(omni: "Omni", sample: dict, folder: Path) -> Reply:
+    """The answer to one entry of questions.json, whose files lie in `folder`."""
+    content = []
+    for part in sample["content"]:
+        for kind, item in part.items():
+            content.append({kind: item if kind == "text" else str(folder / item)})
+    with_sound = sample.get("use_audio_in_video", False)
+    messages = [{"role": "user", "content": content}]
+    return omni.respond(messages, sample["voice"], seed=7, use_audio_in_video=with_sound)
+
+
+def ask_samples(omni: "Omni", recognizer: "SpeechRecognizer", folder: str | Path) -> Reply:
+    """Ask the questions of questions.json in `folder`; print what is expected, written and heard by
+    a speech recognizer, and how many answers are right as text and how many are heard as written.
+
+    -> the last answer that is heard otherwise, or the first of all
+    """
+    folder = Path(folder)
+    samples = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    right_text = right_speech = 0
+    unclear: Reply | None = None
+    for sample in samples:
+        reply = answer_sample(omni, sample, folder)
+        heard = recognizer.transcribe(reply.wave, reply.sample_rate)
+        right_text += reply.text == sample["answer"]
+        right_speech += heard == reply.text
+        if unclear is None or heard != reply.text:
+            unclear = reply
+
+        print(f"{sample['asks']} ({sample['voice']}, {reply.seconds:.1f} s)")
+        lines = {"expected": sample["answer"], "text": reply.text, "heard": heard}
+        if len(set(lines.values())) == 1:
+            print(f"   expected, text and heard: {heard}")
+        else:
+            for name, line in lines.items():
+                print(f"   {name + ':':9} {line}")
+    assert unclear is not None
+    print(f"of {len(samples)}: right as text {right_text}, heard as written {right_speech}")
+    return unclear

@@ -266,6 +266,7 @@ def explore(
     draw: Callable,
     size: float = 2.6,
     slide: Mapping[str, Sequence] | None = None,
+    unit: str = "",
     **ranges: Sequence,
 ) -> None:
     """Show draw(ax, **settings) at many settings: a row of plots, and controls in a live notebook.
@@ -273,7 +274,8 @@ def explore(
     ranges: the values of each setting. The row of plots varies the first setting; the others are at
     their middle value, which is written above it. A title that draw sets is kept. size: height of a
     plot in inches. slide: the finer values that an ordered quantity has on its slider. Every other
-    setting has a button for each value; there are no controls if the row shows all there is.
+    setting has a button for each value; there are no controls if the row shows all there is. unit:
+    of all values, for the titles.
     """
     (first, values), *others = ranges.items()
     middle = {name: options[len(options) // 2] for name, options in others}
@@ -283,12 +285,12 @@ def explore(
         plots = [plots]
     for ax, value in zip(plots, values, strict=True):
         draw(ax, **{first: value}, **middle)
-        ax.set_title(ax.get_title() or f"{first} = {value}", fontsize=9)
+        ax.set_title(ax.get_title() or f"{first} = {value}{unit}", fontsize=9)
         # The same y label is not repeated: its space goes to the plots.
         if ax is not plots[0] and ax.get_ylabel() == plots[0].get_ylabel():
             ax.set_ylabel("")
     if middle:
-        fixed = ", ".join(f"{name} = {value}" for name, value in middle.items())
+        fixed = ", ".join(f"{name} = {value}{unit}" for name, value in middle.items())
         plots[0].figure.suptitle(fixed, x=0.01, ha="left", fontsize=8, color=COLORS["text"])
     has_more = len(ranges) > 1 or bool(slide)
     if has_more and is_interactive():
@@ -391,7 +393,7 @@ def flow(*steps: str, wide: int = 860):
     """A pipeline as a diagram (SVG): tensors and operations in turn, beginning with a tensor.
 
     Operations are boxes, tensors stand on the arrows between them. Continues on a new line when it
-    is wider than `wide` pixels.
+    is wider than `wide` pixels; the new line repeats the last arrow.
     """
     parts: list[str] = []
     x, y, right = 4.0, 24, 0.0
@@ -400,16 +402,21 @@ def flow(*steps: str, wide: int = 860):
         is_box = i % 2 == 1
         following = 16 + 6.8 * len(steps[i + 1]) if i + 1 < len(steps) and is_box else 0
         if is_box and x + width + following > wide:
+            last = steps[i - 1]
             x, y = 4.0, y + 52
-        if is_box:
-            parts.append(_box(x, y, width, step))
-        else:
-            middle = x + width / 2
-            parts.append(_arrow((x + 1, y + 15), (x + width - 1, y + 15)))
-            parts.append(_text(middle, y + 7, step, size=11))
+            parts.append(_tensor(x, y, last))
+            x += 16 + 6.8 * len(last)
+        parts.append(_box(x, y, width, step) if is_box else _tensor(x, y, step))
         x += width
         right = max(right, x)
     return _svg(int(right) + 6, y + 40, parts)
+
+
+def _tensor(x: float, y: float, name: str) -> str:
+    """An arrow with the name of a tensor above it."""
+    width = 16 + 6.8 * len(name)
+    arrow = _arrow((x + 1, y + 15), (x + width - 1, y + 15))
+    return arrow + _text(x + width / 2, y + 7, name, size=11)
 
 
 def cell_order(cells: int = 2, inside: int = 2):
@@ -438,6 +445,57 @@ def cell_order(cells: int = 2, inside: int = 2):
         parts.append(_frame(left + (width + 8) * cell, middle - 15, width, 30))
     right = left + (width + 8) * cells * cells
     return _svg(right, 30 * side + 8, parts)
+
+
+def patch_axes():
+    """The nine axes of an image of 2 x 2 cells, as a diagram (SVG): brackets around the pixels, and
+    the axes in the order of the table. Three pixels stand for the 14 of a patch.
+    """
+    pixel, left, top = 12, 118, 44
+    patch, cell, whole = 3 * pixel, 6 * pixel, 12 * pixel
+    inside = COLORS["image"]  # color of what is inside a patch
+    parts = [_sheet(left + 6 * depth, top - 6 * depth, whole, PALE) for depth in (4, 3, 2, 1)]
+    parts.append(_sheet(left, top, whole, "white"))
+    parts.append(_sheet(left, top, patch, inside))
+    for step in range(12):
+        parts.append(_line(left + pixel * step, top, left + pixel * step, top + whole, PALE))
+        parts.append(_line(left, top + pixel * step, left + whole, top + pixel * step, PALE))
+    for step in range(4):
+        parts.append(_line(left + patch * step, top, left + patch * step, top + whole))
+        parts.append(_line(left, top + patch * step, left + whole, top + patch * step))
+    for y in (top, top + cell):
+        for x in (left, left + cell):
+            parts.append(_frame(x, y, cell, cell))
+
+    for level, (row, column, length) in enumerate(
+        (("i", "j", patch), ("y", "x", cell), ("Y", "X", whole))
+    ):
+        x = left - 10 - 28 * level
+        y = top + whole + 10 + 28 * level
+        parts.append(_line(x, top, x, top + length))
+        parts.append(_line(x, top, x + 5, top))
+        parts.append(_line(x, top + length, x + 5, top + length))
+        parts.append(_text(x - 9, top + length // 2 + 4, row))
+        parts.append(_line(left, y, left + length, y))
+        parts.append(_line(left, y, left, y - 5))
+        parts.append(_line(left + length, y, left + length, y - 5))
+        parts.append(_text(left + length / 2, y + 14, column))
+    parts.append(_text(left + whole / 2 + 12, top - 30, "sheets behind: c, f, T"))
+
+    middle = top + whole // 2
+    parts.append(_arrow((left + whole + 40, middle), (left + whole + 90, middle)))
+    across = left + whole + 110
+    parts.append(_text(across + 75, middle - 26, "which patch: row"))
+    for name in "TYXyx":
+        parts.append(_square(across, middle - 15, name))
+        across += 30
+    across += 20
+    parts.append(_text(across + 60, middle - 26, "which number in it: column"))
+    for name in "cfij":
+        parts.append(_square(across, middle - 15, name))
+        across += 30
+    parts.append(_frame(across - 120, middle - 15, 120, 30))
+    return _svg(across + 40, top + whole + 92, parts)
 
 
 def _svg(width: int, height: int, parts: list[str]):
@@ -476,3 +534,14 @@ def _frame(x: float, y: float, width: float, height: float) -> str:
 def _text(x: float, y: float, text: str, size: int = 12) -> str:
     style = f'font-size="{size}" text-anchor="middle" fill="{INK}"'
     return f'<text x="{x:g}" y="{y}" {style}>{escape(text)}</text>'
+
+
+def _sheet(x: float, y: float, side: float, fill: str) -> str:
+    """A square with a thin border."""
+    square = f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" '
+    return square + f'fill="{fill}" stroke="{INK}" stroke-width="0.6"/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, color: str = INK) -> str:
+    ends = f'x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"'
+    return f'<line {ends} stroke="{color}"/>'

@@ -1,7 +1,5 @@
 """Solutions of the exercises of notebook 00. The graders are in the notebook."""
 
-import math
-
 
 def my_placed(embeds, ids, features, token):
     x = embeds.clone()
@@ -16,5 +14,6 @@ def my_answer(next_logits, stop, limit):
     return said
 
 
-def samples_of(codes, repeats, rates):
-    return codes * repeats * math.prod(rates)
+def my_talker_rows(hidden, embeds, is_media):
+    spoken = embeds.masked_fill(is_media[:, None], 0)
+    return hidden + spoken

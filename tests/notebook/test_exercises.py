@@ -541,11 +541,12 @@ BUGS = {
             lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
             lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
         ],
-        "samples_of": [
-            lambda n, k, r: n * k * sum(r),
-            lambda n, k, r: n * math.prod(r),
-            lambda n, k, r: n * k * 160,
-            lambda n, k, r: n * k * max(r),
+        "my_talker_rows": [
+            lambda h, e, m: torch.cat([h, e], 1),
+            lambda h, e, m: h + e,
+            lambda h, e, m: (h + e).masked_fill(m[:, None], 0),
+            lambda h, e, m: h.masked_fill(m[:, None], 0) + e,
+            lambda h, e, m: h + e.masked_fill_(m[:, None], 0),
         ],
     },
     "01": {

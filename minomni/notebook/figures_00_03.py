@@ -1,0 +1,212 @@
+"""Figures of which chapters 00 to 03 need one each.
+
+matplotlib is imported where it is used, so importing this file is cheap.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minomni.inputs.mel import LOG_BANDS, hz_to_mel
+from minomni.notebook.viz import INK, axes, lattice, picture
+from minomni.plot import COLORS, PALE, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOWEST_VOICE, HIGHEST_VOICE = 60, 400  # Hz, of a fundamental frequency
+
+
+def fundamental(wave: Tensor, rate: int) -> float:
+    """The median fundamental frequency of a voice in Hz. wave [samples], `rate` of them a second.
+
+    The period of a moment is the shift at which the wave is most like itself.
+    """
+    longest = rate // LOWEST_VOICE  # samples of a period
+    pieces = wave.unfold(0, 2 * longest, rate // 100)  # [moments, samples]
+    shifts = range(rate // HIGHEST_VOICE, longest)
+    likeness = torch.stack(
+        [
+            F.cosine_similarity(pieces[:, :longest], pieces[:, shift : shift + longest])
+            for shift in shifts
+        ]
+    )  # [shifts, moments]
+    # Two periods are as good as one: the shorter shift wins.
+    penalty = torch.linspace(0, 0.2, len(shifts))[:, None]
+    best = (likeness - penalty).argmax(0)
+    voiced = likeness.amax(0) > 0.7
+    period = shifts[0] + float(best[voiced].float().median())
+    return rate / period
+
+
+def low_harmonics(ax: "Axes", wave: Tensor, rate: int, name: str, seconds: float = 0.4) -> None:
+    """The beginning of a voice from 0 to 1,000 Hz, with its fundamental frequency as a line."""
+    wave = wave[: int(seconds * rate)]
+    size = rate // 16  # 62.5 ms: long enough to separate harmonics
+    window = torch.hann_window(size)
+    spectrum = torch.stft(wave, size, rate // 200, window=window, return_complex=True).abs()
+    top = 1000 * size // rate  # bins below 1,000 Hz
+    decibels = 20 * (spectrum[:top] / spectrum.max()).clamp_min(1e-4).log10()
+    ax.imshow(
+        decibels,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=-50,
+        vmax=0,
+        extent=(0, seconds, 0, 1000),
+    )
+    hz = fundamental(wave, rate)
+    ax.axhline(hz, color="white", linestyle="--", linewidth=1)
+    ax.set(xlabel="seconds", ylabel="Hz", title=f"{name}, {hz:.0f} Hz")
+
+
+def point_out(ax: "Axes", places: dict[str, tuple[float, float]]) -> None:
+    """Arrows from names above a log-mel spectrogram to places in it, (seconds, Hz)."""
+    highest = hz_to_mel(torch.tensor(8000.0))
+    for name, (seconds, hz) in places.items():
+        band = float(hz_to_mel(torch.tensor(float(hz))) / highest * (LOG_BANDS + 1) - 0.5)
+        ax.annotate(
+            name,
+            (seconds, band),
+            (seconds, LOG_BANDS + 6),
+            ha="center",
+            fontsize=8,
+            color=INK,
+            arrowprops={"arrowstyle": "->", "color": "white", "linewidth": 1.4},
+            annotation_clip=False,
+        )
+
+
+def dot_products(sound: Tensor, waves: dict[str, Tensor]) -> None:
+    """A line of plots for each wave: the sound, the wave, their products and the sum of these.
+
+    sound and each wave [samples].
+    """
+    plots = axes(len(waves), 3, height=1.4, sharex=True, sharey=True)
+    for row, (name, wave) in enumerate(waves.items()):
+        product = sound * wave
+        total = round(float(product.sum()))
+        columns = {"the sound": sound, name: wave, f"product, sum {total}": product}
+        for column, (title, values) in enumerate(columns.items()):
+            ax = plots[3 * row + column]
+            color = COLORS["audio"] if column < 2 else INK
+            ax.bar(range(len(values)), values, width=0.5, color=color)
+            ax.axhline(0, color=PALE, linewidth=0.8, zorder=0)
+            ax.set_title(title, fontsize=9)
+            ax.set(ylim=(-1.2, 1.2), yticks=(-1, 0, 1))
+    for ax in plots[-3:]:
+        ax.set_xlabel("sample")
+
+
+def filter_step(frames: Tensor, weight: Tensor, bias: float) -> None:
+    """One number of a convolution: frames [bands, 3], a filter [bands, 3], their product."""
+    product = frames * weight
+    total = float(product.sum())
+    images = {
+        "three frames": (frames, "magma", None),
+        "times a filter": (weight, "RdBu_r", float(weight.abs().max())),
+        "product": (product, "RdBu_r", float(product.abs().max())),
+    }
+    plots = axes(1, 4, width=7.5, height=2.6, width_ratios=(2, 2, 2, 3))
+    for ax, (title, (values, colors, limit)) in zip(plots, images.items(), strict=False):
+        low = None if limit is None else -limit
+        image = ax.imshow(
+            values,
+            cmap=colors,
+            vmin=low,
+            vmax=limit,
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+        )
+        ax.set(xticks=(0, 1, 2), xticklabels=("left", "itself", "right"))
+        ax.set_title(title, fontsize=9)
+        ax.figure.colorbar(image, ax=ax, pad=0.02).ax.tick_params(labelsize=7)
+    plots[0].set_ylabel("band")
+    plots[3].axis("off")
+    lines = f"sum of the product\n{total:+.2f}\n\nbias\n{bias:+.2f}\n\noutput\n{total + bias:+.2f}"
+    plots[3].text(0.5, 0.5, lines, ha="center", va="center", fontsize=10, color=INK)
+
+
+def attention_blocks(
+    ax: "Axes",
+    weights: Tensor,
+    lengths: list[int],
+    words: dict[float, str],
+    high: float,
+    title: str,
+) -> None:
+    """Attention weights [T, T] of steps of 20 ms, a panel for each of two blocks of `lengths`.
+
+    words: the second at which each begins; they label the keys. high: the weight at the end of the
+    color map.
+    """
+    ax.axis("off")
+    ax.set_title(title, fontsize=9)
+    places = ((0, 0.52, 0.88, 0.48), (0, 0.1, 0.88, 0.24))  # left, bottom, width and height
+    first = 0
+    for place, length in zip(places, lengths, strict=True):
+        panel = plain(ax.inset_axes(place))
+        block = weights[first : first + length, first : first + length]
+        begin, end = 0.02 * first, 0.02 * (first + length)
+        image = panel.imshow(
+            block,
+            cmap="magma",
+            vmin=0,
+            vmax=high,
+            aspect="auto",
+            extent=(begin, end, end, begin),
+            interpolation="nearest",
+        )
+        inside = {at: word for at, word in words.items() if begin <= at < end}
+        panel.set_xticks(list(inside), list(inside.values()), rotation=90, fontsize=7)
+        panel.set_ylabel("query, s", fontsize=8)
+        first += length
+    panel.set_xlabel("key", fontsize=8)
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes((0.91, 0.52, 0.03, 0.48)))
+    bar.ax.tick_params(labelsize=7)
+
+
+def zoom(whole: "Axes", part: "Axes", image: Any, corner: tuple[int, int], cell: int) -> None:
+    """One cell of an image beside it, with its four patches numbered. corner: its top and left."""
+    from matplotlib.patches import Rectangle
+
+    top, left = corner
+    whole.add_patch(
+        Rectangle((left - 0.5, top - 0.5), cell, cell, fill=False, color="gold", linewidth=2.5)
+    )
+    picture(part, image.crop((left, top, left + cell, top + cell)), "one cell = one token")
+    half = cell // 2
+    lattice(part, cell, cell, half, "gold", 1.5)
+    for number in range(4):
+        row, column = divmod(number, 2)
+        part.text(
+            half * column + 1,
+            half * row + 1,
+            f"patch {number}",
+            fontsize=7,
+            va="top",
+            color="black",
+            bbox={"facecolor": "gold", "edgecolor": "none", "pad": 1},
+        )
+
+
+def walk(ax: "Axes", image: Any, places: Tensor, title: str) -> None:
+    """A line through the patches of 14 pixels of an image in some order; the first four are
+    numbered.
+
+    image: of PIL, drawn dark. places [patches, 2]: row and column of each patch.
+    """
+    dark = image.convert("L").point(lambda value: value // 2).convert("RGB")
+    picture(ax, dark, title)
+    lattice(ax, image.height, image.width, 14, linewidth=0.4)
+    lattice(ax, image.height, image.width, 28, linewidth=1.4)
+    x = 14 * places[:, 1] + 7
+    y = 14 * places[:, 0] + 7
+    ax.plot(x, y, color="gold", linewidth=1.6, marker="o", markersize=3)
+    ax.plot(x[0], y[0], color="white", marker="o", markersize=7)
+    for number in range(4):
+        ax.text(x[number] - 2, y[number] - 2, str(number), color="white", fontsize=8, ha="right")

@@ -1,0 +1,61 @@
+"""Figures of the first chapters: what they compute and say."""
+
+import math
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from minomni.notebook import figures_00_03 as figures
+from minomni.notebook import viz
+from minomni.notebook.cases import cut_cases
+from minomni.notebook.check import solution
+
+
+@pytest.fixture(autouse=True)
+def off_screen():
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("hz", [90, 120, 205])
+def test_the_fundamental_of_a_voice_is_found_below_stronger_harmonics(hz):
+    t = torch.arange(6400) / 16_000
+    wave = sum(gain * (2 * math.pi * hz * k * t).sin() for k, gain in ((1, 0.3), (2, 1), (3, 0.6)))
+    assert figures.fundamental(wave, 16_000) == pytest.approx(hz, rel=0.02)
+    ax = viz.axes()
+    figures.low_harmonics(ax, wave, 16_000, "Anna")
+    assert re.fullmatch(r"Anna, \d+ Hz", ax.get_title())
+
+
+def test_dot_products_state_their_sums():
+    sound = torch.tensor([0.0, 1, 0, -1])
+    figures.dot_products(sound, {"itself": sound, "a constant": torch.ones(4)})
+    titles = [ax.get_title() for ax in plt.gcf().axes]
+    assert titles[1::3] == ["itself", "a constant"]
+    assert titles[2::3] == ["product, sum 2", "product, sum 0"]
+
+
+def test_a_flow_that_continues_repeats_the_last_tensor():
+    steps = ("ids [L]", "embed", "[L, D]", "Thinker", "hidden")
+    names = re.findall(r">([^<]+)</text>", viz.flow(*steps, wide=200).data)
+    assert names == ["ids [L]", "embed", "[L, D]", "[L, D]", "Thinker", "hidden"]
+    assert re.findall(r">([^<]+)</text>", viz.flow(*steps).data) == list(steps)
+
+
+def test_the_axes_of_patches_stand_in_the_order_of_the_table():
+    names = re.findall(r">([^<]+)</text>", viz.patch_axes().data)
+    assert "".join(name for name in names[-11:] if len(name) == 1) == "TYXyxcfij"
+
+
+def test_titles_of_settings_have_a_unit():
+    viz.explore(lambda ax, **settings: None, unit=" s", block=(1, 2), clip=(4, 8))
+    assert [ax.get_title() for ax in plt.gcf().axes] == ["block = 1 s", "block = 2 s"]
+    assert plt.gcf().get_suptitle() == "clip = 8 s"
+
+
+def test_numbered_cells_are_cases_for_a_cut():
+    cut = solution("03", "my_cut")
+    assert all((cut(*arguments) == expected).all() for arguments, expected, _ in cut_cases())
