@@ -204,8 +204,8 @@ def walk(ax: "Axes", image: Any, places: Tensor, title: str) -> None:
     picture(ax, dark, title)
     lattice(ax, image.height, image.width, 14, linewidth=0.4)
     lattice(ax, image.height, image.width, 28, linewidth=1.4)
-    x = 14 * places[:, 1] + 7
-    y = 14 * places[:, 0] + 7
+    x = (14 * places[:, 1] + 7).tolist()
+    y = (14 * places[:, 0] + 7).tolist()
     ax.plot(x, y, color="gold", linewidth=1.6, marker="o", markersize=3)
     ax.plot(x[0], y[0], color="white", marker="o", markersize=7)
     for number in range(4):
