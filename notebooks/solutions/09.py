@@ -5,10 +5,6 @@ import math
 import torch
 
 
-def my_banned(ids, rows, pad, bos, eos):
-    return [i for i in range(ids) if i == bos or i >= rows and i not in (pad, eos)]
-
-
 def my_inputs(r, end, pad, table, codes, bos):
     before = table[torch.tensor([bos, *codes])]
     column = [*r, end] + [pad] * len(codes)
@@ -22,6 +18,10 @@ def my_targets(length, rows, eos):
         answer = torch.tensor([*codes, eos])
         target[length + 1 : length + 1 + len(answer)] = answer
     return targets
+
+
+def my_banned(ids, rows, pad, bos, eos):
+    return [i for i in range(ids) if i == bos or i >= rows and i not in (pad, eos)]
 
 
 def my_decode(logits_of, choose, banned, stops, most):

@@ -874,15 +874,6 @@ BUGS = {
         ],
     },
     "09": {
-        "my_banned": [
-            lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
-            lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
-            lambda ids, rows, pad, bos, eos: [
-                i for i in range(ids) if i == bos or i >= rows and i != eos
-            ],
-            lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
-            lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos],
-        ],
         "my_inputs": [
             lambda r, end, pad, table, codes, bos: added(r, end, pad, table, [*codes, bos]),
             lambda r, end, pad, table, codes, bos: added(r, end, end, table, [bos, *codes]),
@@ -898,6 +889,15 @@ BUGS = {
             lambda n, rows, eos: aimed(n, rows, eos, fill=0),
             lambda n, rows, eos: aimed(n, rows, eos)[:, :-1],
             lambda n, rows, eos: aimed(n, rows, eos, last=True),
+        ],
+        "my_banned": [
+            lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
+            lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
+            lambda ids, rows, pad, bos, eos: [
+                i for i in range(ids) if i == bos or i >= rows and i != eos
+            ],
+            lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
+            lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos],
         ],
         "my_decode": [
             lambda f, g, banned, stops, most: decoded(f, g, banned, stops, most, keep=True),
