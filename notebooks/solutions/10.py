@@ -2,6 +2,8 @@
 notebook.
 """
 
+import math
+
 import torch
 
 
@@ -34,6 +36,39 @@ def heun_step(field, y, start, end):
     first = field(start, y)
     second = field(end, y + h * first)
     return y + h * (first + second) / 2
+
+
+def my_norm(h, scale, shift):
+    h = h - h.mean(1, keepdim=True)
+    return h / (h.square().mean(1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+
+
+def my_attention(h, part, seen, theta):
+    maps, heads = (part.to_q, part.to_k, part.to_v), []
+    q, k, v = (f(h).unflatten(1, (part.heads, -1)).unbind(1) for f in maps)  # [T, d]
+    for head in range(part.heads):
+        a, b = q[head], k[head]
+        if head == 0:
+            pair = torch.arange(a.shape[1] // 2) / (a.shape[1] // 2)
+            angles = torch.arange(len(h))[:, None] * theta**-pair
+            turned = [torch.complex(x[:, ::2], x[:, 1::2]) * (1j * angles).exp()
+                      for x in (a, b)]
+            a, b = (torch.view_as_real(x).flatten(1) for x in turned)
+        scores = a @ b.T / a.shape[1] ** 0.5
+        heads.append(scores.masked_fill(~seen, -math.inf).softmax(1) @ v[head])
+    return part.to_out(torch.cat(heads, 1))
+
+
+def my_solve(velocity, x, grid, tableau):
+    (rows, weights), trajectory = tableau, [x]
+    for start, end in zip(grid, grid[1:]):
+        step, velocities = end - start, []
+        for row in rows:
+            y = x + step * sum(a * v for a, v in zip(row, velocities))
+            velocities.append(velocity(start + step * sum(row), y))
+        x = x + step * sum(a * v for a, v in zip(weights, velocities))
+        trajectory.append(x)
+    return trajectory
 
 
 def my_tdnn(x, tdnn):
