@@ -1,5 +1,5 @@
 """Questions with which a notebook counts the right answers of a model: about generated scenes, and
-those that come with the project.
+those that come with the project; and the mean features of its encoders.
 """
 
 import json
@@ -7,10 +7,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from minomni.chat.reply import Reply
 from minomni.data.scenes import random_scene
+from minomni.inputs.mel import log_mel
+from minomni.inputs.patches import image_patches
 from minomni.inputs.prompt import Processor
 
 if TYPE_CHECKING:
@@ -91,3 +95,19 @@ def ask_samples(omni: "Omni", recognizer: "SpeechRecognizer", folder: str | Path
     assert unclear is not None
     print(f"of {len(samples)}: right as text {right_text}, heard as written {right_speech}")
     return unclear
+
+
+def mean_features(
+    omni: "Omni", images: list[Image.Image], recordings: list[Tensor]
+) -> dict[str, Tensor]:
+    """The mean output vector [D] of each encoder: {"image": over images, "audio": over recordings}.
+
+    recordings: waves [samples] at 16 kHz.
+    """
+    thinker = omni.thinker
+    tokens = []
+    for image in images:
+        patches, grid = image_patches(image, omni.config.thinker.vision, omni.config.media)
+        tokens.append(thinker.visual(patches, [grid]))
+    sounds = thinker.audio_tower([log_mel(wave) for wave in recordings])
+    return {"image": torch.cat(tokens).mean(0), "audio": sounds.mean(0)}

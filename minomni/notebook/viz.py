@@ -21,6 +21,7 @@ from minomni.plot import mel as plot_bands
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 INK = "#222222"
 AXES = ("time", "height", "width")
@@ -130,6 +131,25 @@ def tint(ax: "Axes", chosen: Tensor, step: int) -> None:
     ax.imshow(overlay.numpy(), interpolation="nearest", extent=extent)
 
 
+def captioned(
+    ax: "Axes", image: "Image", labels: Sequence[Sequence[str]], title: str = "", step: int = 28
+) -> None:
+    """An image with words in its squares of `step` pixels.
+
+    labels: the words of each square, row by row.
+    """
+    picture(ax, image, title)
+    lattice(ax, image.height, image.width, step)
+    for i, words in enumerate(labels):
+        row, column = divmod(i, image.width // step)
+        text = "\n".join(filter(None, words))
+        if text:
+            x = step * (column + 0.5) - 0.5
+            y = step * (row + 0.5) - 0.5
+            box = {"color": "#0009", "pad": 1}
+            ax.text(x, y, text, fontsize=8, ha="center", va="center", color="white", bbox=box)
+
+
 def modalities(ids: list[int], tokens: TokenIds) -> list[str]:
     """The kind of each token, for its color: text, marker, audio, image or video."""
     kinds = {tokens.audio: "audio", tokens.image: "image", tokens.video: "video"}
@@ -235,6 +255,42 @@ def squares(ax: "Axes", lines: dict[str, list[str]]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
+def page(
+    ax: "Axes", kinds: list[str], messages: Sequence[tuple[str, int]], width: int = 60
+) -> None:
+    """Tokens as squares colored by kind, `width` a line, with a bracket below each message.
+
+    messages: name and first token of each, in order; the last one ends with the tokens.
+    """
+    ends = [begin for _, begin in messages[1:]] + [len(kinds)]
+    lines = range(0, len(kinds), width)
+    for y, start in enumerate(lines):
+        colors = [COLORS[kind] for kind in kinds[start : start + width]]
+        ax.bar(range(len(colors)), 0.5, width=0.84, bottom=y - 0.4, color=colors)
+    for (name, begin), end in zip(messages, ends, strict=True):
+        # The part of the message on each of its lines: (tokens, line, first, last).
+        parts = []
+        for y, start in enumerate(lines):
+            first = max(begin, start) - start
+            last = min(end, start + width) - start - 1
+            if first <= last:
+                parts.append((last - first, y, first, last))
+                ax.hlines(y + 0.2, first - 0.42, last + 0.42, INK, linewidth=0.8)
+        _, y, first, last = max(parts)
+        ax.text((first + last) / 2, y + 0.26, name, ha="center", va="top", fontsize=7, color=INK)
+        for x, row in ((parts[0][2] - 0.42, parts[0][1]), (parts[-1][3] + 0.42, parts[-1][1])):
+            ax.vlines(x, row + 0.13, row + 0.2, INK, linewidth=0.8)
+    ax.set(
+        xlim=(-0.6, width - 0.4),
+        ylim=(len(lines) - 0.4, -0.5),
+        yticks=[y - 0.15 for y in range(len(lines))],
+        yticklabels=lines,
+        ylabel=f"token ({width} a line)",
+    )
+    ax.spines[:].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+
+
 def split(ax: "Axes", *heights: float) -> list["Axes"]:
     """Plots stacked in the area of one, with these relative heights; its title stays on top."""
     ax.axis("off")
@@ -250,14 +306,18 @@ def split(ax: "Axes", *heights: float) -> list["Axes"]:
 def angles(ax: "Axes", cosines: Tensor, section: tuple[int, int, int]) -> None:
     """Rotation of each token by TMRoPE: cosines [L, pairs], white 0 and black 180 degrees.
 
-    section: how many pairs belong to each of the three axes.
+    section: how many pairs belong to each of the three axes. An axis whose pairs do not rotate is
+    labeled so, because white alone looks like an empty plot.
     """
     ax.imshow(cosines.T, aspect="auto", cmap="Greys_r", vmin=-1, vmax=1, interpolation="nearest")
     # A line between the axes, a label in the middle of each.
     borders = torch.tensor((0, *section)).cumsum(0)
     right = len(cosines) - 0.5
-    ax.hlines(borders[1:-1] - 0.5, -0.5, right, color=COLORS["audio"], linewidth=0.8)
+    ax.hlines(borders[1:-1] - 0.5, -0.5, right, color=COLORS["text"], linewidth=0.8)
     middles = (borders[:-1] + borders[1:] - 1) / 2
+    for middle, band in zip(middles, cosines.split(section, dim=1), strict=True):
+        if band.min() > 0.99:
+            ax.text(right / 2, middle, "all angles ≈ 0", fontsize=8, ha="center", va="center")
     ax.set(yticks=middles, yticklabels=AXES, xlabel="token")
     ax.tick_params(axis="y", length=0)
 
@@ -496,6 +556,54 @@ def patch_axes():
         across += 30
     parts.append(_frame(across - 120, middle - 15, 120, 30))
     return _svg(across + 40, top + whole + 92, parts)
+
+
+def residual(*halves: Sequence[str]):
+    """The halves of a decoder layer as a diagram (SVG), one below the other.
+
+    Each is a line of operations and tensors in turn; the residual stream x passes above it and is
+    added at its end.
+    """
+    parts: list[str] = []
+    right = 0.0
+    for row, half in enumerate(halves):
+        y = 34 + 84 * row
+        x = 4.0
+        for i, step in enumerate(("x [L, D]", *half, "[L, D]")):
+            width = 16 + 6.8 * len(step)
+            if i % 2 == 1:
+                parts.append(_box(x, y, width, step))
+            else:
+                parts.append(_arrow((x + 1, y + 15), (x + width - 1, y + 15)))
+                parts.append(_text(x + width / 2, y + 7, step, size=11))
+            x += width
+        plus = x + 11
+        parts.append(f'<circle cx="{plus:g}" cy="{y + 15}" r="11" fill="white" stroke="{INK}"/>')
+        parts.append(_text(plus, y + 20, "+", size=16))
+        bypass = f"M8 {y + 15} V{y - 22} H{plus:g} V{y + 3}"
+        parts.append(
+            f'<path d="{bypass}" fill="none" stroke="{COLORS["audio"]}" stroke-width="1.5" '
+            'marker-end="url(#tip)"/>'
+        )
+        parts.append(_text((8 + plus) / 2, y - 8, "x passes unchanged: the residual stream", 11))
+        parts.append(_arrow((plus + 12, y + 15), (plus + 76, y + 15)))
+        parts.append(_text(plus + 44, y + 7, "x [L, D]", size=11))
+        right = max(right, plus + 80)
+    return _svg(int(right), 84 * len(halves), parts)
+
+
+def shared_heads(queries: int, shared: int):
+    """Which query heads use which head of keys and values, as a diagram (SVG)."""
+    parts = []
+    group = queries // shared
+    for i in range(shared):
+        middle = 4 + 100 * (group * i + group / 2)
+        parts.append(_box(middle - 45, 84, 90, f"keys, values {i}"))
+        for head in range(group * i, group * (i + 1)):
+            left = 9 + 100 * head
+            parts.append(_box(left, 4, 90, f"query head {head}"))
+            parts.append(_arrow((left + 45, 34), (middle, 84)))
+    return _svg(8 + 100 * queries, 118, parts)
 
 
 def _svg(width: int, height: int, parts: list[str]):

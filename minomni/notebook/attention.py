@@ -1,0 +1,165 @@
+"""Attention in the notebooks: a trained Thinker's weights, and figures of them and of rotations.
+
+matplotlib is imported where it is used, so importing this file is cheap.
+"""
+
+from collections.abc import Sequence
+from math import cos, degrees, sin
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from minomni import decoder
+from minomni.data.examples import with_ids
+from minomni.inputs.prompt import Inputs
+from minomni.layers import attention_with_weights
+from minomni.notebook.viz import COLORS, INK, PALE, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
+
+    from minomni.thinker.thinker import Thinker
+
+YELLOW = (1.0, 0.75, 0.0)
+LEAST = 0.01  # share of the largest weight below which a weight is not drawn
+FAINTEST = 0.15  # opacity of the least that is drawn
+
+
+def watch(thinker: "Thinker", inputs: Inputs, said: list[int]) -> Tensor:
+    """Attention weights [layers, heads, L, L] while one prompt and its answer `said` are read."""
+    tables = []
+
+    def attend(*arguments):
+        out, weights = attention_with_weights(*arguments)
+        tables.append(weights[0])
+        return out
+
+    ids = torch.cat([inputs.input_ids, torch.tensor([said])], 1)
+    with patch.object(decoder, "attention", attend), torch.no_grad():
+        thinker.prefill(with_ids(inputs, ids))
+    return torch.stack(tables)
+
+
+def rotated(ax: "Axes", q_angle: float, k_angle: float, title: str = "") -> None:
+    """One pair of numbers of a query and of a key, equal before, rotated by angles in radians.
+
+    The angle between them is marked.
+    """
+    from matplotlib.patches import Arc, Circle
+
+    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=PALE))
+    ax.plot((0, 1), (0, 0), ":", color=COLORS["text"])  # where both were
+    for name, angle, color in (("q", q_angle, COLORS["audio"]), ("k", k_angle, COLORS["video"])):
+        end = (cos(angle), sin(angle))
+        arrow = {"arrowstyle": "->", "color": color, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", end, (0, 0), arrowprops=arrow)
+        vertical = "center"
+        if q_angle == k_angle:
+            vertical = "bottom" if name == "q" else "top"
+        ax.text(1.15 * end[0], 1.15 * end[1], name, color=color, ha="center", va=vertical)
+    ax.add_patch(Arc((0, 0), 0.6, 0.6, theta1=degrees(q_angle), theta2=degrees(k_angle), color=INK))
+    middle = (q_angle + k_angle) / 2
+    between = f"{degrees(k_angle - q_angle):.0f}°"
+    if q_angle == k_angle:
+        between = f"{between}\n\n"  # above the arrows
+    ax.text(0.52 * cos(middle), 0.52 * sin(middle), between, fontsize=8, ha="center", va="center")
+    ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+    ax.set_title(title, fontsize=9)
+    ax.axis("off")
+
+
+def on_patches(ax: "Axes", image: "Image", weights: Tensor, query: tuple[int, int]) -> None:
+    """The weights [rows, columns] with which one patch, marked by a cross, attends to the patches.
+
+    query: its row and column. Yellow over a pale image; less than LEAST is not drawn. Below, the
+    scale from 0 to the largest weight.
+    """
+    pale = image.convert("L").point(lambda level: 170 + level // 3)
+    picture(ax, pale.convert("RGB"))
+    step = image.height / len(weights)
+    edges = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+    ax.imshow(_yellow(weights / weights.max()).numpy(), extent=edges, interpolation="nearest")
+    row, column = query
+    ax.plot(step * (column + 0.5) - 0.5, step * (row + 0.5) - 0.5, "x", color=INK, markersize=8)
+
+    scale = ax.inset_axes((0.2, -0.12, 0.6, 0.06))
+    shares = torch.linspace(0, 1, 100)[None]
+    scale.imshow(_yellow(shares).numpy(), extent=(0, 1, 0, 1), aspect="auto")
+    scale.set(xticks=(0, 1), xticklabels=("0", f"{weights.max():.2f}"), yticks=[])
+    scale.tick_params(labelsize=7, length=0)
+
+
+def _yellow(shares: Tensor) -> Tensor:
+    """Shares [rows, columns] of the largest weight -> yellow of some opacity [rows, columns, 4]."""
+    opacity = FAINTEST + (1 - FAINTEST) * shares.sqrt()
+    opacity = torch.where(shares >= LEAST, opacity, 0.0)
+    color = torch.tensor(YELLOW).expand(*shares.shape, 3)
+    return torch.cat([color, opacity[..., None]], 2)
+
+
+def on_image_and_sound(
+    above: "Axes", below: "Axes", image: "Image", cells: Tensor, loudness: Tensor, sound: Tensor
+) -> None:
+    """Attention weights of one word, on an image [rows, columns] and on a recording [n].
+
+    Cells with less weight are darker; a bar for each audio token stands over its loudness [n]. Both
+    are relative to their largest weight.
+    """
+    rows, columns = cells.shape
+    extent = (0, columns, rows, 0)
+    above.imshow(image, extent=extent)
+    dark = 0.65 * (1 - (cells / cells.max()).sqrt())
+    above.imshow(torch.zeros(rows, columns).numpy(), alpha=dark.numpy(), cmap="gray", extent=extent)
+    above.axis("off")
+    for name, heights, color in (
+        ("loudness", loudness, PALE),
+        ("attention weight", sound, COLORS["audio"]),
+    ):
+        share = (heights / heights.max()).tolist()
+        below.bar(range(len(share)), share, color=color, width=1, label=name)
+    below.set(xticks=[], yticks=[])
+    below.spines["left"].set_visible(False)
+
+
+def table(ax: "Axes", weights: Tensor, kinds: list[str]) -> None:
+    """Attention weights [L, L] of one head, drawn as their square roots; the future is white.
+
+    kinds [L]: what viz.modalities() gives, as strips beside the table.
+    """
+    import matplotlib
+
+    length = len(kinds)
+    future = torch.ones(length, length).triu(1).bool()
+    cmap = matplotlib.colormaps["magma"].with_extremes(bad="white")
+    shown = weights.sqrt().masked_fill(future, float("nan"))
+    ax.imshow(shown.numpy(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    colors = [COLORS[kind] for kind in kinds]
+    ax.bar(range(length), 3, 1, -5, color=colors)
+    ax.barh(range(length), 3, 1, -5, color=colors)
+    for kind, name in (("image", "image"), ("audio", "sound")):
+        places = [i for i, k in enumerate(kinds) if k == kind]
+        if places:
+            middle = sum(places) / len(places)
+            ax.text(middle, -6, name, fontsize=7, ha="center", va="bottom")
+            ax.text(-6, middle, name, fontsize=7, ha="right", va="center", rotation=90)
+    ax.set(xlim=(-12, length), ylim=(length, -12), xlabel="key", ylabel="query")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def lens(ax: "Axes", words: Sequence[Sequence[str]], sure: Tensor) -> None:
+    """The likeliest word of each layer at each token, [layers, L]; strong color is likely.
+
+    sure [layers, L]: their probabilities.
+    """
+    for depth, line in enumerate(words):
+        for i, word in enumerate(line):
+            opacity = 0.6 * float(sure[depth, i])
+            ax.bar(i, 0.9, 0.94, depth - 0.45, color=COLORS["image"], alpha=opacity)
+            ax.text(i, depth, word, ha="center", va="center", fontsize=8)
+    depths = range(len(words))
+    ax.set(xticks=[], yticks=depths, yticklabels=[f"layer {i}" for i in depths])
+    ax.set(xlim=(-0.5, len(words[0]) - 0.5), ylim=(len(words) - 0.5, -0.5))
