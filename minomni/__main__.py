@@ -1236,7 +1236,9 @@ def run_bench_parts(arguments: argparse.Namespace, folder: Path, device: "torch.
 
     dtype = dtype_of(arguments.dtype or "fp32")
     assert dtype is not None
-    work = parts_sides.SHORT if arguments.short else parts_sides.FULL
+    work = parts_sides.FULL if device.type == "cuda" else parts_sides.ON_CPU
+    if arguments.short:
+        work = parts_sides.SHORT
     parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
     print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
 

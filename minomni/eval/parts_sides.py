@@ -56,6 +56,7 @@ class Work:
 
 
 FULL = Work(30, (448, 672), 16, 1024, 32, 10, 10, 256, 5, 256, 2048)
+ON_CPU = replace(FULL, answer_s=2, rounds=3)  # ten seconds of speech take minutes there
 SHORT = Work(2, (56, 84), 4, 64, 4, 1, 1, 16, 1, 8, 256)  # seconds, to see whether all of it runs
 
 
