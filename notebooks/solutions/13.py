@@ -66,24 +66,6 @@ def kept(losses, patience):
     return best
 
 
-class Measured:
-    """Measures the loss on trained and on new batches at each line of the log."""
-
-    repeat = 10**9  # after so many batches it begins again
-
-    def batch(self, number):
-        return super().batch(number % self.repeat)
-
-    def loss_on(self, first):
-        batches = [super(Measured, self).batch(first + i) for i in range(3)]
-        return sum(float(sum(self.losses(batch).values())) for batch in batches) / 3
-
-    def sample(self):  # train() calls it in eval mode and without gradients
-        pair = self.loss_on(0), self.loss_on(10**6)
-        self.curve = [*getattr(self, "curve", []), pair]
-        return ""
-
-
 def as_row(question, answer):
     return {"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": answer}]}
