@@ -327,12 +327,13 @@ def explore(
     size: float = 2.6,
     slide: Mapping[str, Sequence] | None = None,
     unit: str = "",
+    width: float = 3.0,
     **ranges: Sequence,
 ) -> None:
     """Show draw(ax, **settings) at many settings: a row of plots, and controls in a live notebook.
 
     ranges: the values of each setting. The row of plots varies the first setting; the others are at
-    their middle value, which is written above it. A title that draw sets is kept. size: height of a
+    their middle value, which is written above it. A title that draw sets is kept. size, width: of a
     plot in inches. slide: the finer values that an ordered quantity has on its slider. Every other
     setting has a button for each value; there are no controls if the row shows all there is. unit:
     of all values, for the titles.
@@ -340,7 +341,7 @@ def explore(
     (first, values), *others = ranges.items()
     middle = {name: options[len(options) // 2] for name, options in others}
     height = size + 0.2 if middle else size  # a line of text above
-    plots = axes(1, len(values), width=min(9.0, 3.0 * len(values)), height=height)
+    plots = axes(1, len(values), width=min(9.0, width * len(values)), height=height)
     if len(values) == 1:
         plots = [plots]
     for ax, value in zip(plots, values, strict=True):
