@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from collections import Counter
+from functools import cache
 from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +38,10 @@ def _byte_letters() -> dict[int, str]:
 
 
 LETTER_OF = _byte_letters()
-BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
+# For str.translate: each letter to the character whose Latin-1 code is its byte, and characters
+# that are no letters to one that Latin-1 lacks.
+NO_LETTER = dict.fromkeys(range(256), "\uffff")
+LATIN_OF = NO_LETTER | {ord(letter): chr(byte) for byte, letter in LETTER_OF.items()}
 BYTE_TOKENS = [bytes([byte]) for byte in LETTER_OF]  # the token of each id below 256
 
 
@@ -227,9 +231,11 @@ class Tokenizer:
         """
         folder = Path(folder)
         merges, vocab, added = _read_files(folder)
+        to_bytes = cache(_bytes)  # a token occurs in several merges
         try:
-            tokenizer = cls([(_bytes(left), _bytes(right)) for left, right in merges], added)
-            stored = {_bytes(token): i for token, i in vocab.items() if token not in added}
+            pairs = [(to_bytes(left), to_bytes(right)) for left, right in merges]
+            tokenizer = cls(pairs, added)
+            stored = {to_bytes(token): i for token, i in vocab.items() if token not in added}
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
@@ -238,10 +244,8 @@ class Tokenizer:
             ) from None
 
         # Where there is a vocabulary, it has to agree with the merges.
-        differing = set()
-        if stored:
-            differing = set(stored.items()) ^ set(tokenizer.id_of.items())
-        if differing:
+        if stored and stored != tokenizer.id_of:
+            differing = stored.items() ^ tokenizer.id_of.items()
             tokens = {token for token, _ in differing}
             raise UserError(
                 f"{short_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, "
@@ -277,7 +281,8 @@ def _spell(token: bytes) -> str:
 
 
 def _bytes(spelling: str) -> bytes:
-    return bytes(BYTE_OF[letter] for letter in spelling)
+    """The inverse of _spell(). Raises ValueError for a letter that spells no byte."""
+    return spelling.translate(LATIN_OF).encode("latin-1")
 
 
 # ------------------------------------------------------------------------------------- files
@@ -373,7 +378,7 @@ def _checked_merges(merges: list, file: Path) -> list:
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(pairs, 1):
         is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair or not all(isinstance(part, str) for part in pair):
+        if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], str):
             raise UserError(
                 f"{short_path(file)}: holds no byte-level BPE: merge {number} is "
                 f"{quote_json(merges[number - 1])}, expected two tokens"
