@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(index * (-math.log(10_000) / (TIME_FREQUENCIES - 1)))
         angles = 1000 * time[:, None] * frequencies  # [B, 128]
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.time_mlp(waves.to(self.time_mlp[0].weight.dtype))
+        return self.time_mlp(waves.to(next(self.parameters()).dtype))
 
 
 class CodeEmbedding(nn.Module):

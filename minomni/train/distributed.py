@@ -16,7 +16,7 @@ With one process nothing changes, and FSDP, which is slow to import, is not impo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -140,6 +140,28 @@ def is_sharded(value: Any) -> TypeGuard["DTensor"]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
+
+
+def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """A function that maps each item of a batch [n, ...] to one of the same shape. A sharded batch
+    is gathered once, each process computes every N-th item, and the results are exchanged.
+    """
+    if not is_sharded(batch):
+        return function(batch)
+    from torch.distributed.tensor import distribute_tensor
+
+    items = batch.full_tensor()
+    # All processes take equally many; the last ones compute some that others compute too.
+    count = math.ceil(len(items) / world())
+    begins = [min(process * count, len(items) - count) for process in range(world())]
+    begin = begins[rank()]
+    own = function(items[begin : begin + count]).contiguous()
+    parts = [torch.empty_like(own) for _ in begins]
+    dist.all_gather(parts, own)
+    results = own.new_empty(items.shape)
+    for begin, part in zip(begins, parts, strict=True):
+        results[begin : begin + count] = part
+    return distribute_tensor(results, batch.device_mesh, batch.placements, src_data_rank=None)
 
 
 def whole(state: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from minomni.devices import has_bf16
+from minomni.train.distributed import divided
 
 ADAMW_RMS = 0.2  # RMS of an AdamW update, which Muon's updates match (arXiv 2502.16982, sec. 2.2)
 
@@ -69,7 +71,8 @@ class Muon(torch.optim.Optimizer):
 
         # Orthogonalize all updates in one batch.
         stacked = torch.stack([wide(as_matrix(update)) for update in updates])  # [n, r, c]
-        orthogonalized = orthogonal(stacked, group["ns_steps"]).to(stacked.dtype)
+        iterate = partial(orthogonal, steps=group["ns_steps"])
+        orthogonalized = divided(iterate, stacked).to(stacked.dtype)
 
         # Decoupled weight decay, then a step with the RMS of an AdamW step.
         lr = group["lr"]
