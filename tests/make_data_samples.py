@@ -80,7 +80,7 @@ def questions() -> list[dict]:
     return [
         dict(
             name="spoken_about_a_scene",
-            asks=f"a picture, and a voice asking: {scene.question}",
+            asks=f"an image, and a voice asking: {scene.question}",
             answer=scene.answer,
             voice="Anna",
             content=[
@@ -90,7 +90,7 @@ def questions() -> list[dict]:
         ),
         dict(
             name="typed_about_a_scene",
-            asks=f"a picture, and: {color.question}",
+            asks=f"an image, and: {color.question}",
             answer=color.answer,
             voice="Karl",
             content=[{"image": "color.png"}, {"text": color.question}],
