@@ -44,14 +44,14 @@ def watch(thinker: "Thinker", inputs: Inputs, said: list[int]) -> Tensor:
 
 
 def rotated(ax: "Axes", q_angle: float, k_angle: float, title: str = "") -> None:
-    """One pair of numbers of a query and of a key, equal before, rotated by angles in radians.
+    """One pair of numbers of a query and one of a key, at angles in radians.
 
-    The angle between them is marked.
+    The angle between them is marked; the dotted line is angle 0.
     """
     from matplotlib.patches import Arc, Circle
 
     ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=PALE))
-    ax.plot((0, 1), (0, 0), ":", color=COLORS["text"])  # where both were
+    ax.plot((0, 1), (0, 0), ":", color=COLORS["text"])
     for name, angle, color in (("q", q_angle, COLORS["audio"]), ("k", k_angle, COLORS["video"])):
         end = (cos(angle), sin(angle))
         arrow = {"arrowstyle": "->", "color": color, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
