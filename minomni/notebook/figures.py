@@ -1,8 +1,10 @@
-"""Figures of which chapters 00 to 03 need one each.
+"""Figures that only one or two chapters need.
 
 matplotlib is imported where it is used, so importing this file is cheap.
 """
 
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,3 +212,32 @@ def walk(ax: "Axes", image: Any, places: Tensor, title: str) -> None:
     ax.plot(x[0], y[0], color="white", marker="o", markersize=7)
     for number in range(4):
         ax.text(x[number] - 2, y[number] - 2, str(number), color="white", fontsize=8, ha="right")
+
+
+def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
+    """A line for each name: a dot for each seed, their mean, and their standard deviation as a bar.
+
+    values: of each name [seeds]. label: what they are, with its unit.
+    """
+    ax = axes(width=7, height=0.35 * len(values) + 0.8)
+    for row, seeds in enumerate(values.values()):
+        ax.plot(seeds, [row] * len(seeds), "o", color=COLORS["audio"], alpha=0.5)
+        mean, deviation = float(seeds.mean()), float(seeds.std())
+        ax.errorbar(mean, row - 0.25, xerr=deviation, fmt="o", color=INK, capsize=3, markersize=4)
+    ax.set(yticks=range(len(values)), yticklabels=list(values), xlabel=label)
+    ax.set_ylim(len(values) - 0.5, -0.6)
+
+
+def wrong_codes(letters: Sequence[str], text: str) -> list[int]:
+    """The codes whose letter does not fit a text. letters: that of each code, "" for a blank."""
+    starts = [i for i, letter in enumerate(letters) if letter and letter != ("", *letters)[i]]
+    read = "".join(letters[i] for i in starts)
+    blocks = SequenceMatcher(None, read, text, autojunk=False).get_matching_blocks()
+    right = {starts[block.a + k] for block in blocks for k in range(block.size)}
+    wrong = []
+    begin = 0
+    for i, letter in enumerate(letters):
+        begin = i if i in starts else begin
+        if letter and begin not in right:
+            wrong.append(i)
+    return wrong

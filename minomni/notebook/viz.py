@@ -559,6 +559,32 @@ def patch_axes():
     return _svg(across + 40, top + whole + 92, parts)
 
 
+def trellis(symbols: str, steps: int):
+    """The forward recursion of CTC as a diagram (SVG): in each node the sum of the probabilities of
+    all paths to it, if each of two classes has a probability of 1/2 at every step.
+
+    symbols: a letter with a blank (-) on either side; the last two nodes are lit.
+    """
+    eighths = ("0", "⅛", "¼", "⅜", "½", "⅝", "¾", "⅞", "1")
+    parts = []
+    paths = [1, 1] + [0] * (len(symbols) - 2)
+    for t in range(steps):
+        x = 50 + 130 * t
+        parts.append(_text(x + 30, 16, f"t = {t + 1}"))
+        for s, count in enumerate(paths):
+            y = 26 + 56 * s
+            is_end = t == steps - 1 and s >= len(symbols) - 2
+            parts.append(_box(x, y, 60, eighths[8 * count // 2 ** (t + 1)], is_end))
+            if count and t < steps - 1:
+                lower = [(x + 130, 26 + 56 * next_s + 15) for next_s in (s, s + 1)]
+                parts += [_arrow((x + 60, y + 15), end) for end in lower[: len(symbols) - s]]
+        moved = [0, *paths[:-1]]
+        paths = [stay + move for stay, move in zip(paths, moved, strict=True)]
+    for s, symbol in enumerate(symbols):
+        parts.append(_text(24, 26 + 56 * s + 19, symbol, 16))
+    return _svg(130 * steps, 26 + 56 * len(symbols) - 18, parts)
+
+
 def residual(*halves: Sequence[str]):
     """The halves of a decoder layer as a diagram (SVG), one below the other.
 

@@ -1,4 +1,4 @@
-"""Figures of the first chapters: what they compute and say."""
+"""Figures of the chapters: what they compute and say."""
 
 import math
 import re
@@ -59,3 +59,20 @@ def test_titles_of_settings_have_a_unit():
 def test_numbered_cells_are_cases_for_a_cut():
     cut = solution("03", "my_cut")
     assert all((cut(*arguments) == expected).all() for arguments, expected, _ in cut_cases())
+
+
+def test_the_trellis_ends_in_three_quarters():
+    names = re.findall(r">([^<]+)</text>", viz.trellis("-a-", 3).data)
+    assert [name for name in names if name in "0⅛¼⅜½"] == list("½½0¼½¼⅛⅜⅜")
+
+
+def test_letters_that_do_not_fit_are_found_with_their_repeats():
+    assert figures.wrong_codes(["a", "a", "", "c", "c", "b", ""], "ab") == [3, 4]
+    assert figures.wrong_codes(["a", "", "b"], "ab") == []
+
+
+def test_seeds_are_dots_around_their_mean():
+    figures.over_seeds({"before": torch.tensor([1.0, 3.0])}, "mistakes")
+    [ax] = plt.gcf().axes
+    assert [line.get_xdata().tolist() for line in ax.lines[:2]] == [[1, 3], [2]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["before"]
