@@ -438,8 +438,8 @@ def parts(language: str) -> str:
         machine = run["machine"]
         intro = (
             f"{dtype}, {machine['threads']} threads, a copy at {machine['copy_gb_per_s']:.3g} "
-            f"GB/s, matrix products at {machine['gflops']:.3g} GFLOP/s, PyTorch {machine['torch']}, transformers "
-            f"{machine['transformers']}:\n\n"
+            f"GB/s, matrix products at {machine['gflops']:.3g} GFLOP/s, PyTorch "
+            f"{machine['torch']}, transformers {machine['transformers']}:\n\n"
         )
         sides = [side for side in SIDES if any(side in row for row in run["rows"].values())]
         rows = []
