@@ -170,7 +170,7 @@ def add_parts(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dit-dtype",
         choices=["fp32", "bf16"],
-        help="of the DiT of Token2Wav; bf16 halves its memory (default fp32)",
+        help="of the DiT of Token2Wav; bf16 halves its memory on a GPU (default fp32)",
     )
 
 

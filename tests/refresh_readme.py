@@ -91,13 +91,13 @@ SCHEDULES = {
     "3 blocks, the past remembered, 2 ahead": "3 blocks, cached left context, look-ahead of 2",
     "6 blocks, the past remembered, 1 ahead": "6 blocks, cached left context, look-ahead of 1",
 }
-# Rows of the latency table: key -> (English, Chinese)
+# Rows of the table of bench answer: key -> (English, Chinese)
 ANSWER_ROWS = {
     "load_s": ("loading 22.4 GB, s", "加载 22.4 GB，秒"),
     "peak_gib": ("largest memory of the process, GiB", "进程的最大内存，GiB"),
-    "text_s": ("a typed question until the first token, s", "文字提问到第一个 token，秒"),
-    "image_s": ("the same with an image of 224 x 224, s", "附 224 x 224 的图片，秒"),
-    "audio_s": ("the same with 2 s of audio, s", "附 2 秒声音，秒"),
+    "text_s": ("a text until the first token, files read on the way, s", "文字到第一个 token，秒"),
+    "image_s": ("an image of 224 x 224 alone, s", "224 x 224 的图片，秒"),
+    "audio_s": ("two seconds of audio alone, s", "2 秒声音，秒"),
     "tokens_per_s": ("text tokens per second", "每秒文字 token"),
     "tokens_per_s_limit": ("the same if a step only read weights", "只算读权重时的上限"),
     "codes_per_s": ("speech codes per second", "每秒语音编码"),
@@ -121,6 +121,7 @@ PART_GOALS = {
     "thinker_training": 1,
     "talker_training": 1,
 }
+# Rows of the latency table: key -> (English, Chinese)
 LATENCY_ROWS = {
     "codes_before_audio": ("codes before the first audio", "第一段音频所需的编码数"),
     "thinker_and_talker_ms": ("one step of Thinker and Talker, ms", "Thinker 与 Talker 一步，毫秒"),
@@ -701,7 +702,11 @@ def main() -> None:
     parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
     parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
     parser.add_argument("--serve", type=Path, help="output of `minomni bench serve --json`")
-    parser.add_argument("--answer", type=Path, help="output of `minomni bench answer --json`")
+    parser.add_argument(
+        "--answer",
+        type=Path,
+        help="output of `minomni bench answer --json` with the 7B in int4 within 12 GiB",
+    )
     parser.add_argument("--parts", type=Path, help="output of `minomni bench parts --json`")
     parser.add_argument("--processes", type=Path, help="output of `minomni bench processes --json`")
     parser.add_argument("--size", default="tiny", help="of --report and --first")

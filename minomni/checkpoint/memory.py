@@ -14,7 +14,7 @@ from minomni.errors import UserError, short_path
 GIB = 2**30
 ANY_PRECISION = ("thinker.", "talker.")
 DIT = "token2wav.code2wav_dit_model."
-FP32 = torch.float32  # of all that is neither, as the release stores and runs it
+FP32 = torch.float32  # of all other tensors, and of the DiT unless told otherwise: as released
 SCALE_BYTES = 2  # of a scale and of a zero point, which are bf16
 # What load(quantize=) can be given, from the largest model to the smallest.
 OPTIONS = ("int8", "int4", "int4+head+encoders")
@@ -24,7 +24,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def precision_of(name: str, dtype: torch.dtype, dit_dtype: torch.dtype = FP32) -> torch.dtype:
-    """The precision of a tensor of a loaded model. dtype: of Thinker and Talker."""
+    """The precision of a tensor of a loaded model.
+
+    dtype: of Thinker and Talker; dit_dtype: of the DiT. The rest is fp32.
+    """
     if name.startswith(ANY_PRECISION):
         return dtype
     if name.startswith(DIT):
@@ -146,13 +149,19 @@ def cgroup_free(group: str, version: CgroupFiles) -> Iterator[int]:
     folder = CGROUPS / version.folder
     for part in ("", *group.strip("/").split("/")):
         folder = folder / part
-        with suppress(OSError, ValueError, KeyError):  # no limit, or a folder that is not shown
+        with suppress(OSError, ValueError):  # no limit, or a folder that is not shown
             limit = int((folder / version.limit).read_text())
             used = int((folder / version.used).read_text())
-            lines = (folder / "memory.stat").read_text().splitlines()
-            numbers = dict(line.split() for line in lines)
-            cached = sum(int(numbers[name]) for name in version.cached)
-            yield max(0, limit - used + cached)
+            yield max(0, limit - used + cached_bytes(folder, version))
+
+
+def cached_bytes(folder: Path, version: CgroupFiles) -> int:
+    """Bytes of a control group's pages of files; 0 where that is not told."""
+    with suppress(OSError, ValueError, KeyError):
+        lines = (folder / "memory.stat").read_text().splitlines()
+        numbers = dict(line.split() for line in lines)
+        return sum(int(numbers[name]) for name in version.cached)
+    return 0
 
 
 def check_fits(

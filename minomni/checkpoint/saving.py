@@ -132,6 +132,11 @@ def check_arguments(omni: Omni, folder: str | Path) -> None:
             f"save() was given a quantized model ({omni.quantized}), which no other program reads; "
             f"load the model without quantize and save that"
         )
+    if omni.token2wav is not None and omni.token2wav.dit_dtype == torch.bfloat16:
+        raise UserError(
+            "save() was given a model whose DiT is rounded to bf16; load the model without "
+            "dit_dtype and save that"
+        )
     if omni.left_out:
         raise UserError(
             f"save() was given a model without its {' and '.join(omni.left_out)}, which load() "

@@ -18,6 +18,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from minomni.checkpoint.quantize import (
 from minomni.checkpoint.saving import DIT_INV_FREQ, INDEX_FILE, VOICES_FILE, WEIGHTS_FILE, save
 from minomni.config import OmniConfig
 from minomni.devices import device_of, dtype_of
-from minomni.errors import UserError, quote_json, short_path, shorten
+from minomni.errors import UserError, quote, quote_json, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file
 from minomni.omni import TEXT_HEAD, Omni
@@ -108,7 +109,7 @@ class Reading:
 
     device: torch.device
     dtype: torch.dtype  # of Thinker and Talker
-    dit_dtype: torch.dtype  # the rest becomes fp32
+    dit_dtype: torch.dtype  # of the DiT; the rest becomes fp32
     methods: dict[str, str]  # {name: int8 or int4} of those that are quantized
     packed: dict[str, PackedLayer]  # {name: where its parts are} of those that are unpacked
     on_host: tuple[str, ...]  # beginnings of the names of those that stay on the host
@@ -133,12 +134,12 @@ def load(
     (models--...), of which the main snapshot is read. A folder with a Thinker alone gives a model
     that answers in text. device: "cpu", "cuda", "mps" or "auto". dtype: of Thinker and Talker; None
     or "auto" keeps what is stored, and takes the most common precision where tensors differ.
-    Token2Wav and codec are fp32; dit_dtype="bf16" halves the memory of the DiT. quantize: "int8" or
-    "int4" for the linear layers of Thinker and Talker, with "+head" and "+encoders" for those in
-    int8 as well; see quantize.py. The rest of both is bf16 then, unless dtype says otherwise.
-    parts: "text", with "+audio", "+vision" and "+speech" for what is loaded besides; None loads
-    all. encoders_on_host: keep the encoders in the host's memory and copy them to the device
-    whenever they run.
+    Token2Wav and codec are fp32; dit_dtype="bf16" halves the memory of the DiT on a GPU. quantize:
+    "int8" or "int4" for the linear layers of Thinker and Talker, with "+head" and "+encoders" for
+    those in int8 as well; see quantize.py. The rest of both is bf16 then, unless dtype says
+    otherwise. parts: "text", with "+audio", "+vision" and "+speech" for what is loaded besides;
+    None loads all. encoders_on_host: keep the encoders in the host's memory and copy them to the
+    device whenever they run.
 
     On a CPU tensors are mapped where possible (see above); on a GPU the host's memory peaks at one
     shard. omni.loaded_from is the folder. Raises UserError naming the file for tensors or files
@@ -194,10 +195,11 @@ def check_dit_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """The precision of the DiT; None or "auto" is fp32. Raises UserError for one other than bf16
     and fp32.
     """
-    dtype = dtype_of(dtype) or FP32
-    if dtype not in (FP32, torch.bfloat16):
-        raise UserError(f"dit_dtype is {str(dtype).removeprefix('torch.')}; expected fp32 or bf16")
-    return dtype
+    with suppress(UserError):
+        found = dtype_of(dtype) or FP32
+        if found in (FP32, torch.bfloat16):
+            return found
+    raise UserError(f"dit_dtype is {quote(dtype)}; expected fp32 or bf16")
 
 
 def config_of_stored(config: OmniConfig, reads_speech: bool, has_text_head: bool) -> OmniConfig:

@@ -15,6 +15,7 @@ from minomni.chat.generate import seeded_generator
 from minomni.chat.reply import Timings
 from minomni.checkpoint.memory import GIB
 from minomni.config import INPUT_SAMPLE_RATE
+from minomni.errors import UserError
 from minomni.eval.benchmark import Rows
 from minomni.eval.parts_benchmark import copy_bandwidth
 from minomni.eval.parts_sides import FULL, Clock, weights_read
@@ -37,19 +38,19 @@ def measure(model: str, device: torch.device, quantize: str | None = None) -> Ro
     rows: Rows = {"load_s": (clock.mark(), "seconds to load")}
     talker, token2wav = omni.require_speech()
 
-    # Three questions: until the first token of the answer.
+    # Three questions: until the first token of the answer. The first one reads the files.
     contents = questions()
     for name, content in contents.items():
         clock = Clock(device)
         respond(omni, [content], speech=False, max_new_tokens=1)
-        rows[f"{name}_s"] = (clock.mark(), f"from a question with {name} to the first token")
+        rows[f"{name}_s"] = (clock.mark(), f"from {name} alone to the first token of the answer")
 
     # All in one question, answered in text and speech.
     codes = SPEECH_S * token2wav.config.codes_per_second
     everything = list(contents.values())
     reply = respond(omni, everything, max_new_tokens=TEXT_TOKENS, talker_max_new_tokens=codes)
     text_s, code_s = step_seconds(reply.timings)
-    decoding_s = reply.total_s - (reply.timings.last("code") or 0.0)
+    decoding_s = reply.total_s - reply.timings.times["code"][-1]
     peak = peak_gib(device)
 
     # The limit of a step is the time to read its weights once.
@@ -64,9 +65,10 @@ def measure(model: str, device: torch.device, quantize: str | None = None) -> Ro
         "codes_per_s": (1 / code_s, "speech codes per second"),
         "codes_per_s_limit": (bandwidth / talker_bytes, "the same if a step only read weights"),
         "token2wav_s": (decoding_s / reply.seconds, "Token2Wav, for a second of speech"),
-        "peak_gib": (peak, "largest memory of all this, GiB"),
         "copy_gb_per_s": (bandwidth / 1e9, "bandwidth of a copy in memory, GB/s"),
     }
+    if peak is not None:
+        rows["peak_gib"] = (peak, "largest memory of all this, GiB")
     return rows
 
 
@@ -88,7 +90,12 @@ def respond(omni: Omni, content: list[dict[str, Any]], **options: Any) -> Any:
 
 
 def step_seconds(timings: Timings) -> tuple[float, float]:
-    """Median seconds of a step of the Thinker and of a step of the Talker in one reply."""
+    """Median seconds of a step of the Thinker and of a step of the Talker in one reply.
+
+    Raises UserError for a reply of fewer than two tokens or codes.
+    """
+    if min(len(timings.times["text"]), len(timings.times["code"])) < 2:
+        raise UserError("the model stopped at once; its steps cannot be timed")
     events = []
     for kind in ("text", "code"):
         for at_s in timings.times[kind]:
@@ -100,15 +107,15 @@ def step_seconds(timings: Timings) -> tuple[float, float]:
     return median(steps["text"]), median(steps["code"])
 
 
-def peak_gib(device: torch.device) -> float:
-    """The largest memory so far in GiB: of a GPU, or of this process; NaN where it is not known.
+def peak_gib(device: torch.device) -> float | None:
+    """The largest memory so far in GiB: of a GPU, or of this process; None where it is not known.
 
     A process counts the pages of the files that it reads weights from.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     if device.type != "cpu" or not STATUS.exists():
-        return float("nan")
+        return None
     lines = STATUS.read_text().splitlines()
     peak = next(line for line in lines if line.startswith("VmHWM:"))
     return 1024 * int(peak.split()[1]) / GIB

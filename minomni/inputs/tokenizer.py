@@ -38,8 +38,8 @@ def _byte_letters() -> dict[int, str]:
 
 
 LETTER_OF = _byte_letters()
-# For str.translate: each letter to the character whose Latin-1 code is its byte, and characters
-# that are no letters to one that Latin-1 lacks.
+# For str.translate: each letter to the character whose Latin-1 code is its byte. The other
+# characters become, or are, some that Latin-1 lacks.
 NO_LETTER = dict.fromkeys(range(256), "\uffff")
 LATIN_OF = NO_LETTER | {ord(letter): chr(byte) for byte, letter in LETTER_OF.items()}
 BYTE_TOKENS = [bytes([byte]) for byte in LETTER_OF]  # the token of each id below 256
@@ -282,7 +282,10 @@ def _spell(token: bytes) -> str:
 
 def _bytes(spelling: str) -> bytes:
     """The inverse of _spell(). Raises ValueError for a letter that spells no byte."""
-    return spelling.translate(LATIN_OF).encode("latin-1")
+    try:
+        return spelling.translate(LATIN_OF).encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError(f"{spelling!r} spells no bytes") from None
 
 
 # ------------------------------------------------------------------------------------- files

@@ -598,11 +598,7 @@ def residual(*halves: Sequence[str]):
         x = 4.0
         for i, step in enumerate(("x [L, D]", *half, "[L, D]")):
             width = 16 + 6.8 * len(step)
-            if i % 2 == 1:
-                parts.append(_box(x, y, width, step))
-            else:
-                parts.append(_arrow((x + 1, y + 15), (x + width - 1, y + 15)))
-                parts.append(_text(x + width / 2, y + 7, step, size=11))
+            parts.append(_box(x, y, width, step) if i % 2 == 1 else _tensor(x, y, step))
             x += width
         plus = x + 11
         parts.append(f'<circle cx="{plus:g}" cy="{y + 15}" r="11" fill="white" stroke="{INK}"/>')

@@ -93,7 +93,7 @@ class AttentiveStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Attention sees each frame beside the unweighted statistics of all frames.
-        uniform = torch.full_like(x[:1, :1], 1 / x.shape[-1])  # [1, 1, R]
+        uniform = torch.full_like(x[:1, :1], 1 / x.shape[-1], dtype=torch.float64)  # [1, 1, R]
         mean, std = statistics(x, uniform)
         features = torch.cat([x, mean.expand_as(x), std.expand_as(x)], dim=1)  # [B, 3C, R]
         weights = self.conv(self.tdnn(features).tanh()).softmax(-1)  # [B, C, R]
@@ -105,9 +105,12 @@ def statistics(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
     The weights [B, C, R] of a channel sum to one.
     """
+    dtype = x.dtype
+    precise = torch.promote_types(dtype, torch.float32)  # in bf16 the weights would not sum to one
+    x, weights = x.to(precise), weights.to(precise)
     mean = (weights * x).sum(-1, keepdim=True)
     variance = (weights * (x - mean).square()).sum(-1, keepdim=True)
-    return mean, variance.clamp(min=1e-12).sqrt()
+    return mean.to(dtype), variance.clamp(min=1e-12).sqrt().to(dtype)
 
 
 class SpeakerEncoder(nn.Module):

@@ -15,7 +15,7 @@ MAX_REFERENCE_FRAMES = 30_000  # mel frames (five minutes) of a voice
 class Token2Wav(nn.Module):
     """DiT and BigVGAN, under the release's names.
 
-    Keep them in float32 whatever the dtype of the rest, as the release does.
+    They are float32 whatever the dtype of the rest, as in the release; the DiT may be bf16.
     """
 
     def __init__(self, config: Token2WavConfig):
@@ -23,6 +23,11 @@ class Token2Wav(nn.Module):
         self.config = config
         self.code2wav_dit_model = DiT(config.dit)
         self.code2wav_bigvgan_model = BigVGAN(config.bigvgan)
+
+    @property
+    def dit_dtype(self) -> torch.dtype:
+        """The precision of the DiT's weights."""
+        return self.code2wav_dit_model.proj_out.weight.dtype
 
     @torch.no_grad()
     def forward(

@@ -8,9 +8,10 @@ loss may be normalized over its tokens, frames or spectra. The numbers are those
 to the order of sums.
 
 Between steps a process holds one N-th of the trained parameters, their gradients and the state of
-their optimizers; during a step it holds all parameters (ZeRO stage 2, arXiv 1910.02054). The model
-is one FSDP group: a batch without images does not reach the vision encoder, and groups that only
-some processes reach would wait for one another forever.
+their optimizers. During a step it holds all parameters (ZeRO stage 2, arXiv 1910.02054), and all
+updates of one shape while Muon computes them. The model is one FSDP group: a batch without images
+does not reach the vision encoder, and groups that only some processes reach would wait for one
+another forever.
 
 With one process nothing changes, and FSDP, which is slow to import, is not imported.
 """
@@ -144,7 +145,7 @@ def is_sharded(value: Any) -> TypeGuard["DTensor"]:
 
 def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """A function that maps each item of a batch [n, ...] to one of the same shape. A sharded batch
-    is gathered once, each process computes every N-th item, and the results are exchanged.
+    is gathered once, each process computes an N-th of the items, and the results are exchanged.
     """
     if not is_sharded(batch):
         return function(batch)

@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from minomni.notebook import figures as figures
-from minomni.notebook import viz
+from minomni.notebook import figures, viz
 from minomni.notebook.cases import cut_cases
 from minomni.notebook.check import solution
 

@@ -56,7 +56,7 @@ class Toy(nn.Module):
         self.branch = nn.Linear(5, 5)
         self.norm = nn.LayerNorm(5)
         self.head = nn.Linear(5, 11)
-        self.deep = nn.Linear(9, 9)
+        self.deep = nn.Sequential(*(nn.Linear(9, 9) for _ in range(3)))  # three equal matrices
         self.thinker = SimpleNamespace(device=torch.device("cpu"))  # a stage asks for it
 
     def read(self, ids, with_branch):
@@ -87,14 +87,14 @@ class ReadStage(Stage):
 
 
 class NoiseStage(Stage):
-    """Two layers, and a head that belongs to the stage; noise is drawn in the losses."""
+    """Some layers, and a head that belongs to the stage; noise is drawn in the losses."""
 
     name = "noise"
     trainable = ("deep.", "wide.")
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.word_head = nn.Linear(9, 4).to(self.omni.deep.weight.dtype)
+        self.word_head = nn.Linear(9, 4).to(self.omni.wide.weight.dtype)
 
     def parameters(self):
         head = {f"word_head.{name}": p for name, p in self.word_head.named_parameters()}
@@ -105,7 +105,7 @@ class NoiseStage(Stage):
 
     def losses(self, batch):
         noise = torch.randn_like(batch)
-        inputs = (batch + 0.1 * noise).to(self.omni.deep.weight.dtype)
+        inputs = (batch + 0.1 * noise).to(self.omni.wide.weight.dtype)
         hidden = torch.relu(self.omni.deep(self.omni.wide(inputs)))
         return {"noise": self.word_head(hidden).square().mean()}
 
