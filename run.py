@@ -183,7 +183,15 @@ def call(python: str, *arguments: str, **environment: str) -> int:
     return subprocess.call([python, *arguments], cwd=ROOT, env=environment)
 
 
+def end_children_on_termination() -> None:
+    """Let SIGTERM raise SystemExit, on which subprocess.call() ends the process that it waits for.
+    A server would outlive this process otherwise, and keep its port.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 if __name__ == "__main__":
+    end_children_on_termination()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

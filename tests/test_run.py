@@ -140,6 +140,21 @@ def test_the_server_ends_by_itself_on_control_c(machine, monkeypatch):
     assert interrupts == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
+def test_a_terminated_run_leaves_no_process():
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    call = f"run.call(sys.executable, '-c', {child!r})"
+    code = f"import run, sys; run.end_children_on_termination(); {call}"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        number = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
 def test_options_of_serve_are_not_abbreviations_of_its_own(machine):
     assert machine("serve", "--he", "x")[1][-1] == "-m minomni serve --he x"
 
