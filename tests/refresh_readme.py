@@ -15,6 +15,9 @@
         take the rows of `python -m minomni bench answer --json` first
     python tests/refresh_readme.py --parts parts.json
         take the rows of `python -m minomni bench parts --json` first, beside those of another dtype
+    python tests/refresh_readme.py --quantized report.json --method int4
+        take the rows of `python -m minomni report --quantize int4 --items 50 --json` first
+        (--method none: without --quantize)
     python tests/refresh_readme.py --processes processes.json
         take the rows of `python -m minomni bench processes --json` first
 
@@ -105,6 +108,20 @@ ANSWER_ROWS = {
     "token2wav_s": ("Token2Wav for a second of speech, s", "一秒语音的 Token2Wav，秒"),
     "copy_gb_per_s": ("bandwidth of a copy in memory, GB/s", "内存复制带宽，GB/s"),
 }
+QUANTIZED_METRICS = (
+    "typed_accuracy",
+    "spoken_accuracy",
+    "scene_accuracy",
+    "handwriting_accuracy",
+    "video_accuracy",
+    "sync_accuracy",
+    "asr_wer",
+    "closed_speech_wer",
+    "open_wer_model",
+    "open_wer_streamed",
+    "voice_accuracy",
+    "dnsmos_model",
+)
 # transformers' time or memory divided by ours, at least
 PART_GOALS = {
     "load": 2,
@@ -459,6 +476,18 @@ def part_value(value: float | None, factor: float = 1.0) -> str:
     return "" if value is None else three_digits(factor * value)
 
 
+def quantized(language: str) -> str:
+    """Some rows of tiny's report by how it is quantized; nothing before that was measured."""
+    runs = results().get("quantized", {})
+    rows = []
+    for name in QUANTIZED_METRICS:
+        values = [run[name] for run in runs.values()]
+        is_score = name.startswith("dnsmos")
+        cells = [score(value) if is_score else percent(value) for value in values]
+        rows.append([f"`{name}`", *cells])
+    return table(["tiny, 50 items", *runs], rows) if runs else ""
+
+
 def scaling(language: str) -> str:
     """A training step by one process and by several; nothing before it was measured."""
     rows = []
@@ -626,6 +655,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "answer": answer,
     "answered": answered,
     "parts": parts,
+    "quantized": quantized,
     "scaling": scaling,
     "stages": stages,
     "sizes": sizes,
@@ -638,6 +668,7 @@ OPTIONAL = {  # block -> key of the stored results
     "answer": "answer",
     "answered": "answer",
     "parts": "parts",
+    "quantized": "quantized",
     "scaling": "processes",
 }
 
@@ -708,6 +739,8 @@ def main() -> None:
         help="output of `minomni bench answer --json` with the 7B in int4 within 12 GiB",
     )
     parser.add_argument("--parts", type=Path, help="output of `minomni bench parts --json`")
+    parser.add_argument("--quantized", type=Path, help="output of `minomni report --json`")
+    parser.add_argument("--method", default="none", help="of --quantized, as its column says it")
     parser.add_argument("--processes", type=Path, help="output of `minomni bench processes --json`")
     parser.add_argument("--size", default="tiny", help="of --report and --first")
     parser.add_argument("--device", default="two cores", help="of --first, as its column says it")
@@ -728,6 +761,10 @@ def main() -> None:
     if arguments.parts:
         measured = json.loads(arguments.parts.read_text())
         stored.setdefault("parts", {})[measured["machine"]["dtype"]] = measured
+    if arguments.quantized:
+        measured = json.loads(arguments.quantized.read_text())
+        kept = {name: measured[name] for name in QUANTIZED_METRICS}
+        stored.setdefault("quantized", {})[arguments.method] = kept
     if arguments.processes:
         stored["processes"] = json.loads(arguments.processes.read_text())
     RESULTS.write_text(pretty(stored) + "\n", encoding="utf-8")
