@@ -43,8 +43,8 @@ def load(
     parts: "text" loads the text decoder alone, and "+audio", "+vision" and "+speech" what they name
     as well ("text+audio+speech"); the rest is never read. encoders_on_host: keep the encoders in
     the host's memory and copy them to the device whenever they run. dit_dtype: "bf16" halves the
-    memory of the DiT on a GPU; it is fp32 otherwise. Raises UserError naming what is
-    missing, broken or of the wrong type.
+    memory of the DiT on a GPU; it is fp32 otherwise. Raises UserError naming what is missing,
+    broken or of the wrong type.
     """
     import torch
 

@@ -94,19 +94,19 @@ SCHEDULES = {
     "3 blocks, the past remembered, 2 ahead": "3 blocks, cached left context, look-ahead of 2",
     "6 blocks, the past remembered, 1 ahead": "6 blocks, cached left context, look-ahead of 1",
 }
-# Rows of the table of bench answer: key -> (English, Chinese)
+# Rows of the table of bench answer, which is in English alone
 ANSWER_ROWS = {
-    "load_s": ("loading 22.4 GB, s", "加载 22.4 GB，秒"),
-    "peak_gib": ("largest memory of the process, GiB", "进程的最大内存，GiB"),
-    "text_s": ("a text until the first token, files read on the way, s", "文字到第一个 token，秒"),
-    "image_s": ("an image of 224 x 224 alone, s", "224 x 224 的图片，秒"),
-    "audio_s": ("two seconds of audio alone, s", "2 秒声音，秒"),
-    "tokens_per_s": ("text tokens per second", "每秒文字 token"),
-    "tokens_per_s_limit": ("the same if a step only read weights", "只算读权重时的上限"),
-    "codes_per_s": ("speech codes per second", "每秒语音编码"),
-    "codes_per_s_limit": ("the same if a step only read weights", "只算读权重时的上限"),
-    "token2wav_s": ("Token2Wav for a second of speech, s", "一秒语音的 Token2Wav，秒"),
-    "copy_gb_per_s": ("bandwidth of a copy in memory, GB/s", "内存复制带宽，GB/s"),
+    "load_s": "loading 22.4 GB, s",
+    "peak_gib": "largest memory of the process, GiB",
+    "text_s": "a text until the first token, files read on the way, s",
+    "image_s": "an image of 224 x 224 alone, s",
+    "audio_s": "two seconds of audio alone, s",
+    "tokens_per_s": "text tokens per second",
+    "tokens_per_s_limit": "the same if a step only read weights",
+    "codes_per_s": "speech codes per second",
+    "codes_per_s_limit": "the same if a step only read weights",
+    "token2wav_s": "Token2Wav for a second of speech, s",
+    "copy_gb_per_s": "bandwidth of a copy in memory, GB/s",
 }
 QUANTIZED_METRICS = (
     "typed_accuracy",
@@ -408,11 +408,8 @@ def answer(language: str) -> str:
     measured = results().get("answer")
     if measured is None:
         return ""
-    heads = ("7B, int4, two cores | value", "7B，int4，双核 | 数值")
-    rows = []
-    for key, texts in ANSWER_ROWS.items():
-        rows.append([in_language(texts, language), three_digits(measured[key])])
-    return table(in_language(heads, language).split(" | "), rows)
+    rows = [[text, three_digits(measured[key])] for key, text in ANSWER_ROWS.items()]
+    return table(["7B, int4, two cores", "value"], rows)
 
 
 def answered(language: str) -> str:

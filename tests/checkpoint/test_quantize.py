@@ -314,6 +314,21 @@ def test_free_bytes_of_a_container(version, group, tmp_path, monkeypatch):
     (tmp_path / "fs" / folder / group / limit).write_text("1000\n")
     assert memory.free_bytes(torch.device("cpu")) == 1000 - 300 + 200
 
+    # The limit counts where cached pages are not told.
+    (tmp_path / "fs" / folder / group / "memory.stat").unlink()
+    assert memory.free_bytes(torch.device("cpu")) == 1000 - 300
+
+
+def test_free_bytes_where_the_own_control_group_is_not_shown(tmp_path, monkeypatch):
+    """As in a container that sees its own group as the root."""
+    (tmp_path / "cgroup").write_text("0::/pod/box\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("300\n")
+    monkeypatch.setattr(memory, "PROCESS_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == 1000 - 300
+
 
 # ----------------------------------------------------------------------------------------------
 # quality
