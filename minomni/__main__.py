@@ -174,6 +174,19 @@ def add_parts(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cuda(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="with --device cuda: replay decoding steps and chunks of speech as CUDA graphs",
+    )
+    command.add_argument(
+        "--tf32",
+        action="store_true",
+        help="with --device cuda: let Token2Wav round the factors of its products to TF32",
+    )
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="cpu", choices=DEVICES, help="device to compute on (default cpu)"
@@ -405,6 +418,7 @@ def add_chat(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_model(chat)
     add_quantize(chat)
     add_parts(chat)
+    add_cuda(chat)
     chat.add_argument(
         "--stream",
         action="store_true",
@@ -430,6 +444,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_model(serve)
     add_quantize(serve)
     add_parts(serve)
+    add_cuda(serve)
     add_device(serve)
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
@@ -784,8 +799,12 @@ def run_merge(arguments: argparse.Namespace) -> None:
 
 
 def load_parts(arguments: argparse.Namespace) -> "Omni":
-    """The model of the command line with the parts that it names."""
-    return load(
+    """The model of the command line with the parts and the speed that it names.
+
+    Raises UserError for options of CUDA on another device.
+    """
+    check_cuda(arguments)
+    omni = load(
         arguments.model,
         arguments.device,
         quantize=arguments.quantize,
@@ -793,6 +812,20 @@ def load_parts(arguments: argparse.Namespace) -> "Omni":
         encoders_on_host=arguments.encoders_on_host,
         dit_dtype=arguments.dit_dtype,
     )
+    if omni.token2wav is not None:
+        omni.token2wav.tf32 = arguments.tf32
+    if arguments.cuda_graphs:
+        omni.use_static_steps()
+    return omni
+
+
+def check_cuda(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options of CUDA on another device."""
+    from minomni.devices import device_of
+
+    for option, on in (("--cuda-graphs", arguments.cuda_graphs), ("--tf32", arguments.tf32)):
+        if on and device_of(arguments.device).type != "cuda":
+            raise UserError(f"{option} needs a GPU; give --device cuda, or leave {option} out")
 
 
 def run_chat(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Devices and number formats by name, and bf16 support of a device."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -80,3 +81,19 @@ def has_bf16(device: torch.device) -> bool:
     in_hardware = instructions.get("avx512_bf16") or instructions.get("amx_bf16")
     in_onednn = torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bool(in_hardware and in_onednn)
+
+
+@contextmanager
+def tf32_products(on: bool) -> Iterator[None]:
+    """Context in which matrix products and convolutions of fp32 on CUDA round their factors to
+    TF32, with 10 bits of mantissa; off: in which PyTorch's settings stay as they are.
+    """
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings if on else ():
+            setting.fp32_precision = "tf32"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

@@ -7,8 +7,6 @@ lengths are numbers on the device, random numbers are drawn outside of the step,
 read back. Given the same random numbers, a step chooses the ids that the plain one chooses.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +18,6 @@ from minomni.rotary import apply_rotary, rotary_cos_sin
 from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalize_repetition
 
 SMALLEST_ROOM = 1024  # positions; a graph is captured for each power of two from here
-WARM_UPS = 3  # runs before a capture, in which libraries allocate their workspaces
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -156,37 +153,3 @@ def choose(
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
     return (logits.softmax(-1) / noise).argmax(-1)
-
-
-class Replay:
-    """A step that changes buffers in place; on CUDA a graph of it, which one launch replays."""
-
-    def __init__(self, step: Callable[[], None], state: list[Tensor]):
-        """state: all buffers that the step changes, except those of a cache beyond its lengths."""
-        self.step = step
-        self.state = state
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> None:
-        if not self.state[0].is_cuda:
-            self.step()
-            return
-        if self.graph is None:
-            self.graph = self.capture()
-        self.graph.replay()
-
-    def capture(self) -> torch.cuda.CUDAGraph:
-        """Record the step. The buffers keep their values."""
-        saved = [buffer.clone() for buffer in self.state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self.step()
-                for buffer, value in zip(self.state, saved, strict=True):
-                    buffer.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records, and runs nothing
-            self.step()
-        return graph

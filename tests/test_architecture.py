@@ -11,7 +11,7 @@ PACKAGE = ROOT / "minomni"
 # From the bottom to the top: a module imports from its own layer and from layers before it.
 LAYERS = (
     {"errors", "arguments", "config", "paths", "files", "model_files", "devices", "plot"},
-    {"layers", "rotary", "kv_cache", "decoder", "sampling", "static_decode"},
+    {"layers", "rotary", "kv_cache", "decoder", "sampling", "cuda_graphs", "static_decode"},
     {"inputs"},
     {"thinker"},
     {"talker"},

@@ -436,6 +436,25 @@ def test_a_reader_that_leaves_is_no_fault():
 
 # --------------------------------------------------------------------------------------------- how
 # an answer is chosen
+@pytest.mark.parametrize("option", ["--cuda-graphs", "--tf32"])
+def test_options_of_cuda_are_refused_on_a_cpu(run, option):
+    code, out, err, _ = run("--text", "say yes", option, model="there is no such folder")
+    assert code == 2
+    assert err == (f"minomni: {option} needs a GPU; give --device cuda, or leave {option} out\n")
+
+
+def test_options_of_cuda_reach_the_model(run, monkeypatch):
+    """On this machine's processor, taken for a GPU by the check alone."""
+    loaded = []
+    load = command.load
+    monkeypatch.setattr(command, "check_cuda", lambda arguments: None)
+    monkeypatch.setattr(command, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
+    code, *_ = run("--text", "say yes", "--cuda-graphs", "--tf32")
+    assert code == 0
+    assert loaded[0].token2wav.tf32
+    assert loaded[0].static_generator is not None
+
+
 def test_options_of_the_answer_reach_the_model(run, tiny_folder, monkeypatch):
     import minomni
     from minomni.omni import Omni

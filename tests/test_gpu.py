@@ -22,6 +22,7 @@ from minomni.eval import benchmark
 from minomni.inputs.mel import voice_mel
 from minomni.omni import Omni
 from minomni.static_decode import StaticCache, decoder_step
+from minomni.token2wav.streaming import RELEASE_SCHEDULE, SpeechStream, low_latency_schedule
 from minomni.train import loop, pipeline
 from minomni.train.stages import dpo as dpo_stage
 
@@ -146,6 +147,42 @@ def test_captured_steps_give_the_ids_of_the_plain_ones(case, monkeypatch):
     assert [answers(omni, case, seed) for seed in (0, 1)] == plain
     [workspace] = omni.static_generator.free
     assert all(step.replay.graph for step in workspace.steps.values())
+
+
+@pytest.mark.parametrize("schedule", [None, RELEASE_SCHEDULE], ids=["cached", "recomputed"])
+def test_captured_chunks_give_the_speech_of_plain_ones(schedule):
+    """Utterances whose shapes repeat: called, captured, replayed, then with another voice."""
+    omni = Omni(oracle.CONFIG).eval()
+    oracle.fill(omni.state_dict())
+    omni.voices = oracle.voices()
+    omni.cuda()
+    token2wav = omni.token2wav
+    chosen = schedule or low_latency_schedule(token2wav)
+    codes = torch.randint(0, 8000, (1, 125), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def speech(voice, seed) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        flow = omni.config.flow
+        stream = SpeechStream(token2wav, omni.voice(voice), flow, chosen, generator)
+        chunks = [chunk for some in codes.split(25, dim=1) for chunk in stream.feed(some)]
+        return torch.cat([*chunks, *stream.finish()])
+
+    utterances = [("Chelsie", 0), ("Chelsie", 1), ("Chelsie", 2), ("Ethan", 3)]
+    plain = [speech(*utterance) for utterance in utterances]
+    omni.use_static_steps()
+    for utterance, expected in zip(utterances, plain, strict=True):
+        torch.testing.assert_close(speech(*utterance), expected, rtol=0, atol=1e-4)
+    assert token2wav.graphs.recordings
+
+
+def test_the_vocoder_of_a_gpu_equals_that_of_a_cpu():
+    vocoder = Omni(oracle.CONFIG).eval().token2wav.code2wav_bigvgan_model
+    oracle.fill(vocoder.state_dict())
+    mel = torch.randn(1, 80, 50) - 4
+    with torch.no_grad():
+        expected = vocoder(mel)
+        found = vocoder.cuda()(mel.cuda())
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-4)
 
 
 def test_flash_attention_of_a_captured_step_in_bf16():

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from minomni.chat.generate import generators
 from minomni.config import SamplingConfig
+from minomni.cuda_graphs import Replay
 from minomni.decoder import Decoder, next_position
 from minomni.kv_cache import KVCache
 from minomni.sampling import Generators, check_ranges, logit_ranges
-from minomni.static_decode import Replay, StaticCache, choose, decoder_step, room_for
+from minomni.static_decode import StaticCache, choose, decoder_step, room_for
 from minomni.talker.talker import Talker, TalkerInputs, special_embeds
 from minomni.thinker.thinker import PrefillState, Thinker
 

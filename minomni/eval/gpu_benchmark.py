@@ -35,7 +35,7 @@ from minomni.sampling import Generators
 
 LIMIT_S = 540  # seconds; no piece begins later, and one that has begun is not stopped
 PARITY_S = 150  # for the tests of parity
-PARITY_TESTS = "seven_billion or captured or flash"  # of tests/test_gpu.py
+PARITY_TESTS = "seven_billion or captured or flash or vocoder"  # of tests/test_gpu.py
 QUANTIZE = (None, "int8", "int4", "int4+head+encoders")  # of load(), each with its memory
 VIDEO_S = 15
 VIDEO_FPS = 2

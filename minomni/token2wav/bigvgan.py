@@ -37,6 +37,13 @@ def kaiser_taps() -> tuple[float, ...]:
     return tuple(taps.tolist())
 
 
+@cache
+def filter_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """kaiser_taps() on a device [12], copied there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(kaiser_taps(), dtype=dtype, device=device)
+
+
 class AntiAliasedSnake(torch.autograd.Function):
     """Upsample by two, x + b sin^2(a x), downsample by two; the backward pass is written by hand.
 
@@ -69,6 +76,25 @@ class AntiAliasedSnake(torch.autograd.Function):
         grad_a = torch.mul(grad_angle, halves, out=scratch).sum((0, 1))
         grad_halves = torch.addcmul(grad, grad_angle, a, out=scratch)
         return double_rate_adjoint(grad_halves), grad_a, grad_b
+
+
+def snake_by_convolution(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """What AntiAliasedSnake computes, in a few large kernels as a GPU wants: its filters are
+    depthwise convolutions. x [B, T, C], a and b [C] -> [B, T, C].
+    """
+    channels = x.shape[-1]
+    taps = filter_taps(x.device, x.dtype).expand(channels, 1, -1)
+
+    # Twice the rate. Of the copies at the edges only the filter's own context is left.
+    wide = F.pad(x.transpose(1, 2), (3, 3), mode="replicate")  # [B, C, T + 6]
+    fine = F.conv_transpose1d(wide, 2 * taps, stride=2, groups=channels)  # [B, C, 2 T + 22]
+    fine = fine[..., 11:-11]  # [B, C, 2 T]
+
+    sine = torch.sin(fine * a[:, None])
+    fine = torch.addcmul(fine, sine.square(), b[:, None])
+
+    wide = F.pad(fine, (5, 6), mode="replicate")  # [B, C, 2 T + 11]
+    return F.conv1d(wide, taps, stride=2, groups=channels).transpose(1, 2)
 
 
 def pad_edges(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
@@ -150,14 +176,9 @@ class SnakeBeta(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, frames: int) -> tuple[Tensor, Tensor]:
-        """a and 1/b, each [T, C].
-
-        They are copied for each frame: an inner loop over C channels alone is too short to be fast.
-        """
-        a = self.alpha.exp()
-        inverse_b = 1 / (self.beta.exp() + 1e-9)
-        return a.expand(frames, -1).contiguous(), inverse_b.expand(frames, -1).contiguous()
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """a and 1/b, each [C]."""
+        return self.alpha.exp(), 1 / (self.beta.exp() + 1e-9)
 
 
 class Activation(nn.Module):
@@ -171,7 +192,12 @@ class Activation(nn.Module):
         self.act = SnakeBeta(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, inverse_b = self.act(x.shape[1])
+        a, inverse_b = self.act()
+        if x.is_cuda:
+            return snake_by_convolution(x, a, inverse_b)
+        # Copied for each frame: an inner loop over C channels alone is too short to be fast.
+        a = a.expand(x.shape[1], -1).contiguous()  # [T, C]
+        inverse_b = inverse_b.expand(x.shape[1], -1).contiguous()
         return AntiAliasedSnake.apply(x, a, inverse_b)
 
 

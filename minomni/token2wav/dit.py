@@ -359,7 +359,7 @@ class DiT(nn.Module):
         x: Tensor,
         context: Tensor,
         modulations: list[tuple[Tensor, ...]],
-        start: int = 0,
+        start: int | Tensor = 0,
         caches: Sequence[BlockCache] | None = None,
         finished: int = 0,
         left_pad: int = 0,

@@ -11,8 +11,10 @@ recipe of the release (3 blocks, 2 back, 1 ahead).
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,12 +127,67 @@ def codes_until_audio(schedule: Schedule, token2wav: Token2Wav) -> int:
     return (end + ahead * dit.block_size) // dit.repeats
 
 
-@dataclass
-class Evaluation:
-    """What one evaluation of the velocity field needs besides the noisy mel."""
+# Keys, values and valid frames of a BlockCache, or None: [evaluations][layers].
+CachedBlocks = list[list[tuple[Tensor, Tensor, Tensor] | None]]
 
-    modulations: list[tuple[Tensor, ...]]  # shifts, scales and gates at its time, of every layer
-    caches: list[BlockCache] | None  # one per layer; None where blocks are recomputed instead
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """What the solve of a chunk depends on besides tensors."""
+
+    flow: FlowConfig
+    finished: int  # blocks at the beginning of the chunk that are final after it
+    left_pad: int  # how many frames shorter its first block is than the others
+    use_cache: bool  # whether earlier blocks come from a cache
+
+
+def solve_chunk(
+    dit: DiT,
+    shape: ChunkShape,
+    codes: Tensor,
+    noise: Tensor,
+    start: Tensor,
+    speaker: tuple[Tensor, Tensor],
+    modulations: Sequence[Tensor],
+    cached: CachedBlocks,
+) -> tuple[Tensor, CachedBlocks]:
+    """Integrate one chunk from noise to mel: [1, T, 80], and the cache for the next chunk.
+
+    codes [1, n] with T = n * repeats, noise [1, T, 80], start []: frame of the utterance at which
+    the chunk begins. speaker: of both branches. modulations: of each layer [evaluations, parts, 1,
+    D]. It depends on tensors only through its inputs, so that a CUDA graph can repeat it.
+    """
+    codes = both_branches(codes, shape.flow)
+    context = dit.input_embed.context(dit.text_embed(codes), *speaker)  # [1 or 2, T, D]
+    caches = [[BlockCache(entries) for entries in layers] for layers in cached]
+    evaluations = itertools.count()  # in the order in which solve() evaluates the velocity field
+
+    def velocity_fn(_: Tensor, x: Tensor) -> Tensor:
+        i = next(evaluations)
+        at_time = [tuple(parts[i][:, None]) for parts in modulations]
+        x = x.expand(len(context), -1, -1)
+        velocity = dit.velocity(
+            x,
+            context,
+            at_time,
+            start,
+            caches[i] if shape.use_cache else None,
+            shape.finished,
+            shape.left_pad,
+        )
+        return guided(velocity, shape.flow)
+
+    grid = time_grid(shape.flow, noise.device)
+    mel = solve(velocity_fn, noise, grid, shape.flow.solver)
+    return mel, [[cache.entries for cache in layers] for layers in caches]
+
+
+Run = Callable[..., Any]  # as Token2Wav.run(): key, function, inputs
+
+
+def run_plainly(key: Hashable, function: Callable, *inputs: Any) -> Any:
+    """function(*inputs)."""
+    return function(*inputs)
 
 
 class MelStream:
@@ -143,12 +200,17 @@ class MelStream:
         flow: FlowConfig,
         schedule: Schedule,
         generator: torch.Generator,
+        run: Run = run_plainly,
     ):
-        """generator: on the CPU, draws the noise of the utterance, the same for every schedule."""
+        """generator: on the CPU, draws the noise of the utterance, the same for every schedule.
+
+        run: solves a chunk; Token2Wav.run does it by CUDA graphs where they are switched on.
+        """
         self.dit = dit
         self.flow = flow
         self.schedule = schedule
         self.generator = generator
+        self.run = run
         device = dit.proj_out.weight.device
         self.left_pad = schedule.left_pad(dit.config)
 
@@ -157,26 +219,18 @@ class MelStream:
         ref_mel = both_branches(voice.ref_mel.float().to(device), flow)
         with torch.no_grad():
             self.speaker = dit.speaker(cond, ref_mel)
-            self.evaluations = self._evaluations(device)
+            times = torch.stack(evaluation_times(flow)).to(device)  # [evaluations]
+            # One batched call for all times: of each layer [evaluations, parts, 1, D].
+            layers = dit.modulations(times)
+        self.modulations = [torch.stack(parts, dim=1) for parts in layers]
+        self.cached: CachedBlocks = [
+            [None] * len(dit.transformer_blocks) for _ in range(len(times))
+        ]
 
         self.codes = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.noise = torch.zeros(1, 0, dit.config.mel_dim, device=device)
         self.chunk = 0  # chunks that were returned
         self.done = 0  # frames that were returned
-
-    def _evaluations(self, device: torch.device) -> list[Evaluation]:
-        """One Evaluation for each time at which solve() evaluates the velocity field."""
-        times = torch.stack(evaluation_times(self.flow)).to(device)  # [evaluations]
-        # One batched call for all times: of each layer [evaluations, parts, 1, D].
-        layers = [torch.stack(parts, dim=1) for parts in self.dit.modulations(times)]
-        evaluations = []
-        for i in range(len(times)):
-            modulations = [tuple(parts[i][:, None]) for parts in layers]
-            caches = None
-            if self.schedule.back is None:
-                caches = [BlockCache() for _ in self.dit.transformer_blocks]
-            evaluations.append(Evaluation(modulations, caches))
-        return evaluations
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
         """Append codes [1, n] -> the mel [1, 80, frames] of each chunk now complete."""
@@ -213,24 +267,17 @@ class MelStream:
         left_pad = self.left_pad if begin == 0 else 0
         finished = (left_pad + end - begin) // block
 
-        # Everything but the noisy mel is fixed during the solve.
-        codes = self.codes[:, begin // repeats : seen // repeats]
-        codes = both_branches(codes, self.flow)
-        code_embeds = self.dit.text_embed(codes)
-        context = self.dit.input_embed.context(code_embeds, *self.speaker)  # [1 or 2, frames, D]
-        evaluations = iter(self.evaluations)  # in the order in which solve() evaluates the field
-
-        def velocity_fn(_: Tensor, x: Tensor) -> Tensor:
-            at = next(evaluations)
-            x = x.expand(len(context), -1, -1)
-            velocity = self.dit.velocity(
-                x, context, at.modulations, begin, at.caches, finished, left_pad
-            )
-            return guided(velocity, self.flow)
-
-        noise = self.draw(begin, seen)
-        grid = time_grid(self.flow, noise.device)
-        mel = solve(velocity_fn, noise, grid, self.flow.solver)  # [1, seen - begin, 80]
+        shape = ChunkShape(self.flow, finished, left_pad, self.schedule.back is None)
+        mel, self.cached = self.run(
+            shape,
+            partial(solve_chunk, self.dit, shape),
+            self.codes[:, begin // repeats : seen // repeats],
+            self.draw(begin, seen),
+            torch.tensor(begin, device=self.codes.device),
+            self.speaker,
+            self.modulations,
+            self.cached,
+        )  # [1, seen - begin, 80]
         mel = mel[:, self.done - begin : end - begin].transpose(1, 2)
         self.chunk += 1
         self.done = end
@@ -251,39 +298,61 @@ class MelStream:
 class LayerStream:
     """One layer of the vocoder, streamed: chunks [B, T, C] in, final output frames out."""
 
-    def __init__(self, layer: VocoderLayer):
+    def __init__(self, layer: VocoderLayer, tail: Tensor | None = None):
+        """tail: inputs that later outputs still depend on, None at the beginning."""
         self.layer = layer
-        self.tail: Tensor | None = None  # inputs that later outputs still depend on
-        self.out = 0  # inputs of the tail whose outputs were returned
+        self.tail = tail
 
     def __call__(self, x: Tensor | None, last: bool) -> Tensor | None:
         """x, or None for no input -> [B, rate * (0 or more), C'], or None for no output."""
+        context = self.layer.context_frames
+        out = 0  # inputs of the tail whose outputs were returned
         if self.tail is not None:
+            out = max(self.tail.shape[1] - context, 0)
             x = self.tail if x is None else torch.cat([self.tail, x], dim=1)
         if x is None:
             return None
 
         # Without its full right context an output is not final, except at the end.
-        context = self.layer.context_frames
         final = x.shape[1] if last else x.shape[1] - context
-        if final <= self.out:
+        if final <= out:
             self.tail = x
             return None
         rate = self.layer.rate
-        y = self.layer.run(x)[:, self.out * rate : final * rate]
+        y = self.layer.run(x)[:, out * rate : final * rate]
 
         # Keep the left context of the next output.
         dropped = max(final - context, 0)
         self.tail = x[:, dropped:]
-        self.out = final - dropped
         return y
+
+
+Tails = list[Tensor | None]  # of every LayerStream
+
+
+def vocode_chunk(
+    layers: list[VocoderLayer], last: bool, mel: Tensor | None, tails: Tails
+) -> tuple[Tensor | None, Tails]:
+    """The next chunk of mel [1, 80, T], or None -> samples [1, n, 1] that are final now, or None,
+    and the tails for the next chunk.
+    """
+    streams = [LayerStream(layer, tail) for layer, tail in zip(layers, tails, strict=True)]
+    x = None
+    if mel is not None:
+        x = normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
+    for stream in streams:
+        x = stream(x, last)
+    return x, [stream.tail for stream in streams]
 
 
 class VocoderStream:
     """Chunks of a mel in, chunks of its waveform out; joined, they equal that of the whole mel."""
 
-    def __init__(self, vocoder: BigVGAN):
-        self.layers = [LayerStream(layer) for layer in vocoder.layers()]
+    def __init__(self, vocoder: BigVGAN, run: Run = run_plainly):
+        """run: as in MelStream."""
+        self.layers = vocoder.layers()
+        self.run = run
+        self.tails: Tails = [None] * len(self.layers)
 
     @torch.no_grad()
     def feed(self, mel: Tensor | None, last: bool = False) -> Tensor:
@@ -291,11 +360,8 @@ class VocoderStream:
 
         last: no more mel follows.
         """
-        x = None
-        if mel is not None:
-            x = normalize(mel).transpose(1, 2).contiguous()  # [1, T, 80]
-        for layer in self.layers:
-            x = layer(x, last)
+        function = partial(vocode_chunk, self.layers, last)
+        x, self.tails = self.run(("vocoder", last), function, mel, self.tails)
         if x is None:
             return torch.zeros(0)
         return x[0, :, 0]
@@ -320,8 +386,9 @@ class SpeechStream:
         self.config = token2wav.config.dit
         self.mark = mark
         check_voice(voice, self.config)
-        self.mel = MelStream(token2wav.code2wav_dit_model, voice, flow, schedule, generator)
-        self.vocoder = VocoderStream(token2wav.code2wav_bigvgan_model)
+        dit, vocoder = token2wav.code2wav_dit_model, token2wav.code2wav_bigvgan_model
+        self.mel = MelStream(dit, voice, flow, schedule, generator, token2wav.run)
+        self.vocoder = VocoderStream(vocoder, token2wav.run)
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
         """Append codes [1, n] -> a waveform [samples] for each chunk that makes samples final.

@@ -1,9 +1,14 @@
 """Codes to waveform in one call: the DiT generates a mel, BigVGAN the waveform."""
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from minomni.config import DiTConfig, FlowConfig, Token2WavConfig
+from minomni.cuda_graphs import Graphs
+from minomni.devices import tf32_products
 from minomni.errors import UserError, shorten
 from minomni.token2wav.bigvgan import BigVGAN
 from minomni.token2wav.dit import DiT
@@ -23,11 +28,20 @@ class Token2Wav(nn.Module):
         self.config = config
         self.code2wav_dit_model = DiT(config.dit)
         self.code2wav_bigvgan_model = BigVGAN(config.bigvgan)
+        self.graphs: Graphs | None = None  # of streaming, set by Omni.use_static_steps()
+        self.tf32 = False  # round factors to TF32 on CUDA; False: as PyTorch is set
 
     @property
     def dit_dtype(self) -> torch.dtype:
         """The precision of the DiT's weights."""
         return self.code2wav_dit_model.proj_out.weight.dtype
+
+    def run(self, key: Hashable, function: Callable, *inputs: Any) -> Any:
+        """function(*inputs) as the settings say; see Graphs.call()."""
+        with tf32_products(self.tf32):
+            if self.graphs is None:
+                return function(*inputs)
+            return self.graphs.call(key, function, inputs)
 
     @torch.no_grad()
     def forward(
@@ -55,8 +69,9 @@ class Token2Wav(nn.Module):
 
         cond = voice.cond.float().to(device)
         ref_mel = voice.ref_mel.float().to(device)
-        mel = self.code2wav_dit_model.sample(codes.to(device), cond, ref_mel, flow, noise)
-        return self.code2wav_bigvgan_model(mel)[0]  # [samples]
+        with tf32_products(self.tf32):
+            mel = self.code2wav_dit_model.sample(codes.to(device), cond, ref_mel, flow, noise)
+            return self.code2wav_bigvgan_model(mel)[0]  # [samples]
 
 
 def check_codes(codes: Tensor, config: DiTConfig) -> None:

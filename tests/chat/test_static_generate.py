@@ -9,11 +9,11 @@ from unittest import mock
 import oracle
 import pytest
 import torch
+from operations import Operations
 from test_parity import ours
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minomni.chat.generate import generate_tokens
 from minomni.chat.static_generate import StaticGenerator, TextLines
@@ -26,17 +26,6 @@ GREEDY = oracle.CONFIG.thinker_sampling
 SAMPLED = SamplingConfig(
     temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05, max_new_tokens=12
 )
-# Operations that make the host wait for the device, or copy numbers of the host to it.
-WAITS = {
-    "aten._local_scalar_dense.default",
-    "aten.nonzero.default",
-    "aten.masked_select.default",
-    "aten._unique2.default",
-    "aten.is_nonzero.default",
-    "aten.repeat_interleave.Tensor",
-    "aten.lift_fresh.default",
-    "aten.lift_fresh_copy.default",
-}
 
 
 @pytest.fixture(scope="module")
@@ -234,27 +223,6 @@ def begun(omni, part: str, sampling=SAMPLED):
     [workspace] = generator.free
     [step] = [step for step in workspace.steps.values() if type(step).__name__ == f"{part}Step"]
     return step
-
-
-class Operations(TorchDispatchMode):
-    """Collects the names of all operations, and those with a boolean index."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        self.names.append(name)
-        if name in WAITS or (name.startswith("aten.index") and has_bool_index(args)):
-            self.waits.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def has_bool_index(arguments) -> bool:
-    indexes = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], list) else []
-    return any(index is not None and index.dtype == torch.bool for index in indexes)
 
 
 def test_the_check_finds_what_it_is_for():

@@ -6,9 +6,14 @@ from unittest import mock
 
 import pytest
 import torch
+from operations import Operations
 from test_token2wav import CODES, CONFIG, FLOW, VOICE, filled
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
+from minomni import cuda_graphs
 from minomni.config import TINY
+from minomni.cuda_graphs import Graphs, Recording
 from minomni.errors import UserError
 from minomni.token2wav.bigvgan import Activation, BigVGAN
 from minomni.token2wav.dit import BlockAttention, both_branches, guided, rotate_first_head
@@ -377,3 +382,130 @@ def test_bad_schedules_and_codes_get_one_line(model):
         SpeechStream(
             model, dataclasses.replace(VOICE, cond=torch.zeros(1, 9)), FLOW, LOW_LATENCY, seeded()
         )
+
+
+# ----------------------------------------------------------------------------------------------
+# CUDA graphs
+class FakeRecording(Recording):
+    """A recording without CUDA: the first call's function, run again on the copied inputs."""
+
+    def record(self, pool):
+        results = self.function(*self.inputs)
+        buffers = [leaf for leaf in tree_leaves(results) if leaf is not None]
+
+        class Graph:
+            def replay(graph):
+                again = tree_leaves(self.function(*self.inputs))
+                for buffer, value in zip(
+                    buffers, (leaf for leaf in again if leaf is not None), strict=True
+                ):
+                    buffer.copy_(value)
+
+        return Graph(), results
+
+
+@pytest.mark.parametrize("schedule", [LOW_LATENCY, RELEASE_SCHEDULE], ids=["cached", "recomputed"])
+def test_recorded_chunks_give_the_speech_of_plain_ones(schedule, monkeypatch):
+    """Numbers of the first utterance that were fixed in a recording would change the others."""
+    monkeypatch.setattr(cuda_graphs, "Recording", FakeRecording)
+    other_voice = dataclasses.replace(VOICE, cond=VOICE.cond + 1, ref_mel=VOICE.ref_mel - 1)
+    model = filled()
+    codes = MANY[:, :100]
+    utterances = ((VOICE, codes, 1), (VOICE, codes, 1), (other_voice, codes.flip(1), 2))
+
+    def speech(voice, codes, seed) -> torch.Tensor:
+        stream = SpeechStream(model, voice, EULER, schedule, seeded(seed))
+        chunks = [chunk for some in codes.split(25, dim=1) for chunk in stream.feed(some)]
+        return torch.cat([*chunks, *stream.finish()])
+
+    plain = [speech(*utterance) for utterance in utterances]
+    model.graphs = Graphs()
+    for utterance, expected in zip(utterances, plain, strict=True):
+        torch.testing.assert_close(speech(*utterance), expected, rtol=0, atol=1e-5)
+    kinds = {type(key[0]).__name__ for key in model.graphs.recordings}
+    assert kinds == {"ChunkShape", "tuple"}  # of the DiT and of the vocoder
+
+
+def test_a_chunk_never_waits_for_the_device(model):
+    """Neither DiT nor vocoder reads a number back or copies one from the host."""
+    waits = []
+
+    def run(key, function, *inputs):
+        with Operations() as operations:
+            results = function(*inputs)
+        waits.extend(operations.waits)
+        return results
+
+    model = filled()
+    model.run = run
+    stream = SpeechStream(model, VOICE, SHORT, LOW_LATENCY, seeded())
+    assert len(list(stream.feed(MANY))) == 3
+    assert waits == []
+
+
+@torch.no_grad()
+def test_a_traced_chunk_can_be_repeated(model):
+    """Numbers that came from the host would be fixed in the trace of the first chunk."""
+    flow = dataclasses.replace(EULER, points=2)  # one evaluation
+    schedule = Schedule(chunks=((1, 0),))
+    chunks = []
+
+    def run(key, function, *inputs):
+        results = function(*inputs)
+        chunks.append((function, inputs, results))
+        return results
+
+    stream = MelStream(model.code2wav_dit_model, VOICE, flow, schedule, seeded(), run)
+    list(stream.feed(MANY[:, :48]))
+    (_, _, _), (function, inputs, _), (_, others, (expected, _)), _ = chunks
+    traced = make_fx(lambda *tensors: function(*tensors)[0])(*inputs)
+    torch.testing.assert_close(traced(*others), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(traced(*inputs), expected, rtol=0, atol=1e-2)
+
+
+def test_graphs_by_hand(monkeypatch):
+    """Recorded at the second call; other shapes and other keys apart; the longest unused goes."""
+    monkeypatch.setattr(cuda_graphs, "Recording", FakeRecording)
+    monkeypatch.setattr(cuda_graphs, "KEPT_GRAPHS", 2)
+    graphs = Graphs()
+
+    def double(x, nothing):
+        return [2 * x], nothing
+
+    for value in (1.0, 2.0, 3.0, 4.0):
+        assert len(graphs.recordings) == (value > 2)
+        x = torch.full((3,), value)
+        [found], nothing = graphs.call("a", double, (x, None))
+        assert found.tolist() == [2 * value] * 3
+        assert nothing is None
+    kept, _ = graphs.call("a", double, (torch.ones(3), None))
+    graphs.call("a", double, (torch.zeros(3), None))
+    assert kept[0].tolist() == [2, 2, 2]  # a copy: the next replay does not change it
+
+    for shape in (4, 5):
+        for _ in range(2):
+            graphs.call("a", double, (torch.ones(shape), None))
+    sizes = [key[1] for key in graphs.recordings]
+    assert sizes == [(4,), (5,)]
+
+
+def test_tf32_is_on_during_token2wav_alone(model):
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    assert before != ["tf32", "tf32"]
+    seen = []
+
+    def note(*_):
+        seen.append([setting.fp32_precision for setting in settings])
+
+    model = filled()
+    model.code2wav_dit_model.proj_out.register_forward_hook(note)
+    model.code2wav_bigvgan_model.activation_post.register_forward_hook(note)
+    for tf32, expected in ((False, before), (True, ["tf32", "tf32"])):
+        model.tf32 = tf32
+        seen.clear()
+        model(CODES, VOICE, EULER)
+        list(SpeechStream(model, VOICE, EULER, LOW_LATENCY, seeded()).feed(CODES))
+        assert len(seen) > 4
+        assert all(precisions == expected for precisions in seen)
+        assert [setting.fp32_precision for setting in settings] == before

@@ -19,7 +19,12 @@ import torch.nn.functional as F
 
 from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
-from minomni.token2wav.bigvgan import Activation, AntiAliasedSnake, kaiser_taps
+from minomni.token2wav.bigvgan import (
+    Activation,
+    AntiAliasedSnake,
+    kaiser_taps,
+    snake_by_convolution,
+)
 from minomni.token2wav.dit import BlockAttention, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav
 from minomni.token2wav.voice import Voice
@@ -281,6 +286,21 @@ def test_shifted_additions_equal_padded_convolutions(frames):
     for ours, theirs in zip(gradients, expected, strict=True):
         # Sums over B and T in another order.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 40])
+def test_the_activation_of_a_gpu_equals_that_of_a_cpu(frames):
+    """Values and gradients of a and b of each channel, in fp64."""
+    x = torch.randn(2, frames, 5, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.rand(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.randn(2, frames, 5, dtype=torch.float64)
+    by_frame = [parameter.expand(frames, -1).contiguous() for parameter in (a, b)]
+    expected = AntiAliasedSnake.apply(x, *by_frame)
+    found = snake_by_convolution(x, a, b)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    gradients = torch.autograd.grad((found * weights).sum(), (x, a, b))
+    written = torch.autograd.grad((expected * weights).sum(), (x, a, b))
+    torch.testing.assert_close(gradients, written, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("frames", [1, 4, 9])
