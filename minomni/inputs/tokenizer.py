@@ -3,7 +3,6 @@
 import json
 import unicodedata
 from collections import Counter
-from functools import cache
 from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
@@ -231,11 +230,16 @@ class Tokenizer:
         """
         folder = Path(folder)
         merges, vocab, added = _read_files(folder)
-        to_bytes = cache(_bytes)  # a token occurs in several merges
         try:
-            pairs = [(to_bytes(left), to_bytes(right)) for left, right in merges]
+            pairs, ids = _pairs_of_bytes(merges)
+            del merges
             tokenizer = cls(pairs, added)
-            stored = {to_bytes(token): i for token, i in vocab.items() if token not in added}
+            stored = vocab
+            if vocab.keys() & added.keys():
+                stored = {token: i for token, i in vocab.items() if token not in added}
+            agrees = not stored or stored == ids
+            if not agrees:
+                stored = {_bytes(token): i for token, i in stored.items()}
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
@@ -244,7 +248,7 @@ class Tokenizer:
             ) from None
 
         # Where there is a vocabulary, it has to agree with the merges.
-        if stored and stored != tokenizer.id_of:
+        if not agrees:
             differing = stored.items() ^ tokenizer.id_of.items()
             tokens = {token for token, _ in differing}
             raise UserError(
@@ -288,9 +292,36 @@ def _bytes(spelling: str) -> bytes:
         raise ValueError(f"{spelling!r} spells no bytes") from None
 
 
+class _BytesOf(dict[str, bytes]):
+    """Bytes of spelled tokens, each computed once."""
+
+    def __missing__(self, spelling: str) -> bytes:
+        self[spelling] = _bytes(spelling)
+        return self[spelling]
+
+
+def _pairs_of_bytes(merges: list[str]) -> tuple[list[tuple[bytes, bytes]], dict[str, int]]:
+    """Merges as lines "left right" -> pairs of bytes, and the id of each token as it is spelled.
+
+    Raises ValueError for a letter that spells no byte.
+    """
+    letters = [_spell(token) for token in BYTE_TOKENS]
+    bytes_of = _BytesOf(zip(letters, BYTE_TOKENS, strict=True))
+    ids = {letter: i for i, letter in enumerate(letters)}
+    pairs = []
+    for i, merge in enumerate(merges, len(letters)):
+        left, _, right = merge.partition(" ")
+        pair = (bytes_of[left], bytes_of[right])
+        pairs.append(pair)
+        # Later merges are of tokens that earlier ones made.
+        bytes_of[left + right] = pair[0] + pair[1]
+        ids[left + right] = i
+    return pairs, ids
+
+
 # ------------------------------------------------------------------------------------- files
 
-Files = tuple[list, dict[str, int], dict[str, int]]  # merges, vocabulary, added tokens
+Files = tuple[list[str], dict[str, int], dict[str, int]]  # merges, vocabulary, added tokens
 
 
 def _read_files(folder: Path) -> Files:
@@ -315,8 +346,8 @@ def _read_files(folder: Path) -> Files:
     return merges, _checked_vocab(vocab, vocab_file), _checked_added(added, added_file)
 
 
-def _read_merges(file: Path) -> list:
-    """The merges in a merges.txt."""
+def _read_merges(file: Path) -> list[str]:
+    """The merges in a merges.txt, as lines "left right"."""
     check_file(file, MAX_JSON_BYTES)
     try:
         lines = file.read_text(encoding="utf-8").split("\n", MAX_TOKENS + 1)
@@ -368,8 +399,8 @@ def _read_json(path: Path) -> dict:
     return read_json_object(path) if path.exists() else {}
 
 
-def _checked_merges(merges: list, file: Path) -> list:
-    """Merges as pairs of strings: each is a pair already, or a line "left right".
+def _checked_merges(merges: list, file: Path) -> list[str]:
+    """Merges as lines "left right": each is one already, or a pair of strings.
 
     Raises UserError for others, and for too many.
     """
@@ -378,15 +409,20 @@ def _checked_merges(merges: list, file: Path) -> list:
             f"{short_path(file)}: its merges are {quote_json(merges)}, expected a list of at most "
             f"{MAX_TOKENS:,}"
         )
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    for number, pair in enumerate(pairs, 1):
-        is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], str):
+    lines = []
+    for number, merge in enumerate(merges, 1):
+        is_pair = isinstance(merge, list) and len(merge) == 2
+        if is_pair and isinstance(merge[0], str) and isinstance(merge[1], str):
+            line = f"{merge[0]} {merge[1]}"
+        else:
+            line = merge
+        if not isinstance(line, str) or line.count(" ") != 1:
             raise UserError(
                 f"{short_path(file)}: holds no byte-level BPE: merge {number} is "
-                f"{quote_json(merges[number - 1])}, expected two tokens"
+                f"{quote_json(merge)}, expected two tokens"
             )
-    return pairs
+        lines.append(line)
+    return lines
 
 
 def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:

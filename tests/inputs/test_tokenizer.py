@@ -207,6 +207,23 @@ def test_saved_and_loaded(small, tmp_path, layout):
     assert all(again.encode(text) == small.encode(text) for text in TEXTS)
 
 
+def test_merges_are_lines_or_pairs(small, tmp_path):
+    """tokenizer.json has either; both give the tokenizer of merges.txt."""
+    small.save(tmp_path)
+    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    for merges in (lines, [line.split(" ") for line in lines]):
+        folder = tmp_path / "single"
+        folder.mkdir(exist_ok=True)
+        added = [{"content": name, "id": i} for name, i in small.special_tokens.items()]
+        content = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added}
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        loaded = Tokenizer.load(folder)
+        assert loaded.merges == small.merges
+        assert loaded.id_of == small.id_of
+        assert loaded.encode("the red circle") == small.encode("the red circle")
+
+
 def test_files_that_disagree_are_refused(small, tmp_path):
     small.save(tmp_path)
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
@@ -262,6 +279,11 @@ WHOLE = {
             "its merges are",
         ),
         ("tokenizer.json", WHOLE | {"model": {"vocab": {}, "merges": [["a", 7]]}}, "merge 1 is"),
+        (
+            "tokenizer.json",
+            WHOLE | {"model": {"vocab": {}, "merges": ["a b", ["a b", "c"]]}},
+            "merge 2 is",
+        ),
         (
             "tokenizer.json",
             WHOLE | {"model": {"vocab": {}, "merges": ["a " * 10**6]}},
