@@ -788,13 +788,13 @@ def run_pack(arguments: argparse.Namespace) -> None:
 
 def run_merge(arguments: argparse.Namespace) -> None:
     """Write a model with an adapter added to its weights."""
-    from minomni.checkpoint import weights
+    from minomni.checkpoint import saving
     from minomni.checkpoint.lora import load_lora, merge_lora
 
     omni = load(arguments.model)
     load_lora(omni, arguments.adapter)
     merge_lora(omni)
-    weights.save(omni, arguments.out)
+    saving.save(omni, arguments.out)
     print(f"merged: {arguments.out}; python -m minomni chat --model {arguments.out}")
 
 

@@ -78,7 +78,7 @@ def tiny_folder(tmp_path_factory):
     """A tiny model of random weights in a folder: it answers nonsense, briefly, but through the
     real machinery.
     """
-    from minomni.checkpoint import weights
+    from minomni.checkpoint import saving
     from minomni.config import TINY
     from minomni.data.vocabulary import world_tokenizer
     from minomni.omni import Omni
@@ -98,7 +98,7 @@ def tiny_folder(tmp_path_factory):
         for i, name in enumerate(("Ann", "Bob"))
     }
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    weights.save(omni, folder)
+    saving.save(omni, folder)
     return folder
 
 

@@ -200,10 +200,10 @@ def models(folder: Path) -> None:
     a tokenizer.json.
     """
     import minomni
-    from minomni.checkpoint import weights
+    from minomni.checkpoint import saving
 
     shutil.copytree(ROOT / "data_samples" / "tiny", folder / "whole")
-    weights.save(minomni.load(str(folder / "whole")), folder / "shards", shard_bytes=10_000_000)
+    saving.save(minomni.load(str(folder / "whole")), folder / "shards", shard_bytes=10_000_000)
     vocab, merges, added = (
         folder / "whole" / name for name in ("vocab.json", "merges.txt", "added_tokens.json")
     )
@@ -373,7 +373,7 @@ class Readers:
         return tokenizer.decode(ids) == text and ids
 
     def voices(self, path: Path):
-        from minomni.checkpoint.weights import load_voices
+        from minomni.checkpoint.voices import load_voices
 
         voices = load_voices(path, self.omni.config)
         well_formed = len(voices) > 0 and all(

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 import minomni
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import corpus, grammar, scenes, text_to_speech
 
@@ -153,7 +153,7 @@ def model(run: Path) -> None:
 
     The summary of the run's log becomes tiny_log.jsonl.
     """
-    weights.save(minomni.load(str(run / "model")).half(), FOLDER / "tiny")
+    saving.save(minomni.load(str(run / "model")).half(), FOLDER / "tiny")
     shutil.copy(run / "model" / HISTORY_FILE, FOLDER / "tiny")
     shutil.copy(run / "log.jsonl", FOLDER / "tiny_log.jsonl")
 

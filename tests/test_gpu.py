@@ -15,7 +15,7 @@ from test_run_folder import cache, make  # noqa: F401  (a fixture)
 from minomni import load
 from minomni.chat.generate import generate_tokens
 from minomni.chat.static_generate import StaticStep
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving
 from minomni.config import QWEN7B, SamplingConfig
 from minomni.data import text_to_speech
 from minomni.eval import benchmark
@@ -218,7 +218,7 @@ def test_steps_of_the_7b_are_measured():
 def test_the_release_s_folder_loads_onto_a_gpu(tmp_path, monkeypatch):
     """As many weights, in the same files and precisions: loaded, every one as it was stored."""
     omni = benchmark.random_model("qwen7b", "cuda")
-    weights.save(omni, tmp_path / "model")
+    saving.save(omni, tmp_path / "model")
     kept = {name: tensor.cpu() for name, tensor in omni.state_dict().items()}
     del omni
     torch.cuda.empty_cache()

@@ -21,11 +21,19 @@ from minomni.checkpoint.hf_config import (
     read_packing,
     without_speech,
 )
-from minomni.checkpoint.memory import GIB, OPTIONS, needed_bytes
+from minomni.checkpoint.memory import ANY_PRECISION, GIB, OPTIONS, needed_bytes
 from minomni.checkpoint.packed_weights import packed_format
 from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
 from minomni.checkpoint.quantize import parse_quantize
 from minomni.checkpoint.saving import INDEX_FILE, VOICES_FILE
+from minomni.checkpoint.tensor_files import (
+    TensorInfo,
+    check_precisions,
+    packed_layers,
+    read_headers,
+    snapshot,
+)
+from minomni.checkpoint.voices import load_voices
 from minomni.config import QWEN7B, DecoderConfig, OmniConfig
 from minomni.errors import UserError, quote_json, short_path
 from minomni.inputs.tokenizer import Tokenizer
@@ -63,9 +71,9 @@ def check_folder(folder: str | Path) -> FolderReport:
     Whatever is wrong is in `errors`, all of it and not only the first. Raises UserError where there
     is no such folder.
     """
-    folder = weights.snapshot(Path(folder))
+    folder = snapshot(Path(folder))
     report = FolderReport(kind_of(folder))
-    stored: dict[str, weights.Stored] = {}
+    stored: dict[str, TensorInfo] = {}
     with_error(report, lambda: stored.update(check_files(folder, report)))
     configs: list[OmniConfig] = []
     with_error(report, lambda: configs.append(stored_config(folder, stored)))
@@ -138,26 +146,26 @@ def same_sizes(config: OmniConfig, release: OmniConfig) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # files
-def check_files(folder: Path, report: FolderReport) -> dict[str, weights.Stored]:
+def check_files(folder: Path, report: FolderReport) -> dict[str, TensorInfo]:
     """Report the tensor files -> the header of every tensor; a packed one counts as unpacked.
 
     Raises UserError.
     """
-    files = weights.headers(folder)
-    weights.packed_layers(folder, files)
+    files = read_headers(folder)
+    packed_layers(folder, files)
     sizes = [file.stat().st_size for file in files]
     line = f"files     {len(files)} with {sum(sizes):,} bytes, none cut short"
-    stored = {name: tensor for names in files.values() for name, tensor in names.items()}
+    stored = weights.all_tensors(files)
     if (folder / INDEX_FILE).exists():
         line += f"; {INDEX_FILE} agrees with them"
     report.lines.append(line)
     return stored
 
 
-def stored_config(folder: Path, stored: dict[str, weights.Stored]) -> OmniConfig:
+def stored_config(folder: Path, stored: dict[str, TensorInfo]) -> OmniConfig:
     """The configuration of the model that load() would build. Raises UserError."""
     config = read_config(folder)
-    if stored and not any(name.startswith(weights.SPEECH) for name in stored):
+    if stored and not weights.holds_speech(stored):
         config = without_speech(config)
     if config.thinker.tie_word_embeddings and TEXT_HEAD in stored:
         config = replace(config, thinker=replace(config.thinker, tie_word_embeddings=False))
@@ -165,14 +173,14 @@ def stored_config(folder: Path, stored: dict[str, weights.Stored]) -> OmniConfig
 
 
 def check_tensors(
-    folder: Path, stored: dict[str, weights.Stored], config: OmniConfig, report: FolderReport
+    folder: Path, stored: dict[str, TensorInfo], config: OmniConfig, report: FolderReport
 ) -> None:
     """Compare names, shapes and precisions with what the configuration describes. Raises
     UserError.
     """
     if not stored:  # reported by check_files()
         return
-    weights.check_precisions(folder, stored)
+    check_precisions(folder, stored)
     omni = weights.empty_model(folder, config)
     weights.check_bijection(folder, {name: s.shape for name, s in stored.items()}, omni)
     numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
@@ -182,14 +190,14 @@ def check_tensors(
     report.lines.append(f"stored    {precisions(stored)}")
 
 
-def precisions(stored: dict[str, weights.Stored]) -> str:
+def precisions(stored: dict[str, TensorInfo]) -> str:
     """The precisions of each part, and which differ from the release's."""
     parts: dict[str, set[str]] = {}
     for name, tensor in stored.items():
         parts.setdefault(name.split(".")[0], set()).add(tensor.precision)
     texts = []
     for part, found in parts.items():
-        expected = "BF16" if f"{part}." in weights.ANY_PRECISION else "F32"
+        expected = "BF16" if f"{part}." in ANY_PRECISION else "F32"
         note = "" if found == {expected} else f" (the release has {expected})"
         texts.append(f"{part} {' and '.join(sorted(found))}{note}")
     return ", ".join(texts)
@@ -208,7 +216,7 @@ def check_voices(folder: Path, config: OmniConfig, report: FolderReport) -> None
     """Report the voices. Raises UserError where a model that speaks has none."""
     if config.talker is None:
         return
-    voices = weights.load_voices(folder / VOICES_FILE, config)
+    voices = load_voices(folder / VOICES_FILE, config)
     if not voices:
         raise UserError(f"{short_path(folder)}: holds no {VOICES_FILE}, so it has no voice")
     report.lines.append(f"voices    {', '.join(voices)}")

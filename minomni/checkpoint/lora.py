@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minomni.arguments import check_int, check_number
 from minomni.checkpoint.quantize import let_gradients_through, without_import_notes
 from minomni.checkpoint.saving import VOICES_FILE, write_voices
-from minomni.checkpoint.weights import load_voices
+from minomni.checkpoint.voices import load_voices
 from minomni.errors import UserError, quote, short_path, shorten
 from minomni.files import sibling_path, writing
 from minomni.omni import Omni

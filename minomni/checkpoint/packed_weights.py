@@ -25,7 +25,10 @@ BITS = 4
 PER_INT = 32 // BITS  # numbers in an int32
 # Where AWQ puts the first, second, ... of eight outputs.
 AWQ_POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)
-PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
+TENSOR_SUFFIXES = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+}
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # by GPTQ's checkpoint_format
 
 

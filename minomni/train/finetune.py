@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from minomni import load
 from minomni.arguments import check_int
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.lora import (
     ADAPTER_CONFIG,
@@ -218,7 +218,7 @@ def finetune(
     if processes.is_first() and lora:
         save_lora(omni, out, list(rows.voices))
     elif processes.is_first():
-        weights.save(omni, out)
+        saving.save(omni, out)
         seconds = time.perf_counter() - began
         details = {"data": data.name, "stages": names, "epochs": epochs}
         write_history(out, omni, size, seed, seconds, **details)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minomni import paths
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.config import SIZES, OmniConfig
@@ -338,7 +338,7 @@ def export_model(size: str, home: Path, seed: int) -> None:
     omni.tokenizer = world_tokenizer(tokens)
     speech = corpus("speaking", cache_of(home), english(tokens))
     omni.voices = voices_of_corpus(speech, tokens.tts_text_pad + FIRST_VOICE_OFFSET)
-    weights.save(omni, home / "model")
+    saving.save(omni, home / "model")
 
     command = training_command(size, seed, read_settings(home))
     write_history(home / "model", omni, size, seed, elapsed_s(home), command=command)

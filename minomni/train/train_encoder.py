@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minomni import load
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving
 from minomni.config import SIZES, CodeClassifierConfig, OmniConfig
 from minomni.data.jsonl import JsonlRows
 from minomni.errors import UserError
@@ -104,7 +104,7 @@ def train_encoder(
 
     omni.eval().requires_grad_(False)
     if processes.is_first():
-        weights.save(omni, out)
+        saving.save(omni, out)
         seconds = time.perf_counter() - began
         write_history(
             out, omni, Path(folder).resolve().name, seed, seconds, encoder=asdict(options)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import minomni
 from minomni import __main__ as command
-from minomni.checkpoint import lora, quantize, weights
+from minomni.checkpoint import lora, quantize, saving, weights
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
 from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
@@ -192,7 +192,7 @@ def train(folder, data: Path, out: Path, *options: str) -> int:
 def test_training_writes_adapters_alone(dtype, tiny_folder, data, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     base = tmp_path / "base"
-    weights.save(weights.load(tiny_folder, dtype=dtype), base)
+    saving.save(weights.load(tiny_folder, dtype=dtype), base)
     before = (base / "model.safetensors").read_bytes()
     out = tmp_path / "adapter"
     assert train(base, data, out, "--lora", "r=2", "--epochs", "2") == 0

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minomni
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving, weights
 from minomni.checkpoint.check_folder import check_folder
 from minomni.checkpoint.packed_weights import packed_format
 from minomni.checkpoint.quantize import quantize_tensor
@@ -110,7 +110,7 @@ def plain(tmp_path_factory):
     omni.voices = oracle.voices()
     omni.tokenizer = Tokenizer.train(["say the red circle"], 270, special_tokens(oracle.TOKENS))
     folder = tmp_path_factory.mktemp("models") / "plain"
-    weights.save(omni, folder)
+    saving.save(omni, folder)
     return folder
 
 

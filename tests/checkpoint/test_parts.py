@@ -184,10 +184,10 @@ def test_voices_of_an_adapter_go_to_the_device_of_the_decoder(
 def test_only_encoders_are_loaded_onto_the_host():
     device = torch.device("cuda")
     for on_host, expected in (((), "cuda"), (ENCODERS, "cpu")):
-        reading = weights.Reading(device, torch.bfloat16, torch.float32, {}, {}, on_host)
-        assert reading.device_of("thinker.visual.merger.mlp.0.weight").type == expected
-        assert reading.device_of("thinker.audio_tower.proj.weight").type == expected
-        assert reading.device_of("thinker.model.embed_tokens.weight").type == "cuda"
+        plan = weights.LoadPlan(device, torch.bfloat16, torch.float32, {}, {}, on_host)
+        assert plan.device_of("thinker.visual.merger.mlp.0.weight").type == expected
+        assert plan.device_of("thinker.audio_tower.proj.weight").type == expected
+        assert plan.device_of("thinker.model.embed_tokens.weight").type == "cuda"
 
 
 def test_encoders_on_the_host_give_the_same_answer(tiny_folder):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import minomni
 from minomni import __main__ as command
-from minomni.checkpoint import memory, quantize, weights
+from minomni.checkpoint import memory, quantize, saving, weights
 from minomni.checkpoint.memory import weight_bytes
 from minomni.checkpoint.random_checkpoint import make_checkpoint, scale_widths
 from minomni.config import QWEN7B, SamplingConfig
@@ -58,7 +58,7 @@ def saved(tmp_path_factory):
     oracle.fill(omni.state_dict())
     omni.voices = oracle.voices()
     folder = tmp_path_factory.mktemp("models") / "saved"
-    weights.save(omni, folder)
+    saving.save(omni, folder)
     return folder
 
 

@@ -137,11 +137,11 @@ def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
     first.load_state_dict(omni.state_dict())
     first.thinker.to(dtype), first.talker.to(dtype)
     first.voices, first.tokenizer = omni.voices, omni.tokenizer
-    weights.save(first, tmp_path / "one", shard_bytes=3_000_000)
+    saving.save(first, tmp_path / "one", shard_bytes=3_000_000)
     settings = json.loads((tmp_path / "one" / "config.json").read_text())
     assert settings["torch_dtype"] == str(dtype).split(".")[1]
     once = weights.load(tmp_path / "one")
-    weights.save(once, tmp_path / "two", shard_bytes=3_000_000)
+    saving.save(once, tmp_path / "two", shard_bytes=3_000_000)
     twice = weights.load(tmp_path / "two")
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 3
     assert same_tensors(first, once)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import minomni
 from minomni import make_voice
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving, weights
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import TEXT_HEAD, Omni
@@ -43,7 +43,7 @@ def omni():
 def saved(omni, tmp_path_factory):
     """The model saved in several shards. Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("models") / "saved"
-    weights.save(omni, folder, shard_bytes=2_000_000)
+    saving.save(omni, folder, shard_bytes=2_000_000)
     return folder
 
 
@@ -59,11 +59,11 @@ def same_tensors(a, b) -> bool:
 
 
 def index_of(folder: Path) -> dict:
-    return json.loads((folder / weights.INDEX_FILE).read_text())["weight_map"]
+    return json.loads((folder / saving.INDEX_FILE).read_text())["weight_map"]
 
 
 def reindex(folder: Path, **changes) -> None:
-    (folder / weights.INDEX_FILE).write_text(json.dumps({"weight_map": index_of(folder) | changes}))
+    (folder / saving.INDEX_FILE).write_text(json.dumps({"weight_map": index_of(folder) | changes}))
 
 
 def edit(folder: Path, change) -> None:
@@ -72,9 +72,9 @@ def edit(folder: Path, change) -> None:
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
         file.unlink()
-    (folder / weights.INDEX_FILE).unlink(missing_ok=True)
+    (folder / saving.INDEX_FILE).unlink(missing_ok=True)
     change(tensors)
-    save_file(tensors, folder / weights.WEIGHTS_FILE)
+    save_file(tensors, folder / saving.WEIGHTS_FILE)
 
 
 def refuse(folder: Path, *messages: str) -> str:
@@ -143,11 +143,11 @@ def test_tensors_are_mapped_from_the_files(folder):
 def test_a_model_outlives_its_folder(folder, omni):
     """Saving over the folder that it was loaded from, or deleting that, changes no tensor."""
     model = weights.load(folder)
-    weights.save(model, folder, shard_bytes=3_000_000)
+    saving.save(model, folder, shard_bytes=3_000_000)
     assert same_tensors(model, omni)
     assert same_tensors(weights.load(folder), omni)
     before = model.generate(oracle.inputs("mixed"), "Ethan")
-    weights.save(model, folder)
+    saving.save(model, folder)
     shutil.rmtree(folder)
     after = model.generate(oracle.inputs("mixed"), "Ethan")
     assert before.tokens == after.tokens
@@ -193,7 +193,7 @@ def transformers():
 def test_folder_written_by_transformers(transformers, tmp_path):
     official = oracle.hf_model()
     official.save_pretrained(tmp_path, max_shard_size="2MB")
-    torch.save(official.speaker_map, tmp_path / weights.VOICES_FILE)
+    torch.save(official.speaker_map, tmp_path / saving.VOICES_FILE)
     model = weights.load(tmp_path)
     theirs = {oracle.hf_name(name): tensor for name, tensor in official.state_dict().items()}
     ours = model.state_dict()
@@ -268,9 +268,9 @@ def test_only_the_documented_extra_is_tolerated(folder, omni):
 def test_missing_folder_and_files(tmp_path, folder):
     refuse(tmp_path / "nowhere", "no such folder")
     for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": []}'):
-        (folder / weights.INDEX_FILE).write_text(text)
+        (folder / saving.INDEX_FILE).write_text(text)
         refuse(folder, "index.json: has no weight_map")
-    (folder / weights.INDEX_FILE).unlink()
+    (folder / saving.INDEX_FILE).unlink()
     for file in folder.glob("*.safetensors"):
         file.unlink()
     refuse(folder, "neither model.safetensors nor model.safetensors.index.json")
@@ -286,7 +286,7 @@ def test_missing_folder_and_files(tmp_path, folder):
 
 def test_a_missing_index(folder, omni):
     """The headers of the files make up for it, and their names tell how many there are."""
-    (folder / weights.INDEX_FILE).unlink()
+    (folder / saving.INDEX_FILE).unlink()
     assert same_tensors(weights.load(folder), omni)
     first, *_, last = sorted(folder.glob("*.safetensors"))
     shutil.copy(first, folder / "a.safetensors")
@@ -359,7 +359,7 @@ def test_a_hub_cache(folder, omni, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_files_linked_from_another_disk(folder, omni, tmp_path):
     (tmp_path / "disk").mkdir()
-    for file in (*folder.glob("*.safetensors"), folder / weights.VOICES_FILE):
+    for file in (*folder.glob("*.safetensors"), folder / saving.VOICES_FILE):
         file.rename(tmp_path / "disk" / file.name)
         file.symlink_to(tmp_path / "disk" / file.name)
     assert same_tensors(weights.load(folder), omni)
@@ -369,8 +369,8 @@ def test_files_linked_from_another_disk(folder, omni, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        weights.INDEX_FILE,
-        weights.VOICES_FILE,
+        saving.INDEX_FILE,
+        saving.VOICES_FILE,
         "tokenizer.json",
         "model-00002-of-00006.safetensors",
         "generation_config.json",
@@ -433,7 +433,7 @@ def test_a_thinker_alone_answers_in_text(folder, omni, tmp_path, prefix, kind):
             attempt()
     with pytest.raises(UserError, match="this model has no"):
         make_voice(np.ones(16_000, np.float32), "Ada", model)
-    weights.save(model, tmp_path / "again")
+    saving.save(model, tmp_path / "again")
     again = weights.load(tmp_path / "again")
     assert same_tensors(again, model)
     assert again.config == model.config
@@ -478,7 +478,7 @@ def test_a_tied_head_is_the_embedding_weight(folder, omni, tmp_path):
     assert model.thinker.lm_head.weight is embedding
     assert model.config.thinker.tie_word_embeddings
     assert torch.equal(embedding, omni.thinker.model.embed_tokens.weight)
-    weights.save(model, tmp_path / "again")
+    saving.save(model, tmp_path / "again")
     again = weights.load(tmp_path / "again")
     assert same_tensors(again, model)
     assert again.config == model.config
@@ -641,9 +641,9 @@ class MaliciousPickle:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_voices_that_run_code_are_refused(folder, tmp_path):
     file = tmp_path / "executed"
-    torch.save({"Chelsie": MaliciousPickle(file)}, folder / weights.VOICES_FILE)
+    torch.save({"Chelsie": MaliciousPickle(file)}, folder / saving.VOICES_FILE)
     refuse(folder, "spk_dict.pt: is cut short or wants to run code")
-    (folder / weights.VOICES_FILE).write_bytes(pickle.dumps(MaliciousPickle(file)))
+    (folder / saving.VOICES_FILE).write_bytes(pickle.dumps(MaliciousPickle(file)))
     refuse(folder, "spk_dict.pt: is cut short or wants to run code")
     assert not file.exists()
 
@@ -692,16 +692,16 @@ def entry(bos=5, cond=(1, 12), ref_mel=(1, 9, 80)):
     ],
 )
 def test_voices_of_another_shape(folder, content, message):
-    torch.save(content, folder / weights.VOICES_FILE)
+    torch.save(content, folder / saving.VOICES_FILE)
     refuse(folder, "spk_dict.pt: ", message)
 
 
 def test_broken_and_absent_voices(folder):
-    whole = (folder / weights.VOICES_FILE).read_bytes()
+    whole = (folder / saving.VOICES_FILE).read_bytes()
     for size in (0, 20, len(whole) // 2):
-        (folder / weights.VOICES_FILE).write_bytes(whole[:size])
+        (folder / saving.VOICES_FILE).write_bytes(whole[:size])
         refuse(folder, "spk_dict.pt: ")
-    (folder / weights.VOICES_FILE).unlink()
+    (folder / saving.VOICES_FILE).unlink()
     silent = weights.load(folder)
     assert len(silent.generate(oracle.inputs("text"), None).tokens[0]) == 8
     with pytest.raises(UserError, match="unknown voice 'Chelsie'; this model has none"):
@@ -711,16 +711,16 @@ def test_broken_and_absent_voices(folder):
 def test_voices_that_unpack_to_too_much(folder):
     """300 million zeros take 300 thousand bytes in a compressed archive."""
     archive = zipfile.ZipFile(
-        folder / weights.VOICES_FILE, "w", zipfile.ZIP_DEFLATED, compresslevel=1
+        folder / saving.VOICES_FILE, "w", zipfile.ZIP_DEFLATED, compresslevel=1
     )
     with archive, archive.open("archive/data/0", "w", force_zip64=True) as file:
         for _ in range(300):
             file.write(bytes(1_000_000))
     refuse(folder, "spk_dict.pt: unpacks to 300,000,000 bytes, expected at most")
-    with open(folder / weights.VOICES_FILE, "wb") as file:
+    with open(folder / saving.VOICES_FILE, "wb") as file:
         file.truncate(300_000_000)
     refuse(folder, "spk_dict.pt: has 300,000,000 bytes, expected at most")
-    (folder / weights.VOICES_FILE).write_bytes(
+    (folder / saving.VOICES_FILE).write_bytes(
         b"version https://git-lfs.github.com/spec/v1\noid sha256:9f\nsize 259544\n"
     )
     refuse(folder, "spk_dict.pt: is a git-LFS pointer")

@@ -10,7 +10,7 @@ import torch
 
 import minomni
 from minomni import __main__ as command
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving
 from minomni.config import SIZES
 from minomni.data import corpus
 from minomni.errors import UserError
@@ -47,7 +47,7 @@ def test_a_voice_fits_the_model_and_speaks(omni, recordings, tmp_path):
     try:
         ours = omni.respond([{"role": "user", "content": "say a"}], voice="me")
         other = omni.respond([{"role": "user", "content": "say a"}], voice="Ann")
-        weights.save(omni, tmp_path / "model")
+        saving.save(omni, tmp_path / "model")
         again = minomni.load(str(tmp_path / "model")).voices["me"]
     finally:
         del omni.voices["me"]

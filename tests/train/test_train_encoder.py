@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import minomni
 from minomni import __main__ as command
-from minomni.checkpoint import weights
+from minomni.checkpoint import saving, weights
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
 from minomni.config import TINY, OmniConfig
 from minomni.data import corpus
@@ -198,7 +198,7 @@ def test_pairs_of_another_voice_or_sampling_are_others(tiny_folder, tmp_path, mo
     """The pairs depend on more than the weights."""
     monkeypatch.setattr(train_encoder, "run_setup", lambda stage: None)
     monkeypatch.setattr(train_encoder, "train_or_load", lambda stage, folder: None)
-    monkeypatch.setattr(train_encoder.weights, "save", lambda omni, out: out.mkdir(exist_ok=True))
+    monkeypatch.setattr(train_encoder.saving, "save", lambda omni, out: out.mkdir(exist_ok=True))
     caches = []
     stage_of = train_encoder.EncoderStage
 
@@ -283,7 +283,7 @@ def test_from_a_folder_without_an_encoder_to_a_tuned_talker(
     omni.codec = None
     omni.config = replace(omni.config, codec=None)
     assert omni.config.trained_here
-    weights.save(omni, base)
+    saving.save(omni, base)
     before = weights.load(base).state_dict()
 
     monkeypatch.chdir(base)
