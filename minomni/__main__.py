@@ -765,7 +765,7 @@ def held_out_scores(
 
 def lora_parts(arguments: argparse.Namespace) -> tuple[str, ...]:
     """What --parts names. Raises UserError for other names, and without --lora."""
-    from minomni.checkpoint.lora import PARTS
+    from minomni.checkpoint.lora import TUNABLE_PARTS
 
     if arguments.parts is None:
         return ()
@@ -773,8 +773,8 @@ def lora_parts(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UserError("--parts goes with --lora, as in --lora r=16 --parts talker")
     names = tuple(arguments.parts.split(","))
     for name in names:
-        if name not in PARTS:
-            raise UserError(f"--parts: {quote(name)} is not one of {', '.join(PARTS)}")
+        if name not in TUNABLE_PARTS:
+            raise UserError(f"--parts: {quote(name)} is not one of {', '.join(TUNABLE_PARTS)}")
     return names
 
 

@@ -29,7 +29,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG, VOICES_FILE, "README.md")  # of a folder
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PARTS = ("thinker", "talker")
+TUNABLE_PARTS = ("thinker", "talker")
 # The whole name: peft takes a bare q_proj for a suffix, which the encoders' layers have too.
 DECODERS = {
     "thinker": r"thinker\.model\.(language_model\.)?layers\.\d+\.\w+\.({layers})",

@@ -245,7 +245,8 @@ def is_loaded_folder(folder: Path, loaded_from: Path | None) -> bool:
 # the model's files
 def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
     """Write all files of the model into an empty folder."""
-    config, source = omni.config, omni.loaded_from
+    config = omni.config
+    source = omni.loaded_from
 
     # Settings: ours, and what transformers adds to the same files.
     write_config(config, folder)

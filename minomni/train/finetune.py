@@ -21,12 +21,12 @@ from minomni.checkpoint import saving
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.lora import (
     ADAPTER_CONFIG,
+    TUNABLE_PARTS,
     LoraOptions,
     add_lora,
     check_replaceable,
     save_lora,
 )
-from minomni.checkpoint.lora import PARTS as LORA_PARTS
 from minomni.checkpoint.quantize import plain_parts
 from minomni.data.batching import batched
 from minomni.data.codes import encode_waves
@@ -51,7 +51,7 @@ from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import prepare_run, write_history
 from minomni.train.run_folder import is_finished, load_stages
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
-from minomni.train.stages.thinker import PARTS
+from minomni.train.stages.thinker import BATCH_PARTS
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
@@ -105,7 +105,7 @@ class FinetuneChatStage(FinetuneStage):
         # Rows of similar length share a part of the batch, which keeps padding short.
         pairs.sort(key=lambda pair: pair[0].input_ids.shape[1])
         parts = []
-        for part in batched(pairs, ceil(len(pairs) / PARTS)):
+        for part in batched(pairs, ceil(len(pairs) / BATCH_PARTS)):
             prompts, rows = zip(*part, strict=True)
             inputs, targets = self.collate(list(prompts), list(rows))
             parts.append((self.omni.thinker(inputs), targets))
@@ -265,7 +265,7 @@ def add_new_parts(
     for name, waveform in rows.voices.items():
         omni.voices[name] = make_voice(waveform, name, omni)
     if lora:
-        tuned = tuple(part for part in LORA_PARTS if LORA_STAGES[part] in names)
+        tuned = tuple(part for part in TUNABLE_PARTS if LORA_STAGES[part] in names)
         add_lora(omni, lora, tuned, seed)
 
 
@@ -322,7 +322,7 @@ def stage_names(
 
     Raises UserError where the model or the data lacks what they need.
     """
-    asked = [LORA_STAGES[part] for part in LORA_PARTS if part in lora_parts]
+    asked = [LORA_STAGES[part] for part in TUNABLE_PARTS if part in lora_parts]
     if stage:
         asked = [stage]
     if "talker" in asked:

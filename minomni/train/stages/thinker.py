@@ -20,7 +20,8 @@ from minomni.inputs.prompt import Inputs
 from minomni.train import losses
 from minomni.train.loop import Stage
 
-PARTS = 2  # parts of a batch, so that short prompts are not padded to the length of long videos
+# Parts of a batch, so that short prompts are not padded to the length of long videos.
+BATCH_PARTS = 2
 # Stage `language` sees only images until the first fraction of its steps, and mostly videos until
 # the second.
 IMAGES_UNTIL = 0.25
@@ -44,7 +45,7 @@ class ThinkerStage(Stage):
         self.builder = ExampleBuilder(self.omni.config, self.cache)
 
     def batch(self, number: int) -> list[Part]:
-        """A batch of dialogues in PARTS parts, each of dialogues of similar length."""
+        """A batch of dialogues in BATCH_PARTS parts, each of dialogues of similar length."""
         random = Random(f"{self.seed}-{self.name}-{number}")
         mixture = self.mixture_at(number)
         kinds = random.choices(list(mixture), weights=list(mixture.values()), k=self.recipe.batch)
@@ -52,7 +53,7 @@ class ThinkerStage(Stage):
         dialogues.sort(key=lambda dialogue: sum(map(estimated_tokens, dialogue)))
 
         parts = []
-        for part in batched(dialogues, ceil(len(dialogues) / PARTS)):
+        for part in batched(dialogues, ceil(len(dialogues) / BATCH_PARTS)):
             inputs, targets = self.builder.collate(part, random)
             examples = [example for dialogue in part for example in dialogue]
             parts.append((examples, inputs, targets))
