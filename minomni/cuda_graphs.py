@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 WARM_UPS = 3  # runs before a capture, in which libraries allocate their workspaces
-KEPT_GRAPHS = 16  # of one Graphs, each with buffers for its inputs and results
+MAX_GRAPHS = 16  # of one Graphs, each with buffers for its inputs and results
 MAX_KEYS = 1000  # of one Graphs: shapes that occurred once are forgotten beyond it
 
 
@@ -121,7 +121,7 @@ class Graphs:
 
         if recording is None:
             recording = Recording(function, inputs, self.shared_pool())
-        keep(self.recordings, key, recording, KEPT_GRAPHS)
+        keep(self.recordings, key, recording, MAX_GRAPHS)
         return recording(inputs)
 
     def shared_pool(self) -> Any:

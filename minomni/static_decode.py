@@ -17,38 +17,43 @@ from minomni.kv_cache import KVCache
 from minomni.rotary import apply_rotary, rotary_cos_sin
 from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalize_repetition
 
-SMALLEST_ROOM = 1024  # positions; a graph is captured for each power of two from here
+MIN_CAPACITY = 1024  # positions; a graph is captured for each power of two from here
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def room_for(length: int) -> int:
+def cache_capacity(length: int) -> int:
     """The positions of a static cache that holds `length`: a power of two."""
-    return max(SMALLEST_ROOM, 1 << (length - 1).bit_length())
+    return max(MIN_CAPACITY, 1 << (length - 1).bit_length())
 
 
 class StaticCache:
-    """Keys and values [B, room, H_kv, d] of every layer, allocated once.
+    """Keys and values [B, capacity, H_kv, d] of every layer, allocated once.
 
     Row b holds its first lengths[b] positions, without padding. lengths is on the device: the step
     writes at that position and then adds one.
     """
 
     def __init__(
-        self, config: DecoderConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: DecoderConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
-        shape = (rows, room, config.num_key_value_heads, config.head_dim)
+        shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for _ in range(config.num_hidden_layers):
             self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
             self.values.append(torch.zeros(shape, device=device, dtype=dtype))
-        self.room = room
+        self.capacity = capacity
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.rows = torch.arange(rows, device=device)
-        self.columns = torch.arange(room, device=device)
+        self.columns = torch.arange(capacity, device=device)
         # Where each row begins in queries and in keys, for attention over rows of several lengths.
         self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.key_starts = self.query_starts * room
+        self.key_starts = self.query_starts * capacity
         self.flash = device.type == "cuda" and dtype in FLASH_DTYPES
 
     def fill(self, cache: KVCache, attention_mask: Tensor) -> None:
@@ -78,7 +83,7 @@ class StaticCache:
         # Queries that share a key become the rows of one attention; a mask together with
         # enable_gqa would select the slow backend on CUDA.
         grouped = q.unflatten(1, (k.shape[1], -1))  # [B, H_kv, H / H_kv, d]
-        visible = self.columns <= self.lengths[:, None]  # [B, room]
+        visible = self.columns <= self.lengths[:, None]  # [B, capacity]
         mask = visible[:, None, None]
         out = F.scaled_dot_product_attention(
             grouped, keys.transpose(1, 2), values.transpose(1, 2), mask
@@ -96,7 +101,7 @@ class StaticCache:
             self.query_starts,
             self.key_starts,
             1,
-            self.room,
+            self.capacity,
             enable_gqa=True,
             seqused_k=(self.lengths + 1).to(torch.int32),
         )

@@ -22,25 +22,25 @@ from minomni.cuda_graphs import Replay
 from minomni.decoder import Decoder, next_position
 from minomni.kv_cache import KVCache
 from minomni.sampling import Generators, check_ranges, logit_ranges
-from minomni.static_decode import StaticCache, choose, decoder_step, room_for
+from minomni.static_decode import StaticCache, cache_capacity, choose, decoder_step
 from minomni.talker.talker import Talker, TalkerInputs, special_embeds
 from minomni.thinker.thinker import PrefillState, Thinker
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
-KEPT_STEPS = 4  # of one workspace, each with a cache and, on CUDA, a graph
+MAX_CACHED_STEPS = 4  # of one workspace, each with a cache and, on CUDA, a graph
 
 
-class TextLines:
-    """The Talker's text input of all rows: lines [B, room, E], of which count [B] are written.
+class ReplyEmbedsBuffer:
+    """The Talker's text input of all rows: embeds [B, capacity, E], of which count [B] are written.
 
     The buffers hold what GrowingReplyEmbeds holds: a state per token, and at the end `end` and
     `pad` [E]. A row without states stays empty.
     """
 
-    def __init__(self, rows: int, room: int, end: Tensor, pad: Tensor):
-        self.lines = end.new_zeros(rows, room + 2, len(end))  # + 2: end and pad
+    def __init__(self, rows: int, capacity: int, end: Tensor, pad: Tensor):
+        self.embeds = end.new_zeros(rows, capacity + 2, len(end))  # + 2: end and pad
         self.count = torch.zeros(rows, dtype=torch.long, device=end.device)
         self.closed = torch.zeros(rows, dtype=torch.bool, device=end.device)
         self.rows = torch.arange(rows, device=end.device)
@@ -57,12 +57,12 @@ class TextLines:
     def add(self, state: Tensor, is_last: Tensor) -> None:
         """Append state [B, E] to the open rows, or close those whose token is_last [B].
 
-        Other rows write behind their lines, where nothing is read before it is written again.
+        Other rows write after their embeddings, where nothing is read before it is written again.
         """
         ends = (is_last & ~self.closed)[:, None]
         first = torch.where(ends, self.end, state)
-        self.lines.index_put_((self.rows, self.count), first)
-        self.lines.index_put_((self.rows, self.count + 1), self.pad.expand_as(first))
+        self.embeds.index_put_((self.rows, self.count), first)
+        self.embeds.index_put_((self.rows, self.count + 1), self.pad.expand_as(first))
         # 1 for a state, 2 for `end` and `pad`, 0 for a row that is closed or has no states.
         closes = is_last & ~self.closed & (self.count > 0)
         appends = ~is_last & ~self.closed
@@ -70,9 +70,9 @@ class TextLines:
         self.count.add_(appends.long() + 2 * closes.long())
 
     def at(self, step: Tensor) -> Tensor:
-        """The line of every row at a step [1] -> [B, E]; the last one of a row repeats."""
+        """The embedding of every row at a step [1] -> [B, E]; the last one of a row repeats."""
         index = torch.minimum(step, self.count - 1).clamp(min=0)
-        return self.lines[self.rows, index]
+        return self.embeds[self.rows, index]
 
 
 class StaticStep:
@@ -83,7 +83,7 @@ class StaticStep:
         decoder: Decoder,
         head: nn.Linear,
         rows: int,
-        room: int,
+        capacity: int,
         sampling: SamplingConfig,
         suppressed: Tensor | None,
     ):
@@ -92,7 +92,7 @@ class StaticStep:
         self.head = head
         self.sampling = sampling
         self.suppressed = suppressed
-        self.cache = StaticCache(decoder.config, rows, room, weight.device, weight.dtype)
+        self.cache = StaticCache(decoder.config, rows, capacity, weight.device, weight.dtype)
         self.logits = torch.zeros(rows, decoder.config.vocab_size, device=weight.device)
         self.position = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=weight.device)
@@ -134,7 +134,7 @@ class StaticStep:
         self.ids.copy_(ids)
         return ids
 
-    def begin(
+    def load_prefill(
         self, cache: KVCache, attention_mask: Tensor, position: Tensor, logits: Tensor
     ) -> None:
         """Take over a prefill: its cache, next position ids [B] and last logits [B, V]."""
@@ -151,7 +151,7 @@ class StaticStep:
         self.position.add_(1)
         return hidden
 
-    def launch(self, generator: Generators) -> "LateIds":
+    def launch(self, generator: Generators) -> "PendingIds":
         """Draw the noise of a step, run it, and begin to copy its ids to the host."""
         if self.noise is not None:
             if isinstance(generator, list):
@@ -160,7 +160,7 @@ class StaticStep:
             else:
                 self.noise.exponential_(generator=generator)
         self.replay()
-        return LateIds(self.ids, self.ranges)
+        return PendingIds(self.ids, self.ranges)
 
     def run(self, limit: int, stops: list[int], generator: Generators) -> Iterator[Tensor]:
         """Yields ids [B] of step after step, until all rows have stopped or `limit` is reached.
@@ -181,7 +181,7 @@ class StaticStep:
             current = following
 
 
-class LateIds:
+class PendingIds:
     """Ids on their way to the host."""
 
     def __init__(self, ids: Tensor, ranges: Tensor):
@@ -206,24 +206,24 @@ class LateIds:
 
 
 class ThinkerStep(StaticStep):
-    """The Thinker's step. With `lines` it also writes the Talker's text input."""
+    """The Thinker's step. With `reply_embeds` it also writes the Talker's text input."""
 
     def __init__(
         self,
         thinker: Thinker,
         rows: int,
-        room: int,
+        capacity: int,
         sampling: SamplingConfig,
-        lines: TextLines | None,
+        reply_embeds: ReplyEmbedsBuffer | None,
     ):
-        self.lines = lines
+        self.reply_embeds = reply_embeds
         self.tokens = thinker.config.tokens
-        super().__init__(thinker.model, thinker.lm_head, rows, room, sampling, None)
+        super().__init__(thinker.model, thinker.lm_head, rows, capacity, sampling, None)
 
     def state(self) -> list[Tensor]:
-        if self.lines is None:
+        if self.reply_embeds is None:
             return super().state()
-        return [*super().state(), self.lines.count, self.lines.closed]
+        return [*super().state(), self.reply_embeds.count, self.reply_embeds.closed]
 
     def step(self) -> None:
         ids = self.next_ids(self.tokens.endoftext)
@@ -232,31 +232,31 @@ class ThinkerStep(StaticStep):
         embeds = self.decoder.embed_tokens(ids)  # [B, D]
         hidden = self.decode(embeds)
         self.count.add_(1)
-        if self.lines is not None:
-            self.lines.add(hidden + embeds, is_end | (self.count >= self.limit))
+        if self.reply_embeds is not None:
+            self.reply_embeds.add(hidden + embeds, is_end | (self.count >= self.limit))
 
 
 class TalkerStep(StaticStep):
-    """The Talker's step, which reads `lines`."""
+    """The Talker's step, which reads `reply_embeds`."""
 
     def __init__(
         self,
         talker: Talker,
         rows: int,
-        room: int,
+        capacity: int,
         sampling: SamplingConfig,
         suppressed: Tensor,
-        lines: TextLines,
+        reply_embeds: ReplyEmbedsBuffer,
     ):
-        self.lines = lines
+        self.reply_embeds = reply_embeds
         self.talker = talker
-        super().__init__(talker.model, talker.codec_head, rows, room, sampling, suppressed)
+        super().__init__(talker.model, talker.codec_head, rows, capacity, sampling, suppressed)
 
     def step(self) -> None:
         codes = self.next_ids(self.talker.config.codec_pad)
         self.done.logical_or_(self.talker.is_stop(codes))
         self.count.add_(1)
-        embeds = self.decoder.embed_tokens(codes) + self.lines.at(self.count)  # [B, E]
+        embeds = self.decoder.embed_tokens(codes) + self.reply_embeds.at(self.count)  # [B, E]
         self.decode(self.talker.thinker_to_talker_proj(embeds))
 
 
@@ -301,7 +301,7 @@ class Workspace:
     def __init__(self, omni: "Omni"):
         self.omni = omni
         self.steps: dict[tuple, StaticStep] = {}
-        self.lines: dict[tuple, TextLines] = {}
+        self.reply_embeds: dict[tuple, ReplyEmbedsBuffer] = {}
 
     def generate_tokens(
         self,
@@ -317,14 +317,14 @@ class Workspace:
         limit = min(sampling[0].max_new_tokens, context - length)
         if limit < 1:
             return
-        room = room_for(length + limit)
-        lines = None
+        capacity = cache_capacity(length + limit)
+        reply_embeds = None
         if bos_tokens is not None:
             end, pad, voices = special_embeds(tokens, bos_tokens, thinker.model.embed_tokens)
-            lines = self.text_lines(rows, room, end, pad)
-        think = self.thinker_step(prefill, room, sampling[0], lines)
-        thinker_ids = think.run(limit, [tokens.im_end], generators(seed, thinker.device))
-        if lines is None:
+            reply_embeds = self.get_reply_embeds(rows, capacity, end, pad)
+        thinker_step = self.get_thinker_step(prefill, capacity, sampling[0], reply_embeds)
+        thinker_ids = thinker_step.run(limit, [tokens.im_end], generators(seed, thinker.device))
+        if reply_embeds is None:
             for ids in thinker_ids:
                 yield "text", ids
             return
@@ -345,46 +345,54 @@ class Workspace:
                 continue
             if step == 1:  # the Thinker's states of the first token are there
                 silent = first.eq(tokens.im_end).tolist()
-                codes = self.talker_codes(inputs, lines, silent, sampling[1], seed)
+                codes = self.talker_codes(inputs, reply_embeds, silent, sampling[1], seed)
             code = next(codes, None)
             if code is not None:
                 yield "code", code
         for code in codes:
             yield "code", code
 
-    def kept(self, key: tuple, make: Callable[[], StaticStep]) -> StaticStep:
-        """The step of a key: one that is kept, or a new one in place of the longest unused."""
+    def get_step(self, key: tuple, make: Callable[[], StaticStep]) -> StaticStep:
+        """The step of a key: a cached one, or a new one in place of the longest unused."""
         step = self.steps.pop(key, None) or make()
-        while len(self.steps) >= KEPT_STEPS:
+        while len(self.steps) >= MAX_CACHED_STEPS:
             self.steps.pop(next(iter(self.steps)))
         self.steps[key] = step
         return step
 
-    def text_lines(self, rows: int, room: int, end: Tensor, pad: Tensor) -> TextLines:
-        """Empty lines for new replies."""
-        key = (rows, room)
-        if key not in self.lines:
-            self.lines[key] = TextLines(rows, room, end, pad)
-        self.lines[key].reset(end, pad)
-        return self.lines[key]
+    def get_reply_embeds(
+        self, rows: int, capacity: int, end: Tensor, pad: Tensor
+    ) -> ReplyEmbedsBuffer:
+        """An empty buffer for new replies."""
+        key = (rows, capacity)
+        if key not in self.reply_embeds:
+            self.reply_embeds[key] = ReplyEmbedsBuffer(rows, capacity, end, pad)
+        self.reply_embeds[key].reset(end, pad)
+        return self.reply_embeds[key]
 
-    def thinker_step(
-        self, prefill: PrefillState, room: int, sampling: SamplingConfig, lines: TextLines | None
+    def get_thinker_step(
+        self,
+        prefill: PrefillState,
+        capacity: int,
+        sampling: SamplingConfig,
+        reply_embeds: ReplyEmbedsBuffer | None,
     ) -> StaticStep:
         """The Thinker's step, which continues a prefill."""
         thinker, mask = self.omni.thinker, prefill.attention_mask
-        key = (thinker.config, len(mask), room, without_limit(sampling), lines is None)
-        step = self.kept(key, lambda: ThinkerStep(thinker, len(mask), room, sampling, lines))
+        key = (thinker.config, len(mask), capacity, without_limit(sampling), reply_embeds is None)
+        step = self.get_step(
+            key, lambda: ThinkerStep(thinker, len(mask), capacity, sampling, reply_embeds)
+        )
         assert prefill.cache is not None
         position = next_position(prefill.position_ids, mask)
-        step.begin(prefill.cache, mask, position, thinker.lm_head(prefill.hidden[:, -1]))
+        step.load_prefill(prefill.cache, mask, position, thinker.lm_head(prefill.hidden[:, -1]))
         step.history.copy_(thinker.id_history(prefill))
         return step
 
     def talker_codes(
         self,
         inputs: TalkerInputs,
-        lines: TextLines,
+        reply_embeds: ReplyEmbedsBuffer,
         silent: list[bool],
         sampling: SamplingConfig,
         seed: int | list[int],
@@ -397,22 +405,24 @@ class Workspace:
         if limit < 1 or all(silent):
             return
 
-        # Prefill by the plain path; the first line of each row is its first text embedding.
+        # Prefill by the plain path, which reads only the first text embedding of each row.
         inputs.reply_embeds = [
-            row[:0] if is_silent else row[:1] for row, is_silent in zip(lines.lines, silent)
+            row[:0] if is_silent else row[:1] for row, is_silent in zip(reply_embeds.embeds, silent)
         ]
         logits, state = talker.prefill(inputs)
 
         rows = len(silent)
-        room = room_for(inputs.prompt.shape[1] + 2 + limit)
+        capacity = cache_capacity(inputs.prompt.shape[1] + 2 + limit)
         suppressed = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
         suppressed[talker.suppressed_ids(self.omni.num_codes)] = True
-        suppressed = suppressed.to(lines.lines.device)
-        key = (config, rows, room, without_limit(sampling), id(lines))
-        step = self.kept(key, lambda: TalkerStep(talker, rows, room, sampling, suppressed, lines))
-        step.begin(state.cache, state.attention_mask, state.position, logits)
+        suppressed = suppressed.to(reply_embeds.embeds.device)
+        key = (config, rows, capacity, without_limit(sampling), id(reply_embeds))
+        step = self.get_step(
+            key, lambda: TalkerStep(talker, rows, capacity, sampling, suppressed, reply_embeds)
+        )
+        step.load_prefill(state.cache, state.attention_mask, state.position, logits)
         step.done.copy_(torch.tensor(silent))
         step.history.zero_()
         step.history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
         stops = list(config.stop_codes)
-        yield from step.run(limit, stops, generators(seed, lines.lines.device))
+        yield from step.run(limit, stops, generators(seed, reply_embeds.embeds.device))

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from minomni.chat.generate import generate_tokens
-from minomni.chat.static_generate import StaticGenerator, TextLines
+from minomni.chat.static_generate import ReplyEmbedsBuffer, StaticGenerator
 from minomni.config import SamplingConfig
 from minomni.errors import UserError
-from minomni.static_decode import StaticCache, decoder_step, room_for
+from minomni.static_decode import StaticCache, cache_capacity, decoder_step
 from minomni.token2wav.token2wav import Token2Wav
 
 GREEDY = oracle.CONFIG.thinker_sampling
@@ -112,7 +112,7 @@ def test_stopping_early_gives_the_same_events(omni, events):
     assert again == answer(omni, "text", 0, sampling)
 
 
-def test_steps_are_kept_from_answer_to_answer(omni):
+def test_steps_are_reused_from_answer_to_answer(omni):
     generator = StaticGenerator(omni)
     omni.static_generator = generator
     sampling = (replace(GREEDY, max_new_tokens=3), replace(GREEDY, max_new_tokens=3))
@@ -129,7 +129,7 @@ def test_steps_are_kept_from_answer_to_answer(omni):
     assert after == pointers
 
 
-def test_few_steps_are_kept(omni):
+def test_few_steps_are_cached(omni):
     """Another limit takes the same step, another temperature a new one, in place of an old one."""
     omni.use_static_steps()
     for tokens, temperature in ((3, 0.5), (4, 0.5), (3, 0.6), (3, 0.7), (3, 0.5)):
@@ -184,23 +184,23 @@ def test_decoder_step_gives_the_states_of_the_decoder(omni):
     assert static.lengths.tolist() == [24, 27]
 
 
-def test_rooms_are_powers_of_two():
-    assert [room_for(n) for n in (1, 1024, 1025, 30_000)] == [1024, 1024, 2048, 32_768]
+def test_capacities_are_powers_of_two():
+    assert [cache_capacity(n) for n in (1, 1024, 1025, 30_000)] == [1024, 1024, 2048, 32_768]
 
 
-def test_text_lines_by_hand():
+def test_reply_embeds_by_hand():
     """Row 0 ends after two tokens, row 1 has no text, row 2 goes on."""
     end, pad = torch.tensor([-1.0]), torch.tensor([-2.0])
-    lines = TextLines(3, 8, end, pad)
+    buffer = ReplyEmbedsBuffer(3, 8, end, pad)
     state = torch.tensor([[1.0], [10.0], [100.0]])
     for is_last in ([False, True, False], [False, False, False], [True, False, False]):
-        lines.add(state, torch.tensor(is_last))
+        buffer.add(state, torch.tensor(is_last))
         state = state + 1
-    lines.add(state, torch.tensor([False, False, False]))
-    assert lines.count.tolist() == [4, 0, 4]
-    assert lines.lines[0, :4, 0].tolist() == [1, 2, -1, -2]
-    assert lines.lines[2, :4, 0].tolist() == [100, 101, 102, 103]
-    assert lines.at(torch.tensor([9]))[[0, 2], 0].tolist() == [-2, 103]
+    buffer.add(state, torch.tensor([False, False, False]))
+    assert buffer.count.tolist() == [4, 0, 4]
+    assert buffer.embeds[0, :4, 0].tolist() == [1, 2, -1, -2]
+    assert buffer.embeds[2, :4, 0].tolist() == [100, 101, 102, 103]
+    assert buffer.at(torch.tensor([9]))[[0, 2], 0].tolist() == [-2, 103]
 
 
 def test_broken_weights_are_reported_at_the_first_step():

@@ -466,7 +466,7 @@ def test_a_traced_chunk_can_be_repeated(model):
 def test_graphs_by_hand(monkeypatch):
     """Recorded at the second call; other shapes and other keys apart; the longest unused goes."""
     monkeypatch.setattr(cuda_graphs, "Recording", FakeRecording)
-    monkeypatch.setattr(cuda_graphs, "KEPT_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     graphs = Graphs()
 
     def double(x, nothing):
