@@ -48,6 +48,33 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(drop, NEVER)
 
 
+def process_logits(
+    logits: Tensor,
+    history: Tensor | None,
+    sampling: SamplingConfig,
+    suppressed: Tensor | None,
+) -> Tensor:
+    """The logits [B, V] that an id is chosen from: [B, V] fp32 -> [B, V].
+
+    history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty);
+    suppressed: bool [V], ids that are never chosen (None: no such ids), on the device of the
+    logits. At temperature 0 the largest logit is chosen, so that temperature, top-k and top-p do
+    not apply. Nothing is read back from the device.
+    """
+    if history is not None and sampling.repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
+    if suppressed is not None:
+        logits = logits.masked_fill(suppressed, NEVER)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    return logits
+
+
 def logit_ranges(logits: Tensor) -> Tensor:
     """The difference between the largest and the smallest logit of each row: [B, V] -> [B].
 
@@ -113,28 +140,18 @@ def sample(
     logits: Tensor,
     history: Tensor | None,
     sampling: SamplingConfig,
-    suppress: Sequence[int] | Tensor = (),
+    suppressed: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:
     """Sample the next id of every row: logits [B, V] -> ids [B] long.
 
-    history: bool [B, V], the ids that the repetition penalty applies to (None: no penalty);
-    suppress: ids never chosen; temperature 0 takes the largest logit. The generator is on the
-    device of the logits; with one for each row, the result of a row does not depend on the rest of
-    its batch. Raises UserError for logits that are not finite.
+    history and suppressed: as in process_logits(); temperature 0 takes the largest logit. The
+    generator is on the device of the logits; with one for each row, the result of a row does not
+    depend on the rest of its batch. Raises UserError for logits that are not finite.
     """
     logits = logits.float()
     check_finite(logits)
-    if history is not None and sampling.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
-    if len(suppress):
-        suppressed = torch.as_tensor(suppress, device=logits.device)
-        logits = logits.index_fill(1, suppressed, NEVER)
+    logits = process_logits(logits, history, sampling, suppressed)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
     return draw(logits.softmax(-1), generator)

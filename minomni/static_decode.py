@@ -15,7 +15,7 @@ from minomni.config import DecoderConfig, SamplingConfig
 from minomni.decoder import Decoder, DecoderLayer
 from minomni.kv_cache import KVCache
 from minomni.rotary import apply_rotary, rotary_cos_sin
-from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalize_repetition
+from minomni.sampling import process_logits
 
 MIN_CAPACITY = 1024  # positions; a graph is captured for each power of two from here
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -142,19 +142,11 @@ def choose(
 ) -> Tensor:
     """sample() without reading anything back: logits [B, V] -> ids [B].
 
-    history: bool [B, V]; suppressed: bool [V], ids never chosen; noise [B, V]: numbers of the
-    exponential distribution, None at temperature 0. An exponential race gives what
-    torch.multinomial draws from the same generator.
+    history and suppressed: as in process_logits(); noise [B, V]: numbers of the exponential
+    distribution, None at temperature 0. An exponential race gives what torch.multinomial draws
+    from the same generator.
     """
-    if sampling.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, history, sampling.repetition_penalty)
-    if suppressed is not None:
-        logits = logits.masked_fill(suppressed, NEVER)
+    logits = process_logits(logits, history, sampling, suppressed)
     if noise is None:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
     return (logits.softmax(-1) / noise).argmax(-1)

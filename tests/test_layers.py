@@ -202,7 +202,7 @@ def test_greedy_penalty_and_suppression():
     greedy = settings(temperature=0.0, repetition_penalty=1.05)
     seen = torch.tensor([[True, False, False], [False, False, False]])
     assert sample(logits, seen, greedy).tolist() == [1, 0]
-    assert sample(logits, seen, greedy, suppress=[0, 1]).tolist() == [2, 2]
+    assert sample(logits, seen, greedy, torch.tensor([True, True, False])).tolist() == [2, 2]
     negative = torch.tensor([[-1.0, -1.02]])
     assert sample(negative, torch.tensor([[True, False]]), greedy).tolist() == [1]
 

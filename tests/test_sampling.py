@@ -15,7 +15,7 @@ from minomni.chat.generation_options import (
 )
 from minomni.config import QWEN7B, TINY, SamplingConfig
 from minomni.errors import UserError
-from minomni.sampling import NEVER, keep_top_k, keep_top_p, penalize_repetition, sample
+from minomni.sampling import process_logits, sample
 
 SETTINGS = [
     dict(temperature=1.3, top_k=0, top_p=1.0, repetition_penalty=1.0),
@@ -58,17 +58,12 @@ def test_scores_and_draws_equal_those_of_transformers(number, kind):
     history = torch.zeros(6, 900, dtype=torch.bool).scatter(1, ids, True)
     scores = expected_scores(logits, ids, settings, suppress)
 
-    ours = penalize_repetition(logits, history, settings["repetition_penalty"]).index_fill(
-        1, torch.tensor(suppress), NEVER
-    )
-    ours = ours / settings["temperature"]
-    ours = keep_top_k(ours, settings["top_k"]) if settings["top_k"] else ours
-    ours = keep_top_p(ours, settings["top_p"]) if settings["top_p"] < 1 else ours
-    assert torch.equal(ours, scores)
-
     config = SamplingConfig(**settings, max_new_tokens=1)
+    suppressed = torch.zeros(900, dtype=torch.bool)
+    suppressed[suppress] = True
+    assert torch.equal(process_logits(logits, history, config, suppressed), scores)
     for seed in range(20):
-        drawn = sample(logits, history, config, suppress, generators(seed)[0])
+        drawn = sample(logits, history, config, suppressed, generators(seed)[0])
         assert torch.equal(
             drawn, torch.multinomial(scores.softmax(-1), 1, generator=generators(seed)[0])[:, 0]
         )

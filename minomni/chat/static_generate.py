@@ -413,9 +413,7 @@ class Workspace:
 
         rows = len(silent)
         capacity = cache_capacity(inputs.prompt.shape[1] + 2 + limit)
-        suppressed = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
-        suppressed[talker.suppressed_ids(self.omni.num_codes)] = True
-        suppressed = suppressed.to(reply_embeds.embeds.device)
+        suppressed = talker.suppressed_ids(self.omni.num_codes)
         key = (config, rows, capacity, without_limit(sampling), id(reply_embeds))
         step = self.get_step(
             key, lambda: TalkerStep(talker, rows, capacity, sampling, suppressed, reply_embeds)

@@ -175,10 +175,13 @@ class Talker(nn.Module):
         return logits
 
     def suppressed_ids(self, num_codes: int) -> Tensor:
-        """Ids that are never sampled: bos, and all from num_codes on but the stop ids."""
-        ids = torch.arange(self.config.decoder.vocab_size)
+        """Which ids are never sampled: bos, and all from num_codes on but the stop ids.
+
+        -> bool [V] on the device of the weights.
+        """
+        ids = torch.arange(self.config.decoder.vocab_size, device=self.codec_head.weight.device)
         outside = (ids >= num_codes) & ~self.is_stop(ids)
-        return ids[(ids == self.config.codec_bos) | outside]
+        return (ids == self.config.codec_bos) | outside
 
     def is_stop(self, ids: Tensor) -> Tensor:
         """Which ids end speech."""
