@@ -313,8 +313,7 @@ class Workspace:
         """See StaticGenerator.generate_tokens()."""
         thinker, tokens = self.omni.thinker, self.omni.config.thinker.tokens
         rows, length = prefill.attention_mask.shape
-        context = self.omni.config.thinker.text.max_position_embeddings
-        limit = min(sampling[0].max_new_tokens, context - length)
+        limit = thinker.max_steps(length, sampling[0])
         if limit < 1:
             return
         capacity = cache_capacity(length + limit)
@@ -399,9 +398,7 @@ class Workspace:
     ) -> Iterator[Tensor]:
         """Prefill the Talker and yield codes [B]."""
         talker, _ = self.omni.require_speech()
-        config = talker.config
-        context_left = config.decoder.max_position_embeddings - inputs.prompt.shape[1] - 2
-        limit = min(sampling.max_new_tokens, context_left)
+        limit = talker.max_steps(inputs.prompt.shape[1], sampling)
         if limit < 1 or all(silent):
             return
 
@@ -414,13 +411,12 @@ class Workspace:
         rows = len(silent)
         capacity = cache_capacity(inputs.prompt.shape[1] + 2 + limit)
         suppressed = talker.suppressed_ids(self.omni.num_codes)
-        key = (config, rows, capacity, without_limit(sampling), id(reply_embeds))
+        key = (talker.config, rows, capacity, without_limit(sampling), id(reply_embeds))
         step = self.get_step(
             key, lambda: TalkerStep(talker, rows, capacity, sampling, suppressed, reply_embeds)
         )
         step.load_prefill(state.cache, state.attention_mask, state.position, logits)
         step.done.copy_(torch.tensor(silent))
-        step.history.zero_()
-        step.history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
-        stops = list(config.stop_codes)
+        step.history.copy_(talker.initial_history(rows, step.history.device))
+        stops = list(talker.config.stop_codes)
         yield from step.run(limit, stops, generators(seed, reply_embeds.embeds.device))

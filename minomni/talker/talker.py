@@ -188,6 +188,20 @@ class Talker(nn.Module):
         pad, eos = self.config.stop_codes
         return (ids == pad) | (ids == eos)
 
+    def max_steps(self, prompt_length: int, sampling: SamplingConfig) -> int:
+        """How many codes a reply may have: as many as the sampling and the context allow."""
+        prefill_length = prompt_length + 2  # voice and bos
+        context_left = self.config.decoder.max_position_embeddings - prefill_length
+        return min(sampling.max_new_tokens, context_left)
+
+    def initial_history(self, rows: int, device: torch.device) -> Tensor:
+        """The ids before the first code, for the repetition penalty -> bool [B, V]."""
+        config = self.config
+        history = torch.zeros(rows, config.decoder.vocab_size, dtype=torch.bool, device=device)
+        # These stand for the prompt in the release's id history.
+        history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
+        return history
+
     @torch.no_grad()
     def steps(
         self,
@@ -198,26 +212,21 @@ class Talker(nn.Module):
     ) -> Iterator[Tensor]:
         """Generate code by code: yields ids [B]; rows that stopped or have no text yield codec_pad.
 
-        The repetition penalty also applies to the ids that stand for the prompt in the release's id
-        history: mask, pad and bos. inputs.reply_embeds is read one embedding per step, so a caller
-        may extend its rows between steps.
+        inputs.reply_embeds is read one embedding per step, so a caller may extend its rows between
+        steps.
         """
-        config = self.config
         suppressed = self.suppressed_ids(num_codes)
         silent = [len(row) == 0 for row in inputs.reply_embeds]
         done = torch.tensor(silent, device=inputs.prompt.device)
-        history = done.new_zeros(len(done), config.decoder.vocab_size)  # [B, V] bool
-        history[:, [config.codec_mask, config.codec_pad, config.codec_bos]] = True
-
-        context_left = config.decoder.max_position_embeddings - inputs.prompt.shape[1] - 2
-        limit = min(sampling.max_new_tokens, context_left)
-        if limit <= 0 or done.all():
+        history = self.initial_history(len(done), done.device)
+        limit = self.max_steps(inputs.prompt.shape[1], sampling)
+        if limit < 1 or done.all():
             return
 
         logits, state = self.prefill(inputs)
         for step in range(1, limit + 1):
             codes = sample(logits, history, sampling, suppressed, generator)
-            codes = codes.masked_fill(done, config.codec_pad)
+            codes = codes.masked_fill(done, self.config.codec_pad)
             history.scatter_(1, codes[:, None], True)
             yield codes
             done = done | self.is_stop(codes)

@@ -208,12 +208,12 @@ class Thinker(nn.Module):
         final hidden state plus embedding [B, D], None in the first step. Rows that have stopped
         yield `endoftext`. Ends when all rows have stopped.
         """
-        tokens, text = self.config.tokens, self.config.text
+        tokens = self.config.tokens
         mask = prefill.attention_mask
         position = next_position(prefill.position_ids, mask)  # [B]
         history = self.id_history(prefill)  # [B, V]
         done = torch.zeros_like(position, dtype=torch.bool)
-        limit = min(sampling.max_new_tokens, text.max_position_embeddings - mask.shape[1])
+        limit = self.max_steps(mask.shape[1], sampling)
 
         hidden = prefill.hidden[:, -1]  # [B, D]
         state = None
@@ -235,6 +235,11 @@ class Thinker(nn.Module):
             hidden = self.model(embeds, position_ids, mask, prefill.cache)[:, 0]  # [B, D]
             state = hidden + embeds[:, 0]
             position = position + 1
+
+    def max_steps(self, prompt_length: int, sampling: SamplingConfig) -> int:
+        """How many tokens a reply may have: as many as the sampling and the context allow."""
+        context_left = self.config.text.max_position_embeddings - prompt_length
+        return min(sampling.max_new_tokens, context_left)
 
     def id_history(self, prefill: PrefillState) -> Tensor:
         """The ids of each prompt without its padding, for the repetition penalty -> bool [B, V]."""
