@@ -94,15 +94,16 @@ def generate_tokens(
     if omni.static_generator is not None:
         yield from omni.static_generator.generate_tokens(prefill, bos_tokens, seed, sampling)
         return
+
+    # Without speech the Thinker's ids are all.
     thinker_sampling, talker_sampling = sampling
     device = omni.thinker.device
     thinker_steps = omni.thinker.steps(prefill, thinker_sampling, generators(seed, device))
     if bos_tokens is None:
-        for ids, _ in thinker_steps:
-            yield "text", ids
+        yield from text_tokens(thinker_steps)
         return
 
-    # The Talker reads `replies` while this loop appends to them.
+    # The Talker reads `replies` while the loop below appends to them.
     talker, _ = omni.require_speech()
     tokens = omni.config.thinker.tokens
     end, pad, voice_embeds = special_embeds(tokens, bos_tokens, omni.thinker.model.embed_tokens)
@@ -118,16 +119,10 @@ def generate_tokens(
         talker_inputs, talker_sampling, omni.num_codes, generators(seed, device)
     )
 
+    # One Talker step per Thinker step, once there are states.
     for ids, states in thinker_steps:
         yield "text", ids
-        # The states belong to the previous token of each row.
-        if states is not None:
-            for reply, state in zip(replies, states, strict=True):
-                reply.append(state)
-        for reply, token in zip(replies, ids.tolist(), strict=True):
-            if token == tokens.im_end:
-                reply.close()
-        # One Talker step per Thinker step, once there are states.
+        add_states(replies, ids, states, tokens.im_end)
         if states is not None:
             codes = next(talker_steps, None)
             if codes is not None:
@@ -138,6 +133,29 @@ def generate_tokens(
         reply.close()
     for codes in talker_steps:
         yield "code", codes
+
+
+def text_tokens(
+    thinker_steps: Iterator[tuple[Tensor, Tensor | None]],
+) -> Iterator[tuple[str, Tensor]]:
+    """The events of an answer without speech, from Thinker.steps()."""
+    for ids, _ in thinker_steps:
+        yield "text", ids
+
+
+def add_states(
+    replies: list[GrowingReplyEmbeds], ids: Tensor, states: Tensor | None, im_end: int
+) -> None:
+    """Append what Thinker.steps() has yielded, ids [B] and states [B, E], to the reply of each row.
+
+    The states belong to the ids before these; None in the first step. im_end closes a reply.
+    """
+    if states is not None:
+        for reply, state in zip(replies, states, strict=True):
+            reply.append(state)
+    for reply, token in zip(replies, ids.tolist(), strict=True):
+        if token == im_end:
+            reply.close()
 
 
 class SpeechDecoder:

@@ -335,21 +335,21 @@ class Workspace:
             voices,
             [],
         )
-        codes: Iterator[Tensor] = iter(())
-        first = torch.zeros(0)
-        for step, ids in enumerate(thinker_ids):
+        first_ids = next(thinker_ids)
+        yield "text", first_ids
+        if limit == 1:
+            return  # a reply of one token has no states, so nothing is spoken
+
+        # A generator: the Talker starts after the second ids of the Thinker.
+        silent = first_ids.eq(tokens.im_end).tolist()
+        codes = self.talker_codes(inputs, reply_embeds, silent, sampling[1], seed)
+        for ids in thinker_ids:
             yield "text", ids
-            if step == 0:
-                first = ids
-                continue
-            if step == 1:  # the Thinker's states of the first token are there
-                silent = first.eq(tokens.im_end).tolist()
-                codes = self.talker_codes(inputs, reply_embeds, silent, sampling[1], seed)
-            code = next(codes, None)
-            if code is not None:
-                yield "code", code
-        for code in codes:
-            yield "code", code
+            step_codes = next(codes, None)
+            if step_codes is not None:
+                yield "code", step_codes
+        for step_codes in codes:
+            yield "code", step_codes
 
     def get_step(self, key: tuple, make: Callable[[], StaticStep]) -> StaticStep:
         """The step of a key: a cached one, or a new one in place of the longest unused."""
