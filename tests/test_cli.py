@@ -21,6 +21,7 @@ import soundfile
 from PIL import Image
 
 from minomni import __main__ as command
+from minomni.cli import options as cli_options
 from minomni.config import SIZES
 
 ROOT = Path(__file__).parents[1]
@@ -446,9 +447,11 @@ def test_options_of_cuda_are_refused_on_a_cpu(run, option):
 def test_options_of_cuda_reach_the_model(run, monkeypatch):
     """On this machine's processor, taken for a GPU by the check alone."""
     loaded = []
-    load = command.load
-    monkeypatch.setattr(command, "check_cuda", lambda arguments: None)
-    monkeypatch.setattr(command, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
+    load = cli_options.load
+    monkeypatch.setattr(cli_options, "check_cuda", lambda arguments: None)
+    monkeypatch.setattr(
+        cli_options, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0]
+    )
     code, *_ = run("--text", "say yes", "--cuda-graphs", "--tf32")
     assert code == 0
     assert loaded[0].token2wav.tf32
@@ -546,7 +549,7 @@ def test_long_speech_is_encoded_in_pieces(tmp_path):
 
 
 def test_a_target_is_checked_before_the_model_is_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_options, "load", lambda *_: pytest.fail("loaded"))
     for out in (tmp_path, tmp_path / "no" / "a.wav", tmp_path / "a.doc"):
         assert run("--text", "say a", "--out", out)[0] == 2
 

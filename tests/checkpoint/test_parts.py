@@ -12,6 +12,7 @@ from minomni import __main__ as command
 from minomni.checkpoint import check_folder, lora, weights
 from minomni.checkpoint.memory import needed_bytes
 from minomni.checkpoint.parts import ENCODERS, parse_parts
+from minomni.cli import options as cli_options
 from minomni.config import TINY
 from minomni.errors import UserError
 from minomni.thinker.thinker import ENCODER_NAMES
@@ -327,8 +328,10 @@ def test_the_command_line_names_the_precision_of_the_dit(tiny_folder, tmp_path, 
     line += ["--text", "say yes", "--out", str(tmp_path / "reply.wav")]
     monkeypatch.setattr(sys, "argv", line)
     loaded = []
-    load = command.load
-    monkeypatch.setattr(command, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
+    load = cli_options.load
+    monkeypatch.setattr(
+        cli_options, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0]
+    )
     assert command.main() == 0
     assert loaded[0].token2wav.dit_dtype == torch.bfloat16
     assert (tmp_path / "reply.wav").exists()

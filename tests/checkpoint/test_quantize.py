@@ -523,7 +523,7 @@ def test_chat_takes_quantize(tiny_folder, monkeypatch, capsys):
         return loaded[-1]
 
     line = ["minomni", "chat", "--model", str(tiny_folder), "--text", "say a", "--no-speech"]
-    monkeypatch.setattr(command, "load", load)
+    monkeypatch.setattr("minomni.cli.options.load", load)
     monkeypatch.setattr(sys, "argv", [*line, "--quantize", "int4+head"])
     assert command.main() == 0
     assert loaded[0].quantized == "int4+head"
@@ -542,8 +542,8 @@ def test_other_commands_take_quantize(monkeypatch, capsys, line):
         given.append(options["quantize"])
         raise UserError("seen")
 
-    monkeypatch.setattr(command, "load", load)
-    monkeypatch.setattr("minomni.eval.report.load", load)
+    for module in ("cli.options", "cli.bench", "eval.report"):
+        monkeypatch.setattr(f"minomni.{module}.load", load)
     monkeypatch.setattr(sys, "argv", ["minomni", *line, "--quantize", "int8"])
     assert command.main() == 2
     assert given == ["int8"]

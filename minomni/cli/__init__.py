@@ -1,0 +1,1 @@
+"""The commands of `python -m minomni`, one module per group."""
