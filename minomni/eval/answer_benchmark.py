@@ -4,7 +4,6 @@ Each thing is done once, on small inputs, so that it ends in minutes for a model
 """
 
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,19 +12,15 @@ import torch
 from minomni import load
 from minomni.chat.generate import seeded_generator
 from minomni.chat.reply import Timings
-from minomni.checkpoint.memory import GIB
-from minomni.config import INPUT_SAMPLE_RATE
 from minomni.errors import UserError
-from minomni.eval.benchmark import Rows
-from minomni.eval.parts_benchmark import copy_bandwidth
-from minomni.eval.parts_sides import FULL, Clock, weights_read
+from minomni.eval.measuring import Clock, Rows, copy_bandwidth, noise, peak_gib, weight_bytes
+from minomni.eval.parts_sides import FULL
 from minomni.omni import Omni
 
 IMAGE_SIZE = 224  # pixels of the height and width
 AUDIO_S = 2
 TEXT_TOKENS = 12  # of the spoken answer
 SPEECH_S = 1  # of speech, at most
-STATUS = Path("/proc/self/status")  # where Linux reports the memory of a process
 
 
 def measure(model: str, device: torch.device, quantize: str | None = None) -> Rows:
@@ -54,9 +49,9 @@ def measure(model: str, device: torch.device, quantize: str | None = None) -> Ro
     peak = peak_gib(device)
 
     # The limit of a step is the time to read its weights once.
-    bandwidth = copy_bandwidth(device, FULL)
-    thinker_bytes = weights_read(omni.thinker.model.layers, omni.thinker.lm_head)
-    talker_bytes = weights_read(talker.model.layers, talker.codec_head)
+    bandwidth = copy_bandwidth(device, FULL.probe_mib)
+    thinker_bytes = weight_bytes(omni.thinker.model.layers, omni.thinker.lm_head)
+    talker_bytes = weight_bytes(talker.model.layers, talker.codec_head)
     rows |= {
         "answer_s": (reply.total_s, "a question with all three, and a spoken answer"),
         "speech_s": (reply.seconds, "seconds of speech in that answer"),
@@ -76,7 +71,7 @@ def questions() -> dict[str, dict[str, Any]]:
     """Content items of a question, by the row that they are measured in."""
     random = seeded_generator(0)
     pixels = torch.randint(256, (IMAGE_SIZE, IMAGE_SIZE, 3), generator=random).byte()
-    wave = 0.1 * torch.randn(AUDIO_S * INPUT_SAMPLE_RATE, generator=random)
+    wave = noise(AUDIO_S, random)
     return {
         "text": {"type": "text", "text": "What is this?"},
         "image": {"type": "image", "image": pixels.numpy()},
@@ -105,17 +100,3 @@ def step_seconds(timings: Timings) -> tuple[float, float]:
     for (before_s, _), (after_s, kind) in pairwise(events):
         steps[kind].append(after_s - before_s)
     return median(steps["text"]), median(steps["code"])
-
-
-def peak_gib(device: torch.device) -> float | None:
-    """The largest memory so far in GiB: of a GPU, or of this process; None where it is not known.
-
-    A process counts the pages of the files that it reads weights from.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    if device.type != "cpu" or not STATUS.exists():
-        return None
-    lines = STATUS.read_text().splitlines()
-    peak = next(line for line in lines if line.startswith("VmHWM:"))
-    return 1024 * int(peak.split()[1]) / GIB

@@ -10,7 +10,7 @@ are measured in alternating runs, so that other load on the machine affects them
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from minomni import plot
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, required_buffer_s
 from minomni.chat.static_generate import StaticGenerator
-from minomni.config import INPUT_SAMPLE_RATE, SIZES, FlowConfig
+from minomni.config import SIZES, FlowConfig
 from minomni.data.corpus import FIRST_VOICE_OFFSET
 from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
+from minomni.eval.measuring import Rows, fastest, noise, timed
 from minomni.eval.stats import markdown_table
 from minomni.files import write_atomically
 from minomni.omni import Omni
@@ -63,8 +64,6 @@ SCHEDULES = {
     "6 blocks, the past remembered, 1 ahead": Schedule(((6, 1),)),
 }
 WHOLE_UTTERANCE = Schedule(((10_000, 0),))
-
-Rows = dict[str, tuple[float, str]]  # by name: value and description
 
 
 @dataclass
@@ -157,20 +156,6 @@ def token2wav_of(omni: Omni) -> Token2Wav:
     """The speech decoder of a model that speaks; only such models are measured."""
     assert omni.token2wav is not None
     return omni.token2wav
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """-> wall-clock seconds, CPU seconds, and the result of the work."""
-    clock = time.perf_counter()
-    cpu = time.process_time()
-    result = work()
-    return time.perf_counter() - clock, time.process_time() - cpu, result
-
-
-def fastest(work: Callable[[], Any], times: int = 7) -> tuple[float, Any]:
-    """Shortest wall-clock time of several runs in seconds, and the result of the last run."""
-    runs = [timed(work) for _ in range(times)]
-    return min(seconds for seconds, _, _ in runs), runs[-1][2]
 
 
 def streamed(omni: Omni, flow: FlowConfig | None = None) -> tuple[list[AudioChunk], Reply]:
@@ -501,7 +486,7 @@ def session_memory_growth(omni: Omni) -> float:
     def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    second = 0.1 * torch.randn(INPUT_SAMPLE_RATE, generator=seeded_generator(0))
+    second = noise(1, seeded_generator(0))
     listened_s = 0
     first_full = None
     while listened_s < SESSION_S:

@@ -23,10 +23,9 @@ from minomni import load
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.static_generate import StaticStep
 from minomni.checkpoint.check_folder import AUDIO_TOKENS
-from minomni.checkpoint.memory import GIB
-from minomni.config import INPUT_SAMPLE_RATE
 from minomni.errors import UserError
 from minomni.eval import parts_benchmark
+from minomni.eval.measuring import noise, peak_gib, reset_peak
 from minomni.eval.parts_sides import FULL, SHORT, WORDS_PER_S, Work, greedy, require_transformers
 from minomni.eval.stats import markdown_table
 from minomni.files import write_atomically
@@ -199,17 +198,10 @@ def answer_ids(omni: Omni, work: Work) -> list[tuple[str, list[int]]]:
 
 # --------------------------------------------------------------------------------------------------
 # memory and length
-def reset_peak(device: torch.device) -> None:
-    """Begin to count the largest memory of a GPU again."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device: torch.device) -> float | str:
+def gpu_peak(device: torch.device) -> float | str:
     """The largest memory of a GPU since reset_peak(), in GiB."""
-    if device.type != "cuda":
-        return "not counted on a CPU"
-    return round(torch.cuda.max_memory_allocated(device) / GIB, 2)
+    peak = peak_gib(device) if device.type == "cuda" else None
+    return "not counted on a CPU" if peak is None else round(peak, 2)
 
 
 def measure_memory(
@@ -221,13 +213,13 @@ def measure_memory(
     omni = load(model, device, torch.bfloat16, quantize)
     found: dict[str, Any] = {
         "load, s": round(time.perf_counter() - begin, 2),
-        "peak of loading, GiB": peak_gib(device),
+        "peak of loading, GiB": gpu_peak(device),
     }
     random = seeded_generator(0)
     seconds = min(VIDEO_S, work.audio_s)
     shape = (seconds * VIDEO_FPS, *work.image_size, 3)
     frames = torch.randint(256, shape, generator=random).byte()
-    sound = 0.1 * torch.randn(seconds * INPUT_SAMPLE_RATE, generator=random)
+    sound = noise(seconds, random)
     content = [
         {"type": "video", "video": (frames.numpy(), VIDEO_FPS)},
         {"type": "audio", "audio": sound.numpy()},
@@ -241,7 +233,7 @@ def measure_memory(
     )
     found["answer, s"] = round(time.perf_counter() - begin, 2)
     found["speech, s"] = round(reply.seconds, 2)
-    found["peak of the answer, GiB"] = peak_gib(device)
+    found["peak of the answer, GiB"] = gpu_peak(device)
     return found
 
 
@@ -252,7 +244,7 @@ def measure_long_audio(model: Path, device: torch.device, short: bool) -> dict[s
     seconds = min(LONG_AUDIO_S, (context - TOKENS_AROUND) // AUDIO_TOKENS)
     if short:
         seconds = min(seconds, 10)
-    sound = 0.1 * torch.randn(seconds * INPUT_SAMPLE_RATE, generator=seeded_generator(0))
+    sound = noise(seconds, seeded_generator(0))
     content = [{"type": "audio", "audio": sound.numpy()}]
     reset_peak(device)
     begin = time.perf_counter()
@@ -260,7 +252,7 @@ def measure_long_audio(model: Path, device: torch.device, short: bool) -> dict[s
     return {
         "sound, s": seconds,
         "answer, s": round(time.perf_counter() - begin, 2),
-        "peak, GiB": peak_gib(device),
+        "peak, GiB": gpu_peak(device),
     }
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from minomni import paths
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
 from minomni.errors import UserError, shorten
-from minomni.eval.parts_sides import Clock, Official, Ours, Outcome, Work, require_transformers
+from minomni.eval.measuring import copy_bandwidth, fastest
+from minomni.eval.parts_sides import Official, Ours, Outcome, Work, require_transformers
 from minomni.eval.stats import markdown_table
 
 OURS, THEIRS = "minomni", "transformers"
@@ -52,19 +53,16 @@ FP32_ROWS = ("token2wav", "token2wav_streamed")  # the rest has the dtype of the
 LOAD_PROGRAM = """
 import json, sys, time
 import torch
+from minomni.eval.measuring import process_bytes
 {imports}
-def memory(name):
-    try:
-        lines = open("/proc/self/status").read().splitlines()
-    except OSError:
-        return float("nan")
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
-before = memory("VmRSS")
+before = process_bytes("VmRSS")
 start = time.perf_counter()
 model = {load}
 if sys.argv[2] == "cuda":
     torch.cuda.synchronize()
-print(json.dumps([time.perf_counter() - start, memory("VmHWM") - before]))
+seconds = time.perf_counter() - start
+taken = None if before is None else (process_bytes("VmHWM") - before) / 2**20
+print(json.dumps([seconds, taken]))
 """
 OUR_PROGRAM = LOAD_PROGRAM.format(
     imports="import minomni, minomni.checkpoint.weights",
@@ -156,7 +154,7 @@ def measure(
     version = "left out" if alone else require_transformers().__version__
     limits = {"fp32": matrix_rate(device, torch.float32, work)}
     limits["rate"] = matrix_rate(device, dtype, work)
-    limits["bandwidth"] = copy_bandwidth(device, work)
+    limits["bandwidth"] = copy_bandwidth(device, work.probe_mib)
     machine = machine_of(device, dtype, limits) | {"transformers": version}
     parts = Parts(machine, work, {row: {} for row in ROWS})
     measure_loading(folder, device, parts, LOAD_PROGRAMS if not alone else {OURS: OUR_PROGRAM})
@@ -266,7 +264,7 @@ def measure_loading(
 
     programs: of LOAD_PROGRAMS.
     """
-    runs: dict[str, list[list[float]]] = {name: [] for name in programs}
+    runs: dict[str, list[tuple[float, float | None]]] = {name: [] for name in programs}
     for turn in range(1 + parts.work.rounds):
         for name, program in programs.items():
             run = run_program(program, folder, device)
@@ -274,13 +272,16 @@ def measure_loading(
                 runs[name].append(run)
     for name, found in runs.items():
         parts.rows["load"][name] = median(seconds for seconds, _ in found)
-        memory = median(mebibytes for _, mebibytes in found)
-        if memory == memory:  # NaN where the system does not report it
-            parts.rows["load_memory"][name] = memory
+        memory = [mebibytes for _, mebibytes in found if mebibytes is not None]
+        if memory:
+            parts.rows["load_memory"][name] = median(memory)
 
 
-def run_program(program: str, folder: Path, device: torch.device) -> list[float]:
-    """Run a program of LOAD_PROGRAMS -> seconds and MiB. Raises UserError where it fails."""
+def run_program(program: str, folder: Path, device: torch.device) -> tuple[float, float | None]:
+    """Run a program of LOAD_PROGRAMS -> seconds, and MiB where the system reports them.
+
+    Raises UserError where it fails.
+    """
     done = subprocess.run(
         [sys.executable, "-c", program, str(folder), device.type],
         env=paths.environment(),
@@ -290,33 +291,18 @@ def run_program(program: str, folder: Path, device: torch.device) -> list[float]
     if done.returncode:
         last_line = (done.stderr.splitlines() or ["?"])[-1]
         raise UserError(f"{folder}: cannot be loaded in a process of its own: {last_line:.300}")
-    return json.loads(done.stdout.splitlines()[-1])
+    seconds, mebibytes = json.loads(done.stdout.splitlines()[-1])
+    return seconds, mebibytes
 
 
 # --------------------------------------------------------------------------------------------------
 # the machine
-def fastest_s(run: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    """Shortest seconds of several runs, after one that warms up."""
-    seconds = []
-    for _ in range(1 + times):
-        clock = Clock(device)
-        run()
-        seconds.append(clock.mark())
-    return min(seconds[1:])
-
-
-def copy_bandwidth(device: torch.device, work: Work) -> float:
-    """Bytes read and written per second by a copy in memory."""
-    source = torch.ones(work.probe_mib * 2**18, device=device)  # of 4 bytes each
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / fastest_s(lambda: target.copy_(source), device)
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype, work: Work) -> float:
     """Floating-point operations per second of a product of square matrices."""
     width = work.probe_width
     matrix = torch.randn(width, width, device=device).to(dtype)
-    return 2 * width**3 / fastest_s(lambda: matrix @ matrix, device)
+    seconds, _ = fastest(lambda: matrix @ matrix, device, times=5, warm_up=1)
+    return 2 * width**3 / seconds
 
 
 def machine_of(

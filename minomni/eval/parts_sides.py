@@ -4,11 +4,9 @@ Methods of the same name do the same work with the same weights on the same inpu
 Outcome. The official code is transformers, which only this benchmark needs.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from minomni import load
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk
-from minomni.checkpoint.quantize import plain_parts, without_import_notes
-from minomni.config import INPUT_SAMPLE_RATE, DecoderConfig, SamplingConfig
+from minomni.checkpoint.quantize import without_import_notes
+from minomni.config import INPUT_SAMPLE_RATE, SamplingConfig
 from minomni.errors import UserError
+from minomni.eval.measuring import Clock, cache_bytes, noise, weight_bytes
 from minomni.inputs.mel import log_mel
 from minomni.inputs.patches import image_patches, video_patches
 from minomni.inputs.prompt import Inputs
@@ -68,30 +67,6 @@ class Outcome:
     output: Tensor | None = None  # compared between the sides
 
 
-class Clock:
-    """Seconds since it was made; waits for the device each time it is read."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.times: list[float] = []
-        self.start = self.now()
-
-    def now(self) -> float:
-        """Wall-clock time, after the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def mark(self) -> float:
-        """Record a time -> seconds since the start."""
-        self.times.append(self.now() - self.start)
-        return self.times[-1]
-
-    def step(self) -> float:
-        """Median of the seconds from one recorded time to the next."""
-        return median(later - earlier for earlier, later in zip(self.times, self.times[1:]))
-
-
 def greedy(count: int) -> SamplingConfig:
     """Take `count` times the most probable token."""
     return SamplingConfig(
@@ -110,8 +85,8 @@ class Samples:
         self.device = device
 
         # Media.
-        self.wave = 0.1 * torch.randn(work.audio_s * INPUT_SAMPLE_RATE, generator=random)
-        self.question = 0.1 * torch.randn(work.question_s * INPUT_SAMPLE_RATE, generator=random)
+        self.wave = noise(work.audio_s, random)
+        self.question = noise(work.question_s, random)
         self.image = torch.randint(256, (*work.image_size, 3), generator=random).byte()
         frames = (work.video_frames, VIDEO_SIZE, VIDEO_SIZE, 3)
         self.video = torch.randint(256, frames, generator=random).byte()
@@ -332,9 +307,9 @@ class Ours(Side):
         thinker = self.omni.thinker
         prompt, asked = self.samples.prompt, self.asked.input_ids
         return {
-            "thinker_step": weights_read(thinker.model.layers, thinker.lm_head)
+            "thinker_step": weight_bytes(thinker.model.layers, thinker.lm_head)
             + cache_bytes(thinker.model.config, prompt.shape[1], thinker.lm_head.weight.dtype),
-            "talker_step": weights_read(talker.model.layers, talker.codec_head)
+            "talker_step": weight_bytes(talker.model.layers, talker.codec_head)
             + cache_bytes(talker.model.config, asked.shape[1], talker.codec_head.weight.dtype),
         }
 
@@ -348,21 +323,6 @@ def count_flops(work: Callable[[], object]) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
-
-
-def weights_read(*modules: torch.nn.Module) -> int:
-    """Bytes of the parameters of modules, as they are stored."""
-    total = 0
-    for module in modules:
-        for parameter in module.parameters():
-            total += sum(part.nbytes for part in plain_parts(parameter))
-    return total
-
-
-def cache_bytes(config: DecoderConfig, length: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of a row of `length` tokens."""
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return length * config.num_hidden_layers * per_layer
 
 
 def trained(

@@ -15,6 +15,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from minomni import paths
 from minomni.errors import UserError
+from minomni.eval.measuring import Rows
 from minomni.serve.app import serving
 from minomni.serve.audio import WIRE_RATE, pcm16
 from minomni.serve.settings import Settings
@@ -32,8 +33,6 @@ TIMEOUT_S = 600
 MESSAGES = [{"role": "user", "content": "say the red circle is above the blue square"}]
 TEXT = {"messages": MESSAGES}
 SPEECH = {"messages": MESSAGES, "modalities": ["text", "audio"], "stream": True}
-
-Rows = dict[str, tuple[float, str]]  # by name: value and description
 
 
 def measure(omni: "Omni") -> Rows:

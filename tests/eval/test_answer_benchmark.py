@@ -15,7 +15,7 @@ BANDWIDTH = 1e9
 
 
 def test_rows_of_tiny(monkeypatch):
-    monkeypatch.setattr(answer_benchmark, "copy_bandwidth", lambda device, work: BANDWIDTH)
+    monkeypatch.setattr(answer_benchmark, "copy_bandwidth", lambda device, mebibytes: BANDWIDTH)
     rows = answer_benchmark.measure("tiny", torch.device("cpu"))
     values = {name: value for name, (value, _) in rows.items()}
     assert all(value > 0 for value in values.values())
@@ -29,7 +29,7 @@ def test_rows_of_tiny(monkeypatch):
 
 def test_a_quantized_model_reads_fewer_bytes(monkeypatch):
     pytest.importorskip("torchao", reason="torchao is not installed")
-    monkeypatch.setattr(answer_benchmark, "copy_bandwidth", lambda device, work: BANDWIDTH)
+    monkeypatch.setattr(answer_benchmark, "copy_bandwidth", lambda device, mebibytes: BANDWIDTH)
     limits = []
     for quantize in (None, "int8+head"):
         rows = answer_benchmark.measure("tiny", torch.device("cpu"), quantize)

@@ -29,7 +29,7 @@ def test_dry_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_benchmark, "require_transformers", missing)
     # test_parts_benchmark.py loads in processes of their own.
-    monkeypatch.setattr(parts_benchmark, "run_program", lambda *_: [1.0, 1.0])
+    monkeypatch.setattr(parts_benchmark, "run_program", lambda *_: (1.0, 1.0))
     pytest.importorskip("torchao", reason="the extra quantize is not installed")
     make_checkpoint(oracle.CONFIG, tmp_path / "model")
     out = tmp_path / "results" / "first"
@@ -108,13 +108,13 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
     cuda = torch.device("cuda")
     gpu_benchmark.reset_peak(cuda)
     assert resets == [cuda]
-    assert gpu_benchmark.peak_gib(cuda) == 1.5
+    assert gpu_benchmark.gpu_peak(cuda) == 1.5
     with pytest.raises(KeyError):
         fail_without_synchronization(cuda, modes)
     assert modes == ["error", "default"]
     with gpu_benchmark.no_synchronization(CPU):
         assert len(modes) == 2
-    assert gpu_benchmark.peak_gib(CPU) == "not counted on a CPU"
+    assert gpu_benchmark.gpu_peak(CPU) == "not counted on a CPU"
 
 
 def test_tests_that_fail_or_are_missing(monkeypatch, tmp_path):
