@@ -1,8 +1,10 @@
-"""The tensor files of a model folder: which there are, and what their headers say.
+"""The tensor files of a model folder: which there are, what their headers say, and their tensors,
+mapped into memory.
 
-No tensor is read here. Packed weights count as the floating-point weights that they become.
+Packed weights count as the floating-point weights that they become.
 """
 
+import math
 import os
 import re
 from collections import Counter
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from minomni.checkpoint.hf_config import CODEC_FOLDER, RELEASE, read_json, read_packing
 from minomni.checkpoint.packed_weights import TENSOR_SUFFIXES, PackedFormat, PackedLayer
@@ -28,6 +31,7 @@ PRECISIONS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+MAPPED_PRECISIONS = PRECISIONS | {"I32": torch.int32}  # also those of packed weights
 # Suffixes of the tensors that quantized checkpoints have beside, or in place of, a plain weight.
 QUANTIZED = (
     ".qweight",
@@ -216,6 +220,34 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             f"copy it again"
         ) from None
     return stored
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """{tensor: its values} of one file. A page of the file is read when it is first used.
+
+    safetensors maps tensors too, but reads a first page of each, which takes half of the time of
+    loading and 65 MB for the 2,447 tensors of the release. It checks the header here: tensors
+    follow each other without holes up to the end of the file. Raises OSError and SafetensorError.
+    """
+    with safe_open(file, "pt") as shard:
+        slices = {name: shard.get_slice(name) for name in shard.offset_keys()}
+        stored = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+    data = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+
+    tensors = {}
+    begin = 8 + header_bytes
+    for name, (precision, shape) in stored.items():
+        dtype = MAPPED_PRECISIONS[precision]
+        size = math.prod(shape) * dtype.itemsize
+        values = torch.empty(0, dtype=torch.uint8)
+        values.set_(data[begin : begin + size])  # a storage of its own, without a copy
+        if begin % dtype.itemsize:  # not aligned for its precision
+            values = values.clone()
+        tensors[name] = values.view(dtype).view(shape)
+        begin += size
+    return tensors
 
 
 def packed_layers(folder: Path, files: dict[Path, dict[str, TensorInfo]]) -> dict[str, PackedLayer]:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minomni.arguments import check_bool
@@ -43,6 +43,7 @@ from minomni.checkpoint.tensor_files import (
     TensorInfo,
     check_precisions,
     list_names,
+    map_tensors,
     packed_layers,
     read_headers,
     snapshot,
@@ -381,11 +382,13 @@ def fill_model(
     plan: LoadPlan,
 ) -> None:
     """Give an empty model its tensors, file by file. Raises as read_shard() does."""
+    modules = dict(omni.named_modules())
     for file, names in files.items():
-        tensors = read_shard(file, names, plan, omni)
-        omni.load_state_dict(tensors, strict=False, assign=True)
-    for name in plan.methods:
-        omni.get_parameter(name).requires_grad_(False)
+        for name, tensor in read_shard(file, names, plan, omni).items():
+            # load_state_dict() would walk through all modules for each file.
+            owner, _, attribute = name.rpartition(".")
+            is_trained = name not in plan.methods
+            setattr(modules[owner], attribute, nn.Parameter(tensor, requires_grad=is_trained))
     omni.thinker.tie_head()
 
 
@@ -399,21 +402,20 @@ def read_shard(
     """
     tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(file, "pt") as shard:
-            inside = set(shard.keys())
-            for name in names:
-                if not is_used(name, omni):
-                    continue
-                dtype = precision_of(name, plan.dtype, plan.dit_dtype)
-                device = plan.device_of(name)
-                if name in plan.packed:
-                    tensor = plan.packed[name].read(device, dtype)
-                else:
-                    key = name if name in inside else name.removeprefix("thinker.")
-                    tensor = aligned(shard.get_tensor(key).to(device, dtype))
-                if name in plan.methods:
-                    tensor = quantize_tensor(tensor, plan.methods[name])
-                tensors[name] = tensor
+        stored = map_tensors(file)
+        for name in names:
+            if not is_used(name, omni):
+                continue
+            dtype = precision_of(name, plan.dtype, plan.dit_dtype)
+            device = plan.device_of(name)
+            if name in plan.packed:
+                tensor = plan.packed[name].read(device, dtype)
+            else:
+                key = name if name in stored else name.removeprefix("thinker.")
+                tensor = own(stored[key].to(device, dtype))
+            if name in plan.methods:
+                tensor = quantize_tensor(tensor, plan.methods[name])
+            tensors[name] = tensor
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{short_path(file)}: cannot be read ({shorten(error, 100)}); copy it again"
@@ -421,10 +423,9 @@ def read_shard(
     return tensors
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its mapping is misaligned, and always on Windows."""
-    misaligned = tensor.is_cpu and tensor.data_ptr() % tensor.element_size() != 0
-    return tensor.clone() if misaligned or os.name == "nt" else tensor
+def own(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy on Windows, where a mapped file cannot be replaced."""
+    return tensor.clone() if tensor.is_cpu and os.name == "nt" else tensor
 
 
 # --------------------------------------------------------------------------------------------------

@@ -232,14 +232,14 @@ class Tokenizer:
         merges, vocab, added = _read_files(folder)
         try:
             pairs, ids = _pairs_of_bytes(merges)
-            del merges
             tokenizer = cls(pairs, added)
-            stored = vocab
-            if vocab.keys() & added.keys():
-                stored = {token: i for token, i in vocab.items() if token not in added}
-            agrees = not stored or stored == ids
+            for name in added:
+                vocab.pop(name, None)
+            agrees = not vocab or vocab == ids
+            different = set()
             if not agrees:
-                stored = {_bytes(token): i for token, i in stored.items()}
+                by_bytes = {_bytes(token): i for token, i in vocab.items()}
+                different = {token for token, _ in by_bytes.items() ^ tokenizer.id_of.items()}
         except (KeyError, TypeError, ValueError) as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(
@@ -249,11 +249,9 @@ class Tokenizer:
 
         # Where there is a vocabulary, it has to agree with the merges.
         if not agrees:
-            differing = stored.items() ^ tokenizer.id_of.items()
-            tokens = {token for token, _ in differing}
             raise UserError(
-                f"{short_path(folder)}: vocabulary and merges disagree on {len(tokens)} tokens, "
-                f"first {quote_json(_spell(min(tokens)))}; use files of one model"
+                f"{short_path(folder)}: vocabulary and merges disagree on {len(different)} tokens, "
+                f"first {quote_json(_spell(min(different)))}; use files of one model"
             )
         return tokenizer
 
@@ -292,31 +290,38 @@ def _bytes(spelling: str) -> bytes:
         raise ValueError(f"{spelling!r} spells no bytes") from None
 
 
-class _BytesOf(dict[str, bytes]):
-    """Bytes of spelled tokens, each computed once."""
+def _pairs_of_bytes(merges: list) -> tuple[list[tuple[bytes, bytes]], dict[str, int]]:
+    """Merges -> pairs of bytes, and the id of each token as it is spelled.
 
-    def __missing__(self, spelling: str) -> bytes:
-        self[spelling] = _bytes(spelling)
-        return self[spelling]
-
-
-def _pairs_of_bytes(merges: list[str]) -> tuple[list[tuple[bytes, bytes]], dict[str, int]]:
-    """Merges as lines "left right" -> pairs of bytes, and the id of each token as it is spelled.
-
-    Raises ValueError for a letter that spells no byte.
+    A merge is a line "left right" or a pair of strings. Raises UserError for others, and ValueError
+    for a letter that spells no byte.
     """
-    letters = [_spell(token) for token in BYTE_TOKENS]
-    bytes_of = _BytesOf(zip(letters, BYTE_TOKENS, strict=True))
-    ids = {letter: i for i, letter in enumerate(letters)}
+    tokens = list(BYTE_TOKENS)
+    ids = {_spell(token): i for i, token in enumerate(tokens)}
     pairs = []
-    for i, merge in enumerate(merges, len(letters)):
-        left, _, right = merge.partition(" ")
-        pair = (bytes_of[left], bytes_of[right])
+    for number, merge in enumerate(merges, 1):
+        try:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            spelling = left + right
+            left_id, right_id = ids.get(left), ids.get(right)
+        except (TypeError, ValueError):
+            raise _no_merge(number, merge) from None
+        # Nearly always both are tokens that earlier merges made.
+        if left_id is None or right_id is None:
+            if not isinstance(spelling, str) or " " in spelling:
+                raise _no_merge(number, merge)
+            pair = (_bytes(left), _bytes(right))
+        else:
+            pair = (tokens[left_id], tokens[right_id])
         pairs.append(pair)
-        # Later merges are of tokens that earlier ones made.
-        bytes_of[left + right] = pair[0] + pair[1]
-        ids[left + right] = i
+        ids[spelling] = len(tokens)
+        tokens.append(pair[0] + pair[1])
     return pairs, ids
+
+
+def _no_merge(number: int, merge: object) -> UserError:
+    """The error about a merge that is not two strings."""
+    return UserError(f"merge {number} is {quote_json(merge)}, expected two tokens")
 
 
 # ------------------------------------------------------------------------------------- files
@@ -399,30 +404,14 @@ def _read_json(path: Path) -> dict:
     return read_json_object(path) if path.exists() else {}
 
 
-def _checked_merges(merges: list, file: Path) -> list[str]:
-    """Merges as lines "left right": each is one already, or a pair of strings.
-
-    Raises UserError for others, and for too many.
-    """
+def _checked_merges(merges: list, file: Path) -> list:
+    """The merges themselves. Raises UserError for anything but a list, and for too many."""
     if not isinstance(merges, list) or len(merges) > MAX_TOKENS:
         raise UserError(
             f"{short_path(file)}: its merges are {quote_json(merges)}, expected a list of at most "
             f"{MAX_TOKENS:,}"
         )
-    lines = []
-    for number, merge in enumerate(merges, 1):
-        is_pair = isinstance(merge, list) and len(merge) == 2
-        if is_pair and isinstance(merge[0], str) and isinstance(merge[1], str):
-            line = f"{merge[0]} {merge[1]}"
-        else:
-            line = merge
-        if not isinstance(line, str) or line.count(" ") != 1:
-            raise UserError(
-                f"{short_path(file)}: holds no byte-level BPE: merge {number} is "
-                f"{quote_json(merge)}, expected two tokens"
-            )
-        lines.append(line)
-    return lines
+    return merges
 
 
 def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
@@ -432,7 +421,7 @@ def _checked_vocab(vocab: dict, file: Path) -> dict[str, int]:
             f"{short_path(file)}: has {len(vocab):,} tokens, expected at most {MAX_TOKENS:,}"
         )
     for token, i in vocab.items():
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
+        if type(i) is not int or not 0 <= i < 2**31:  # True is no id
             raise UserError(
                 f"{short_path(file)}: the id of {quote_json(token)} is {quote_json(i)}, expected a "
                 "whole number from 0"

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import minomni
 from minomni import make_voice
 from minomni.checkpoint import saving, weights
+from minomni.checkpoint.tensor_files import map_tensors
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.omni import TEXT_HEAD, Omni
@@ -180,6 +181,29 @@ def test_misaligned_tensors_are_copied(saved, tmp_path):
     for tensor in model.state_dict().values():
         assert tensor.data_ptr() % tensor.element_size() == 0
     assert same_tensors(model, weights.load(saved))
+
+
+def test_mapped_tensors_are_those_of_safetensors(tmp_path):
+    """All precisions that folders have, scalars and empty tensors, and one after the other."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        "bf16": torch.randn(3, 5, generator=random).bfloat16(),
+        "fp16": torch.randn(7, generator=random).half(),
+        "fp32": torch.randn(2, 1, 3, generator=random),
+        "fp64": torch.randn(4, generator=random).double(),
+        "int32": torch.randint(9, (2, 2), generator=random, dtype=torch.int32),
+        "scalar": torch.randn((), generator=random),
+        "empty": torch.zeros(0, 4),
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file, {"format": "pt"})
+    mapped = map_tensors(file)
+    assert mapped.keys() == tensors.keys()
+    for name, tensor in load_file(file).items():
+        assert mapped[name].dtype == tensor.dtype
+        assert torch.equal(mapped[name], tensor)
+    mapped["fp32"].zero_()  # changes memory alone
+    assert torch.equal(load_file(file)["fp32"], tensors["fp32"])
 
 
 # ----------------------------------------------------------------------------------------------
