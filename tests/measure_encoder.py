@@ -31,7 +31,7 @@ from minomni.data.text_to_speech import Job
 from minomni.data.word_errors import word_error_rate
 from minomni.eval.outside_judges import OpenRecognizer, SpeakerSimilarity, capped_word_errors
 from minomni.omni import Omni
-from minomni.train.finetune import finetune
+from minomni.train.finetune import FinetuneOptions, finetune
 from minomni.train.train_encoder import EncoderOptions, train_encoder
 
 VOICE = "New"
@@ -86,8 +86,8 @@ def tuned(base: Path, data: Path, out: Path, epochs: int | None) -> Path:
     """A LoRA adapter of the Talker, trained on the codes of the encoder of `base`."""
     if not out.exists():
         lora = parse_lora(LORA)
-        parts = ("talker",)
-        finetune(str(base), data, out, epochs=epochs, resume=True, lora=lora, lora_parts=parts)
+        options = FinetuneOptions(epochs=epochs, resume=True, lora=lora, lora_parts=("talker",))
+        finetune(str(base), data, out, options)
     return out
 
 

@@ -229,28 +229,25 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
     """Fine-tune a trained size on the data of --data."""
     from minomni.checkpoint.lora import parse_lora
     from minomni.train import processes
-    from minomni.train.finetune import finetune
+    from minomni.train.finetune import FinetuneOptions, finetune
 
     if arguments.set or arguments.budget != "quick":
         raise UserError("--set and --budget change the stages of a size and do not go with --data")
     lora = None if arguments.lora is None else parse_lora(arguments.lora)
-    folder = finetune(
-        arguments.size,
-        arguments.data,
-        arguments.out or home / ("adapter" if lora else "tuned"),
+    options = FinetuneOptions(
         stage=arguments.stage,
-        seed=arguments.seed,
         epochs=arguments.epochs,
+        seed=arguments.seed,
         resume=arguments.resume,
         fresh=arguments.fresh,
-        device=device,
-        home=home,
         lora=lora,
         lora_parts=lora_parts(arguments),
         quantize=arguments.quantize,
         skip_corrupt=arguments.skip_corrupt,
         held_out_speaker=arguments.held_out,
     )
+    out = arguments.out or home / ("adapter" if lora else "tuned")
+    folder = finetune(arguments.size, arguments.data, out, options, device, home)
     if arguments.held_out and processes.is_first():
         print(held_out_scores(arguments, folder, lora is not None, device))
     if lora and processes.is_first():

@@ -7,6 +7,7 @@ JSONL file (data/jsonl.py).
 import hashlib
 import sys
 import time
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,65 +164,67 @@ FINETUNE_RECIPES = {  # learning rate and batch; the steps follow from the epoch
 }
 
 
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What of a model is trained, on which rows, and how long."""
+
+    stage: str | None = None  # None: chat, then talker where answers have recordings
+    epochs: int | None = None  # None: MIN_EPOCHS, and MIN_STEPS at least
+    seed: int = 0
+    resume: bool = False  # continue an earlier run
+    fresh: bool = False  # delete an earlier run
+    lora: LoraOptions | None = None  # train adapters alone
+    lora_parts: tuple[str, ...] = ()  # "thinker" and "talker"; none: what the data can tune
+    quantize: str | None = None  # keep the weights in so many bits, as in load()
+    skip_corrupt: bool = False  # leave out damaged samples of packed data
+    held_out_speaker: str | None = None  # train without the rows of this speaker
+
+
 def finetune(
     size: str,
     data: Path,
     out: Path,
-    stage: str | None = None,
-    seed: int = 0,
-    epochs: int | None = None,
-    resume: bool = False,
-    fresh: bool = False,
+    options: FinetuneOptions,
     device: str = "cpu",
     home: Path | None = None,
-    lora: LoraOptions | None = None,
-    lora_parts: tuple[str, ...] = (),
-    quantize: str | None = None,
-    skip_corrupt: bool = False,
-    held_out_speaker: str | None = None,
 ) -> Path:
     """Fine-tune the trained model of a size on a user's data -> the folder of the new model, which
     is written completely or not at all.
 
-    With lora, `size` may also be the folder of any model. Its weights stay as they are, adapters
-    are trained, and the folder holds the adapters alone. lora_parts: "thinker" and "talker"; by
-    default what the data can tune. quantize: keep the weights in so many bits, as in load().
-    skip_corrupt: leave out damaged samples of packed data. held_out_speaker: train without the rows
-    of this speaker.
+    With options.lora, `size` may also be the folder of any model. Its weights stay as they are,
+    adapters are trained, and the folder holds the adapters alone.
 
-    All of the data is checked before the first step. Stages: chat, then talker where answers have
-    recordings; or one of them. A voice that the model does not know is made from its first
-    recordings. The run works in `home`, by default the folder of `out`. Raises UserError for bad
-    data, naming the lines, and for a run that belongs to other data.
+    All of the data is checked before the first step. A voice that the model does not know is made
+    from its first recordings. The run works in `home`, by default the folder of `out`. Raises
+    UserError for bad data, naming the lines, and for a run that belongs to other data.
     """
-    check_quantize(quantize, lora is not None)
-    check_size_and_stage(size, stage, lora is not None)
+    check_quantize(options.quantize, options.lora is not None)
+    check_size_and_stage(size, options.stage, options.lora is not None)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    run = begin_run(out, home, resume, fresh, ADAPTER_CONFIG if lora else "config.json")
+    result_file = ADAPTER_CONFIG if options.lora else "config.json"
+    run = begin_run(out, home, options.resume, options.fresh, result_file)
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
-    omni = load(size, device, quantize=quantize)
+    omni = load(size, device, quantize=options.quantize)
     with processes.first_goes_first():
-        rows = read_rows(data, run, omni, skip_corrupt, held_out_speaker)
-    names = stage_names(omni, rows, data, stage, lora_parts)
-    inputs_of_run = {"seed": seed, "epochs": epochs, "stages": names}
-    inputs_of_run |= inputs_by_hash(omni, rows, lora, held_out_speaker)
-    accumulate = agree_on_run(run, inputs_of_run)
+        rows = read_rows(data, run, omni, options.skip_corrupt, options.held_out_speaker)
+    names = stage_names(omni, rows, data, options)
+    accumulate = agree_on_run(run, inputs_of(omni, rows, names, options))
 
-    add_new_parts(omni, rows, lora, names, seed)
+    add_new_parts(omni, rows, names, options)
     for name in names:
-        training = make_finetune_stage(name, size, omni, run, seed, rows, epochs, accumulate)
-        train_or_load(training, run / "stages")
+        stage = make_finetune_stage(name, size, omni, run, rows, options, accumulate)
+        train_or_load(stage, run / "stages")
 
     omni.eval().requires_grad_(False)
-    if processes.is_first() and lora:
+    if processes.is_first() and options.lora:
         save_lora(omni, out, list(rows.voices))
     elif processes.is_first():
         saving.save(omni, out)
         seconds = time.perf_counter() - began
-        details = {"data": data.name, "stages": names, "epochs": epochs}
-        write_history(out, omni, size, seed, seconds, **details)
+        details = {"data": data.name, "stages": names, "epochs": options.epochs}
+        write_history(out, omni, size, options.seed, seconds, **details)
     return out
 
 
@@ -236,15 +239,22 @@ def begin_run(out: Path, home: Path | None, resume: bool, fresh: bool, config: s
     return run
 
 
-def inputs_by_hash(
-    omni: "Omni", rows: JsonlRows, lora: LoraOptions | None, held_out_speaker: str | None
-) -> dict:
-    """What a run is made of besides numbers: hashes of data and model, and the options given."""
-    inputs: dict = {"data": rows.digest.hexdigest(), "model": weights_hash(omni)}
-    if held_out_speaker is not None:
-        inputs["held-out speaker"] = held_out_speaker
-    if lora:
-        inputs["lora"] = vars(lora) | {"layers": list(lora.layers)}
+def inputs_of(omni: "Omni", rows: JsonlRows, names: list[str], options: FinetuneOptions) -> dict:
+    """What a run is made of: hashes of data and model, and the options that change the result.
+
+    names: of the stages.
+    """
+    inputs: dict = {
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "stages": names,
+        "data": rows.digest.hexdigest(),
+        "model": weights_hash(omni),
+    }
+    if options.held_out_speaker is not None:
+        inputs["held-out speaker"] = options.held_out_speaker
+    if options.lora:
+        inputs["lora"] = vars(options.lora) | {"layers": list(options.lora.layers)}
     return inputs
 
 
@@ -259,14 +269,14 @@ def agree_on_run(run: Path, inputs_of_run: dict) -> int:
 
 
 def add_new_parts(
-    omni: "Omni", rows: JsonlRows, lora: LoraOptions | None, names: list[str], seed: int
+    omni: "Omni", rows: JsonlRows, names: list[str], options: FinetuneOptions
 ) -> None:
     """Add the voices that are new, and the adapters of the parts that the stages `names` tune."""
     for name, waveform in rows.voices.items():
         omni.voices[name] = make_voice(waveform, name, omni)
-    if lora:
+    if options.lora:
         tuned = tuple(part for part in TUNABLE_PARTS if LORA_STAGES[part] in names)
-        add_lora(omni, lora, tuned, seed)
+        add_lora(omni, options.lora, tuned, options.seed)
 
 
 def train_or_load(stage: Stage, folder: Path) -> None:
@@ -311,20 +321,14 @@ def read_rows(
     return read_dataset(data, run, omni, held_out_speaker)
 
 
-def stage_names(
-    omni: "Omni",
-    rows: JsonlRows,
-    data: Path,
-    stage: str | None,
-    lora_parts: tuple[str, ...],
-) -> list[str]:
+def stage_names(omni: "Omni", rows: JsonlRows, data: Path, options: FinetuneOptions) -> list[str]:
     """The stages to run: those asked for, by --stage or --parts, or those that the data can train.
 
     Raises UserError where the model or the data lacks what they need.
     """
-    asked = [LORA_STAGES[part] for part in TUNABLE_PARTS if part in lora_parts]
-    if stage:
-        asked = [stage]
+    asked = [LORA_STAGES[part] for part in TUNABLE_PARTS if part in options.lora_parts]
+    if options.stage:
+        asked = [options.stage]
     if "talker" in asked:
         check_talker(omni, rows, data)
     if asked:
@@ -388,12 +392,12 @@ def make_finetune_stage(
     size: str,
     omni: "Omni",
     run: Path,
-    seed: int,
     rows: JsonlRows,
-    epochs: int | None,
+    options: FinetuneOptions,
     accumulate: int,
 ) -> FinetuneStage:
-    """A stage that goes through its rows `epochs` times, or MIN_EPOCHS and MIN_STEPS at least.
+    """A stage that goes through its rows options.epochs times, or MIN_EPOCHS and MIN_STEPS at
+    least.
 
     accumulate: batches into which the rows of a step are divided.
     """
@@ -401,12 +405,12 @@ def make_finetune_stage(
     batch = ceil(rows_per_step / accumulate)
     rows_per_step = batch * accumulate
     count = len(rows.spoken) if name == "talker" else len(rows)
-    if epochs:
-        steps = ceil(epochs * count / rows_per_step)
+    if options.epochs:
+        steps = ceil(options.epochs * count / rows_per_step)
     else:
         steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / rows_per_step))
     recipe = Recipe(steps, batch, lr, accumulate=accumulate, warmup=min(30, ceil(steps / 10)))
-    return FINETUNE_STAGES[name](omni, recipe, run, seed, rows)
+    return FINETUNE_STAGES[name](omni, recipe, run, options.seed, rows)
 
 
 def weights_hash(omni: "Omni") -> str:

@@ -76,40 +76,41 @@ def train_encoder(
     run = begin_run(out, home, resume, fresh, "config.json")
     omni = load(folder, device)
     config = with_classifier(omni.config, options.size)
-    rows = None
-    if data is not None:
-        with processes.first_goes_first():
-            rows = read_rows(data, run, omni, skip_corrupt=False)
+    rows = None if data is None else read_answers(data, run, omni)
 
     # The pairs depend on fewer things than the run, which may be started over with other steps.
     inputs_of_pairs = inputs_by_name(omni, rows, seed, options.random_share)
+    accumulate = agree_on_run(run, inputs_of_pairs | {"options": asdict(options)})
+    recipe = recipe_of(options, accumulate)
     key = hashlib.sha256(repr(inputs_of_pairs).encode()).hexdigest()[:12]
-    inputs_of_run = inputs_of_pairs | {"options": asdict(options)}
-    accumulate = agree_on_run(run, inputs_of_run)
+    cache = run / f"pairs-{key}"
 
     maker = PairMaker(omni, rows, seed, options.random_share)
     put_classifier(omni, config, seed)
-    stage = EncoderStage(
-        omni,
-        recipe_of(options, accumulate),
-        run / f"pairs-{key}",
-        seed,
-        maker,
-        options.pairs,
-    )
-    if not is_finished(run / "stages", stage.name):
-        with processes.first_goes_first():
-            run_setup(stage)
+    stage = EncoderStage(omni, recipe, cache, seed, maker, options.pairs)
+    make_pairs(stage, run / "stages")
     train_or_load(stage, run / "stages")
 
     omni.eval().requires_grad_(False)
     if processes.is_first():
         saving.save(omni, out)
         seconds = time.perf_counter() - began
-        write_history(
-            out, omni, Path(folder).resolve().name, seed, seconds, encoder=asdict(options)
-        )
+        name = Path(folder).resolve().name
+        write_history(out, omni, name, seed, seconds, encoder=asdict(options))
     return out
+
+
+def read_answers(data: Path, run: Path, omni: "Omni") -> JsonlRows:
+    """The rows whose answers the Talker speaks. Raises UserError for bad data."""
+    with processes.first_goes_first():
+        return read_rows(data, run, omni, skip_corrupt=False)
+
+
+def make_pairs(stage: EncoderStage, folder: Path) -> None:
+    """Make the pairs of mel and codes, or read them from the cache, unless training is finished."""
+    if not is_finished(folder, stage.name):
+        with processes.first_goes_first():
+            run_setup(stage)
 
 
 def inputs_by_name(

@@ -21,6 +21,7 @@ from minomni.data import corpus, jsonl
 from minomni.errors import UserError
 from minomni.eval import held_out_speaker
 from minomni.train import finetune
+from minomni.train.finetune import FinetuneOptions
 from minomni.train.loop import Recipe, train
 
 
@@ -215,7 +216,7 @@ def test_bad_lines_are_reported_and_nothing_is_trained(tmp_path, small):
         row for bad, _ in BAD for row in (bad if isinstance(bad, str) else json.dumps(bad), line())
     ]
     with pytest.raises(UserError) as error:
-        finetune.finetune("tiny", write(tmp_path, rows), tmp_path / "tuned")
+        finetune.finetune("tiny", write(tmp_path, rows), tmp_path / "tuned", FinetuneOptions())
     message = str(error.value)
     assert f"{len(BAD)} bad lines, nothing was trained; line 1: not JSON" in message
     assert len(message) <= 500
@@ -757,7 +758,7 @@ def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_
 @pytest.mark.slow
 def test_load_fine_tuned_model(tmp_path, small, tiny_folder, spoken):
     data, out = write(tmp_path, spoken), tmp_path / "tuned"
-    finetune.finetune("tiny", data, out, epochs=1)
+    finetune.finetune("tiny", data, out, FinetuneOptions(epochs=1))
     tuned, before = minomni.load(str(out)), minomni.load(str(tiny_folder))
     changed = {
         name.split(".")[0]
@@ -770,18 +771,18 @@ def test_load_fine_tuned_model(tmp_path, small, tiny_folder, spoken):
     assert tuned.respond([{"role": "user", "content": "say a"}], voice="Me")
     assert json.loads((out / "trained.json").read_text())["stages"] == ["chat", "talker"]
     with pytest.raises(UserError, match="--resume continues it"):
-        finetune.finetune("tiny", data, out, epochs=1)
+        finetune.finetune("tiny", data, out, FinetuneOptions(epochs=1))
     with pytest.raises(UserError, match="begun with other epochs"):
-        finetune.finetune("tiny", data, out, epochs=2, resume=True)
+        finetune.finetune("tiny", data, out, FinetuneOptions(epochs=2, resume=True))
     write(tmp_path, spoken[:3])
     with pytest.raises(UserError, match="begun with other data"):
-        finetune.finetune("tiny", data, out, epochs=1, resume=True)
+        finetune.finetune("tiny", data, out, FinetuneOptions(epochs=1, resume=True))
 
 
 @pytest.mark.slow
 def test_resume_between_stages_is_exact(tmp_path, small, spoken, monkeypatch):
     data = write(tmp_path, spoken)
-    finetune.finetune("tiny", data, tmp_path / "whole", epochs=2)
+    finetune.finetune("tiny", data, tmp_path / "whole", FinetuneOptions(epochs=2))
     with monkeypatch.context() as patch:
         patch.setattr(
             finetune,
@@ -791,9 +792,9 @@ def test_resume_between_stages_is_exact(tmp_path, small, spoken, monkeypatch):
             ),
         )
         with pytest.raises(UserError, match="talker.safetensors is missing"):
-            finetune.finetune("tiny", data, tmp_path / "halves", epochs=2)
+            finetune.finetune("tiny", data, tmp_path / "halves", FinetuneOptions(epochs=2))
     assert not (tmp_path / "halves").exists()
-    finetune.finetune("tiny", data, tmp_path / "halves", epochs=2, resume=True)
+    finetune.finetune("tiny", data, tmp_path / "halves", FinetuneOptions(epochs=2, resume=True))
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")]
     assert files[0] == files[1]
 
@@ -808,9 +809,12 @@ def test_folder_of_spoken_digits(tmp_path, small, recordings):
         "the digit is zero",
         "the digit is three",
     ]
-    assert finetune.finetune("tiny", tmp_path / "digits", tmp_path / "tuned", epochs=1).is_dir()
+    out = tmp_path / "tuned"
+    once = FinetuneOptions(epochs=1)
+    assert finetune.finetune("tiny", tmp_path / "digits", out, once).is_dir()
+    options = FinetuneOptions(stage="talker")
     with pytest.raises(UserError, match='no line has "speech"'):
-        finetune.finetune("tiny", tmp_path / "digits", tmp_path / "other", stage="talker")
+        finetune.finetune("tiny", tmp_path / "digits", tmp_path / "other", options)
 
 
 def test_held_out_speaker_is_not_trained_on(tmp_path, small, omni, recordings):
@@ -822,11 +826,11 @@ def test_held_out_speaker_is_not_trained_on(tmp_path, small, omni, recordings):
     assert [row.speaker for row in (rows[0], rows[1])] == ["bob", "cleo"]
     assert len(rows) == 2
     assert [row.answer for row in rows.held_out()] == ["the digit is three", "the digit is seven"]
-    finetune.finetune("tiny", folder, tmp_path / "a", epochs=1, held_out_speaker="ann")
+    options = FinetuneOptions(epochs=1, held_out_speaker="ann")
+    finetune.finetune("tiny", folder, tmp_path / "a", options)
+    options = FinetuneOptions(epochs=1, resume=True, held_out_speaker="bob")
     with pytest.raises(UserError, match="begun with other held-out speaker"):
-        finetune.finetune(
-            "tiny", folder, tmp_path / "a", epochs=1, resume=True, held_out_speaker="bob"
-        )
+        finetune.finetune("tiny", folder, tmp_path / "a", options)
 
 
 def test_speaker_of_a_row(tmp_path, omni):
@@ -885,9 +889,9 @@ def test_folder_of_ljspeech(tmp_path, small, recordings):
     for i in range(2):
         soundfile.write(folder / "wavs" / f"LJ-{i}.wav", recordings.wave(i), 22_050)
     with pytest.raises(UserError, match=r"row 3: .*LJ-2.wav: no such file"):
-        finetune.finetune("tiny", folder, tmp_path / "tuned", epochs=1)
+        finetune.finetune("tiny", folder, tmp_path / "tuned", FinetuneOptions(epochs=1))
     soundfile.write(folder / "wavs" / "LJ-2.wav", recordings.wave(2), 22_050)
-    finetune.finetune("tiny", folder, tmp_path / "tuned", epochs=1, resume=True)
+    finetune.finetune("tiny", folder, tmp_path / "tuned", FinetuneOptions(epochs=1, resume=True))
     assert "LJ" in minomni.load(str(tmp_path / "tuned")).voices
     (folder / "metadata.csv").write_text("LJ-0 no columns\n")
     with pytest.raises(UserError, match="row 1 has 1 columns"):
@@ -955,7 +959,7 @@ def test_invalid_output_folder(out, says, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(UserError) as error:
-        finetune.finetune("tiny", tmp_path / "none.jsonl", Path(out))
+        finetune.finetune("tiny", tmp_path / "none.jsonl", Path(out), FinetuneOptions())
     assert says in str(error.value)
     assert (tmp_path / "file").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}
