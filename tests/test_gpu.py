@@ -271,10 +271,10 @@ def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
         dpo_stage, "edit_distance", lambda *_: next(worse)
     )  # every try has a better and a worse one
     stage = make(name, cache, "cuda")
-    rough = loop.gradients(stage, 0)
+    rough = loop.forward_backward(stage, 0)
     assert all(p.grad is None or p.grad.isfinite().all() for p in stage.parameters().values())
     monkeypatch.setattr(loop, "has_bf16", lambda device: False)
     if name not in ("dit", "dpo"):
-        exact = loop.gradients(stage, 0)
+        exact = loop.forward_backward(stage, 0)
         assert rough == pytest.approx(exact, rel=0.03)
-        assert exact == pytest.approx(loop.gradients(make(name, cache), 0), rel=1e-3)
+        assert exact == pytest.approx(loop.forward_backward(make(name, cache), 0), rel=1e-3)

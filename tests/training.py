@@ -37,6 +37,6 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0, **recip
     recipe = Recipe(steps, batch, lr=5e-3, **{"warmup": 2, "weight_decay": 0.0, **recipe})
     stage = pipeline.STAGES[name](Omni(TINY), recipe, CACHE, seed)
     pipeline.run_setup(stage)
-    stage.sample = lambda: ""
-    stage.sound = lambda: None
+    stage.preview_text = lambda: ""
+    stage.preview_audio = lambda: None
     return stage

@@ -116,8 +116,8 @@ def train_here(name: str, home: Path, device: str) -> None:
     with processes.process_group(device):
         with processes.first_goes_first():
             stage = pipeline.make_stage(name, SIZE, home, 0, device)
-        stage.sample = lambda: ""  # type: ignore[method-assign]
-        stage.sound = lambda: None  # type: ignore[method-assign]
+        stage.preview_text = lambda: ""  # type: ignore[method-assign]
+        stage.preview_audio = lambda: None  # type: ignore[method-assign]
         train(stage, home / "stages", progress=False)
 
 

@@ -32,10 +32,10 @@ class Measured(Stage):
             number %= self.repeat
         return super().batch(number)
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         """What the stage itself writes into its log. train() calls it without gradients."""
         self.curve.append((self.loss_from(0), self.loss_from(UNSEEN)))
-        return super().sample()
+        return super().preview_text()
 
     def loss_from(self, first: int) -> float:
         """The mean loss of some batches, from the one with number `first` on."""
@@ -54,7 +54,7 @@ def begin(kind: type[Stage], recipe: Recipe, omni: "Omni", folder: Path) -> Stag
     stage = kind(copy.deepcopy(omni), recipe, folder, 0)
     if not isinstance(stage, Measured):
         stage.bf16 = False
-        stage.sample = lambda: ""  # type: ignore[method-assign]
+        stage.preview_text = lambda: ""  # type: ignore[method-assign]
     return stage
 
 

@@ -112,7 +112,7 @@ class FinetuneChatStage(FinetuneStage):
             parts.append((self.omni.thinker(inputs), targets))
         return {"text": losses.in_parts(parts)}
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         row = self.rows[0]
         sampling = self.omni.config.thinker_sampling
         reply = self.omni.thinker.generate(prompt_inputs(row, self.processor), sampling)

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from minomni.omni import Omni
     from minomni.token2wav.token2wav import Token2Wav
 
-NO_MATRIX = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
-OTHERS_SHARE = 0.4  # of the learning rate, for the parameters that Muon does not update
+ADAMW_LAYERS = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
+ADAMW_LR_SCALE = 0.4  # of the learning rate, for the parameters that Muon does not update
 LOG_LINES = 8  # per stage, each with a checkpoint and samples
-OLD_SHARE, NEW_SHARE = 0.95, 0.05  # of the running mean of a loss and of its newest value
+FINAL_LR_SHARE = 0.05  # of the learning rate, after the last step
+EMA_DECAY = 0.95  # of the running means of the losses
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ class Stage:
         """Weighted losses by name; their sum is minimized."""
         raise NotImplementedError
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         """One line of the model's current output on fixed prompts."""
         return ""
 
-    def sound(self) -> tuple[str, Tensor] | None:
+    def preview_audio(self) -> tuple[str, Tensor] | None:
         """One fixed sentence as the model currently speaks it: its text, and its mel [T, bands] or
         waveform [samples].
         """
@@ -168,11 +169,12 @@ def batch_seed(stage: Stage, number: int) -> int:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then cosine decay to a twentieth."""
+    """Linear warm-up, then cosine decay to FINAL_LR_SHARE of the recipe's learning rate."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+    decay = (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))  # falls to 0
+    return recipe.lr * (FINAL_LR_SHARE + decay)
 
 
 def make_optimizers(
@@ -190,7 +192,7 @@ def make_optimizers(
     for name, parameter in parameters.items():
         if parameter.dim() <= 1:
             scales.append(parameter)
-        elif mixes_channels(parameter) and not name.split(".")[-2].endswith(NO_MATRIX):
+        elif mixes_channels(parameter) and not name.split(".")[-2].endswith(ADAMW_LAYERS):
             matrices.append(parameter)
         else:
             others.append(parameter)
@@ -199,9 +201,9 @@ def make_optimizers(
     groups = []
     if others:
         decay = recipe.weight_decay
-        groups.append({"params": others, "weight_decay": decay, "share": OTHERS_SHARE})
+        groups.append({"params": others, "weight_decay": decay, "share": ADAMW_LR_SCALE})
     if scales:
-        groups.append({"params": scales, "weight_decay": 0.0, "share": OTHERS_SHARE})
+        groups.append({"params": scales, "weight_decay": 0.0, "share": ADAMW_LR_SCALE})
     if groups:
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98)))
     if matrices:
@@ -230,21 +232,8 @@ def train(
     and 5 more to the bit, with any number of loader processes (`workers`). progress: show a bar on
     a terminal. Raises UserError when a loss is not finite, naming it, and when the disk is full.
     """
-    if stage.setup_s is None:
-        run_setup(stage)
     recipe = stage.recipe
-    trainable = stage.parameters()
-    for name, parameter in stage.omni.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    distributed.shard(stage)
-    trainable = stage.parameters()
-    optimizers = make_optimizers(trainable, recipe)
-
-    step: int = 0
-    means: dict[str, float] = {}
-    if resume:
-        step, means = run_folder.load_checkpoint(folder, stage.name, trainable, optimizers)
-    processes.require_same({"recipes": recipe, "checkpoints": step})
+    trainable, optimizers, step, means = begin_training(stage, folder, resume)
     last = recipe.steps if until is None else until
     log_every = max(1, recipe.steps // LOG_LINES)
 
@@ -254,9 +243,9 @@ def train(
         began = time.perf_counter()
         first = step
         while step < last:
-            losses = gradients(stage, step, batches)
+            losses = forward_backward(stage, step, batches)
             torch.nn.utils.clip_grad_norm_(trainable.values(), recipe.clip)
-            update(optimizers, learning_rate(recipe, step))
+            optimizer_step(optimizers, learning_rate(recipe, step))
             step += 1
             means = running_means(means, losses)
             bar.set_postfix_str(format_losses(means), refresh=False)
@@ -277,6 +266,37 @@ def train(
     return means
 
 
+def begin_training(
+    stage: Stage, folder: Path, resume: bool
+) -> tuple[dict[str, nn.Parameter], list[torch.optim.Optimizer], int, dict[str, float]]:
+    """Set up a stage, on its checkpoint where it resumes -> the parameters to train by name, their
+    optimizers, the step to begin with, running means of the losses.
+    """
+    if stage.setup_s is None:
+        run_setup(stage)
+    trainable = freeze_and_shard(stage)
+    optimizers = make_optimizers(trainable, stage.recipe)
+
+    step: int = 0
+    means: dict[str, float] = {}
+    if resume:
+        step, means = run_folder.load_checkpoint(folder, stage.name, trainable, optimizers)
+    processes.require_same({"recipes": stage.recipe, "checkpoints": step})
+    return trainable, optimizers, step, means
+
+
+def freeze_and_shard(stage: Stage) -> dict[str, nn.Parameter]:
+    """Freeze what a stage does not train, and divide the model among the processes -> the
+    parameters to train, by name.
+    """
+    trainable = stage.parameters()
+    for name, parameter in stage.omni.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    distributed.shard(stage)
+    # FSDP replaces the parameters: collect the sharded ones.
+    return stage.parameters()
+
+
 def progress_bar(stage: Stage, step: int, last: int, enabled: bool) -> tqdm:
     """A bar over the steps, counted in items, on a terminal only."""
     return tqdm(
@@ -290,7 +310,7 @@ def progress_bar(stage: Stage, step: int, last: int, enabled: bool) -> tqdm:
     )
 
 
-def update(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+def optimizer_step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     """One step of each optimizer; a group takes its share of the learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -300,9 +320,9 @@ def update(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
 
 def running_means(means: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
     """Exponential moving averages of the losses, which start at the first value."""
+    # 0.05 and not 1 - EMA_DECAY, which floating-point numbers round to another value.
     return {
-        name: OLD_SHARE * means.get(name, value) + NEW_SHARE * value
-        for name, value in losses.items()
+        name: EMA_DECAY * means.get(name, value) + 0.05 * value for name, value in losses.items()
     }
 
 
@@ -315,7 +335,7 @@ def save_trained(stage: Stage, folder: Path) -> None:
             run_folder.save_stage(folder, stage.name, trained)
 
 
-def gradients(
+def forward_backward(
     stage: Stage, step: int, batches: Iterator[tuple[Any, Tensor]] | None = None
 ) -> dict[str, float]:
     """Leave the mean gradient of a step's batches in the parameters -> the mean losses by name.
@@ -392,7 +412,7 @@ def log_progress(
     stage.omni.eval()
     with torch.no_grad(), distributed.unsharded(stage):
         if processes.is_first():
-            sample = stage.sample()
+            sample = stage.preview_text()
             samples.write_samples(stage, folder, step, sample)
     stage.omni.train()
     if not processes.is_first():

@@ -24,7 +24,7 @@ def write_samples(stage: "Stage", folder: Path, step: int, sample: str) -> None:
     Every stage: `sample`, a line of text, if it has one.
     """
     path = folder / "samples" / stage.name / f"{step:06}"
-    audio = stage.sound()
+    audio = stage.preview_audio()
     lines = []
     with disk_errors(path):
         if audio is not None:

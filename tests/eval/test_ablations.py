@@ -30,9 +30,9 @@ def home(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
     monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
     # A model of random weights generates until the token limit, which is slow.
-    monkeypatch.setattr(ThinkerStage, "sample", lambda self: "")
-    monkeypatch.setattr(SpeechStage, "sample", lambda self: "")
-    monkeypatch.setattr(SpeechStage, "sound", lambda self: None)
+    monkeypatch.setattr(ThinkerStage, "preview_text", lambda self: "")
+    monkeypatch.setattr(SpeechStage, "preview_text", lambda self: "")
+    monkeypatch.setattr(SpeechStage, "preview_audio", lambda self: None)
     monkeypatch.setattr(DPOStage, "num_prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")

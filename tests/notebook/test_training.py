@@ -20,7 +20,7 @@ class Numbers(Stage):
     def losses(self, batch):
         return {"text": torch.tensor(float(batch)), "more": torch.tensor(1.0)}
 
-    def sample(self):
+    def preview_text(self):
         return "a line"
 
 
@@ -35,7 +35,7 @@ def begin(kind):
 
 def test_a_measured_stage_notes_both_losses_and_writes_what_the_stage_writes():
     _, stage = begin(MeasuredNumbers)
-    assert stage.sample() == "a line"
+    assert stage.preview_text() == "a line"
     assert stage.curve == [(2.0, training.UNSEEN + 2.0)]  # means of three batches, and 1
 
 
@@ -48,5 +48,5 @@ def test_a_stage_begins_with_a_copy_and_writes_no_samples_unless_it_is_measured(
     omni, stage = begin(Numbers)
     assert stage.omni.weights == omni.weights
     assert stage.omni.weights is not omni.weights
-    assert stage.sample() == ""
+    assert stage.preview_text() == ""
     assert not stage.bf16

@@ -131,7 +131,7 @@ def make_stage(name: str, cache: str, dtype: torch.dtype, accumulate: int) -> St
         if name == "vocoder":  # its discriminators join in the second step
             stage.batch = lambda number: (original(number)[0], number >= accumulate)
     stage.bf16 = False
-    stage.sample = lambda: ""
+    stage.preview_text = lambda: ""
     return stage
 
 
@@ -160,7 +160,7 @@ def run(
     """
     stage = make_stage(name, cache, getattr(torch, dtype), accumulate)
     history = []
-    gradients = loop.gradients
+    forward_backward = loop.forward_backward
 
     def recorded(stage, step, batches=None):
         if step == kill_at and not processes.is_first():
@@ -169,16 +169,16 @@ def run(
             import resource
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        history.append(gradients(stage, step, batches))
+        history.append(forward_backward(stage, step, batches))
         return history[-1]
 
     if not processes.is_first() and steps_of_second:
         stage.recipe = replace(stage.recipe, steps=steps_of_second)
-    loop.gradients = recorded
+    loop.forward_backward = recorded
     try:
         train(stage, Path(folder), resume=resume, until=until, progress=False)
     finally:
-        loop.gradients = gradients
+        loop.forward_backward = forward_backward
     assert all(type(p) is nn.Parameter for p in stage.omni.parameters())
     if processes.is_first():
         Path(folder, "history.json").write_text(json.dumps(history))

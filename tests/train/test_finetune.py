@@ -43,7 +43,7 @@ def small(monkeypatch, tiny_folder):
         finetune, "load", lambda size, device, **_: minomni.load(str(tiny_folder), device)
     )
     monkeypatch.setitem(finetune.FINETUNE_RECIPES, "tiny", {"chat": (3e-3, 2), "talker": (3e-3, 2)})
-    monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
+    monkeypatch.setattr(finetune.FinetuneChatStage, "preview_text", lambda self: "")
 
 
 def line(question="say a", answer="a circle", **more) -> dict:
@@ -734,7 +734,7 @@ def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_
         stage = finetune.FINETUNE_STAGES[name](
             fresh, Recipe(steps, 2, 5e-3, warmup=2), tmp_path, 0, lines
         )
-        stage.sample = lambda: ""
+        stage.preview_text = lambda: ""
         return stage
 
     stage = stage_of(100)

@@ -160,8 +160,8 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
     calls = []
     setup = CodecStage.setup
     monkeypatch.setattr(CodecStage, "setup", lambda self: calls.append(setup(self)))
-    monkeypatch.setattr(CodecStage, "sample", lambda self: "")
-    monkeypatch.setattr(CodecStage, "sound", lambda self: None)
+    monkeypatch.setattr(CodecStage, "preview_text", lambda self: "")
+    monkeypatch.setattr(CodecStage, "preview_audio", lambda self: None)
     monkeypatch.setitem(recipes.RECIPES["tiny"], "codec", loop.Recipe(steps=2, batch=2, lr=1e-3))
     pipeline.record_settings(tmp_path, {"codec": {"steps": 3}})
     pipeline.run_stage("codec", "tiny", tmp_path, 0, resume=False)

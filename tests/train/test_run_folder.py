@@ -54,8 +54,8 @@ from minomni.train import recipes
 from minomni.train.loop import Recipe
 from minomni.train.stages.codec import CodecStage
 text_to_speech.available = lambda: False
-CodecStage.sample = lambda self: ""
-CodecStage.sound = lambda self: None
+CodecStage.preview_text = lambda self: ""
+CodecStage.preview_audio = lambda self: None
 recipes.RECIPES["tiny"]["codec"] = Recipe(steps=16, batch=2, lr=1e-3, warmup=2)
 {}
 sys.exit(__main__.main())
@@ -254,7 +254,8 @@ def steps_of(log: Path) -> list[int]:
 def stopped_early(home: Path) -> bytes:
     """A run folder with a checkpoint at step 4 -> that checkpoint."""
     stage = make("codec", pipeline.cache_of(home), config=TINY, steps=16, batch=2, warmup=2)
-    stage.sample, stage.sound = lambda: "", lambda: None
+    stage.preview_text = lambda: ""
+    stage.preview_audio = lambda: None
     run_folder.check_run_config(home / "stages", TINY)
     loop.train(stage, home / "stages", until=4)
     return (home / "stages" / "codec.resume.pt").read_bytes()
@@ -510,12 +511,13 @@ def test_every_stage_learns_on_another_device(name, cache, monkeypatch, untraine
     monkeypatch.setattr(DPOStage, "num_prompts", 4)
     with Factories(), Functions():
         away = make(name, cache, ELSEWHERE)
-        losses = loop.gradients(away, 0)
+        losses = loop.forward_backward(away, 0)
         away.omni.eval()
         with torch.no_grad():
-            away.sample(), away.sound()
+            away.preview_text(), away.preview_audio()
     here = make(name, cache)
-    assert losses == pytest.approx(loop.gradients(here, 0), rel=1e-5)  # sums in another order
+    again = loop.forward_backward(here, 0)
+    assert losses == pytest.approx(again, rel=1e-5)  # sums in another order
     for key, parameter in here.parameters().items():
         moved = away.parameters()[key].grad
         assert (moved is None) == (parameter.grad is None)
@@ -542,7 +544,7 @@ def test_bf16_says_about_the_same(name, cache, monkeypatch):
     for bf16 in (True, False):
         monkeypatch.setattr(loop, "has_bf16", lambda device, bf16=bf16: bf16)
         stage = make(name, cache)
-        losses = loop.gradients(stage, 0)
+        losses = loop.forward_backward(stage, 0)
         measured[bf16] = (
             losses,
             torch.cat(
@@ -638,7 +640,7 @@ def test_a_line_tells_the_pace_since_the_last(tmp_path, monkeypatch):
         clock.__setitem__(0, clock[0] + (10 if len(stage.asked) <= 8 else 1))
         or {"square": stage.omni(batch).square().mean()}
     )
-    stage.sample = lambda: (
+    stage.preview_text = lambda: (
         clock.__setitem__(0, clock[0] + 100) or ""
     )  # a step does not pay for what is shown
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
@@ -651,7 +653,9 @@ def test_gradients_in_parts_are_those_of_the_whole():
     whole = Rows(Recipe(steps=6, batch=16, lr=1e-3))
     halves = Rows(Recipe(steps=6, batch=8, lr=1e-3, accumulate=2))
     for step in (0, 4):
-        assert loop.gradients(halves, step) == pytest.approx(loop.gradients(whole, step), abs=1e-6)
+        assert loop.forward_backward(halves, step) == pytest.approx(
+            loop.forward_backward(whole, step), abs=1e-6
+        )
         for a, b in zip(whole.omni.parameters(), halves.omni.parameters()):
             assert a.grad.abs().max() > 1e-2
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6)
@@ -671,7 +675,9 @@ def test_parts_of_a_real_stage(tmp_path):
     halves = make("codec", tmp_path, batch=2, accumulate=2)
     whole.bf16 = halves.bf16 = False  # its few digits would hide a mistake
     halves.batch = lambda number: (*(part[2 * number :][:2] for part in rows), weight)
-    assert loop.gradients(halves, 0) == pytest.approx(loop.gradients(whole, 0), rel=1e-5)
+    assert loop.forward_backward(halves, 0) == pytest.approx(
+        loop.forward_backward(whole, 0), rel=1e-5
+    )
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in whole.parameters().values()))
     for key, parameter in whole.parameters().items():
         torch.testing.assert_close(

@@ -13,7 +13,7 @@ from minomni.data import corpus
 from minomni.data.examples import ExampleBuilder
 from minomni.omni import Omni
 from minomni.train import loop, muon, pipeline, recipes
-from minomni.train.loop import Recipe, gradients, train
+from minomni.train.loop import Recipe, forward_backward, train
 from minomni.train.muon import orthogonal
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import code_loss
@@ -43,7 +43,7 @@ def test_samples_can_be_drawn_before_any_training():
     for name in ("codec", "language", "audio_align", "vision_align"):
         stage = pipeline.STAGES[name](Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0)
         pipeline.run_setup(stage)
-        assert stage.sample()
+        assert stage.preview_text()
 
 
 @pytest.mark.parametrize("name", stages(pipeline.STAGES, quick=("vision_align",)))
@@ -75,7 +75,8 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
         recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
         monkeypatch.setitem(recipes.RECIPES["small"], name, recipe)
         stage = pipeline.make_stage(name, "small", home, seed=0)
-        stage.sample, stage.sound = lambda: "", lambda: None
+        stage.preview_text = lambda: ""
+        stage.preview_audio = lambda: None
         train(stage, home / "stages")
     pipeline.export_model("small", home, seed=0)
     omni = load(home / "model")
@@ -155,9 +156,9 @@ def test_talker_is_asked_for_the_word_it_says():
         "word_head.weight",
         "word_head.bias",
     }
-    gradients(stage, 0)
+    forward_backward(stage, 0)
     once = stage.word_head.weight.grad.clone()
-    gradients(stage, 0)  # what is thrown away later is cleared between steps too
+    forward_backward(stage, 0)  # what is thrown away later is cleared between steps too
     assert once.abs().max() > 0
     assert torch.equal(stage.word_head.weight.grad, once)
 

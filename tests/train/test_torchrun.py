@@ -29,8 +29,8 @@ from minomni.train.finetune import FinetuneChatStage
 from minomni.train.stages.codec import CodecStage
 text_to_speech.available = lambda: False
 loop.has_bf16 = muon.has_bf16 = lambda device: False
-CodecStage.sample = FinetuneChatStage.sample = lambda self: ""
-CodecStage.sound = lambda self: None
+CodecStage.preview_text = FinetuneChatStage.preview_text = lambda self: ""
+CodecStage.preview_audio = lambda self: None
 words = [word.replace("RANK", os.environ["RANK"]) for word in json.loads(sys.argv[1])]
 sys.argv = ["minomni", *words]
 sys.exit(__main__.main())

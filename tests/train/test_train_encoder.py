@@ -64,7 +64,7 @@ def encoder_stage(folder: Path, cache: Path) -> EncoderStage:
 
 @pytest.mark.slow
 def test_it_learns_and_resumes(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(EncoderStage, "sample", lambda self: "")
+    monkeypatch.setattr(EncoderStage, "preview_text", lambda self: "")
     stage = encoder_stage(tiny_folder, tmp_path / "pairs")
     before = {name: tensor.clone() for name, tensor in stage.omni.state_dict().items()}
     train(stage, tmp_path / "whole")
@@ -167,11 +167,11 @@ def test_a_talker_that_says_nothing(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(stage.maker, "spoken_codes", lambda part, _: [speech, nothing])
     stage.cache = tmp_path / "half"
     stage.setup()
-    assert "the Talker spoke 2 of 4 texts" in stage.sample()
+    assert "the Talker spoke 2 of 4 texts" in stage.preview_text()
     stage.maker.random_share = 1.0
     stage.cache = tmp_path / "random"
     stage.setup()
-    assert "spoke" not in stage.sample()
+    assert "spoke" not in stage.preview_text()
 
 
 def test_letters_that_are_known():
@@ -190,7 +190,7 @@ def test_a_perfect_transcript_has_no_errors(tiny_folder, tmp_path, monkeypatch):
     log_probs = torch.nn.functional.one_hot(path, 28).float()[None]
     logits = torch.nn.functional.one_hot(codes, 8).float()[None]
     monkeypatch.setattr(EncoderStage, "classifier", staticmethod(lambda mel: (logits, log_probs)))
-    line = stage.sample()
+    line = stage.preview_text()
     assert line.startswith("100.0% of the held-out codes; word error rate of the letters 0%;")
 
 

@@ -66,7 +66,7 @@ class AudioAlignStage(AlignStage):
             "mse": weight * embedding_mse(features, target),
         }
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         mel = log_mel(self.builder.speech.wave(len(self.builder.speech) - 1))
         features = self.omni.thinker.audio_tower([mel])
         log_probs, _ = word_log_probs(self.omni.thinker, [mel], features)

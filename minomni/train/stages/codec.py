@@ -47,7 +47,7 @@ class CodecStage(MelStage):
             "fsq_mean": losses.off_center(grid, lengths),
         }
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         """Codes in use, bits per second, and the word error rate of reconstructed speech."""
         codec = self.codec
         codes = []
@@ -73,6 +73,6 @@ class CodecStage(MelStage):
             f"transcript {transcript!r}"
         )
 
-    def sound(self) -> tuple[str, Tensor]:
+    def preview_audio(self) -> tuple[str, Tensor]:
         grid, _ = self.codec.quantize(self.mel(0)[None].to(self.device))
         return self.text, self.codec.mel(grid, self.conds([0]).to(self.device))[0]

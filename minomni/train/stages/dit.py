@@ -131,7 +131,7 @@ class DiTStage(MelStage):
 
         return {"flow": losses.flow_matching(velocity, mels, noise, time)}
 
-    def sound(self) -> tuple[str, Tensor]:
+    def preview_audio(self) -> tuple[str, Tensor]:
         voice = self.voice(0)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *self.mel(0).shape, generator=generator)  # [1, T, bands]

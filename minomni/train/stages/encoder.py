@@ -88,7 +88,7 @@ class EncoderStage(Stage):
             ctc = losses.ctc(log_probs[rows], lengths[rows], letters)
         return {"codes": losses.next_token(logits, codes), "ctc": CTC_WEIGHT * ctc}
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         """The share of held-out codes that are right, the word error rate of the CTC head, and how
         many of its texts the Talker spoke.
         """

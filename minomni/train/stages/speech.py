@@ -241,7 +241,7 @@ class SpeechStage(Stage):
             return ""
         return ids_to_letters(self.letter_log_probs(codes).argmax(-1))
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         generator = torch.Generator(self.device).manual_seed(0)
         chosen = self.examples[:: max(1, len(self.examples) // 16)][:16]
         generated = self.speak(chosen, self.omni.config.talker_sampling, generator)
@@ -250,7 +250,7 @@ class SpeechStage(Stage):
         rate = word_error_rate(errors)
         return f"codec's word error rate {rate:.0%}; {chosen[0].text!r} -> {transcripts[0]!r}"
 
-    def sound(self) -> tuple[str, Tensor]:
+    def preview_audio(self) -> tuple[str, Tensor]:
         example = self.examples[0]
         codec = self.codec
         generator = torch.Generator(self.device).manual_seed(0)

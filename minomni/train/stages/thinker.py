@@ -85,7 +85,7 @@ class ThinkerStage(Stage):
         """The Thinker's next-token logits [B, L, V]."""
         return self.omni.thinker(inputs)
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         random = Random(7)
         tokenizer = self.builder.processor.tokenizer
         lines = []

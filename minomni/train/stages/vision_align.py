@@ -79,7 +79,7 @@ class VisionAlignStage(AlignStage):
         labeled_mse = embedding_mse(features[any_label], target[any_label])
         return {"cells": cell_loss, "mse": MSE_WEIGHT * (object_mse + labeled_mse)}
 
-    def sample(self) -> str:
+    def preview_text(self) -> str:
         patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
         features = self.omni.thinker.visual(patches, grids)
         log_probs = embedding_similarity(features, self.omni.thinker, self.tokens.image)

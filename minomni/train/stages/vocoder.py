@@ -86,6 +86,6 @@ class VocoderStage(MelStage):
             "discrimination": losses.discrimination(real_scores, wave_scores),
         }
 
-    def sound(self) -> tuple[str, Tensor]:
+    def preview_audio(self) -> tuple[str, Tensor]:
         mel = self.mel(0).T[None].to(self.device)  # [1, bands, T]
         return self.text, self.token2wav.code2wav_bigvgan_model(mel)[0]
