@@ -23,7 +23,7 @@ from minomni.inputs.mel import voice_mel
 from minomni.omni import Omni
 from minomni.static_decode import StaticCache, decoder_step
 from minomni.token2wav.streaming import RELEASE_SCHEDULE, SpeechStream, low_latency_schedule
-from minomni.train import loop, pipeline
+from minomni.train import loop, stage_table
 from minomni.train.stages import dpo as dpo_stage
 
 ROOT = Path(__file__).parents[1]
@@ -261,11 +261,11 @@ def test_tiny_thinks_and_sounds_the_same_on_a_gpu():
     assert (voice_mel(waves[0]) - voice_mel(waves[1])).abs().mean() < 1e-2
 
 
-@pytest.mark.parametrize("name", list(pipeline.STAGES))
+@pytest.mark.parametrize("name", list(stage_table.STAGES))
 def test_every_stage_learns_on_a_gpu(name, cache, monkeypatch):  # noqa: F811
     """Losses and gradients are finite, and without random numbers, those of a CPU."""
     monkeypatch.setattr(text_to_speech, "available", lambda: False)
-    monkeypatch.setattr(pipeline.STAGES["dpo"], "num_prompts", 4)
+    monkeypatch.setattr(stage_table.STAGES["dpo"], "num_prompts", 4)
     worse = count(0, 2)
     monkeypatch.setattr(
         dpo_stage, "edit_distance", lambda *_: next(worse)

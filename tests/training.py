@@ -10,7 +10,7 @@ import torch
 from minomni.config import TINY
 from minomni.data import text_to_speech
 from minomni.omni import Omni
-from minomni.train import pipeline
+from minomni.train import loop, stage_table
 from minomni.train.loop import Recipe, Stage
 from minomni.train.stages.dpo import DPOStage
 
@@ -35,8 +35,8 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0, **recip
     """
     torch.manual_seed(seed)
     recipe = Recipe(steps, batch, lr=5e-3, **{"warmup": 2, "weight_decay": 0.0, **recipe})
-    stage = pipeline.STAGES[name](Omni(TINY), recipe, CACHE, seed)
-    pipeline.run_setup(stage)
+    stage = stage_table.STAGES[name](Omni(TINY), recipe, CACHE, seed)
+    loop.run_setup(stage)
     stage.preview_text = lambda: ""
     stage.preview_audio = lambda: None
     return stage

@@ -159,10 +159,10 @@ def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     """List the stages, fine-tune on own data, run one stage, or train a size from scratch."""
     from minomni.devices import device_of
-    from minomni.train import pipeline, processes
+    from minomni.train import processes, stage_table
 
     if arguments.stages:
-        print(pipeline.stage_table(arguments.size))
+        print(stage_table.stage_table(arguments.size))
         return
     device = device_of(arguments.device).type
     home = arguments.home or paths.runs() / Path(arguments.size).resolve().name
@@ -175,12 +175,12 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Run one stage, or all stages and the export of the model."""
-    from minomni.train import pipeline, processes, recipes
+    from minomni.train import pipeline, processes, recipes, run_settings, stage_table
 
     refuse(arguments, NEEDS_DATA)
 
     # Everything is checked before anything is written.
-    first_stage = next(iter(pipeline.STAGES))
+    first_stage = next(iter(stage_table.STAGES))
     recipes.recipe_of(arguments.stage or first_stage, arguments.size)
     settings = recipes.budget_settings(arguments.budget, arguments.size)
     settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
@@ -188,8 +188,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
         if processes.is_first():
             pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
             world = processes.world()
-            settings = pipeline.split_settings(arguments.size, home, settings, world)
-            pipeline.record_settings(home, settings)
+            settings = run_settings.split_settings(arguments.size, home, settings, world)
+            run_settings.record_settings(home, settings)
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,
@@ -206,19 +206,19 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import pipeline, processes, stage_pool
+    from minomni.train import history, pipeline, processes, stage_pool, stage_table
 
     began = time.perf_counter()
     try:
         if processes.world() == 1:
             stage_pool.run_all(size, home, seed, device)
         else:
-            for name in pipeline.STAGES:
+            for name in stage_table.STAGES:
                 pipeline.run_stage(name, size, home, seed, True, device, progress=False)
     finally:
         seconds = time.perf_counter() - began
         if processes.is_first():
-            seconds = pipeline.add_elapsed(home, seconds)
+            seconds = history.add_elapsed(home, seconds)
     if not processes.is_first():
         return
     pipeline.export_model(size, home, seed)

@@ -26,9 +26,10 @@ from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs
 from minomni.thinker.tmrope import position_ids
 from minomni.train.loop import train
-from minomni.train.pipeline import STAGES, cache_of, make_stage
+from minomni.train.pipeline import cache_of, make_stage
 from minomni.train.recipes import recipe_of
 from minomni.train.run_folder import is_finished, load_stages, result_file
+from minomni.train.stage_table import STAGES
 from minomni.train.stages.dpo import DPOStage
 
 BETAS = (0.03, 0.1, 0.3, 1.0)

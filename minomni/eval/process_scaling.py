@@ -20,7 +20,7 @@ import torch
 from minomni import paths
 from minomni.data import text_to_speech
 from minomni.errors import UserError, shorten
-from minomni.train import pipeline, processes
+from minomni.train import pipeline, processes, run_settings
 from minomni.train.loop import train
 from minomni.train.recipes import recipe_of
 
@@ -69,8 +69,8 @@ def measure(
 def prepare(stage: str, home: Path, steps: int, count: int) -> int:
     """Make the folder of a run by `count` processes, with its settings -> rows of a step."""
     pipeline.prepare_run(home, resume=False, fresh=False)
-    settings = pipeline.split_settings(SIZE, home, {stage: {"steps": steps}}, count)
-    pipeline.record_settings(home, settings)
+    settings = run_settings.split_settings(SIZE, home, {stage: {"steps": steps}}, count)
+    run_settings.record_settings(home, settings)
     recipe = recipe_of(stage, SIZE, settings)
     return recipe.batch * recipe.accumulate
 

@@ -16,7 +16,8 @@ from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.speech_chain import speech_chain_metrics
 from minomni.eval.stats import Metric, markdown_table
 from minomni.files import write_atomically
-from minomni.train.pipeline import cache_of, commit
+from minomni.train.history import commit
+from minomni.train.pipeline import cache_of
 
 SILENCE_S = 0.4  # before a recording, as an open microphone has it
 MROPE = "sync_mrope.json"  # in the run folder: the result of `ablate tmrope`

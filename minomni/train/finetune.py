@@ -48,8 +48,9 @@ from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses, processes
+from minomni.train.history import write_history
 from minomni.train.loop import Recipe, Stage, to_device, train
-from minomni.train.pipeline import prepare_run, write_history
+from minomni.train.pipeline import prepare_run
 from minomni.train.run_folder import is_finished, load_stages
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import BATCH_PARTS

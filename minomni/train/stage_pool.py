@@ -15,9 +15,10 @@ from minomni.data.corpus import corpus
 from minomni.data.vocabulary import english
 from minomni.errors import UserError
 from minomni.train.measurements import measured
-from minomni.train.pipeline import STAGES, cache_of
+from minomni.train.pipeline import cache_of
 from minomni.train.recipes import recipe_of
 from minomni.train.run_folder import is_finished
+from minomni.train.stage_table import STAGES
 
 WORKERS = {"cpu": 2, "cuda": 6}  # stages at a time: one alone leaves most of a GPU idle
 STEP_S = 0.25  # a guess, for stages that were not measured

@@ -30,8 +30,8 @@ from minomni.train.finetune import (
     train_or_load,
     weights_hash,
 )
+from minomni.train.history import write_history
 from minomni.train.loop import Recipe, run_setup
-from minomni.train.pipeline import write_history
 from minomni.train.run_folder import is_finished
 from minomni.train.stages.encoder import EncoderStage
 

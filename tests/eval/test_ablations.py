@@ -18,7 +18,7 @@ from minomni.errors import UserError
 from minomni.eval import ablations, report
 from minomni.thinker.tmrope import position_ids
 from minomni.train import recipes
-from minomni.train.pipeline import STAGES
+from minomni.train.stage_table import STAGES
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import SpeechStage
 from minomni.train.stages.thinker import ThinkerStage

@@ -16,7 +16,16 @@ from minomni.data import corpus
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP
 from minomni.omni import Omni
-from minomni.train import finetune, loop, measurements, pipeline, recipes
+from minomni.train import (
+    finetune,
+    history,
+    loop,
+    measurements,
+    pipeline,
+    recipes,
+    run_settings,
+    stage_table,
+)
 from minomni.train.stages.codec import CodecStage
 
 ROOT = Path(__file__).parents[2]
@@ -85,23 +94,23 @@ def test_bad_settings_are_one_line(text, says):
 def test_settings_stay_with_the_run(tmp_path):
     """A stage that has begun keeps its settings; the others, and a stage begun anew, may change."""
     pipeline.prepare_run(tmp_path, resume=False, fresh=False)
-    pipeline.record_settings(tmp_path, {"codec": {"steps": 20}})
+    run_settings.record_settings(tmp_path, {"codec": {"steps": 20}})
     finish(tmp_path, "codec")
     pipeline.prepare_run(tmp_path, resume=True, fresh=False)
-    pipeline.record_settings(tmp_path, {})
-    pipeline.record_settings(tmp_path, {"codec": {"steps": 20}, "dit": {"lr": 0.01}})
-    assert pipeline.read_settings(tmp_path) == {"codec": {"steps": 20}, "dit": {"lr": 0.01}}
+    run_settings.record_settings(tmp_path, {})
+    run_settings.record_settings(tmp_path, {"codec": {"steps": 20}, "dit": {"lr": 0.01}})
+    assert run_settings.read_settings(tmp_path) == {"codec": {"steps": 20}, "dit": {"lr": 0.01}}
     with pytest.raises(UserError, match="has begun with steps=20 and cannot go on with steps=30"):
-        pipeline.record_settings(tmp_path, {"codec": {"steps": 30}})
+        run_settings.record_settings(tmp_path, {"codec": {"steps": 30}})
 
     pipeline.prepare_run(tmp_path, resume=False, fresh=True, stage="codec")
-    assert pipeline.read_settings(tmp_path) == {"dit": {"lr": 0.01}}
-    pipeline.record_settings(tmp_path, {"codec": {"steps": 30}})
+    assert run_settings.read_settings(tmp_path) == {"dit": {"lr": 0.01}}
+    run_settings.record_settings(tmp_path, {"codec": {"steps": 30}})
     finish(tmp_path, "vocoder")
     with pytest.raises(UserError, match="vocoder has begun with its own recipe"):
-        pipeline.record_settings(tmp_path, {"vocoder": {"batch": 2}})
+        run_settings.record_settings(tmp_path, {"vocoder": {"batch": 2}})
     pipeline.prepare_run(tmp_path, resume=False, fresh=True)
-    assert pipeline.read_settings(tmp_path) == {}
+    assert run_settings.read_settings(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,11 +120,11 @@ def test_damaged_settings_are_one_line(content, tmp_path):
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "settings.json").write_text(content)
     with pytest.raises(UserError):
-        pipeline.read_settings(tmp_path)
+        run_settings.read_settings(tmp_path)
 
 
 def test_the_command_repeats_the_run():
-    command = pipeline.training_command("tiny", 3, {"codec": {"steps": 20, "lr": 0.01}})
+    command = history.training_command("tiny", 3, {"codec": {"steps": 20, "lr": 0.01}})
     assert command == (
         "python -m minomni train tiny --seed 3 --set codec.steps=20 --set codec.lr=0.01"
     )
@@ -130,12 +139,12 @@ def test_a_budget_changes_the_steps_and_is_part_of_the_command():
 
     settings = recipes.merge_settings(of_budget, {"dit": {"lr": 0.01}, "codec": {"batch": 4}})
     assert settings["dit"] == {"steps": of_budget["dit"]["steps"], "lr": 0.01}
-    assert pipeline.training_command("tiny", 0, settings) == (
+    assert history.training_command("tiny", 0, settings) == (
         "python -m minomni train tiny --seed 0 --budget long --set codec.batch=4 --set dit.lr=0.01"
     )
     # A run with other steps than the budget's is repeated field by field.
     settings = recipes.merge_settings(of_budget, {"dit": {"steps": 7}})
-    command = pipeline.training_command("tiny", 0, settings)
+    command = history.training_command("tiny", 0, settings)
     assert "--budget" not in command
     assert "--set dit.steps=7" in command
 
@@ -163,7 +172,7 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(CodecStage, "preview_text", lambda self: "")
     monkeypatch.setattr(CodecStage, "preview_audio", lambda self: None)
     monkeypatch.setitem(recipes.RECIPES["tiny"], "codec", loop.Recipe(steps=2, batch=2, lr=1e-3))
-    pipeline.record_settings(tmp_path, {"codec": {"steps": 3}})
+    run_settings.record_settings(tmp_path, {"codec": {"steps": 3}})
     pipeline.run_stage("codec", "tiny", tmp_path, 0, resume=False)
     assert len(calls) == 1
     log = tmp_path / "stages" / "log.jsonl"
@@ -210,20 +219,22 @@ def test_train_sets_up_a_stage_once(tmp_path):
 
 
 def test_stage_table_holds_the_measurements():
-    table = pipeline.stage_table("tiny")
+    table = stage_table.stage_table("tiny")
     rows = {line.split()[0]: line for line in table.split("\n\n")[0].splitlines()}
-    assert rows.keys() == {"stage", *pipeline.STAGES}
+    assert rows.keys() == {"stage", *stage_table.STAGES}
     assert "two cores" in table
     trained, frozen = "thinker.visual", "thinker.lm_head, thinker.model"
     assert rows["thinker1"].index(trained) < rows["thinker1"].index(frozen)
-    assert all(stage.data and stage.data in rows[name] for name, stage in pipeline.STAGES.items())
+    assert all(
+        stage.data and stage.data in rows[name] for name, stage in stage_table.STAGES.items()
+    )
     measured = measurements.measured("tiny")
-    assert measured.keys() == pipeline.STAGES.keys()
+    assert measured.keys() == stage_table.STAGES.keys()
     for name, row in measured.items():
         assert f" {row.seconds:g} " in rows[name]
         assert loop.format_losses(row.losses) in rows[name]
         assert row.step == recipes.BUDGETS["tiny"]["long"][name]
-    assert " - " in pipeline.stage_table("small")  # dpo and speakers were not measured
+    assert " - " in stage_table.stage_table("small")  # dpo and speakers were not measured
     assert measurements.measured("qwen7b") == {}
 
 
@@ -250,7 +261,7 @@ def test_sizes_fit_the_stages(config):
     assert config.token2wav.dit.enc_emb_dim == 2 * config.codec.mel_dim  # speaker vectors
     tokens = config.thinker.tokens
     assert tokens.tts_text_pad + corpus.FIRST_VOICE_OFFSET + 4 <= config.thinker.text.vocab_size
-    for name, kind in pipeline.STAGES.items():
+    for name, kind in stage_table.STAGES.items():
         there = [
             any(n.startswith(prefix) for n, _ in omni.named_parameters())
             for prefix in kind.trainable
@@ -261,7 +272,7 @@ def test_sizes_fit_the_stages(config):
 
 @pytest.mark.parametrize("size", list(recipes.RECIPES))
 def test_recipes_can_be_followed(size):
-    for name in pipeline.STAGES:
+    for name in stage_table.STAGES:
         recipe = recipes.recipe_of(name, size)
         assert 0 < recipe.warmup < recipe.steps
         assert recipe.batch > 1
@@ -272,7 +283,7 @@ def test_recipes_can_be_followed(size):
 def test_shipped_model_fits_the_code():
     folder = paths.data_samples() / "tiny"
     made = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
-    assert made["config"] == pipeline.config_hash(TINY), (
+    assert made["config"] == history.config_hash(TINY), (
         "sizes have changed: train again, then make_data_samples model"
     )
     assert made["command"].startswith("python -m minomni train tiny")

@@ -33,7 +33,7 @@ from minomni.devices import device_of, has_bf16
 from minomni.errors import UserError
 from minomni.inputs.mel import HOP, voice_mel
 from minomni.omni import Omni
-from minomni.train import loop, pipeline, run_folder, samples
+from minomni.train import loop, pipeline, run_folder, samples, stage_table
 from minomni.train.loop import Recipe, Stage
 from minomni.train.stages.dpo import DPOStage
 
@@ -76,7 +76,7 @@ def cache(tmp_path_factory) -> Path:
 def make(name: str, cache: Path, device="cpu", config=BRIEF, **recipe) -> Stage:
     torch.manual_seed(0)
     recipe = Recipe(**{"steps": 4, "batch": 3, "lr": 1e-3, "warmup": 1, **recipe})
-    stage = pipeline.STAGES[name](Omni(config).to(device), recipe, cache, 0)
+    stage = stage_table.STAGES[name](Omni(config).to(device), recipe, cache, 0)
     loop.run_setup(stage)
     return stage
 
@@ -501,7 +501,7 @@ def test_a_log_line_that_was_cut_spoils_no_other(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(pipeline.STAGES))
+@pytest.mark.parametrize("name", list(stage_table.STAGES))
 def test_every_stage_learns_on_another_device(name, cache, monkeypatch, untrained_tries):
     """On a pretended device that refuses what is not on it, a stage loses and learns what it does
     on the CPU.

@@ -13,7 +13,7 @@ import pytest
 
 from minomni.errors import UserError
 from minomni.train import measurements, recipes, stage_pool
-from minomni.train.pipeline import STAGES
+from minomni.train.stage_table import STAGES
 
 SECONDS = {
     name: row.seconds / row.step * recipes.recipe_of(name, "tiny").steps

@@ -12,7 +12,7 @@ from minomni.config import IGNORE_INDEX, SMALL, TINY
 from minomni.data import corpus
 from minomni.data.examples import ExampleBuilder
 from minomni.omni import Omni
-from minomni.train import loop, muon, pipeline, recipes
+from minomni.train import loop, muon, pipeline, recipes, stage_table
 from minomni.train.loop import Recipe, forward_backward, train
 from minomni.train.muon import orthogonal
 from minomni.train.stages.dpo import DPOStage
@@ -41,12 +41,12 @@ OVERFIT = {
 def test_samples_can_be_drawn_before_any_training():
     torch.manual_seed(0)
     for name in ("codec", "language", "audio_align", "vision_align"):
-        stage = pipeline.STAGES[name](Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0)
-        pipeline.run_setup(stage)
+        stage = stage_table.STAGES[name](Omni(TINY), Recipe(steps=1, batch=2, lr=1e-3), CACHE, 0)
+        loop.run_setup(stage)
         assert stage.preview_text()
 
 
-@pytest.mark.parametrize("name", stages(pipeline.STAGES, quick=("vision_align",)))
+@pytest.mark.parametrize("name", stages(stage_table.STAGES, quick=("vision_align",)))
 def test_every_stage_overfits_one_batch(name, tmp_path):
     stage = stage_of(name)
     batch = stage.batch(0)
@@ -71,7 +71,7 @@ def test_small_takes_two_steps_of_every_stage(tmp_path, monkeypatch, untrained_t
     monkeypatch.setattr(muon, "orthogonal", lambda matrices, steps: orthogonal(matrices, 1))
     monkeypatch.setattr(loop, "LOG_LINES", 1)
     home = tmp_path / "small"
-    for name in pipeline.STAGES:
+    for name in stage_table.STAGES:
         recipe = replace(recipes.recipe_of(name, "small"), steps=2, batch=2, warmup=1)
         monkeypatch.setitem(recipes.RECIPES["small"], name, recipe)
         stage = pipeline.make_stage(name, "small", home, seed=0)
@@ -102,8 +102,8 @@ def test_only_unlocked_parameters_move(tmp_path):
 
 
 def test_needs_come_before():
-    names = list(pipeline.STAGES)
-    for name, stage in pipeline.STAGES.items():
+    names = list(stage_table.STAGES)
+    for name, stage in stage_table.STAGES.items():
         assert all(names.index(need) < names.index(name) for need in stage.needs)
 
 

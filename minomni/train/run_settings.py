@@ -1,0 +1,74 @@
+"""What --set changes in the recipes of a run, noted in the folder of the run.
+
+The processes of its stages read it there.
+"""
+
+from math import ceil
+from pathlib import Path
+
+from minomni.checkpoint.hf_config import read_json, write_json
+from minomni.errors import UserError
+from minomni.train.recipes import (
+    Settings,
+    check_settings,
+    format_settings,
+    merge_settings,
+    recipe_of,
+)
+from minomni.train.run_folder import has_begun
+from minomni.train.stage_table import STAGES
+
+SETTINGS = "settings.json"  # beside the stages: what --set changed
+
+
+def read_settings(home: Path) -> Settings:
+    """What --set changed in the recipes of a run. Raises UserError for a damaged file."""
+    path = home / "stages" / SETTINGS
+    return check_settings(read_json(path, True, "--fresh deletes the run"), str(path))
+
+
+def record_settings(home: Path, given: Settings) -> None:
+    """Note in the folder of a run what --set changes.
+
+    Without --set the noted settings stay. Raises UserError where a stage has begun with others.
+    """
+    if not given:
+        return
+    recorded = read_settings(home)
+    for stage, fields in given.items():
+        before = recorded.get(stage, {})
+        if fields != before and has_begun(home / "stages", stage):
+            raise UserError(
+                f"{home}: stage {stage} has begun with {format_settings(before)} and cannot go on "
+                f"with {format_settings(fields)}; leave out --set {stage}.*, or use --fresh"
+            )
+    write_json(home / "stages" / SETTINGS, recorded | given)
+
+
+def split_settings(size: str, home: Path, settings: Settings, world: int) -> Settings:
+    """Settings in which each step of a stage has a batch for each of `world` processes, and as many
+    rows as before, rounded up. Stages that have begun go on as they are.
+    """
+    recorded = read_settings(home)
+    split = dict(settings)
+    for name in STAGES:
+        before = recorded.get(name, {})
+        if has_begun(home / "stages", name):
+            if "accumulate" in before and settings.get(name, {}).items() <= before.items():
+                split[name] = before
+            continue
+        recipe = recipe_of(name, size, merge_settings(recorded, settings))
+        if recipe.accumulate % world:
+            fields = {
+                "batch": ceil(recipe.batch / world),
+                "accumulate": recipe.accumulate * world,
+            }
+            split[name] = before | settings.get(name, {}) | fields
+    return split
+
+
+def forget_settings(folder: Path, stage: str) -> None:
+    """Remove one stage from the noted settings."""
+    recorded = read_json(folder / SETTINGS, True, "--fresh deletes the run")
+    if recorded.pop(stage, None) is not None:
+        write_json(folder / SETTINGS, recorded)
