@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minomni.train.loop import Recipe, Stage, train
+from minomni.train.loop import Recipe, Stage, run_setup, train
 
 if TYPE_CHECKING:
     from minomni.omni import Omni
@@ -47,11 +47,12 @@ class Measured(Stage):
 
 
 def begin(kind: type[Stage], recipe: Recipe, omni: "Omni", folder: Path) -> Stage:
-    """A stage on a copy of a model, so that every run starts from the same weights.
+    """A stage on a copy of a model, set up, so that every run starts from the same weights.
 
     One that is not Measured writes no samples, and computes in fp32.
     """
     stage = kind(copy.deepcopy(omni), recipe, folder, 0)
+    run_setup(stage)
     if not isinstance(stage, Measured):
         stage.bf16 = False
         stage.preview_text = lambda: ""  # type: ignore[method-assign]

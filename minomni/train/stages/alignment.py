@@ -57,6 +57,10 @@ class AlignStage(Stage):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.builder = ExampleBuilder(self.omni.config, self.cache)
         self.tokens = self.omni.config.thinker.tokens
+
+    def setup(self) -> None:
+        """Read what the examples are made of."""
+        super().setup()
+        self.builder = ExampleBuilder(self.omni.config, self.cache)
         self.encode = self.builder.processor.tokenizer.encode

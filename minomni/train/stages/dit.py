@@ -35,7 +35,8 @@ class DiTStage(MelStage):
         return self.token2wav.code2wav_dit_model
 
     def setup(self) -> None:
-        """Encode the corpus, and initialize the DiT from the mels."""
+        """Also encode the corpus, and initialize the DiT from the mels."""
+        super().setup()
         with torch.no_grad():
             codes = encode_corpus(self.codec, self.spoken, self.cache)
             # self.speech lacks the long sentences of self.spoken.

@@ -1,7 +1,6 @@
 """Shared by the stages codec, vocoder and dit: the corpus, its mels and its voices."""
 
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,9 @@ class MelStage(Stage):
 
     data = "spoken sentences"
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def setup(self) -> None:
+        """Read the corpus, and make its voices and sampling weights."""
+        super().setup()
         tokens = self.omni.config.thinker.tokens
         self.spoken = corpus("speaking", self.cache, english(tokens))
         self.speech = drop_long(self.spoken)  # long sentences cost time and add nothing new

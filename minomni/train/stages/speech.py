@@ -136,8 +136,6 @@ class SpeechStage(Stage):
         super().__init__(*args)
         self.tokens = self.omni.config.thinker.tokens
         self.table = self.omni.thinker.model.embed_tokens
-        self.speech = corpus("speaking", self.cache, english(self.tokens))
-        self.voices = voices_of_corpus(self.speech, self.tokens.tts_text_pad + FIRST_VOICE_OFFSET)
 
     @property
     def talker(self) -> Talker:
@@ -146,7 +144,12 @@ class SpeechStage(Stage):
         return self.omni.talker
 
     def setup(self) -> None:
-        """Run the Thinker and the codec over the corpus, and compute the sampling weights."""
+        """Read the corpus, run the Thinker and the codec over it, and compute the sampling
+        weights.
+        """
+        super().setup()
+        self.speech = corpus("speaking", self.cache, english(self.tokens))
+        self.voices = voices_of_corpus(self.speech, self.tokens.tts_text_pad + FIRST_VOICE_OFFSET)
         self.omni.eval()
         with torch.no_grad():
             self.examples = self.prepare()

@@ -7,7 +7,6 @@ vision_align.py; the examples are in data/examples.py.
 
 from math import ceil
 from random import Random
-from typing import Any
 
 from torch import Tensor
 
@@ -40,8 +39,9 @@ class ThinkerStage(Stage):
     mixture: dict[str, float] = {}  # kinds of examples with sampling weights
     fixed: tuple[str, ...] = ("say-typed",)  # kinds of the prompts in previews
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def setup(self) -> None:
+        """Read what the examples are made of."""
+        super().setup()
         self.builder = ExampleBuilder(self.omni.config, self.cache)
 
     def batch(self, number: int) -> list[Part]:
