@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,15 +77,16 @@ def measure(
     device: str = "cpu",
     quantize: str | None = None,
 ) -> Report:
-    """Evaluate a model, by name or folder, and write the report to runs/report.md and report.json.
+    """Evaluate a model, by name or folder, and write the report to report.md and report.json.
 
-    items: number of held-out examples per metric. quantize: as in load(). Raises UserError for an
-    unknown model, folder or device, and for a quantization that is not possible.
+    Both lie in the folder of the model's run, or else in runs/; stderr says where. items: number of
+    held-out examples per metric. quantize: as in load(). Raises UserError for an unknown model,
+    folder or device, and for a quantization that is not possible.
     """
     start = time.perf_counter()
     folder = folder_of(model)
     omni = load(model, device, quantize=quantize)
-    cache = cache_of_model(folder)
+    cache = cache_of(home_of_model(folder))
     evaluator = Evaluator(omni, items, cache)
     rows = [evaluator.accuracy(name, kinds) for name, kinds in ANSWERS.items()]
     rows.append(mrope_metric(folder.parent / MROPE))
@@ -105,16 +107,22 @@ def measure(
     seconds = time.perf_counter() - start
     name = model if quantize is None else f"{model}, {quantize}"
     report = Report(name, rows, seconds, train_seconds, omni.thinker.device.type)
-    markdown = report.markdown().encode()
-    write_atomically(paths.runs() / "report.md", lambda file: file.write(markdown))
-    write_json(paths.runs() / "report.json", report.json_object())
+    write_report(report, home_of_model(folder))
     return report
 
 
-def cache_of_model(folder: Path) -> Path:
-    """The corpora that a model was trained on, or runs/corpus for a model without its run."""
-    home = folder.parent
-    return cache_of(home) if (home / "stages").exists() else paths.runs() / "corpus"
+def write_report(report: Report, home: Path) -> None:
+    """Write report.md and report.json into a folder, and print the path of the first."""
+    markdown = report.markdown().encode()
+    write_atomically(home / "report.md", lambda file: file.write(markdown))
+    write_json(home / "report.json", report.json_object())
+    print(f"written: {home / 'report.md'}", file=sys.stderr)  # stdout is the report itself
+
+
+def home_of_model(folder: Path) -> Path:
+    """The folder of the run that made a model, or runs/ for a model without its run."""
+    home = folder.absolute().parent
+    return home if (home / "stages").exists() else paths.runs()
 
 
 def mrope_metric(file: Path) -> Metric:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,24 @@ def test_report_as_markdown_and_fractions():
         "b": {"value": None},
     }
     assert result.json_object()["rows"] == rows
+
+
+def test_report_lies_in_the_run_of_the_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
+    assert report.home_of_model(tmp_path / "tiny" / "model") == tmp_path / "runs"
+    home = tmp_path / "tiny"
+    (home / "stages").mkdir(parents=True)
+    assert report.home_of_model(home / "model") == home
+    monkeypatch.chdir(home)
+    assert report.home_of_model(Path("model")) == home
+
+    result = report.Report("m", [stats.Metric("a", 0.25, 8)], 1.0)
+    report.write_report(result, home)
+    assert (home / "report.md").read_text() == result.markdown()
+    assert json.loads((home / "report.json").read_text()) == result.json_object()
+    printed = capsys.readouterr()
+    assert printed.err == f"written: {home / 'report.md'}\n"
+    assert printed.out == ""  # `report --json` prints JSON alone
 
 
 @pytest.mark.slow
