@@ -30,4 +30,7 @@ def parse_parts(text: str | None) -> tuple[str, ...]:
 
 def prefixes_of(parts: tuple[str, ...]) -> tuple[str, ...]:
     """The beginnings of the names of these parts' tensors."""
-    return tuple(prefix for part in parts for prefix in PREFIXES[part])
+    prefixes: list[str] = []
+    for part in parts:
+        prefixes += PREFIXES[part]
+    return tuple(prefixes)

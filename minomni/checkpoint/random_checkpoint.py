@@ -13,6 +13,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -252,13 +253,14 @@ def stand_in_tokenizer(config: OmniConfig) -> Tokenizer:
     """
     tokens = special_tokens(config.thinker.tokens)
     count = min(tokens.values()) - len(BYTE_TOKENS)
-    pairs = [(left, right) for left in LETTERS for right in LETTERS]
-    triples = [(left + right, last) for left, right in pairs for last in LETTERS]
-    merges = [*pairs, *triples]
-    for left in pairs:
+    pairs = list(product(LETTERS, LETTERS))
+    merges = list(pairs)
+    for left, right in pairs:
+        merges += [(left + right, last) for last in LETTERS]
+    for pair in pairs:
         if len(merges) >= count:
             break
-        merges += [(b"".join(left), b"".join(right)) for right in pairs]
+        merges += [(b"".join(pair), b"".join(other)) for other in pairs]
     return Tokenizer(merges[: max(count, 0)], tokens)
 
 

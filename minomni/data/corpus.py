@@ -43,6 +43,7 @@ BALANCED_SHARE = 0.5  # share of all draws that balances the kinds of sentences
 FIRST_VOICE_OFFSET = 5  # offset of the voices' token ids from tts_text_pad
 REFERENCE_RECORDINGS = 4  # recordings from which a voice is made
 CODE_SAMPLES = 640  # samples of one code (40 ms)
+SEED = 0  # of the synthesizer's noise
 
 NamedJob = tuple[str, Job]  # speaker's name and the utterance
 
@@ -215,7 +216,7 @@ def judged_jobs() -> list[NamedJob]:
 # corpora
 
 
-def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0) -> SpeechCorpus:
+def corpus(name: str, cache: Path, english: English = NO_ENGLISH) -> SpeechCorpus:
     """The "speaking", "listening", "test" or "judged" corpus, synthesized on first use into the
     cache folder.
 
@@ -226,13 +227,13 @@ def corpus(name: str, cache: Path, english: English = NO_ENGLISH, seed: int = 0)
         return sample_recordings(held_out=name in ("test", "judged"))
     makers = {"speaking": speaking_jobs, "listening": listening_jobs, "test": evaluation_jobs}
     jobs = judged_jobs() if name == "judged" else makers[name](english)
-    recipe = json.dumps([seed, text_to_speech.PART, jobs])
+    recipe = json.dumps([SEED, text_to_speech.PART, jobs])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     samples_path = cache / f"{name}-{key}.npy"
     index_path = samples_path.with_suffix(".json")
     if not samples_path.exists():
         # The samples are written last: where they exist, the index does too.
-        waves = text_to_speech.synthesize([job for _, job in jobs], seed)
+        waves = text_to_speech.synthesize([job for _, job in jobs], SEED)
         index = index_of([(job.text, voice) for voice, job in jobs], waves)
         write_atomically(index_path, lambda file: file.write(json.dumps(index).encode()))
         write_atomically(samples_path, lambda file: np.save(file, np.concatenate(waves)))

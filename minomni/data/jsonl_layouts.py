@@ -28,6 +28,7 @@ always stands for a medium, and is an error. Relative paths are relative to the 
 
 import re
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ LAYOUTS = {  # the keys that hold the messages, by the key that identifies the l
     "query": ("query", "response", "history", "system"),
     "instruction": ("instruction", "input", "output", "history", "system"),
 }
-LAYOUT_KEYS = frozenset(key for keys in LAYOUTS.values() for key in keys)
+LAYOUT_KEYS = frozenset(chain.from_iterable(LAYOUTS.values()))
 # fmt: off
 METADATA = frozenset((
     "id", "idx", "index", "source", "dataset", "model", "category", "language", "lang", "meta",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from minomni.omni import Omni
 
 BATCH = 16  # conversations per forward pass
+HARD_SENTENCES = 400
 # Words of the sentence template around the English words under test; they are not scored.
 TEMPLATE_WORDS = {"the", "is", *" ".join(grammar.RELATIONS).split()}
 
@@ -358,10 +359,10 @@ def recognized_words(recognizer: SpeechRecognizer, wave: Tensor, sample_rate: in
     return recognizer.transcribe(wave, sample_rate).split()
 
 
-def hard_sentences(held_out: bool = True, count: int = 400) -> list[str]:
+def hard_sentences(held_out: bool = True) -> list[str]:
     """Sentences of two held-out statements (or two trained ones) with a repeated word."""
     random = Random("hard")
-    return [grammar.long_statement(random, held_out) for _ in range(count)]
+    return [grammar.long_statement(random, held_out) for _ in range(HARD_SENTENCES)]
 
 
 class VoiceClassifier:

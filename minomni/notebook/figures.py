@@ -18,6 +18,7 @@ from minomni.plot import COLORS, PALE, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+HARMONICS_SECONDS = 0.4  # of a voice in low_harmonics()
 LOWEST_VOICE, HIGHEST_VOICE = 60, 400  # Hz, of a fundamental frequency
 
 
@@ -43,9 +44,9 @@ def fundamental(wave: Tensor, rate: int) -> float:
     return rate / period
 
 
-def low_harmonics(ax: "Axes", wave: Tensor, rate: int, name: str, seconds: float = 0.4) -> None:
+def low_harmonics(ax: "Axes", wave: Tensor, rate: int, name: str) -> None:
     """The beginning of a voice from 0 to 1,000 Hz, with its fundamental frequency as a line."""
-    wave = wave[: int(seconds * rate)]
+    wave = wave[: int(HARMONICS_SECONDS * rate)]
     size = rate // 16  # 62.5 ms: long enough to separate harmonics
     window = torch.hann_window(size)
     spectrum = torch.stft(wave, size, rate // 200, window=window, return_complex=True).abs()
@@ -58,7 +59,7 @@ def low_harmonics(ax: "Axes", wave: Tensor, rate: int, name: str, seconds: float
         cmap="magma",
         vmin=-50,
         vmax=0,
-        extent=(0, seconds, 0, 1000),
+        extent=(0, HARMONICS_SECONDS, 0, 1000),
     )
     hz = fundamental(wave, rate)
     ax.axhline(hz, color="white", linestyle="--", linewidth=1)

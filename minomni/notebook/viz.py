@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INK = "#222222"
 AXES = ("time", "height", "width")
+CELL_PIXELS = 28  # side of the square of an image that is one token
 MAX_NUMBERED_TOKENS = 40  # tokens in a row whose ids are still legible
 
 
@@ -131,21 +132,19 @@ def tint(ax: "Axes", chosen: Tensor, step: int) -> None:
     ax.imshow(overlay.numpy(), interpolation="nearest", extent=extent)
 
 
-def captioned(
-    ax: "Axes", image: "Image", labels: Sequence[Sequence[str]], title: str = "", step: int = 28
-) -> None:
-    """An image with words in its squares of `step` pixels.
+def captioned(ax: "Axes", image: "Image", labels: Sequence[Sequence[str]], title: str = "") -> None:
+    """An image with words in its squares of CELL_PIXELS.
 
     labels: the words of each square, row by row.
     """
     picture(ax, image, title)
-    lattice(ax, image.height, image.width, step)
+    lattice(ax, image.height, image.width, CELL_PIXELS)
     for i, words in enumerate(labels):
-        row, column = divmod(i, image.width // step)
+        row, column = divmod(i, image.width // CELL_PIXELS)
         text = "\n".join(filter(None, words))
         if text:
-            x = step * (column + 0.5) - 0.5
-            y = step * (row + 0.5) - 0.5
+            x = CELL_PIXELS * (column + 0.5) - 0.5
+            y = CELL_PIXELS * (row + 0.5) - 0.5
             box = {"color": "#0009", "pad": 1}
             ax.text(x, y, text, fontsize=8, ha="center", va="center", color="white", bbox=box)
 
@@ -480,12 +479,12 @@ def _tensor(x: float, y: float, name: str) -> str:
     return arrow + _text(x + width / 2, y + 7, name, size=11)
 
 
-def cell_order(cells: int = 2, inside: int = 2):
+def cell_order():
     """How patches become rows, as a diagram (SVG): an image of numbered patches and, beside it, the
     same numbers cell by cell.
-
-    cells: cells along a side of the image; inside: patches along a side of a cell.
     """
+    cells = 2  # along a side of the image
+    inside = 2  # patches along a side of a cell
     side = cells * inside
     parts = []
     for y, x in product(range(side), repeat=2):

@@ -189,9 +189,17 @@ def part_of(value: Tensor, like: Any) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in the order of the optimizer's state."""
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
+
+
 def parts_of_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """A whole state of an optimizer -> the part of it that this process holds."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     kept = {}
     for index, row in state["state"].items():
         kept[index] = {key: part_of(value, parameters[index]) for key, value in row.items()}

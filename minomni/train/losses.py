@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX
 
+STFT_SIZES = (128, 256, 512, 1024)  # samples
+
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of logits [B, L, V] against aligned targets [B, L].
@@ -86,21 +88,19 @@ def flow_matching(
     return F.mse_loss(predict(x_t, time), mel - noise)
 
 
-def spectral(
-    predicted: Tensor, target: Tensor, fft_sizes: tuple[int, ...] = (128, 256, 512, 1024)
-) -> Tensor:
+def spectral(predicted: Tensor, target: Tensor) -> Tensor:
     """Multi-resolution STFT loss of waveforms [B, samples] (arXiv 1910.11480).
 
-    Spectral convergence plus L1 of log magnitudes, averaged over FFT sizes.
+    Spectral convergence plus L1 of log magnitudes, averaged over STFT_SIZES.
     """
     total = torch.zeros((), device=target.device)
-    for fft_size in fft_sizes:
+    for fft_size in STFT_SIZES:
         predicted_magnitude = stft_magnitude(predicted, fft_size)
         target_magnitude = stft_magnitude(target, fft_size)
         convergence = (predicted_magnitude - target_magnitude).norm() / target_magnitude.norm()
         log_l1 = (predicted_magnitude.log() - target_magnitude.log()).abs().mean()
         total = total + convergence + log_l1
-    return total / len(fft_sizes)
+    return total / len(STFT_SIZES)
 
 
 def stft_magnitude(wave: Tensor, fft_size: int) -> Tensor:
@@ -142,9 +142,10 @@ def sequence_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
     Positions with IGNORE_INDEX do not count.
     """
     log_probs = logits.float().log_softmax(-1)
-    index = targets.clamp_min(0)[..., None]
+    ignored = targets == IGNORE_INDEX
+    index = targets.masked_fill(ignored, 0)[..., None]
     target_log_probs = log_probs.gather(-1, index)[..., 0]  # [B, L]
-    return (target_log_probs * (targets != IGNORE_INDEX)).sum(-1)
+    return target_log_probs.masked_fill(ignored, 0).sum(-1)
 
 
 def dpo(

@@ -245,7 +245,7 @@ def matches_optimizer(kept: Any, optimizer: torch.optim.Optimizer) -> bool:
     if not same_groups(kept.get("param_groups"), optimizer.state_dict()["param_groups"]):
         return False
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = distributed.parameters_of(optimizer)
     for index, row in kept["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(row, dict):
             return False

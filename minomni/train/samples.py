@@ -16,6 +16,8 @@ from minomni.train.run_folder import disk_errors, is_finished, read_tensors, res
 if TYPE_CHECKING:
     from minomni.train.loop import Stage
 
+GRIFFIN_LIM_STEPS = 32
+
 
 def write_samples(stage: "Stage", folder: Path, step: int, sample: str) -> None:
     """Write what a stage generates at a step, under samples/<stage>/<step> in the folder.
@@ -74,7 +76,7 @@ def mel_and_wave(generated: Tensor) -> tuple[Tensor, Tensor]:
     return generated, griffin_lim(generated)
 
 
-def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
+def griffin_lim(mel: Tensor) -> Tensor:
     """A waveform [T * 160] whose voice_mel() is close to `mel` [T, bands], without a network.
 
     Griffin and Lim 1984. librosa's version takes seconds to import and compile in every process.
@@ -96,7 +98,7 @@ def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     phase = torch.rand(magnitude.shape, generator=generator) * 2 * torch.pi
     spectrum = torch.polar(magnitude, phase)
-    for _ in range(iterations):
+    for _ in range(GRIFFIN_LIM_STEPS):
         wave = torch.istft(spectrum, **stft, length=samples)
         consistent = torch.stft(wave, **stft, return_complex=True)  # [bins, T + 1]
         spectrum = torch.polar(magnitude, consistent[:, : len(mel)].angle())

@@ -65,7 +65,9 @@ class DPOStage(SpeechStage):
         pairs = []
         for prompts in self.dpo_prompts():
             count = self.samples_per_prompt
-            repeated = [prompt for prompt in prompts for _ in range(count)]
+            repeated = []
+            for prompt in prompts:
+                repeated += [prompt] * count
             samples = self.speak(repeated, sampling, generator)
             for prompt, own_samples in zip(prompts, batched(samples, count)):
                 pair = self.best_and_worst(prompt, own_samples)

@@ -55,7 +55,9 @@ class ThinkerStage(Stage):
         parts = []
         for part in batched(dialogues, ceil(len(dialogues) / BATCH_PARTS)):
             inputs, targets = self.builder.collate(part, random)
-            examples = [example for dialogue in part for example in dialogue]
+            examples = []
+            for dialogue in part:
+                examples += dialogue
             parts.append((examples, inputs, targets))
         return parts
 
