@@ -10,7 +10,7 @@ everything the paper leaves open.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,10 @@ from minomni.rotary import rotary_frequencies
 from minomni.token2wav.ode_solver import solve, time_grid
 from minomni.token2wav.speaker_encoder import SpeakerEncoder
 
+# The embedding of the flow time is F5-TTS's: its SinusPositionEmbedding.
 TIME_FREQUENCIES = 128
+MAX_PERIOD = 10_000  # of the slowest sinusoid, over 2 pi
+TIME_SCALE = 1000  # times on [0, 1] are embedded as 0 to 1000
 
 
 class TimeEmbedding(nn.Module):
@@ -36,8 +39,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         index = torch.arange(TIME_FREQUENCIES, device=time.device, dtype=time.dtype)
-        frequencies = torch.exp(index * (-math.log(10_000) / (TIME_FREQUENCIES - 1)))
-        angles = 1000 * time[:, None] * frequencies  # [B, 128]
+        frequencies = torch.exp(index * (-math.log(MAX_PERIOD) / (TIME_FREQUENCIES - 1)))
+        angles = TIME_SCALE * time[:, None] * frequencies  # [B, 128]
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return self.time_mlp(waves.to(next(self.parameters()).dtype))
 
@@ -125,34 +128,42 @@ def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first.to(x.dtype), rest], dim=2)
 
 
+class BlockKV(NamedTuple):
+    """Keys and values of consecutive blocks."""
+
+    keys: Tensor  # [B, blocks, size, H, d]
+    values: Tensor  # [B, blocks, size, H, d]
+    valid: Tensor  # bool [1, blocks, size], False at padding frames
+
+    def blocks(self, begin: int, end: int) -> "BlockKV":
+        """The blocks from begin to end."""
+        return BlockKV(self.keys[:, begin:end], self.values[:, begin:end], self.valid[:, begin:end])
+
+
 @dataclass
 class BlockCache:
-    """Keys and values of the last finished blocks, for one layer and one evaluation time.
+    """Keys and values of the newest final blocks, for one layer and one evaluation time.
 
-    Empty (None) before the first finished block.
+    Empty (None) before the first final block.
     """
 
-    # Keys and values [B, blocks, size, H, d]; which of their frames are valid [1, blocks, size].
-    entries: tuple[Tensor, Tensor, Tensor] | None = None
+    entries: BlockKV | None = None
 
-    def prepend(
-        self, new: tuple[Tensor, Tensor, Tensor], finished: int, limit: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cached blocks followed by new blocks; at most `limit` finished ones stay in the cache.
+    def prepend(self, new: BlockKV, num_final: int, max_blocks: int) -> BlockKV:
+        """Cached blocks followed by new blocks; the last `max_blocks` final ones stay in the cache.
 
-        The first `finished` of the new blocks are final and enter the cache.
+        The first `num_final` of the new blocks are final and enter the cache.
         """
         joined = new
+        end = num_final
         if self.entries is not None:
-            finished += self.entries[0].shape[1]
-            keys, values, valid = self.entries
-            keys = torch.cat([keys, new[0]], dim=1)
-            values = torch.cat([values, new[1]], dim=1)
-            valid = torch.cat([valid, new[2]], dim=1)
-            joined = (keys, values, valid)
-        begin = max(finished - limit, 0)
-        keys, values, valid = (x[:, begin:finished] for x in joined)
-        self.entries = (keys, values, valid)
+            end += self.entries.keys.shape[1]
+            joined = BlockKV(
+                torch.cat([self.entries.keys, new.keys], dim=1),
+                torch.cat([self.entries.values, new.values], dim=1),
+                torch.cat([self.entries.valid, new.valid], dim=1),
+            )
+        self.entries = joined.blocks(max(end - max_blocks, 0), end)
         return joined
 
 
@@ -183,17 +194,17 @@ class BlockAttention(nn.Module):
         blocks = (-1, self.block_size)
         return q.unflatten(1, blocks), k.unflatten(1, blocks), v.unflatten(1, blocks)
 
-    def window(self, x: Tensor, missing: int) -> Tensor:
+    def window(self, x: Tensor, left_missing: int) -> Tensor:
         """The frames that each new block attends to, zeros beyond the ends.
 
-        [B, known blocks, size, ...] -> [B, new blocks, seen, ...]. missing: how many of the
-        `back` blocks before the first new block do not exist.
+        [B, known blocks, size, ...] -> [B, new blocks, window, ...]. left_missing: how
+        many of the `back` blocks before the first new block do not exist.
         """
         if not self.back and not self.ahead:
             return x
         # Blocks of zeros at both ends; F.pad lists the padding of the last axis first.
         other_axes = (0, 0) * (x.ndim - 2)
-        x = F.pad(x, other_axes + (missing, self.ahead))
+        x = F.pad(x, other_axes + (left_missing, self.ahead))
         # -> [B, back + new + ahead, size, ...]
 
         # Shifted copies side by side: the window of each new block.
@@ -209,12 +220,12 @@ class BlockAttention(nn.Module):
         sin: Tensor,
         valid: Tensor | None,
         cache: BlockCache | None = None,
-        finished: int = 0,
+        num_final: int = 0,
     ) -> Tensor:
         """h [B, T, D] with T whole blocks -> [B, T, D].
 
         valid [1, T] is False at padding frames of the first or last block; None without padding.
-        cache: keys and values of earlier blocks; the first `finished` blocks of h are added to it.
+        cache: keys and values of earlier blocks; the first `num_final` blocks of h are added to it.
         """
         q, k, v = self.project(h, cos, sin)  # [B, blocks, size, H, d]
         new_blocks = q.shape[1]
@@ -225,19 +236,19 @@ class BlockAttention(nn.Module):
 
         # Earlier blocks come from the cache, if this layer attends to any.
         if cache is not None and self.back:
-            k, v, valid = cache.prepend((k, v, valid), finished, self.back)
-        missing = self.back + new_blocks - k.shape[1]
+            k, v, valid = cache.prepend(BlockKV(k, v, valid), num_final, self.back)
+        left_missing = self.back + new_blocks - k.shape[1]
 
         # Each block gets the keys and values of its own window.
-        k = self.window(k, missing)  # [B, blocks, seen, H, d]
-        v = self.window(v, missing)
+        k = self.window(k, left_missing)  # [B, blocks, window, H, d]
+        v = self.window(v, left_missing)
         mask = None
         if needs_mask:
-            valid = self.window(valid, missing)  # [1, blocks, seen]
-            mask = valid.expand(len(h), -1, -1).flatten(0, 1)  # [B * blocks, seen]
+            valid = self.window(valid, left_missing)  # [1, blocks, window]
+            mask = valid.expand(len(h), -1, -1).flatten(0, 1)  # [B * blocks, window]
             mask = mask[:, None, None]
 
-        # Blocks are independent now: fold them into the batch. [B * blocks, H, size or seen, d]
+        # Blocks are independent now: fold them into the batch. [B * blocks, H, size or window, d]
         q = q.flatten(0, 1).transpose(1, 2)
         k = k.flatten(0, 1).transpose(1, 2)
         v = v.flatten(0, 1).transpose(1, 2)
@@ -276,9 +287,20 @@ class DiTBlock(nn.Module):
         self.attn = BlockAttention(config, back, ahead)
         self.ff = FeedForward(config)
 
-    def forward(self, h: Tensor, modulation: tuple[Tensor, ...], *attention_inputs) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        modulation: tuple[Tensor, ...],
+        cos: Tensor,
+        sin: Tensor,
+        valid: Tensor | None,
+        cache: BlockCache | None = None,
+        num_final: int = 0,
+    ) -> Tensor:
+        """modulation: what attn_norm gives; the rest as in BlockAttention."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
-        attended = self.attn(modulate(h, shift, scale), *attention_inputs)
+        normed = modulate(h, shift, scale)
+        attended = self.attn(normed, cos, sin, valid, cache, num_final)
         h = torch.addcmul(h, gate, attended)
         transformed = self.ff(modulate(h, shift_ff, scale_ff))
         return torch.addcmul(h, gate_ff, transformed)
@@ -361,13 +383,13 @@ class DiT(nn.Module):
         modulations: list[tuple[Tensor, ...]],
         start: int | Tensor = 0,
         caches: Sequence[BlockCache] | None = None,
-        finished: int = 0,
+        num_final: int = 0,
         left_pad: int = 0,
     ) -> Tensor:
         """Velocity at x [B, T, 80] with the results of context() and modulations() -> [B, T, 80].
 
         start: frame of the utterance at which x begins. caches: one BlockCache per layer; the first
-        `finished` blocks of frames are added to them. left_pad: how many frames shorter the first
+        `num_final` blocks of frames are added to them. left_pad: how many frames shorter the first
         block is than the others.
         """
         # Pad on both sides to whole blocks.
@@ -383,7 +405,7 @@ class DiT(nn.Module):
         cos, sin = self.rotary(start + positions)
         for i, block in enumerate(self.transformer_blocks):
             cache = None if caches is None else caches[i]
-            h = block(h, modulations[i], cos, sin, valid, cache, finished)
+            h = block(h, modulations[i], cos, sin, valid, cache, num_final)
 
         # The output norm has scale before shift, the blocks have shift before scale: as released.
         scale, shift = modulations[-1]

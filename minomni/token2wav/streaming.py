@@ -23,7 +23,7 @@ from minomni.arguments import check_int
 from minomni.config import DiTConfig, FlowConfig
 from minomni.errors import UserError, quote
 from minomni.token2wav.bigvgan import BigVGAN, VocoderLayer, normalize
-from minomni.token2wav.dit import BlockCache, DiT, both_branches, guided
+from minomni.token2wav.dit import BlockCache, BlockKV, DiT, both_branches, guided
 from minomni.token2wav.ode_solver import evaluation_times, solve, time_grid
 from minomni.token2wav.token2wav import Token2Wav, check_codes, check_voice
 from minomni.token2wav.voice import Voice
@@ -127,8 +127,7 @@ def codes_until_audio(schedule: Schedule, token2wav: Token2Wav) -> int:
     return (end + ahead * dit.block_size) // dit.repeats
 
 
-# Keys, values and valid frames of a BlockCache, or None: [evaluations][layers].
-CachedBlocks = list[list[tuple[Tensor, Tensor, Tensor] | None]]
+CachedBlocks = list[list[BlockKV | None]]  # the entries of a BlockCache: [evaluations][layers]
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class ChunkShape:
     """What the solve of a chunk depends on besides tensors."""
 
     flow: FlowConfig
-    finished: int  # blocks at the beginning of the chunk that are final after it
+    num_final: int  # blocks at the beginning of the chunk that are final after it
     left_pad: int  # how many frames shorter its first block is than the others
     use_cache: bool  # whether earlier blocks come from a cache
 
@@ -172,7 +171,7 @@ def solve_chunk(
             at_time,
             start,
             caches[i] if shape.use_cache else None,
-            shape.finished,
+            shape.num_final,
             shape.left_pad,
         )
         return guided(velocity, shape.flow)
@@ -265,9 +264,9 @@ class MelStream:
         recomputed = (self.schedule.back or 0) * block
         begin = max(self.done - recomputed, 0)
         left_pad = self.left_pad if begin == 0 else 0
-        finished = (left_pad + end - begin) // block
+        num_final = (left_pad + end - begin) // block
 
-        shape = ChunkShape(self.flow, finished, left_pad, self.schedule.back is None)
+        shape = ChunkShape(self.flow, num_final, left_pad, self.schedule.back is None)
         mel, self.cached = self.run(
             shape,
             partial(solve_chunk, self.dit, shape),

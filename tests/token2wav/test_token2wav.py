@@ -124,7 +124,7 @@ def test_golden_file_detects_a_changed_weight(model):
 
 # ----------------------------------------------------------------------------------------------
 # DiT
-def dense_attention(attn: BlockAttention, h, cos, sin, valid, cache=None, finished=0):
+def dense_attention(attn: BlockAttention, h, cos, sin, valid, cache=None, num_final=0):
     """The attention of the paper's figure: all frames against all frames, with a mask of blocks."""
     frames = h.shape[1]
     block = torch.arange(frames) // attn.block_size
