@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from minomni.config import BigVGANConfig
 
+MIN_DB = -115  # level of the vocoder's smallest input
+REF_DB = 20  # subtracted from all levels
+
 
 @cache
 def kaiser_taps() -> tuple[float, ...]:
@@ -290,7 +293,7 @@ class BigVGAN(nn.Module):
             self.ups.append(nn.ModuleList([up]))
 
         # AMP blocks with different kernels run in parallel after each upsampling layer.
-        self.kinds = len(config.resblock_kernel_sizes)
+        self.num_kernels = len(config.resblock_kernel_sizes)
         self.resblocks = nn.ModuleList()
         for width in channels[1:]:
             for kernel, dilations in zip(
@@ -310,7 +313,7 @@ class BigVGAN(nn.Module):
         layers = [VocoderLayer(first, conv_context(self.conv_pre))]
         for i, layer in enumerate(self.ups):
             (up,) = cast(list[nn.ConvTranspose1d], layer)
-            blocks = list(self.resblocks[self.kinds * i : self.kinds * (i + 1)])
+            blocks = list(self.resblocks[self.num_kernels * i : self.num_kernels * (i + 1)])
             layers += [upsampling_layer(up), amp_layer(cast(list[AMPBlock], blocks))]
         context_frames = Activation.context_frames + conv_context(self.conv_post)
         layers.append(VocoderLayer(self.output, context_frames))
@@ -360,7 +363,10 @@ def amp_layer(blocks: list[AMPBlock]) -> VocoderLayer:
 
 
 def normalize(mel: Tensor) -> Tensor:
-    """Natural-log magnitudes -> decibels, then -115 dB .. 0 dB -> -1 .. 1."""
-    magnitudes = mel.exp().clamp(min=10 ** (-115 / 20))
-    decibels = 20 * torch.log10(magnitudes) - 20
-    return (2 * (decibels + 115) / 115 - 1).clamp(-1, 1)
+    """Natural-log magnitudes -> decibels, then MIN_DB .. 0 dB -> -1 .. 1, as the release does.
+
+    dB = 20 log10(magnitude) - REF_DB, and the result is 2 (dB - MIN_DB) / -MIN_DB - 1.
+    """
+    magnitudes = mel.exp().clamp(min=10 ** (MIN_DB / 20))
+    decibels = 20 * torch.log10(magnitudes) - REF_DB
+    return (2 * (decibels - MIN_DB) / -MIN_DB - 1).clamp(-1, 1)

@@ -95,10 +95,10 @@ FIRST_CHUNK_FRAMES = 5
 
 
 def low_latency_schedule(token2wav: Token2Wav) -> Schedule:
-    """Chunks of 1, 1, 2, 4, 8, 8, ... blocks: early, then good, then cheap.
+    """Chunks of 1, 1, 2, 4, then 8 blocks.
 
-    The first block holds only the codes that the vocoder needs for FIRST_CHUNK_FRAMES
-    of audio.
+    Small ones for latency, larger ones for quality and cost. The first block holds only
+    the codes that the vocoder needs for FIRST_CHUNK_FRAMES of audio.
     """
     dit = token2wav.config.dit
     context_frames = token2wav.code2wav_bigvgan_model.context_frames
@@ -119,12 +119,13 @@ def codes_until_audio(schedule: Schedule, token2wav: Token2Wav) -> int:
     dit = token2wav.config.dit
     context_frames = token2wav.code2wav_bigvgan_model.context_frames
     end = -schedule.left_pad(dit)
-    for index in itertools.count():
+    index = 0
+    while True:
         blocks, ahead = schedule.chunk(index)
         end += blocks * dit.block_size
         if end > context_frames:
-            break
-    return (end + ahead * dit.block_size) // dit.repeats
+            return (end + ahead * dit.block_size) // dit.repeats
+        index += 1
 
 
 CachedBlocks = list[list[BlockKV | None]]  # the entries of a BlockCache: [evaluations][layers]
@@ -228,8 +229,8 @@ class MelStream:
 
         self.codes = torch.zeros(1, 0, dtype=torch.long, device=device)
         self.noise = torch.zeros(1, 0, dit.config.mel_dim, device=device)
-        self.chunk = 0  # chunks that were returned
-        self.done = 0  # frames that were returned
+        self.chunks_done = 0  # chunks that were returned
+        self.frames_done = 0  # frames that were returned
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
         """Append codes [1, n] -> the mel [1, 80, frames] of each chunk now complete."""
@@ -237,9 +238,9 @@ class MelStream:
         frames = self.codes.shape[1] * self.dit.config.repeats
         block = self.dit.config.block_size
         while True:
-            blocks, ahead = self.schedule.chunk(self.chunk)
-            end = self.done + blocks * block
-            if self.done == 0:
+            blocks, ahead = self.schedule.chunk(self.chunks_done)
+            end = self.frames_done + blocks * block
+            if self.frames_done == 0:
                 end -= self.left_pad
             seen = end + ahead * block
             if seen > frames:
@@ -249,7 +250,7 @@ class MelStream:
     def finish(self) -> Iterator[Tensor]:
         """After the last codes -> the rest of the mel, if any."""
         frames = self.codes.shape[1] * self.dit.config.repeats
-        if self.done < frames:
+        if self.frames_done < frames:
             yield self.decode_chunk(frames, frames)
 
     @torch.no_grad()
@@ -262,7 +263,7 @@ class MelStream:
 
         # A schedule without caches starts `back` blocks earlier and drops their mel afterwards.
         recomputed = (self.schedule.back or 0) * block
-        begin = max(self.done - recomputed, 0)
+        begin = max(self.frames_done - recomputed, 0)
         left_pad = self.left_pad if begin == 0 else 0
         num_final = (left_pad + end - begin) // block
 
@@ -277,9 +278,9 @@ class MelStream:
             self.modulations,
             self.cached,
         )  # [1, seen - begin, 80]
-        mel = mel[:, self.done - begin : end - begin].transpose(1, 2)
-        self.chunk += 1
-        self.done = end
+        mel = mel[:, self.frames_done - begin : end - begin].transpose(1, 2)
+        self.chunks_done += 1
+        self.frames_done = end
         return mel
 
     def draw(self, begin: int, end: int) -> Tensor:
