@@ -58,7 +58,7 @@ class Inputs:
 
 
 @dataclass
-class _Media:
+class MediaFeatures:
     """The features of the media of one conversation, in reading order."""
 
     mels: list[Tensor] = field(default_factory=list)
@@ -224,14 +224,15 @@ class Processor:
             )
         rows = []
         for messages in conversations:
-            rows.append(self._row(messages, use_audio_in_video, add_generation_prompt))
+            row = self.encode_conversation(messages, use_audio_in_video, add_generation_prompt)
+            rows.append(row)
         return collate(rows, pad=self.config.thinker.tokens.endoftext)
 
-    def _row(
+    def encode_conversation(
         self, messages: list[dict], use_audio_in_video: bool, add_generation_prompt: bool
     ) -> Inputs:
-        """One conversation -> a batch of one row."""
-        media = _Media()
+        """One conversation -> a batch of one row. Options and errors as in __call__()."""
+        media = MediaFeatures()
         ids: list[int] = []
         pieces: list[tuple[int, str]] = []  # number of tokens and name of each piece of the prompt
 
@@ -242,7 +243,7 @@ class Processor:
                 part_ids = self.encode(part)
             else:
                 name = name_of(part.source, part.kind)
-                part_ids = self._fill(part, use_audio_in_video, media)
+                part_ids = self.encode_item(part, use_audio_in_video, media)
             pieces.append((len(part_ids), name))
             ids += part_ids
 
@@ -304,20 +305,26 @@ class Processor:
         fewest_tokens = (counts / longest).sum()
         return bool(fewest_tokens > self.context)
 
-    def _fill(self, item: Item, use_audio_in_video: bool, media: _Media) -> list[int]:
-        """Load one item, append its features to `media`, and return its token ids."""
-        if item.kind == "audio":
-            return self._fill_audio(item, media)
-        if item.kind == "image":
-            return self._fill_image(item, media)
-        return self._fill_video(item, use_audio_in_video, media)
+    def encode_item(self, item: Item, use_audio_in_video: bool, media: MediaFeatures) -> list[int]:
+        """Load one item, append its features to `media`, and return its token ids.
 
-    def _fill_audio(self, item: Item, media: _Media) -> list[int]:
+        Raises UserError for unreadable media, and for images and videos that cannot fit into the
+        context.
+        """
+        if item.kind == "audio":
+            return self.encode_audio(item, media)
+        if item.kind == "image":
+            return self.encode_image(item, media)
+        return self.encode_video(item, use_audio_in_video, media)
+
+    def encode_audio(self, item: Item, media: MediaFeatures) -> list[int]:
+        """encode_item() of an audio."""
         tokens = self.config.thinker.tokens
         n = self._add_audio(load_audio(item.source, item.options), media)
         return [tokens.audio_bos] + [tokens.audio] * n + [tokens.audio_eos]
 
-    def _fill_image(self, item: Item, media: _Media) -> list[int]:
+    def encode_image(self, item: Item, media: MediaFeatures) -> list[int]:
+        """encode_item() of an image."""
         tokens = self.config.thinker.tokens
         vision = self.config.thinker.vision
         limits = self.config.media
@@ -325,7 +332,7 @@ class Processor:
 
         image = load_image(item.source)
         size = image_size(image.height, image.width, vision.cell_size, limits, name, item.options)
-        self._require_room(1, size, name)
+        self.check_token_limit(1, size, name)
         patches, grid = image_patches(image, vision, limits, name, item.options)
         media.image_patches.append(patches)
         media.image_grids.append(grid)
@@ -333,7 +340,8 @@ class Processor:
         n = len(patches) // vision.spatial_merge_size**2
         return [tokens.vision_bos] + [tokens.image] * n + [tokens.vision_eos]
 
-    def _fill_video(self, item: Item, use_audio_in_video: bool, media: _Media) -> list[int]:
+    def encode_video(self, item: Item, use_audio_in_video: bool, media: MediaFeatures) -> list[int]:
+        """encode_item() of a video, with or without its audio track."""
         tokens = self.config.thinker.tokens
         vision = self.config.thinker.vision
         limits = self.config.media
@@ -351,7 +359,7 @@ class Processor:
         size = (height, width)
         if not clip.sized:
             size = frame_size(num_frames, height, width, vision.cell_size, limits, name, options)
-        self._require_room(num_frames, size, name)
+        self.check_token_limit(num_frames, size, name)
 
         # Cut it into patches. The time of a grid step is that of its first frame.
         patches, grid = video_patches(clip.frames, vision, limits, name, size)
@@ -377,14 +385,14 @@ class Processor:
                 ids += [tokens.audio] * (end - begin)
         return ids + [tokens.audio_eos, tokens.vision_eos]
 
-    def _add_audio(self, wave: Tensor, media: _Media) -> int:
+    def _add_audio(self, wave: Tensor, media: MediaFeatures) -> int:
         """Append the mel of a waveform to `media` and return its number of tokens."""
         mel = log_mel(wave)
         media.mels.append(mel)
         media.peaks.append(float(wave.abs().max()))
         return num_audio_tokens(mel.shape[-1])
 
-    def _require_room(self, n: int, size: tuple[int, int], name: str) -> None:
+    def check_token_limit(self, n: int, size: tuple[int, int], name: str) -> None:
         """Raise UserError if n frames of a size (height, width) have more tokens than fit.
 
         To be called before the frames are resized.
