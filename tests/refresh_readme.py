@@ -38,7 +38,7 @@ import chapters
 import torch
 
 from minomni import config
-from minomni.eval.parts_benchmark import OURS, SIDES, THEIRS, UNITS
+from minomni.eval.parts_benchmark import BACKENDS, OURS, THEIRS, UNITS
 from minomni.eval.parts_benchmark import ROWS as PART_ROWS
 from minomni.omni import Omni
 from minomni.train import recipes
@@ -456,14 +456,16 @@ def parts(language: str) -> str:
             f"GB/s, matrix products at {machine['gflops']:.3g} GFLOP/s, PyTorch "
             f"{machine['torch']}, transformers {machine['transformers']}:\n\n"
         )
-        sides = [side for side in SIDES if any(side in row for row in run["rows"].values())]
+        backends = [
+            backend for backend in BACKENDS if any(backend in row for row in run["rows"].values())
+        ]
         rows = []
         for name, row in run["rows"].items():
             factor = UNITS.get(name, 1e3)
-            values = [part_value(row.get(side), factor) for side in (*sides, "limit")]
+            values = [part_value(row.get(backend), factor) for backend in (*backends, "limit")]
             goal = f"{PART_GOALS[name]:g}" if name in PART_GOALS else ""
             rows.append([PART_ROWS[name], *values, part_value(row.get("ratio")), goal])
-        head = ("work", *sides, "limit", f"{THEIRS} : {OURS}", "goal")
+        head = ("work", *backends, "limit", f"{THEIRS} : {OURS}", "goal")
         tables.append(intro + table(head, rows))
     return "\n".join(tables)
 

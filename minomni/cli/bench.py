@@ -217,7 +217,7 @@ def run_bench_folder(arguments: argparse.Namespace) -> None:
     """Measure the model in a folder: every part beside transformers, or all of it on a GPU."""
     from minomni import folder_of
     from minomni.devices import device_of
-    from minomni.eval import parts_benchmark, parts_sides
+    from minomni.eval import backends, parts_benchmark
 
     refuse(
         arguments,
@@ -237,7 +237,7 @@ def run_bench_folder(arguments: argparse.Namespace) -> None:
         check_bench_gpu(arguments, device)
         run = run_bench_gpu
     else:
-        parts_sides.require_transformers()
+        backends.require_transformers()
         run = run_bench_parts
     if stored is not None:
         run(arguments, stored, device)
@@ -249,14 +249,14 @@ def run_bench_folder(arguments: argparse.Namespace) -> None:
 def run_bench_parts(arguments: argparse.Namespace, folder: Path, device: "torch.device") -> None:
     """Measure every part of a model beside transformers and print one table."""
     from minomni.devices import dtype_of
-    from minomni.eval import parts_benchmark, parts_sides
+    from minomni.eval import backends, parts_benchmark
 
     dtype = dtype_of(arguments.dtype or "fp32")
     assert dtype is not None
-    work = parts_sides.FULL if device.type == "cuda" else parts_sides.ON_CPU
+    workload = backends.FULL if device.type == "cuda" else backends.ON_CPU
     if arguments.short:
-        work = parts_sides.SHORT
-    parts = parts_benchmark.measure(folder, device, dtype, work, arguments.compile)
+        workload = backends.SHORT
+    parts = parts_benchmark.measure(folder, device, dtype, workload, arguments.compile)
     print(json.dumps(parts.as_json()) if arguments.json else parts.markdown())
 
 

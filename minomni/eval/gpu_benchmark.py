@@ -25,8 +25,8 @@ from minomni.chat.static_generate import StaticStep
 from minomni.checkpoint.check_folder import AUDIO_TOKENS
 from minomni.errors import UserError
 from minomni.eval import parts_benchmark
+from minomni.eval.backends import FULL, SHORT, WORDS_PER_S, Workload, greedy, require_transformers
 from minomni.eval.measuring import noise, peak_gib, reset_peak
-from minomni.eval.parts_sides import FULL, SHORT, WORDS_PER_S, Work, greedy, require_transformers
 from minomni.eval.stats import markdown_table
 from minomni.files import write_atomically
 from minomni.omni import Omni
@@ -82,7 +82,7 @@ class Results:
                 if not isinstance(value, dict):
                     rows.append((name, what, str(value)))
                     continue
-                cells = [f"{side} {number:.4g}" for side, number in value.items()]
+                cells = [f"{backend} {number:.4g}" for backend, number in value.items()]
                 rows.append((name, what, ", ".join(cells)))
             if "error" in piece:
                 rows.append((name, "failed", piece["error"].splitlines()[0][:200]))
@@ -104,15 +104,15 @@ def measure(model: Path, device: torch.device, out: Path, short: bool = False) -
     written.
     """
     make_folder(out)
-    work = SHORT if short else FULL
+    workload = SHORT if short else FULL
     results = Results(out)
-    results.add("replay", lambda: check_replay(model, device, work))
+    results.add("replay", lambda: check_replay(model, device, workload))
     for quantize in QUANTIZE:
         name = f"memory, {quantize or 'bf16'}"
-        results.add(name, lambda: measure_memory(model, device, quantize, work))  # noqa: B023
+        results.add(name, lambda: measure_memory(model, device, quantize, workload))  # noqa: B023
     results.add("long audio", lambda: measure_long_audio(model, device, short))
     results.add("parity", run_parity)
-    results.add("parts", lambda: measure_parts(model, device, work))  # takes the longest
+    results.add("parts", lambda: measure_parts(model, device, workload))  # takes the longest
     return results
 
 
@@ -124,14 +124,14 @@ def make_folder(out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give a folder") from None
 
 
-def measure_parts(model: Path, device: torch.device, work: Work) -> dict[str, Any]:
+def measure_parts(model: Path, device: torch.device, workload: Workload) -> dict[str, Any]:
     """`bench parts`, without transformers where that is not installed."""
     alone = False
     try:
         require_transformers()
     except UserError:
         alone = True
-    parts = parts_benchmark.measure(model, device, torch.bfloat16, work, alone=alone)
+    parts = parts_benchmark.measure(model, device, torch.bfloat16, workload, alone=alone)
     found = parts.as_json()
     machine = {name: str(value) for name, value in found["machine"].items()}
     rows = {row: values for row, values in found["rows"].items() if values}
@@ -164,13 +164,13 @@ def no_synchronization(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_replay(model: Path, device: torch.device, work: Work) -> dict[str, Any]:
+def check_replay(model: Path, device: torch.device, workload: Workload) -> dict[str, Any]:
     """The same answer twice by static steps. The second one, whose graphs are captured, may not
     wait for the device when it launches a step. Raises RuntimeError where the two differ.
     """
     omni = load(model, device, torch.bfloat16)
     omni.use_static_steps()
-    first = answer_ids(omni, work)
+    first = answer_ids(omni, workload)
     launch = StaticStep.launch
 
     def launch_without_waiting(step: StaticStep, generator: Generators) -> Any:
@@ -178,18 +178,18 @@ def check_replay(model: Path, device: torch.device, work: Work) -> dict[str, Any
             return launch(step, generator)
 
     with replaced(StaticStep, "launch", launch_without_waiting):
-        second = answer_ids(omni, work)
+        second = answer_ids(omni, workload)
     if first != second:
         raise RuntimeError("a replayed answer differs from the one that was captured")
     return {"ids and codes equal": len(first)}
 
 
-def answer_ids(omni: Omni, work: Work) -> list[tuple[str, list[int]]]:
+def answer_ids(omni: Omni, workload: Workload) -> list[tuple[str, list[int]]]:
     """Ids and codes of a spoken answer in the order in which they are generated."""
     messages = [{"role": "user", "content": "say it"}]
     voice, inputs = omni.prepare(messages, None, True, False)
     assert voice is not None
-    sampling = (greedy(WORDS_PER_S * work.answer_s), greedy(10 * work.answer_s))
+    sampling = (greedy(WORDS_PER_S * workload.answer_s), greedy(10 * workload.answer_s))
     with torch.no_grad():
         prefill = omni.thinker.prefill(inputs, omni.thinker.model.new_cache())
     steps = generate_tokens(omni, prefill, [voice.bos_token], 0, sampling)
@@ -205,7 +205,7 @@ def gpu_peak(device: torch.device) -> float | str:
 
 
 def measure_memory(
-    model: Path, device: torch.device, quantize: str | None, work: Work
+    model: Path, device: torch.device, quantize: str | None, workload: Workload
 ) -> dict[str, Any]:
     """Memory of loading, and of a spoken answer to a video of 15 s with its sound."""
     reset_peak(device)
@@ -216,8 +216,8 @@ def measure_memory(
         "peak of loading, GiB": gpu_peak(device),
     }
     random = seeded_generator(0)
-    seconds = min(VIDEO_S, work.audio_s)
-    shape = (seconds * VIDEO_FPS, *work.image_size, 3)
+    seconds = min(VIDEO_S, workload.audio_s)
+    shape = (seconds * VIDEO_FPS, *workload.image_size, 3)
     frames = torch.randint(256, shape, generator=random).byte()
     sound = noise(seconds, random)
     content = [
@@ -228,8 +228,8 @@ def measure_memory(
     begin = time.perf_counter()
     reply = omni.respond(
         [{"role": "user", "content": content}],
-        max_new_tokens=WORDS_PER_S * work.answer_s,
-        talker_max_new_tokens=50 * work.answer_s,
+        max_new_tokens=WORDS_PER_S * workload.answer_s,
+        talker_max_new_tokens=50 * workload.answer_s,
     )
     found["answer, s"] = round(time.perf_counter() - begin, 2)
     found["speech, s"] = round(reply.seconds, 2)

@@ -1,6 +1,6 @@
 """Every part of a model beside the official code and the limit of the machine, in one run.
 
-The sides take turns, so that other load on the machine affects them equally, and each time is a
+The backends take turns, so that other load on the machine affects them equally, and each time is a
 median. A limit is measured in the same run: the rate of matrix products for work that is bound by
 arithmetic, the bandwidth of a copy for decoding steps, which read all weights once.
 """
@@ -22,32 +22,39 @@ from torch import Tensor
 from minomni import paths
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
 from minomni.errors import UserError, shorten
+from minomni.eval.backends import (
+    Measurement,
+    MinomniBackend,
+    Row,
+    TransformersBackend,
+    Workload,
+    require_transformers,
+)
 from minomni.eval.measuring import copy_bandwidth, fastest
-from minomni.eval.parts_sides import Official, Ours, Outcome, Work, require_transformers
 from minomni.eval.stats import markdown_table
 
 OURS, THEIRS = "minomni", "transformers"
 STATIC, COMPILED = "static cache", "static cache, compiled"
-SIDES = (OURS, THEIRS, STATIC, COMPILED)  # columns of the table
+BACKENDS = (OURS, THEIRS, STATIC, COMPILED)  # columns of the table
 ROWS = {
-    "load": "load, with the tokenizer, s",
-    "load_memory": "memory that loading takes, MiB",
-    "log_mel": "log-mel of the audio, ms",
-    "image": "preparation of the image, ms",
-    "video": "preparation of the video's frames, ms",
-    "audio_encoder": "audio encoder, ms",
-    "vision_encoder": "vision encoder, ms",
-    "prefill": "Thinker, prefill and first token, ms",
-    "thinker_step": "Thinker, a token, ms",
-    "talker_step": "Talker, a code, ms",
-    "token2wav": "Token2Wav, whole, ms",
-    "token2wav_streamed": "Token2Wav, streamed, ms",
-    "first_audio": "question to first audio, ms",
-    "thinker_training": "Thinker, forward and backward, ms",
-    "talker_training": "Talker, forward and backward, ms",
+    Row.LOAD: "load, with the tokenizer, s",
+    Row.LOAD_MEMORY: "memory that loading takes, MiB",
+    Row.LOG_MEL: "log-mel of the audio, ms",
+    Row.IMAGE: "preparation of the image, ms",
+    Row.VIDEO: "preparation of the video's frames, ms",
+    Row.AUDIO_ENCODER: "audio encoder, ms",
+    Row.VISION_ENCODER: "vision encoder, ms",
+    Row.PREFILL: "Thinker, prefill and first token, ms",
+    Row.THINKER_STEP: "Thinker, a token, ms",
+    Row.TALKER_STEP: "Talker, a code, ms",
+    Row.TOKEN2WAV: "Token2Wav, whole, ms",
+    Row.TOKEN2WAV_STREAMED: "Token2Wav, streamed, ms",
+    Row.FIRST_AUDIO: "question to first audio, ms",
+    Row.THINKER_TRAINING: "Thinker, forward and backward, ms",
+    Row.TALKER_TRAINING: "Talker, forward and backward, ms",
 }
-UNITS = {"load": 1.0, "load_memory": 1.0}  # of one second or MiB; all other rows are in ms
-FP32_ROWS = ("token2wav", "token2wav_streamed")  # the rest has the dtype of the benchmark
+UNITS = {Row.LOAD: 1.0, Row.LOAD_MEMORY: 1.0}  # of one second or MiB; all other rows are in ms
+FP32_ROWS = (Row.TOKEN2WAV, Row.TOKEN2WAV_STREAMED)  # the rest has the dtype of the benchmark
 
 # Loading, each time in a new process. Linux reports the largest memory of a process.
 LOAD_PROGRAM = """
@@ -84,8 +91,8 @@ class Parts:
     """Results of measure(). Times are in seconds."""
 
     machine: dict[str, Any]
-    work: Work
-    rows: dict[str, dict[str, float]]  # by row and side; "limit" and "difference" are there too
+    workload: Workload
+    rows: dict[str, dict[str, float]]  # by row and backend; "limit" and "difference" are there too
     notes: list[str] = field(default_factory=list)  # what could not be measured, and why
 
     def ratio(self, row: str) -> float | None:
@@ -103,16 +110,16 @@ class Parts:
             ratio = self.ratio(row)
             if ratio is not None:
                 rows[row]["ratio"] = round(ratio, 3)
-        work = vars(self.work)
-        return {"machine": self.machine, "work": work, "rows": rows, "notes": self.notes}
+        workload = vars(self.workload)
+        return {"machine": self.machine, "work": workload, "rows": rows, "notes": self.notes}
 
     def markdown(self) -> str:
         """All results as one Markdown table, with the machine before it and the notes after it."""
-        header = ("work", *SIDES, "limit", f"{THEIRS} : {OURS}", "difference of outputs")
+        header = ("work", *BACKENDS, "limit", f"{THEIRS} : {OURS}", "difference of outputs")
         lines = []
         for row, values in self.rows.items():
             factor = UNITS.get(row, 1e3)
-            times = [number(values.get(name), factor) for name in (*SIDES, "limit")]
+            times = [number(values.get(name), factor) for name in (*BACKENDS, "limit")]
             difference = number(values.get("difference"))
             lines.append((ROWS[row], *times, number(self.ratio(row)), difference))
         machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
@@ -141,7 +148,7 @@ def measure(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
-    work: Work,
+    workload: Workload,
     compiled: bool = False,
     alone: bool = False,
 ) -> Parts:
@@ -152,17 +159,17 @@ def measure(
     a model without speech.
     """
     version = "left out" if alone else require_transformers().__version__
-    limits = {"fp32": matrix_rate(device, torch.float32, work)}
-    limits["rate"] = matrix_rate(device, dtype, work)
-    limits["bandwidth"] = copy_bandwidth(device, work.probe_mib)
+    limits = {"fp32": matrix_rate(device, torch.float32, workload)}
+    limits["rate"] = matrix_rate(device, dtype, workload)
+    limits["bandwidth"] = copy_bandwidth(device, workload.probe_mib)
     machine = machine_of(device, dtype, limits) | {"transformers": version}
-    parts = Parts(machine, work, {row: {} for row in ROWS})
+    parts = Parts(machine, workload, {row: {} for row in ROWS})
     measure_loading(folder, device, parts, LOAD_PROGRAMS if not alone else {OURS: OUR_PROGRAM})
 
-    ours = Ours(folder, device, dtype, work)
-    official = None if alone else Official(folder, dtype, ours)
-    for sides in works(ours, official, compiled):
-        measure_sides(sides, parts)
+    ours = MinomniBackend(folder, device, dtype, workload)
+    official = None if alone else TransformersBackend(folder, dtype, ours)
+    for backends in measurements(ours, official, compiled):
+        measure_in_turns(backends, parts)
     for row, flops in ours.flops().items():
         parts.rows[row]["limit"] = flops / limits["fp32" if row in FP32_ROWS else "rate"]
     for row, num_bytes in ours.step_bytes().items():
@@ -170,12 +177,12 @@ def measure(
     return parts
 
 
-def works(
-    ours: Ours, official: Official | None, compiled: bool
-) -> list[dict[str, Callable[[], Outcome]]]:
-    """The pieces of work, each with the sides that do it."""
+def measurements(
+    ours: MinomniBackend, official: TransformersBackend | None, compiled: bool
+) -> list[dict[str, Callable[[], Measurement]]]:
+    """The parts, each with the backends that measure it."""
     if official is None:
-        return [{OURS: work} for work in ours.works()]
+        return [{OURS: run} for run in ours.measurements()]
     thinker = {OURS: ours.thinker, THEIRS: official.thinker, STATIC: official.static_thinker}
     if compiled:
         thinker[COMPILED] = official.compiled_thinker
@@ -194,36 +201,36 @@ def works(
     ]
 
 
-def measure_sides(sides: dict[str, Callable[[], Outcome]], parts: Parts) -> None:
-    """Let the sides do one piece of work in turns, and enter medians and differences.
+def measure_in_turns(backends: dict[str, Callable[[], Measurement]], parts: Parts) -> None:
+    """Measure one part by the backends in turns, and enter medians and differences.
 
     What the official code cannot do here becomes a note, and so do outputs of different shapes; an
     error of ours is raised.
     """
-    sides = dict(sides)
-    seconds: dict[tuple[str, str], list[float]] = {}  # by row and side
-    outcomes: dict[str, Outcome] = {}  # the last one of each side
-    for turn in range(1 + parts.work.rounds):
-        for name, work in list(sides.items()):
+    backends = dict(backends)
+    seconds: dict[tuple[str, str], list[float]] = {}  # by row and backend
+    measured: dict[str, Measurement] = {}  # the last one of each backend
+    for turn in range(1 + parts.workload.rounds):
+        for name, run in list(backends.items()):
             try:
-                outcome = work()
+                measurement = run()
             except Exception as error:
                 if name == OURS:
                     raise
-                parts.notes.append(note(name, outcomes[OURS], error))
-                del sides[name]
-                outcomes.pop(name, None)
+                parts.notes.append(note(name, measured[OURS], error))
+                del backends[name]
+                measured.pop(name, None)
                 continue
-            outcomes[name] = outcome
+            measured[name] = measurement
             if turn:  # the first one warms up
-                for row, value in outcome.seconds.items():
+                for row, value in measurement.seconds.items():
                     seconds.setdefault((row, name), []).append(value)
 
     for (row, name), values in seconds.items():
-        if name in sides:
+        if name in backends:
             parts.rows[row][name] = median(values)
-    ours = outcomes[OURS]
-    theirs = outcomes.get(THEIRS)
+    ours = measured[OURS]
+    theirs = measured.get(THEIRS)
     if theirs is None or ours.output is None or theirs.output is None:
         return
     try:
@@ -235,11 +242,11 @@ def measure_sides(sides: dict[str, Callable[[], Outcome]], parts: Parts) -> None
         parts.rows[row]["difference"] = found
 
 
-def note(side: str, ours: Outcome, error: Exception) -> str:
-    """One line: a side, the rows of our outcome, and the error."""
+def note(backend: str, ours: Measurement, error: Exception) -> str:
+    """One line: a backend, the rows of our measurement, and the error."""
     what = " and ".join(ROWS[row] for row in ours.seconds)
     reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
-    return f"{side}: {what}: {reason}"
+    return f"{backend}: {what}: {reason}"
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -265,16 +272,16 @@ def measure_loading(
     programs: of LOAD_PROGRAMS.
     """
     runs: dict[str, list[tuple[float, float | None]]] = {name: [] for name in programs}
-    for turn in range(1 + parts.work.rounds):
+    for turn in range(1 + parts.workload.rounds):
         for name, program in programs.items():
             run = run_program(program, folder, device)
             if turn:  # the first one reads the files into the memory of the system
                 runs[name].append(run)
     for name, found in runs.items():
-        parts.rows["load"][name] = median(seconds for seconds, _ in found)
+        parts.rows[Row.LOAD][name] = median(seconds for seconds, _ in found)
         memory = [mebibytes for _, mebibytes in found if mebibytes is not None]
         if memory:
-            parts.rows["load_memory"][name] = median(memory)
+            parts.rows[Row.LOAD_MEMORY][name] = median(memory)
 
 
 def run_program(program: str, folder: Path, device: torch.device) -> tuple[float, float | None]:
@@ -297,9 +304,9 @@ def run_program(program: str, folder: Path, device: torch.device) -> tuple[float
 
 # --------------------------------------------------------------------------------------------------
 # the machine
-def matrix_rate(device: torch.device, dtype: torch.dtype, work: Work) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, workload: Workload) -> float:
     """Floating-point operations per second of a product of square matrices."""
-    width = work.probe_width
+    width = workload.probe_width
     matrix = torch.randn(width, width, device=device).to(dtype)
     seconds, _ = fastest(lambda: matrix @ matrix, device, times=5, warm_up=1)
     return 2 * width**3 / seconds

@@ -12,8 +12,8 @@ from minomni import __main__ as command
 from minomni.checkpoint.random_checkpoint import make_checkpoint
 from minomni.errors import UserError
 from minomni.eval import gpu_benchmark, parts_benchmark
+from minomni.eval.backends import SHORT
 from minomni.eval.gpu_benchmark import Results
-from minomni.eval.parts_sides import SHORT
 
 CPU = torch.device("cpu")
 

@@ -15,18 +15,18 @@ from minomni import __main__ as command
 from minomni.checkpoint.random_checkpoint import make_checkpoint
 from minomni.errors import UserError
 from minomni.eval import parts_benchmark
-from minomni.eval.parts_benchmark import OURS, ROWS, STATIC, THEIRS, Parts, measure_sides
-from minomni.eval.parts_sides import (
+from minomni.eval.backends import (
     SHORT,
     TRANSFORMERS,
-    Ours,
-    Outcome,
+    Measurement,
+    MinomniBackend,
     count_flops,
     require_transformers,
 )
+from minomni.eval.parts_benchmark import OURS, ROWS, STATIC, THEIRS, Parts, measure_in_turns
 
-WORK = replace(SHORT, rounds=3)
-# What the outputs of the two sides may differ by in fp32, relative to their largest value.
+WORKLOAD = replace(SHORT, rounds=3)
+# What the outputs of the two backends may differ by in fp32, relative to their largest value.
 CLOSE = {
     "log_mel": 1e-4,
     "image": 1e-5,
@@ -42,25 +42,25 @@ CLOSE = {
 
 @pytest.fixture
 def parts():
-    return Parts({}, WORK, {row: {} for row in ROWS})
+    return Parts({}, WORKLOAD, {row: {} for row in ROWS})
 
 
-def side(times: list[float], calls: list[str], name: str, output=None):
-    """A side that takes these times, and writes its name into `calls`."""
+def backend(times: list[float], calls: list[str], name: str, output=None):
+    """A backend that takes these times, and writes its name into `calls`."""
     remaining = iter(times)
 
-    def work() -> Outcome:
+    def run() -> Measurement:
         calls.append(name)
-        return Outcome({"log_mel": next(remaining)}, output)
+        return Measurement({"log_mel": next(remaining)}, output)
 
-    return work
+    return run
 
 
-def test_sides_take_turns_and_the_first_one_warms_up(parts):
+def test_backends_take_turns_and_the_first_one_warms_up(parts):
     calls: list[str] = []
-    ours = side([9, 1, 5, 3], calls, "a", torch.tensor([1.0, -2.0]))
-    theirs = side([0, 8, 2, 6], calls, "b", torch.tensor([1.0, -2.5]))
-    measure_sides({OURS: ours, THEIRS: theirs}, parts)
+    ours = backend([9, 1, 5, 3], calls, "a", torch.tensor([1.0, -2.0]))
+    theirs = backend([0, 8, 2, 6], calls, "b", torch.tensor([1.0, -2.5]))
+    measure_in_turns({OURS: ours, THEIRS: theirs}, parts)
     assert calls == ["a", "b"] * 4
     assert parts.rows["log_mel"] == {OURS: 3, THEIRS: 6, "difference": 0.2}
     assert parts.ratio("log_mel") == 2
@@ -70,37 +70,37 @@ def test_sides_take_turns_and_the_first_one_warms_up(parts):
 
 
 def test_what_the_official_code_cannot_do_is_a_note(parts):
-    def fails() -> Outcome:
+    def fails() -> Measurement:
         raise ImportError("needs torchvision\nand more")
 
     calls: list[str] = []
-    ours = side([1] * 4, calls, "a")
-    theirs = side([1] * 4, calls, "b")
-    measure_sides({OURS: ours, THEIRS: fails, STATIC: theirs}, parts)
+    ours = backend([1] * 4, calls, "a")
+    theirs = backend([1] * 4, calls, "b")
+    measure_in_turns({OURS: ours, THEIRS: fails, STATIC: theirs}, parts)
     assert parts.notes == ["transformers: log-mel of the audio, ms: ImportError: needs torchvision"]
     assert parts.rows["log_mel"] == {OURS: 1, STATIC: 1}
     assert calls == ["a", "b"] * 4
     assert parts.notes[0] in parts.markdown()
     with pytest.raises(ImportError):
-        measure_sides({OURS: fails, THEIRS: theirs}, parts)
+        measure_in_turns({OURS: fails, THEIRS: theirs}, parts)
 
 
 def test_outputs_of_different_shapes_are_a_note(parts):
     calls: list[str] = []
-    ours = side([1] * 4, calls, "a", torch.zeros(1, 3))
-    theirs = side([2] * 4, calls, "b", torch.zeros(1, 4))
-    measure_sides({OURS: ours, THEIRS: theirs}, parts)
+    ours = backend([1] * 4, calls, "a", torch.zeros(1, 3))
+    theirs = backend([2] * 4, calls, "b", torch.zeros(1, 4))
+    measure_in_turns({OURS: ours, THEIRS: theirs}, parts)
     assert parts.rows["log_mel"] == {OURS: 1, THEIRS: 2}
     assert parts.notes == [
         "transformers: log-mel of the audio, ms: ValueError: outputs have shapes [1, 3] and [1, 4]"
     ]
 
 
-def test_a_side_that_fails_in_a_later_turn_has_no_difference(parts):
+def test_a_backend_that_fails_in_a_later_turn_has_no_difference(parts):
     calls: list[str] = []
-    ours = side([1] * 4, calls, "a", torch.ones(3))
-    theirs = side([2] * 2, calls, "b", torch.zeros(3))  # its third turn fails
-    measure_sides({OURS: ours, THEIRS: theirs}, parts)
+    ours = backend([1] * 4, calls, "a", torch.ones(3))
+    theirs = backend([2] * 2, calls, "b", torch.zeros(3))  # its third turn fails
+    measure_in_turns({OURS: ours, THEIRS: theirs}, parts)
     assert parts.rows["log_mel"] == {OURS: 1}
     assert len(parts.notes) == 1
     assert "StopIteration" in parts.notes[0]
@@ -127,7 +127,7 @@ def test_flops_of_attention_are_counted():
 def test_inputs_of_our_encoders_are_on_the_device(tmp_path):
     """They have the precision of the encoders, so that no copy is timed."""
     make_checkpoint(oracle.CONFIG, tmp_path / "model")
-    ours = Ours(tmp_path / "model", torch.device("cpu"), torch.bfloat16, SHORT)
+    ours = MinomniBackend(tmp_path / "model", torch.device("cpu"), torch.bfloat16, SHORT)
     for tensor, encoder in (
         (ours.mel, ours.omni.thinker.audio_tower),
         (ours.patches, ours.omni.thinker.visual),
@@ -145,7 +145,7 @@ def test_ids_are_compared_by_the_share_that_differs():
 
 @pytest.mark.slow
 def test_all_parts_are_measured_and_agree(tmp_path, monkeypatch):
-    """Loading too, in a process of its own: one for each side, whose result stands for both turns.
+    """Loading too, in a process of its own, one for each backend: its result stands for both turns.
 
     A process that imports transformers takes eight seconds.
     """
@@ -195,7 +195,7 @@ def test_all_parts_are_measured_and_agree(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_options_are_one_line(line, expected, monkeypatch, capsys):
-    monkeypatch.setattr("minomni.eval.parts_sides.require_transformers", lambda: None)
+    monkeypatch.setattr("minomni.eval.backends.require_transformers", lambda: None)
     monkeypatch.setattr(sys, "argv", ["minomni", "bench", *line.split()])
     assert command.main() == 2
     shown = capsys.readouterr().err

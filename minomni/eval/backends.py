@@ -1,7 +1,7 @@
-"""The two sides of `bench parts`: each piece of work by this package and by the official code.
+"""The two backends of `bench parts`: each part is measured here and in the official code.
 
-Methods of the same name do the same work with the same weights on the same inputs, and return an
-Outcome. The official code is transformers, which only this benchmark needs.
+Methods of the same name measure the same part with the same weights on the same inputs, and return
+a Measurement. The official code is transformers, which only this benchmark needs.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +38,7 @@ TRANSFORMERS = "5.24.0"  # the version of requirements-dev.txt
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Sizes of the inputs. Those in tokens are cut to what the model's context holds."""
 
     audio_s: int
@@ -54,17 +54,37 @@ class Work:
     probe_width: int  # of the matrices that are multiplied to measure the rate
 
 
-FULL = Work(30, (448, 672), 16, 1024, 32, 10, 10, 256, 5, 256, 2048)
+FULL = Workload(30, (448, 672), 16, 1024, 32, 10, 10, 256, 5, 256, 2048)
 ON_CPU = replace(FULL, answer_s=2, rounds=3)  # ten seconds of speech take minutes there
-SHORT = Work(2, (56, 84), 4, 64, 4, 1, 1, 16, 1, 8, 256)  # seconds, to see whether all of it runs
+SHORT = Workload(2, (56, 84), 4, 64, 4, 1, 1, 16, 1, 8, 256)  # takes seconds, to try it
 
 
 @dataclass
-class Outcome:
-    """What one run of a piece of work gives."""
+class Measurement:
+    """What one run of a part gives."""
 
     seconds: dict[str, float]  # by row of the table
-    output: Tensor | None = None  # compared between the sides
+    output: Tensor | None = None  # compared between the backends
+
+
+class Row:
+    """Names of the rows of `bench parts`."""
+
+    LOAD = "load"
+    LOAD_MEMORY = "load_memory"
+    LOG_MEL = "log_mel"
+    IMAGE = "image"
+    VIDEO = "video"
+    AUDIO_ENCODER = "audio_encoder"
+    VISION_ENCODER = "vision_encoder"
+    PREFILL = "prefill"
+    THINKER_STEP = "thinker_step"
+    TALKER_STEP = "talker_step"
+    TOKEN2WAV = "token2wav"
+    TOKEN2WAV_STREAMED = "token2wav_streamed"
+    FIRST_AUDIO = "first_audio"
+    THINKER_TRAINING = "thinker_training"
+    TALKER_TRAINING = "talker_training"
 
 
 def greedy(count: int) -> SamplingConfig:
@@ -75,33 +95,33 @@ def greedy(count: int) -> SamplingConfig:
 
 
 class Samples:
-    """Random inputs of the sizes of Work, the same for both sides."""
+    """Random inputs of the sizes of Workload, the same for both backends."""
 
-    def __init__(self, omni: Omni, work: Work):
+    def __init__(self, omni: Omni, workload: Workload):
         talker, token2wav = omni.require_speech()
         random = seeded_generator(0)
         device = omni.thinker.device
-        self.work = work
+        self.workload = workload
         self.device = device
 
         # Media.
-        self.wave = noise(work.audio_s, random)
-        self.question = noise(work.question_s, random)
-        self.image = torch.randint(256, (*work.image_size, 3), generator=random).byte()
-        frames = (work.video_frames, VIDEO_SIZE, VIDEO_SIZE, 3)
+        self.wave = noise(workload.audio_s, random)
+        self.question = noise(workload.question_s, random)
+        self.image = torch.randint(256, (*workload.image_size, 3), generator=random).byte()
+        frames = (workload.video_frames, VIDEO_SIZE, VIDEO_SIZE, 3)
         self.video = torch.randint(256, frames, generator=random).byte()
 
         # Token ids of plain text.
         thinker = omni.config.thinker
         vocabulary = min(special_tokens(thinker.tokens).values())
         context = thinker.text.max_position_embeddings // 2
-        length = min(work.prompt_tokens, context)
+        length = min(workload.prompt_tokens, context)
         self.prompt = torch.randint(vocabulary, (1, length), generator=random).to(device)
-        length = min(work.training_tokens, context)
+        length = min(workload.training_tokens, context)
         self.training_ids = torch.randint(vocabulary, (1, length), generator=random).to(device)
 
         # Speech codes, and embeddings as the Talker reads them.
-        self.num_codes = work.answer_s * token2wav.config.codes_per_second
+        self.num_codes = workload.answer_s * token2wav.config.codes_per_second
         self.codes = torch.randint(omni.num_codes, (1, self.num_codes), generator=random).to(device)
         shape = (1, length, talker.config.embedding_size)
         dtype = talker.codec_head.weight.dtype
@@ -110,29 +130,29 @@ class Samples:
         self.positions = torch.arange(length, device=device).expand(3, 1, -1)
 
 
-class Side:
-    """What both sides share."""
+class Backend:
+    """What both backends share."""
 
     device: torch.device
 
-    def timed(self, row: str, run: Callable[[], Tensor]) -> Outcome:
+    def timed(self, row: str, run: Callable[[], Tensor]) -> Measurement:
         """Time one call."""
         clock = Clock(self.device)
         with torch.no_grad():
             output = run()
-        return Outcome({row: clock.mark()}, output)
+        return Measurement({row: clock.mark()}, output)
 
 
-class Ours(Side):
-    """The side of this package."""
+class MinomniBackend(Backend):
+    """This package."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, work: Work):
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, workload: Workload):
         """Raises UserError for a model that does not speak."""
         self.omni = load(folder, device, dtype)
         talker, self.token2wav = self.omni.require_speech()
         self.voice = self.omni.voice(next(iter(self.omni.voices)))
         self.device = self.omni.thinker.device
-        self.samples = Samples(self.omni, work)
+        self.samples = Samples(self.omni, workload)
         self.tokens = self.omni.config.thinker.tokens
         if self.device.type == "cuda":
             self.omni.use_static_steps()
@@ -147,36 +167,36 @@ class Ours(Side):
         # A spoken question. No answer stops by itself: the ids that would stop it never come.
         content = [{"type": "audio", "audio": self.samples.question.numpy()}]
         self.messages = [{"role": "user", "content": content}]
-        _, self.asked = self.omni.prepare(self.messages, None, True, False)
+        _, self.question_inputs = self.omni.prepare(self.messages, None, True, False)
         thinker = self.omni.thinker
         unused = replace(self.tokens, im_end=self.tokens.vision_pad)
         thinker.config = replace(thinker.config, tokens=unused)
         bos = talker.config.codec_bos
         talker.config = replace(talker.config, codec_pad=bos, codec_eos=bos)
 
-    def log_mel(self) -> Outcome:
-        return self.timed("log_mel", lambda: log_mel(self.samples.wave))
+    def log_mel(self) -> Measurement:
+        return self.timed(Row.LOG_MEL, lambda: log_mel(self.samples.wave))
 
-    def image(self) -> Outcome:
+    def image(self) -> Measurement:
         config = self.omni.config
         return self.timed(
-            "image", lambda: image_patches(self.still, config.thinker.vision, config.media)[0]
+            Row.IMAGE, lambda: image_patches(self.still, config.thinker.vision, config.media)[0]
         )
 
-    def video(self) -> Outcome:
+    def video(self) -> Measurement:
         config = self.omni.config
         frames = self.samples.video
         return self.timed(
-            "video", lambda: video_patches(frames, config.thinker.vision, config.media)[0]
+            Row.VIDEO, lambda: video_patches(frames, config.thinker.vision, config.media)[0]
         )
 
-    def audio_encoder(self) -> Outcome:
+    def audio_encoder(self) -> Measurement:
         tower = self.omni.thinker.audio_tower
-        return self.timed("audio_encoder", lambda: tower([self.mel]))
+        return self.timed(Row.AUDIO_ENCODER, lambda: tower([self.mel]))
 
-    def vision_encoder(self) -> Outcome:
+    def vision_encoder(self) -> Measurement:
         visual = self.omni.thinker.visual
-        return self.timed("vision_encoder", lambda: visual(self.patches, [self.grid]))
+        return self.timed(Row.VISION_ENCODER, lambda: visual(self.patches, [self.grid]))
 
     def prefill(self) -> Any:
         """The prefill of the text prompt."""
@@ -184,25 +204,25 @@ class Ours(Side):
         with torch.no_grad():
             return self.omni.thinker.prefill(prompt, self.omni.thinker.model.new_cache())
 
-    def thinker(self) -> Outcome:
+    def thinker(self) -> Measurement:
         """Prefill and greedy steps."""
-        sampling = (greedy(self.samples.work.text_tokens), self.omni.config.talker_sampling)
+        sampling = (greedy(self.samples.workload.text_tokens), self.omni.config.talker_sampling)
         clock = Clock(self.device)
         ids = []
         for _, step_ids in generate_tokens(self.omni, self.prefill(), None, 0, sampling):
             ids.append(step_ids.cpu())
             clock.mark()
-        return Outcome(
-            {"prefill": clock.times[0], "thinker_step": clock.step()}, torch.stack(ids, dim=1)
+        return Measurement(
+            {Row.PREFILL: clock.times[0], Row.THINKER_STEP: clock.step()}, torch.stack(ids, dim=1)
         )
 
-    def answer(self) -> Outcome:
+    def answer(self) -> Measurement:
         """A spoken question: until the first audio of the answer, and steps of the Talker."""
         clock = Clock(self.device)
         events = self.omni.stream(
             self.messages,
             temperature=0,
-            max_new_tokens=WORDS_PER_S * self.samples.work.answer_s,
+            max_new_tokens=WORDS_PER_S * self.samples.workload.answer_s,
             talker_max_new_tokens=self.samples.num_codes,
         )
         next(event for event in events if isinstance(event, AudioChunk))
@@ -216,24 +236,24 @@ class Ours(Side):
         sampling = (greedy(TEXT_BEFORE_CODES), talker_sampling)
         with torch.no_grad():
             cache = self.omni.thinker.model.new_cache()
-            prefill = self.omni.thinker.prefill(self.asked, cache)
+            prefill = self.omni.thinker.prefill(self.question_inputs, cache)
         for kind, _ in generate_tokens(self.omni, prefill, [self.voice.bos_token], 0, sampling):
             if kind == "text":
                 clock = Clock(self.device)
             else:
                 clock.mark()
-        return Outcome({"first_audio": first_audio_s, "talker_step": clock.step()})
+        return Measurement({Row.FIRST_AUDIO: first_audio_s, Row.TALKER_STEP: clock.step()})
 
-    def speech(self) -> Outcome:
+    def speech(self) -> Measurement:
         """Token2Wav, whole."""
         flow = self.omni.config.flow
         generator = seeded_generator(0, self.device)
         return self.timed(
-            "token2wav",
+            Row.TOKEN2WAV,
             lambda: self.token2wav(self.samples.codes, self.voice, flow, generator),
         )
 
-    def streamed_speech(self) -> Outcome:
+    def streamed_speech(self) -> Measurement:
         """Token2Wav in the chunks of a streamed answer."""
 
         def run() -> Tensor:
@@ -246,9 +266,9 @@ class Ours(Side):
             )
             return torch.cat([*stream.feed(self.samples.codes), *stream.finish()])
 
-        return self.timed("token2wav_streamed", run)
+        return self.timed(Row.TOKEN2WAV_STREAMED, run)
 
-    def thinker_training(self) -> Outcome:
+    def thinker_training(self) -> Measurement:
         """Forward and backward pass of next-token prediction."""
         ids = self.samples.training_ids
 
@@ -256,9 +276,9 @@ class Ours(Side):
             logits = self.omni.thinker(Inputs(ids, torch.ones_like(ids)))
             return next_token(logits[:, :-1], ids[:, 1:])
 
-        return trained("thinker_training", loss, self.omni.thinker, self.device)
+        return time_backward(Row.THINKER_TRAINING, loss, self.omni.thinker, self.device)
 
-    def talker_training(self) -> Outcome:
+    def talker_training(self) -> Measurement:
         """Forward and backward pass of next-code prediction."""
         talker, _ = self.omni.require_speech()
         samples = self.samples
@@ -267,10 +287,10 @@ class Ours(Side):
             logits = talker(samples.talker_embeds, samples.positions)
             return next_token(logits, samples.talker_targets)
 
-        return trained("talker_training", loss, talker, self.device)
+        return time_backward(Row.TALKER_TRAINING, loss, talker, self.device)
 
-    def works(self) -> list[Callable[[], Outcome]]:
-        """All pieces of work."""
+    def measurements(self) -> list[Callable[[], Measurement]]:
+        """The methods that measure a part."""
         return [
             self.log_mel,
             self.image,
@@ -287,54 +307,55 @@ class Ours(Side):
 
     def flops(self) -> dict[str, int]:
         """Floating-point operations of the rows whose limit is the rate of matrix products."""
-        works: dict[str, Callable[[], object]] = {
-            "audio_encoder": self.audio_encoder,
-            "vision_encoder": self.vision_encoder,
-            "prefill": self.prefill,
-            "token2wav": self.speech,
-            "token2wav_streamed": self.streamed_speech,
-            "thinker_training": self.thinker_training,
-            "talker_training": self.talker_training,
+        calls: dict[str, Callable[[], object]] = {
+            Row.AUDIO_ENCODER: self.audio_encoder,
+            Row.VISION_ENCODER: self.vision_encoder,
+            Row.PREFILL: self.prefill,
+            Row.TOKEN2WAV: self.speech,
+            Row.TOKEN2WAV_STREAMED: self.streamed_speech,
+            Row.THINKER_TRAINING: self.thinker_training,
+            Row.TALKER_TRAINING: self.talker_training,
         }
         counts = {}
-        for row, work in works.items():
-            counts[row] = count_flops(work)
+        for row, run in calls.items():
+            counts[row] = count_flops(run)
         return counts
 
     def step_bytes(self) -> dict[str, int]:
         """Bytes of weights and of the KV cache that one step reads."""
         talker, _ = self.omni.require_speech()
         thinker = self.omni.thinker
-        prompt, asked = self.samples.prompt, self.asked.input_ids
+        prompt = self.samples.prompt
+        question = self.question_inputs.input_ids
         return {
-            "thinker_step": weight_bytes(thinker.model.layers, thinker.lm_head)
+            Row.THINKER_STEP: weight_bytes(thinker.model.layers, thinker.lm_head)
             + cache_bytes(thinker.model.config, prompt.shape[1], thinker.lm_head.weight.dtype),
-            "talker_step": weight_bytes(talker.model.layers, talker.codec_head)
-            + cache_bytes(talker.model.config, asked.shape[1], talker.codec_head.weight.dtype),
+            Row.TALKER_STEP: weight_bytes(talker.model.layers, talker.codec_head)
+            + cache_bytes(talker.model.config, question.shape[1], talker.codec_head.weight.dtype),
         }
 
 
-def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions in a piece of work.
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call.
 
     Attention is computed by plain matrix products here: torch's counter does not know the fused
     kernel of a CPU.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
+        run()
     return counter.get_total_flops()
 
 
-def trained(
-    row: str, loss: Callable[[], Tensor], module: torch.nn.Module, device: torch.device
-) -> Outcome:
+def time_backward(
+    row: str, loss: Callable[[], Tensor], module: nn.Module, device: torch.device
+) -> Measurement:
     """Time a loss and its gradients. The output is the loss."""
     clock = Clock(device)
     value = loss()
     value.backward()
     seconds = clock.mark()
     module.zero_grad(set_to_none=True)
-    return Outcome({row: seconds}, value.detach().float().reshape(1))
+    return Measurement({row: seconds}, value.detach().float().reshape(1))
 
 
 def require_transformers() -> Any:
@@ -354,10 +375,10 @@ def require_transformers() -> Any:
     return transformers
 
 
-class Official(Side):
-    """The side of the official code, with the options of Ours."""
+class TransformersBackend(Backend):
+    """The official code, with the options of MinomniBackend."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, ours: Ours):
+    def __init__(self, folder: Path, dtype: torch.dtype, ours: MinomniBackend):
         """Raises UserError where transformers is not installed."""
         transformers = require_transformers()
         from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
@@ -392,36 +413,36 @@ class Official(Side):
             return_tensors="pt",
         )
 
-    def log_mel(self) -> Outcome:
-        outcome = self.timed("log_mel", lambda: self.extract(self.samples.wave)["input_features"])
-        assert outcome.output is not None
-        outcome.output = outcome.output[0, :, : self.ours.mel.shape[1]]  # without the padding
-        return outcome
+    def log_mel(self) -> Measurement:
+        found = self.timed(Row.LOG_MEL, lambda: self.extract(self.samples.wave)["input_features"])
+        assert found.output is not None
+        found.output = found.output[0, :, : self.ours.mel.shape[1]]  # without the padding
+        return found
 
-    def image(self) -> Outcome:
+    def image(self) -> Measurement:
         still = self.ours.still
         return self.timed(
-            "image",
+            Row.IMAGE,
             lambda: self.image_processor([still], return_tensors="pt")["pixel_values"],
         )
 
-    def video(self) -> Outcome:
+    def video(self) -> Measurement:
         """Raises ImportError without torchvision, which the official processor of video needs."""
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
         processor = Qwen2VLVideoProcessor.from_pretrained(self.folder)
         frames = self.samples.video.permute(0, 3, 1, 2)
         return self.timed(
-            "video",
+            Row.VIDEO,
             lambda: processor([frames], do_sample_frames=False, return_tensors="pt")[
                 "pixel_values_videos"
             ],
         )
 
-    def audio_encoder(self) -> Outcome:
+    def audio_encoder(self) -> Measurement:
         thinker = self.model.thinker
         return self.timed(
-            "audio_encoder",
+            Row.AUDIO_ENCODER,
             lambda: (
                 thinker.get_audio_features(
                     self.features, feature_attention_mask=self.features_mask
@@ -429,10 +450,10 @@ class Official(Side):
             ),
         )
 
-    def vision_encoder(self) -> Outcome:
+    def vision_encoder(self) -> Measurement:
         thinker = self.model.thinker
         return self.timed(
-            "vision_encoder",
+            Row.VISION_ENCODER,
             lambda: torch.cat(
                 thinker.get_image_features(self.patches, image_grid_thw=self.grid).pooler_output
             ),
@@ -447,40 +468,40 @@ class Official(Side):
 
         return self.transformers.StoppingCriteriaList([mark])
 
-    def thinker(self, **options: Any) -> Outcome:
+    def thinker(self, **options: Any) -> Measurement:
         """Prefill and greedy steps. options: of generate()."""
         prompt = self.samples.prompt
         clock = Clock(self.device)
         ids = self.model.thinker.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=self.samples.work.text_tokens,
+            max_new_tokens=self.samples.workload.text_tokens,
             do_sample=False,
             eos_token_id=[self.ours.tokens.vision_pad],
             pad_token_id=self.ours.tokens.endoftext,
             stopping_criteria=self.marks(clock),
             **options,
         )
-        return Outcome(
-            {"prefill": clock.times[0], "thinker_step": clock.step()},
+        return Measurement(
+            {Row.PREFILL: clock.times[0], Row.THINKER_STEP: clock.step()},
             ids[:, prompt.shape[1] :].cpu(),
         )
 
-    def static_thinker(self) -> Outcome:
+    def static_thinker(self) -> Measurement:
         """thinker() with a cache of fixed size."""
         return self.thinker(cache_implementation="static", disable_compile=True)
 
-    def compiled_thinker(self) -> Outcome:
+    def compiled_thinker(self) -> Measurement:
         """static_thinker() with compiled steps; the first call compiles, which takes minutes."""
         config = self.transformers.CompileConfig(mode="default")
         config._compile_all_devices = True  # also on a CPU
         return self.thinker(cache_implementation="static", compile_config=config)
 
-    def answer(self) -> Outcome:
+    def answer(self) -> Measurement:
         """A spoken question: until the audio of the answer, which comes all at once, and steps of
         the Talker.
         """
-        asked = self.ours.asked
+        question = self.ours.question_inputs
         sampling = self.ours.omni.config.talker_sampling
         talker_clock = Clock(self.device)
         clock = Clock(self.device)
@@ -493,12 +514,12 @@ class Official(Side):
         )
         try:
             self.model.generate(
-                input_ids=asked.input_ids.to(self.device),
-                attention_mask=asked.attention_mask.to(self.device),
+                input_ids=question.input_ids.to(self.device),
+                attention_mask=question.attention_mask.to(self.device),
                 input_features=audio["input_features"].to(self.device, self.features.dtype),
                 feature_attention_mask=audio["attention_mask"].to(self.device),
                 speaker=self.ours.voice.name,
-                thinker_max_new_tokens=WORDS_PER_S * self.samples.work.answer_s,
+                thinker_max_new_tokens=WORDS_PER_S * self.samples.workload.answer_s,
                 thinker_do_sample=False,
                 thinker_eos_token_id=[self.ours.tokens.vision_pad],
                 thinker_pad_token_id=self.ours.tokens.endoftext,
@@ -513,7 +534,7 @@ class Official(Side):
             )
         finally:
             hook.remove()
-        return Outcome({"first_audio": clock.mark(), "talker_step": talker_clock.step()})
+        return Measurement({Row.FIRST_AUDIO: clock.mark(), Row.TALKER_STEP: talker_clock.step()})
 
     def flow(self) -> dict[str, Any]:
         """Options of generate() for Token2Wav."""
@@ -524,13 +545,13 @@ class Official(Side):
             "token2wav_sway_coefficient": flow.sway,
         }
 
-    def speech(self) -> Outcome:
+    def speech(self) -> Measurement:
         """Token2Wav, whole."""
         voice = self.model.speaker_map[self.ours.voice.name]
-        torch.manual_seed(0)  # the noise of Ours
+        torch.manual_seed(0)  # the noise of MinomniBackend
         options = {name.removeprefix("token2wav_"): value for name, value in self.flow().items()}
         return self.timed(
-            "token2wav",
+            Row.TOKEN2WAV,
             lambda: self.model.token2wav(
                 self.samples.codes,
                 conditioning=voice["cond"].float().to(self.device),
@@ -539,12 +560,12 @@ class Official(Side):
             ).reshape(-1),
         )
 
-    def thinker_training(self) -> Outcome:
+    def thinker_training(self) -> Measurement:
         """Forward and backward pass of next-token prediction."""
         ids = self.samples.training_ids
         thinker = self.model.thinker
-        return trained(
-            "thinker_training",
+        return time_backward(
+            Row.THINKER_TRAINING,
             lambda: (
                 thinker(
                     input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False
@@ -554,7 +575,7 @@ class Official(Side):
             self.device,
         )
 
-    def talker_training(self) -> Outcome:
+    def talker_training(self) -> Measurement:
         """Forward and backward pass of next-code prediction."""
         samples = self.samples
         talker = self.model.talker
@@ -567,4 +588,4 @@ class Official(Side):
             ).logits
             return next_token(logits, samples.talker_targets)
 
-        return trained("talker_training", loss, talker, self.device)
+        return time_backward(Row.TALKER_TRAINING, loss, talker, self.device)
