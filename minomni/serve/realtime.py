@@ -22,11 +22,10 @@ from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from minomni.chat.session import Session
-from minomni.config import INPUT_SAMPLE_RATE
 from minomni.errors import UserError, quote
 from minomni.inputs.image import load_image
 from minomni.serve.audio import AudioReceiver
-from minomni.serve.chat_request import MAX_TEXT, data_uri, parse_text, parse_voice, typed
+from minomni.serve.chat_request import data_uri, parse_text, parse_voice, typed
 from minomni.serve.errors import (
     INTERNAL,
     ApiError,
@@ -34,6 +33,7 @@ from minomni.serve.errors import (
     log_unexpected,
     of_user_error,
 )
+from minomni.serve.input_audio import Input, InputTurn
 from minomni.serve.outbox import Outbox
 from minomni.serve.realtime_answer import Answer
 from minomni.serve.realtime_objects import (
@@ -48,30 +48,14 @@ from minomni.serve.realtime_objects import (
     user_item,
     whole_number,
 )
-from minomni.serve.vad import (
-    SAMPLES_PER_MS,
-    SpeechContinued,
-    SpeechStarted,
-    SpeechStopped,
-    VadOptions,
-    VoiceDetector,
-)
+from minomni.serve.vad import SpeechContinued, SpeechStarted, SpeechStopped
 from minomni.serve.worker import Task
 
 if TYPE_CHECKING:
     from minomni.serve.app import Server
 
-# Seconds of speech that wait for the message how much of the interrupted answer was heard.
-HOLD_S = 0.4
-# Audio that is kept from before speech: as much as a soft beginning of a word needs. Training has
-# up to 0.5 s of silence there.
-PADDING_MS = 300  # OpenAI's
-SHORT_PADDING_MS = 128  # of models trained here
-MAX_SILENCE_S = 60  # that is kept while no speech was found
 FRAME_SIZE = (320, 240)  # pixels: camera frames are reduced to fit
-FRAMES_PER_S = 4.0  # camera frames that are kept
 IMAGE_SIZE = (2048, 2048)  # pixels: images are reduced to fit
-MAX_IMAGES = 16  # of a turn
 MAX_PARTS = 64  # of an item
 MAX_NAME = 64  # characters of an item's id
 # Bytes of input that wait for the worker. Above the first number a client has to wait, too; above
@@ -79,11 +63,8 @@ MAX_NAME = 64  # characters of an item's id
 WAITING_BYTES = 4 * 2**20
 MAX_WAITING_BYTES = 64 * 2**20
 CALL_BYTES = 4096  # of a call without data
-MAX_HELD = 32  # inputs
 MAX_PLAYED_MS = 10**9
 PROTOCOL = "realtime"
-
-Input = Callable[[Session], Any]  # something that is given to the session of the model
 
 
 class Conversation:
@@ -97,9 +78,10 @@ class Conversation:
         self.outbox = Outbox(websocket, server.settings.send_s)
         self.id = new_id("sess")
         self.session: Session | None = None  # made by the worker, before the first input
-        self.inputs: set[asyncio.Task] = set()  # that wait for the worker
-        self.waiting_bytes = 0  # of them
-        self.jobs: set[asyncio.Task] = set()  # answers
+        self.inputs: set[asyncio.Task] = set()  # inputs that wait for the worker
+        self.waiting_bytes = 0  # the bytes of these inputs
+        self.jobs: set[asyncio.Task] = set()  # tasks that send the events of answers
+        self.turn = InputTurn(self.submit_to_worker, server.trained_here)
 
         # Settings of the session.
         omni = server.omni
@@ -107,23 +89,6 @@ class Conversation:
         self.voice = self.chosen_voice  # None while answers are text only
         self.instructions: str | None = None
         self.max_tokens: int | None = None
-        self.padding_ms = SHORT_PADDING_MS if server.trained_here else PADDING_MS
-        self.detection = parse_turn_detection({}, self.padding_ms)
-        self.detector: VoiceDetector | None = None  # made for the first audio
-
-        # The current turn.
-        self.receiver = AudioReceiver()
-        self.input_item = new_id("item")
-        self.turn_samples = 0  # at 16 kHz
-        self.buffer_samples = 0  # of them, those of the buffer that are not committed yet
-        self.silence = np.zeros(0, np.float32)  # audio of push to talk before any speech
-        self.turn_text: list[str] = []
-        self.turn_images: list[Image.Image] = []
-        self.frame: np.ndarray | None = None  # the newest camera frame outside of speech
-        self.last_frame_s: float | None = None
-        # Input that waits, and its bytes; see HOLD_S.
-        self.held: list[tuple[Input, int]] | None = None
-        self.held_until = 0  # samples of the turn
 
         # The answers.
         self.running: Answer | None = None
@@ -133,20 +98,21 @@ class Conversation:
     async def run(self) -> None:
         """The whole conversation."""
         self.outbox.send("session.created", session=self.describe())
-        both = [self.outbox.start(), asyncio.ensure_future(self.receive_events())]
+        sender = self.outbox.start()
+        receiver = asyncio.ensure_future(self.receive_events())
         try:
             seconds = self.server.settings.session_s
             ended, _ = await asyncio.wait(
-                both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                [sender, receiver], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if not ended:
                 message = f"a conversation lasts at most {seconds:.0f} seconds; begin a new one"
                 self.outbox.send_error(ApiError(400, message, code="session_expired"))
                 self.outbox.close()
-                await asyncio.wait(both[:1])
+                await asyncio.wait([sender])
         finally:
             self.server.give_back(self.client)
-            tasks = (*both, *self.inputs, *self.jobs)
+            tasks = (sender, receiver, *self.inputs, *self.jobs)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -212,8 +178,9 @@ class Conversation:
         if "max_output_tokens" in changes:
             self.max_tokens = parse_max_tokens(changes["max_output_tokens"])
         if "turn_detection" in source:
-            self.detection = parse_turn_detection(source["turn_detection"], self.padding_ms)
-            self.reset_detector()
+            self.turn.set_detection(
+                parse_turn_detection(source["turn_detection"], self.turn.padding_ms)
+            )
         self.outbox.send("session.updated", session=self.describe())
 
     def set_instructions(self, text: str) -> None:
@@ -238,15 +205,11 @@ class Conversation:
             self.server.omni.choose_voice(None, speech=True)  # raises why there is none
         return self.chosen_voice
 
-    def reset_detector(self) -> None:
-        """Forget the speech that has begun; its audio stays in the turn."""
-        self.detector = None
-        self.silence = np.zeros(0, np.float32)
-
     def describe(self) -> dict:
         """The session as an object of the API."""
-        detection = None if self.detection is None else self.detection.describe()
-        source = {"format": PCM, "turn_detection": detection, "transcription": None}
+        detection = self.turn.detection
+        described = None if detection is None else detection.describe()
+        source = {"format": PCM, "turn_detection": described, "transcription": None}
         output = {"format": PCM, "voice": self.chosen_voice, "speed": 1.0}
         default_prompt = self.server.omni.config.media.system_prompt
         return {
@@ -275,7 +238,7 @@ class Conversation:
             self.session = self.server.omni.listen(None, False, self.instructions)
         return self.session
 
-    def call(self, function: Input, num_bytes: int = 0) -> None:
+    def submit_to_worker(self, function: Input, num_bytes: int = 0) -> None:
         """Let the worker do something with the session of the model. An error is an event.
 
         Raises ApiError where too much waits behind an answer.
@@ -303,22 +266,6 @@ class Conversation:
         self.waiting_bytes += num_bytes
         self.start(watch(self.client.call(step)), self.inputs)
 
-    def add_input(self, function: Input, num_bytes: int) -> None:
-        """Give the session input of the current turn, or hold it back, see HOLD_S."""
-        if self.held is None:
-            self.call(function, num_bytes)
-            return
-        self.held.append((function, num_bytes))
-        if self.turn_samples >= self.held_until or len(self.held) >= MAX_HELD:
-            self.release_held()
-
-    def release_held(self) -> None:
-        """Give the session what waited for conversation.item.truncate."""
-        held = self.held or []
-        self.held = None
-        for function, num_bytes in held:
-            self.call(function, num_bytes)
-
     def start(self, coroutine: Coroutine, group: set[asyncio.Task]) -> None:
         """Run a coroutine beside the others; it is in the group until it ends."""
 
@@ -338,149 +285,70 @@ class Conversation:
         data = decode_base64(event.get("audio"), "audio")
         if len(data) % 2:
             raise bad_request("audio has half a sample at its end; expected pcm16", "audio")
-        samples = self.receiver.feed(data)
-        if self.detection is None:
-            self.add_buffer_audio(self.without_silence(samples))
-            return
-        if self.detector is None:
-            self.detector = VoiceDetector(self.detection.options)
-        for found in self.detector.feed(samples):
+        for found in self.turn.feed(data):
             if isinstance(found, SpeechStarted):
                 self.begin_speech(found)
             elif isinstance(found, SpeechContinued):
-                self.add_buffer_audio(found.wave)
+                self.turn.add_buffer_audio(found.wave)
             else:
                 self.end_speech(found)
 
     def begin_speech(self, found: SpeechStarted) -> None:
         """The user begins to speak, and interrupts an answer that runs or plays."""
-        assert self.detection is not None
+        detection = self.turn.detection
+        assert detection is not None
         self.outbox.send(
             "input_audio_buffer.speech_started",
             audio_start_ms=found.at_ms,
-            item_id=self.input_item,
+            item_id=self.turn.item,
         )
-        if self.last is not None and self.detection.interrupt_response:
+        if self.last is not None and detection.interrupt_response:
             now = self.loop.time()
             played_s = self.last.played_s(now)
             is_playing = self.last.is_playing(now)
             if self.running is not None:
                 self.cancel("turn_detected")
             # An estimate, until the client tells how much was heard.
-            self.call(lambda session: session.interrupt(played_s))
+            self.submit_to_worker(lambda session: session.interrupt(played_s))
             if is_playing:
-                self.held = []
-                self.held_until = self.turn_samples + int(HOLD_S * INPUT_SAMPLE_RATE)
-        self.add_buffer_audio(found.wave)
+                self.turn.hold()
+        self.turn.add_buffer_audio(found.wave)
 
     def end_speech(self, found: SpeechStopped) -> None:
         """The user has spoken: the turn is complete."""
-        assert self.detection is not None
+        detection = self.turn.detection
+        assert detection is not None
         self.outbox.send(
             "input_audio_buffer.speech_stopped",
             audio_end_ms=found.at_ms,
-            item_id=self.input_item,
+            item_id=self.turn.item,
         )
         self.commit_audio()
-        if self.detection.create_response and self.running is None:
+        if detection.create_response and self.running is None:
             self.begin_answer({})
-
-    def add_buffer_audio(self, samples: np.ndarray) -> None:
-        """Add audio of the buffer [samples] at 16 kHz to the current turn: not committed yet."""
-        self.buffer_samples += len(samples)
-        self.add_audio(samples)
-
-    def add_audio(self, samples: np.ndarray) -> None:
-        """Add audio [samples] at 16 kHz to the current turn: of the buffer, or of an item."""
-        if not len(samples):
-            return
-        if self.frame is not None and self.turn_samples == 0:
-            self.add_frame(self.frame)
-            self.frame = None
-        self.turn_samples += len(samples)
-        self.add_input(lambda session: session.add_audio(samples), samples.nbytes)
-
-    def without_silence(self, samples: np.ndarray) -> np.ndarray:
-        """Push to talk: the next audio, without what comes before the first speech of the turn.
-
-        Only for models that understand no speech after silence, see PADDING_MS: others may be asked
-        about sounds.
-        """
-        if self.turn_samples or not self.server.trained_here:
-            return samples
-        if self.detector is None:
-            self.detector = VoiceDetector(VadOptions(prefix_padding_ms=self.padding_ms))
-        if len(self.silence) + len(samples) > MAX_SILENCE_S * INPUT_SAMPLE_RATE:
-            raise bad_request(f"no speech in {MAX_SILENCE_S} seconds; clear the buffer", "audio")
-        self.silence = np.concatenate((self.silence, samples))
-        for found in self.detector.feed(samples):
-            if isinstance(found, SpeechStarted):
-                speech = self.silence[found.at_ms * SAMPLES_PER_MS :]
-                self.silence = np.zeros(0, np.float32)
-                self.detector = None
-                return speech
-        return np.zeros(0, np.float32)
 
     async def commit(self, event: dict) -> None:
         """input_audio_buffer.commit: the audio so far becomes an item of the conversation."""
-        if self.detection is None:
-            rest = self.receiver.finish()
-            if len(self.silence):  # no speech was found: the model decides what it is
-                rest = np.concatenate((self.silence, rest))
-            self.reset_detector()
-            self.add_buffer_audio(rest)
+        if self.turn.detection is None:
+            self.turn.finish_buffer()
         self.commit_audio()
 
     def commit_audio(self) -> None:
         """Complete the audio of the buffer. Raises ApiError where there is none."""
-        if self.buffer_samples == 0:
-            raise ApiError(
-                400,
-                "the audio buffer is empty; append audio before it is committed",
-                code="input_audio_buffer_commit_empty",
-            )
-        self.buffer_samples = 0
-        self.release_held()
-        self.outbox.send(
-            "input_audio_buffer.committed", item_id=self.input_item, previous_item_id=None
-        )
-        self.send_item(self.input_item, [{"type": "input_audio", "transcript": None}])
-        self.input_item = new_id("item")
+        item = self.turn.commit()
+        self.outbox.send("input_audio_buffer.committed", item_id=item, previous_item_id=None)
+        self.send_item(item, [{"type": "input_audio", "transcript": None}])
 
     async def clear(self, event: dict) -> None:
-        """input_audio_buffer.clear: forget the audio that is not committed.
-
-        All audio and frames of a turn are encoded together: what was committed before is forgotten
-        with what came after it.
-        """
-        self.receiver = AudioReceiver()
-        self.reset_detector()
-        if self.buffer_samples:
-            self.held = None
-            images = list(self.turn_images)
-            self.call(lambda session: keep_images(session, images))
-            self.turn_samples = 0
-            self.buffer_samples = 0
-            self.last_frame_s = None
+        """input_audio_buffer.clear: forget the audio that is not committed."""
+        self.turn.clear()
         self.outbox.send("input_audio_buffer.cleared")
 
     async def append_frame(self, event: dict) -> None:
         """input_video_frame.append: a camera frame. It counts where the user speaks."""
         data = decode_base64(event.get("image"), "image")
         image = await self.server.decode(read_image, io.BytesIO(data), FRAME_SIZE)
-        frame = np.asarray(image)
-        if self.turn_samples == 0:
-            self.frame = frame  # the first one of the next turn
-        else:
-            self.add_frame(frame)
-
-    def add_frame(self, frame: np.ndarray) -> None:
-        """Add a frame at the time of the audio so far."""
-        at_s = self.turn_samples / INPUT_SAMPLE_RATE
-        if self.last_frame_s is not None and at_s - self.last_frame_s < 1 / FRAMES_PER_S:
-            return
-        self.last_frame_s = at_s
-        self.add_input(lambda session: session.add_frame(frame, at_s), frame.nbytes)
+        self.turn.show(np.asarray(image))
 
     # -------------------------------------------------------------------------------------- items
     async def create_item(self, event: dict) -> None:
@@ -493,7 +361,7 @@ class Conversation:
             raise bad_request(f"content is a list of 1 to {MAX_PARTS} parts", "item.content")
 
         # Images are counted before any is decoded, and all parts are checked before one is added.
-        self.check_turn(content)
+        self.turn.check(content)
         actions = [await self.item_action(part) for part in content]
         for action in actions:
             action()
@@ -509,39 +377,21 @@ class Conversation:
         kind = part.get("type")
         if kind == "input_text":
             text = parse_text(part.get("text"), "item.content")
-            return lambda: self.turn_text.append(text)
+            return lambda: self.turn.texts.append(text)
         if kind == "input_image":
             uri = data_uri({"image_url": part.get("image_url")}, "image_url")
             image = await self.server.decode(read_image, uri, IMAGE_SIZE)
-            return lambda: self.add_image(image)
+            return lambda: self.turn.add_image(image)
         if kind == "input_audio":
             data = decode_base64(part.get("audio"), "audio")
             receiver = AudioReceiver()
             samples = receiver.feed(data[: len(data) // 2 * 2])
             samples = np.concatenate((samples, receiver.finish()))
-            return lambda: self.add_audio(samples)
+            return lambda: self.turn.add_audio(samples)
         raise bad_request(
             f"a part of type {quote(kind)}; expected input_text, input_image or input_audio",
             "item.content",
         )
-
-    def check_turn(self, content: list[dict]) -> None:
-        """Raise ApiError where the texts or images of the turn become too many."""
-        parts = [part for part in content if isinstance(part, dict)]
-        num_images = sum(part.get("type") == "input_image" for part in parts)
-        if len(self.turn_images) + num_images > MAX_IMAGES:
-            raise bad_request(f"a turn has at most {MAX_IMAGES} images", "item.content")
-        texts = [str(part.get("text")) for part in parts if part.get("type") == "input_text"]
-        if len(" ".join((*self.turn_text, *texts))) > MAX_TEXT:
-            raise bad_request(
-                f"the texts of a turn have at most {MAX_TEXT} characters", "item.content"
-            )
-
-    def add_image(self, image: Image.Image) -> None:
-        """Add an image to the current turn."""
-        self.turn_images.append(image)
-        num_bytes = 3 * image.width * image.height
-        self.add_input(lambda session: session.add_image(image), num_bytes)
 
     def send_item(self, name: str, content: list[dict]) -> None:
         """Tell the client of a message of the user."""
@@ -557,9 +407,9 @@ class Conversation:
         wrong = bad_request("audio_end_ms is a number of milliseconds", "audio_end_ms")
         end_ms = whole_number(event.get("audio_end_ms"), 0, MAX_PLAYED_MS, wrong)
         # Once the next turn has begun, the answer is part of the conversation.
-        if self.turn_samples == 0 or self.held is not None:
-            self.call(lambda session: session.interrupt(end_ms / 1000))
-        self.release_held()
+        if self.turn.num_samples == 0 or self.turn.held is not None:
+            self.submit_to_worker(lambda session: session.interrupt(end_ms / 1000))
+        self.turn.release_held()
         last.audio_s = min(last.audio_s, end_ms / 1000)  # the rest is not played
         self.outbox.send(
             "conversation.item.truncated",
@@ -577,8 +427,8 @@ class Conversation:
                 "an answer is running; cancel it, or wait for response.done",
                 code="conversation_already_has_active_response",
             )
-        if self.detector is not None and self.detector.speaking:
-            self.reset_detector()
+        if self.turn.speaking:
+            self.turn.reset_detector()
         self.begin_answer(typed(event, "response", dict, {}))
 
     def begin_answer(self, given: dict) -> None:
@@ -593,25 +443,16 @@ class Conversation:
         if "max_output_tokens" in given:
             max_tokens = parse_max_tokens(given["max_output_tokens"])
         metadata = parse_metadata(given.get("metadata"))
-        self.release_held()
+        self.turn.release_held()
 
         previous = self.last
-        text = " ".join(self.turn_text)
+        text = " ".join(self.turn.texts)
         answer = Answer(text, voice, metadata, self.server.omni.sample_rate)
         self.running = answer
         self.last = answer
         answer.task = self.client.submit(self.answer_steps(answer, previous, max_tokens))
         self.start(self.follow(answer, previous), self.jobs)
-        self.begin_turn()
-
-    def begin_turn(self) -> None:
-        """What arrives from now on belongs to the next turn."""
-        self.turn_samples = 0
-        self.buffer_samples = 0
-        self.turn_text = []
-        self.turn_images = []
-        self.frame = None
-        self.last_frame_s = None
+        self.turn.begin()
 
     def answer_steps(
         self, answer: Answer, previous: Answer | None, max_tokens: int | None
@@ -650,14 +491,7 @@ class Conversation:
         answer.task.cancelled = True
         self.running = None
         if self.server.trained_here:  # each of its questions stands by itself
-            self.call(lambda session: forget(session, answer))
-
-
-def keep_images(session: Session, images: list[Image.Image]) -> None:
-    """Forget all of the current turn but its images."""
-    session.discard_turn()
-    for image in images:
-        session.add_image(image)
+            self.submit_to_worker(lambda session: forget(session, answer))
 
 
 def forget(session: Session, answer: Answer) -> None:

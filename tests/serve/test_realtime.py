@@ -18,6 +18,8 @@ from serving import (
 )
 
 from minomni.serve import realtime
+from minomni.serve.audio import AudioReceiver
+from minomni.serve.input_audio import SHORT_PADDING_MS
 from minomni.serve.vad import VadOptions, VoiceDetector
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -188,8 +190,8 @@ def test_a_turn_equals_that_of_the_package(server, trained):
         return await until(connection, "response.done")
 
     events = talk(server, conversation)
-    receiver = realtime.AudioReceiver()
-    detector = VoiceDetector(VadOptions(prefix_padding_ms=realtime.SHORT_PADDING_MS))
+    receiver = AudioReceiver()
+    detector = VoiceDetector(VadOptions(prefix_padding_ms=SHORT_PADDING_MS))
     turn = [event.wave for event in detector.feed(receiver.feed(audio)) if hasattr(event, "wave")]
     session = trained.listen(next(iter(trained.voices)))
     session.add_audio(np.concatenate(turn))

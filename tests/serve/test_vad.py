@@ -9,7 +9,7 @@ import soundfile
 import soxr
 from serving import SAMPLES
 
-from minomni.serve.realtime import SHORT_PADDING_MS
+from minomni.serve.input_audio import SHORT_PADDING_MS
 from minomni.serve.vad import (
     EnergyDetector,
     SileroDetector,
