@@ -4,7 +4,7 @@ Messages in, a reply out.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeGuard, overload
+from typing import TypeGuard, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from minomni.chat.reply import (
 )
 from minomni.chat.session import Session
 from minomni.chat.static_generate import StaticGenerator
-from minomni.chat.stream_options import LOW_LATENCY, stream_options
+from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_options
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
 from minomni.cuda_graphs import Graphs
@@ -242,11 +242,23 @@ class Omni(nn.Module):
                 "stream() answers one conversation, a list of messages; respond() takes several"
             )
         checked = stream_options(self.config, seed, schedule, flow, options)
+        return self._stream(messages, voice, speech, use_audio_in_video, checked, timings)
+
+    def _stream(
+        self,
+        messages: list[dict],
+        voice: str | None,
+        speech: bool,
+        use_audio_in_video: bool,
+        options: StreamOptions,
+        timings: Timings,
+    ) -> Iterator[TextChunk | AudioChunk | ReplyDone]:
+        """stream() with checked options."""
         chosen, inputs = self.prepare(messages, voice, speech, use_audio_in_video)
         timings.mark("input")
         with torch.no_grad():
             prefill = self.thinker.prefill(inputs, self.thinker.model.new_cache(), timings.mark)
-        return stream_reply(self, prefill, chosen, checked, timings, [])
+        return stream_reply(self, prefill, chosen, options, timings, reply_ids=[])
 
     @overload
     def respond(
@@ -292,17 +304,20 @@ class Omni(nn.Module):
         the Talker; see generation_options.py. Raises UserError for input that cannot be read, does
         not fit the context or is only silence, and for unknown voices and options.
         """
-        sampling_configs(self.config, options)  # raises UserError for wrong options first
+        timings = Timings()
         if is_batch(messages):
-            return self._respond_batch(messages, voice, speech, use_audio_in_video, seed, options)
-        *_, done = self.stream(  # which checks the types of its arguments
-            messages,  # type: ignore[arg-type]
-            voice,  # type: ignore[arg-type]
+            sampling = sampling_configs(self.config, options)
+            return self._respond_batch(
+                messages, voice, speech, use_audio_in_video, seed, sampling, timings
+            )
+        checked = stream_options(self.config, seed, schedule=None, flow=None, options=options)
+        *_, done = self._stream(
+            cast("list[dict]", messages),  # prepare() checks this and the voice
+            cast("str | None", voice),
             speech,
             use_audio_in_video,
-            seed,  # type: ignore[arg-type]
-            schedule=None,
-            **options,
+            checked,
+            timings,
         )
         assert isinstance(done, ReplyDone)
         return done.reply
@@ -314,7 +329,8 @@ class Omni(nn.Module):
         speech: bool,
         use_audio_in_video: bool,
         seed: int | list[int],
-        options: dict,
+        sampling: tuple[SamplingConfig, SamplingConfig],
+        timings: Timings,
     ) -> Replies:
         """respond() for several conversations, as one batch. A reply's total_s is the time of the
         whole batch.
@@ -322,9 +338,7 @@ class Omni(nn.Module):
         Left padding to the longest prompt takes context from the shorter ones. Where an answer may
         need that context, the conversations are answered one by one.
         """
-        timings = Timings()
         count = len(conversations)
-        sampling = sampling_configs(self.config, options)
         seeds = [check_seed(row_seed) for row_seed in broadcast(seed, count, "seed")]
 
         # Check and encode all conversations before the first one is answered.

@@ -24,7 +24,7 @@ class StreamOptions:
 
 def stream_options(
     config: OmniConfig,
-    seed: int | None,
+    seed: object,
     schedule: Schedule | str | None,
     flow: FlowConfig | None,
     options: dict,
@@ -33,7 +33,7 @@ def stream_options(
     audio is split. Raises UserError.
     """
     sampling = sampling_configs(config, options)
-    seed = check_seed(seed)
+    checked_seed = check_seed(seed)
     if schedule not in (None, LOW_LATENCY) and not isinstance(schedule, Schedule):
         raise UserError(
             f'schedule {quote(schedule)}; give "{LOW_LATENCY}", a Schedule, or None for all audio '
@@ -46,4 +46,4 @@ def stream_options(
             f"flow is {quote(flow)}; expected a FlowConfig, such as "
             f"dataclasses.replace(omni.config.flow, points=4)"
         )
-    return StreamOptions(sampling, seed, schedule, flow)
+    return StreamOptions(sampling, checked_seed, schedule, flow)
