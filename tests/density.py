@@ -1,7 +1,7 @@
-"""AST nodes per code line of each file and of all: python tests/density.py minomni/*.py ...
+"""AST nodes per code line of each file and of all: python tests/density.py [FILE ...]
 
-Blank lines, comments and docstrings are no code lines. Admired code bases have 6 to 10 nodes per
-line.
+Without files it counts the package. Blank lines, comments and docstrings are no code lines. Admired
+code bases have 6 to 10 nodes per line.
 """
 
 import ast
@@ -44,6 +44,9 @@ def count(path: Path) -> tuple[int, int]:
 
 
 def main(paths: list[str]) -> None:
+    if not paths:
+        package = Path(__file__).parents[1] / "minomni"
+        paths = [str(path) for path in sorted(package.rglob("*.py"))]
     all_nodes = 0
     all_lines = 0
     for path in paths:

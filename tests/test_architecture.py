@@ -48,6 +48,11 @@ def imported(path: Path, modules: set[str]) -> set[str]:
     for node in ast.walk(tree):
         if node in only_types:
             continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "minomni":
+                    found.add(alias.name.removeprefix("minomni").removeprefix(".") or "__init__")
+            continue
         if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "minomni":
             continue
         folder = node.module.removeprefix("minomni").removeprefix(".")
@@ -94,5 +99,7 @@ def test_an_upward_import_is_found(tmp_path):
     file.write_text(
         "if TYPE_CHECKING:\n    from minomni.omni import Omni\n"
         "def f():\n    from minomni.train import loop\n    from minomni import load\n"
+        "    import os, minomni.serve.app, minomni\n"
     )
-    assert imported(file, {"train.loop", "train", "omni"}) == {"train.loop", "__init__"}
+    expected = {"train.loop", "serve.app", "__init__"}
+    assert imported(file, {"train.loop", "train", "serve.app", "omni"}) == expected
