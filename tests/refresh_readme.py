@@ -85,15 +85,6 @@ STREAM_STAGES = {
     "mel": "first mel frames",
     "audio": "first audio",
 }
-SCHEDULES = {
-    "low_latency, the default of stream()": "low latency, the default of `stream()`",
-    "serving: 3 blocks, 2 back computed again, 1 ahead": "the release's: 3 blocks, "
-    "2 blocks of left context recomputed, 1 block of look-ahead",
-    "3 blocks, the past remembered, 0 ahead": "3 blocks, cached left context, no look-ahead",
-    "3 blocks, the past remembered, 1 ahead": "3 blocks, cached left context, look-ahead of 1",
-    "3 blocks, the past remembered, 2 ahead": "3 blocks, cached left context, look-ahead of 2",
-    "6 blocks, the past remembered, 1 ahead": "6 blocks, cached left context, look-ahead of 1",
-}
 # Rows of the table of bench answer, which is in English alone
 ANSWER_ROWS = {
     "load_s": "loading 22.4 GB, s",
@@ -326,7 +317,7 @@ def stream_stages(language: str) -> str:
 
 def stream_schedules(language: str) -> str:
     rows = [
-        [SCHEDULES[name], str(row["codes"]), f"{row['mel_distance']:.3f}"]
+        [name, str(row["codes"]), f"{row['mel_distance']:.3f}"]
         for name, row in results()["stream_schedules"].items()
     ]
     head = ["schedule", "codes before the first audio", "mel distance to the whole utterance"]

@@ -57,11 +57,13 @@ LATENCY_PHASES = {
     "audio": "first audio",
 }
 SCHEDULES = {
-    "serving: 3 blocks, 2 back computed again, 1 ahead": RELEASE_SCHEDULE,
-    "3 blocks, the past remembered, 0 ahead": Schedule(((3, 0),)),
-    "3 blocks, the past remembered, 1 ahead": Schedule(((3, 1),)),
-    "3 blocks, the past remembered, 2 ahead": Schedule(((3, 2),)),
-    "6 blocks, the past remembered, 1 ahead": Schedule(((6, 1),)),
+    "the release's: 3 blocks, 2 blocks of left context recomputed, 1 block of look-ahead": (
+        RELEASE_SCHEDULE
+    ),
+    "3 blocks, cached left context, no look-ahead": Schedule(((3, 0),)),
+    "3 blocks, cached left context, look-ahead of 1": Schedule(((3, 1),)),
+    "3 blocks, cached left context, look-ahead of 2": Schedule(((3, 2),)),
+    "6 blocks, cached left context, look-ahead of 1": Schedule(((6, 1),)),
 }
 WHOLE_UTTERANCE = Schedule(((10_000, 0),))
 
@@ -196,8 +198,8 @@ def measure(omni: Omni) -> Streaming:
         f"growth of memory after the first full context in {SESSION_S} s of listening",
     )
 
-    schedules = {"low_latency, the default of stream()": low_latency_schedule(token2wav_of(omni))}
-    schedules |= SCHEDULES
+    default = low_latency_schedule(token2wav_of(omni))
+    schedules = {"low latency, the default of `stream()`": default, **SCHEDULES}
     distances = {name: distance(omni, schedule) for name, schedule in schedules.items()}
     return Streaming(rows, phases, distances)
 

@@ -432,7 +432,8 @@ def test_benchmark_reports_every_row_and_restores_the_model(limited, monkeypatch
         "audio",
     ]
     near, far = (
-        result.schedules[f"3 blocks, the past remembered, {ahead} ahead"][1] for ahead in (2, 0)
+        result.schedules[f"3 blocks, cached left context, {look_ahead}"][1]
+        for look_ahead in ("look-ahead of 2", "no look-ahead")
     )
     assert near < far  # more look-ahead comes closer to the whole utterance
     result.draw(tmp_path / "waterfall.png")
