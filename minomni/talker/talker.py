@@ -179,7 +179,8 @@ class Talker(nn.Module):
 
         -> bool [V] on the device of the weights.
         """
-        ids = torch.arange(self.config.decoder.vocab_size, device=self.codec_head.weight.device)
+        vocab_size = self.config.decoder.vocab_size
+        ids = torch.arange(vocab_size, device=self.codec_head.weight.device)
         outside = (ids >= num_codes) & ~self.is_stop(ids)
         return (ids == self.config.codec_bos) | outside
 
