@@ -62,7 +62,7 @@ def mel(
     a color bar.
     """
     seconds = bands.shape[1] / MEL_RATE
-    picture = ax.imshow(
+    image = ax.imshow(
         bands,
         origin="lower",
         aspect="auto",
@@ -74,4 +74,4 @@ def mel(
     )
     ax.set(xlabel="seconds", ylabel="band", title=title)
     if bar:
-        ax.figure.colorbar(picture, ax=ax, pad=0.01).ax.tick_params(labelsize=8)
+        ax.figure.colorbar(image, ax=ax, pad=0.01).ax.tick_params(labelsize=8)

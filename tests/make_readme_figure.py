@@ -78,7 +78,7 @@ def draw(answer: StreamedReply, codes_per_second: int):
 
 def draw_question(picture, spectrogram) -> None:
     """The picture and the mel spectrogram of the spoken question."""
-    viz.picture(picture, Image.open(PICTURE), "scene.png")
+    viz.draw_image(picture, Image.open(PICTURE), "scene.png")
     viz.mel(viz.plain(spectrogram), voice_mel(load_audio(QUESTION)).T, low=SILENCE, bar=False)
     spectrogram.set(title="question.wav: “where is the red circle”", xlabel="", ylabel="mel band")
     spectrogram.title.set_fontsize(9)

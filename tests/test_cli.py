@@ -112,7 +112,7 @@ def make_bad(kind: str, folder):
         return "--audio", path, "not readable as audio"
     if kind == "no_image":
         path.write_text("words, not a picture")
-        return "--image", path, "not a readable picture"
+        return "--image", path, "not a readable image"
     if kind == "truncated":  # the index stands last: nothing can be decoded
         whole = clip(folder / "whole.mp4", sound=False).read_bytes()
         path.write_bytes(whole[: len(whole) // 3])

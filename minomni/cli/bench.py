@@ -30,7 +30,7 @@ BENCH_OPTIONS = {
     "model": ("stream", "first", "steps", "answer", "serve", "parts", "gpu"),
     "quantize": ("stream", "first", "steps", "answer", "serve", "parts", "gpu"),
     "random-weights": ("stream", "first", "steps", "serve", "parts", "gpu"),
-    "picture": ("stream",),
+    "plot": ("stream",),
     "processes": ("processes",),
     "width-factor": ("parts", "gpu"),
     "dtype": ("parts",),
@@ -95,7 +95,7 @@ def add_weights(bench: argparse.ArgumentParser) -> None:
 def add_settings(bench: argparse.ArgumentParser) -> None:
     """Options of single benchmarks, which BENCH_OPTIONS names."""
     bench.add_argument(
-        "--picture", type=Path, help="plot predicted and measured latency into this PNG (stream)"
+        "--plot", type=Path, help="plot predicted and measured latency into this PNG (stream)"
     )
     bench.add_argument(
         "--processes",
@@ -161,12 +161,12 @@ def run_bench(arguments: argparse.Namespace) -> None:
         print_rows(rows, arguments.json)
         return
 
-    if arguments.picture:
-        with writing(arguments.picture):  # an error here costs no minutes of measuring
-            arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.plot:
+        with writing(arguments.plot):  # an error here costs no minutes of measuring
+            arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     result = benchmark.measure(omni)
-    if arguments.picture:
-        result.draw(arguments.picture)
+    if arguments.plot:
+        result.draw(arguments.plot)
     print(json.dumps(result.ratios()) if arguments.json else result.markdown())
 
 

@@ -24,7 +24,7 @@ GENERATORS = {
     "video": [scenes.moving_clip, scenes.ordered_clip],
     "sync": [scenes.clip_with_tone],
 }
-# At most this many questions about one picture, each in a turn of its own: encoding a picture
+# At most this many questions about one image, each in a turn of its own: encoding an image
 # costs more than another question.
 MAX_TURNS = 4
 # Seconds of speech in a long dictation. Longer ones (up to 30 s) learn less in as many steps.

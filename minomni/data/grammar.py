@@ -187,5 +187,5 @@ def expand(template: str) -> list[str]:
 
 
 def all_questions() -> list[str]:
-    """Every question. They are few, so none is held out; the pictures and clips differ instead."""
+    """Every question. They are few, so none is held out; the images and clips differ instead."""
     return sum(map(expand, QUESTIONS), [])

@@ -41,11 +41,11 @@ def tone_token(encode: Encode) -> int:
 
 
 # ----------------------------------------------------------------------------------------------
-# words of a picture
+# words of an image
 
 
 def cell_words(example: Example, grid: Grid, vision: VisionEncoderConfig, encode: Encode) -> Tensor:
-    """Token ids for each merge cell of a picture or clip [cells, 4]: color, shape, horizontal and
+    """Token ids for each merge cell of an image or clip [cells, 4]: color, shape, horizontal and
     vertical position.
 
     A digit fills every cell with its word. An object belongs to the cell of its center; cells that

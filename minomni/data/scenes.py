@@ -1,4 +1,4 @@
-"""The generated world's pictures, clips and audio, each with questions about it and answers."""
+"""The generated world's images, clips and audio, each with questions about it and answers."""
 
 from dataclasses import dataclass, field
 from random import Random
@@ -11,7 +11,7 @@ from torch import Tensor
 from minomni.config import INPUT_SAMPLE_RATE
 from minomni.data.grammar import COLORS, GRAMMAR, MOVES, NUMBERS, RELATIONS, SHAPES
 
-SCENE_SIZE = 112  # pixels, side of a picture
+SCENE_SIZE = 112  # pixels, side of an image
 CLIP_SIZE = 84  # pixels, side of a frame
 # The frames of a clip come in pairs. Seconds that a pair lasts, drawn for each pair.
 PAIR_SECONDS = (0.6, 1.4)
@@ -20,7 +20,7 @@ LONG_PAIRS = 32  # most pairs in a long clip
 FRAMES = (4, 6, 8)  # number of frames of a short clip
 TONE_SECONDS = 0.3
 
-# Kinds of questions about a picture, and how often each is drawn.
+# Kinds of questions about an image, and how often each is drawn.
 QUESTION_WEIGHTS = {"color": 3, "shape": 1, "count": 1, "relation": 2, "describe": 1}
 TWO_OBJECT_QUESTIONS = ("relation", "describe")
 
@@ -31,7 +31,7 @@ TimedFrames = tuple[np.ndarray, np.ndarray]
 
 
 class SceneObject(NamedTuple):
-    """One shape in a picture or frame, in pixels."""
+    """One shape in an image or frame, in pixels."""
 
     color: str
     shape: str
@@ -39,7 +39,7 @@ class SceneObject(NamedTuple):
     radius: float
 
 
-Frame = list[SceneObject]  # what is visible in a picture or in a frame of a clip
+Frame = list[SceneObject]  # what is visible in an image or in a frame of a clip
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Example:
 
 
 # ----------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
 def draw_shape(
@@ -86,7 +86,7 @@ def draw_shape(
 
 
 def blank_image(side: int, random: Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty picture whose background differs from the color of every shape."""
+    """An empty image whose background differs from the color of every shape."""
     red = random.randint(110, 190)
     green = red + random.randint(-8, 8)
     blue = red + random.randint(-8, 8)
@@ -102,7 +102,7 @@ def random_objects(random: Random, n: int) -> list[tuple[str, str]]:
 
 
 def random_scene(random: Random) -> Example:
-    """A picture with one to three shapes and a question about it."""
+    """An image with one to three shapes and a question about it."""
     # The question decides how many objects there are.
     kind = random.choices(list(QUESTION_WEIGHTS), weights=list(QUESTION_WEIGHTS.values()))[0]
     needs_two = kind in TWO_OBJECT_QUESTIONS
@@ -123,7 +123,7 @@ def random_scene(random: Random) -> Example:
     for color, shape, center, radius in placed:
         draw_shape(pen, shape, color, center, radius)
 
-    # Ask one question; all others about the picture are follow-ups.
+    # Ask one question; all others about the image are follow-ups.
     questions = questions_about(objects, relation if n == 2 else None)
     question, answer = random.choice(questions[kind])
     pairs = sum(questions.values(), [])
@@ -158,7 +158,7 @@ def random_placement(random: Random, color: str, shape: str, center: Point) -> S
 def questions_about(
     objects: list[tuple[str, str]], relation: str | None
 ) -> dict[str, list[QuestionAnswer]]:
-    """All questions about a picture's (color, shape) objects, by kind, with their answers.
+    """All questions about an image's (color, shape) objects, by kind, with their answers.
 
     relation: of the first object to the second, if there are two. A color that two objects share
     names neither.
@@ -235,18 +235,18 @@ def draw_clip(
     """
     # All frames have the same background.
     background = random.randint(0, 1 << 30)
-    pictures = []
+    images = []
     for objects in frames:
         image, pen = blank_image(CLIP_SIZE, Random(background))
         for color, shape, center, radius in objects:
             draw_shape(pen, shape, color, center, radius)
-        pictures.append(np.asarray(image))
+        images.append(np.asarray(image))
     # A frame is shown until the next one; both frames of a pair for the same time.
     pairs = len(frames) // 2
     half_pairs = [random.uniform(*pair_seconds) / 2 for _ in range(pairs)]
     ends = np.cumsum(np.repeat(half_pairs, 2))
     times = np.concatenate([[0.0], ends[:-1]])
-    return np.stack(pictures), times.astype(np.float32)
+    return np.stack(images), times.astype(np.float32)
 
 
 def moving_clip(random: Random) -> Example:

@@ -93,7 +93,7 @@ def _end_of_chunks(stream: Any, end: int, order: str, name: str) -> int:
     file of which only the beginning was copied.
     """
     stream.seek(8)
-    content = "pictures" if stream.read(4) == b"AVI " else "audio"
+    content = "images" if stream.read(4) == b"AVI " else "audio"
     offset = 12
     count = 0
     long_size = UNKNOWN

@@ -50,7 +50,7 @@ def load_image(source: Any) -> Image.Image:
                 image = Image.open(stream)
         except Exception as error:  # readers raise anything on broken bytes
             reason = first_line(error)
-            raise UserError(f"{name}: not a readable picture ({reason})") from None
+            raise UserError(f"{name}: not a readable image ({reason})") from None
         with image:
             return _to_rgb(image, name)
 
@@ -65,7 +65,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # truncated or closed files of the caller, broken blocks, odd modes
-        raise UserError(f"{name}: not a readable picture ({first_line(error)})") from None
+        raise UserError(f"{name}: not a readable image ({first_line(error)})") from None
 
 
 def _converted(image: Image.Image, name: str) -> Image.Image:

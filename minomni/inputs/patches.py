@@ -27,7 +27,7 @@ def smart_resize(
     cell: int,
     min_pixels: float,
     max_pixels: float,
-    name: str = "the picture",
+    name: str = "the image",
     at_least_a_cell: bool = False,
 ) -> tuple[int, int]:
     """The size nearest to height x width whose sides are multiples of `cell`, within the limits.
@@ -41,7 +41,7 @@ def smart_resize(
     if not 0 < long <= MAX_ASPECT_RATIO * short:
         raise UserError(
             f"{name}: {width}x{height} pixels; expected an aspect ratio of at most "
-            f"{MAX_ASPECT_RATIO}, crop the picture"
+            f"{MAX_ASPECT_RATIO}, crop the image"
         )
     if max_pixels < min_pixels:
         raise UserError(
@@ -69,7 +69,7 @@ def image_size(
     width: int,
     cell: int,
     media: MediaConfig,
-    name: str = "the picture",
+    name: str = "the image",
     options: MediaOptions = NO_OPTIONS,
 ) -> tuple[int, int]:
     """The size (height, width) that an image of height x width is resized to.
@@ -135,7 +135,7 @@ def image_patches(
     image: Image.Image,
     vision: VisionEncoderConfig,
     media: MediaConfig,
-    name: str = "the picture",
+    name: str = "the image",
     options: MediaOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Grid]:
     """An RGB image -> patches [gh * gw, patch_dim] and grid (1, gh, gw).

@@ -460,7 +460,7 @@ def _refuse_image(stream: Any, name: str) -> None:
             return
         packets = (packet for packet in container.demux(video=0) if packet.size)
         if len(list(islice(packets, 2))) < 2:
-            raise UserError(f"{name}: is a picture; give it as image")
+            raise UserError(f"{name}: is an image; give it as image")
 
 
 def _refuse_long_video(stream: Any, request: _Request) -> None:

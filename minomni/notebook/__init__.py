@@ -1,4 +1,4 @@
-"""Pictures, checks and a player for the notebooks."""
+"""Figures, checks and a player for the notebooks."""
 
 from minomni.notebook import viz
 from minomni.notebook.check import grade, same, show

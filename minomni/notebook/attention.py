@@ -15,7 +15,7 @@ from minomni import decoder
 from minomni.data.examples import with_ids
 from minomni.inputs.prompt import Inputs
 from minomni.layers import attention_with_weights
-from minomni.notebook.viz import COLORS, INK, PALE, picture
+from minomni.notebook.viz import COLORS, INK, PALE, draw_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def on_patches(ax: "Axes", image: "Image", weights: Tensor, query: tuple[int, in
     scale from 0 to the largest weight.
     """
     pale = image.convert("L").point(lambda level: 170 + level // 3)
-    picture(ax, pale.convert("RGB"))
+    draw_image(ax, pale.convert("RGB"))
     step = image.height / len(weights)
     edges = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
     ax.imshow(_yellow(weights / weights.max()).numpy(), extent=edges, interpolation="nearest")

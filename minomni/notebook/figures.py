@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minomni.inputs.mel import LOG_BANDS, hz_to_mel
-from minomni.notebook.viz import INK, axes, lattice, picture
+from minomni.notebook.viz import INK, axes, draw_image, lattice
 from minomni.plot import COLORS, PALE, plain
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def zoom(whole: "Axes", part: "Axes", image: Any, corner: tuple[int, int], cell:
     whole.add_patch(
         Rectangle((left - 0.5, top - 0.5), cell, cell, fill=False, color="gold", linewidth=2.5)
     )
-    picture(part, image.crop((left, top, left + cell, top + cell)), "one cell = one token")
+    draw_image(part, image.crop((left, top, left + cell, top + cell)), "one cell = one token")
     half = cell // 2
     lattice(part, cell, cell, half, "gold", 1.5)
     for number in range(4):
@@ -204,7 +204,7 @@ def walk(ax: "Axes", image: Any, places: Tensor, title: str) -> None:
     image: of PIL, drawn dark. places [patches, 2]: row and column of each patch.
     """
     dark = image.convert("L").point(lambda value: value // 2).convert("RGB")
-    picture(ax, dark, title)
+    draw_image(ax, dark, title)
     lattice(ax, image.height, image.width, 14, linewidth=0.4)
     lattice(ax, image.height, image.width, 28, linewidth=1.4)
     x = (14 * places[:, 1] + 7).tolist()

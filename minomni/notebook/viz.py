@@ -97,7 +97,7 @@ def filters(
     ax.set(xlabel="Hz", ylabel="weight", title=title, xlim=(0, top), ylim=(0, None))
 
 
-def picture(ax: "Axes", pixels: Any, title: str = "") -> None:
+def draw_image(ax: "Axes", pixels: Any, title: str = "") -> None:
     """An image without axes: a PIL image, or [height, width, 3] of bytes or of 0 .. 1.
 
     Its pixels are drawn as squares.
@@ -137,7 +137,7 @@ def captioned(ax: "Axes", image: "Image", labels: Sequence[Sequence[str]], title
 
     labels: the words of each square, row by row.
     """
-    picture(ax, image, title)
+    draw_image(ax, image, title)
     lattice(ax, image.height, image.width, CELL_PIXELS)
     for i, words in enumerate(labels):
         row, column = divmod(i, image.width // CELL_PIXELS)

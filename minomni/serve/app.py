@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 STATIC = Path(__file__).parent / "static"
-SAMPLES = ("scene.png", "color.png", "digit.png")  # pictures that the page offers
+SAMPLES = ("scene.png", "color.png", "digit.png")  # images that the page offers
 PING_S = 20.0  # between two signs of life on a WebSocket
 STOP_S = 3  # seconds that connections have to end when the server stops
 

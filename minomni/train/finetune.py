@@ -415,7 +415,7 @@ def make_finetune_stage(
 
 
 def weights_hash(omni: "Omni") -> str:
-    """A fingerprint of all weights of a model."""
+    """A digest of all weights of a model."""
     digest = hashlib.sha256()
     for tensor in omni.state_dict().values():
         for part in plain_parts(tensor):

@@ -68,7 +68,7 @@ def without_settings(settings: Settings, removed: Settings) -> Settings:
 
 
 def config_hash(config: OmniConfig) -> str:
-    """A fingerprint of all sizes of a model."""
+    """A digest of all sizes of a model."""
     return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""Previews of a stage in training: in samples/<stage>/ a wav, a mel picture and a transcript."""
+"""Previews of a stage in training, in samples/<stage>/: a wav, a mel spectrogram, a transcript."""
 
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +22,7 @@ GRIFFIN_LIM_STEPS = 32
 def write_samples(stage: "Stage", folder: Path, step: int, sample: str) -> None:
     """Write what a stage generates at a step, under samples/<stage>/<step> in the folder.
 
-    A stage with audio: a wav, a picture of its mel, and its sentence beside the codec's transcript.
+    A stage with audio: a wav, its mel spectrogram, and its sentence beside the codec's transcript.
     Every stage: `sample`, a line of text, if it has one.
     """
     path = folder / "samples" / stage.name / f"{step:06}"
@@ -35,7 +35,7 @@ def write_samples(stage: "Stage", folder: Path, step: int, sample: str) -> None:
             title = f"{text}, step {step}"
             rate = stage.omni.sample_rate
             write_atomically(path.with_suffix(".wav"), lambda file: write_wav(file, wave, rate))
-            write_atomically(path.with_suffix(".png"), lambda file: write_picture(file, mel, title))
+            write_atomically(path.with_suffix(".png"), lambda file: write_mel(file, mel, title))
             lines.append(f"text        {text!r}")
             lines.append(f"transcript  {transcript(stage, folder, mel)}")
         if sample:
@@ -124,7 +124,7 @@ def write_wav(file: BinaryIO, wave: Tensor, rate: int) -> None:
     file.write(buffer.getbuffer())
 
 
-def write_picture(file: BinaryIO, mel: Tensor, title: str) -> None:
+def write_mel(file: BinaryIO, mel: Tensor, title: str) -> None:
     """Write a mel [T, bands] as a PNG."""
     from matplotlib.figure import Figure
 

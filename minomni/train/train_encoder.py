@@ -130,7 +130,7 @@ def inputs_by_name(
 
 
 def voices_hash(voices: dict[str, Voice]) -> str:
-    """A fingerprint of voices, in their order."""
+    """A digest of voices, in their order."""
     digest = hashlib.sha256()
     for name, voice in voices.items():
         digest.update(repr((name, voice.bos_token)).encode())

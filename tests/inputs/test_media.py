@@ -208,7 +208,7 @@ def test_broken_pictures(tmp_path):
     )
     for content in (whole[: len(whole) // 2], b"", b"words"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="half.png: not a readable picture") as error:
+        with pytest.raises(UserError, match="half.png: not a readable image") as error:
             load_image(path)
         assert "0x" not in str(error.value)  # no memory addresses
 

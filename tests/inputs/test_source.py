@@ -379,7 +379,7 @@ def counted(content: bytes) -> tuple[io.BytesIO, list]:
             b"RIFF\x24\x80\0\0WAVE" + bytes(2_000_000),
             "holds zeros where its audio should begin; copy it again",
         ),
-        (b"RIFF\x24\x80\0\0AVI " + bytes(700_000), "holds zeros where its pictures should begin"),
+        (b"RIFF\x24\x80\0\0AVI " + bytes(700_000), "holds zeros where its images should begin"),
         (
             wav()[:36] + bytes(1_500_000),
             "holds zeros where its audio",

@@ -335,7 +335,7 @@ def test_lists_that_are_no_film(frames, says):
 def test_single_pictures_are_no_film(tmp_path, kind):
     path = tmp_path / f"scene.{kind}"
     Image.fromarray(scene()).save(path)
-    with pytest.raises(UserError, match=f"scene.{kind}: is a picture; give it as image"):
+    with pytest.raises(UserError, match=f"scene.{kind}: is an image; give it as image"):
         load_video(path, MEDIA, with_audio=False)
 
 

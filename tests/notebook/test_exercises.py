@@ -25,7 +25,7 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def marked(row: list[str], who: str, begin: int, end: int) -> list[int]:
-    """1 from `begin` tokens after the start of every turn of somebody to `end` tokens behind its
+    """1 from `begin` tokens after the start of every turn of `who` to `end` tokens behind its
     <|im_end|>.
     """
     marks = [0] * len(row)
@@ -112,14 +112,14 @@ def cut(
 
 
 def read_as(
-    chances, letters, stay: bool = True, leap: bool = True, equal: bool = False, ends: int = 2
+    probabilities, letters, stay: bool = True, leap: bool = True, equal: bool = False, ends: int = 2
 ) -> float:
-    """CTC's chance of a text, summed along the moments; each switch leaves out, or overdoes, one
+    """CTC's probability of a text, summed over time; each switch leaves out, or overdoes, one
     thing.
     """
     places = [0, *(c for letter in letters for c in (letter, 0))]
-    at = [float(chances[0][c]) * (s < 2) for s, c in enumerate(places)]
-    for row in chances[1:]:
+    at = [float(probabilities[0][c]) * (s < 2) for s, c in enumerate(places)]
+    for row in probabilities[1:]:
         at = [
             float(row[c])
             * (

@@ -587,7 +587,7 @@ def test_tmrope_pictures_name_the_axes_and_the_kinds(length, controls):
 
 def test_lattice_and_tint_lie_on_the_picture(controls):
     ax = viz.axes()
-    viz.picture(ax, torch.zeros(56, 84, 3).numpy())
+    viz.draw_image(ax, torch.zeros(56, 84, 3).numpy())
     viz.tint(ax, torch.arange(24).view(4, 6) % 2 == 1, 14)
     viz.lattice(ax, 56, 84, 28)
     under, over = ax.get_images()
