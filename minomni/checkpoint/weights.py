@@ -387,8 +387,8 @@ def fill_model(
         for name, tensor in read_shard(file, names, plan, omni).items():
             # load_state_dict() would walk through all modules for each file.
             owner, _, attribute = name.rpartition(".")
-            is_trained = name not in plan.methods
-            setattr(modules[owner], attribute, nn.Parameter(tensor, requires_grad=is_trained))
+            parameter = nn.Parameter(tensor, requires_grad=name not in plan.methods)
+            setattr(modules[owner], attribute, parameter)
     omni.thinker.tie_head()
 
 

@@ -190,9 +190,10 @@ def make_optimizers(
     others = []
     scales = []
     for name, parameter in parameters.items():
+        layer, _, _ = name.rpartition(".")
         if parameter.dim() <= 1:
             scales.append(parameter)
-        elif mixes_channels(parameter) and not name.split(".")[-2].endswith(ADAMW_LAYERS):
+        elif mixes_channels(parameter) and not layer.endswith(ADAMW_LAYERS):
             matrices.append(parameter)
         else:
             others.append(parameter)
