@@ -244,7 +244,7 @@ def fake_clock(omni, monkeypatch):
             return step(*arguments)
 
         def slow_decode_chunk(stream, end, seen):
-            now[0] += frame_s * (seen - stream.done)
+            now[0] += frame_s * (seen - stream.frames_done)
             return decode_chunk(stream, end, seen)
 
         monkeypatch.setattr("minomni.chat.reply.time", SimpleNamespace(perf_counter=lambda: now[0]))

@@ -177,7 +177,7 @@ def data(tmp_path) -> Path:
 def quick(monkeypatch):
     """Short steps, and no generated samples."""
     monkeypatch.setattr(finetune, "LORA_RECIPE", (1e-2, 2))
-    monkeypatch.setattr(finetune.FinetuneChatStage, "sample", lambda self: "")
+    monkeypatch.setattr(finetune.FinetuneChatStage, "preview_text", lambda self: "")
 
 
 def train(folder, data: Path, out: Path, *options: str) -> int:
