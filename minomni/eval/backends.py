@@ -48,15 +48,16 @@ class Workload:
     text_tokens: int  # generated after the prompt
     question_s: int  # of the spoken question
     answer_s: int  # of its spoken answer
+    speech_s: int  # of the speech that Token2Wav makes
     training_tokens: int
     rounds: int  # repetitions of each measurement, after one that warms up
     probe_mib: int  # of the tensor that is copied to measure the bandwidth
     probe_width: int  # of the matrices that are multiplied to measure the rate
 
 
-FULL = Workload(30, (448, 672), 16, 1024, 32, 10, 10, 256, 5, 256, 2048)
-ON_CPU = replace(FULL, answer_s=2, rounds=3)  # ten seconds of speech take minutes there
-SHORT = Workload(2, (56, 84), 4, 64, 4, 1, 1, 16, 1, 8, 256)  # takes seconds, to try it
+FULL = Workload(30, (448, 672), 16, 1024, 32, 10, 10, 10, 256, 5, 256, 2048)
+ON_CPU = replace(FULL, speech_s=2, rounds=3)  # ten seconds of speech take minutes there
+SHORT = Workload(2, (56, 84), 4, 64, 4, 1, 1, 1, 16, 1, 8, 256)  # takes seconds, to try it
 
 
 @dataclass
@@ -121,7 +122,9 @@ class Samples:
         self.training_ids = torch.randint(vocabulary, (1, length), generator=random).to(device)
 
         # Speech codes, and embeddings as the Talker reads them.
-        self.num_codes = workload.answer_s * token2wav.config.codes_per_second
+        codes_per_second = token2wav.config.codes_per_second
+        self.answer_codes = workload.answer_s * codes_per_second
+        self.num_codes = workload.speech_s * codes_per_second
         self.codes = torch.randint(omni.num_codes, (1, self.num_codes), generator=random).to(device)
         shape = (1, length, talker.config.embedding_size)
         dtype = talker.codec_head.weight.dtype
@@ -223,7 +226,7 @@ class MinomniBackend(Backend):
             self.messages,
             temperature=0,
             max_new_tokens=WORDS_PER_S * self.samples.workload.answer_s,
-            talker_max_new_tokens=self.samples.num_codes,
+            talker_max_new_tokens=self.samples.answer_codes,
         )
         next(event for event in events if isinstance(event, AudioChunk))
         first_audio_s = clock.mark()
@@ -231,7 +234,7 @@ class MinomniBackend(Backend):
 
         # Each text token starts the clock again, so the last one's codes are left.
         talker_sampling = replace(
-            self.omni.config.talker_sampling, max_new_tokens=self.samples.num_codes
+            self.omni.config.talker_sampling, max_new_tokens=self.samples.answer_codes
         )
         sampling = (greedy(TEXT_BEFORE_CODES), talker_sampling)
         with torch.no_grad():
@@ -523,7 +526,7 @@ class TransformersBackend(Backend):
                 thinker_do_sample=False,
                 thinker_eos_token_id=[self.ours.tokens.vision_pad],
                 thinker_pad_token_id=self.ours.tokens.endoftext,
-                talker_max_new_tokens=self.samples.num_codes,
+                talker_max_new_tokens=self.samples.answer_codes,
                 talker_temperature=sampling.temperature,
                 talker_top_k=sampling.top_k,
                 talker_top_p=sampling.top_p,
