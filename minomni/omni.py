@@ -62,6 +62,8 @@ class Omni(nn.Module):
         self.left_out: tuple[str, ...] = ()
         # The folder the model was loaded from; saving copies its other files.
         self.loaded_from: Path | None = None
+        # Digests of the weights below its adapters, which saving them notes; see lora.py.
+        self.adapter_base: dict[str, str] = {}
 
     @property
     def num_codes(self) -> int:

@@ -122,6 +122,7 @@ def make_inputs(folder: Path) -> None:
         "picture": pictures,
         "film": films,
         "model": models,
+        "adapter": adapters,
         "resume": resume_files,
         "data": data_files,
     }
@@ -222,6 +223,20 @@ def models(folder: Path) -> None:
             }
         )
     )
+
+
+def adapters(folder: Path) -> None:
+    import torch
+
+    import minomni
+    from minomni.checkpoint import lora
+
+    omni = minomni.load(str(ROOT / "data_samples" / "tiny"))
+    lora.add_lora(omni, lora.parse_lora("r=2,layers=q_proj"), ("thinker", "talker"))
+    for name, parameter in omni.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.1)
+    lora.save_lora(omni, folder / "lora", list(omni.voices)[:1])
 
 
 def resume_files(folder: Path) -> None:
@@ -390,6 +405,17 @@ class Readers:
         omni = minomni.load(str(path.parent))
         return omni.config.thinker == self.omni.config.thinker and digest(*omni.parameters())
 
+    def adapter(self, path: Path):
+        import copy
+
+        from minomni.checkpoint import lora
+
+        omni = copy.deepcopy(self.omni)
+        lora.load_lora(omni, path.parent)
+        lora.merge_lora(omni)
+        weights = list(omni.parameters())
+        return all(bool(weight.isfinite().all()) for weight in weights) and digest(*weights)
+
     def resume(self, path: Path):
         from minomni.train import run_folder
 
@@ -444,6 +470,8 @@ FILES = [
     ("model/whole/spk_dict.pt", "voices", 4),
     ("model/whole/model.safetensors", "model", 1),
     ("model/shards/model.safetensors.index.json", "model", 1),
+    ("adapter/lora/adapter_config.json", "adapter", 4),
+    ("adapter/lora/adapter_model.safetensors", "adapter", 3),
     ("resume/rows.resume.pt", "resume", 5),
     ("data/rows.jsonl", "data", 5),
     ("data/rows.json", "data", 3),

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 pytest.importorskip("resource", reason="this system has no memory limits")
+pytest.importorskip("peft", reason="needs requirements-tune.txt, as adapters are among the files")
 
 import fuzz  # noqa: E402
 
@@ -52,7 +53,7 @@ class Planted:
 
         raise Long("")
 
-    film = tokenizer = voices = model = resume = data = lambda self, path: True
+    film = tokenizer = voices = model = adapter = resume = data = lambda self, path: True
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ class Plays(Planted):
     def sound(self, path):
         return path.read_bytes() or b"nothing"
 
-    film = picture = config = tokenizer = voices = model = resume = data = sound
+    film = picture = config = tokenizer = voices = model = adapter = resume = data = sound
 
 
 def test_wrong_answers_are_found_where_the_right_one_is_known(inputs, tmp_path):

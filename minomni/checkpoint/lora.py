@@ -5,6 +5,8 @@ B starts at zero. peft holds the layers and the file format; here are the names 
 differ between programs, and checks.
 """
 
+import hashlib
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,15 +15,17 @@ from typing import Any
 from warnings import catch_warnings
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minomni.arguments import check_int, check_number
+from minomni.arguments import check_bool, check_int, check_number
+from minomni.checkpoint.hf_config import read_json
 from minomni.checkpoint.quantize import let_gradients_through, without_import_notes
 from minomni.checkpoint.saving import VOICES_FILE, write_voices
+from minomni.checkpoint.tensor_files import PRECISIONS, read_header, read_headers
 from minomni.checkpoint.voices import load_voices
-from minomni.errors import UserError, quote, short_path, shorten
+from minomni.errors import UserError, quote, quote_json, short_path, shorten
 from minomni.files import sibling_path, writing
 from minomni.omni import Omni
 
@@ -30,6 +34,29 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG, VOICES_FILE, "README.md")  # of a folder
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TUNABLE_PARTS = ("thinker", "talker")
+RANKS = (1, 4096)
+ALPHAS = (1e-3, 1e5)
+BASE_KEY = "minomni_base_"  # and a part: the digest of its weights, in the metadata of ADAPTER_FILE
+# Entries of adapter_config.json that a plain adapter may have with any value: they say where it
+# comes from, how it was trained, and which layers it has, which its tensors say as well.
+OTHER_ENTRIES = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+)
+# Ways to initialize A and B that leave the weights of the base as they are.
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 # The whole name: peft takes a bare q_proj for a suffix, which the encoders' layers have too.
 DECODERS = {
     "thinker": r"thinker\.model\.(language_model\.)?layers\.\d+\.\w+\.({layers})",
@@ -72,7 +99,7 @@ def parse_lora(text: str) -> LoraOptions:
                 f"--lora: no layer is called {quote(layer)}; they are {', '.join(LAYERS)}"
             )
     return LoraOptions(
-        check_int(r, "--lora r", 1, 4096), check_number(alpha, "--lora alpha", 1e-3, 1e5), layers
+        check_int(r, "--lora r", *RANKS), check_number(alpha, "--lora alpha", *ALPHAS), layers
     )
 
 
@@ -99,6 +126,7 @@ def add_lora(omni: Omni, options: LoraOptions, parts: tuple[str, ...], seed: int
         r=options.r, lora_alpha=options.alpha, target_modules=options.pattern(parts)
     )
     torch.manual_seed(seed)
+    omni.adapter_base = base_digests(omni)
     inject(config, omni)
 
 
@@ -134,7 +162,8 @@ def save_lora(omni: Omni, folder: Path, voices: list[str]) -> None:
         with writing(folder):
             fresh.mkdir(parents=True)
             config.save_pretrained(fresh)
-            (fresh / ADAPTER_FILE).write_bytes(save(tensors, {"format": "pt"}))
+            metadata = {"format": "pt", **omni.adapter_base}
+            (fresh / ADAPTER_FILE).write_bytes(safetensors_bytes(tensors, metadata))
             if voices:
                 write_voices({name: omni.voices[name] for name in voices}, fresh / VOICES_FILE)
             if folder.exists():
@@ -145,6 +174,15 @@ def save_lora(omni: Omni, folder: Path, voices: list[str]) -> None:
             old.rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file that is the same each time: the library orders metadata at random."""
+    plain = save(tensors)
+    begin = 8 + int.from_bytes(plain[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(plain[8:begin])}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + plain[begin:]
 
 
 def check_replaceable(folder: Path) -> None:
@@ -159,48 +197,123 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
+def base_digests(omni: Omni) -> dict[str, str]:
+    """{metadata key: digest} of the decoders that an adapter may change, by part.
+
+    A digest is of the names, the shapes and, in bf16, the first rows of the linear layers, so it is
+    the same in every precision, and merging an adapter changes it. Quantized weights are read from
+    the model's folder; where it holds packed ones, there is no digest.
+    """
+    digests = {}
+    for part in TUNABLE_PARTS:
+        pattern = re.compile(DECODERS[part].replace("{layers}", "|".join(LAYERS)) + r"\.weight")
+        shapes = {}
+        for name, parameter in omni.named_parameters():
+            if pattern.fullmatch(name):
+                shapes[name] = tuple(parameter.shape)
+        rows = first_rows(omni, list(shapes))
+        if not rows:
+            continue
+        digest = hashlib.sha256()
+        for name, shape in sorted(shapes.items()):
+            digest.update(f"{name} {shape} ".encode())
+            row = rows[name].detach().cpu().bfloat16().contiguous()
+            digest.update(row.view(torch.uint8).numpy().tobytes())
+        digests[BASE_KEY + part] = digest.hexdigest()
+    return digests
+
+
+def first_rows(omni: Omni, names: list[str]) -> dict[str, Tensor]:
+    """The first rows of matrices [out, in] by name, as they were before they were quantized; {}
+    where the model's folder does not hold all of them.
+    """
+    if omni.quantized is None:
+        return {name: omni.get_parameter(name)[0] for name in names}
+    rows: dict[str, Tensor] = {}
+    if omni.loaded_from is None:
+        return rows
+    for file, tensors in read_headers(omni.loaded_from).items():
+        with safe_open(file, "pt") as shard:
+            in_file = set(shard.keys())
+            for name in tensors.keys() & set(names):
+                stored = name if name in in_file else name.removeprefix("thinker.")
+                rows[name] = shard.get_slice(stored)[0]
+    return rows if len(rows) == len(names) else {}
+
+
 def load_lora(omni: Omni, folder: Path) -> None:
     """Put the adapters of a folder into a model, whichever program of the three spellings wrote it.
 
-    Raises UserError for a folder without one, and for the adapter of another base.
+    Raises UserError for a folder without one, for an adapter that is more than plain LoRA, and for
+    the adapter of another base. All shapes are compared before anything is allocated.
     """
     peft = require_peft()
     label = short_path(folder)
     for file in (ADAPTER_CONFIG, ADAPTER_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{label}: holds no {file}; give the folder of an adapter")
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        stored = load_file(folder / ADAPTER_FILE)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{label}: the adapter cannot be read ({shorten(error, 100)})") from None
-    if not is_plain(config):
-        raise UserError(f"{label}: is not a plain LoRA adapter; merge it where it was made")
+    entries = read_json(folder / ADAPTER_CONFIG, advice="copy the adapter again")
+    settings = plain_settings(entries, label)
+    header = read_header(folder / ADAPTER_FILE)
+    stored_names = {our_name(name): name for name in header}
+    shapes = {}
+    for name, stored_name in stored_names.items():
+        precision, shapes[name] = header[stored_name]
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"{label}: {shorten(name, 100)} is {precision}; only {', '.join(PRECISIONS)} are "
+                f"read, so save the adapter in one of them"
+            )
+    if len(shapes) < len(header):
+        raise UserError(f"{label}: holds tensors of one layer in two spellings; merge it elsewhere")
 
-    tensors = {our_name(name): tensor for name, tensor in stored.items()}
-    layers = {re.sub(r"\.lora_\w+(\.weight)?$", "", name) for name in tensors}
-    modules = dict(omni.named_modules())
-    foreign = sorted(name for name in layers if not isinstance(modules.get(name), nn.Linear))
-    if foreign:
-        raise UserError(
-            f"{label}: belongs to another model: this one has no linear layer {quote(foreign[0])}"
-        )
-    config.target_modules = layers
-    config.exclude_modules = config.layers_to_transform = None  # `layers` are all there are
-    inject(config, omni)
-    check_shapes(tensors, peft.get_peft_model_state_dict(omni), label)
-    peft.set_peft_model_state_dict(omni, tensors)
+    layers = {re.sub(r"\.lora_\w+(\.weight)?$", "", name) for name in shapes}
+    check_shapes(shapes, expected_shapes(omni, layers, settings["r"], label), settings["r"], label)
+    digests = base_digests(omni)
+    check_base(folder / ADAPTER_FILE, digests, layers, entries, label)
+    tensors = load_file(folder / ADAPTER_FILE)
+    for name, stored_name in stored_names.items():
+        if not tensors[stored_name].isfinite().all():
+            raise UserError(
+                f"{label}: {shorten(name, 100)} holds NaN or infinite numbers; train it again, or "
+                f"copy it again"
+            )
+
+    inject(peft.LoraConfig(target_modules=layers, **settings), omni)
+    omni.adapter_base = digests
+    named = {name: tensors[stored_name] for name, stored_name in stored_names.items()}
+    peft.set_peft_model_state_dict(omni, named)
     if (folder / VOICES_FILE).is_file():
         device = omni.thinker.device
         omni.voices.update(load_voices(folder / VOICES_FILE, omni.config, device))
 
 
-def is_plain(config: Any) -> bool:
-    """Whether an adapter has the matrices of LoRA alone, of one rank and with one alpha."""
-    if type(config) is not require_peft().LoraConfig:
-        return False
-    has_more = config.bias != "none" or config.lora_bias or config.modules_to_save
-    return not (has_more or config.rank_pattern or config.alpha_pattern)
+def plain_settings(entries: dict, label: str) -> dict[str, Any]:
+    """What adapter_config.json says of an adapter that has the matrices of LoRA alone, of one rank
+    and with one alpha -> the arguments of peft's LoraConfig.
+
+    Raises UserError for a wrong value, and for an entry that would change the result otherwise.
+    """
+    settings = {
+        "r": check_int(entries.get("r"), f"{label}: r", *RANKS),
+        "lora_alpha": check_number(entries.get("lora_alpha"), f"{label}: lora_alpha", *ALPHAS),
+        "use_rslora": check_bool(entries.get("use_rslora", False), f"{label}: use_rslora"),
+    }
+    for name, value in entries.items():
+        if name in settings or name in OTHER_ENTRIES:
+            continue
+        allowed: tuple[Any, ...] = {
+            "peft_type": ("LORA",),
+            "bias": ("none",),
+            "init_lora_weights": INITIALIZATIONS,
+        }.get(name, ())
+        is_empty = value is None or value is False or value in ("", [], {})
+        if not (value in allowed if allowed else is_empty):
+            raise UserError(
+                f"{label}: is not a plain LoRA adapter: {shorten(name, 60)} is "
+                f"{quote_json(value)}; merge it where it was made"
+            )
+    return settings
 
 
 def our_name(name: str) -> str:
@@ -218,25 +331,73 @@ def our_name(name: str) -> str:
     return name if is_whole else f"thinker.{name}"
 
 
-def check_shapes(stored: dict[str, Tensor], expected: dict[str, Tensor], label: str) -> None:
-    """Raises UserError unless an adapter's tensors are those of the injected layers."""
+def expected_shapes(omni: Omni, layers: set[str], r: int, label: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of A and B of linear layers, by name. Raises UserError for other layers."""
+    modules = dict(omni.named_modules())
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in sorted(layers):
+        linear = modules.get(layer)
+        if not isinstance(linear, nn.Linear):
+            raise UserError(
+                f"{label}: belongs to another model: this one has no linear layer {quote(layer)}"
+            )
+        expected[f"{layer}.lora_A.weight"] = (r, linear.in_features)
+        expected[f"{layer}.lora_B.weight"] = (linear.out_features, r)
+    return expected
+
+
+def check_shapes(
+    stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], r: int, label: str
+) -> None:
+    """Raises UserError unless an adapter's tensors are those of its layers, and there are some."""
+    if not stored:
+        raise UserError(f"{label}: {ADAPTER_FILE} holds no tensors; copy it again")
     for name in sorted(stored.keys() | expected.keys()):
-        found = tuple(stored[name].shape) if name in stored else "missing"
-        wanted = tuple(expected[name].shape) if name in expected else "unknown"
+        found = stored.get(name, "missing")
+        wanted = expected.get(name, "unknown")
         if found != wanted:
             raise UserError(
                 f"{label}: belongs to another model: {shorten(name, 100)} is {found} in the "
-                f"adapter and {wanted} here"
+                f"adapter and {wanted} here, with r = {r}"
+            )
+
+
+def check_base(
+    file: Path, digests: dict[str, str], layers: set[str], entries: dict, label: str
+) -> None:
+    """Raises UserError where an adapter says that it was trained on other weights than these.
+
+    Only the parts count that it changes. Adapters of other programs say nothing of their base.
+    """
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    for part in TUNABLE_PARTS:
+        key = BASE_KEY + part
+        is_adapted = any(layer.startswith(f"{part}.") for layer in layers)
+        if is_adapted and key in metadata and digests.get(key, metadata[key]) != metadata[key]:
+            name = quote_json(entries.get("base_model_name_or_path"), 120)
+            raise UserError(
+                f"{label}: was trained on other weights of the {part.title()} than this model "
+                f"has; give the model that it was trained on, {name}, without it merged in"
             )
 
 
 def merge_lora(omni: Omni) -> None:
-    """Add the adapters of a model to its weights; it has plain linear layers again."""
+    """Add the adapters of a model to its weights; it has plain linear layers again.
+
+    Raises UserError where a sum is not finite.
+    """
     from peft.tuners.lora import LoraLayer
 
     for owner in list(omni.modules()):
         for name, layer in list(owner.named_children()):
             if isinstance(layer, LoraLayer):
-                layer.merge(safe_merge=True)  # type: ignore[operator]
+                try:
+                    layer.merge(safe_merge=True)  # type: ignore[operator]
+                except ValueError:  # of NaN in the sum
+                    raise UserError(
+                        f"{name}: the sum of weights and adapter is not finite; train the adapter "
+                        f"again with a smaller alpha"
+                    ) from None
                 setattr(owner, name, layer.get_base_layer())
     del omni.peft_config

@@ -404,13 +404,133 @@ def test_adapters_that_do_not_fit(adapted, tiny_folder, tmp_path):
             lora.load_lora(minomni.load(str(tiny_folder)), folder)
 
 
-@pytest.mark.parametrize("key", ["alpha_pattern", "rank_pattern", "modules_to_save", "bias"])
-def test_adapters_of_other_kinds(key, adapted, tiny_folder):
-    """A pattern would be matched with our names of layers, which can differ."""
-    _, folder = adapted
+def change_config(folder: Path, **entries) -> None:
+    """Replace entries of an adapter's configuration."""
     path = folder / lora.ADAPTER_CONFIG
-    values = {"modules_to_save": ["lm_head"], "bias": "all"}
-    config = json.loads(path.read_text()) | {key: values.get(key, {"q_proj": 8})}
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is not a plain LoRA adapter"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alpha_pattern", {"q_proj": 8}),  # would be matched with our names, which can differ
+        ("rank_pattern", {"q_proj": 8}),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("layer_replication", [[0, 2]]),
+        ("megatron_config", {"tensor_parallel": 2}),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("use_dora", True),
+        ("peft_type", "IA3"),
+        ("an_entry_of_next_year", "yes"),
+    ],
+)
+def test_adapters_of_other_kinds(key, value, adapted, tiny_folder, recwarn):
+    _, folder = adapted
+    change_config(folder, **{key: value})
+    with pytest.raises(UserError, match=f"is not a plain LoRA adapter: {key} is"):
         lora.load_lora(minomni.load(str(tiny_folder)), folder)
+    assert not recwarn.list  # peft's own, beside our line
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"r": 0}, "r is 0; expected a whole number from 1"),
+        ({"r": -1}, "r is -1; expected a whole number"),
+        ({"r": None}, "r is None; expected a whole number"),
+        ({"r": "2"}, "r is '2'; expected a whole number"),
+        ({"r": 2.0}, r"r is 2\.0; expected a whole number"),
+        ({"r": 10**7}, "r is 10000000; expected a whole number"),
+        ({"r": 4000}, r"is \(4, \d+\) in the adapter and \(4000, \d+\) here, with r = 4000"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'; expected a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*0; expected a finite number"),
+        ({"use_rslora": "x"}, "use_rslora is 'x'; expected True or False"),
+    ],
+)
+def test_wrong_numbers_of_an_adapter(entries, says, adapted, tiny_folder, monkeypatch):
+    """They are refused before peft allocates anything for them."""
+    _, folder = adapted
+    change_config(folder, **entries)
+    monkeypatch.setattr(lora, "inject", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(UserError, match=says):
+        lora.load_lora(minomni.load(str(tiny_folder)), folder)
+
+
+def test_what_does_not_change_the_answer_is_not_refused(adapted, tiny_folder, recwarn):
+    omni, folder = adapted
+    change_config(folder, lora_dropout=0.1, task_type="CAUSAL_LM", init_lora_weights="gaussian")
+    other = minomni.load(str(tiny_folder))
+    lora.load_lora(other, folder)
+    assert largest(logits(omni), logits(other)) == {"thinker": 0.0, "talker": 0.0}
+    change_config(folder, use_rslora=True)  # alpha / sqrt(r) in place of alpha / r: twice for r = 4
+    twice = minomni.load(str(tiny_folder))
+    lora.load_lora(twice, folder)
+    layer = "talker.model.layers.0.mlp.up_proj"
+    assert twice.get_submodule(layer).scaling == {"default": 4.0}
+
+
+def test_adapters_with_broken_numbers(adapted, tiny_folder):
+    omni, folder = adapted
+    tensors = load_file(folder / lora.ADAPTER_FILE)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / lora.ADAPTER_FILE)
+    with pytest.raises(UserError, match="holds NaN or infinite numbers"):
+        lora.load_lora(minomni.load(str(tiny_folder)), folder)
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int32)
+    save_file(tensors, folder / lora.ADAPTER_FILE)
+    with pytest.raises(UserError, match="is I32; only BF16"):
+        lora.load_lora(minomni.load(str(tiny_folder)), folder)
+    save_file({}, folder / lora.ADAPTER_FILE)
+    with pytest.raises(UserError, match="holds no tensors"):
+        lora.load_lora(minomni.load(str(tiny_folder)), folder)
+    (folder / lora.ADAPTER_FILE).write_bytes(b"cut")
+    with pytest.raises(UserError, match="cut short or not a safetensors file"):
+        lora.load_lora(minomni.load(str(tiny_folder)), folder)
+    for parameter in omni.parameters():
+        parameter.data.mul_(1e30)
+    with pytest.raises(UserError, match="the sum of weights and adapter is not finite"):
+        lora.merge_lora(omni)
+
+
+def test_the_adapter_of_another_base(adapted, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Equal shapes do not make it the same model; nor is a model that it was merged into."""
+    _, folder = adapted
+    merged = tmp_path / "merged"
+    monkeypatch.setattr(sys, "argv", ["minomni", "merge", str(tiny_folder), str(folder), ""])
+    sys.argv[-1] = str(merged)
+    assert command.main() == 0
+    sys.argv[2:] = [str(merged), str(folder), str(tmp_path / "twice")]
+    assert command.main() == 2
+    error = capsys.readouterr().err
+    assert "was trained on other weights of the Thinker than this model has" in error
+    assert error.count("\n") == 1
+    omni = minomni.load(str(tiny_folder))
+    lora.load_lora(omni, folder)
+    lora.merge_lora(omni)
+    with pytest.raises(UserError, match="was trained on other weights"):
+        lora.load_lora(omni, folder)
+
+    # The adapter of one part does not ask for the other part's weights.
+    omni = minomni.load(str(tiny_folder))
+    lora.add_lora(omni, lora.parse_lora("r=2"), ("talker",))
+    lora.save_lora(omni, tmp_path / "talker", [])
+    other = minomni.load(str(tiny_folder))
+    for parameter in other.thinker.parameters():
+        parameter.data.mul_(2)
+    lora.load_lora(other, tmp_path / "talker")
+
+    # An adapter of another program says nothing of its base.
+    save_file(load_file(folder / lora.ADAPTER_FILE), folder / lora.ADAPTER_FILE)
+    lora.load_lora(minomni.load(str(merged)), folder)
+
+
+def test_the_digest_of_a_base_is_the_same_in_every_precision(tiny_folder):
+    pytest.importorskip("torchao")
+    plain = lora.base_digests(minomni.load(str(tiny_folder)))
+    assert set(plain) == {lora.BASE_KEY + part for part in BOTH}
+    for options in ({"dtype": "bf16"}, {"quantize": "int8"}, {"quantize": "int4"}):
+        assert lora.base_digests(weights.load(tiny_folder, **options)) == plain
