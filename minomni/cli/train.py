@@ -187,9 +187,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
     with processes.first_goes_first():
         if processes.is_first():
             pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
-            world = processes.world()
-            settings = run_settings.split_settings(arguments.size, home, settings, world)
             run_settings.record_settings(home, settings)
+            run_settings.record_split(arguments.size, home, processes.world())
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,

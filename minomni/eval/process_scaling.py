@@ -69,9 +69,9 @@ def measure(
 def prepare(stage: str, home: Path, steps: int, count: int) -> int:
     """Make the folder of a run by `count` processes, with its settings -> rows of a step."""
     pipeline.prepare_run(home, resume=False, fresh=False)
-    settings = run_settings.split_settings(SIZE, home, {stage: {"steps": steps}}, count)
-    run_settings.record_settings(home, settings)
-    recipe = recipe_of(stage, SIZE, settings)
+    run_settings.record_settings(home, {stage: {"steps": steps}})
+    run_settings.record_split(SIZE, home, count)
+    recipe = recipe_of(stage, SIZE, run_settings.read_settings(home))
     return recipe.batch * recipe.accumulate
 
 

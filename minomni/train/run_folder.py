@@ -1,4 +1,4 @@
-"""The folder of a run's stages: config.json, settings.json, log.jsonl, samples, checkpoints.
+"""The folder of a run's stages: configuration, settings, log.jsonl, samples, checkpoints.
 
 <stage>.resume.pt       parameters, optimizers and step of a stage that is not finished
 <stage>.safetensors     the trained parameters of a finished stage
@@ -32,6 +32,7 @@ from minomni.train import distributed, processes
 RUN_FILES = (
     "config.json",
     "settings.json",
+    "split.json",
     "generation_config.json",
     "preprocessor_config.json",
     "log.jsonl",

@@ -18,12 +18,21 @@ from minomni.train.recipes import (
 from minomni.train.run_folder import has_begun
 from minomni.train.stage_table import STAGES
 
-SETTINGS = "settings.json"  # beside the stages: what --set changed
+SETTINGS = "settings.json"  # beside the stages: what --set changed, as it was given
+SPLIT = "split.json"  # beside it: the batches of stages that several processes have begun
 
 
 def read_settings(home: Path) -> Settings:
-    """What --set changed in the recipes of a run. Raises UserError for a damaged file."""
-    path = home / "stages" / SETTINGS
+    """What changes in the recipes of a run: by --set, and by the split over processes.
+
+    Raises UserError for a damaged file.
+    """
+    return merge_settings(read_file(home, SETTINGS), read_file(home, SPLIT))
+
+
+def read_file(home: Path, name: str) -> Settings:
+    """The settings in one of the two files. Raises UserError for a damaged one."""
+    path = home / "stages" / name
     return check_settings(read_json(path, True, "--fresh deletes the run"), str(path))
 
 
@@ -34,7 +43,7 @@ def record_settings(home: Path, given: Settings) -> None:
     """
     if not given:
         return
-    recorded = read_settings(home)
+    recorded = read_file(home, SETTINGS)
     for stage, fields in given.items():
         before = recorded.get(stage, {})
         if fields != before and has_begun(home / "stages", stage):
@@ -45,30 +54,30 @@ def record_settings(home: Path, given: Settings) -> None:
     write_json(home / "stages" / SETTINGS, recorded | given)
 
 
-def split_settings(size: str, home: Path, settings: Settings, world: int) -> Settings:
-    """Settings in which each step of a stage has a batch for each of `world` processes, and as many
-    rows as before, rounded up. Stages that have begun go on as they are.
+def record_split(size: str, home: Path, world: int) -> None:
+    """Note how the rows of a step are divided into a batch for each of `world` processes, as many
+    rows as the recipe has, rounded up. Stages that have begun go on as they are.
+
+    It is kept apart from the settings, which the same command gives again with --resume.
     """
-    recorded = read_settings(home)
-    split = dict(settings)
+    settings = read_file(home, SETTINGS)
+    before = read_file(home, SPLIT)
+    split = dict(before)
     for name in STAGES:
-        before = recorded.get(name, {})
         if has_begun(home / "stages", name):
-            if "accumulate" in before and settings.get(name, {}).items() <= before.items():
-                split[name] = before
             continue
-        recipe = recipe_of(name, size, merge_settings(recorded, settings))
+        split.pop(name, None)
+        recipe = recipe_of(name, size, settings)
         if recipe.accumulate % world:
-            fields = {
-                "batch": ceil(recipe.batch / world),
-                "accumulate": recipe.accumulate * world,
-            }
-            split[name] = before | settings.get(name, {}) | fields
-    return split
+            batch = ceil(recipe.batch / world)
+            split[name] = {"batch": batch, "accumulate": recipe.accumulate * world}
+    if split != before:
+        write_json(home / "stages" / SPLIT, split)
 
 
 def forget_settings(folder: Path, stage: str) -> None:
     """Remove one stage from the noted settings."""
-    recorded = read_json(folder / SETTINGS, True, "--fresh deletes the run")
-    if recorded.pop(stage, None) is not None:
-        write_json(folder / SETTINGS, recorded)
+    for name in (SETTINGS, SPLIT):
+        recorded = read_json(folder / name, True, "--fresh deletes the run")
+        if recorded.pop(stage, None) is not None:
+            write_json(folder / name, recorded)

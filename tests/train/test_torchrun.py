@@ -16,6 +16,7 @@ from test_distributed import launch_code
 
 import minomni
 from minomni.data import corpus
+from minomni.train import run_settings
 
 ROOT = Path(__file__).parents[2]
 # `minomni` on the committed recordings, in fp32 and without samples; RANK in an argument becomes
@@ -85,8 +86,18 @@ def test_a_stage_by_two_processes_is_that_by_one(tmp_path):
     settings = ["--set", "codec.steps=2", "--set", "codec.batch=3"]
     command = ["train", "tiny", "--stage", "codec"]
     assert minomni_by(2, tmp_path, *command, *settings, "--home", "two")[0] == [0, 0]
-    noted = json.loads((tmp_path / "two/stages/settings.json").read_text())["codec"]
+    noted = run_settings.read_settings(tmp_path / "two")["codec"]
     assert noted == {"steps": 2, "batch": 2, "accumulate": 2}
+    given = json.loads((tmp_path / "two/stages/settings.json").read_text())["codec"]
+    assert given == {"steps": 2, "batch": 3}
+
+    # The command that began the run continues it, by any number of processes.
+    again = [*command, *settings, "--home", "two", "--resume"]
+    for count in (1, 2):
+        codes, out, errors = minomni_by(count, tmp_path, *again)
+        assert codes == [0] * count, errors
+        assert "stage codec is finished" in out
+
     settings = [word for key, value in noted.items() for word in ("--set", f"codec.{key}={value}")]
     assert minomni_by(1, tmp_path, *command, *settings, "--home", "one")[0] == [0]
     one, two = (load_file(tmp_path / f"{home}/stages/codec.safetensors") for home in ("one", "two"))
