@@ -5,14 +5,22 @@ MAX_MESSAGE_LENGTH = 500  # characters
 
 class UserError(ValueError):
     """One line: what was given, what was expected, what to do. The command line prints it and exits
-    with status 2.
+    with exit_code.
 
     Whatever names, values and errors of other programs a message quotes, it stays one printable
     line of at most MAX_MESSAGE_LENGTH characters.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str):
         super().__init__(shorten(message, MAX_MESSAGE_LENGTH))
+
+
+class Terminated(UserError):
+    """A process that was ended by SIGTERM, and the line that says how to go on."""
+
+    exit_code = 128 + 15  # as shells show the end by this signal
 
 
 def shorten(value: object, limit: int = 200) -> str:

@@ -4,6 +4,7 @@ With one process every function here does nothing.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minomni.errors import UserError, shorten
+from minomni.errors import Terminated, UserError, shorten
 
 LONGEST_WAIT = timedelta(days=1)  # for the first process, which may prepare data for hours
 STORE_WAIT = timedelta(seconds=5)  # for torchrun's store, which is there or has ended
+CONTINUE = "--resume continues from the last checkpoint, with any number of processes"
+TERMINATED = Terminated.exit_code
 REPORTS = "minomni/reports"  # in that store: the number of processes that have met an error
 
 
@@ -24,14 +27,16 @@ def process_group(device: str) -> Iterator[None]:
     """Work together with the other processes of torchrun while the block runs.
 
     The process that meets an error first reports it, and the others end without a message. Raises
-    UserError for a device that cannot train in this way, and where another process has ended.
+    UserError for a device that cannot train in this way, where another process has ended, and where
+    torchrun ends this one, as it does with all when one is lost.
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     try:
-        join(device)
-        yield
+        with terminable():
+            join(device)
+            yield
     except UserError:
         end_if_reported()
         raise
@@ -42,9 +47,36 @@ def process_group(device: str) -> Iterator[None]:
         first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the connection to another process of this run is lost ({shorten(first_line, 120)}); "
-            f"--resume continues from the last checkpoint, with any number of processes"
+            f"{CONTINUE}"
+        ) from None
+    except SystemExit as ending:
+        if ending.code != TERMINATED:
+            raise
+        end_if_reported()
+        raise Terminated(
+            f"torchrun has ended this process, as it does when another one is lost; {CONTINUE}"
         ) from None
     dist.destroy_process_group()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises SystemExit while the block runs: it would end this process without a word.
+
+    After an error of the block SIGTERM is ignored, as that error is about to end the process.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def join(device: str) -> None:

@@ -169,3 +169,77 @@ def test_torchrun(data, tiny_folder):
     assert done.stdout.count("tuned: ") == 1
     assert minomni.load(str(data / "tuned")).talker is not None
     assert json.loads((data / "run/tuned.run/run_inputs.json").read_text())["accumulate"] == 2
+
+
+# The second of two processes is killed while the first one computes, or while it waits for it.
+KILLED = """
+import os, sys
+import torch
+import torch.distributed as dist
+from minomni import __main__
+from minomni.train import processes
+
+def train(arguments):
+    with processes.process_group("cpu"):
+        dist.barrier()
+        if processes.rank() == 1:
+            while not os.path.exists("ready"):  # the first process has left the barrier
+                pass
+            os.kill(os.getpid(), 9)
+        open("ready", "w").close()
+        while arguments.size == "tiny":
+            torch.ones(300, 300) @ torch.ones(300, 300)
+        dist.barrier()
+
+__main__.COMMANDS["train"] = train
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("tiny", "torchrun has ended this process, as it does when another one is lost; --resume"),
+        ("small", "--resume continues from the last checkpoint"),  # connection lost, or ended
+    ],
+    ids=["computes", "waits"],
+)
+def test_a_killed_process_ends_torchrun_with_our_line(size, says, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", str(script), "train", size]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("minomni: ")]
+    assert len(ours) == 1, done.stderr
+    assert says in ours[0]
+
+
+ENDED = """
+import os, signal, sys
+import torch.distributed as dist
+from minomni import __main__
+from minomni.train import processes
+
+def train(arguments):
+    with processes.process_group("cpu"):
+        dist.barrier()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+
+__main__.COMMANDS["train"] = train
+sys.argv = ["minomni", "train", "tiny"]
+sys.exit(__main__.main())
+"""
+
+
+def test_processes_that_are_ended_print_one_line(tmp_path):
+    """The first one to notice prints it; its exit code is that of SIGTERM."""
+    codes, _, errors = zip(*launch_code(2, ENDED, [], tmp_path), strict=True)
+    assert sorted(codes) == [2, 143]
+    assert "".join(errors).count("\n") == 1
+    assert "minomni: torchrun has ended this process" in "".join(errors)
