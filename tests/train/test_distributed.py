@@ -282,8 +282,9 @@ def check_equal(cases: list[dict], tmp_path: Path) -> None:
         losses, weights = differences(one, two, case["name"])
         tolerance = {"float64": 1e-8, "float32": 1e-6}[case["dtype"]]
         assert losses < tolerance, case
-        # AdamW divides a gradient by its own size, so where it is nearly zero, few digits of the
-        # step are right in fp32: of all weights one bias of the codec differs by 1.06e-6.
+        # Two processes add in another order, which changes the last digits of a sum. AdamW divides
+        # a gradient by its own size, so where it is nearly zero, few digits of the step are right
+        # in fp32: of all weights one bias of the codec differs by 1.06e-6.
         tolerance = {"float64": 1e-8, "float32": 2e-6}[case["dtype"]]
         assert weights < tolerance, case
 
