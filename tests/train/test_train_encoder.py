@@ -159,8 +159,10 @@ def test_a_talker_that_says_nothing(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(stage.maker, "pair", silent_pair)
     nothing = torch.zeros(0, dtype=torch.long)
     monkeypatch.setattr(stage.maker, "spoken_codes", lambda part, _: [nothing] * len(part))
-    with pytest.raises(UserError, match=r"the Talker spoke 0 of 4 texts, .*; give --data with"):
+    with pytest.raises(UserError, match=r"the Talker spoke 0 of 2 texts, .*; give --data with"):
         stage.setup()
+    # The first file has shown it.
+    assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["00000.pt"]
 
     # Half of them are enough, and where all codes are random none are needed.
     speech = torch.full((15,), 7)

@@ -56,7 +56,16 @@ class EncoderStage(Stage):
     def setup(self) -> None:
         """Make the pairs. Raises UserError where the Talker spoke too few of its texts."""
         self.omni.eval()
+        # Many pairs take hours, so the first file of them is judged before the others are made.
+        self.check_spoken(CodePairs(self.maker, self.cache, CHUNK))
         pairs = CodePairs(self.maker, self.cache, CHUNK + self.count)
+        self.check_spoken(pairs)
+        self.held_out = pairs[:CHUNK]
+        self.pairs = pairs[CHUNK:]
+        self.lengths = [len(pair.codes) for pair in self.pairs]
+
+    def check_spoken(self, pairs: CodePairs) -> None:
+        """Count what the Talker spoke. Raises UserError where it is too few of its texts."""
         self.num_texts = len(pairs) - self.maker.num_random(len(pairs))
         self.num_spoken = sum(bool(pair.text) for pair in pairs)
         if self.num_spoken < MIN_SPOKEN * self.num_texts:
@@ -65,9 +74,6 @@ class EncoderStage(Stage):
                 f"{MIN_SPOKEN:.0%}, each in {MIN_SECONDS} to {MAX_SECONDS} seconds; give --data "
                 f"with short answers that the model can speak, or --random-codes 1 for no texts"
             )
-        self.held_out = pairs[:CHUNK]
-        self.pairs = pairs[CHUNK:]
-        self.lengths = [len(pair.codes) for pair in self.pairs]
 
     def batch(self, number: int) -> Batch:
         indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number)
