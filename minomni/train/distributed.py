@@ -4,8 +4,9 @@
 
 A step takes the mean gradient of recipe.accumulate batches, and a batch is a function of (seed,
 number). Process r of N computes batches r, r + N, ... of each step. A batch stays whole, because a
-loss may be normalized over its tokens, frames or spectra. The numbers are those of one process, up
-to the order of sums.
+loss may be normalized over its tokens, frames or spectra. The numbers are those of one process with
+the same recipe, up to the order of sums. A stage that N processes begin has a recipe of its own,
+with more and smaller batches (record_split() in run_settings.py), which are other data.
 
 Between steps a process holds one N-th of the trained parameters, their gradients and the state of
 their optimizers. During a step it holds all parameters (ZeRO stage 2, arXiv 1910.02054), and all
