@@ -1,6 +1,7 @@
 """The application: routes, the model, and the server process."""
 
 import asyncio
+import logging
 import mimetypes
 import os
 import socket
@@ -37,6 +38,14 @@ STATIC = Path(__file__).parent / "static"
 SAMPLES = ("scene.png", "color.png", "digit.png")  # images that the page offers
 PING_S = 20.0  # between two signs of life on a WebSocket
 STOP_S = 3  # seconds that connections have to end when the server stops
+# Lines that uvicorn logs for a request that is refused or broken. They say nothing that helps, and
+# anyone who reaches the port could fill the log with them.
+OUTSIDERS_LINES = (
+    "ASGI callable returned without completing handshake.",  # a WebSocket refused with a status
+    "Invalid HTTP request received.",
+    "Invalid UTF-8 sequence received from client.",
+    "Unsupported upgrade request.",
+)
 
 
 class Server:
@@ -235,11 +244,17 @@ class Process(uvicorn.Server):
             timeout_graceful_shutdown=STOP_S,
             server_header=False,
         )
+        logging.getLogger("uvicorn.error").addFilter(worth_logging)
         super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.application.state.server.cancel_all()
         await super().shutdown(sockets)
+
+
+def worth_logging(record: logging.LogRecord) -> bool:
+    """Whether a record of uvicorn is about the server, and not about what a client sent."""
+    return record.msg not in OUTSIDERS_LINES
 
 
 def serve(omni: "Omni", model_name: str, settings: Settings) -> None:

@@ -1,16 +1,20 @@
-"""The command: it prints its address and ends cleanly on Ctrl-C, also while it answers."""
+"""The command: it prints its address and ends cleanly on Ctrl-C, also while it answers. What
+outsiders send is not logged.
+"""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import SECONDS
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 ROOT = Path(__file__).parents[2]
@@ -35,15 +39,24 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process"),
 ]
+TOKEN = "correct-horse-battery"
 
 
 @pytest.fixture
 def process(request, tiny_folder):
     program = ["-c", ENDLESS] if request.param == "endless" else request.param.split()
-    command = [sys.executable, *program, "serve", "--model", str(tiny_folder), "--port", "0"]
+    with started(program, tiny_folder) as made:
+        yield made
+
+
+@contextmanager
+def started(program: list[str], folder: Path, *options: str, **environment: str):
+    """The command, until the end of the block."""
+    command = [sys.executable, *program, "serve", "--model", str(folder), "--port", "0", *options]
     made = subprocess.Popen(
         command,
         cwd=ROOT,
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -96,3 +109,46 @@ def test_control_c_during_answers(process):
     assert "the server stops" in rest
     assert output == ("", "")
     assert process.returncode == 0
+
+
+def test_what_outsiders_send_is_not_logged(tiny_folder):
+    """WebSockets that are refused, one that is not Unicode, and requests that are no HTTP."""
+    options = ("--sessions", "1")
+    with started(["-m", "minomni"], tiny_folder, *options, MINOMNI_TOKEN=TOKEN) as process:
+        url = address_of(process)
+        port = int(url.rpartition(":")[2])
+        assert refusal(url) == 401
+        assert refusal(url, token=TOKEN, origin="https://evil.example") == 403
+        assert refusal(url, "/nothing", token=TOKEN) == 403
+        assert refusal(url, "/v1/realtime?model=other", token=TOKEN) == 404
+        with connected(url, "/v1/realtime", TOKEN) as websocket:
+            websocket.recv()
+            assert refusal(url, token=TOKEN) == 429
+            websocket.send(b"\xff", text=True)
+            with pytest.raises(ConnectionClosed):
+                websocket.recv(timeout=SECONDS)
+        assert raw_answer(port, b"no http\r\n\r\n").startswith(b"HTTP/1.1 400")
+        upgrade = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close, upgrade\r\nUpgrade: x"
+        assert raw_answer(port, upgrade + b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert interrupt(process) == ("", "")
+
+
+def connected(url: str, path: str, token: str | None, origin: str | None = None):
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    address = url.replace("http", "ws") + path
+    return connect(address, additional_headers=headers, origin=origin, open_timeout=SECONDS)
+
+
+def refusal(url: str, path: str = "/v1/realtime", **options) -> int:
+    """The status with which a WebSocket is refused."""
+    options = {"token": None, **options}
+    with pytest.raises(InvalidStatus) as refused, connected(url, path, **options):
+        pass
+    return refused.value.response.status_code
+
+
+def raw_answer(port: int, request: bytes) -> bytes:
+    """The begin of the answer to bytes that need not be a request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as raw:
+        raw.sendall(request)
+        return raw.recv(1024)
