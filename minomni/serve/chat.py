@@ -24,6 +24,7 @@ from minomni.serve.chat_request import (
     parse_chat,
     parse_json,
     parse_speech,
+    parse_transcription,
 )
 from minomni.serve.errors import ApiError, bad_request
 from minomni.serve.response import Stream, until_disconnect, with_client
@@ -281,23 +282,18 @@ async def transcriptions(request: Request, server: "Server", client: Client) -> 
     """POST /v1/audio/transcriptions: what the model writes down when it is asked to."""
     form = await transcription_form(request)
     server.check_model(form.get("model"))
-    shape = form.get("response_format", "json")
-    if shape not in ("json", "text"):
-        raise bad_request("response_format is json or text", param="response_format")
-    options = {}
-    if "temperature" in form:
-        options["temperature"] = parse_temperature(form["temperature"])
-
+    parsed = parse_transcription(form)
     content = [
-        {"type": "audio", "audio": form["file"]},
+        {"type": "audio", "audio": parsed.file},
         {"type": "text", "text": transcription_prompt(server.omni)},
     ]
-    answer = Answer(server, ChatRequest([{"role": "user", "content": content}], options=options))
-    if form.get("stream") in ("true", "True", "1"):
+    message = {"role": "user", "content": content}
+    answer = Answer(server, ChatRequest([message], options=parsed.options))
+    if parsed.stream:
         chunks = transcript_chunks(await answer.begin(client))
         return Stream(chunks, server, client, "text/event-stream")
     reply = await whole_reply(request, answer, client)
-    if shape == "text":
+    if parsed.format == "text":
         return PlainTextResponse(reply.text + "\n")
     usage = answer.usage(reply)
     counts = {
@@ -324,14 +320,6 @@ async def transcription_form(request: Request) -> dict:
 def transcription_prompt(omni: "Omni") -> str:
     """How this model was trained to be asked for a transcript."""
     return TRANSCRIBE if omni.config.trained_here else RELEASE_TRANSCRIBE
-
-
-def parse_temperature(text: object) -> float:
-    """A number in a form. Raises ApiError."""
-    try:
-        return float(str(text))
-    except ValueError:
-        raise bad_request("temperature is no number", param="temperature") from None
 
 
 async def transcript_chunks(task: Task) -> AsyncGenerator[bytes]:

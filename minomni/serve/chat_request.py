@@ -1,12 +1,16 @@
-"""The body of /v1/chat/completions, checked. Nothing is fetched and no file is opened: media come
-as data: URIs and base64 only.
+"""The bodies of /v1/chat/completions and of /v1/audio, checked. Nothing is fetched and no file is
+opened: media come as data: URIs and base64 only. A field that is unknown, and a value that would be
+ignored, is an error.
 """
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from minomni.errors import quote, shorten
+from minomni.inputs.item import IGNORED_ITEM_KEYS
 from minomni.serve.audio import MEDIA_TYPES
 from minomni.serve.errors import bad_request
 
@@ -22,7 +26,7 @@ OPTIONS = {
     "top_k": "top_k",
     "repetition_penalty": "repetition_penalty",
 }
-FIELDS = {
+CHAT_FIELDS = {
     "model",
     "messages",
     "modalities",
@@ -33,9 +37,7 @@ FIELDS = {
     "use_audio_in_video",
     "mm_processor_kwargs",
     *OPTIONS,
-}
-# Fields that do not change an answer.
-IGNORED = {
+    # These do not change an answer.
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
@@ -62,6 +64,9 @@ NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,),
     "response_format": ({"type": "text"},),
 }
+ITEM_FIELDS = {*IGNORED_ITEM_KEYS, "prompt_cache_breakpoint"}  # of a content item, and the source
+AUDIO_FIELDS = {"voice", "format"}
+STREAM_FIELDS = {"include_usage", "include_obfuscation"}
 SPEECH_FIELDS = {
     "model",
     "input",
@@ -71,6 +76,15 @@ SPEECH_FIELDS = {
     "instructions",
     "stream_format",
 }
+TRANSCRIPTION_FIELDS = {"file", "model", "response_format", "stream", "temperature"}
+NEUTRAL_TRANSCRIPTION: dict[str, tuple] = {
+    "chunking_strategy": ("auto",),
+    "include[]": (),  # the official client names lists so
+    "language": ("",),
+    "prompt": ("",),
+    "timestamp_granularities[]": (),
+}
+FORM_BOOLS = {"true": True, "1": True, "false": False, "0": False, "": False}
 # Types of content items: media at an address, and texts.
 URL_ITEMS = ("image_url", "video_url", "audio_url")
 TEXT_ITEMS = ("text", "input_text", "output_text")
@@ -100,6 +114,16 @@ class SpeechRequest:
     format: str
 
 
+@dataclass
+class TranscriptionRequest:
+    """A recording to write down."""
+
+    file: bytes
+    format: str  # json or text
+    stream: bool
+    options: dict
+
+
 def parse_json(body: bytes) -> dict:
     """The JSON object of a request. Raises ApiError for anything else."""
     try:
@@ -114,7 +138,7 @@ def parse_json(body: bytes) -> dict:
 def parse_chat(body: dict) -> ChatRequest:
     """Check a request. Raises ApiError that names the field."""
     body = {key: value for key, value in body.items() if value is not None}
-    refuse_unsupported(body)
+    refuse_unsupported(body, CHAT_FIELDS, NEUTRAL)
     stream = typed(body, "stream", bool, False)
     request = ChatRequest(
         messages=parse_messages(body.get("messages")),
@@ -124,9 +148,11 @@ def parse_chat(body: dict) -> ChatRequest:
     )
     parse_modalities(body, request)
     stream_options = typed(body, "stream_options", dict, {})
+    refuse_unsupported(stream_options, STREAM_FIELDS, where="stream_options.")
     request.with_usage = typed(stream_options, "include_usage", bool, False)
 
     extra = typed(body, "mm_processor_kwargs", dict, {})
+    refuse_unsupported(extra, {"use_audio_in_video"}, where="mm_processor_kwargs.")
     for source in (extra, body):
         if "use_audio_in_video" in source:
             request.use_audio_in_video = typed(source, "use_audio_in_video", bool, False)
@@ -139,9 +165,7 @@ def parse_chat(body: dict) -> ChatRequest:
 def parse_speech(body: dict) -> SpeechRequest:
     """Check a request of /v1/audio/speech. Raises ApiError that names the field."""
     body = {key: value for key, value in body.items() if value is not None}
-    for name in body:
-        if name not in SPEECH_FIELDS:
-            raise bad_request(f"unknown field {quote(name)}", param=shorten(name, 60))
+    refuse_unsupported(body, SPEECH_FIELDS)
     text = parse_text(body.get("input"), "input").strip()
     if not text:
         raise bad_request("input is the text to say", param="input")
@@ -158,15 +182,50 @@ def parse_speech(body: dict) -> SpeechRequest:
     )
 
 
-def refuse_unsupported(body: dict) -> None:
-    """Raise ApiError for fields that are unknown, and for values that would be ignored."""
-    for name, value in body.items():
-        if name in FIELDS or name in IGNORED:
+def parse_transcription(form: dict) -> TranscriptionRequest:
+    """Check the fields of a form; "file" is the recording's bytes. Raises ApiError that names the
+    field.
+    """
+    refuse_unsupported(form, TRANSCRIPTION_FIELDS, NEUTRAL_TRANSCRIPTION)
+    shape = form.get("response_format", "json")
+    if shape not in ("json", "text"):
+        raise bad_request("response_format is json or text", param="response_format")
+    stream = FORM_BOOLS.get(str(form.get("stream", "")).lower())
+    if stream is None:
+        raise bad_request("stream is true or false", param="stream")
+    options = {}
+    if "temperature" in form:
+        options["temperature"] = parse_temperature(form["temperature"])
+    return TranscriptionRequest(form["file"], shape, stream, options)
+
+
+def parse_temperature(text: object) -> float:
+    """A number in a form. Raises ApiError."""
+    try:
+        return float(str(text))
+    except ValueError:
+        raise bad_request("temperature is no number", param="temperature") from None
+
+
+def refuse_unsupported(
+    given: dict,
+    known: Collection[str],
+    neutral: Mapping[str, tuple] = MappingProxyType({}),
+    where: str = "",
+) -> None:
+    """Raise ApiError for fields that are unknown, and for values that would be ignored.
+
+    known: fields that may have any value here. neutral: further ones -> their values that ask for
+    nothing, as null does. where: the place of these fields in the request, such as "audio.".
+    """
+    for name, value in given.items():
+        if value is None or name in known:
             continue
-        if name not in NEUTRAL:
-            raise bad_request(f"unknown field {quote(name)}", param=shorten(name, 60))
-        if value not in NEUTRAL[name]:
-            raise bad_request(f"{name} is not supported by this model; leave it out", param=name)
+        path = where + name
+        if name not in neutral:
+            raise bad_request(f"unknown field {quote(path)}", param=shorten(path, 60))
+        if value not in neutral[name]:
+            raise bad_request(f"{path} is not supported by this model; leave it out", param=path)
 
 
 def parse_text(text: object, param: str) -> str:
@@ -201,6 +260,7 @@ def parse_modalities(body: dict, request: ChatRequest) -> None:
         raise bad_request('modalities are ["text"] or ["text", "audio"]', param="modalities")
     request.speech = "audio" in modalities
     audio = typed(body, "audio", dict, {})
+    refuse_unsupported(audio, AUDIO_FIELDS, where="audio.")
     request.voice = parse_voice(audio.get("voice"))
     request.format = parse_format(audio.get("format", request.format))
     if request.stream and request.speech and request.format != "pcm16":
@@ -210,6 +270,7 @@ def parse_modalities(body: dict, request: ChatRequest) -> None:
 def parse_voice(voice: object) -> str | None:
     """The name of a voice: a string, or OpenAI's {"id": NAME}."""
     if isinstance(voice, dict):
+        refuse_unsupported(voice, {"id"}, where="voice.")
         voice = voice.get("id")
     if voice is not None and not isinstance(voice, str):
         raise bad_request(f"voice is {quote(voice)}; expected its name", param="voice")
@@ -259,15 +320,18 @@ def parse_item(item: object) -> dict:
         raise bad_request("a content item is no object", param="messages")
     kind = item.get("type")
     if kind in TEXT_ITEMS:
+        refuse_unsupported(item, {"text", *ITEM_FIELDS}, where="messages.content.")
         return {"type": "text", "text": parse_text(item.get("text"), "messages")}
     if kind in URL_ITEMS:
+        refuse_unsupported(item, {kind, *ITEM_FIELDS}, where="messages.content.")
         return {"type": kind.removesuffix("_url"), kind.removesuffix("_url"): data_uri(item, kind)}
     if kind == "input_audio":
+        refuse_unsupported(item, {"input_audio", *ITEM_FIELDS}, where="messages.content.")
         source = item.get("input_audio")
-        data = source.get("data") if isinstance(source, dict) else None
-        if not isinstance(data, str):
+        if not isinstance(source, dict) or not isinstance(source.get("data"), str):
             raise bad_request("input_audio holds {data: base64, format}", param="messages")
-        return {"type": "input_audio", "input_audio": {"data": data}}
+        refuse_unsupported(source, {"data", *ITEM_FIELDS}, where="input_audio.")
+        return {"type": "input_audio", "input_audio": {"data": source["data"]}}
     raise bad_request(
         f"a content item of type {quote(kind)}; expected one of text, image_url, input_audio, "
         f"video_url, audio_url",
@@ -279,6 +343,7 @@ def data_uri(item: dict, kind: str) -> str:
     """The data: URI of an item. Raises ApiError for web addresses and paths."""
     source = item.get(kind)
     if isinstance(source, dict):
+        refuse_unsupported(source, {"url", *ITEM_FIELDS}, where=f"{kind}.")
         source = source.get("url")
     if not isinstance(source, str) or source[:5].lower() != "data:":
         raise bad_request(

@@ -278,3 +278,84 @@ def test_the_client_raises_its_own_errors(client):
         client.chat.completions.create(model="gpt-4", messages=SAY)
     with pytest.raises(openai.BadRequestError, match="modalities"):
         client.chat.completions.create(model="tiny", messages=SAY, modalities=["smell"])
+
+
+PICTURE = {"url": f"data:image/png;base64,{base64_of('scene.png')}"}
+SOUND = {"data": base64_of("question.wav"), "format": "wav"}
+
+
+def of_user(*content: dict) -> dict:
+    return {"messages": [{"role": "user", "content": list(content)}]}
+
+
+IGNORED_BEFORE = {
+    "audio.foo": {"messages": SAY, "audio": {"voice": "Karl", "foo": 1}},
+    "voice.name": {"messages": SAY, "audio": {"voice": {"name": "Karl"}}},
+    "stream_options.foo": {"messages": SAY, "stream": True, "stream_options": {"foo": 1}},
+    "mm_processor_kwargs.fps": {"messages": SAY, "mm_processor_kwargs": {"fps": 1}},
+    "messages.content.foo": of_user({"type": "text", "text": "x", "foo": 1}),
+    "messages.content.image_url": of_user({"type": "text", "text": "x", "image_url": PICTURE}),
+    "messages.content.max_pixels": of_user(
+        {"type": "image_url", "image_url": PICTURE, "max_pixels": 9}
+    ),
+    "image_url.foo": of_user({"type": "image_url", "image_url": {**PICTURE, "foo": 1}}),
+    "input_audio.foo": of_user({"type": "input_audio", "input_audio": {**SOUND, "foo": 1}}),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED_BEFORE)
+def test_unknown_fields_of_inner_objects_are_named(server, name):
+    body = IGNORED_BEFORE[name]
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=SECONDS)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+    assert name in answer.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing(client):
+    """Values that clients send by default."""
+    text = {"type": "text", "text": f"say {SENTENCE}", "cache_control": {"type": "ephemeral"}}
+    answer = client.chat.completions.create(
+        model="tiny",
+        **of_user(text),
+        n=1,
+        presence_penalty=0,
+        tool_choice="auto",
+        user="me",
+        audio=None,
+        extra_body={"foo": None, "stream_options": {"include_usage": None}},
+    )
+    assert answer.choices[0].message.content == SENTENCE
+
+
+def transcribe(server, **fields) -> httpx.Response:
+    url = f"{server.url}/v1/audio/transcriptions"
+    file = {"file": (SAMPLES / "question.wav").read_bytes()}
+    return httpx.post(url, files=file, data=fields, timeout=SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("foo", "1"),
+        ("file[]", "/etc/passwd"),
+        ("language", "de"),
+        ("prompt", "a red circle"),
+        ("include[]", "logprobs"),
+        ("timestamp_granularities[]", "word"),
+        ("chunking_strategy", "server_vad"),
+        ("response_format", "srt"),
+        ("stream", "perhaps"),
+        ("temperature", "hot"),
+    ],
+)
+def test_wrong_fields_of_a_transcription_are_named(server, name, value):
+    answer = transcribe(server, **{name: value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
+def test_fields_of_a_transcription_that_ask_for_nothing(server):
+    neutral = {"language": "", "prompt": "", "chunking_strategy": "auto", "stream": "False"}
+    answer = transcribe(server, response_format="text", **neutral)
+    assert answer.text == "where is the red circle\n"
