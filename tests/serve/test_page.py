@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from serving import RATE, SAMPLES, keep_first_answers, spoken
+from serving import RATE, SAMPLES, base64_of, keep_first_answers, running, spoken, wait_until
+
+from minomni.serve import realtime
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -22,11 +24,14 @@ WISH = "wish.wav"
 WISHED = "the yellow square is left of the yellow cross"
 OTHER_WISH = "speech/02.flac"
 OTHER_WISHED = "a red circle and a yellow circle"
+TOKEN = "correct-horse-battery"
 PICTURES = os.environ.get("MINOMNI_SCREENSHOTS")  # a folder; by default none are kept
 # A microphone that is silent until speak(samples) is called: what is said, and when, does not
 # depend on the speed of the machine.
 QUIET_MICROPHONE = """
-navigator.mediaDevices.getUserMedia = async () => {
+const getUserMedia = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+navigator.mediaDevices.getUserMedia = async (constraints) => {
+  if (constraints.video) return getUserMedia(constraints);
   const context = new AudioContext({ sampleRate: 24000 });
   await context.resume();
   const microphone = context.createMediaStreamDestination();
@@ -61,6 +66,41 @@ window.AudioContext = class extends AudioContext {
   }
 };
 """
+# A player of its own: chunks of several lengths that are there in time, and others that are late.
+PLAY = """async (late) => {
+  const { Player } = await import('/static/audio.js');
+  const reports = [];
+  const reported = async (kind) => {
+    while (!reports.some((report) => report.kind === kind)) {
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+  };
+  const player = await Player.open((report) => reports.push(report));
+  await player.resume();
+  player.send({ kind: 'begin', item: 'x' });
+  for (const length of [1, 127, 128, 129, 1919, 4800]) {
+    player.send({ kind: 'chunk', item: 'x', samples: new Float32Array(length) });
+  }
+  if (late) {
+    await reported('first');
+    const end = player.context.currentTime + 1;
+    while (player.context.currentTime < end) {
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+    player.send({ kind: 'chunk', item: 'x', samples: new Float32Array(100) });
+  }
+  player.send({ kind: 'complete', item: 'x' });
+  await reported('ended');
+  return reports.at(-1);
+}"""
+# A file that is dropped onto the page.
+DROP = """(content) => {
+  const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([bytes], 'scene.png', { type: 'image/png' }));
+  document.body.dispatchEvent(
+    new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true }));
+}"""
 
 
 def find_browser() -> str:
@@ -175,6 +215,9 @@ def test_a_typed_example_is_answered_with_audio(page):
     ended = wait_for_player(page, "ended")
     assert ended["played"] > RATE
     assert len(page.evaluate("window.minomni.latency")) == 4
+    bar = page.locator("#latency").inner_text()
+    names = ("prefill", "first code", "first mel", "first audio, sent and played")
+    assert all(name in bar for name in names)
     assert page.get_by_role("link", name="as wav").count() == 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
@@ -188,8 +231,21 @@ def test_a_typed_example_is_answered_with_audio(page):
 def test_a_device_that_begins_after_the_answer_plays_it(slow_page):
     """The page does not claim that there is no audio: its fixture looks at the errors."""
     slow_page.get_by_role("button", name="where is the red circle").click()
-    assert wait_for_player(slow_page, "ended")["played"] > RATE
+    ended = wait_for_player(slow_page, "ended")
+    assert ended["played"] > RATE
+    assert ended["gaps"] == 0
     assert answers(slow_page) == [ANSWER]
+
+
+def test_chunks_are_played_without_gaps(page):
+    """Chunks that are there in time follow each other at once. A late one leaves a gap, which is
+    counted.
+    """
+    in_time = page.evaluate(PLAY, False)
+    assert (in_time["played"], in_time["gaps"]) == (7104, 0)
+    late = page.evaluate(PLAY, True)
+    assert late["played"] == 7204
+    assert late["gaps"] > 0
 
 
 def test_the_wav_that_is_kept(page):
@@ -241,6 +297,68 @@ def test_push_to_talk(quiet_page):
     page.get_by_text(ANSWER).wait_for()
     wait_for_player(page, "ended")
     assert answers(page) == [ANSWER]
+
+
+def test_the_camera_sends_frames(quiet_page, monkeypatch):
+    """While the user speaks, and not before."""
+    sizes = []
+    read_image = realtime.read_image
+
+    def recorded(*arguments):
+        image = read_image(*arguments)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(realtime, "read_image", recorded)
+    page = quiet_page
+    page.get_by_role("button", name="Camera").click()
+    page.locator("#view").wait_for()
+    assert page.locator("#camera").get_attribute("aria-pressed") == "true"
+    wait(page, "document.querySelector('#view').videoWidth === 320")
+    assert sizes == []
+    page.get_by_role("button", name="Hold to talk").focus()
+    page.keyboard.down(" ")
+    wait(page, "window.minomni.state.heldAt > 0")
+    speak(page, "question.wav")
+    wait_until(lambda: len(sizes) >= 2)
+    page.keyboard.up(" ")
+    wait_for_player(page, "ended")
+    assert set(sizes) == {(320, 240)}
+
+    camera = page.evaluate_handle("window.minomni.state.camera.getTracks()[0]")
+    page.get_by_role("button", name="Camera").click()
+    assert page.locator("#view").is_hidden()
+    assert camera.evaluate("(track) => track.readyState") == "ended"
+
+
+def test_a_dropped_picture(page):
+    """It is shown, and the next question is about it."""
+    page.evaluate(DROP, base64_of("scene.png"))
+    page.locator("#preview").wait_for()
+    assert page.locator("#preview").get_attribute("src").startswith("data:image/png;base64,")
+    page.get_by_label("Your question").fill("where is the red circle")
+    page.keyboard.press("Enter")
+    page.get_by_text(ANSWER).wait_for()
+    assert page.locator("#picked").is_hidden()
+    wait_for_player(page, "ended")
+
+
+def test_the_token(context, trained):
+    """The page asks for the server's token, and again after a wrong one, which it says."""
+    with running(trained, token=TOKEN) as guarded:
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(guarded.url)
+        page.get_by_label("asks for its token").fill("wrong")
+        assert page.locator("#wrong").is_hidden()
+        page.get_by_role("button", name="Connect").click()
+        page.locator("#wrong").wait_for()
+        assert page.locator("#wrong").inner_text() == "This is not the server's token."
+        page.get_by_label("asks for its token").fill(TOKEN)
+        page.get_by_role("button", name="Connect").click()
+        wait(page, "document.querySelector('#status').textContent.includes('ready')")
+        assert page.locator("#ask").is_hidden()
+        page.close()
 
 
 def test_stop(page, monkeypatch):

@@ -54,6 +54,7 @@ async function connect() {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
   const response = await fetch("/v1/models", { headers });
   if (response.status === 401) {
+    $("wrong").hidden = !token;
     $("ask").showModal();
     return;
   }

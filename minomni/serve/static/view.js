@@ -1,7 +1,8 @@
 // What the page shows: the conversation, the status, waveform and mel, the latency.
 import { RATE, toWav } from "/static/audio.js";
 
-const PARTS = ["question read", "first speech code", "first audio made", "sent and played"];
+// The cuts and names of notebook 12, whose last one ends where audio is made and not yet played.
+const PARTS = ["prefill", "first code", "first mel", "first audio, sent and played"];
 const MEL_ROWS = 64;
 const MEL_STEP = 2; // pixels per drawing
 const MEL_TOP = 8000; // Hz
@@ -57,7 +58,7 @@ export function status(text) {
 // ----------------------------------------------------------------------------------------- latency
 /** From the end of the question to the first audio, in four parts -> their milliseconds. */
 export function showLatency(times, firstMs, pauseMs) {
-  const seconds = [times.prefill, times.code - times.prefill, times.audio - times.code];
+  const seconds = [times.prefill, times.code - times.prefill, times.mel - times.code];
   const ms = seconds.map((part) => Math.max(0, part * 1000));
   ms.push(Math.max(0, firstMs - ms[0] - ms[1] - ms[2]));
   const total = ms.reduce((sum, part) => sum + part, 0);
