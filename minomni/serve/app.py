@@ -38,10 +38,11 @@ STATIC = Path(__file__).parent / "static"
 SAMPLES = ("scene.png", "color.png", "digit.png")  # images that the page offers
 PING_S = 20.0  # between two signs of life on a WebSocket
 STOP_S = 3  # seconds that connections have to end when the server stops
-# Lines that uvicorn logs for a request that is refused or broken. They say nothing that helps, and
-# anyone who reaches the port could fill the log with them.
+# Lines that uvicorn logs for a request that is refused, broken or not read. They say nothing that
+# helps, and anyone who reaches the port could fill the log with them.
 OUTSIDERS_LINES = (
     "ASGI callable returned without completing handshake.",  # a WebSocket refused with a status
+    "ASGI callable returned without completing response.",  # a client that does not read
     "Invalid HTTP request received.",
     "Invalid UTF-8 sequence received from client.",
     "Unsupported upgrade request.",

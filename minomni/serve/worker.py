@@ -74,6 +74,7 @@ class Task:
             if isinstance(event, Exception):
                 raise event
             yield event
+            await asyncio.sleep(0)  # other clients get the event loop, however fast events come
 
 
 class Client:

@@ -7,21 +7,25 @@ import base64
 import concurrent.futures
 import gc
 import json
+import logging
 import socket
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import torch
 from serving import SECONDS, Gate, base64_of, connect_to, running, spoken, wait_until
 
-from minomni.chat.reply import TextChunk
+from minomni.chat.reply import ReplyDone, TextChunk
+from minomni.chat.session import Session
 from minomni.serve import chat, realtime
 from minomni.serve.worker import Task
 
 CLIENTS = 20
+SHORT_LIVED = ("Conversation", "Task", "Session", "KVCache")  # kinds of objects of one client
 SAY = {"messages": [{"role": "user", "content": "say the red circle"}], "max_tokens": 40}
 SPEECH = {**SAY, "modalities": ["text", "audio"], "stream": True}
 
@@ -225,8 +229,6 @@ def test_a_client_that_leaves(server, steps, endless, steps_when_freed, stream):
 
 
 def test_a_conversation_that_is_left(server, steps, steps_when_freed, monkeypatch):
-    from minomni.chat.session import Session
-
     def endless_reply(session, *arguments, **options):
         return endless_steps(*[None] * 5)
 
@@ -238,6 +240,86 @@ def test_a_conversation_that_is_left(server, steps, steps_when_freed, monkeypatc
         websocket.send(json.dumps({"type": "response.create"}))
         wait_until(lambda: len(steps) > 20)
     assert_stopped(server, steps, steps_when_freed)
+
+
+@pytest.fixture
+def gushing(monkeypatch):
+    """Answers that go on without end and faster than anyone reads, once this event is set. They
+    keep their caches.
+    """
+    opened = threading.Event()
+
+    def wrap(function):
+        def made(*arguments, **options):
+            steps = function(*arguments, **options)
+            for event in steps:
+                if isinstance(event, ReplyDone):
+                    break
+                yield event
+            assert opened.wait(SECONDS)
+            while True:
+                time.sleep(0.001)
+                yield TextChunk("x" * 10_000, 0.0)
+
+        return made
+
+    monkeypatch.setattr(chat, "answer_steps", wrap(chat.answer_steps))
+    monkeypatch.setattr(Session, "respond_steps", wrap(Session.respond_steps))
+    yield opened
+    opened.set()
+
+
+@contextmanager
+def patient_for_half_a_second(model, caplog):
+    """A server that logs nothing, though clients do not read."""
+    with running(model, send_s=0.5) as server:
+        logger = logging.getLogger("uvicorn.error")
+        logger.addHandler(caplog.handler)  # its records do not reach the root logger
+        yield server
+        logger.removeHandler(caplog.handler)
+    assert caplog.records == []
+
+
+@contextmanager
+def slow_reader(server):
+    """A connection whose receive buffer is small."""
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", server.port))
+        yield raw
+
+
+def assert_dropped(server, gushing):
+    """The client holds a cache until its answer is sent, and nothing when it does not read it."""
+    wait_until(lambda: held()["KVCache"])
+    gushing.set()
+    wait_until(lambda: not server.server.clients and not server.server.worker.turns)
+    wait_until(lambda: not any(held()[kind] for kind in SHORT_LIVED))
+
+
+def test_a_slow_reader_of_a_chat(untrained, gushing, caplog):
+    body = json.dumps({**SAY, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    with patient_for_half_a_second(untrained, caplog) as server:
+        with slow_reader(server) as raw:
+            raw.sendall(f"{head}\r\n\r\n".encode() + body)
+            assert_dropped(server, gushing)
+        assert httpx.get(f"{server.url}/health", timeout=SECONDS).json()["sessions"] == 0
+
+
+def test_a_slow_reader_of_a_conversation(untrained, gushing, caplog):
+    with patient_for_half_a_second(untrained, caplog) as server:
+        with (
+            slow_reader(server) as raw,
+            connect_to(server, sock=raw, max_queue=1, close_timeout=0.1) as websocket,
+        ):
+            content = [{"type": "input_text", "text": "say the red circle"}]
+            item = {"type": "message", "role": "user", "content": content}
+            websocket.send(json.dumps({"type": "conversation.item.create", "item": item}))
+            websocket.send(json.dumps({"type": "response.create"}))
+            assert_dropped(server, gushing)
+        with connect_to(server) as websocket:
+            assert json.loads(websocket.recv(timeout=SECONDS))["type"] == "session.created"
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -285,12 +367,12 @@ def converse(server) -> None:
 
 @pytest.mark.slow
 def test_everything_is_freed(server):
-    """After answers, conversations and clients that left, as much is held as before them."""
+    """After twenty clients at once and one that left, as much is held as before them."""
 
     def some_of_each():
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(ask, server, SPEECH) for _ in range(8)]
+        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             talked = [pool.submit(converse, server) for _ in range(3)]
+            asked = [pool.submit(ask, server, SPEECH) for _ in range(CLIENTS - 3)]
             for job in asked + talked:
                 job.result()
         url = f"{server.url}/v1/chat/completions"
@@ -299,8 +381,7 @@ def test_everything_is_freed(server):
         wait_until(lambda: not server.server.clients and not server.server.worker.turns)
 
     some_of_each()  # makes what stays: tables and the like
-    short_lived = ("Conversation", "Task", "Session", "KVCache")
-    wait_until(lambda: not any(held()[kind] for kind in short_lived))
+    wait_until(lambda: not any(held()[kind] for kind in SHORT_LIVED))
     before = held()
     some_of_each()
     wait_until(lambda: held() <= before)

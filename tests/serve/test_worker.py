@@ -58,6 +58,30 @@ def test_the_tasks_of_a_client_run_one_after_the_other():
     assert run(conversation) == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_fast_events_leave_the_event_loop_to_others():
+    """However many events wait, another coroutine runs between any two of them."""
+
+    async def conversation(worker):
+        task = Client(worker).submit(iter_steps(range(100)))
+        worker.start()
+        turns = 0
+
+        async def other():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        while task.events.qsize() < 101:  # the events and their end
+            await asyncio.sleep(0.01)
+        others = asyncio.ensure_future(other())
+        await all_events(task)
+        others.cancel()
+        return turns
+
+    assert run(conversation) >= 100
+
+
 def iter_steps(values):
     yield from values
 
