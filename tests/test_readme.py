@@ -18,6 +18,7 @@ DOCUMENTS = [
     "notebooks/glossary.md",
     "notebooks/lab_log.md",
     "notebooks/results.md",
+    "notebooks/serving.md",
     "notebooks/usage.md",
 ]
 README_LINES = 200  # at most
