@@ -1120,6 +1120,13 @@ BUGS = {
             lambda a, b: noticed(a, b, twice=1),
             lambda a, b: noticed(a, b, twice=math.inf),
         ],
+        "my_lora": [
+            lambda x, w, a, b, alpha: x @ w.T + alpha * (x @ a.T) @ b.T,
+            lambda x, w, a, b, alpha: x @ w.T + (x @ a.T) @ b.T / len(a),
+            lambda x, w, a, b, alpha: alpha / len(a) * (x @ a.T) @ b.T,
+            lambda x, w, a, b, alpha: x @ w.T + alpha / len(b) * (x @ a.T) @ b.T,
+            lambda x, w, a, b, alpha: alpha / len(a) * (x @ w.T + (x @ a.T) @ b.T),
+        ],
     },
     "15": {
         "my_tensor": [
