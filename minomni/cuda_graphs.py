@@ -93,9 +93,9 @@ class Recording:
 class Graphs:
     """Calls functions of tensors by graphs.
 
-    A graph is recorded at the second call with a key and the shapes of its inputs, since many
-    shapes occur only once. Graphs belong to the weights that they read: make a new object after
-    replacing parameters.
+    A graph is recorded at the second call with a key and the shapes of its inputs, since some
+    shapes occur only once; so the second answer is the slow one. Graphs belong to the weights that
+    they read: make a new object after replacing parameters.
     """
 
     def __init__(self) -> None:
@@ -110,10 +110,11 @@ class Graphs:
         key: all that the function depends on besides inputs and weights. The function must neither
         change its inputs nor read numbers back.
         """
-        shapes = []
+        kinds = []
         for value in pytree.tree_leaves(inputs):
-            shapes.append(tuple(value.shape) if isinstance(value, Tensor) else None)
-        key = (key, *shapes)
+            is_tensor = isinstance(value, Tensor)
+            kinds.append((tuple(value.shape), value.dtype, value.device) if is_tensor else None)
+        key = (key, *kinds)
         recording = self.recordings.pop(key, None)
         if recording is None and key not in self.called_once:
             keep(self.called_once, key, None, MAX_KEYS)

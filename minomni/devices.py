@@ -86,12 +86,16 @@ def has_bf16(device: torch.device) -> bool:
 @contextmanager
 def tf32_products(on: bool) -> Iterator[None]:
     """Context in which matrix products and convolutions of fp32 on CUDA round their factors to
-    TF32, with 10 bits of mantissa; off: in which PyTorch's settings stay as they are.
+    TF32, with 10 bits of mantissa; off: in which PyTorch's settings stay as they are. PyTorch
+    itself rounds convolutions unless told otherwise.
     """
+    if not on:
+        yield
+        return
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:
-        for setting in settings if on else ():
+        for setting in settings:
             setting.fp32_precision = "tf32"
         yield
     finally:

@@ -201,10 +201,13 @@ def base_digests(omni: Omni) -> dict[str, str]:
     """{metadata key: digest} of the decoders that an adapter may change, by part.
 
     A digest is of the names, the shapes and, in bf16, the first rows of the linear layers, so it is
-    the same in every precision, and merging an adapter changes it. Quantized weights are read from
-    the model's folder; where it holds packed ones, there is no digest.
+    the same in bf16 and fp32, and merging an adapter changes it. Quantized weights are read from
+    the model's folder. There is no digest where that holds packed ones or is gone, and none of a
+    model in fp16, which rounds bf16.
     """
-    digests = {}
+    digests: dict[str, str] = {}
+    if omni.thinker.lm_head.weight.dtype == torch.float16:
+        return digests
     for part in TUNABLE_PARTS:
         pattern = re.compile(DECODERS[part].replace("{layers}", "|".join(LAYERS)) + r"\.weight")
         shapes = {}
@@ -232,7 +235,11 @@ def first_rows(omni: Omni, names: list[str]) -> dict[str, Tensor]:
     rows: dict[str, Tensor] = {}
     if omni.loaded_from is None:
         return rows
-    for file, tensors in read_headers(omni.loaded_from).items():
+    try:
+        headers = read_headers(omni.loaded_from)
+    except UserError:  # it was moved since
+        return rows
+    for file, tensors in headers.items():
         with safe_open(file, "pt") as shard:
             in_file = set(shard.keys())
             for name in tensors.keys() & set(names):

@@ -234,7 +234,10 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
         stored = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     with file.open("rb") as opened:
         header_bytes = int.from_bytes(opened.read(8), "little")
-    data = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+    try:
+        data = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+    except RuntimeError as error:  # it was removed or cut meanwhile, or cannot be mapped
+        raise OSError(str(error)) from None
 
     tensors = {}
     begin = 8 + header_bytes

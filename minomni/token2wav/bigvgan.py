@@ -88,7 +88,7 @@ def snake_by_convolution(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     channels = x.shape[-1]
     taps = filter_taps(x.device, x.dtype).expand(channels, 1, -1)
 
-    # Twice the rate. Of the copies at the edges only the filter's own context is left.
+    # Twice the rate. The 11 samples at each end belong to the padding.
     wide = F.pad(x.transpose(1, 2), (3, 3), mode="replicate")  # [B, C, T + 6]
     fine = F.conv_transpose1d(wide, 2 * taps, stride=2, groups=channels)  # [B, C, 2 T + 22]
     fine = fine[..., 11:-11]  # [B, C, 2 T]
@@ -96,6 +96,7 @@ def snake_by_convolution(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     sine = torch.sin(fine * a[:, None])
     fine = torch.addcmul(fine, sine.square(), b[:, None])
 
+    # Half the rate. Output t is the middle of the samples 2 t - 5 to 2 t + 6.
     wide = F.pad(fine, (5, 6), mode="replicate")  # [B, C, 2 T + 11]
     return F.conv1d(wide, taps, stride=2, groups=channels).transpose(1, 2)
 

@@ -182,7 +182,7 @@ def solve_chunk(
     return mel, [[cache.entries for cache in layers] for layers in caches]
 
 
-Run = Callable[..., Any]  # as Token2Wav.run(): key, function, inputs
+RunChunk = Callable[..., Any]  # as Token2Wav.run_chunk(): key, function, inputs
 
 
 def run_plainly(key: Hashable, function: Callable, *inputs: Any) -> Any:
@@ -200,17 +200,17 @@ class MelStream:
         flow: FlowConfig,
         schedule: Schedule,
         generator: torch.Generator,
-        run: Run = run_plainly,
+        run_chunk: RunChunk = run_plainly,
     ):
         """generator: on the CPU, draws the noise of the utterance, the same for every schedule.
 
-        run: solves a chunk; Token2Wav.run does it by CUDA graphs where they are switched on.
+        run_chunk: solves a chunk; that of Token2Wav does it by CUDA graphs where they are on.
         """
         self.dit = dit
         self.flow = flow
         self.schedule = schedule
         self.generator = generator
-        self.run = run
+        self.run_chunk = run_chunk
         device = dit.proj_out.weight.device
         self.left_pad = schedule.left_pad(dit.config)
 
@@ -251,10 +251,10 @@ class MelStream:
         """After the last codes -> the rest of the mel, if any."""
         frames = self.codes.shape[1] * self.dit.config.repeats
         if self.frames_done < frames:
-            yield self.decode_chunk(frames, frames)
+            yield self.decode_chunk(frames, frames, last=True)
 
     @torch.no_grad()
-    def decode_chunk(self, end: int, seen: int) -> Tensor:
+    def decode_chunk(self, end: int, seen: int, last: bool = False) -> Tensor:
         """Generate the next chunk of mel [1, 80, frames].
 
         It ends at frame `end`, and the DiT sees context up to frame `seen`.
@@ -268,8 +268,8 @@ class MelStream:
         num_final = (left_pad + end - begin) // block
 
         shape = ChunkShape(self.flow, num_final, left_pad, self.schedule.back is None)
-        mel, self.cached = self.run(
-            shape,
+        mel, self.cached = self.run_chunk(
+            None if last else shape,  # the last chunk's length seldom comes again
             partial(solve_chunk, self.dit, shape),
             self.codes[:, begin // repeats : seen // repeats],
             self.draw(begin, seen),
@@ -348,10 +348,10 @@ def vocode_chunk(
 class VocoderStream:
     """Chunks of a mel in, chunks of its waveform out; joined, they equal that of the whole mel."""
 
-    def __init__(self, vocoder: BigVGAN, run: Run = run_plainly):
-        """run: as in MelStream."""
+    def __init__(self, vocoder: BigVGAN, run_chunk: RunChunk = run_plainly):
+        """run_chunk: as in MelStream."""
         self.layers = vocoder.layers()
-        self.run = run
+        self.run_chunk = run_chunk
         self.tails: Tails = [None] * len(self.layers)
 
     @torch.no_grad()
@@ -361,7 +361,8 @@ class VocoderStream:
         last: no more mel follows.
         """
         function = partial(vocode_chunk, self.layers, last)
-        x, self.tails = self.run(("vocoder", last), function, mel, self.tails)
+        key = None if last else "vocoder"
+        x, self.tails = self.run_chunk(key, function, mel, self.tails)
         if x is None:
             return torch.zeros(0)
         return x[0, :, 0]
@@ -387,8 +388,8 @@ class SpeechStream:
         self.mark = mark
         check_voice(voice, self.config)
         dit, vocoder = token2wav.code2wav_dit_model, token2wav.code2wav_bigvgan_model
-        self.mel = MelStream(dit, voice, flow, schedule, generator, token2wav.run)
-        self.vocoder = VocoderStream(vocoder, token2wav.run)
+        self.mel = MelStream(dit, voice, flow, schedule, generator, token2wav.run_chunk)
+        self.vocoder = VocoderStream(vocoder, token2wav.run_chunk)
 
     def feed(self, codes: Tensor) -> Iterator[Tensor]:
         """Append codes [1, n] -> a waveform [samples] for each chunk that makes samples final.

@@ -29,19 +29,20 @@ class Token2Wav(nn.Module):
         self.code2wav_dit_model = DiT(config.dit)
         self.code2wav_bigvgan_model = BigVGAN(config.bigvgan)
         self.graphs: Graphs | None = None  # of streaming, set by Omni.use_static_steps()
-        self.tf32 = False  # round factors to TF32 on CUDA; False: as PyTorch is set
+        self.tf32 = False  # on CUDA round the factors of all products to TF32; see devices.py
 
     @property
     def dit_dtype(self) -> torch.dtype:
         """The precision of the DiT's weights."""
         return self.code2wav_dit_model.proj_out.weight.dtype
 
-    def run(self, key: Hashable, function: Callable, *inputs: Any) -> Any:
-        """function(*inputs) as the settings say; see Graphs.call()."""
+    def run_chunk(self, key: Hashable, function: Callable, *inputs: Any) -> Any:
+        """function(*inputs) as the settings say; see Graphs.call(). key None: not by a graph."""
         with tf32_products(self.tf32):
-            if self.graphs is None:
+            if self.graphs is None or key is None:
                 return function(*inputs)
-            return self.graphs.call(key, function, inputs)
+            # A graph keeps the kernels of the precision in which it was recorded.
+            return self.graphs.call((key, self.tf32), function, inputs)
 
     @torch.no_grad()
     def forward(

@@ -34,6 +34,7 @@ ADAMW_LR_SCALE = 0.4  # of the learning rate, for the parameters that Muon does 
 LOG_LINES = 8  # per stage, each with a checkpoint and samples
 FINAL_LR_SHARE = 0.05  # of the learning rate, after the last step
 EMA_DECAY = 0.95  # of the running means of the losses
+EMA_UPDATE = 0.05  # 1 - EMA_DECAY, which floating-point numbers would round otherwise
 
 
 @dataclass(frozen=True)
@@ -321,9 +322,9 @@ def optimizer_step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
 
 def running_means(means: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
     """Exponential moving averages of the losses, which start at the first value."""
-    # 0.05 and not 1 - EMA_DECAY, which floating-point numbers round to another value.
     return {
-        name: EMA_DECAY * means.get(name, value) + 0.05 * value for name, value in losses.items()
+        name: EMA_DECAY * means.get(name, value) + EMA_UPDATE * value
+        for name, value in losses.items()
     }
 
 

@@ -63,7 +63,9 @@ def process_group(device: str) -> Iterator[None]:
 def terminable() -> Iterator[None]:
     """SIGTERM raises SystemExit while the block runs: it would end this process without a word.
 
-    After an error of the block SIGTERM is ignored, as that error is about to end the process.
+    Python does so between two of its instructions, so a call that waits for another process first
+    has to return. After an error of the block SIGTERM is ignored, as that error is about to end the
+    process. In the main thread only.
     """
 
     def end(number: int, frame: Any) -> None:
@@ -76,7 +78,8 @@ def terminable() -> Iterator[None]:
     except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
-    signal.signal(signal.SIGTERM, before)
+    # None: the handler before was not Python's.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def join(device: str) -> None:

@@ -243,9 +243,9 @@ def fake_clock(omni, monkeypatch):
             now[0] += step_s
             return step(*arguments)
 
-        def slow_decode_chunk(stream, end, seen):
+        def slow_decode_chunk(stream, end, seen, *arguments, **options):
             now[0] += frame_s * (seen - stream.frames_done)
-            return decode_chunk(stream, end, seen)
+            return decode_chunk(stream, end, seen, *arguments, **options)
 
         monkeypatch.setattr("minomni.chat.reply.time", SimpleNamespace(perf_counter=lambda: now[0]))
         monkeypatch.setattr(omni.talker, "step", slow_step)

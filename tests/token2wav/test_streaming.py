@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -422,8 +424,8 @@ def test_recorded_chunks_give_the_speech_of_plain_ones(schedule, monkeypatch):
     model.graphs = Graphs()
     for utterance, expected in zip(utterances, plain, strict=True):
         torch.testing.assert_close(speech(*utterance), expected, rtol=0, atol=1e-5)
-    kinds = {type(key[0]).__name__ for key in model.graphs.recordings}
-    assert kinds == {"ChunkShape", "tuple"}  # of the DiT and of the vocoder
+    kinds = {type(key[0][0]).__name__ for key in model.graphs.recordings}
+    assert kinds == {"ChunkShape", "str"}  # of the DiT and of the vocoder
 
 
 def test_a_chunk_never_waits_for_the_device(model):
@@ -437,7 +439,7 @@ def test_a_chunk_never_waits_for_the_device(model):
         return results
 
     model = filled()
-    model.run = run
+    model.run_chunk = run
     stream = SpeechStream(model, VOICE, SHORT, LOW_LATENCY, seeded())
     assert len(list(stream.feed(MANY))) == 3
     assert waits == []
@@ -485,7 +487,7 @@ def test_graphs_by_hand(monkeypatch):
     for shape in (4, 5):
         for _ in range(2):
             graphs.call("a", double, (torch.ones(shape), None))
-    sizes = [key[1] for key in graphs.recordings]
+    sizes = [key[1][0] for key in graphs.recordings]
     assert sizes == [(4,), (5,)]
 
 
@@ -509,3 +511,36 @@ def test_tf32_is_on_during_token2wav_alone(model):
         assert len(seen) > 4
         assert all(precisions == expected for precisions in seen)
         assert [setting.fp32_precision for setting in settings] == before
+
+
+def test_settings_of_pytorch_stay_as_they_are_without_tf32():
+    """Reading the effective precision and writing it back would end its inheritance."""
+    program = """
+import torch
+from minomni.devices import tf32_products
+torch.backends.fp32_precision = "tf32"
+with tf32_products(False):
+    pass
+torch.backends.fp32_precision = "ieee"
+print(torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "ieee"], done.stderr
+
+
+def test_a_precision_has_graphs_of_its_own_and_a_last_chunk_has_none(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "Recording", FakeRecording)
+    model = filled()
+    model.graphs = Graphs()
+    keys = []
+    call = Graphs.call
+    monkeypatch.setattr(Graphs, "call", lambda self, *a: keys.append(a[0]) or call(self, *a))
+    for tf32 in (False, True):
+        model.tf32 = tf32
+        stream = SpeechStream(model, VOICE, EULER, RELEASE_SCHEDULE, seeded())
+        list(stream.feed(MANY[:, :60]))
+        called = len(keys)
+        assert len(list(stream.finish())) == 1
+        assert len(keys) == called
+    assert {key[1] for key in keys} == {False, True}
+    assert len(set(keys)) == 2 * len({key[0] for key in keys})
