@@ -22,6 +22,7 @@ class Outbox:
         self.events: asyncio.Queue[str | None] = asyncio.Queue()
         self.pending = 0  # characters in the queue
         self.sending: asyncio.Future[None] | None = None
+        self.last_item: str | None = None  # of the conversation
 
     def start(self) -> "asyncio.Future[None]":
         """Begin to send -> a future that ends with close(), or where the client does not read."""
@@ -35,6 +36,13 @@ class Outbox:
         self.events.put_nowait(text)
         if self.pending > MAX_PENDING and self.sending is not None:
             self.sending.cancel()
+
+    def send_added(self, item: dict) -> str | None:
+        """Tell the client of the newest item of the conversation -> the id of the one before it."""
+        previous = self.last_item
+        self.last_item = item["id"]
+        self.send("conversation.item.added", item=item, previous_item_id=previous)
+        return previous
 
     def send_error(self, error: ApiError, event: object = None) -> None:
         """Tell the client that one of its events failed."""

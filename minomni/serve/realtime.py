@@ -25,7 +25,13 @@ from minomni.chat.session import Session
 from minomni.errors import UserError, quote
 from minomni.inputs.image import load_image
 from minomni.serve.audio import AudioReceiver
-from minomni.serve.chat_request import data_uri, parse_text, parse_voice, typed
+from minomni.serve.chat_request import (
+    data_uri,
+    parse_text,
+    parse_voice,
+    refuse_unsupported,
+    typed,
+)
 from minomni.serve.errors import (
     INTERNAL,
     ApiError,
@@ -37,6 +43,8 @@ from minomni.serve.input_audio import Input, InputTurn
 from minomni.serve.outbox import Outbox
 from minomni.serve.realtime_answer import Answer
 from minomni.serve.realtime_objects import (
+    ITEM_FIELDS,
+    PART_FIELDS,
     PCM,
     decode_base64,
     described_parts,
@@ -44,6 +52,8 @@ from minomni.serve.realtime_objects import (
     parse_event,
     parse_max_tokens,
     parse_metadata,
+    parse_response,
+    parse_session,
     parse_turn_detection,
     user_item,
     whole_number,
@@ -142,6 +152,7 @@ class Conversation:
         handler = HANDLERS.get(event["type"])
         if handler is None:
             raise bad_request(f"the event {quote(event['type'])} is not known here", "type")
+        refuse_unsupported(event, {"type", "event_id", *FIELDS[event["type"]]}, NEUTRAL_EVENT)
         await handler(self, event)
         # Other conversations get the event loop, however fast events arrive.
         await asyncio.sleep(0)
@@ -158,16 +169,8 @@ class Conversation:
     # ----------------------------------------------------------------------------------- settings
     async def update_session(self, event: dict) -> None:
         """session.update."""
-        changes = typed(event, "session", dict, {})
-        if changes.get("type", "realtime") != "realtime":
-            raise bad_request("session.type is realtime", "session.type")
-        audio = typed(changes, "audio", dict, {})
-        source = typed(audio, "input", dict, {})
-        output = typed(audio, "output", dict, {})
-        for side in (source, output):
-            if side.get("format") not in (None, PCM, {"type": "audio/pcm"}):
-                raise bad_request(f"format is {PCM}", "session.audio.format")
-
+        changes, source, output = parse_session(event)
+        self.server.check_model(changes.get("model"))
         voice = parse_voice(output.get("voice"))
         if voice is not None:
             self.server.omni.voice(voice)  # raises UserError for an unknown one
@@ -336,7 +339,8 @@ class Conversation:
     def commit_audio(self) -> None:
         """Complete the audio of the buffer. Raises ApiError where there is none."""
         item = self.turn.commit()
-        self.outbox.send("input_audio_buffer.committed", item_id=item, previous_item_id=None)
+        previous = self.outbox.last_item
+        self.outbox.send("input_audio_buffer.committed", item_id=item, previous_item_id=previous)
         self.send_item(item, [{"type": "input_audio", "transcript": None}])
 
     async def clear(self, event: dict) -> None:
@@ -354,6 +358,9 @@ class Conversation:
     async def create_item(self, event: dict) -> None:
         """conversation.item.create: text, images and recordings of the user."""
         item = typed(event, "item", dict, {})
+        refuse_unsupported(item, ITEM_FIELDS, where="item.")
+        if event.get("previous_item_id") not in (None, self.outbox.last_item or "root"):
+            raise bad_request("an item can be added at the end only", "previous_item_id")
         if item.get("type", "message") != "message" or item.get("role") != "user":
             raise bad_request("an item is a message of the user", "item")
         content = typed(item, "content", list, [])
@@ -375,6 +382,8 @@ class Conversation:
         if not isinstance(part, dict):
             raise bad_request("a part of an item is no object", "item.content")
         kind = part.get("type")
+        if isinstance(kind, str) and kind in PART_FIELDS:
+            refuse_unsupported(part, PART_FIELDS[kind], where="item.content.")
         if kind == "input_text":
             text = parse_text(part.get("text"), "item.content")
             return lambda: self.turn.texts.append(text)
@@ -396,8 +405,8 @@ class Conversation:
     def send_item(self, name: str, content: list[dict]) -> None:
         """Tell the client of a message of the user."""
         item = user_item(name, content)
-        self.outbox.send("conversation.item.added", item=item, previous_item_id=None)
-        self.outbox.send("conversation.item.done", item=item, previous_item_id=None)
+        previous = self.outbox.send_added(item)
+        self.outbox.send("conversation.item.done", item=item, previous_item_id=previous)
 
     async def truncate(self, event: dict) -> None:
         """conversation.item.truncate: only this much of the newest answer was heard."""
@@ -429,11 +438,11 @@ class Conversation:
             )
         if self.turn.speaking:
             self.turn.reset_detector()
-        self.begin_answer(typed(event, "response", dict, {}))
+        self.begin_answer(event)
 
-    def begin_answer(self, given: dict) -> None:
-        """Queue an answer to the current turn."""
-        output = typed(typed(given, "audio", dict, {}), "output", dict, {})
+    def begin_answer(self, event: dict) -> None:
+        """Queue an answer to the current turn, as response.create asks."""
+        given, output = parse_response(event)
         voice = self.voice_for(given.get("output_modalities"), self.voice)
         if voice is not None and output.get("voice") is not None:
             voice = parse_voice(output["voice"])
@@ -481,6 +490,8 @@ class Conversation:
         """response.cancel."""
         if self.running is None:
             raise ApiError(400, "no answer is running", code="response_cancel_not_active")
+        if event.get("response_id") not in (None, self.running.id):
+            raise ApiError(400, "that answer is not running", code="response_cancel_not_active")
         self.cancel("client_cancelled")
 
     def cancel(self, reason: str) -> None:
@@ -520,6 +531,19 @@ HANDLERS: dict[str, Handler] = {
     "response.create": Conversation.create_response,
     "response.cancel": Conversation.cancel_response,
 }
+# Event -> its fields.
+FIELDS: dict[str, tuple] = {
+    "session.update": ("session",),
+    "input_audio_buffer.append": ("audio",),
+    "input_audio_buffer.commit": (),
+    "input_audio_buffer.clear": (),
+    "input_video_frame.append": ("image",),
+    "conversation.item.create": ("item", "previous_item_id"),
+    "conversation.item.truncate": ("item_id", "audio_end_ms"),
+    "response.create": ("response",),
+    "response.cancel": ("response_id",),
+}
+NEUTRAL_EVENT: dict[str, tuple] = {"content_index": (0,)}  # an answer has one part
 
 
 async def realtime(websocket: WebSocket) -> None:

@@ -21,6 +21,7 @@ class Answer:
     def __init__(self, text: str, voice: str | None, metadata: dict | None, sample_rate: int):
         self.id = new_id("resp")
         self.item = new_id("item")
+        self.previous_item: str | None = None  # the item before it
         self.text = text  # of the question
         self.voice = voice  # None for text only
         self.metadata = metadata
@@ -76,7 +77,7 @@ class Answer:
         item = self.item_object("in_progress", [])
         outbox.send("response.created", response=self.response_object("in_progress"))
         outbox.send("response.output_item.added", response_id=self.id, output_index=0, item=item)
-        outbox.send("conversation.item.added", item=item, previous_item_id=None)
+        self.previous_item = outbox.send_added(item)
         outbox.send("response.content_part.added", **self.address(), part=self.part())
 
     def send_event(self, outbox: Outbox, event: TextChunk | AudioChunk | ReplyDone) -> None:
@@ -124,7 +125,7 @@ class Answer:
         item_status = "completed" if status == "completed" else "incomplete"
         item = self.item_object(item_status, [self.part("output_")])
         outbox.send("response.output_item.done", response_id=self.id, output_index=0, item=item)
-        outbox.send("conversation.item.done", item=item, previous_item_id=None)
+        outbox.send("conversation.item.done", item=item, previous_item_id=self.previous_item)
 
         done = self.response_object(status)
         done["output"] = [item]

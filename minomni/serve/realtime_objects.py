@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from minomni.serve.audio import WIRE_RATE
-from minomni.serve.chat_request import typed
+from minomni.serve.chat_request import refuse_unsupported, typed
 from minomni.serve.errors import ApiError, bad_request
 from minomni.serve.vad import VadOptions
 
@@ -21,6 +21,53 @@ VAD_LIMITS = {
 MAX_METADATA = 16  # entries, as OpenAI's API
 MAX_METADATA_TEXT = 512  # characters
 MAX_OUTPUT_TOKENS = 10**6
+# Fields that are read or do not change an answer, and further ones with the values that ask for
+# nothing, as in chat_request.py. A client may send a session back as it got it.
+SESSION_FIELDS = {
+    "type",
+    "id",
+    "model",
+    "output_modalities",
+    "instructions",
+    "audio",
+    "max_output_tokens",
+    "tracing",
+}
+RESPONSE_FIELDS = {"output_modalities", "audio", "max_output_tokens", "metadata"}
+NEUTRAL_TOOLS: dict[str, tuple] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
+NEUTRAL_SESSION: dict[str, tuple] = {
+    "object": ("realtime.session",),
+    "include": ([],),
+    "truncation": ("auto", "disabled"),  # the default, and what happens here
+    "prompt": (),
+    "reasoning": (),
+    **NEUTRAL_TOOLS,
+}
+NEUTRAL_RESPONSE: dict[str, tuple] = {
+    "conversation": ("auto",),
+    "input": (),
+    "instructions": (),
+    "prompt": (),
+    "reasoning": (),
+    **NEUTRAL_TOOLS,
+}
+INPUT_FIELDS = {"format", "turn_detection"}  # of session.audio.input
+NEUTRAL_INPUT: dict[str, tuple] = {"transcription": (), "noise_reduction": ()}
+OUTPUT_FIELDS = {"format", "voice"}  # of session.audio.output and response.audio.output
+NEUTRAL_OUTPUT: dict[str, tuple] = {"speed": (1,)}
+TURN_FIELDS = {"type", *VAD_LIMITS, "create_response", "interrupt_response"}
+NEUTRAL_TURN: dict[str, tuple] = {"idle_timeout_ms": ()}
+ITEM_FIELDS = {"type", "role", "content", "id", "object", "status"}
+# Type of a part of an item -> its fields.
+PART_FIELDS = {
+    "input_text": {"type", "text"},
+    "input_image": {"type", "image_url", "detail"},
+    "input_audio": {"type", "audio", "transcript"},
+}
 
 
 def new_id(kind: str) -> str:
@@ -63,6 +110,48 @@ def parse_event(text: object) -> dict:
     return event
 
 
+def parse_session(event: dict) -> tuple[dict, dict, dict]:
+    """The session of session.update -> its fields, and those of audio.input and audio.output.
+
+    Raises ApiError for unknown fields and for values that would be ignored.
+    """
+    session = typed(event, "session", dict, {})
+    refuse_unsupported(session, SESSION_FIELDS, NEUTRAL_SESSION, "session.")
+    if session.get("type", "realtime") != "realtime":
+        raise bad_request("session.type is realtime", "session.type")
+    audio = typed(session, "audio", dict, {})
+    refuse_unsupported(audio, {"input", "output"}, where="session.audio.")
+    source = typed(audio, "input", dict, {})
+    refuse_unsupported(source, INPUT_FIELDS, NEUTRAL_INPUT, "session.audio.input.")
+    check_wire_format(source, "session.audio.input.format")
+    return session, source, parse_output(audio, "session.audio.output.")
+
+
+def parse_response(event: dict) -> tuple[dict, dict]:
+    """The response of response.create -> its fields, and those of audio.output. Raises ApiError as
+    parse_session() does.
+    """
+    response = typed(event, "response", dict, {})
+    refuse_unsupported(response, RESPONSE_FIELDS, NEUTRAL_RESPONSE, "response.")
+    audio = typed(response, "audio", dict, {})
+    refuse_unsupported(audio, {"output"}, where="response.audio.")
+    return response, parse_output(audio, "response.audio.output.")
+
+
+def parse_output(audio: dict, where: str) -> dict:
+    """How an answer is spoken. Raises ApiError as parse_session() does."""
+    output = typed(audio, "output", dict, {})
+    refuse_unsupported(output, OUTPUT_FIELDS, NEUTRAL_OUTPUT, where)
+    check_wire_format(output, f"{where}format")
+    return output
+
+
+def check_wire_format(side: dict, name: str) -> None:
+    """Raise ApiError for audio of another format."""
+    if side.get("format") not in (None, PCM, {"type": "audio/pcm"}):
+        raise bad_request(f"{name} is {PCM}", name)
+
+
 def parse_turn_detection(given: object, padding_ms: int) -> TurnDetection | None:
     """An open microphone, or None for push to talk. padding_ms: the default of prefix_padding_ms.
     Raises ApiError.
@@ -71,6 +160,7 @@ def parse_turn_detection(given: object, padding_ms: int) -> TurnDetection | None
         return None
     if not isinstance(given, dict) or given.get("type", "server_vad") != "server_vad":
         raise bad_request("turn_detection is null or of type server_vad", "turn_detection")
+    refuse_unsupported(given, TURN_FIELDS, NEUTRAL_TURN, "turn_detection.")
     options = VadOptions(prefix_padding_ms=padding_ms)
     for name, (low, high) in VAD_LIMITS.items():
         value = given.get(name)

@@ -435,6 +435,140 @@ def test_cancel(server, monkeypatch):
     assert events[-1].error.code == "response_cancel_not_active"
 
 
+def test_a_camera_frame_is_read(server):
+    """It adds tokens to those of the same question without it."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        counts = []
+        for frames in (0, 1):
+            for _ in range(frames):
+                image = base64_of("scene.png")
+                await connection.send({"type": "input_video_frame.append", "image": image})
+            await send_audio(connection, spoken())
+            await connection.input_audio_buffer.commit()
+            await connection.response.create()
+            done = (await until(connection, "response.done"))[-1]
+            counts.append(done.response.usage.input_tokens)
+        return counts
+
+    without, with_frame = talk(server, conversation)
+    assert with_frame > without
+
+
+def test_items_name_the_item_before_them(server):
+    """Questions, spoken ones too, and answers."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create()
+        events = await until(connection, "response.done")
+        await send_audio(connection, spoken(WISH))
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return events + await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    for kind in ("conversation.item.added", "conversation.item.done"):
+        items = of_kind(events, kind)
+        assert len(items) == 4
+        names = [None, *(item.item.id for item in items)]
+        assert [item.previous_item_id for item in items] == names[:-1]
+    (committed,) = of_kind(events, "input_audio_buffer.committed")
+    assert committed.item_id == items[2].item.id
+    assert committed.previous_item_id == items[1].item.id
+
+
+def session_update(**fields) -> dict:
+    return {"type": "session.update", "session": fields}
+
+
+def item_create(**part) -> dict:
+    item = {"type": "message", "role": "user", "content": [{"type": "input_text", **part}]}
+    return {"type": "conversation.item.create", "item": item}
+
+
+def response_create(**fields) -> dict:
+    return {"type": "response.create", "response": fields}
+
+
+TOOL = {"type": "function", "name": "f", "parameters": {}}
+UNSUPPORTED = {
+    "foo": {"type": "input_audio_buffer.clear", "foo": 1},
+    "session.foo": session_update(foo=1),
+    "session.tools": session_update(tools=[TOOL]),
+    "session.modalities": session_update(modalities=["text"]),
+    "session.voice": session_update(voice="Karl"),
+    "session.turn_detection": session_update(turn_detection={"type": "server_vad"}),
+    "session.audio.foo": session_update(audio={"foo": 1}),
+    "session.audio.input.transcription": session_update(
+        audio={"input": {"transcription": {"model": "whisper-1"}}}
+    ),
+    "session.audio.output.speed": session_update(audio={"output": {"speed": 1.5}}),
+    "turn_detection.foo": session_update(audio={"input": {"turn_detection": {"foo": 1}}}),
+    "model": session_update(model="gpt-realtime"),
+    "item.content.foo": item_create(text="x", foo=1),
+    "item.content.image_url": item_create(text="x", image_url="data:,"),
+    "previous_item_id": {**item_create(text="x"), "previous_item_id": "item_of_no_one"},
+    "content_index": {
+        "type": "conversation.item.truncate",
+        "item_id": "x",
+        "content_index": 1,
+        "audio_end_ms": 0,
+    },
+    "response.instructions": response_create(instructions="be brief"),
+    "response.tools": response_create(tools=[TOOL]),
+    "response.conversation": response_create(conversation="none"),
+    "response.audio.output.speed": response_create(audio={"output": {"speed": 2}}),
+    "response.audio.output.format": response_create(
+        audio={"output": {"format": {"type": "audio/pcmu"}}}
+    ),
+}
+
+
+def test_fields_that_would_be_ignored_are_named(server):
+    async def conversation(connection):
+        found = []
+        for event in UNSUPPORTED.values():
+            await connection.send(event)
+            found.append((await until(connection, "error"))[-1].error.param)
+        return found
+
+    assert talk(server, conversation) == list(UNSUPPORTED)
+
+
+def test_a_session_can_be_sent_back(server):
+    """As it was described: its further fields ask for nothing."""
+
+    async def conversation(connection):
+        created = (await until(connection, "session.created"))[-1]
+        session = created.session.to_dict()
+        session["audio"]["input"]["noise_reduction"] = None
+        await connection.send({"type": "session.update", "session": session})
+        updated = (await until(connection, "session.updated"))[-1]
+        return created.session.to_dict(), updated.session.to_dict()
+
+    created, updated = talk(server, conversation)
+    assert created == updated
+
+
+def test_another_answer_is_not_cancelled(server, monkeypatch):
+    keep_first_answers(monkeypatch)
+
+    async def conversation(connection):
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create()
+        created = (await until(connection, "response.created"))[-1]
+        await connection.response.cancel(response_id="resp_of_no_one")
+        error = (await until(connection, "error"))[-1].error
+        await connection.response.cancel(response_id=created.response.id)
+        done = (await until(connection, "response.done"))[-1]
+        return error.code, done.response.status
+
+    assert talk(server, conversation) == ("response_cancel_not_active", "cancelled")
+
+
 def test_wrong_events_are_answered_and_the_conversation_goes_on(server):
     wrong = [
         {"type": "session.close"},
