@@ -383,14 +383,14 @@ def served(language: str) -> str:
         return (
             f"`minomni bench serve`，tiny，双核：1 / 4 / 16 个客户端同时提问时，每秒完成 "
             f"{' / '.join(texts)} 个文字回答、{' / '.join(rates)} 个语音回答；"
-            f"说完问题后 {held} 毫秒得到第一段音频，开放麦克风为 {opened} 毫秒"
+            f"客户端在说完问题后 {held} 毫秒收到第一段音频，开放麦克风为 {opened} 毫秒"
             f"（其中 500 毫秒用于等待停顿）。\n"
         )
     return (
         f"`minomni bench serve`, tiny on two cores: {' / '.join(texts)} text answers and "
-        f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. The first "
-        f"audio comes {held} ms after the end of a spoken question, and after {opened} ms with an "
-        f"open microphone, which waits for a pause of 500 ms.\n"
+        f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. A "
+        f"client receives the first audio {held} ms after the end of a spoken question, and after "
+        f"{opened} ms with an open microphone, which waits for a pause of 500 ms.\n"
     )
 
 
