@@ -41,6 +41,7 @@ CHAT_FIELDS = {
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
+    "prompt_cache_options",
     "prompt_cache_retention",
     "reasoning_effort",
     "safety_identifier",
@@ -63,6 +64,7 @@ NEUTRAL: dict[str, tuple] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "response_format": ({"type": "text"},),
+    "min_p": (0,),
 }
 ITEM_FIELDS = {*IGNORED_ITEM_KEYS, "prompt_cache_breakpoint"}  # of a content item, and the source
 AUDIO_FIELDS = {"voice", "format"}
@@ -76,12 +78,19 @@ SPEECH_FIELDS = {
     "instructions",
     "stream_format",
 }
-TRANSCRIPTION_FIELDS = {"file", "model", "response_format", "stream", "temperature"}
+TRANSCRIPTION_FIELDS = {
+    "file",
+    "model",
+    "response_format",
+    "stream",
+    "temperature",
+    # Hints, which many clients send; the model hears for itself.
+    "language",
+    "prompt",
+}
 NEUTRAL_TRANSCRIPTION: dict[str, tuple] = {
     "chunking_strategy": ("auto",),
     "include[]": (),  # the official client names lists so
-    "language": ("",),
-    "prompt": ("",),
     "timestamp_granularities[]": (),
 }
 FORM_BOOLS = {"true": True, "1": True, "false": False, "0": False, "": False}
@@ -215,11 +224,12 @@ def refuse_unsupported(
 ) -> None:
     """Raise ApiError for fields that are unknown, and for values that would be ignored.
 
-    known: fields that may have any value here. neutral: further ones -> their values that ask for
-    nothing, as null does. where: the place of these fields in the request, such as "audio.".
+    null, false and what is empty ask for nothing, whatever the field. known: fields that may have
+    any value here. neutral: further ones -> their values that ask for nothing. where: the place of these fields in the request, such as "audio.".
     """
     for name, value in given.items():
-        if value is None or name in known:
+        asks_for_nothing = value is None or value is False or value in ([], {})
+        if asks_for_nothing or name in known:
             continue
         path = where + name
         if name not in neutral:
