@@ -225,7 +225,8 @@ def refuse_unsupported(
     """Raise ApiError for fields that are unknown, and for values that would be ignored.
 
     null, false and what is empty ask for nothing, whatever the field. known: fields that may have
-    any value here. neutral: further ones -> their values that ask for nothing. where: the place of these fields in the request, such as "audio.".
+    any value here. neutral: further ones -> their values that ask for nothing. where: the place of
+    these fields in the request, such as "audio.".
     """
     for name, value in given.items():
         asks_for_nothing = value is None or value is False or value in ([], {})
