@@ -1,6 +1,6 @@
 """Audio: files, bytes and arrays to a mono waveform at 16 kHz."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil, isfinite
 from numbers import Real
 from typing import Any
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE, QWEN7B
 from minomni.errors import UserError, quote, shorten
-from minomni.inputs.containers import is_ogg, parts_of_stream, pcm_samples, require_whole
+from minomni.inputs.containers import (
+    RisingTimes,
+    is_ogg,
+    parts_of_stream,
+    pcm_samples,
+    require_whole,
+)
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
 from minomni.inputs.source import (
     NO_OTHER_FILES,
@@ -84,20 +90,27 @@ def load_audio(source: Any, options: MediaOptions = NO_OPTIONS) -> Tensor:
 
 
 def audio_track(
-    stream: Any, name: str, origin: float | None = None, end: float | None = None
+    stream: Any,
+    name: str,
+    origin: float | None = None,
+    end: float | None = None,
+    shifts: Sequence[float] = (0.0,),
 ) -> Tensor | None:
     """The first audio track of a container -> float32 mono waveform [samples] at 16 kHz, or None.
 
     stream: seekable and binary. origin, end: seconds on the clock of the container, that of PyAV's
     `frame.time`. With an origin, every sample is put at its own time after the origin: gaps are
     filled with silence, and samples before the origin or after the end are dropped. Without one,
-    the samples follow each other as they are stored. Where the rate or the number of channels
-    changes, each part is resampled from its own rate. Raises UserError for a track that is
-    unreadable, too short, too long or not finite.
+    the samples follow each other as they are stored. shifts: seconds to add to the times of each
+    recording in the container, where others begin midway (RisingTimes). Where the rate or the
+    number of channels changes, each part is resampled from its own rate. Raises UserError for a
+    track that is unreadable, too short, too long or not finite.
     """
     require_whole(stream, name)
     timeline = _Timeline(name, origin)
-    for samples, rate, time in _decode_parts(stream, name, timed=origin is not None):
+    times = RisingTimes(shifts)
+    for samples, rate, stored in _decode_parts(stream, name, timed=origin is not None):
+        time = None if stored is None else times.repair(stored)
         if end is not None and time is not None and time >= end:
             break
         timeline.add(samples, rate, time)

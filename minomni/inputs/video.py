@@ -20,7 +20,7 @@ from torch import Tensor
 from minomni.config import MediaConfig
 from minomni.errors import UserError, shorten
 from minomni.inputs.audio import audio_track
-from minomni.inputs.containers import require_whole
+from minomni.inputs.containers import RisingTimes, require_whole
 from minomni.inputs.image import load_image
 from minomni.inputs.options import NO_OPTIONS, SAMPLING_OPTIONS, SIZE_OPTIONS, MediaOptions
 from minomni.inputs.patches import frame_size, smart_resize
@@ -31,9 +31,6 @@ MAX_FRAME_PIXELS = 36_000_000
 MAX_VIDEO_S = 1_000_000  # seconds of a video; a header or a rate that says more is broken
 # Seconds that a frame of a video of constant rate may be off its time. Matroska rounds to 1 ms.
 STEADY = 0.0015
-# Seconds that the time has to fall for a new recording to begin. In avi files, single frames are
-# stored out of order.
-FELL_BACK = 1.0
 # ffmpeg's names of formats that it reads as video, though they are none. Its other formats of
 # single images end in _pipe.
 IMAGE_FORMATS = ("image2", "ico", "alias_pix", "brender_pix")
@@ -405,7 +402,7 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         _refuse_image(stream, name)
         if request.most_tokens is not None:
             _refuse_long_video(stream, request)
-        times, rate = _times(stream, name, request.media.fps)
+        times, rate, shifts = _times(stream, name, request.media.fps)
         first, last = frame_range(times, rate, request.options, name)
         indices = sample_indices(
             last - first + 1, rate, request.media, request.options, first, name
@@ -413,7 +410,9 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         frames = _sampled_frames(stream, indices, request)
 
     seconds = torch.tensor([times[index] - times[first] for index in indices])
-    wave = _audio_of(stream, name, times[0], request.options) if with_audio else None
+    wave = None
+    if with_audio:
+        wave = _audio_of(stream, name, times[0], shifts, request.options)
     return Clip(frames, seconds, wave, sized=True)
 
 
@@ -490,32 +489,28 @@ def _frames(stream: Any, name: str) -> Iterator[tuple]:
             yield frame, rate
 
 
-def _times(stream: Any, name: str, default_rate: float) -> tuple[list[float], float]:
+def _times(stream: Any, name: str, default_rate: float) -> tuple[list[float], float, list[float]]:
     """The increasing times in seconds at which the frames of a file are shown, and their rate.
 
-    Where the time falls by more than FELL_BACK, a new recording begins; it is appended to the one
-    before.
+    Recordings that begin midway are appended to the one before: also returns what was added to the
+    stored times of each recording.
     """
     times: list[float] = []
     header = default_rate
     last_duration = 0.0
-    shift = 0.0
-    latest = -inf
+    rising = RisingTimes()
     for frame, stream_rate in _frames(stream, name):
         header = float(stream_rate or default_rate)
         time = len(times) / header if frame.time is None else frame.time
         last_duration = 0.0
         if frame.duration and frame.time_base:
             last_duration = float(frame.duration * frame.time_base)
-        if time + shift < latest - FELL_BACK:
-            shift = latest + 1 / header - time
-        times.append(time + shift)
-        latest = max(latest, times[-1])
+        times.append(rising.repair(time, step=1 / header))
     if not times:
         raise UserError(f"{name}: not one frame could be decoded")
     # Frames come in display order, but the times of avi files are in the order of storage.
     times.sort()
-    return times, true_rate(times, last_duration, header)
+    return times, true_rate(times, last_duration, header), rising.shifts
 
 
 def upright(frame: Any) -> Image.Image:
@@ -551,12 +546,15 @@ def _to_image(frame: Any) -> Image.Image:
     return frame.to_image()
 
 
-def _audio_of(stream: Any, name: str, origin: float, options: MediaOptions) -> Tensor | None:
+def _audio_of(
+    stream: Any, name: str, origin: float, shifts: list[float], options: MediaOptions
+) -> Tensor | None:
     """The audio track from video_start to video_end, float32 [samples] at 16 kHz; None if missing.
 
-    Both are counted from the first frame, which is shown at `origin` seconds of the file.
+    Both are counted from the first frame, which is shown at `origin` seconds of the file. shifts:
+    those of the frames' times, which the audio track follows.
     """
     start = origin + max(0.0, options.video_start or 0.0)
     end = None if options.video_end is None else origin + options.video_end
     stream.seek(0)
-    return audio_track(stream, name, start, end)
+    return audio_track(stream, name, start, end, shifts)

@@ -182,6 +182,34 @@ def test_films_that_begin_anew():
     assert float(clip.seconds[-1]) == pytest.approx(4.75, abs=0.06)
 
 
+@pytest.mark.parametrize("start", [None, 3.0])
+def test_films_that_begin_anew_with_their_sound(tmp_path, start):
+    """A tone from 1 s to 1.2 s of each of two recordings of 4 s is heard twice, 4 s apart."""
+    path = tmp_path / "a.ts"
+    with av.open(path, "w") as container:
+        video = container.add_stream("libx264", rate=4)
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        audio = container.add_stream("mp2", rate=16_000, layout="mono")
+        wave = 10_000 * np.sin(np.arange(64_000) / 3)
+        wave[:16_000] = wave[19_200:] = 0
+        sound = av.AudioFrame.from_ndarray(wave.astype(np.int16)[None], "s16", "mono")
+        sound.sample_rate, sound.pts = 16_000, 0
+        container.mux(audio.encode(sound))
+        for i in range(16):
+            frame = av.VideoFrame.from_ndarray(scene(), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 4)
+            container.mux(video.encode(frame))
+        container.mux([*video.encode(None), *audio.encode(None)])
+
+    options = MediaOptions(video_start=start)
+    clip = load_video(path.read_bytes() * 2, MEDIA, True, options=options)
+    loud = (clip.wave.abs() > 0.05).nonzero()[:, 0] / 16_000 + (start or 0)
+    onsets = [float(loud[0])] + loud[1:][loud.diff() > 0.5].tolist()
+    expected = [1.0, 5.0] if start is None else [5.0]
+    assert onsets == pytest.approx(expected, abs=0.05)
+    assert float(clip.seconds[-1]) + (start or 0) == pytest.approx(7.75, abs=0.3)
+
+
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
     [
