@@ -13,17 +13,20 @@ from minomni.config import INPUT_SAMPLE_RATE, QWEN7B
 from minomni.errors import UserError, quote, shorten
 from minomni.inputs.containers import (
     RisingTimes,
+    Watched,
+    best_track,
     is_ogg,
+    open_container,
     parts_of_stream,
     pcm_samples,
     require_whole,
 )
 from minomni.inputs.options import NO_OPTIONS, MediaOptions
 from minomni.inputs.source import (
-    NO_OTHER_FILES,
     name_of,
     one_line_errors,
     open_source,
+    shape_of,
     to_numpy,
 )
 
@@ -96,7 +99,7 @@ def audio_track(
     end: float | None = None,
     shifts: Sequence[float] = (0.0,),
 ) -> Tensor | None:
-    """The first audio track of a container -> float32 mono waveform [samples] at 16 kHz, or None.
+    """The best audio track of a container -> float32 mono waveform [samples] at 16 kHz, or None.
 
     stream: seekable and binary. origin, end: seconds on the clock of the container, that of PyAV's
     `frame.time`. With an origin, every sample is put at its own time after the origin: gaps are
@@ -198,29 +201,31 @@ def _decode_ogg(stream: Any, name: str) -> Iterator[Block]:
     """
     import soundfile
 
+    watched = Watched(stream, name)
     try:
         stream.seek(0)
-        file = soundfile.SoundFile(stream)
+        file = soundfile.SoundFile(watched)
     except soundfile.SoundFileError:  # a codec that libsndfile does not know
         yield from _decode(stream, name)
         return
     with one_line_errors(name, "not readable as audio"), file:
         while len(samples := file.read(BLOCK, dtype="float32", always_2d=True)):
             yield samples, file.samplerate, None
+        watched.require_read()
 
 
 def _decode(stream: Any, name: str) -> Iterator[Block]:
-    """Decode the first audio track of a container block by block."""
+    """Decode the best audio track of a container block by block."""
     import av
 
-    stream.seek(0)
     errors = one_line_errors(name, "not readable as audio")
-    with errors, av.open(stream, options=NO_OTHER_FILES) as container:
-        if not container.streams.audio:
+    with errors, open_container(stream, name) as (container, watched):
+        track = best_track(container, "audio")
+        if track is None:
             return
         format_now = None
         count = 0
-        for frame in _frames(container):
+        for frame in _frames(container, track, watched):
             count += frame.samples
             frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             if frame_format != format_now:  # changes midway in some streams
@@ -232,15 +237,15 @@ def _decode(stream: Any, name: str) -> Iterator[Block]:
                 samples = out.to_ndarray().reshape(out.samples, -1)
                 yield samples, frame.sample_rate, frame.time
 
-        announced = container.streams.audio[0].duration or 0
+        announced = track.duration or 0
         if container.format.name == "flac" and count < announced < UNKNOWN_FLAC:
             raise UserError(
                 f"{name}: cut short, {count} of {announced} samples are there; copy it again"
             )
 
 
-def _frames(container: Any) -> Iterator[Any]:
-    """The decoded frames of the first audio track.
+def _frames(container: Any, track: Any, watched: Watched) -> Iterator[Any]:
+    """The decoded frames of an audio track.
 
     Recordings of a broadcast begin and end within a frame. There the first and the last frame may
     be broken, but no others.
@@ -250,7 +255,7 @@ def _frames(container: Any) -> Iterator[Any]:
     is_broadcast = container.format.name in BROADCAST
     has_begun = False
     broken = None
-    for packet in container.demux(audio=0):
+    for packet in container.demux(track):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError as error:
@@ -261,6 +266,7 @@ def _frames(container: Any) -> Iterator[Any]:
         if frames and has_begun and broken:  # broken in the middle
             raise broken
         if frames:
+            watched.zeros = 0
             has_begun = True
             broken = None
         yield from frames
@@ -455,7 +461,7 @@ def _channels_last(source: Any, name: str) -> Any:
     is_strided = isinstance(source, Tensor) and source.layout == torch.strided
     if not isinstance(source, np.ndarray) and not is_strided:
         source = to_numpy(source, name)
-    shape = tuple(source.shape)
+    shape = shape_of(source, name)
     samples = source
     if len(shape) == 1:
         samples = source[:, None]

@@ -6,12 +6,13 @@ rest of a truncated file, and read the first of several concatenated streams.
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from typing import Any
 
 from minomni.errors import UserError
-from minomni.inputs.source import one_line_errors
+from minomni.inputs.source import NO_OTHER_FILES, one_line_errors
 
 # Boxes of an mp4 with next to no content, or chunks before the samples of a wav or the frames of an
 # avi.
@@ -21,6 +22,85 @@ MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 MP4_CONTENT = (b"moov", b"mdat", b"moof")
 # Bytes. Writers that do not know the length yet put a length from here on.
 UNKNOWN = 2_000_000_000
+MAX_ZEROS = 64 << 20  # bytes in a row between two frames: a disk that was full leaves such files
+
+
+class Watched:
+    """A stream for a decoder, which ends where it cannot be read or where only zeros are left.
+
+    Decoders search zeros for the next frame, byte by byte. The caller sets zeros to 0 after each
+    frame: frames of silence or black may be zeros themselves. The error is kept, since decoders
+    print or drop what is raised while they read.
+    """
+
+    def __init__(self, stream: Any, name: str):
+        self.stream = stream
+        self.source_name = name
+        self.name = str(getattr(stream, "name", "<none>"))  # ffmpeg looks at its ending
+        self.zeros = 0  # bytes in a row since the last frame
+        self.error: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        if self.error is not None:
+            return b""
+        try:
+            content = self.stream.read(size)
+        except Exception as error:
+            self.error = error
+            return b""
+        is_zeros = content == bytes(len(content))
+        self.zeros = self.zeros + len(content) if is_zeros else 0
+        if self.zeros > MAX_ZEROS:
+            self.error = UserError(
+                f"{self.source_name}: holds more than {MAX_ZEROS >> 20} MB of zeros in a row; copy "
+                f"it again"
+            )
+            return b""
+        return content
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self.stream.seek(offset, whence)
+        except Exception as error:
+            self.error = self.error or error
+            return -1
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def require_read(self) -> None:
+        """Raise the error that ended the stream, if one did."""
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def open_container(
+    stream: Any, name: str, options: dict[str, str] | None = None
+) -> Iterator[tuple[Any, Watched]]:
+    """The PyAV container in a stream, from its beginning, and the stream as it is watched."""
+    import av
+
+    stream.seek(0)
+    watched = Watched(stream, name)
+    options = (options or {}) | NO_OTHER_FILES
+    try:
+        # With the mode given: that of an open file may be "a+b" or a number.
+        with av.open(watched, mode="r", options=options) as container:
+            yield container, watched
+    except Exception:
+        watched.require_read()  # the cause of whatever the decoder says
+        raise
+    watched.require_read()
+
+
+def best_track(container: Any, kind: str) -> Any:
+    """The track of a kind ("video" or "audio") that players show or play; None if there is none.
+
+    ffmpeg's choice: not a cover or a thumbnail, and of several the one that is marked as default.
+    """
+    tracks = getattr(container.streams, kind)
+    return container.streams.best(kind) or (tracks[0] if tracks else None)
 
 
 def require_whole(stream: Any, name: str) -> None:
@@ -294,7 +374,7 @@ def parts_of_stream(stream: Any, name: str) -> list:
     if head[:4] == b"OggS":
         begins = _ogg_begins(stream)
     elif head == FLAC_HEADER:
-        begins = _find_all(stream, FLAC_HEADER)
+        begins = _find_all(stream, FLAC_HEADER, name)
     else:
         begins = [0]
     if len(begins) > MAX_PARTS:
@@ -329,13 +409,14 @@ def _ogg_begins(stream: Any) -> list[int]:
         offset += 27 + len(lengths) + sum(lengths)
 
 
-def _find_all(stream: Any, pattern: bytes) -> list[int]:
+def _find_all(stream: Any, pattern: bytes, name: str) -> list[int]:
     """The offsets at which a pattern occurs in a stream."""
     offsets: list[int] = []
     read = 0  # bytes before the block
     kept = b""  # the end of the block before, where an occurrence may begin
     stream.seek(0)
-    while block := stream.read(1 << 20):
+    watched = Watched(stream, name)
+    while block := watched.read(1 << 20):
         window = kept + block
         index = window.find(pattern)
         while index >= 0:
@@ -343,4 +424,5 @@ def _find_all(stream: Any, pattern: bytes) -> list[int]:
             index = window.find(pattern, index + 1)
         read += len(block)
         kept = window[-(len(pattern) - 1) :]
+    watched.require_read()
     return offsets

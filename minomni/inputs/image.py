@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from minomni.errors import UserError, shorten
-from minomni.inputs.source import first_line, name_of, open_source, to_numpy
+from minomni.inputs.source import first_line, name_of, open_source, shape_of, to_numpy
 
 # The largest phone cameras have 108 megapixels; conversions hold a few copies of 4 bytes per pixel.
 MAX_IMAGE_PIXELS = 120_000_000
@@ -48,6 +48,8 @@ def load_image(source: Any) -> Image.Image:
         try:
             with warnings.catch_warnings(action="ignore"):
                 image = Image.open(stream)
+        except UserError:  # of the caller's file
+            raise
         except Exception as error:  # readers raise anything on broken bytes
             reason = first_line(error)
             raise UserError(f"{name}: not a readable image ({reason})") from None
@@ -70,9 +72,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _converted(image: Image.Image, name: str) -> Image.Image:
     """A decoded PIL image of any mode -> RGB, upright, transparency on white."""
+    is_from_file = image.format is not None
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
         levels, white = _deep_levels(image)
+        if not is_from_file:
+            _require_full_range(levels, name)
         image = Image.fromarray(_eight_bits(levels, white, name))
     if image.mode == "La":  # premultiplied gray; PIL converts it only to LA
         image = image.convert("LA")
@@ -152,9 +157,18 @@ def _is_uint16(levels: np.ndarray) -> bool:
     return levels.dtype.kind == "u" and levels.dtype.itemsize == 2
 
 
+def _require_full_range(levels: np.ndarray, name: str) -> None:
+    """Raise UserError for uint16 levels that were not scaled. A file's format tells their scale."""
+    if _is_uint16(levels) and 0 < levels.max() <= TWELVE_BITS:
+        raise UserError(
+            f"{name}: uint16 levels that reach {levels.max()} at most; expected the full range, to "
+            f"65535; divide them by their white (255, 1023, 4095) and give floats from 0 to 1"
+        )
+
+
 def _to_pil(source: Any, name: str) -> Image.Image:
     """An array of one image -> PIL image."""
-    shape = tuple(source.shape)
+    shape = shape_of(source, name)
     channels = (1, 3, 4)
     if len(shape) == 3 and shape[2] not in channels and shape[0] in channels:
         is_tensor = isinstance(source, Tensor)
@@ -168,11 +182,7 @@ def _to_pil(source: Any, name: str) -> Image.Image:
     _require_size(width, height, name)
 
     levels = to_numpy(source, name)
-    if _is_uint16(levels) and 0 < levels.max() <= TWELVE_BITS:
-        raise UserError(
-            f"{name}: uint16 levels that reach {levels.max()} at most; expected the full range, to "
-            f"65535; divide them by their white (255, 1023, 4095) and give floats from 0 to 1"
-        )
+    _require_full_range(levels, name)
     levels = _eight_bits(levels, 0, name)
     if levels.shape[2:] == (1,):
         levels = levels[:, :, 0]

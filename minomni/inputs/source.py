@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -56,10 +56,37 @@ def open_source(source: Any, name: str) -> Iterator[Any]:
             yield stream
     elif hasattr(source, "read") and hasattr(source, "seek"):
         _rewind(source, name)
-        yield source
+        yield _CallersFile(source, name)
     else:
         kind = shorten(type(source).__name__)
         raise UserError(f"{name}: a {kind} cannot be read; give a path, bytes or an array")
+
+
+class _CallersFile:
+    """An open file of the caller, whose class may raise anything: it becomes one UserError."""
+
+    def __init__(self, stream: Any, name: str):
+        self.stream = stream
+        self.source_name = name
+        self.name = getattr(stream, "name", "<none>")  # ffmpeg looks at its ending
+
+    def read(self, size: int = -1) -> bytes:
+        return self._call(self.stream.read, size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._call(self.stream.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._call(self.stream.tell)
+
+    def _call(self, method: Callable, *arguments: int) -> Any:
+        try:
+            return method(*arguments)
+        except Exception as error:
+            raise UserError(
+                f"{self.source_name}: an open file that cannot be read ({first_line(error)}); give "
+                f"its bytes"
+            ) from None
 
 
 def _source_of_dict(source: dict, name: str) -> Any:
@@ -172,10 +199,17 @@ def _rewind(stream: Any, name: str) -> None:
 def _require_regular(stream: Any, name: str) -> None:
     try:
         mode = os.fstat(stream.fileno()).st_mode
-    except (OSError, ValueError, TypeError):
-        return  # BytesIO and the like have no descriptor; closed files are refused later
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # BytesIO, files in a tar archive and the like; closed files are refused later
     if not stat.S_ISREG(mode):
         raise UserError(f"{name}: an open {_kind_of(mode)}; give a file, or the bytes read from it")
+
+
+def shape_of(source: Any, name: str) -> tuple[int, ...]:
+    """The shape of an array or tensor. Raises UserError for nested tensors, which have none."""
+    if isinstance(source, Tensor) and source.is_nested:
+        raise UserError(f"{name}: a nested tensor; expected one array, give each of its tensors")
+    return tuple(source.shape)
 
 
 def to_numpy(source: Any, name: str) -> np.ndarray:

@@ -20,11 +20,17 @@ from torch import Tensor
 from minomni.config import MediaConfig
 from minomni.errors import UserError, shorten
 from minomni.inputs.audio import audio_track
-from minomni.inputs.containers import RisingTimes, require_whole
+from minomni.inputs.containers import (
+    RisingTimes,
+    Watched,
+    best_track,
+    open_container,
+    require_whole,
+)
 from minomni.inputs.image import load_image
 from minomni.inputs.options import NO_OPTIONS, SAMPLING_OPTIONS, SIZE_OPTIONS, MediaOptions
 from minomni.inputs.patches import frame_size, smart_resize
-from minomni.inputs.source import NO_OTHER_FILES, name_of, one_line_errors, open_source
+from minomni.inputs.source import name_of, one_line_errors, open_source
 
 # Pixels of one frame. 8K television has 33 million, and a decoder holds up to 16 frames.
 MAX_FRAME_PIXELS = 36_000_000
@@ -434,30 +440,31 @@ def _sampled_frames(stream: Any, indices: list[int], request: _Request) -> Tenso
 
 
 @contextmanager
-def _opened(stream: Any, name: str) -> Iterator[Any]:
-    """The container in a stream. Raises UserError if it holds no video, or frames too large."""
-    import av
+def _opened(stream: Any, name: str) -> Iterator[tuple[Any, Any, Watched]]:
+    """The container in a stream, its best video track, and the stream as it is watched.
 
+    Raises UserError if it holds no video, or frames too large.
+    """
     limit = {"max_pixels": str(MAX_FRAME_PIXELS)}  # checked before a decoder allocates memory
-    stream.seek(0)
-    with av.open(stream, options=limit | NO_OTHER_FILES) as container:
-        if not container.streams.video or container.format.name in TEXT_FORMATS:
+    with open_container(stream, name, limit) as (container, watched):
+        track = best_track(container, "video")
+        if track is None or container.format.name in TEXT_FORMATS:
             raise UserError(f"{name}: holds no video")
-        codec = container.streams.video[0].codec_context
+        codec = track.codec_context
         if codec is None:
             raise UserError(f"{name}: no decoder is known for its frames; save it as mp4 with h264")
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
-        yield container
+        yield container, track, watched
 
 
 def _refuse_image(stream: Any, name: str) -> None:
     """Raise UserError for a single image. Some cameras store videos as concatenated images."""
-    with _opened(stream, name) as container:
+    with _opened(stream, name) as (container, track, _):
         format_name = container.format.name
         if not format_name.endswith("_pipe") and format_name not in IMAGE_FORMATS:
             return
-        packets = (packet for packet in container.demux(video=0) if packet.size)
+        packets = (packet for packet in container.demux(track) if packet.size)
         if len(list(islice(packets, 2))) < 2:
             raise UserError(f"{name}: is an image; give it as image")
 
@@ -468,9 +475,10 @@ def _refuse_long_video(stream: Any, request: _Request) -> None:
     To decode it first and then refuse it would take minutes.
     """
     times = []
-    with _opened(stream, request.name) as container:
-        codec = container.streams.video[0].codec_context
-        for packet in container.demux(video=0):
+    with _opened(stream, request.name) as (container, track, watched):
+        codec = track.codec_context
+        for packet in container.demux(track):
+            watched.zeros = 0
             if packet.pts is not None:
                 times.append(float(packet.pts * packet.time_base))
     times.sort()
@@ -482,10 +490,11 @@ def _refuse_long_video(stream: Any, request: _Request) -> None:
 
 
 def _frames(stream: Any, name: str) -> Iterator[tuple]:
-    """Each frame of the first video stream in display order, with the header's rate or None."""
-    with _opened(stream, name) as container:
-        rate = container.streams.video[0].average_rate
-        for frame in container.decode(video=0):
+    """Each frame of the best video track in display order, with the header's rate or None."""
+    with _opened(stream, name) as (container, track, watched):
+        rate = track.average_rate
+        for frame in container.decode(track):
+            watched.zeros = 0
             yield frame, rate
 
 

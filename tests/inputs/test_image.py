@@ -220,6 +220,14 @@ def test_sixteen_bits_that_were_not_scaled(top):
     )  # files tell their scale
 
 
+def test_sixteen_bits_in_memory_follow_the_rule_of_arrays():
+    levels = (RAMP * 255).round().astype(np.uint16)
+    refused(Image.fromarray(levels), "uint16 levels that reach 255 at most")
+    assert is_ramp(load_image(Image.fromarray((RAMP * 65_535).astype(np.uint16))))
+    with Image.open(io.BytesIO(png(16, 0, levels[..., None].astype(">u2")))) as dark:
+        assert gray(load_image(dark)).max() == 0  # a file's format tells the scale
+
+
 def test_arrays_that_are_no_pictures():
     for kind in ("int64", "int32", "int16", "uint32", "bool"):
         refused((RAMP * 255).astype(kind), kind, "expected uint8")

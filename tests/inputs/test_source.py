@@ -1,26 +1,32 @@
 """Where media come from: every way to name or hold a file; what is no file is one short line."""
 
 import base64
+import functools
+import gzip
 import io
 import os
 import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from urllib.parse import quote
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
 
+from minomni.config import TINY
 from minomni.errors import UserError, shorten
 from minomni.inputs.audio import load_audio
 from minomni.inputs.containers import require_whole
 from minomni.inputs.image import load_image
 from minomni.inputs.item import parse_item
 from minomni.inputs.source import name_of
+from minomni.inputs.video import load_video
 
 WAVE = (0.2 * np.sin(np.arange(4_000) / 9)).astype(np.float32)
 NAMES = [
@@ -190,6 +196,58 @@ def test_open_files_that_cannot_be_read(tmp_path):
     reader, writer = os.pipe()
     with open(reader, "rb") as pipe, open(writer, "wb"):
         refused(pipe, "an open pipe")
+
+
+def test_open_files_of_every_mode(tmp_path):
+    """The mode of a file belongs to the caller: gzip's is a number, and "a+b" writes."""
+    path = tmp_path / "a.wav"
+    content = wav()
+    path.write_bytes(content)
+    with gzip.open(tmp_path / "a.wav.gz", "wb") as packed:
+        packed.write(content)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(path, "a.wav")
+
+    with gzip.open(tmp_path / "a.wav.gz") as packed:
+        assert same(packed)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert same(archive.extractfile("a.wav"))
+    for mode in ("a+b", "r+b"):
+        with open(path, mode) as file:
+            assert same(file)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("reads", [2, 4, 6, 9])
+def test_open_files_that_fail_later(reads, capfd):
+    class Failing(io.BytesIO):
+        left = reads
+
+        def read(self, *size):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyError("lost")
+            return super().read(*size)
+
+    picture = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 300, 3), np.uint8)).save(
+        picture, "PNG"
+    )
+    says = "an open file that cannot be read ('lost'); give its bytes"
+    refused(Failing(wav()), f"the audio given: {says}")
+    refused(Failing(picture.getvalue()), f"the image given: {says}", load=load_image)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    nested = torch.nested.nested_tensor([torch.rand(3, 4), torch.rand(2, 4)], layout=layout)
+    for source, load in (
+        (nested, load_audio),
+        ((nested, 16_000), load_audio),
+        (nested, load_image),
+    ):
+        refused(source, "given: a ", "ested", load=load)
 
 
 @pytest.mark.parametrize(
@@ -396,6 +454,61 @@ def test_headers_followed_by_nothing(content, says):
         require_whole(stream, "a.wav")
     assert len(reads) < 11_000
     refused(content, says)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "flac", "ogg", "adts"])
+def test_zeros_behind_sound_are_not_searched(kind, monkeypatch, capfd):
+    """30 GB of zeros behind 2 s of mp3 took minutes."""
+    monkeypatch.setattr("minomni.inputs.containers.MAX_ZEROS", 1 << 20)
+    content = io.BytesIO()
+    codec = {"flac": "flac", "mp3": "mp3", "ogg": "libopus", "adts": "aac"}[kind]
+    with av.open(content, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=48_000, layout="mono")
+        samples = (0.3 * np.sin(np.arange(96_000) / 9)).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
+        frame.sample_rate = 48_000
+        for part in av.AudioResampler(stream.format, "mono", 48_000).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    zeros, read = counted(content.getvalue() + bytes(64 << 20))
+    refused(zeros, "holds more than 1 MB of zeros")
+    assert sum(read) < 16 << 20
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["h264", "gif", "flv", "mjpeg", "vob"])
+def test_zeros_behind_films_are_not_searched(kind, monkeypatch, capfd):
+    monkeypatch.setattr("minomni.inputs.containers.MAX_ZEROS", 1 << 20)
+    content = black_film(kind)
+    zeros, read = counted(content + bytes(64 << 20))
+    load = functools.partial(load_video, media=TINY.media, with_audio=False)
+    refused(zeros, "holds more than 1 MB of zeros", load=load)
+    assert sum(read) < 16 << 20
+    assert capfd.readouterr().err == ""
+
+
+def black_film(kind: str, size: int = 96) -> bytes:
+    codecs = {"h264": "libx264", "flv": "flv1", "vob": "mpeg2video", "avi": "rawvideo"}
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=kind) as container:
+        video = container.add_stream(codecs.get(kind, kind), rate=25)
+        video.width = video.height = size
+        video.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p", "avi": "bgr24"}.get(kind, "yuv420p")
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(np.zeros((size, size, 3), np.uint8), "rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return stream.getvalue()
+
+
+def test_silence_and_black_may_be_zeros(monkeypatch):
+    monkeypatch.setattr("minomni.inputs.containers.MAX_ZEROS", 1 << 18)
+    stream = io.BytesIO()
+    soundfile.write(stream, np.zeros(400_000, np.float32), 16_000, format="WAV", subtype="FLOAT")
+    assert len(load_audio(stream)) == 400_000
+    black = black_film("avi")
+    assert black.count(0) > 500_000
+    assert load_video(black, TINY.media, False, most_tokens=10_000).frames.max() == 0
 
 
 def test_zeros_behind_the_samples():

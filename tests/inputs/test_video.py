@@ -17,7 +17,7 @@ from PIL import Image
 
 from minomni.config import TINY
 from minomni.errors import UserError
-from minomni.inputs.media import Clip, load_video, sample_indices
+from minomni.inputs.media import Clip, load_audio, load_video, sample_indices
 from minomni.inputs.options import MediaOptions
 from minomni.inputs.video import frame_range, true_rate, upright
 
@@ -208,6 +208,54 @@ def test_films_that_begin_anew_with_their_sound(tmp_path, start):
     expected = [1.0, 5.0] if start is None else [5.0]
     assert onsets == pytest.approx(expected, abs=0.05)
     assert float(clip.seconds[-1]) + (start or 0) == pytest.approx(7.75, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
+def test_the_tracks_that_ffmpeg_takes(tmp_path, kind):
+    """A cover lies before the moving picture, and the default track behind another one."""
+    path = tmp_path / f"a.{kind}"
+    with av.open(path, "w") as container:
+        cover = container.add_stream("mjpeg", rate=4)
+        cover.width, cover.height, cover.pix_fmt = 320, 240, "yuvj420p"
+        video = container.add_stream("libx264", rate=4)
+        video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
+        cover.disposition = 0
+        video.disposition = av.stream.Disposition.default
+        tones = []
+        for track in range(2):
+            tones.append(container.add_stream("aac", rate=16_000, layout="mono"))
+            tones[-1].disposition = av.stream.Disposition.default if track else 0
+        pages = [(cover, np.full((240, 320, 3), 255, np.uint8))] + [(video, scene())] * 12
+        for number, (stream, picture) in enumerate(pages):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = max(0, number - 1), Fraction(1, 4)
+            container.mux(stream.encode(frame))
+        for stream, hz in zip(tones, (500, 1_000), strict=True):
+            wave = 0.3 * np.sin(np.arange(48_000) * 2 * np.pi * hz / 16_000)
+            frame = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], "fltp", "mono")
+            frame.sample_rate, frame.pts = 16_000, 0
+            container.mux(stream.encode(frame))
+        for stream in (cover, video, *tones):
+            container.mux(stream.encode(None))
+
+    def pitch(wave) -> int:
+        return int(np.abs(np.fft.rfft(wave[16_000:32_000])).argmax())
+
+    clip = load_video(path, MEDIA, with_audio=True)
+    assert len(clip.frames) == 6
+    assert {corners(frame) for frame in clip.frames} == {"RGB-"}
+    assert pitch(clip.wave.numpy()) == pitch(load_audio(path).numpy()) == 1_000
+
+    ffmpeg = pytest.importorskip(
+        "imageio_ffmpeg", reason="pip's imageio-ffmpeg brings the program ffmpeg"
+    )
+    command = [ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path]
+    sound = [*command, "-ar", "16000", "-f", "f32le", "-"]
+    theirs = subprocess.run(sound, capture_output=True, check=True).stdout
+    assert pitch(np.frombuffer(theirs, "<f4")) == 1_000
+    raw = [*command, "-frames:v", "1", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    theirs = subprocess.run(raw, capture_output=True, check=True).stdout
+    assert corners(np.frombuffer(theirs, np.uint8).reshape(64, 96, 3)) == "RGB-"
 
 
 @pytest.mark.parametrize(
