@@ -205,7 +205,7 @@ def precisions(stored: dict[str, TensorInfo]) -> str:
 
 def check_tokenizer(folder: Path, config: OmniConfig, report: FolderReport) -> None:
     """Report the tokenizer. Raises UserError for one of another model."""
-    if not any((folder / name).exists() for name in weights.VOCABULARY_FILES):
+    if not weights.holds_tokenizer(folder):
         raise UserError(f"{short_path(folder)}: holds no tokenizer; copy tokenizer.json too")
     tokenizer = Tokenizer.load(folder)
     weights.check_tokenizer(folder, tokenizer, config)

@@ -9,6 +9,7 @@ under thinker_config, or it has enable_audio_output turned off.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -166,6 +167,8 @@ LEGACY_DEFAULTS = {
     "typical_p": 1.0,
     "use_bfloat16": False,
 }
+# Where an optional file is a link to nothing, as in a cache from which files were removed.
+COPY_AGAIN = "copy or download the file again"
 MAX_CONFIG_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
 MODEL_TYPE = "qwen2_5_omni"
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
@@ -304,8 +307,10 @@ def read_json(
     optional: bool = False,
     advice: str = "a model folder holds config.json and *.safetensors",
 ) -> dict:
-    """One JSON object from a file; {} where an optional file is absent. Raises UserError."""
-    if optional and not file.exists():
+    """One JSON object from a file; {} where an optional file is absent. Raises UserError, also
+    where a link is there and its target is not.
+    """
+    if optional and not os.path.lexists(file):
         return {}
     return read_json_object(file, advice, MAX_CONFIG_BYTES)
 
@@ -496,7 +501,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
         codec = parse_codec(root, folder)
 
     file = folder / "generation_config.json"
-    generation = Section(read_json(file, optional=True), short_path(file))
+    generation = Section(read_json(file, True, COPY_AGAIN), short_path(file))
     return OmniConfig(
         thinker=parse_thinker(thinker, speech_tokens),
         talker=talker,
@@ -559,8 +564,8 @@ def parse_own(section: Section, cls: type) -> Any:
 def parse_codec(root: Section, folder: Path) -> CodecConfig | CodeClassifierConfig | None:
     """The codec's sizes from codec/config.json, or in older folders from config.json."""
     file = folder / CODEC_FOLDER / "config.json"
-    if file.exists():
-        section = Section(read_json(file), short_path(file))
+    if os.path.lexists(file):
+        section = Section(read_json(file, advice=COPY_AGAIN), short_path(file))
         is_classifier = "num_codes" in section.data
         return parse_own(section, CodeClassifierConfig if is_classifier else CodecConfig)
     return parse_group(root, "codec_config", CodecConfig, None)
@@ -608,9 +613,9 @@ def image_settings(folder: Path) -> Section:
     """
     file = folder / "preprocessor_config.json"
     newer = folder / "processor_config.json"
-    if file.exists() or not newer.exists():
-        return Section(read_json(file, optional=True), short_path(file))
-    processor = Section(read_json(newer), short_path(newer))
+    if os.path.lexists(file) or not os.path.lexists(newer):
+        return Section(read_json(file, True, COPY_AGAIN), short_path(file))
+    processor = Section(read_json(newer, advice=COPY_AGAIN), short_path(newer))
     if "image_processor" in processor.data:
         return processor.section("image_processor")
     return processor

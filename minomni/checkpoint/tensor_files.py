@@ -15,7 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minomni.checkpoint.hf_config import CODEC_FOLDER, RELEASE, read_json, read_packing
+from minomni.checkpoint.hf_config import (
+    CODEC_FOLDER,
+    COPY_AGAIN,
+    RELEASE,
+    read_json,
+    read_packing,
+)
 from minomni.checkpoint.packed_weights import TENSOR_SUFFIXES, PackedFormat, PackedLayer
 from minomni.checkpoint.parts import PREFIXES
 from minomni.checkpoint.saving import INDEX_FILE, WEIGHTS_FILE
@@ -75,17 +81,21 @@ def snapshot(folder: Path) -> Path:
             f"*.safetensors"
         )
     snapshots = folder / "snapshots"
-    if (folder / "config.json").exists() or not snapshots.is_dir():
+    if os.path.lexists(folder / "config.json") or not snapshots.is_dir():
         return folder
     names = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
     main = folder / "refs" / "main"
-    if main.exists():
-        check_file(main, largest=200)
+    if os.path.lexists(main):
+        check_file(main, 200, COPY_AGAIN)
         revision = main.read_text(errors="replace").strip()
         if revision in names:
             return snapshots / revision
     if len(names) == 1:
         return snapshots / names[0]
+    if not names:
+        raise UserError(
+            f"{short_path(folder)}: is a cache folder without snapshots; download the model again"
+        )
     raise UserError(
         f"{short_path(folder)}: is a cache folder whose refs/main names none of its snapshots; "
         f"give one of {list_names(names)} in snapshots/"
@@ -105,9 +115,9 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     The headers of the files make up for a missing index. Raises UserError for a broken one.
     """
     file = folder / INDEX_FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return [folder / name for name in unindexed_files(folder)], None
-    index = read_json(file).get("weight_map")
+    index = read_json(file, advice=COPY_AGAIN).get("weight_map")
     valid = isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
     if not index or not valid:
         raise UserError(
@@ -135,7 +145,7 @@ def unindexed_files(folder: Path) -> list[str]:
 
     Raises UserError where there is none, or where a numbered one is missing.
     """
-    if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
+    if os.path.lexists(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE]
     for pattern, content in UNSUPPORTED_WEIGHTS.items():
         if any(folder.glob(pattern)) and not any(folder.glob("model*.safetensors")):
@@ -200,14 +210,14 @@ def read_headers(folder: Path) -> dict[Path, dict[str, TensorInfo]]:
         for file, names in found.items():
             found[file] = {f"thinker.{name}": tensor for name, tensor in names.items()}
     codec = folder / CODEC_FOLDER / WEIGHTS_FILE
-    if codec.exists():
+    if os.path.lexists(codec):
         found[codec] = read_header(codec)
     return found
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """{tensor: precision and shape} of one file. Raises UserError for a broken one."""
-    check_file(file)
+    check_file(file, advice=COPY_AGAIN)
     stored = {}
     try:
         with safe_open(file, "pt") as shard:

@@ -1,5 +1,6 @@
 """The voices of a model folder, in spk_dict.pt."""
 
+import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minomni.checkpoint.hf_config import COPY_AGAIN
 from minomni.checkpoint.tensor_files import PRECISIONS
 from minomni.config import OmniConfig
 from minomni.errors import UserError, quote_json, short_path
@@ -25,9 +27,9 @@ def load_voices(
 
     The file is read as data; code in it is refused. Raises UserError for a broken file or voice.
     """
-    if config.token2wav is None or not (file.exists() or file.is_symlink()):
+    if config.token2wav is None or not os.path.lexists(file):
         return {}
-    check_file(file, MAX_VOICES_BYTES)
+    check_file(file, MAX_VOICES_BYTES, COPY_AGAIN)
     check_unpacked(file)
     try:
         # torch warns about unusual pickles; the error below says more.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minomni.arguments import check_bool
-from minomni.checkpoint.hf_config import read_config, without_speech
+from minomni.checkpoint.hf_config import COPY_AGAIN, read_config, without_speech
 from minomni.checkpoint.memory import ANY_PRECISION, FP32, check_fits, precision_of
 from minomni.checkpoint.packed_weights import PackedLayer
 from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
@@ -53,9 +53,11 @@ from minomni.config import OmniConfig
 from minomni.devices import device_of, dtype_of
 from minomni.errors import UserError, quote, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
+from minomni.model_files import check_file
 from minomni.omni import TEXT_HEAD, Omni
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
+MERGES_FILES = ("merges.txt", "added_tokens.json")  # beside vocab.json
 COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
 
 
@@ -433,9 +435,19 @@ def own(tensor: Tensor) -> Tensor:
 def add_voices_and_tokenizer(omni: Omni, folder: Path, device: torch.device) -> None:
     """Load what a folder holds beside its tensors. Raises UserError for what does not fit."""
     omni.voices = load_voices(folder / VOICES_FILE, omni.config, device)
-    if any((folder / name).exists() for name in VOCABULARY_FILES):
+    if holds_tokenizer(folder):
         omni.tokenizer = Tokenizer.load(folder)
         check_tokenizer(folder, omni.tokenizer, omni.config)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer. Raises UserError where one of its files is a link to
+    nothing, which would read like a file that is absent.
+    """
+    for name in (*VOCABULARY_FILES, *MERGES_FILES):
+        if (folder / name).is_symlink():
+            check_file(folder / name, advice=COPY_AGAIN)
+    return any((folder / name).exists() for name in VOCABULARY_FILES)
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, config: OmniConfig) -> None:

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minomni
-from minomni import make_voice
+from minomni import make_voice, paths
 from minomni.checkpoint import saving, weights
+from minomni.checkpoint.check_folder import check_folder
 from minomni.checkpoint.tensor_files import map_tensors
 from minomni.errors import UserError
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
@@ -387,6 +388,48 @@ def test_files_linked_from_another_disk(folder, omni, tmp_path):
         file.rename(tmp_path / "disk" / file.name)
         file.symlink_to(tmp_path / "disk" / file.name)
     assert same_tensors(weights.load(folder), omni)
+
+
+# Files that a folder may lack, and the weights.
+LINKED = [
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "codec/config.json",
+    "codec/model.safetensors",
+    "model.safetensors",
+    saving.INDEX_FILE,
+    saving.VOICES_FILE,
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+@pytest.mark.parametrize("name", LINKED)
+def test_links_to_nothing_are_no_absent_files(tmp_path, name):
+    """A cache from which files were removed keeps their links; defaults would be wrong."""
+    folder = tmp_path / "model"
+    shutil.copytree(paths.data_samples() / "tiny", folder)
+    if name == "processor_config.json":
+        (folder / "preprocessor_config.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("gone")
+    message = f"{name}: is a link to gone, which is not there; copy or download the file again$"
+    refuse(folder, message)
+    assert any(re.search(message, error) for error in check_folder(folder).errors)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_hub_cache_without_its_files(folder, tmp_path):
+    home = tmp_path / "models--Qwen--Qwen2.5-Omni-7B"
+    (home / "snapshots").mkdir(parents=True)
+    refuse(home, "is a cache folder without snapshots; download the model again$")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").symlink_to("gone")
+    refuse(home, "refs/main: is a link to gone, which is not there; copy or download")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
