@@ -20,6 +20,7 @@ MEL_RATE = 100  # mel frames per second, of input and of generated speech
 
 # Bounds of a configuration that is read from a file.
 MAX_SIZE = 2**24  # of any size: products of two stay far below 2**63
+MAX_DIT_BLOCK = 1000  # mel frames; any speech is padded to whole blocks, the release has 24
 MAX_LAYERS = 1024  # of any module, so that a model is built in seconds
 MAX_LIST_LENGTH = 32  # kernel sizes, rates, channels: one entry per convolution
 # Bounds of the fields of SamplingConfig. Dividing logits by a smaller temperature, or by a smaller
@@ -325,6 +326,11 @@ class DiTConfig:
             f"enc_channels {self.enc_channels} must split into enc_res2net_scale "
             f"{self.enc_res2net_scale} groups",
         )
+        # Attention grows with its square, and no tensor's shape depends on it.
+        require(
+            self.block_size <= MAX_DIT_BLOCK,
+            f"block_size is {self.block_size}, expected at most {MAX_DIT_BLOCK} mel frames",
+        )
         require(
             self.block_size % self.repeats == 0,
             f"block_size {self.block_size} must hold whole codes of {self.repeats} frames",
@@ -459,6 +465,10 @@ def check_speech_encoder(config: CodecConfig | CodeClassifierConfig) -> None:
     require(
         config.downsample & (config.downsample - 1) == 0,
         f"downsample {config.downsample} must be a power of two",
+    )
+    require(
+        config.block_frames >= config.downsample,
+        f"block_frames {config.block_frames} must hold a code of {config.downsample} frames",
     )
 
 

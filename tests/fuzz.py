@@ -374,11 +374,23 @@ class Readers:
         return well_formed and (digest(silent.frames, silent.seconds), heard)
 
     def config(self, path: Path):
-        from minomni.checkpoint.hf_config import read_config
-        from minomni.config import OmniConfig
+        """Settings that are read must also give an answer, and codes where there is a codec."""
+        import torch
 
-        config = read_config(path.parent)
-        return isinstance(config, OmniConfig) and config
+        import minomni
+
+        omni = minomni.load(str(self.work / "model" / "whole"))
+        question = [
+            {"type": "image", "image": str(self.inputs / "picture" / "a.png")},
+            {"type": "text", "text": "what"},
+        ]
+        messages = [{"role": "user", "content": question}]
+        reply = omni.respond(messages, max_new_tokens=3, talker_max_new_tokens=4)
+        codes = torch.zeros(0)
+        if omni.codec is not None:
+            codes = omni.codec.encode(torch.zeros(1, 16 * omni.codec.config.downsample, 80))
+        well_formed = isinstance(reply.text, str) and bool(reply.wave.isfinite().all())
+        return well_formed and (omni.config, reply.text, digest(reply.wave, codes))
 
     def tokenizer(self, path: Path):
         from minomni.inputs.tokenizer import Tokenizer
@@ -461,6 +473,7 @@ FILES = [
     ),
     *((f"film/{name}", "film", 4) for name in ("a.mp4", "b.mp4", "c.mkv", "d.webm")),
     ("model/whole/config.json", "config", 6),
+    ("model/whole/codec/config.json", "config", 3),
     ("model/whole/generation_config.json", "config", 3),
     ("model/whole/preprocessor_config.json", "config", 3),
     ("model/whole/vocab.json", "tokenizer", 1),

@@ -31,6 +31,8 @@ from minomni.config import (
     SIZES,
     SMALL,
     TINY,
+    CodecConfig,
+    DiTConfig,
     FlowConfig,
     MediaConfig,
     OmniConfig,
@@ -351,6 +353,10 @@ def test_keys_of_transformers_are_read(tmp_path):
             "the last must be equal",
         ),
         (
+            changed("token2wav_config", "dit_config", block_size=1002),
+            "dit_config: block_size is 1002, expected at most 1000 mel frames",
+        ),
+        (
             changed("thinker_config", tie_word_embeddings="yes"),
             "'tie_word_embeddings' is 'yes', expected true or false",
         ),
@@ -510,6 +516,8 @@ def test_top_k_of_minus_one_keeps_all():
         (MediaConfig, QWEN7B.media, "image_max_pixels", 10),
         (MediaConfig, QWEN7B.media, "min_frames", True),
         (SamplingConfig, QWEN7B.thinker_sampling, "top_k", 2.0),
+        (DiTConfig, QWEN7B.token2wav.dit, "block_size", 10**6),
+        (CodecConfig, TINY.codec, "block_frames", TINY.codec.downsample - 1),
     ],
 )
 def test_settings_have_bounds_in_python_too(cls, default, key, value):
