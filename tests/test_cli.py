@@ -21,6 +21,7 @@ import soundfile
 from PIL import Image
 
 from minomni import __main__ as command
+from minomni.cli import chat
 from minomni.cli import options as cli_options
 from minomni.config import SIZES
 
@@ -574,6 +575,61 @@ def test_bytes_that_are_no_text_are_printed_all_the_same(tiny_folder, tmp_path):
     assert shown.returncode in (0, 2), shown.stderr
     assert b"Traceback" not in shown.stderr, shown.stderr
     assert b"udcff.wav" in shown.stdout + shown.stderr
+
+
+# The command, which stops once the first audio is written.
+STOPPED = """
+import sys, time
+from minomni import __main__, files
+flush = files.GrowingWav.flush
+def stop(wav):
+    flush(wav)
+    print("written", file=sys.stderr, flush=True)
+    time.sleep(600)
+files.GrowingWav.flush = stop
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for one process")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("content", [b"old", None])
+def test_a_stream_that_is_ended_restores_the_old_file(tiny_folder, tmp_path, name, content):
+    out = tmp_path / "reply.wav"
+    if content is not None:
+        out.write_bytes(content)
+    options = ["--model", str(tiny_folder), "--text", "say a", "--stream", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, "chat", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    with process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "written\n"
+        assert out.stat().st_size > 100
+        number = getattr(signal, name)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert process.stderr.read() == ""
+    assert [file.name for file in tmp_path.iterdir()] == ([] if content is None else ["reply.wav"])
+    assert content is None or out.read_bytes() == content
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_an_ignored_signal_stays_ignored():
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    termination = signal.getsignal(signal.SIGTERM)
+    try:
+        with chat.ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != termination
+        assert signal.getsignal(signal.SIGTERM) == termination
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
 
 
 # ----------------------------------------------------------------------------------------------

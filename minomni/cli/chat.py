@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from minomni import paths
 from minomni.chat.generation_options import OPTIONS
@@ -174,6 +175,42 @@ def run_chat(arguments: argparse.Namespace) -> None:
     """Answer the sample questions, the question of the command line, or a conversation."""
     out = arguments.out or Path("reply.wav")
     check_chat(arguments, out)
+    with ended_by_signals():
+        answer(arguments, out)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit while the block runs.
+
+    They would end the process at once and leave files that are half written. SIGHUP, of a terminal
+    that is closed, does not exist on Windows. Signals that are ignored, as by nohup, stay ignored.
+    """
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    handled = [number for number in numbers if before[number] != signal.SIG_IGN]
+
+    def end(number: int, frame: Any) -> None:
+        # Another signal must not interrupt the restoring of files.
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        # After an end by signal they stay ignored until the process has ended.
+        for number in handled:
+            if signal.getsignal(number) is end:
+                signal.signal(number, before[number])
+
+
+def answer(arguments: argparse.Namespace, out: Path) -> None:
+    """Load the model and answer. out: file of the speech."""
     omni = load_parts(arguments)
     voice = arguments.voice
     if arguments.voice_from:
