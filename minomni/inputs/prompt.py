@@ -237,7 +237,11 @@ class Processor:
         pieces: list[tuple[int, str]] = []  # number of tokens and name of each piece of the prompt
 
         # Texts become tokens, and items become placeholder tokens; their features go into `media`.
+        at_least = ""
         for part in _joined_texts(chat_parts(messages, add_generation_prompt)):
+            if isinstance(part, Item) and len(ids) > self.context:
+                at_least = "at least "  # further media are not loaded, to refuse it early
+                break
             if isinstance(part, str):
                 name = "a text"
                 part_ids = self.encode(part)
@@ -250,8 +254,8 @@ class Processor:
         if len(ids) > self.context:
             longest, name = max(pieces, key=lambda piece: piece[0])
             raise UserError(
-                f"the prompt has {len(ids)} tokens and the context holds {self.context}; the "
-                f"longest item is {name} with {longest} tokens, shorten it"
+                f"the prompt has {at_least}{len(ids)} tokens and the context holds {self.context}; "
+                f"the longest item is {name} with {longest} tokens, shorten it"
             )
         input_ids = torch.tensor([ids])
         return Inputs(

@@ -41,6 +41,8 @@ STEADY = 0.0015
 # single images end in _pipe.
 IMAGE_FORMATS = ("image2", "ico", "alias_pix", "brender_pix")
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
+# ffmpeg's names of formats whose header lists all tracks. In others, they are found on the way.
+LISTS_TRACKS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
 # Factor on the tokens that fit, for a check by packets: their number is about that of the frames.
 TOLERANCE = 1.1
 # qwen-omni-utils 0.0.9 first resizes frames of a list to multiples of twice the merge cell.
@@ -133,11 +135,15 @@ def load_video(
             "times or its rate are wrong"
         )
     if with_audio and clip.wave is None:
-        raise UserError(
-            f"{name}: has no audio track, and use_audio_in_video asks for one; switch it off, or "
-            f"set it in each video item"
-        )
+        raise _no_audio_track(name)
     return clip
+
+
+def _no_audio_track(name: str) -> UserError:
+    return UserError(
+        f"{name}: has no audio track, and use_audio_in_video asks for one; switch it off, or set "
+        f"it in each video item"
+    )
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -406,6 +412,8 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         )
     with one_line_errors(name, "not a readable video"):
         _refuse_image(stream, name)
+        if with_audio:
+            _refuse_silent(stream, name)
         if request.most_tokens is not None:
             _refuse_long_video(stream, request)
         times, rate, shifts = _times(stream, name, request.media.fps)
@@ -467,6 +475,13 @@ def _refuse_image(stream: Any, name: str) -> None:
         packets = (packet for packet in container.demux(track) if packet.size)
         if len(list(islice(packets, 2))) < 2:
             raise UserError(f"{name}: is an image; give it as image")
+
+
+def _refuse_silent(stream: Any, name: str) -> None:
+    """Raise UserError for a file whose header lists no audio track, before frames are decoded."""
+    with _opened(stream, name) as (container, _, _):
+        if container.format.name in LISTS_TRACKS and best_track(container, "audio") is None:
+            raise _no_audio_track(name)
 
 
 def _refuse_long_video(stream: Any, request: _Request) -> None:

@@ -613,6 +613,15 @@ def test_too_long_prompts_name_the_longest_item(processor, tmp_path):
         processor([user(image(), text("circle " * 3_000))])
 
 
+def test_prompts_that_are_too_long_already_load_no_more_media(processor, tmp_path):
+    path = tmp_path / "lecture.wav"
+    soundfile.write(path, 0.1 * np.random.RandomState(0).randn(90 * 16_000), 16_000)
+    missing = {"type": "image", "image": str(tmp_path / "missing.png")}
+    says = r"the prompt has at least 22\d\d tokens and the context holds 2048; the longest"
+    with pytest.raises(UserError, match=says):
+        processor([user({"type": "audio", "audio": str(path)}, text("what"), missing)])
+
+
 @pytest.mark.parametrize(
     "typed", ["<|IMAGE|>", "<|AUDIO|>", "<|VIDEO|>", "<|audio_bos|>", "<|vision_bos|>"]
 )

@@ -358,6 +358,13 @@ def test_long_films_are_refused_by_their_packets(monkeypatch):
         load_video(film([250 * i for i in range(40)]), MEDIA, with_audio=False, most_tokens=50)
 
 
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv", "avi"])
+def test_missing_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch):
+    monkeypatch.setattr("minomni.inputs.video._times", None)
+    with pytest.raises(UserError, match="the video given: has no audio track"):
+        load_video(film([0, 250, 500, 750], kind=kind), MEDIA, with_audio=True)
+
+
 # ----------------------------------------------------------------------------------------------
 # lists of frames
 def spellings(tmp_path) -> list:
