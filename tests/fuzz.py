@@ -35,6 +35,7 @@ import traceback
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from random import Random
@@ -126,6 +127,8 @@ def make_inputs(folder: Path) -> None:
         "resume": resume_files,
         "data": data_files,
     }
+    if find_spec("peft") is None:
+        del makers["adapter"]
     for name, make in makers.items():
         (folder / name).mkdir(parents=True)
         make(folder / name)
@@ -490,6 +493,9 @@ FILES = [
     ("data/rows.json", "data", 3),
     ("data/LJ/metadata.csv", "data", 2),
 ]
+# Adapters need requirements-tune.txt.
+if find_spec("peft") is None:
+    FILES = [entry for entry in FILES if entry[1] != "adapter"]
 ROUND = [(file, reader) for file, reader, times in FILES for _ in range(times)]
 
 

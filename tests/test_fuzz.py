@@ -8,7 +8,6 @@ from random import Random
 import pytest
 
 pytest.importorskip("resource", reason="this system has no memory limits")
-pytest.importorskip("peft", reason="needs requirements-tune.txt, as adapters are among the files")
 
 import fuzz  # noqa: E402
 
