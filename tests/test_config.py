@@ -565,6 +565,47 @@ def test_settings_beside_config_json(tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("keys", "changes"),
+    [
+        ({"temperature": 0.7, "top_k": 20}, {"temperature": 0.7, "top_k": 20}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": None}, {}),
+        ({"max_new_tokens": 5, "repetition_penalty": 1.1, "num_beams": 1}, None),
+    ],
+)
+def test_sampling_keys_of_transformers_are_the_thinkers(tmp_path, keys, changes):
+    written(tmp_path, RELEASE)
+    written(tmp_path, keys, "generation_config.json")
+    if changes is None:
+        changes = {"max_new_tokens": 5, "repetition_penalty": 1.1}
+    sampling = read_config(tmp_path).thinker_sampling
+    assert sampling == dataclasses.replace(QWEN7B.thinker_sampling, **changes)
+    assert read_config(tmp_path).talker_sampling == QWEN7B.talker_sampling
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"temperature": "hot"}, "'temperature' is 'hot', expected float"),
+        ({"temperature": -1.0}, "temperature is -1.0, expected a number"),
+        ({"do_sample": 1}, "'do_sample' is 1, expected bool"),
+        ({"num_beams": 4}, "num_beams is 4, which is not supported here; remove it"),
+        ({"suppress_tokens": [5]}, "suppress_tokens is \\[5\\], which is not supported here"),
+        (
+            {"temperature": 0.7, "thinker": dataclasses.asdict(QWEN7B.thinker_sampling)},
+            "make temperature 0.7, and thinker says 0.0; change thinker",
+        ),
+    ],
+)
+def test_sampling_keys_that_cannot_be_followed(tmp_path, keys, message):
+    written(tmp_path, RELEASE)
+    written(tmp_path, keys, "generation_config.json")
+    with pytest.raises(UserError, match=f"generation_config.json: .*{message}"):
+        read_config(tmp_path)
+
+
 def test_image_limits_and_media_of_a_processor_saved_by_transformers(tmp_path):
     """Version 4 writes the limits as a size; version 5 writes all settings, ours included, into
     another file.

@@ -24,6 +24,7 @@ from minomni.checkpoint.hf_config import (
 from minomni.checkpoint.memory import ANY_PRECISION, GIB, OPTIONS, needed_bytes
 from minomni.checkpoint.packed_weights import packed_format
 from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
+from minomni.checkpoint.processor_files import check_processor_files
 from minomni.checkpoint.quantize import parse_quantize
 from minomni.checkpoint.saving import INDEX_FILE, VOICES_FILE
 from minomni.checkpoint.tensor_files import (
@@ -87,6 +88,7 @@ def check_folder(folder: str | Path) -> FolderReport:
         packing = read_packing(folder)
         if packing is not None:
             report.kind += f", packed in 4 bits by {packing.method.upper()}"
+    with_error(report, lambda: check_processor_files(folder, config))
     with_error(report, lambda: check_tensors(folder, stored, config, report))
     with_error(report, lambda: check_tokenizer(folder, config, report))
     with_error(report, lambda: check_voices(folder, config, report))

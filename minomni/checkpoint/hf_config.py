@@ -169,6 +169,22 @@ LEGACY_DEFAULTS = {
 }
 # Where an optional file is a link to nothing, as in a cache from which files were removed.
 COPY_AGAIN = "copy or download the file again"
+# transformers' keys of sampling, at the top of generation_config.json. vLLM reads them too.
+SAMPLING_KEYS = ("do_sample", *(field.name for field in dataclasses.fields(SamplingConfig)))
+# Keys beside them that would change the answer, with the values at which they do not.
+UNSUPPORTED_GENERATION = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0,
+    "typical_p": 1,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+}
 MAX_CONFIG_BYTES = 10_000_000  # the index of 100,000 tensors has eight million
 MODEL_TYPE = "qwen2_5_omni"
 RELEASE = "Qwen/Qwen2.5-Omni-7B or -3B"
@@ -508,9 +524,7 @@ def parse(data: dict, folder: Path) -> OmniConfig:
         token2wav=token2wav,
         codec=codec,
         media=parse_media(folder),
-        thinker_sampling=parse_group(
-            generation, "thinker", SamplingConfig, QWEN7B.thinker_sampling
-        ),
+        thinker_sampling=parse_thinker_sampling(generation),
         talker_sampling=parse_group(generation, "talker", SamplingConfig, QWEN7B.talker_sampling),
         flow=parse_group(generation, "flow", FlowConfig, QWEN7B.flow),
     )
@@ -550,6 +564,42 @@ def parse_group(section: Section, key: str, cls: type, default: Any) -> Any:
     if key not in section.data:
         return default
     return parse_own(section.section(key), cls)
+
+
+def parse_thinker_sampling(section: Section) -> SamplingConfig:
+    """How the Thinker samples: our group "thinker", or the keys of transformers at the top.
+
+    Without do_sample a temperature is used, as in vLLM. Raises UserError where the group and the
+    keys disagree, and for keys that would change the answer and are not supported.
+    """
+    for key, neutral in UNSUPPORTED_GENERATION.items():
+        value = section.data.get(key)
+        if value is not None and value != neutral:
+            raise UserError(
+                f"{section.name}: {key} is {quote_json(value)}, which is not supported here; "
+                f"remove it"
+            )
+    sampling = parse_group(section, "thinker", SamplingConfig, QWEN7B.thinker_sampling)
+    given = {}
+    for field in dataclasses.fields(SamplingConfig):
+        if section.data.get(field.name) is not None:
+            given[field.name] = section.typed(field.name, field.type)
+    if section.data.get("do_sample") is not None:
+        if not section.typed("do_sample", bool):
+            given["temperature"] = 0.0
+        elif "temperature" not in given:
+            given["temperature"] = sampling.temperature or 1.0  # transformers' own default
+    try:
+        result = dataclasses.replace(sampling, **given)
+    except ValueError as error:
+        raise UserError(f"{section.name}: {shorten(error, 260)}") from None
+    for key in given:
+        if "thinker" in section.data and getattr(result, key) != getattr(sampling, key):
+            raise UserError(
+                f"{section.name}: its keys of transformers make {key} {getattr(result, key)}, and "
+                f"thinker says {getattr(sampling, key)}; change thinker, and remove the others"
+            )
+    return result
 
 
 def parse_own(section: Section, cls: type) -> Any:

@@ -2,16 +2,33 @@
 its own and does not read them.
 """
 
+import math
+import os
 from pathlib import Path
+from typing import Any
 
-from minomni.checkpoint.hf_config import write_json
+from minomni.checkpoint.hf_config import COPY_AGAIN, read_json, write_json
 from minomni.config import INPUT_SAMPLE_RATE, OmniConfig
+from minomni.errors import UserError, quote_json, short_path
 from minomni.files import write_atomically
 from minomni.inputs.mel import HOP, LOG_FFT
 from minomni.inputs.patches import CHANNEL_MEAN, CHANNEL_STD
 from minomni.inputs.tokenizer import Tokenizer
 
 AUDIO_SECONDS = 300  # audio is padded to this length, or cut
+# Settings of images and audio that this project computes at one value only.
+FIXED_KEYS = (
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+    "image_mean",
+    "image_std",
+    "feature_size",
+    "sampling_rate",
+    "n_fft",
+    "hop_length",
+    "dither",
+)
 # The special tokens, by their names in the processor of transformers.
 PROCESSOR_TOKENS = {
     "image_token": "<|IMAGE|>",
@@ -83,6 +100,43 @@ def processor_settings(config: OmniConfig) -> dict:
         "dither": 0.0,
         "return_attention_mask": True,
     }
+
+
+def check_processor_files(folder: Path, config: OmniConfig) -> None:
+    """Raise UserError where a folder asks for images or audio that are processed in another way
+    than here, which would change the answers.
+    """
+    fixed = processor_settings(config)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = Path(folder) / name
+        if not os.path.lexists(file):
+            continue
+        data = read_json(file, advice=COPY_AGAIN)
+        # transformers 5 has a section for each kind of input.
+        parts = [data, data.get("image_processor"), data.get("feature_extractor")]
+        for part in parts:
+            if not isinstance(part, dict):
+                continue
+            for key in FIXED_KEYS:
+                if part.get(key) is not None and not is_close(part[key], fixed[key]):
+                    raise UserError(
+                        f"{short_path(file)}: {key} is {quote_json(part[key])}, this code can only "
+                        f"compute {quote_json(fixed[key])}; take the file of this model"
+                    )
+
+
+def is_close(value: Any, expected: Any) -> bool:
+    """Whether a setting is the expected number, or list of numbers, up to rounding."""
+    if isinstance(expected, list):
+        if not isinstance(value, list) or len(value) != len(expected):
+            return False
+        return all(is_close(a, b) for a, b in zip(value, expected, strict=True))
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isclose(value, expected, rel_tol=1e-6)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def generation_ids(config: OmniConfig) -> dict:

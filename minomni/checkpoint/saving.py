@@ -12,6 +12,7 @@ from torch import Tensor
 from minomni.checkpoint.hf_config import (
     CODEC_FOLDER,
     MODEL_TYPE,
+    SAMPLING_KEYS,
     read_json,
     write_config,
     write_json,
@@ -278,9 +279,11 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
 def add_settings(file: Path, defaults: dict, source: Path | None) -> None:
     """Add keys to a JSON file: those of the same file in the loaded folder, or else the defaults.
 
-    Keys that the file has keep their values.
+    Keys that the file has keep their values. Sampling is left to our group "thinker", whose values
+    may have changed since.
     """
     loaded = {} if source is None else read_json(source / file.name, optional=True)
+    loaded = {key: value for key, value in loaded.items() if key not in SAMPLING_KEYS}
     write_json(file, defaults | loaded | read_json(file))
 
 

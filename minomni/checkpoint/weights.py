@@ -29,6 +29,7 @@ from minomni.checkpoint.hf_config import COPY_AGAIN, read_config, without_speech
 from minomni.checkpoint.memory import ANY_PRECISION, FP32, check_fits, precision_of
 from minomni.checkpoint.packed_weights import PackedLayer
 from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
+from minomni.checkpoint.processor_files import check_processor_files
 from minomni.checkpoint.quantize import (
     Quantization,
     check_quantization,
@@ -118,6 +119,7 @@ def load(
     options = check_options(device, dtype, quantize, parts, encoders_on_host, dit_dtype)
     folder = snapshot(Path(folder))
     config = read_config(folder)
+    check_processor_files(folder, config)
     files = read_headers(folder)
     packed = packed_layers(folder, files)
     stored = all_tensors(files)

@@ -432,6 +432,31 @@ def test_a_hub_cache_without_its_files(folder, tmp_path):
     refuse(home, "refs/main: is a link to gone, which is not there; copy or download")
 
 
+@pytest.mark.parametrize("section", ["", "image_processor", "feature_extractor"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5]),
+        ("image_std", [0.26862954]),
+        ("patch_size", 16),
+        ("merge_size", "2"),
+        ("sampling_rate", 10**400),
+        ("hop_length", True),
+    ],
+)
+def test_another_processing_of_media_is_refused(folder, section, key, value):
+    """By transformers 4 in preprocessor_config.json, by 5 in a section of processor_config.json."""
+    file = folder / ("processor_config.json" if section else "preprocessor_config.json")
+    release = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "sampling_rate": 16_000}
+    file.write_text(json.dumps({section: release} if section else release))
+    weights.load(folder)
+    changed = release | {key: value}
+    file.write_text(json.dumps({section: changed} if section else changed))
+    message = f"{file.name}: {key} is .*, this code can only compute"
+    refuse(folder, message)
+    assert any(re.search(message, error) for error in check_folder(folder).errors)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 @pytest.mark.parametrize(
     "name",
