@@ -577,6 +577,13 @@ def test_bytes_that_are_no_text_are_printed_all_the_same(tiny_folder, tmp_path):
     assert b"udcff.wav" in shown.stdout + shown.stderr
 
 
+def test_a_seed_of_many_digits(run):
+    code, _, error, _ = run("--text", "say a", "--seed", "1" * 5000)
+    assert code == 2
+    assert "is not a whole number from 0 to" in error
+    assert error.count("\n") == 1
+
+
 # The command, which stops once the first audio is written.
 STOPPED = """
 import sys, time

@@ -28,9 +28,10 @@ def whole_number(lowest: int, below: int) -> Callable[[str], int]:
     """A type for options: whole numbers from lowest up to, not including, below."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or not lowest <= int(text) < below:
+        # Python converts no more than 4,300 digits.
+        if not text.isdecimal() or len(text) > 100 or not lowest <= int(text) < below:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number from {lowest} to {below - 1}"
+                f"{quote(text)} is not a whole number from {lowest} to {below - 1}"
             )
         return int(text)
 
