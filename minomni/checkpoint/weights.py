@@ -119,13 +119,13 @@ def load(
     options = check_options(device, dtype, quantize, parts, encoders_on_host, dit_dtype)
     folder = snapshot(Path(folder))
     config = read_config(folder)
-    check_processor_files(folder, config)
     files = read_headers(folder)
     packed = packed_layers(folder, files)
     stored = all_tensors(files)
 
     # Nothing is read before names, shapes and memory are known to be right.
     omni = model_of_stored(folder, config, stored, options)
+    check_processor_files(folder, config)
     plan = make_plan(omni, stored, packed, options)
     check_plan(folder, omni, stored, plan, options.quantization)
     fill_model(omni, files, plan)
