@@ -1,4 +1,7 @@
-"""Which operations a function runs, and which of them a CUDA graph could not record."""
+"""Which operations a function runs, and which of them a CUDA graph could not record.
+
+On a CPU a copy between host and device cannot be told from any other copy.
+"""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

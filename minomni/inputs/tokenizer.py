@@ -326,7 +326,7 @@ def _no_merge(number: int, merge: object) -> UserError:
 
 # ------------------------------------------------------------------------------------- files
 
-Files = tuple[list[str], dict[str, int], dict[str, int]]  # merges, vocabulary, added tokens
+Files = tuple[list, dict[str, int], dict[str, int]]  # merges, vocabulary, added tokens
 
 
 def _read_files(folder: Path) -> Files:
