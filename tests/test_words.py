@@ -102,7 +102,8 @@ ALLOWED_IN = {
     "minomni/checkpoint/processor_files.py": {"picture"},
     "minomni/inputs/prompt.py": {"picture"},
 }
-RENAMED = re.compile(r"^### Renamed in Python$.*", re.MULTILINE | re.DOTALL)  # of CHANGELOG.md
+# Tables of old names, of CHANGELOG.md.
+RENAMED = re.compile(r"^### Renamed in Python$.*?(?=^### Documents$)", re.MULTILINE | re.DOTALL)
 CHAPTERS = re.compile(r"<!-- chapters -->.*?<!-- end of chapters -->", re.DOTALL)  # of notebooks
 FILES = [
     *sorted((ROOT / "minomni").rglob("*.py")),
