@@ -34,7 +34,7 @@ def stage_of(name: str, batch: int = 4, steps: int = 100, seed: int = 0, **recip
     it is cut off, which is slow.
     """
     torch.manual_seed(seed)
-    recipe = Recipe(steps, batch, lr=5e-3, **{"warmup": 2, "weight_decay": 0.0, **recipe})
+    recipe = Recipe(steps, batch, **{"lr": 5e-3, "warmup": 2, "weight_decay": 0.0, **recipe})
     stage = stage_table.STAGES[name](Omni(TINY), recipe, CACHE, seed)
     loop.run_setup(stage)
     stage.preview_text = lambda: ""

@@ -188,7 +188,6 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
         if processes.is_first():
             pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
             run_settings.record_settings(home, settings)
-            run_settings.record_split(arguments.size, home, processes.world())
     if arguments.stage:
         pipeline.run_stage(
             arguments.stage,

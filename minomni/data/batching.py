@@ -1,6 +1,8 @@
 """Batches of rows with similar lengths, and their padding."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from math import ceil
 from random import Random
 from typing import TypeVar
 
@@ -16,6 +18,13 @@ Item = TypeVar("Item")
 def batched(items: list[Item], size: int) -> list[list[Item]]:
     """Consecutive parts of a list, `size` items each; the last part may be shorter."""
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+def equally_batched(items: list[Item], size: int) -> list[list[Item]]:
+    """Consecutive parts of a list, at most `size` items each, whose lengths differ by at most 1."""
+    parts = ceil(len(items) / size)
+    borders = [len(items) * part // parts for part in range(parts + 1)]
+    return [items[begin:end] for begin, end in pairwise(borders)]
 
 
 def similar_lengths(

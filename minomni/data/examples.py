@@ -202,11 +202,16 @@ class ExampleBuilder:
             examples.append(Example(question, answer, kind=first.kind))
         return examples
 
-    def collate(self, dialogues: list[list[Example]], random: Random) -> tuple[Inputs, Tensor]:
-        """Dialogues of one or more turns -> inputs and targets [B, L] at every answer."""
+    def collate(
+        self, dialogues: list[list[Example]], randoms: list[Random]
+    ) -> tuple[Inputs, Tensor]:
+        """Dialogues of one or more turns -> inputs and targets [B, L] at every answer.
+
+        randoms: what varies the recordings of each dialogue.
+        """
         rows = []
         masks = []
-        for examples in dialogues:
+        for examples, random in zip(dialogues, randoms, strict=True):
             inputs, loss_mask = self._dialogue_row(examples, random)
             rows.append(inputs)
             masks.append(loss_mask)
@@ -226,18 +231,22 @@ class ExampleBuilder:
         # The media of all turns, in reading order, under the ids of the whole dialogue.
         return with_ids(collate(prompts, pad=0), torch.tensor([input_ids])), loss_mask
 
-    def frame_targets(self, examples: list[Example], inputs: Inputs) -> Tensor:
+    def frame_targets(
+        self, dialogues: list[list[Example]], inputs: Inputs, randoms: list[Random]
+    ) -> Tensor:
         """Targets [B, L] at the audio tokens of clips: the color or the shape that is visible then.
 
-        This answers every 40 ms what the question about the tone asks once. Color or shape is
-        chosen at random by torch's generator. IGNORE_INDEX everywhere else.
+        This answers every 40 ms what the question about the tone asks once. IGNORE_INDEX everywhere
+        else. randoms: what chooses color or shape in each dialogue.
         """
         tokens = self.processor.config.thinker.tokens
         ids = inputs.input_ids
         targets = torch.full_like(ids, IGNORE_INDEX)
         # A clip with audio is the only medium that opens with these two tokens.
         starts = (ids[:, :-1] == tokens.vision_bos) & (ids[:, 1:] == tokens.audio_bos)  # [B, L - 1]
-        with_audio = [example for example in examples if example.sound is not None]
+        with_audio = []
+        for examples in dialogues:
+            with_audio += [example for example in examples if example.sound is not None]
         for (row, begin), example in zip(starts.nonzero().tolist(), with_audio, strict=True):
             # Positions of the clip's audio tokens, and the grid step that is visible at each.
             length = int((ids[row, begin:] == tokens.audio_eos).nonzero()[0, 0])
@@ -245,7 +254,8 @@ class ExampleBuilder:
             positions = begin + is_audio.nonzero()[:, 0]  # [n]
             step = visible_steps(example, len(positions))  # [n]
             words = self._color_and_shape(example)  # [steps, 2]
-            targets[row, positions] = words[step, torch.randint(2, step.shape)]
+            choices = randoms[row].choices(range(2), k=len(step))
+            targets[row, positions] = words[step, choices]
         return targets
 
     def _color_and_shape(self, example: Example) -> Tensor:

@@ -112,13 +112,16 @@ def position_word(share: float, low: str, high: str) -> str | None:
 
 
 def oracle_embeds(
-    examples: list[Example], inputs: Inputs, thinker: "Thinker", encode: Encode
+    dialogues: list[list[Example]],
+    inputs: Inputs,
+    seeds: list[int],
+    thinker: "Thinker",
+    encode: Encode,
 ) -> Tensor:
-    """Input embeddings [B, L, D] of a batch, with oracle features in place of the encoders'.
+    """Input embeddings [B, L, D] of dialogues, with oracle features in place of the encoders'.
 
-    The timing of words and the noise depend on torch's random state.
+    seeds: of the timing of words and of the noise, one for each dialogue.
     """
-    random = Random(int(torch.randint(1 << 62, ())))
     tokens = thinker.config.tokens
     vision = thinker.config.vision
     # Token ids of each medium [n, words]
@@ -130,21 +133,24 @@ def oracle_embeds(
     video_grids = iter(inputs.video_grids)
 
     # Which words each medium stands for, in reading order.
-    for example in examples:
-        if example.image is not None:
-            images.append(cell_words(example, next(image_grids), vision, encode))
-        if example.clip is not None:
-            videos.append(cell_words(example, next(video_grids), vision, encode))
-        if example.tone_start_s is not None:
-            silence = torch.full((next(audio_counts), 1), tokens.audio)
-            audio.append(_put_tone(silence, tone_token(encode), example.tone_start_s, random))
-        if example.voice is not None:
-            silence = torch.full((next(audio_counts), 1), tokens.audio)
-            audio.append(_spread_words(silence, audio_words(example, encode), random))
+    for examples, seed in zip(dialogues, seeds, strict=True):
+        random = Random(seed)
+        for example in examples:
+            if example.image is not None:
+                images.append(cell_words(example, next(image_grids), vision, encode))
+            if example.clip is not None:
+                videos.append(cell_words(example, next(video_grids), vision, encode))
+            if example.tone_start_s is not None:
+                silence = torch.full((next(audio_counts), 1), tokens.audio)
+                audio.append(_put_tone(silence, tone_token(encode), example.tone_start_s, random))
+            if example.voice is not None:
+                silence = torch.full((next(audio_counts), 1), tokens.audio)
+                audio.append(_spread_words(silence, audio_words(example, encode), random))
 
     # Their embeddings replace those of the placeholders.
     table = thinker.model.embed_tokens.weight
     embeds = table[inputs.input_ids]  # [B, L, D]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for placeholder, ids in (
         (tokens.audio, audio),
         (tokens.image, images),
@@ -152,9 +158,10 @@ def oracle_embeds(
     ):
         if not ids:
             continue
-        features = _embed(torch.cat(ids).to(table.device), table.detach(), tokens.image)
-        is_placeholder = (inputs.input_ids == placeholder)[..., None].to(table.device)
-        embeds = embeds.masked_scatter(is_placeholder, features)
+        is_placeholder = inputs.input_ids == placeholder  # [B, L]
+        noise = _noise(is_placeholder.sum(1).tolist(), table.shape[1], generators)
+        features = _embed(torch.cat(ids).to(table.device), noise.to(table), tokens.image, table)
+        embeds = embeds.masked_scatter(is_placeholder[..., None].to(table.device), features)
     return embeds
 
 
@@ -174,8 +181,17 @@ def _spread_words(ids: Tensor, words: list[int], random: Random) -> Tensor:
     return ids
 
 
-def _embed(ids: Tensor, table: Tensor, empty: int) -> Tensor:
-    """Token ids [N, words] -> the sum of their embeddings plus noise [N, D].
+def _noise(counts: list[int], width: int, generators: list[torch.Generator]) -> Tensor:
+    """Normal noise [sum of counts, width], `count` rows from each generator."""
+    rows = []
+    for count, generator in zip(counts, generators, strict=True):
+        rows.append(torch.randn(count, width, generator=generator))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def _embed(ids: Tensor, noise: Tensor, empty: int, table: Tensor) -> Tensor:
+    """Token ids [N, words] and noise [N, D] -> the sum of the ids' embeddings plus noise [N, D].
 
     Negative ids add nothing. A row with no other ids is the embedding of `empty`.
     """
@@ -184,4 +200,4 @@ def _embed(ids: Tensor, table: Tensor, empty: int) -> Tensor:
     total = (embeds * is_word).sum(1)
     total = torch.where(is_word.any(1), total, table[empty])
     noise_level = NOISE * table.std()
-    return total + noise_level * torch.randn_like(total)
+    return total + noise_level * noise

@@ -1,7 +1,7 @@
 """How long a training step of tiny takes by one process and by several, which torchrun starts.
 
-Every process has one thread. A step has as many rows with any number of processes, up to rounding,
-and trains on the committed recordings. This file is also the program of the processes:
+Every process has one thread. A step has the same rows with any number of processes, and trains on
+the committed recordings. This file is also the program of the processes:
 
     torchrun --nproc-per-node 2 -m minomni.eval.process_scaling STAGE HOME DEVICE
 """
@@ -58,7 +58,7 @@ def measure(
             times = []
             for count in counts:
                 home = Path(folder) / f"{stage}-{count}"
-                rows_per_step = prepare(stage, home, steps, count)
+                rows_per_step = prepare(stage, home, steps)
                 run_processes(stage, home, device, count)
                 times.append(median_ms(home / "stages/log.jsonl"))
                 speed_up = times[0] / times[-1]
@@ -66,11 +66,10 @@ def measure(
     return rows
 
 
-def prepare(stage: str, home: Path, steps: int, count: int) -> int:
-    """Make the folder of a run by `count` processes, with its settings -> rows of a step."""
+def prepare(stage: str, home: Path, steps: int) -> int:
+    """Make the folder of a run, with its settings -> rows of a step."""
     pipeline.prepare_run(home, resume=False, fresh=False)
     run_settings.record_settings(home, {stage: {"steps": steps}})
-    run_settings.record_split(SIZE, home, count)
     recipe = recipe_of(stage, SIZE, run_settings.read_settings(home))
     return recipe.batch * recipe.accumulate
 

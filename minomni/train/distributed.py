@@ -1,12 +1,10 @@
-"""Training on several devices with FSDP2: a step is divided over the processes of torchrun.
+"""Training on several devices with FSDP2: a batch is divided over the processes of torchrun.
 
     torchrun --nproc-per-node 2 -m minomni train small
 
-A step takes the mean gradient of recipe.accumulate batches, and a batch is a function of (seed,
-number). Process r of N computes batches r, r + N, ... of each step. A batch stays whole, because a
-loss may be normalized over its tokens, frames or spectra. The numbers are those of one process with
-the same recipe, up to the order of sums. A stage that N processes begin has a recipe of its own,
-with more and smaller batches (record_split() in run_settings.py), which are other data.
+A batch is a function of (seed, number). Process r of N computes rows r, r + N, ... of it, and the
+losses are means over the rows of all processes (losses.py), so any number of processes computes the
+same losses and gradients, up to the order of sums.
 
 Between steps a process holds one N-th of the trained parameters, their gradients and the state of
 their optimizers. During a step it holds all parameters (ZeRO stage 2, arXiv 1910.02054), and all
@@ -25,8 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from minomni.errors import UserError
 from minomni.train.processes import gather, is_first, rank, world
 
 if TYPE_CHECKING:
@@ -35,16 +35,38 @@ if TYPE_CHECKING:
     from minomni.train.loop import Stage
 
 
-def share(step: int, batches: int) -> list[tuple[int, float]]:
-    """The numbers of the batches of a step that this process computes, each with what its losses
-    are divided by: the number of batches, or infinity for a batch that only keeps this process busy
-    while others compute theirs.
+def own_rows(batch: Any) -> Any:
+    """The rows of a batch that this process computes: rank, rank + world, ... of each tensor and
+    list in it. Other parts belong to all rows. Raises UserError for fewer rows than processes.
     """
-    first = step * batches
-    numbers = range(first + rank(), first + batches, world())
-    own = [(number, float(batches)) for number in numbers]
-    idle = math.ceil(batches / world()) - len(own)
-    return own + [(first, math.inf)] * idle
+    if world() == 1:
+        return batch
+    if isinstance(batch, tuple):
+        return tuple(own_rows(part) for part in batch)
+    if not isinstance(batch, list) and not (isinstance(batch, Tensor) and batch.dim()):
+        return batch
+    if len(batch) < world():
+        raise UserError(
+            f"a batch has {len(batch)} rows, too few for {world()} processes; start fewer, or give "
+            f"the stage larger batches, as in --set chat.batch={world()}"
+        )
+    return batch[rank() :: world()]
+
+
+class RowDropout(nn.Module):
+    """Dropout [B, ...] whose masks are those of the whole batch, whatever rows this process has."""
+
+    def __init__(self, p: float, rows: int):
+        """rows: of the whole batch."""
+        super().__init__()
+        self.p = p
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = F.dropout(x.new_ones(self.rows, *x.shape[1:]), self.p)
+        return x * own_rows(mask)
 
 
 class ShardedLosses(nn.Module):
@@ -77,35 +99,31 @@ def shard(stage: "Stage") -> None:
         return
     from torch.distributed.fsdp import fully_shard
 
+    rows = stage.recipe.batch
+    replace_layers(stage.omni, nn.Dropout, lambda dropout: RowDropout(dropout.p, rows))
     module = ShardedLosses(stage)
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     mesh = dist.init_device_mesh(stage.device.type, (world(),))
     sharded = fully_shard(module, mesh=mesh, ignored_params=frozen)
-    # The sum over all processes of losses that are divided by the number of batches is their mean.
+    # Each process has the gradient of its own rows.
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_reduce_scatter_unused_params(True)
     stage.losses = module  # type: ignore[method-assign]
 
 
-def combine(stage: "Stage", means: dict[str, float]) -> dict[str, float]:
-    """Sum the losses of all processes -> by name. Also deletes the gradients of parameters that no
-    process has used: they are zeros, and the optimizers of one process would find none.
+def delete_unused_gradients(stage: "Stage") -> None:
+    """Delete the gradients of parameters that no process has used in a step: they are zeros, and
+    the optimizers of one process would find none.
     """
     module = stage.losses
     if not isinstance(module, ShardedLosses):
-        return means
-    sums: dict[str, float] = {}
-    used: set[str] = set()
-    for losses, names in gather((means, module.used)):
-        used |= names
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value
+        return
+    used = set().union(*gather(module.used))
     for name, parameter in module.named_parameters():
         if name not in used:
             parameter.grad = None
     module.used = set()
-    return sums
 
 
 @contextmanager
@@ -132,7 +150,16 @@ def unshard(stage: "Stage") -> None:
                 if parameter not in plain:
                     plain[parameter] = nn.Parameter(parameter.full_tensor().detach())
                 setattr(owner, name, plain[parameter])
+    replace_layers(stage.omni, RowDropout, lambda dropout: nn.Dropout(dropout.p))
     del stage.losses
+
+
+def replace_layers(model: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> None:
+    """Put make(layer) in the place of each layer of a kind."""
+    for module in model.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, kind):
+                setattr(module, name, make(layer))
 
 
 def is_sharded(value: Any) -> TypeGuard["DTensor"]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minomni import load
-from minomni.arguments import check_int
 from minomni.checkpoint import saving
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.lora import (
@@ -84,12 +83,12 @@ class FinetuneStage(Stage):
         """The index of the row at a position in the sequence of epochs."""
         return epoch_index(self.seed, len(self.rows), position)
 
-    def batch(self, number: int) -> list[JsonlRow]:
+    def whole_batch(self, number: int) -> list[JsonlRow]:
         first = number * self.recipe.batch
         positions = range(first, first + self.recipe.batch)
         return [self.rows[self.row_index(position)] for position in positions]
 
-    def collate(self, prompts: list[Inputs], rows: list[JsonlRow]) -> tuple[Inputs, Tensor]:
+    def with_answers(self, prompts: list[Inputs], rows: list[JsonlRow]) -> tuple[Inputs, Tensor]:
         """Inputs and targets [B, L] of prompts followed by the answers of their rows."""
         encode = self.processor.tokenizer.encode
         answers = [encode(row.answer) + [self.tokens.im_end] for row in rows]
@@ -109,7 +108,7 @@ class FinetuneChatStage(FinetuneStage):
         parts = []
         for part in batched(pairs, ceil(len(pairs) / BATCH_PARTS)):
             prompts, rows = zip(*part, strict=True)
-            inputs, targets = self.collate(list(prompts), list(rows))
+            inputs, targets = self.with_answers(list(prompts), list(rows))
             parts.append((self.omni.thinker(inputs), targets))
         return {"text": losses.in_parts(parts)}
 
@@ -132,7 +131,7 @@ class FinetuneTalkerStage(FinetuneStage):
 
     def losses(self, batch: list[JsonlRow]) -> dict[str, Tensor]:
         prompts = [prompt_inputs(row, self.processor) for row in batch]
-        talker_inputs = talker_prompts(self.omni.thinker, *self.collate(prompts, batch))
+        talker_inputs = talker_prompts(self.omni.thinker, *self.with_answers(prompts, batch))
         default_voice = next(iter(self.omni.voices))
         examples = []
         for inputs, codes, row in zip(talker_inputs, self.codes(batch), batch, strict=True):
@@ -142,15 +141,18 @@ class FinetuneTalkerStage(FinetuneStage):
 
     @torch.no_grad()
     def codes(self, rows: list[JsonlRow]) -> list[Tensor]:
-        """The recordings of the rows, encoded by our codec: codes [m] of each row."""
+        """The recordings of the rows, encoded by our codec: codes [m] of each row.
+
+        Each is encoded alone: beside a longer one its last codes would be others.
+        """
         codec = self.omni.codec
         assert codec is not None  # see check_talker()
         code_samples = HOP * codec.config.downsample
-        waves = []
+        codes = []
         for row in rows:
             wave = load_audio(row.speech)
-            waves.append(F.pad(wave, (0, -len(wave) % code_samples)))
-        return encode_waves(codec, waves)
+            codes += encode_waves(codec, [F.pad(wave, (0, -len(wave) % code_samples))])
+        return codes
 
 
 FINETUNE_STAGES: dict[str, type[FinetuneStage]] = {
@@ -211,11 +213,11 @@ def finetune(
     with processes.first_goes_first():
         rows = read_rows(data, run, omni, options.skip_corrupt, options.held_out_speaker)
     names = stage_names(omni, rows, data, options)
-    accumulate = agree_on_run(run, inputs_of(omni, rows, names, options))
+    agree_on_run(run, inputs_of(omni, rows, names, options))
 
     add_new_parts(omni, rows, names, options)
     for name in names:
-        stage = make_finetune_stage(name, size, omni, run, rows, options, accumulate)
+        stage = make_finetune_stage(name, size, omni, run, rows, options)
         train_or_load(stage, run / "stages")
 
     omni.eval().requires_grad_(False)
@@ -259,14 +261,11 @@ def inputs_of(omni: "Omni", rows: JsonlRows, names: list[str], options: Finetune
     return inputs
 
 
-def agree_on_run(run: Path, inputs_of_run: dict) -> int:
-    """Check that all processes, and the run so far, have the same inputs -> batches in each step.
-
-    Raises UserError where they differ.
-    """
+def agree_on_run(run: Path, inputs_of_run: dict) -> None:
+    """Raises UserError unless all processes, and the run so far, have the same inputs."""
     processes.require_same(inputs_of_run)
     with processes.first_goes_first():
-        return check_same_run(run, inputs_of_run)
+        check_same_run(run, inputs_of_run)
 
 
 def add_new_parts(
@@ -395,22 +394,17 @@ def make_finetune_stage(
     run: Path,
     rows: JsonlRows,
     options: FinetuneOptions,
-    accumulate: int,
 ) -> FinetuneStage:
     """A stage that goes through its rows options.epochs times, or MIN_EPOCHS and MIN_STEPS at
     least.
-
-    accumulate: batches into which the rows of a step are divided.
     """
-    lr, rows_per_step = FINETUNE_RECIPES[size][name] if size in FINETUNE_RECIPES else LORA_RECIPE
-    batch = ceil(rows_per_step / accumulate)
-    rows_per_step = batch * accumulate
+    lr, batch = FINETUNE_RECIPES[size][name] if size in FINETUNE_RECIPES else LORA_RECIPE
     count = len(rows.spoken) if name == "talker" else len(rows)
     if options.epochs:
-        steps = ceil(options.epochs * count / rows_per_step)
+        steps = ceil(options.epochs * count / batch)
     else:
-        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / rows_per_step))
-    recipe = Recipe(steps, batch, lr, accumulate=accumulate, warmup=min(30, ceil(steps / 10)))
+        steps = max(MIN_STEPS, ceil(MIN_EPOCHS * count / batch))
+    recipe = Recipe(steps, batch, lr, warmup=min(30, ceil(steps / 10)))
     return FINETUNE_STAGES[name](omni, recipe, run, options.seed, rows)
 
 
@@ -423,10 +417,8 @@ def weights_hash(omni: "Omni") -> str:
     return digest.hexdigest()
 
 
-def check_same_run(run: Path, inputs_of_run: dict) -> int:
-    """Note what a run is made of -> batches in each of its steps: one for each process that it has
-    begun with. Raises UserError where it has begun with something else.
-    """
+def check_same_run(run: Path, inputs_of_run: dict) -> None:
+    """Note what a run is made of. Raises UserError where it has begun with something else."""
     start_over = "--fresh deletes the run"
     kept = read_json(run / RUN_INPUTS, True, start_over)
     changed = [key for key, value in inputs_of_run.items() if kept.get(key, value) != value]
@@ -434,7 +426,4 @@ def check_same_run(run: Path, inputs_of_run: dict) -> int:
         raise UserError(
             f"{run} was begun with other {' and '.join(changed)}; use --fresh, or another --out"
         )
-    accumulate = kept.get("accumulate", processes.world())
-    check_int(accumulate, f"{run / RUN_INPUTS}: accumulate", 1, 100_000)
-    write_json(run / RUN_INPUTS, inputs_of_run | {"accumulate": accumulate})
-    return accumulate
+    write_json(run / RUN_INPUTS, inputs_of_run)

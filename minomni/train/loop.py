@@ -86,14 +86,27 @@ class Stage:
     def setup(self) -> None:
         """Work before the first step: read the corpus, encode it, initialize weights from it."""
 
-    def batch(self, number: int) -> Any:
+    def whole_batch(self, number: int) -> Any:
         """Batch `number` of the stage, recipe.accumulate of them per step; a function of the seed
         and the number, on the CPU.
+
+        Rows, or a tuple of which each tensor and list has the rows [B, ...]; several processes
+        divide them. All that is random in the losses is drawn here.
         """
         raise NotImplementedError
 
+    def collate(self, batch: Any) -> Any:
+        """Some rows of a batch -> what losses() takes, on the CPU."""
+        return batch
+
+    def batch(self, number: int) -> Any:
+        """The rows of batch `number` that this process computes, collated."""
+        return self.collate(distributed.own_rows(self.whole_batch(number)))
+
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is minimized."""
+        """Weighted losses by name; their sum is minimized. Each is of the whole batch, also where
+        this process has some of its rows (losses.py).
+        """
         raise NotImplementedError
 
     def preview_text(self) -> str:
@@ -146,12 +159,10 @@ def make_loader(stage: Stage, first_step: int, last_step: int, workers: int = 0)
     """The batches of steps first_step up to, not including, last_step, made by `workers` processes;
     0: by this one, when they are asked for.
     """
-    numbers = []
-    for step in range(first_step, last_step):
-        numbers += [number for number, _ in distributed.share(step, stage.recipe.accumulate)]
+    accumulate = stage.recipe.accumulate
     return DataLoader(
         StageBatches(stage),
-        sampler=numbers,
+        sampler=range(first_step * accumulate, last_step * accumulate),
         batch_size=None,  # an item is a whole batch
         collate_fn=unchanged,
         num_workers=workers,
@@ -353,13 +364,14 @@ def forward_backward(
         parameter.grad = None
 
     means: dict[str, float] = {}
-    for number, count in distributed.share(step, stage.recipe.accumulate):
+    count = stage.recipe.accumulate
+    for number in range(step * count, (step + 1) * count):
         batch, random_state = next(batches)
         if isinstance(batch, UserError):
             raise batch
 
-        # Dropout and noise in losses() continue from the random state that batch() left in its
-        # process. They are the same with any number of workers and after a resume.
+        # Dropout in losses() continues from the random state that batch() left in its process. It
+        # is the same with any number of workers and after a resume.
         torch.manual_seed(batch_seed(stage, number))
         torch.set_rng_state(random_state)
         batch = to_device(batch, device)
@@ -370,7 +382,8 @@ def forward_backward(
         (total / count).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.item() / count
-    return distributed.combine(stage, means)
+    distributed.delete_unused_gradients(stage)
+    return means
 
 
 def uses_bf16(stage: Stage) -> bool:

@@ -1,4 +1,8 @@
-"""The training losses, each a pure function of tensors. A stage adds up the ones it needs."""
+"""The training losses, each a function of tensors. A stage adds up the ones it needs.
+
+A batch may be divided over several processes, each of which has some of its rows (distributed.py).
+A mean is over the rows of all of them, whichever process computes a loss.
+"""
 
 from collections.abc import Callable
 
@@ -7,8 +11,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX
+from minomni.train.processes import summed
 
 STFT_SIZES = (128, 256, 512, 1024)  # samples
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean of values of any shape, over all processes."""
+    return ratio(values.sum(), torch.tensor(values.numel()))
+
+
+def ratio(total: Tensor, count: Tensor) -> Tensor:
+    """One scalar over another, each summed over all processes; in fp32 at least. 0 for 0 / 0."""
+    total = precise(total)
+    sums = summed(torch.stack([total, count.to(total)]))
+    return sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
+
+
+def precise(values: Tensor) -> Tensor:
+    """The same values in fp32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
@@ -16,8 +38,7 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
 
     Positions with IGNORE_INDEX do not count.
     """
-    targets = targets.to(logits.device).flatten()
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX)
+    return in_parts([(logits, targets)])
 
 
 def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -25,17 +46,18 @@ def in_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     Every target has the same weight, whichever part it is in.
     """
-    total = torch.zeros(())
-    count = torch.zeros((), dtype=torch.long)
+    totals = []
+    counts = []
     for logits, targets in parts:
-        part_count = (targets != IGNORE_INDEX).sum()
-        total = total + next_token(logits, targets) * part_count
-        count = count + part_count
-    return total / count
+        targets = targets.to(logits.device).flatten()
+        rows = precise(logits.flatten(0, 1))
+        totals.append(F.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX, reduction="sum"))
+        counts.append((targets != IGNORE_INDEX).sum())
+    return ratio(torch.stack(totals).sum(), torch.stack(counts).sum())
 
 
 def ctc(log_probs: Tensor, frames: Tensor, labels: list[Tensor]) -> Tensor:
-    """CTC loss per label, averaged over rows.
+    """CTC loss per label, averaged over the rows that have labels.
 
     log_probs [B, T, classes], of which `frames` [B] are valid; labels: the classes of
     each row.
@@ -50,13 +72,14 @@ def ctc(log_probs: Tensor, frames: Tensor, labels: list[Tensor]) -> Tensor:
         reduction="none",
         zero_infinity=True,
     )
-    return (loss / lengths).mean()
+    labeled = lengths > 0
+    return mean(loss[labeled] / lengths[labeled])
 
 
 def masked_l1(predicted: Tensor, target: Tensor, frames: Tensor) -> Tensor:
     """Mean absolute error of mels [B, T, bands] over the first `frames` [B] frames of each row."""
     valid = torch.arange(target.shape[1], device=target.device) < frames[:, None]  # [B, T]
-    return (predicted - target).abs().mean(-1)[valid].mean()
+    return mean((predicted - target).abs().mean(-1)[valid])
 
 
 def off_center(grid: Tensor, lengths: Tensor) -> Tensor:
@@ -69,7 +92,7 @@ def off_center(grid: Tensor, lengths: Tensor) -> Tensor:
     """
     valid = torch.arange(grid.shape[1], device=grid.device) < lengths[:, None]  # [B, C]
     means = (grid * valid[..., None]).sum(1) / lengths[:, None]  # [B, channels]
-    return means.square().sum(-1).mean()
+    return mean(means.square().sum(-1))
 
 
 def flow_matching(
@@ -85,7 +108,7 @@ def flow_matching(
     """
     t = time[:, None, None]
     x_t = (1 - t) * noise + t * mel
-    return F.mse_loss(predict(x_t, time), mel - noise)
+    return mean((predict(x_t, time) - (mel - noise)).square())
 
 
 def spectral(predicted: Tensor, target: Tensor) -> Tensor:
@@ -97,8 +120,9 @@ def spectral(predicted: Tensor, target: Tensor) -> Tensor:
     for fft_size in STFT_SIZES:
         predicted_magnitude = stft_magnitude(predicted, fft_size)
         target_magnitude = stft_magnitude(target, fft_size)
-        convergence = (predicted_magnitude - target_magnitude).norm() / target_magnitude.norm()
-        log_l1 = (predicted_magnitude.log() - target_magnitude.log()).abs().mean()
+        difference = (predicted_magnitude - target_magnitude).square().sum()
+        convergence = ratio(difference, target_magnitude.square().sum()).sqrt()
+        log_l1 = mean((predicted_magnitude.log() - target_magnitude.log()).abs())
         total = total + convergence + log_l1
     return total / len(STFT_SIZES)
 
@@ -114,14 +138,14 @@ def adversarial(scores: list[Tensor]) -> Tensor:
     """How far a generator is from being taken for real: least squares over the scores [B, N] of
     each discriminator, averaged over them (arXiv 1611.04076, eq. 2, with b = c = 1).
     """
-    return torch.stack([(1 - score).square().mean() for score in scores]).mean()
+    return torch.stack([mean((1 - score).square()) for score in scores]).mean()
 
 
 def discrimination(real: list[Tensor], generated: list[Tensor]) -> Tensor:
     """Least-squares loss of discriminators: 1 for the scores of recordings and 0 for generated
     waveforms, both [B, N], averaged over the discriminators (the same equation, with a = 0).
     """
-    to_zero = torch.stack([score.square().mean() for score in generated]).mean()
+    to_zero = torch.stack([mean(score.square()) for score in generated]).mean()
     return adversarial(real) + to_zero
 
 
@@ -132,7 +156,7 @@ def feature_matching(real: list[list[Tensor]], generated: list[list[Tensor]]) ->
     distances = []
     for real_layers, generated_layers in zip(real, generated, strict=True):
         pairs = zip(real_layers, generated_layers, strict=True)
-        distances.append(torch.stack([F.l1_loss(made, true) for true, made in pairs]).sum())
+        distances.append(torch.stack([mean((made - true).abs()) for true, made in pairs]).sum())
     return torch.stack(distances).mean()
 
 
@@ -141,7 +165,7 @@ def sequence_log_prob(logits: Tensor, targets: Tensor) -> Tensor:
 
     Positions with IGNORE_INDEX do not count.
     """
-    log_probs = logits.float().log_softmax(-1)
+    log_probs = precise(logits).log_softmax(-1)
     ignored = targets == IGNORE_INDEX
     index = targets.masked_fill(ignored, 0)[..., None]
     target_log_probs = log_probs.gather(-1, index)[..., 0]  # [B, L]
@@ -162,4 +186,4 @@ def dpo(
     """
     chosen_gain = chosen - chosen_reference
     rejected_gain = rejected - rejected_reference
-    return -F.logsigmoid(beta * (chosen_gain - rejected_gain)).mean()
+    return -mean(F.logsigmoid(beta * (chosen_gain - rejected_gain)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minomni.errors import Terminated, UserError, shorten
 
@@ -148,6 +149,18 @@ def gather(value: Any) -> list[Any]:
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes of what each computes from its own rows: any shape -> the same.
+
+    Its gradient reaches the own rows alone: the gradients of all processes are added up later.
+    """
+    if world() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total + (values - values.detach())
 
 
 def require_same(values: dict[str, Any]) -> None:

@@ -80,8 +80,9 @@ def train_encoder(
 
     # The pairs depend on fewer things than the run, which may be started over with other steps.
     inputs_of_pairs = inputs_by_name(omni, rows, seed, options.random_share)
-    accumulate = agree_on_run(run, inputs_of_pairs | {"options": asdict(options)})
-    recipe = recipe_of(options, accumulate)
+    agree_on_run(run, inputs_of_pairs | {"options": asdict(options)})
+    warmup = min(30, ceil(options.steps / 10))
+    recipe = Recipe(options.steps, BATCH, LEARNING_RATE, warmup=warmup)
     key = hashlib.sha256(repr(inputs_of_pairs).encode()).hexdigest()[:12]
     cache = run / f"pairs-{key}"
 
@@ -137,13 +138,6 @@ def voices_hash(voices: dict[str, Voice]) -> str:
         for tensor in (voice.cond, voice.ref_mel):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def recipe_of(options: EncoderOptions, accumulate: int) -> Recipe:
-    """The recipe of a run. accumulate: batches into which the pairs of a step are divided."""
-    warmup = min(30, ceil(options.steps / 10))
-    batch = ceil(BATCH / accumulate)
-    return Recipe(options.steps, batch, LEARNING_RATE, accumulate=accumulate, warmup=warmup)
 
 
 def with_classifier(config: OmniConfig, size: str) -> OmniConfig:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -333,12 +334,15 @@ def test_a_model_without_a_talker(tiny_folder, data, tmp_path, quick, capsys, mo
 
 @pytest.mark.slow
 def test_a_folder_like_the_release(tmp_path, hf_class):
-    """All layers of the 7B in narrow, without a codec: in peft and transformers, merged, and
-    nothing else touched.
+    """510 million parameters, all layers of the 7B in narrow, without a codec: in peft and
+    transformers, merged, and nothing else touched.
     """
     base = tmp_path / "base"
-    make_checkpoint(checkpoint_config("qwen7b", 0.125), base)
+    config = checkpoint_config("qwen7b", 0.125)
+    text = replace(config.thinker.text, intermediate_size=8192)
+    make_checkpoint(replace(config, thinker=replace(config.thinker, text=text)), base)
     omni = minomni.load(str(base), dtype="float32")
+    assert sum(parameter.numel() for parameter in omni.parameters()) > 500e6
     before = {name: tensor.clone() for name, tensor in omni.state_dict().items()}
     lora.add_lora(omni, lora.parse_lora("r=2"), BOTH)
     randomize(omni)

@@ -249,9 +249,9 @@ def test_moments_name_what_is_seen_while_it_sounds(tmp_path):
     dialogues = [
         builder.dialogue(kind, random) for kind in ("sync-typed", "scene-typed", "sync-typed")
     ]
-    examples = sum(dialogues, [])
-    inputs, answers = builder.collate(dialogues, random)
-    moments = builder.frame_targets(examples, inputs)
+    randoms = [random] * len(dialogues)
+    inputs, answers = builder.collate(dialogues, randoms)
+    moments = builder.frame_targets(dialogues, inputs, randoms)
     assert torch.equal(moments != IGNORE_INDEX, inputs.input_ids == TINY.thinker.tokens.audio)
     assert not ((moments != IGNORE_INDEX) & (answers != IGNORE_INDEX)).any()
     for row, dialogue in ((0, dialogues[0]), (2, dialogues[2])):
@@ -268,7 +268,7 @@ def test_a_picture_is_asked_about_several_times(tmp_path):
     dialogue = builder.dialogue("scene-typed", Random(2))
     assert 1 < len(dialogue) <= 4
     assert len({example.question for example in dialogue}) == len(dialogue)
-    inputs, targets = builder.collate([dialogue], Random(2))
+    inputs, targets = builder.collate([dialogue], [Random(2)])
     answers = [builder.processor.tokenizer.encode(example.answer) for example in dialogue]
     assert targets[targets != IGNORE_INDEX].tolist() == [
         i for row in answers for i in (*row, builder.end)

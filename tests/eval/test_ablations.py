@@ -134,7 +134,7 @@ def test_plain_mrope_numbers_steps_where_tmrope_uses_seconds(tmp_path, monkeypat
     random = Random(0)
     builder = ExampleBuilder(TINY, tmp_path)
     dialogues = [[builder.example("sync-typed", random)], [builder.example("say-typed", random)]]
-    inputs, _ = builder.collate(dialogues, random)
+    inputs, _ = builder.collate(dialogues, [random] * len(dialogues))
     timed = position_ids(inputs, TINY.thinker)
     plain = ablations.plain_mrope(inputs, TINY.thinker)
 

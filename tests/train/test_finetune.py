@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -753,6 +754,22 @@ def test_stages_overfit_one_batch_and_resume_exactly(name, tmp_path, omni, tiny_
         (tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("whole", "halves")
     )
     assert whole == halves
+
+
+def test_a_recording_has_the_same_codes_in_any_batch(tmp_path, omni):
+    """Beside a longer recording it would be padded with silence, which changes its last codes."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for samples in (9_000, 31_000):
+        path = tmp_path / f"{samples}.wav"
+        soundfile.write(path, 0.1 * generator.standard_normal(samples), 16_000)
+        rows.append(SimpleNamespace(speech=str(path)))
+    recipe = Recipe(steps=1, batch=2, lr=1e-3)
+    stage = finetune.FinetuneTalkerStage(omni, recipe, tmp_path, 0, None)
+    together = stage.codes(rows)
+    assert len(together[0]) < len(together[1])
+    for codes, row in zip(together, rows, strict=True):
+        assert torch.equal(codes, stage.codes([row])[0])
 
 
 @pytest.mark.slow

@@ -113,29 +113,6 @@ def test_settings_stay_with_the_run(tmp_path):
     assert run_settings.read_settings(tmp_path) == {}
 
 
-def test_the_split_over_processes_is_no_setting_that_was_given(tmp_path):
-    """A stage keeps the batches it began with, also when other processes continue it."""
-    given = {"codec": {"steps": 80, "batch": 4}}
-    pipeline.prepare_run(tmp_path, resume=False, fresh=False)
-    run_settings.record_settings(tmp_path, given)
-    run_settings.record_split("tiny", tmp_path, 2)
-    finish(tmp_path, "codec")
-    split = {"steps": 80, "batch": 2, "accumulate": 2}
-    for world in (2, 1, 4):
-        pipeline.prepare_run(tmp_path, resume=True, fresh=False)
-        run_settings.record_settings(tmp_path, given)
-        run_settings.record_split("tiny", tmp_path, world)
-        assert run_settings.read_settings(tmp_path)["codec"] == split
-    with pytest.raises(UserError, match="has begun with steps=80, batch=4 and cannot go on with"):
-        run_settings.record_settings(tmp_path, {"codec": {"steps": 80, "batch": 2}})
-    pipeline.prepare_run(tmp_path, resume=False, fresh=True, stage="codec")
-    run_settings.record_settings(tmp_path, given)
-    run_settings.record_split("tiny", tmp_path, 1)
-    assert run_settings.read_settings(tmp_path)["codec"] == given["codec"]
-    pipeline.prepare_run(tmp_path, resume=False, fresh=True)
-    assert not list((tmp_path / "stages").iterdir())
-
-
 @pytest.mark.parametrize(
     "content", ['{"codec": 5}', '{"codec": {"steps": "many"}}', '{"naps": {}}', "[", "[1]"]
 )

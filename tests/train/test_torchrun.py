@@ -16,7 +16,6 @@ from test_distributed import launch_code
 
 import minomni
 from minomni.data import corpus
-from minomni.train import run_settings
 
 ROOT = Path(__file__).parents[2]
 # `minomni` on the committed recordings, in fp32 and without samples; RANK in an argument becomes
@@ -82,12 +81,10 @@ def data(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_a_stage_by_two_processes_is_that_by_one(tmp_path):
-    """The settings of the first run, of two processes, make one process compute the same."""
+    """The same command: three rows, of which the first process computes two."""
     settings = ["--set", "codec.steps=2", "--set", "codec.batch=3"]
     command = ["train", "tiny", "--stage", "codec"]
     assert minomni_by(2, tmp_path, *command, *settings, "--home", "two")[0] == [0, 0]
-    noted = run_settings.read_settings(tmp_path / "two")["codec"]
-    assert noted == {"steps": 2, "batch": 2, "accumulate": 2}
     given = json.loads((tmp_path / "two/stages/settings.json").read_text())["codec"]
     assert given == {"steps": 2, "batch": 3}
 
@@ -98,11 +95,14 @@ def test_a_stage_by_two_processes_is_that_by_one(tmp_path):
         assert codes == [0] * count, errors
         assert "stage codec is finished" in out
 
-    settings = [word for key, value in noted.items() for word in ("--set", f"codec.{key}={value}")]
     assert minomni_by(1, tmp_path, *command, *settings, "--home", "one")[0] == [0]
     one, two = (load_file(tmp_path / f"{home}/stages/codec.safetensors") for home in ("one", "two"))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+
+    # Too few rows.
+    few = ["--set", "codec.batch=1", "--home", "few"]
+    assert "a batch has 1 rows, too few for 2 processes" in refused(tmp_path, *command, *few)
 
     # Other sizes, and the checkpoint of another model.
     other = refused(tmp_path, "train", "small", "--stage", "codec", "--home", "two", "--resume")
@@ -116,17 +116,12 @@ def test_a_stage_by_two_processes_is_that_by_one(tmp_path):
 
 @pytest.mark.slow
 def test_fine_tuning_by_two_processes(data, tiny_folder):
-    """Both stages, by two processes and by one that continues with their settings."""
+    """Both stages, by two processes and by one."""
     lora = ["train", str(tiny_folder), "--data", "0/my.jsonl", "--lora", "r=2", "--epochs", "1"]
     codes, out, errors = minomni_by(2, data, *lora, "--out", "adapter", "--home", "two")
     assert codes == [0, 0], errors
     assert out.count("tuned: ") == 1
-    kept = json.loads((data / "two/adapter.run/run_inputs.json").read_text())
-    assert kept["accumulate"] == 2
-    again = data / "one/same.run"
-    (again / "stages").mkdir(parents=True)
-    (again / "run_inputs.json").write_text(json.dumps(kept))
-    assert minomni_by(1, data, *lora, "--out", "same", "--home", "one", "--resume")[0] == [0]
+    assert minomni_by(1, data, *lora, "--out", "same", "--home", "one")[0] == [0]
     one, two = (load_file(data / f"{out}/adapter_model.safetensors") for out in ("same", "adapter"))
     assert {name.split(".")[2] for name in two} == {"thinker", "talker"}
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
@@ -168,7 +163,6 @@ def test_torchrun(data, tiny_folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tuned: ") == 1
     assert minomni.load(str(data / "tuned")).talker is not None
-    assert json.loads((data / "run/tuned.run/run_inputs.json").read_text())["accumulate"] == 2
 
 
 # The second of two processes is killed while the first one computes, or while it waits for it.

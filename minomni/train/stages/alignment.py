@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from minomni.data.examples import ExampleBuilder
 from minomni.inputs.mel import num_audio_tokens
 from minomni.thinker.thinker import Thinker
+from minomni.train import losses
 from minomni.train.loop import Stage
 
 MSE_WEIGHT = 0.5  # weight of embedding_mse()
@@ -36,7 +37,7 @@ def embedding_mse(features: Tensor, target: Tensor) -> Tensor:
     other words. The decoder was trained on oracle features, so it would not understand them.
     """
     error = (features - target).square().sum(-1)
-    return (error / target.square().sum(-1)).mean()
+    return losses.mean(error / target.square().sum(-1))
 
 
 def word_log_probs(thinker: Thinker, mels: list[Tensor], features: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class AudioAlignStage(AlignStage):
     )
     data = "spoken questions and sentences, tones"
 
-    def batch(self, number: int) -> Batch:
+    def whole_batch(self, number: int) -> Batch:
         # The seed keeps a former name of the stage, so that runs repeat.
         random = Random(f"{self.seed}-ears-{number}")
         mels = []

@@ -24,7 +24,7 @@ class CodecStage(MelStage):
     trainable = ("codec.",)
     description = "speech tokenizer: FSQ codes that predict letters (CTC) and reconstruct the mel"
 
-    def batch(self, number: int) -> Batch:
+    def whole_batch(self, number: int) -> Batch:
         indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number, self.weights)
         mels, frames = pad_mels([self.mel(i) for i in indices])
         letters = [letters_to_ids(self.speech.utterances[i].text) for i in indices]

@@ -17,8 +17,9 @@ CROP_BLOCKS = (3, 4)  # attention blocks in a training crop; short sentences hav
 DROP_CONDITION = 0.15  # fraction of rows without condition, for classifier-free guidance
 INIT_UTTERANCES = 600  # about how many utterances initialize the code embeddings
 
-# Mels [B, T, bands], codes, speaker vectors, reference mels, left padding of the first block
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, int]
+# Mels [B, T, bands], noise of their shape, times [B], codes, speaker vectors, reference mels, left
+# padding of the first block
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]
 
 
 class DiTStage(MelStage):
@@ -82,7 +83,7 @@ class DiTStage(MelStage):
         used = counts[:, 0] > 0
         return sums[used] / counts[used], used
 
-    def batch(self, number: int) -> Batch:
+    def whole_batch(self, number: int) -> Batch:
         random = Random(f"{self.seed}-dit-{number}")
         dit = self.dit.config
 
@@ -106,7 +107,24 @@ class DiTStage(MelStage):
             codes.append(self.codes[i][start // dit.repeats : end // dit.repeats])
         references = torch.cat([self.voice(i).ref_mel for i in indices])
         left_pad = dit.block_size - first
-        return torch.stack(mels), torch.stack(codes), self.conds(indices), references, left_pad
+        mel = torch.stack(mels)
+
+        # Early times are more frequent, as in the sway sampling of the solver.
+        uniform = torch.rand(len(mel))
+        time = 1 - torch.cos(uniform * torch.pi / 2)
+        noise = torch.randn_like(mel)
+
+        # Drop all conditions of some rows.
+        keep = torch.rand(len(mel)) >= DROP_CONDITION
+        return (
+            mel,
+            noise,
+            time,
+            torch.stack(codes) * keep[:, None],
+            self.conds(indices) * keep[:, None],
+            references * keep[:, None, None],
+            left_pad,
+        )
 
     def outer_block(self, random: Random) -> int:
         """Mel frames of the first or last block of a crop: a whole block or a random part."""
@@ -115,22 +133,12 @@ class DiTStage(MelStage):
         return random.choice((dit.block_size, part))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        mels, codes, conds, references, left_pad = batch
-        # Drop all conditions of some rows.
-        keep = torch.rand(len(mels), device=self.device) >= DROP_CONDITION
-        codes = codes * keep[:, None]
-        conds = conds * keep[:, None]
-        references = references * keep[:, None, None]
-
-        # Early times are more frequent, as in the sway sampling of the solver.
-        uniform = torch.rand(len(mels), device=self.device)
-        time = 1 - torch.cos(uniform * torch.pi / 2)
-        noise = torch.randn_like(mels)
+        mel, noise, time, codes, conds, references, left_pad = batch
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return self.dit(x, codes, t, conds, references, left_pad)
 
-        return {"flow": losses.flow_matching(velocity, mels, noise, time)}
+        return {"flow": losses.flow_matching(velocity, mel, noise, time)}
 
     def preview_audio(self) -> tuple[str, Tensor]:
         voice = self.voice(0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minomni.config import SamplingConfig
-from minomni.data.batching import batched
+from minomni.data.batching import batched, equally_batched
 from minomni.data.examples import ExampleBuilder
 from minomni.data.word_errors import edit_distance
 from minomni.errors import UserError
@@ -45,8 +45,8 @@ class DPOStage(SpeechStage):
         """Also sample the preference pairs and compute the reference log-probabilities."""
         super().setup()
         with torch.no_grad():
-            self.pairs = batched(self.preference_pairs(), self.recipe.batch)
-            self.reference = [self._log_probs(pairs) for pairs in self.pairs]
+            self.pairs = equally_batched(self.preference_pairs(), self.recipe.batch)
+            self.reference = [self._log_probs(pairs) for pairs in self.pairs]  # [B, 2] each
 
     def preference_pairs(self) -> list[Pair]:
         """Best and worst of the Talker's samples for each prompt, sorted by length.
@@ -102,7 +102,7 @@ class DPOStage(SpeechStage):
 
         batches = []
         for part in batched(examples, BATCH):
-            inputs, targets = builder.collate([[example] for example in part], random)
+            inputs, targets = builder.collate([[x] for x in part], [random] * len(part))
             batch = []
             for row, example in zip(talker_prompts(self.omni.thinker, inputs, targets), part):
                 voice = random.choice(voices)
@@ -125,30 +125,31 @@ class DPOStage(SpeechStage):
         return sum(max(0, length - PAUSE) for length in pauses[1:-1]) / 2
 
     def _log_probs(self, pairs: list[Pair]) -> Tensor:
-        """Log-probabilities [2, B] of the chosen and the rejected codes."""
+        """Log-probabilities [B, 2] of the chosen and the rejected codes."""
         prompts = [prompt for prompt, _, _ in pairs]
         chosen = [codes for _, codes, _ in pairs]
         rejected = [codes for _, _, codes in pairs]
         inputs = collate(prompts + prompts, self.tokens, self.table)
         embeds, position_ids, mask, targets = self.talker.teacher_forced(inputs, chosen + rejected)
-        logits = self.talker(embeds, position_ids, mask)
-        return losses.sequence_log_prob(logits, targets).view(2, -1)
+        logits = self.talker.codec_head(self.talker.hidden_states(embeds, position_ids, mask))
+        return losses.sequence_log_prob(logits, targets).view(2, -1).T
 
-    def batch(self, number: int) -> Any:
+    def whole_batch(self, number: int) -> Any:
         # Each epoch visits all batches of pairs in a random order.
         batches = len(self.pairs)
         epoch = number // batches
         order = Random(f"{self.seed}-dpo-{epoch}").sample(range(batches), batches)
         index = order[number % batches]
-        return self.pairs[index], self.reference[index], super().batch(number)
+        return self.pairs[index], self.reference[index], super().whole_batch(number)
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         pairs, reference, examples = batch
-        chosen, rejected = self._log_probs(pairs)
+        chosen, rejected = self._log_probs(pairs).unbind(1)
+        dpo = losses.dpo(chosen, rejected, reference[:, 0], reference[:, 1], self.beta)
         # Each sample counts with its stop code.
-        chosen_codes = sum(len(codes) + 1 for _, codes, _ in pairs)
+        chosen_codes = torch.tensor(sum(len(codes) + 1 for _, codes, _ in pairs))
         return {
-            "dpo": losses.dpo(chosen, rejected, reference[0], reference[1], self.beta),
-            "sft": -self.sft_weight * chosen.sum() / chosen_codes,
+            "dpo": dpo,
+            "sft": -self.sft_weight * losses.ratio(chosen.sum(), chosen_codes),
             **super().losses(examples),
         }

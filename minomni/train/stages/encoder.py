@@ -25,8 +25,8 @@ LEVEL = 1.5  # a recording is up to so much louder or softer, in the units of th
 NOISE = -6.0  # the loudest noise that is added, in the same units
 WARP = 0.12  # formants are moved up or down by up to this share of the bands
 
-# Mels [B, T, bands] and their frames, codes [B, C], letters, which rows have letters
-Batch = tuple[Tensor, Tensor, Tensor, list[Tensor], list[int]]
+# Mels [B, T, bands] and their frames, codes [B, C], letters, none where they are unknown
+Batch = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
 class EncoderStage(Stage):
@@ -75,23 +75,19 @@ class EncoderStage(Stage):
                 f"with short answers that the model can speak, or --random-codes 1 for no texts"
             )
 
-    def batch(self, number: int) -> Batch:
+    def whole_batch(self, number: int) -> Batch:
         indices = similar_lengths(self.lengths, self.recipe.batch, self.seed, number)
         chosen = [self.pairs[i] for i in indices]
         mels, frames = pad_mels([varied(pair.mel.float()) for pair in chosen])
         codes = pad_sequence([pair.codes for pair in chosen], True, IGNORE_INDEX)
         texts = [known_letters(pair.text) for pair in chosen]
-        rows = [row for row, text in enumerate(texts) if text]
-        letters = [letters_to_ids(texts[row]) for row in rows]
-        return mels, frames, codes, letters, rows
+        return mels, frames, codes, [letters_to_ids(text) for text in texts]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        mels, frames, codes, letters, rows = batch
+        mels, frames, codes, letters = batch
         logits, log_probs = self.classifier(mels)
         lengths = frames // self.classifier.config.downsample
-        ctc = 0 * log_probs.sum()  # of a batch without letters
-        if rows:
-            ctc = losses.ctc(log_probs[rows], lengths[rows], letters)
+        ctc = losses.ctc(log_probs, lengths, letters)
         return {"codes": losses.next_token(logits, codes), "ctc": CTC_WEIGHT * ctc}
 
     def preview_text(self) -> str:

@@ -122,7 +122,8 @@ def code_loss(omni: "Omni", examples: list[TalkerExample]) -> Tensor:
     talker = omni.talker
     assert talker is not None  # only models that speak are trained on speech
     embeds, position_ids, mask, targets = talker.teacher_forced(inputs, codes)
-    return losses.next_token(talker(embeds, position_ids, mask), targets)
+    hidden = talker.hidden_states(embeds, position_ids, mask)
+    return losses.next_token(talker.codec_head(hidden), targets)
 
 
 class SpeechStage(Stage):
@@ -188,7 +189,7 @@ class SpeechStage(Stage):
                 candidates = questions.get(utterance.text)
                 prompt = candidates.pop() if candidates else builder.say(utterance.text)
                 dialogues.append([prompt])
-            inputs, targets = builder.collate(dialogues, random)
+            inputs, targets = builder.collate(dialogues, [random] * len(dialogues))
             rows = talker_prompts(self.omni.thinker, inputs, targets)
             for row, (utterance, code) in zip(rows, part):
                 voice = self.voices[utterance.voice].bos_token
@@ -205,7 +206,7 @@ class SpeechStage(Stage):
                 by_answer.setdefault(example.answer, []).append(example)
         return by_answer
 
-    def batch(self, number: int) -> list[TalkerExample]:
+    def whole_batch(self, number: int) -> list[TalkerExample]:
         indices = similar_lengths(
             self.lengths,
             self.recipe.batch,

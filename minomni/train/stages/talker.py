@@ -72,10 +72,10 @@ class TalkerStage(SpeechStage):
         # Auxiliary losses on the current word.
         index_targets, token_targets = self.word_targets(batch, targets.cpu())
         vocab_size = self.omni.config.thinker.text.vocab_size
-        word_logits = self.word_head(hidden).float()
+        word_logits = self.word_head(hidden)
         index_logits, token_logits = word_logits.split([MAX_WORDS, vocab_size], dim=-1)
         return {
-            "codes": losses.next_token(talker.codec_head(hidden).float(), targets),
+            "codes": losses.next_token(talker.codec_head(hidden), targets),
             "word_index": WORD_WEIGHT * losses.next_token(index_logits, index_targets),
             "word": WORD_WEIGHT * losses.next_token(token_logits, token_targets),
         }

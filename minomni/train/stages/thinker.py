@@ -5,12 +5,12 @@ trained on the generated world's sentences. The encoders' first stages are audio
 vision_align.py; the examples are in data/examples.py.
 """
 
+from dataclasses import dataclass
 from math import ceil
 from random import Random
 
 from torch import Tensor
 
-from minomni.config import IGNORE_INDEX
 from minomni.data.batching import batched
 from minomni.data.examples import ExampleBuilder, estimated_tokens
 from minomni.data.oracle_features import oracle_embeds
@@ -30,7 +30,20 @@ LATER_KINDS = ("hear", "say-spoken", "say-typed", "scene-typed", "scene-spoken")
 MAX_LATER_TURNS = 2  # of each sort: about what the first turn shows, and of other kinds
 FRAME_WEIGHT = 0.5  # weight of the loss on the object that is visible at each audio token
 
-Part = tuple[list[Example], Inputs, Tensor]  # examples, model inputs, targets [B, L]
+Row = tuple[list[Example], int]  # the turns of a dialogue, and the seed of what varies them
+
+
+@dataclass
+class Part:
+    """Dialogues of similar length, as a batch for the Thinker."""
+
+    dialogues: list[list[Example]]
+    inputs: Inputs
+    targets: Tensor  # [B, L] the answers; IGNORE_INDEX elsewhere
+    frame_targets: (
+        Tensor | None
+    )  # [B, L]; None where no dialogue of the batch has a clip with audio
+    seeds: list[int]  # [B]
 
 
 class ThinkerStage(Stage):
@@ -44,21 +57,27 @@ class ThinkerStage(Stage):
         super().setup()
         self.builder = ExampleBuilder(self.omni.config, self.cache)
 
-    def batch(self, number: int) -> list[Part]:
-        """A batch of dialogues in BATCH_PARTS parts, each of dialogues of similar length."""
+    def whole_batch(self, number: int) -> tuple[list[Row], bool]:
+        """Dialogues, sorted by length, and whether there is a clip with audio among them."""
         random = Random(f"{self.seed}-{self.name}-{number}")
         mixture = self.mixture_at(number)
         kinds = random.choices(list(mixture), weights=list(mixture.values()), k=self.recipe.batch)
         dialogues = [self.dialogue(kind, random) for kind in kinds]
         dialogues.sort(key=lambda dialogue: sum(map(estimated_tokens, dialogue)))
+        with_audio = any(example.sound is not None for row in dialogues for example in row)
+        return [(dialogue, random.getrandbits(32)) for dialogue in dialogues], with_audio
 
+    def collate(self, batch: tuple[list[Row], bool]) -> list[Part]:
+        """Dialogues in BATCH_PARTS parts, each of dialogues of similar length."""
+        rows, with_audio = batch
         parts = []
-        for part in batched(dialogues, ceil(len(dialogues) / BATCH_PARTS)):
-            inputs, targets = self.builder.collate(part, random)
-            examples = []
-            for dialogue in part:
-                examples += dialogue
-            parts.append((examples, inputs, targets))
+        for part in batched(rows, ceil(len(rows) / BATCH_PARTS)):
+            dialogues = [dialogue for dialogue, _ in part]
+            seeds = [seed for _, seed in part]
+            randoms = [Random(seed) for seed in seeds]
+            inputs, targets = self.builder.collate(dialogues, randoms)
+            frames = self.builder.frame_targets(dialogues, inputs, randoms) if with_audio else None
+            parts.append(Part(dialogues, inputs, targets, frames, seeds))
         return parts
 
     def mixture_at(self, number: int) -> dict[str, float]:
@@ -72,20 +91,19 @@ class ThinkerStage(Stage):
     def losses(self, batch: list[Part]) -> dict[str, Tensor]:
         text_parts = []
         frame_parts = []
-        for examples, inputs, targets in batch:
-            logits = self.logits(examples, inputs)
-            text_parts.append((logits, targets))
-            frame_targets = self.builder.frame_targets(examples, inputs)
-            if (frame_targets != IGNORE_INDEX).any():
-                frame_parts.append((logits, frame_targets))
+        for part in batch:
+            logits = self.logits(part)
+            text_parts.append((logits, part.targets))
+            if part.frame_targets is not None:
+                frame_parts.append((logits, part.frame_targets))
         result = {"text": losses.in_parts(text_parts)}
         if frame_parts:
             result["frames"] = FRAME_WEIGHT * losses.in_parts(frame_parts)
         return result
 
-    def logits(self, examples: list[Example], inputs: Inputs) -> Tensor:
+    def logits(self, part: Part) -> Tensor:
         """The Thinker's next-token logits [B, L, V]."""
-        return self.omni.thinker(inputs)
+        return self.omni.thinker(part.inputs)
 
     def preview_text(self) -> str:
         random = Random(7)
@@ -142,9 +160,11 @@ class LanguageStage(ThinkerStage):
             return {"sync-typed": 3, "video-typed": 2, "scene-typed": 1}
         return self.mixture
 
-    def logits(self, examples: list[Example], inputs: Inputs) -> Tensor:
+    def logits(self, part: Part) -> Tensor:
         thinker = self.omni.thinker
-        embeds = oracle_embeds(examples, inputs, thinker, self.builder.processor.tokenizer.encode)
+        inputs = part.inputs
+        encode = self.builder.processor.tokenizer.encode
+        embeds = oracle_embeds(part.dialogues, inputs, part.seeds, thinker, encode)
         position_ids = thinker.position_ids(inputs, thinker.config).to(self.device)
         hidden = thinker.model(embeds, position_ids, inputs.attention_mask.to(self.device))
         return thinker.lm_head(hidden)

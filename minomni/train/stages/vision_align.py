@@ -4,11 +4,11 @@ from random import Random
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX
 from minomni.data.oracle_features import cell_words
 from minomni.inputs.patches import Grid, image_patches, video_patches
+from minomni.train import losses
 from minomni.train.loop import to_device
 from minomni.train.stages.alignment import (
     MSE_WEIGHT,
@@ -20,7 +20,7 @@ from minomni.train.stages.alignment import (
 
 KINDS = ("handwriting", "scene", "scene", "video")  # of the examples, in turn
 
-Batch = tuple[Tensor, list[Grid], Tensor]  # patches, grids, classes of the cells
+Row = tuple[Tensor, Grid, Tensor]  # patches [n, patch_dim], their grid, classes [n / 4, 4]
 
 
 class VisionAlignStage(AlignStage):
@@ -34,40 +34,42 @@ class VisionAlignStage(AlignStage):
     )
     data = "generated images and videos, handwritten digits"
 
-    def batch(self, number: int) -> Batch:
+    def whole_batch(self, number: int) -> list[Row]:
         # The seed keeps a former name of the stage, so that runs repeat.
         return self.draw(Random(f"{self.seed}-eyes-{number}"), self.recipe.batch)
 
-    def draw(self, random: Random, count: int) -> Batch:
-        """Patches [N, patch_dim], grids and classes [N / 4, 4] of some images and videos."""
-        patches = []
-        grids = []
-        classes = []
+    def draw(self, random: Random, count: int) -> list[Row]:
+        """Some images and videos, with the classes of their cells."""
+        rows = []
         vision = self.omni.config.thinker.vision
         media = self.omni.config.media
         for i in range(count):
             example = self.builder.example(KINDS[i % len(KINDS)], random)
             if example.image is not None:
-                rows, grid = image_patches(example.image, vision, media)
+                patches, grid = image_patches(example.image, vision, media)
             else:
                 assert example.clip is not None  # every kind has an image or a clip
                 frames = torch.from_numpy(example.clip[0])
-                rows, grid = video_patches(frames, vision, media)
-            patches.append(rows)
-            grids.append(grid)
+                patches, grid = video_patches(frames, vision, media)
             words = cell_words(example, grid, vision, self.encode)
-            classes.append(torch.where(words == IGNORE_INDEX, words, words + 1))  # 0: background
-        return torch.cat(patches), grids, torch.cat(classes)
+            classes = torch.where(words == IGNORE_INDEX, words, words + 1)  # 0: background
+            rows.append((patches, grid, classes))
+        return rows
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        patches, grids, classes = batch
+    def features(self, batch: list[Row]) -> tuple[Tensor, Tensor]:
+        """The encoder's outputs [N, D] for all cells of a batch, and their classes [N, 4]."""
+        patches, grids, classes = zip(*batch, strict=True)
+        features = self.omni.thinker.visual(torch.cat(patches), list(grids))
+        return features, torch.cat(classes)
+
+    def losses(self, batch: list[Row]) -> dict[str, Tensor]:
+        features, classes = self.features(batch)
         thinker = self.omni.thinker
-        features = thinker.visual(patches, grids)
         log_probs = embedding_similarity(features, thinker, self.tokens.image)
 
         # Each of the up to four words of a cell is a target.
         repeated = log_probs.repeat(classes.shape[1], 1)
-        cell_loss = F.nll_loss(repeated, classes.T.flatten(), ignore_index=IGNORE_INDEX)
+        cell_loss = losses.next_token(repeated[None], classes.T.flatten()[None])
 
         # Regression targets: the sum of the embeddings of a cell's words.
         labeled = (classes != IGNORE_INDEX)[..., None]  # [N, 4, 1]
@@ -80,8 +82,7 @@ class VisionAlignStage(AlignStage):
         return {"cells": cell_loss, "mse": MSE_WEIGHT * (object_mse + labeled_mse)}
 
     def preview_text(self) -> str:
-        patches, grids, classes = to_device(self.draw(Random(7), 32), self.device)
-        features = self.omni.thinker.visual(patches, grids)
+        features, classes = self.features(to_device(self.draw(Random(7), 32), self.device))
         log_probs = embedding_similarity(features, self.omni.thinker, self.tokens.image)
 
         # A cell counts as correct if its words are the classes with the highest probabilities.

@@ -42,7 +42,7 @@ class VocoderStage(MelStage):
         own = self.discriminators.named_parameters(prefix="discriminators")
         return super().parameters() | dict(own)
 
-    def batch(self, number: int) -> Batch:
+    def whole_batch(self, number: int) -> Batch:
         random = Random(f"{self.seed}-vocoder-{number}")
         length = CROP_FRAMES * HOP
         crops: list[Tensor] = []
@@ -60,7 +60,7 @@ class VocoderStage(MelStage):
         mel = voice_mel(recordings)  # [B, T, bands]
         wave = self.token2wav.code2wav_bigvgan_model(mel.transpose(1, 2))  # [B, samples]
         spectral = {
-            "mel": 2 * (voice_mel(wave) - mel).abs().mean(),
+            "mel": 2 * losses.mean((voice_mel(wave) - mel).abs()),
             "stft": losses.spectral(wave, recordings),
         }
         if not with_discriminators:
