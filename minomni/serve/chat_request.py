@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from minomni.errors import quote, shorten
+from minomni.errors import UserError, quote, shorten
 from minomni.inputs.item import IGNORED_ITEM_KEYS
+from minomni.inputs.options import KEYS_OF, options_of
 from minomni.serve.audio import MEDIA_TYPES
 from minomni.serve.errors import bad_request
 
@@ -94,9 +95,19 @@ NEUTRAL_TRANSCRIPTION: dict[str, tuple] = {
     "timestamp_granularities[]": (),
 }
 FORM_BOOLS = {"true": True, "1": True, "false": False, "0": False, "": False}
-# Types of content items: media at an address, and texts.
-URL_ITEMS = ("image_url", "video_url", "audio_url")
 TEXT_ITEMS = ("text", "input_text", "output_text")
+# Types of content items of media, under whose names their sources stand: OpenAI's and Qwen's.
+MEDIA_ITEMS = {
+    "image_url": "image",
+    "video_url": "video",
+    "audio_url": "audio",
+    "input_audio": "audio",
+    "image": "image",
+    "video": "video",
+    "audio": "audio",
+}
+# Options of media that vLLM's clients give for all items of a request. An item's own come first.
+SHARED_OPTIONS = ("fps", "min_pixels", "max_pixels")
 
 
 @dataclass
@@ -149,8 +160,10 @@ def parse_chat(body: dict) -> ChatRequest:
     body = {key: value for key, value in body.items() if value is not None}
     refuse_unsupported(body, CHAT_FIELDS, NEUTRAL)
     stream = typed(body, "stream", bool, False)
+    extra = typed(body, "mm_processor_kwargs", dict, {})
+    refuse_unsupported(extra, {"use_audio_in_video", *SHARED_OPTIONS}, where="mm_processor_kwargs.")
     request = ChatRequest(
-        messages=parse_messages(body.get("messages")),
+        messages=parse_messages(body.get("messages"), shared_options(extra)),
         stream=stream,
         format="pcm16" if stream else "wav",
         seed=body.get("seed", 0),
@@ -160,8 +173,6 @@ def parse_chat(body: dict) -> ChatRequest:
     refuse_unsupported(stream_options, STREAM_FIELDS, where="stream_options.")
     request.with_usage = typed(stream_options, "include_usage", bool, False)
 
-    extra = typed(body, "mm_processor_kwargs", dict, {})
-    refuse_unsupported(extra, {"use_audio_in_video"}, where="mm_processor_kwargs.")
     for source in (extra, body):
         if "use_audio_in_video" in source:
             request.use_audio_in_video = typed(source, "use_audio_in_video", bool, False)
@@ -299,8 +310,18 @@ def parse_format(name: object) -> str:
     return name
 
 
-def parse_messages(messages: object) -> list[dict]:
-    """Messages whose media hold their own bytes. The rest is checked by omni.prepare()."""
+def shared_options(extra: dict) -> dict:
+    """The options of mm_processor_kwargs for all media of the request. Raises ApiError."""
+    given = {name: extra[name] for name in SHARED_OPTIONS if extra.get(name) is not None}
+    check_options("video", given, "mm_processor_kwargs")  # a video has all of them
+    return given
+
+
+def parse_messages(messages: object, shared: Mapping[str, Any]) -> list[dict]:
+    """Messages whose media hold their own bytes. The rest is checked by omni.prepare().
+
+    shared: options of all media, see shared_options(). Raises ApiError.
+    """
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
         raise bad_request(f"messages: expected a list of 1 to {MAX_MESSAGES}", param="messages")
     checked = []
@@ -321,40 +342,89 @@ def parse_messages(messages: object) -> list[dict]:
                 "earlier answers are not stored here; send their text as content", "messages"
             )
         message.pop("audio", None)
-        checked.append({**message, "content": [parse_item(item) for item in content]})
+        checked.append({**message, "content": [parse_item(item, shared) for item in content]})
     return checked
 
 
-def parse_item(item: object) -> dict:
-    """One item of a content, with bytes of its own in place of addresses."""
+def parse_item(item: object, shared: Mapping[str, Any]) -> dict:
+    """One item of a content, with bytes of its own in place of addresses, and its options.
+
+    shared: options of all media. Raises ApiError.
+    """
     if not isinstance(item, dict):
         raise bad_request("a content item is no object", param="messages")
-    kind = item.get("type")
-    if kind in TEXT_ITEMS:
+    item = {key: value for key, value in item.items() if value is not None}
+    name = item.get("type")
+    if isinstance(name, str) and name in TEXT_ITEMS:
         refuse_unsupported(item, {"text", *ITEM_FIELDS}, where="messages.content.")
         return {"type": "text", "text": parse_text(item.get("text"), "messages")}
-    if kind in URL_ITEMS:
-        refuse_unsupported(item, {kind, *ITEM_FIELDS}, where="messages.content.")
-        return {"type": kind.removesuffix("_url"), kind.removesuffix("_url"): data_uri(item, kind)}
-    if kind == "input_audio":
-        refuse_unsupported(item, {"input_audio", *ITEM_FIELDS}, where="messages.content.")
-        source = item.get("input_audio")
+    if not isinstance(name, str) or name not in MEDIA_ITEMS:
+        raise bad_request(
+            f"a content item of type {quote(name)}; expected one of text, {', '.join(MEDIA_ITEMS)}",
+            param="messages",
+        )
+    kind = MEDIA_ITEMS[name]
+    refuse_unsupported(item, {name, *ITEM_FIELDS, *KEYS_OF[kind]}, where="messages.content.")
+    source = media_source(item, name)
+    return {"type": kind, **source, **item_options(item, name, shared)}
+
+
+def media_source(item: dict, name: str) -> dict:
+    """The source of an item, under its key. Raises ApiError for web addresses and paths."""
+    kind = MEDIA_ITEMS[name]
+    source = item.get(name)
+    if name == "input_audio":
         if not isinstance(source, dict) or not isinstance(source.get("data"), str):
             raise bad_request("input_audio holds {data: base64, format}", param="messages")
-        refuse_unsupported(source, {"data", *ITEM_FIELDS}, where="input_audio.")
-        return {"type": "input_audio", "input_audio": {"data": source["data"]}}
-    raise bad_request(
-        f"a content item of type {quote(kind)}; expected one of text, image_url, input_audio, "
-        f"video_url, audio_url",
-        param="messages",
-    )
+        refuse_unsupported(source, {"data", *ITEM_FIELDS, *KEYS_OF[kind]}, where="input_audio.")
+        return {name: {"data": source["data"]}}
+    if name == "video" and isinstance(source, list):
+        if not 0 < len(source) <= MAX_ITEMS:
+            raise bad_request(
+                f"a video is a file, or a list of 1 to {MAX_ITEMS} images", "messages"
+            )
+        return {name: [data_uri({name: frame}, name) for frame in source]}
+    return {kind: data_uri(item, name, KEYS_OF[kind])}
 
 
-def data_uri(item: dict, kind: str) -> str:
-    """The data: URI of an item. Raises ApiError for web addresses and paths."""
+def item_options(item: dict, name: str, shared: Mapping[str, Any]) -> dict:
+    """The options of an item of media, beside its source or inside of it. Raises ApiError."""
+    kind = MEDIA_ITEMS[name]
+    given: dict = {}
+    for place in (item, item[name]):
+        if not isinstance(place, dict):
+            continue
+        for key in KEYS_OF[kind]:
+            if place.get(key) is None:
+                continue
+            if key in given:
+                raise bad_request(f"{key} stands beside {name} and in it; give it once", "messages")
+            given[key] = place[key]
+    check_options(kind, given, "messages")
+
+    for key, value in shared.items():
+        is_replaced = key == "fps" and "nframes" in given
+        if key in KEYS_OF[kind] and not is_replaced:
+            given.setdefault(key, value)
+    return given
+
+
+def check_options(kind: str, given: dict, param: str) -> None:
+    """Raise ApiError for values of options that an item of this kind cannot have."""
+    try:
+        options_of(kind, given)
+    except UserError as error:
+        raise bad_request(str(error), param) from None
+
+
+def data_uri(item: dict, kind: str, options: Collection[str] = ()) -> str:
+    """The data: URI of an item. Raises ApiError for web addresses and paths.
+
+    options: fields that may stand beside the address.
+    """
     source = item.get(kind)
     if isinstance(source, dict):
-        refuse_unsupported(source, {"url", *ITEM_FIELDS}, where=f"{kind}.")
+        refuse_unsupported(source, {"url", *ITEM_FIELDS, *options}, where=f"{kind}.")
         source = source.get("url")
     if not isinstance(source, str) or source[:5].lower() != "data:":
         raise bad_request(

@@ -292,12 +292,14 @@ IGNORED_BEFORE = {
     "audio.foo": {"messages": SAY, "audio": {"voice": "Karl", "foo": 1}},
     "voice.name": {"messages": SAY, "audio": {"voice": {"name": "Karl"}}},
     "stream_options.foo": {"messages": SAY, "stream": True, "stream_options": {"foo": 1}},
-    "mm_processor_kwargs.fps": {"messages": SAY, "mm_processor_kwargs": {"fps": 1}},
+    "mm_processor_kwargs.nframes": {"messages": SAY, "mm_processor_kwargs": {"nframes": 2}},
     "messages.content.foo": of_user({"type": "text", "text": "x", "foo": 1}),
     "messages.content.image_url": of_user({"type": "text", "text": "x", "image_url": PICTURE}),
+    "messages.content.fps": of_user({"type": "image_url", "image_url": PICTURE, "fps": 2}),
     "messages.content.max_pixels": of_user(
-        {"type": "image_url", "image_url": PICTURE, "max_pixels": 9}
+        {"type": "input_audio", "input_audio": SOUND, "max_pixels": 9000}
     ),
+    "image_url.audio_end": of_user({"type": "image_url", "image_url": {**PICTURE, "audio_end": 1}}),
     "image_url.foo": of_user({"type": "image_url", "image_url": {**PICTURE, "foo": 1}}),
     "input_audio.foo": of_user({"type": "input_audio", "input_audio": {**SOUND, "foo": 1}}),
 }
@@ -310,6 +312,139 @@ def test_unknown_fields_of_inner_objects_are_named(server, name):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == name
     assert name in answer.json()["error"]["message"]
+
+
+CLIP = f"data:video/mp4;base64,{base64_of('moving.mp4')}"
+# A content item as clients write it, and the same item of the package.
+WITH_OPTIONS = {
+    "image, beside": (
+        {"type": "image_url", "image_url": PICTURE, "max_pixels": 2000, "min_pixels": 784},
+        {"image": PICTURE["url"], "max_pixels": 2000, "min_pixels": 784},
+    ),
+    "image, inside": (
+        {"type": "image_url", "image_url": {**PICTURE, "resized_height": 56, "resized_width": 28}},
+        {"image": PICTURE["url"], "resized_height": 56, "resized_width": 28},
+    ),
+    "image, Qwen's": (
+        {"type": "image", "image": PICTURE["url"], "max_pixels": 2000, "min_pixels": 784},
+        {"image": PICTURE["url"], "max_pixels": 2000, "min_pixels": 784},
+    ),
+    "audio, beside": (
+        {"type": "input_audio", "input_audio": SOUND, "audio_start": 0.2, "audio_end": 0.9},
+        {"audio": SAMPLES / "question.wav", "audio_start": 0.2, "audio_end": 0.9},
+    ),
+    "audio, inside": (
+        {"type": "input_audio", "input_audio": {**SOUND, "audio_end": 0.6}},
+        {"audio": SAMPLES / "question.wav", "audio_end": 0.6},
+    ),
+    "video, beside": (
+        {"type": "video_url", "video_url": {"url": CLIP}, "fps": 1, "max_frames": 6},
+        {"video": CLIP, "fps": 1, "max_frames": 6},
+    ),
+    "video, inside": (
+        {"type": "video_url", "video_url": {"url": CLIP, "nframes": 2, "video_end": 1.5}},
+        {"video": CLIP, "nframes": 2, "video_end": 1.5},
+    ),
+    "video, Qwen's": (
+        {"type": "video", "video": CLIP, "nframes": 2, "total_pixels": None},
+        {"video": CLIP, "nframes": 2},
+    ),
+    "video of images": (
+        {"type": "video", "video": [PICTURE["url"]] * 4, "sample_fps": 1},
+        {"video": [PICTURE["url"]] * 4, "sample_fps": 1},
+    ),
+}
+
+
+def prompt_tokens(client, item: dict, **options) -> int:
+    """Tokens of a question about an item."""
+    answer = client.chat.completions.create(
+        model="tiny", **of_user(item), max_tokens=1, extra_body=options
+    )
+    return answer.usage.prompt_tokens
+
+
+def package_tokens(omni, item: dict) -> int:
+    """Tokens of the same question, asked without a server."""
+    _, inputs = omni.prepare([{"role": "user", "content": [item]}], None, False, False)
+    return inputs.input_ids.numel()
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_options_of_items(client, trained, name):
+    """They do what they do in the package, and change the prompt."""
+    sent, item = WITH_OPTIONS[name]
+    source = next(iter(item))
+    tokens = prompt_tokens(client, sent)
+    assert tokens == package_tokens(trained, item)
+    if name != "video of images":
+        assert tokens != package_tokens(trained, {source: item[source]})
+
+
+def test_options_of_all_items(client, trained):
+    """mm_processor_kwargs, as vLLM's clients write it. An item's own options come first."""
+    image = {"type": "image_url", "image_url": PICTURE}
+    video = {"type": "video_url", "video_url": {"url": CLIP}}
+    shared = {"max_pixels": 1600, "min_pixels": 784, "fps": 1}
+    own = {"max_pixels": 3200}
+    own_frames = {"nframes": 6}
+    sizes = {"max_pixels": 1600, "min_pixels": 784}
+    cases = [
+        (image, {"image": PICTURE["url"], **sizes}),
+        ({**image, **own}, {"image": PICTURE["url"], **sizes, **own}),
+        (video, {"video": CLIP, **shared}),
+        ({**video, **own_frames}, {"video": CLIP, **sizes, **own_frames}),
+    ]
+    for sent, item in cases:
+        assert prompt_tokens(client, sent, mm_processor_kwargs=shared) == package_tokens(
+            trained, item
+        )
+
+
+WRONG_OPTIONS = {
+    "no number": {"type": "image_url", "image_url": PICTURE, "max_pixels": "large"},
+    "not above zero": {"type": "video_url", "video_url": {"url": CLIP, "fps": 0}},
+    "no flag": {"type": "video", "video": CLIP, "use_audio_in_video": 1},
+    "two rates": {"type": "video_url", "video_url": {"url": CLIP}, "fps": 1, "nframes": 4},
+    "one side": {"type": "image", "image": PICTURE["url"], "resized_width": 84},
+    "twice": {"type": "video_url", "video_url": {"url": CLIP, "fps": 1}, "fps": 2},
+    "the end first": {
+        "type": "input_audio",
+        "input_audio": {**SOUND, "audio_start": 2, "audio_end": 1},
+    },
+    "too many pixels": {"type": "image_url", "image_url": PICTURE, "min_pixels": 9e11},
+    "too many frames": {"type": "video_url", "video_url": {"url": CLIP}, "nframes": 10**9},
+    "a video of nothing": {"type": "video", "video": []},
+    "a video of paths": {"type": "video", "video": ["/etc/passwd"] * 2},
+    "a path": {"type": "audio", "audio": "/etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_wrong_options_of_items(client, name):
+    with pytest.raises(openai.BadRequestError) as caught:
+        prompt_tokens(client, WRONG_OPTIONS[name])
+    assert caught.value.type == "invalid_request_error"
+    assert "passwd" not in caught.value.message
+
+
+@pytest.mark.parametrize("extra", [{"fps": "fast"}, {"min_pixels": -1}, {"max_pixels": True}])
+def test_wrong_options_of_all_items(client, extra):
+    with pytest.raises(openai.BadRequestError, match=next(iter(extra))) as caught:
+        client.chat.completions.create(
+            model="tiny", messages=SAY, extra_body={"mm_processor_kwargs": extra}
+        )
+    assert caught.value.param == "mm_processor_kwargs"
+
+
+def test_wrong_options_are_refused_before_anything_is_decoded(server, monkeypatch):
+    """Whatever is refused by its value alone needs no decoder."""
+    monkeypatch.setattr(server.server, "decode", None)
+    for name in ("no number", "not above zero", "no flag", "two rates", "one side", "twice"):
+        body = of_user(WRONG_OPTIONS[name])
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=SECONDS)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "messages"
 
 
 def test_fields_that_ask_for_nothing(client):
