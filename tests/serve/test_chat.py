@@ -2,6 +2,9 @@
 
 import base64
 import io
+import json
+import re
+import shlex
 
 import httpx
 import pytest
@@ -59,6 +62,27 @@ def test_speech_equals_the_models_stream(client, trained):
     assert rate == trained.sample_rate
     assert wave == pytest.approx(done.reply.wave.numpy(), abs=1e-4)
     assert answer.usage.completion_tokens_details.audio_tokens == len(done.reply.codes)
+
+
+@pytest.mark.parametrize("document", ["README.md", "README_zh.md"])
+def test_the_lines_of_the_readme(server, document):
+    """What they send is answered, by the address of this test's server."""
+    text = (SAMPLES.parent / document).read_text(encoding="utf-8")
+    text = text.replace("http://127.0.0.1:8000", server.url)
+    curl = next(line for line in text.splitlines() if line.startswith("curl "))
+    (python,) = re.findall("```python\n(client = .*?)```", text, re.DOTALL)
+
+    _, url, _, header, _, body = shlex.split(curl)
+    name, value = header.split(": ")
+    asked = httpx.post(url, content=body, headers={name: value}, timeout=SECONDS).json()
+    said = json.loads(body)["messages"][0]["content"].removeprefix("say ")
+    assert asked["choices"][0]["message"]["content"] == said
+
+    names: dict = {"openai": openai}
+    exec(python, names)
+    audio = names["reply"].choices[0].message.audio
+    assert audio.transcript == names["turns"][0]["content"].removeprefix("say ")
+    assert soundfile.info(io.BytesIO(base64.b64decode(audio.data))).duration > 0.5
 
 
 @pytest.mark.parametrize("name", ["flac", "mp3", "opus", "aac", "pcm16"])
