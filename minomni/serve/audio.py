@@ -2,10 +2,10 @@
 
 import io
 import struct
+from math import ceil, gcd
 
 import numpy as np
 import soxr
-import torch
 from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE
@@ -29,6 +29,8 @@ SOUNDFILE = {
 }
 BLOCK = 65_536  # samples encoded per call
 UNKNOWN_LENGTH = 0xFFFF_FFFF  # in the head of a wav
+# Samples at the lower rate, on each side, that an output sample of soxr depends on: 6 ms at 16 kHz.
+FILTER = 96
 
 
 def pcm16(samples: np.ndarray) -> bytes:
@@ -37,48 +39,93 @@ def pcm16(samples: np.ndarray) -> bytes:
     return np.rint(scaled).astype("<i2").tobytes()
 
 
+class Resampler:
+    """Chunks of a waveform at one rate -> the same at another rate, without seams.
+
+    A stream of soxr holds back up to 32 ms at these rates, half of the first chunk of an answer.
+    This one holds back what its filter reads, and keeps as much of what came before.
+    """
+
+    def __init__(self, from_rate: int, to_rate: int):
+        self.from_rate = from_rate
+        self.to_rate = to_rate
+        # So many samples at from_rate last as long as so many at to_rate.
+        self.step = from_rate // gcd(from_rate, to_rate)
+        self.to_step = to_rate // gcd(from_rate, to_rate)
+        self.margin = ceil(FILTER * from_rate / min(from_rate, to_rate) / self.step)  # in steps
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new waveform."""
+        self.samples = np.zeros(0, np.float32)  # at from_rate, from a whole step on
+        self.done = 0  # steps of them that have been handed out
+
+    def feed(self, chunk: np.ndarray) -> np.ndarray:
+        """The next samples [n] -> those [m] at the other rate that are complete."""
+        self.samples = np.concatenate((self.samples, chunk))
+        ready = len(self.samples) // self.step - self.margin
+        if ready <= self.done:
+            return np.zeros(0, np.float32)
+        resampled = self.resampled()[self.done * self.to_step : ready * self.to_step]
+        kept_from = max(0, ready - self.margin)
+        self.samples = self.samples[kept_from * self.step :]
+        self.done = ready - kept_from
+        return resampled
+
+    def finish(self) -> np.ndarray:
+        """The end of the waveform [m]. The next chunk begins a new one."""
+        rest = self.resampled()[self.done * self.to_step :]
+        self.clear()
+        return rest
+
+    def resampled(self) -> np.ndarray:
+        """All samples at the other rate."""
+        if not len(self.samples):
+            return self.samples
+        return soxr.resample(self.samples, self.from_rate, self.to_rate)
+
+
 class AudioSender:
     """Chunks of a waveform of any rate -> 16-bit samples at WIRE_RATE, without seams."""
 
     def __init__(self, sample_rate: int):
         self.resampler = None
         if sample_rate != WIRE_RATE:
-            self.resampler = soxr.ResampleStream(sample_rate, WIRE_RATE, 1, dtype="float32")
+            self.resampler = Resampler(sample_rate, WIRE_RATE)
 
-    def feed(self, wave: Tensor, last: bool = False) -> bytes:
-        """The next chunk [samples]; last: flush what the resampler holds back."""
+    def feed(self, wave: Tensor) -> bytes:
+        """The next chunk [samples]. The resampler holds back a few."""
         samples = wave.cpu().numpy().astype(np.float32)
         if self.resampler is not None:
-            samples = self.resampler.resample_chunk(samples, last=last)
+            samples = self.resampler.feed(samples)
         return pcm16(samples)
 
     def finish(self) -> bytes:
-        """The end of the waveform."""
-        return self.feed(torch.zeros(0), last=True)
+        """The end of the waveform: what the resampler held back."""
+        return b"" if self.resampler is None else pcm16(self.resampler.finish())
 
 
 class AudioReceiver:
     """16-bit samples at WIRE_RATE, in chunks of any length -> waveform at the model's rate."""
 
     def __init__(self) -> None:
-        self.resampler = soxr.ResampleStream(WIRE_RATE, INPUT_SAMPLE_RATE, 1, dtype="float32")
+        self.resampler = Resampler(WIRE_RATE, INPUT_SAMPLE_RATE)
 
     def feed(self, data: bytes) -> np.ndarray:
-        """Little-endian samples -> float32 [samples] at 16 kHz. The resampler holds back some."""
+        """Little-endian samples -> float32 [samples] at 16 kHz. The resampler holds back a few."""
         samples = np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
-        return self.resampler.resample_chunk(samples)
+        return self.resampler.feed(samples)
 
     def finish(self) -> np.ndarray:
         """The end of the audio: what the resampler held back. The next chunk begins a new one."""
-        rest = self.resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-        self.resampler.clear()
-        return rest
+        return self.resampler.finish()
 
 
 def encode(wave: Tensor, sample_rate: int, name: str) -> bytes:
     """A waveform [samples] in one of the formats MEDIA_TYPES."""
     if name == "pcm16":
-        return AudioSender(sample_rate).feed(wave, last=True)
+        sender = AudioSender(sample_rate)
+        return sender.feed(wave) + sender.finish()
     if name == "aac":
         return encode_aac(wave, sample_rate)
     import soundfile

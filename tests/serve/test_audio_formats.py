@@ -9,7 +9,7 @@ import soundfile
 import soxr
 import torch
 
-from minomni.serve.audio import AudioReceiver, AudioSender, encode, pcm16, wav_header
+from minomni.serve.audio import AudioReceiver, AudioSender, Resampler, encode, pcm16, wav_header
 
 
 def tone(rate: int, seconds: float = 1.0) -> np.ndarray:
@@ -47,6 +47,30 @@ def test_sent_chunks_equal_the_whole(rate):
     whole = soxr.resample(wave, rate, 24_000) if rate != 24_000 else wave
     assert len(samples) == 24_000
     assert samples / 32768 == pytest.approx(whole, abs=2e-4)
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.0628, 0.25])
+def test_little_is_held_back(seconds):
+    """The first chunk of an answer is short: what is held back of it is a gap in what is played.
+    What a microphone sends reaches the detector of speech as soon.
+    """
+    wave = tone(16_000, seconds)
+    sent = len(AudioSender(16_000).feed(torch.from_numpy(wave))) / 2 / 24_000
+    received = len(AudioReceiver().feed(pcm16(tone(24_000, seconds)))) / 16_000
+    assert sent > seconds - 0.007
+    assert received > seconds - 0.007
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
+def test_resampled_chunks_equal_the_whole(rate):
+    """Noise has all frequencies. Lengths of chunks that share no factor with the steps."""
+    noise = np.random.default_rng(rate).uniform(-0.9, 0.9, rate).astype(np.float32)
+    resampler = Resampler(rate, 24_000)
+    parts = [resampler.feed(noise[i : i + 701]) for i in range(0, rate, 701)]
+    resampled = np.concatenate((*parts, resampler.finish()))
+    whole = soxr.resample(noise, rate, 24_000)
+    assert len(resampled) == len(whole)
+    assert np.abs(resampled - whole).max() < 2**-15
 
 
 def test_samples_are_clipped():
