@@ -66,6 +66,12 @@ window.AudioContext = class extends AudioContext {
   }
 };
 """
+# What WebKit says where there is neither microphone nor camera.
+NO_DEVICES = """
+navigator.mediaDevices.getUserMedia = async () => {
+  throw new OverconstrainedError("", "Invalid constraint");
+};
+"""
 # A player of its own: chunks of several lengths that are there in time, and others that are late.
 PLAY = """async (late) => {
   const { Player } = await import('/static/audio.js');
@@ -299,6 +305,20 @@ def test_push_to_talk(quiet_page):
     assert answers(page) == [ANSWER]
 
 
+def test_missing_devices_are_named(context, server):
+    """By what is missing, whatever the browser calls it."""
+    context.add_init_script(NO_DEVICES)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(server.url)
+    wait(page, "document.querySelector('#status').textContent.includes('ready')")
+    page.get_by_role("button", name="Open microphone").click()
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_text("no microphone: none was found").wait_for()
+    page.get_by_text("no camera: none was found").wait_for()
+    page.close()
+
+
 def test_the_camera_sends_frames(quiet_page, monkeypatch):
     """While the user speaks, and not before."""
     sizes = []
@@ -341,6 +361,20 @@ def test_a_dropped_picture(page):
     page.get_by_text(ANSWER).wait_for()
     assert page.locator("#picked").is_hidden()
     wait_for_player(page, "ended")
+
+
+def test_a_picture_is_asked_about_again(page):
+    """A click on it in the conversation makes it the picture of the next question."""
+    page.get_by_role("button", name="what color is the circle").click()
+    wait_for_player(page, "ended")
+    page.locator("#log").get_by_role("button", name="ask about it again").click()
+    page.locator("#preview").wait_for()
+    page.get_by_label("Your question").fill("how many shapes are there")
+    page.keyboard.press("Enter")
+    wait_for_player(page, "ended", 2)
+    assert answers(page) == ["the circle is yellow", "there are three shapes"]
+    assert page.locator("#log").get_by_role("button", name="ask about it again").count() == 2
+    assert page.locator("#picked").is_hidden()
 
 
 def test_the_token(context, trained):

@@ -16,7 +16,8 @@ const EXAMPLES = [
 ];
 const ABOUT_TINY =
   "This small model knows colored shapes, handwritten digits, short clips and about 60 words. " +
-  "It answers each question by itself and holds no conversation. Click, or say one of these:";
+  "It answers each question by itself and holds no conversation: click a picture in it to ask " +
+  "about that picture again. Click, or say one of these:";
 
 const state = {
   socket: null,
@@ -38,6 +39,11 @@ window.minomni = { state, played: [], errors: [] }; // for tests
 function fail(message) {
   window.minomni.errors.push(message);
   addEntry("error", message);
+}
+
+/** Why there is no microphone or camera. WebKit calls a missing device a wrong constraint. */
+function reason(error) {
+  return error.name === "OverconstrainedError" ? "none was found" : error.message;
 }
 
 function ready() {
@@ -264,7 +270,7 @@ async function openMicrophone() {
     return await state.microphone;
   } catch (error) {
     state.microphone = null;
-    fail(`no microphone: ${error.message}`);
+    fail(`no microphone: ${reason(error)}`);
     return null;
   }
 }
@@ -290,7 +296,7 @@ function takePicture() {
 function givePicture(picture) {
   if (!picture) return;
   sendItem({ type: "input_image", image_url: picture });
-  addEntry("user", "", picture);
+  addEntry("user", "", picture, () => setPicture(picture));
 }
 
 /** Ask a typed question about a picture: by default, about the one that was chosen. */
@@ -387,7 +393,7 @@ async function setCamera(on) {
     } catch (error) {
       state.camera?.getTracks().forEach((track) => track.stop());
       state.camera = null;
-      fail(`no camera: ${error.message}`);
+      fail(`no camera: ${reason(error)}`);
       return;
     } finally {
       $("camera").disabled = false;

@@ -11,15 +11,19 @@ const SLOW_MS = 500; // between drawings for those who prefer little motion
 export const $ = (id) => document.getElementById(id);
 
 // ------------------------------------------------------------------------------------ conversation
-/** Add an entry to the conversation. */
-export function addEntry(role, text, picture) {
+/** Add an entry to the conversation. `again` is called when its picture is clicked. */
+export function addEntry(role, text, picture, again) {
   const entry = document.createElement("li");
   entry.className = role;
   if (picture) {
     const image = document.createElement("img");
     image.src = picture;
-    image.alt = "your picture";
-    entry.append(image);
+    image.alt = "Your picture: ask about it again";
+    const button = document.createElement("button");
+    button.type = "button";
+    button.onclick = again;
+    button.append(image);
+    entry.append(button);
   }
   const words = document.createElement("span");
   words.textContent = text;
