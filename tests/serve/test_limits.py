@@ -240,8 +240,25 @@ LEAVES = [None, True, -1, 0, 1e308, "", "user", "data:,", "\ud800", "x" * 300, 1
 KEYS = ["role", "content", "type", "text", "image_url", "url", "audio", "voice", "\ud800"]
 CONTENT = [
     {"type": "text", "text": "say the red circle"},
-    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64_of('color.png')}"}},
-    {"type": "input_audio", "input_audio": {"data": base64_of("question.wav"), "format": "wav"}},
+    {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64_of('color.png')}", "min_pixels": 784},
+        "max_pixels": 4000,
+    },
+    {
+        "type": "input_audio",
+        "input_audio": {"data": base64_of("question.wav"), "format": "wav"},
+        "audio_start": 0.1,
+        "audio_end": 1,
+    },
+    {
+        "type": "video",
+        "video": [f"data:image/png;base64,{base64_of('color.png')}"] * 2,
+        "sample_fps": 2,
+        "total_pixels": 9000,
+        "resized_height": 28,
+        "resized_width": 56,
+    },
 ]
 VALID = {
     "/v1/chat/completions": {
@@ -252,6 +269,7 @@ VALID = {
         "max_tokens": 1,
         "temperature": 0.5,
         "stream_options": {"include_usage": True},
+        "mm_processor_kwargs": {"fps": 1, "min_pixels": 784, "max_pixels": 4000},
     },
     "/v1/audio/speech": {
         "model": "tiny",
