@@ -66,6 +66,16 @@ window.AudioContext = class extends AudioContext {
   }
 };
 """
+# A microphone whose last samples come late after the button was let go.
+SLOW_CAPTURE = """
+const post = MessagePort.prototype.postMessage;
+MessagePort.prototype.postMessage = function (message, ...rest) {
+  const send = () => post.call(this, message, ...rest);
+  if (message?.active === false) setTimeout(send, 700);
+  else send();
+};
+addEventListener("keyup", () => { window.releasedAt ??= performance.now(); }, true);
+"""
 # What WebKit says where there is neither microphone nor camera.
 NO_DEVICES = """
 navigator.mediaDevices.getUserMedia = async () => {
@@ -303,6 +313,22 @@ def test_push_to_talk(quiet_page):
     page.get_by_text(ANSWER).wait_for()
     wait_for_player(page, "ended")
     assert answers(page) == [ANSWER]
+
+
+def test_the_latency_begins_when_the_button_is_let_go(quiet_page):
+    """And not when the last samples have arrived."""
+    page = quiet_page
+    page.evaluate(f"() => {{ {SLOW_CAPTURE} }}")
+    page.get_by_role("button", name="Hold to talk").focus()
+    page.keyboard.down(" ")
+    wait(page, "window.minomni.state.heldAt > 0")
+    speak(page, WISH)
+    page.keyboard.up(" ")
+    asked = "[...window.minomni.state.asked.values(), window.minomni.state.answer].find(Boolean)"
+    wait(page, f"{asked} !== undefined")
+    late_ms = page.evaluate(f"{asked}.askedAt - window.releasedAt")
+    wait_for_player(page, "ended")
+    assert 0 <= late_ms < 350
 
 
 def test_missing_devices_are_named(context, server):

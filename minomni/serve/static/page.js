@@ -275,12 +275,12 @@ async function openMicrophone() {
   }
 }
 
-/** Ask for the answer to what was given. */
-function ask() {
+/** Ask for the answer to what was given until `askedAt`. */
+function ask(askedAt = performance.now()) {
   stopAnswer();
   state.questions += 1;
   const question = String(state.questions);
-  state.asked.set(question, { askedAt: performance.now(), cancelled: false });
+  state.asked.set(question, { askedAt, cancelled: false });
   const response = { metadata: { question } };
   if ($("voice").value) response.audio = { output: { voice: $("voice").value } };
   send({ type: "response.create", event_id: question, response });
@@ -330,7 +330,8 @@ async function holdEnd() {
   $("hold").setAttribute("aria-pressed", "false");
   const microphone = await state.microphone;
   if (!microphone?.listening) return;
-  if (performance.now() - state.heldAt < CLICK_MS) {
+  const endedAt = performance.now();
+  if (endedAt - state.heldAt < CLICK_MS) {
     microphone.end(() => send({ type: "input_audio_buffer.clear" }));
     status("hold the button while you speak");
     return;
@@ -338,7 +339,7 @@ async function holdEnd() {
   addEntry("user", "(spoken)");
   microphone.end(() => {
     send({ type: "input_audio_buffer.commit" });
-    ask();
+    ask(endedAt);
   });
 }
 
