@@ -37,7 +37,8 @@ def load(
     "tiny" is the model in the runs folder, or else the one that ships with the project. A folder of
     that name counts only if it holds a config.json. device: cpu, cuda, mps or auto. dtype: of
     Thinker and Talker, a torch.dtype or its name ("bfloat16", "bf16", "torch.bfloat16" ...); None
-    or "auto" keeps the dtype of a folder, and is fp32 for a size. quantize: "int8" or "int4" keeps
+    or "auto" is the dtype of a folder, or fp32 on a CPU that multiplies that in software and has
+    the memory, and fp32 for a size. quantize: "int8" or "int4" keeps
     the linear layers of Thinker and Talker in that many bits, with "+head" and "+encoders" also
     those, in int8 ("int4+head+encoders"); the rest of both is bf16 unless dtype says otherwise.
     parts: "text" loads the text decoder alone, and "+audio", "+vision" and "+speech" what they name

@@ -83,6 +83,19 @@ def has_bf16(device: torch.device) -> bool:
     return bool(in_hardware and in_onednn)
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU multiplies a precision of 16 bits in software only, many times as slowly as
+    fp32.
+    """
+    if device.type != "cpu":
+        return False
+    if dtype == torch.bfloat16:
+        return not has_bf16(device)
+    instructions = torch.cpu.get_capabilities()
+    has_fp16 = instructions.get("avx512_fp16") or instructions.get("amx_fp16")
+    return dtype == torch.float16 and not has_fp16
+
+
 @contextmanager
 def tf32_products(on: bool) -> Iterator[None]:
     """Context in which matrix products and convolutions of fp32 on CUDA round their factors to

@@ -54,6 +54,9 @@ class Omni(nn.Module):
         self.codec = None if config.codec is None else make_codec(config.codec)
         self.voices: dict[str, Voice] = {}
         self.tokenizer: Tokenizer | None = None
+        # The precision of Thinker and Talker in the folder, where load() chose fp32 in its place.
+        # Saving rounds to it.
+        self.stored_dtype: torch.dtype | None = None
         # Set by use_static_steps(); None decodes by the plain steps of Thinker and Talker.
         self.static_generator: StaticGenerator | None = None
         # What load(quantize=) was given. Quantized weights can be neither saved nor trained.

@@ -55,6 +55,7 @@ def repeatable(monkeypatch):
         torch.backends.mkldnn.set_flags(_enabled=False)
     bf16 = os.environ.get("MINOMNI_TEST_BF16")
     if bf16:
+        monkeypatch.setattr("minomni.devices.has_bf16", lambda device: bf16 == "on")
         monkeypatch.setattr("minomni.train.loop.has_bf16", lambda device: bf16 == "on")
         monkeypatch.setattr("minomni.train.muon.has_bf16", lambda device: bf16 == "on")
 

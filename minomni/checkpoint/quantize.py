@@ -254,7 +254,7 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
 def let_gradients_through(omni: Omni) -> None:
     """Make the quantized layers of a model pass gradients on to their inputs."""
     for layer in omni.modules():
-        if type(layer) is nn.Linear and is_quantized(layer.weight):
+        if isinstance(layer, nn.Linear) and is_quantized(layer.weight):
             layer.__class__ = FrozenLinear
 
 

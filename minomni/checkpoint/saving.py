@@ -17,6 +17,7 @@ from minomni.checkpoint.hf_config import (
     write_config,
     write_json,
 )
+from minomni.checkpoint.memory import precision_of
 from minomni.checkpoint.processor_files import (
     generation_ids,
     processor_settings,
@@ -251,7 +252,8 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
 
     # Settings: ours, and what transformers adds to the same files.
     write_config(config, folder)
-    precision = str(omni.thinker.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = omni.stored_dtype or omni.thinker.lm_head.weight.dtype
+    precision = str(dtype).removeprefix("torch.")
     add_settings(folder / "config.json", {"torch_dtype": precision}, None)
     add_settings(folder / "generation_config.json", generation_ids(config), source)
     add_settings(folder / "preprocessor_config.json", processor_settings(config), source)
@@ -261,7 +263,7 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
     codec: dict[str, Tensor] = {}
     for name, tensor in omni.stored_tensors().items():
         part = codec if name.startswith("codec.") else tensors
-        part[name] = tensor
+        part[name] = tensor if omni.stored_dtype is None else tensor.to(precision_of(name, dtype))
     if config.token2wav is not None:
         dit = config.token2wav.dit
         cpu = torch.device("cpu")

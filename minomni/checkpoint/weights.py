@@ -26,7 +26,14 @@ from torch.overrides import TorchFunctionMode
 
 from minomni.arguments import check_bool
 from minomni.checkpoint.hf_config import COPY_AGAIN, read_config, without_speech
-from minomni.checkpoint.memory import ANY_PRECISION, FP32, check_fits, precision_of
+from minomni.checkpoint.memory import (
+    ANY_PRECISION,
+    FP32,
+    check_fits,
+    free_bytes,
+    needed_bytes,
+    precision_of,
+)
 from minomni.checkpoint.packed_weights import PackedLayer
 from minomni.checkpoint.parts import ENCODERS, parse_parts, prefixes_of
 from minomni.checkpoint.processor_files import check_processor_files
@@ -50,8 +57,9 @@ from minomni.checkpoint.tensor_files import (
     snapshot,
 )
 from minomni.checkpoint.voices import load_voices
+from minomni.checkpoint.wide_products import multiply_in_fp32, tell_emulated
 from minomni.config import OmniConfig
-from minomni.devices import device_of, dtype_of
+from minomni.devices import device_of, dtype_of, is_emulated
 from minomni.errors import UserError, quote, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file
@@ -59,6 +67,7 @@ from minomni.omni import TEXT_HEAD, Omni
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load from
 MERGES_FILES = ("merges.txt", "added_tokens.json")  # beside vocab.json
+MAX_SHARE = 0.75  # of the free memory, for weights that could be smaller
 COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
 
 
@@ -104,7 +113,8 @@ def load(
     folder: an official checkpoint, one saved here, or a cache folder of the Hugging Face hub
     (models--...), of which the main snapshot is read. A folder with a Thinker alone gives a model
     that answers in text. device: "cpu", "cuda", "mps" or "auto". dtype: of Thinker and Talker; None
-    or "auto" keeps what is stored, and takes the most common precision where tensors differ.
+    or "auto" keeps what is stored, and takes the most common precision where tensors differ; on a
+    CPU that multiplies that in software it is fp32, where the memory is enough.
     Token2Wav and codec are fp32; dit_dtype="bf16" halves the memory of the DiT on a GPU. quantize:
     "int8" or "int4" for the linear layers of Thinker and Talker, with "+head" and "+encoders" for
     those in int8 as well; see quantize.py. The rest of both is bf16 then, unless dtype says
@@ -127,8 +137,15 @@ def load(
     omni = model_of_stored(folder, config, stored, options)
     check_processor_files(folder, config)
     plan = make_plan(omni, stored, packed, options)
+    if chooses_precision(options, plan) and has_room_for_fp32(omni, stored, plan):
+        omni.stored_dtype = plan.dtype
+        plan = replace(plan, dtype=FP32)
     check_plan(folder, omni, stored, plan, options.quantization)
     fill_model(omni, files, plan)
+    if is_emulated(plan.dtype, plan.device):
+        multiply_in_fp32(omni, plan.methods)
+        if options.quantization is None:
+            tell_emulated(plan.dtype)
     omni.quantized = quantize
     add_voices_and_tokenizer(omni, folder, plan.device)
     omni.loaded_from = folder.absolute()
@@ -287,6 +304,20 @@ def make_plan(
     return LoadPlan(options.device, dtype, options.dit_dtype, methods, packed, options.on_host)
 
 
+def chooses_precision(options: LoadOptions, plan: LoadPlan) -> bool:
+    """Whether load() may take another precision than the stored one, as a CPU emulates that."""
+    is_free = options.dtype is None and options.quantization is None
+    return is_free and is_emulated(plan.dtype, plan.device)
+
+
+def has_room_for_fp32(omni: Omni, stored: dict[str, TensorInfo], plan: LoadPlan) -> bool:
+    """Whether the weights in fp32 leave memory on a CPU for caches and activations."""
+    free = free_bytes(plan.device)
+    mapped = mapped_tensors(stored, plan.packed)
+    needed = needed_bytes(omni.stored_tensors(), FP32, None, mapped)
+    return free is None or needed <= MAX_SHARE * free
+
+
 def check_plan(
     folder: Path,
     omni: Omni,
@@ -413,7 +444,8 @@ def read_shard(
             dtype = precision_of(name, plan.dtype, plan.dit_dtype)
             device = plan.device_of(name)
             if name in plan.packed:
-                tensor = plan.packed[name].read(device, dtype)
+                # As stored first, so that the weights are the same on every processor.
+                tensor = plan.packed[name].read(device, omni.stored_dtype or dtype).to(dtype)
             else:
                 key = name if name in stored else name.removeprefix("thinker.")
                 tensor = own(stored[key].to(device, dtype))

@@ -86,7 +86,8 @@ def test_folder_loads_and_answers(made):
     assert read_config(made) == few_layers()
     omni = minomni.load(made)
     assert list(omni.voices) == ["Chelsie", "Ethan"]
-    assert omni.thinker.lm_head.weight.dtype == torch.bfloat16
+    stored = omni.stored_dtype or omni.thinker.lm_head.weight.dtype
+    assert stored == torch.bfloat16
     messages = [{"role": "user", "content": "say it"}]
     answer = omni.respond(messages, max_new_tokens=4, talker_max_new_tokens=8)
     assert answer.wave.isfinite().all()

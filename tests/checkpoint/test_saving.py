@@ -131,8 +131,9 @@ def test_a_broken_codec_folder_is_named(folder):
 # ----------------------------------------------------------------------------------------------
 # round trips
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
+def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype, monkeypatch):
     """Thinker and Talker in any precision and in several files, Token2Wav in fp32."""
+    monkeypatch.setattr(weights, "is_emulated", lambda dtype, device: False)
     first = Omni(TINY).eval()
     first.load_state_dict(omni.state_dict())
     first.thinker.to(dtype), first.talker.to(dtype)
@@ -150,8 +151,9 @@ def test_loaded_and_saved_again_is_the_same(omni, tmp_path, dtype):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_float16_model_loads_with_speech_in_fp32(omni, tmp_path):
+def test_a_float16_model_loads_with_speech_in_fp32(omni, tmp_path, monkeypatch):
     """All of it is stored in 16 bits; Token2Wav and codec are loaded in fp32, as rounded."""
+    monkeypatch.setattr(weights, "is_emulated", lambda dtype, device: False)
     half = Omni(TINY).eval()
     half.load_state_dict(omni.state_dict())
     half.half()

@@ -618,7 +618,9 @@ def test_quantized_folders_are_refused(folder, suffix):
     )
 
 
-def test_mixed_precisions_become_the_most_common_one(folder, omni):
+def test_mixed_precisions_become_the_most_common_one(folder, omni, monkeypatch):
+    monkeypatch.setattr(weights, "is_emulated", lambda dtype, device: False)
+
     def change(tensors):
         for name in list(tensors):
             if not name.startswith("thinker.model.norm"):

@@ -1,0 +1,159 @@
+"""Precisions of 16 bits on a CPU that multiplies only fp32 in hardware."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import minomni
+from minomni import devices
+from minomni.checkpoint import saving, weights
+from minomni.checkpoint.wide_products import WideLinear, tell_emulated
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def in_hardware(monkeypatch):
+    """A function that sets whether the processor multiplies bf16."""
+    tell_emulated.cache_clear()
+
+    def choose(bf16: bool) -> None:
+        monkeypatch.setattr(devices, "has_bf16", lambda device: bf16)
+
+    yield choose
+    tell_emulated.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory):
+    """A folder in bf16."""
+    omni = minomni.load("tiny", dtype="bf16")
+    folder = tmp_path_factory.mktemp("models") / "bf16"
+    saving.save(omni, folder)
+    return folder
+
+
+def precisions(omni) -> set[torch.dtype]:
+    parts = (omni.thinker, omni.talker)
+    return {parameter.dtype for part in parts for parameter in part.parameters()}
+
+
+def wide_layers(omni) -> int:
+    return sum(isinstance(module, WideLinear) for module in omni.modules())
+
+
+@pytest.mark.parametrize("dtype", [None, "auto"])
+def test_without_bf16_a_folder_is_loaded_in_fp32(in_bf16, in_hardware, capfd, dtype):
+    in_hardware(False)
+    omni = minomni.load(in_bf16, dtype=dtype)
+    assert precisions(omni) == {torch.float32}
+    assert wide_layers(omni) == 0
+    assert omni.stored_dtype == torch.bfloat16
+    assert capfd.readouterr().err == ""
+
+
+def test_with_bf16_a_folder_keeps_it(in_bf16, in_hardware, capfd):
+    in_hardware(True)
+    omni = minomni.load(in_bf16)
+    assert precisions(omni) == {torch.bfloat16}
+    assert wide_layers(omni) == 0
+    assert omni.stored_dtype is None
+    assert capfd.readouterr().err == ""
+
+
+def test_what_does_not_fit_in_fp32_keeps_bf16_and_one_line_tells_it(
+    in_bf16, in_hardware, capfd, monkeypatch
+):
+    in_hardware(False)
+    omni = minomni.load(in_bf16)
+    widened = [*omni.thinker.parameters(), *omni.talker.parameters()]  # the rest stays mapped
+    needed = 4 * sum(tensor.numel() for tensor in widened)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: int(needed / weights.MAX_SHARE) - 9)
+    omni = minomni.load(in_bf16)
+    assert precisions(omni) == {torch.bfloat16}
+    assert wide_layers(omni) > 100
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert "no instructions for bfloat16" in line
+    assert "quantize=int4" in line
+    minomni.load(in_bf16)
+    assert capfd.readouterr().err == ""  # once in a process
+
+    monkeypatch.setattr(weights, "free_bytes", lambda device: int(needed / weights.MAX_SHARE) + 9)
+    assert precisions(minomni.load(in_bf16)) == {torch.float32}
+
+
+def test_a_precision_that_is_named_is_kept(in_bf16, in_hardware, capfd):
+    in_hardware(False)
+    assert precisions(minomni.load(in_bf16, dtype="bf16")) == {torch.bfloat16}
+    assert capfd.readouterr().err.count("\n") == 1
+    assert precisions(minomni.load(in_bf16, dtype="fp32")) == {torch.float32}
+    assert capfd.readouterr().err == ""
+
+
+def test_saving_gives_the_stored_precision_again(in_bf16, in_hardware, tmp_path):
+    in_hardware(False)
+    saving.save(minomni.load(in_bf16), tmp_path / "again")
+    first = load_file(in_bf16 / "model.safetensors")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert first.keys() == again.keys()
+    for name, tensor in first.items():
+        assert again[name].dtype == tensor.dtype, name
+        assert torch.equal(again[name], tensor), name
+    assert (in_bf16 / "config.json").read_text() == (tmp_path / "again/config.json").read_text()
+
+
+def test_int8_multiplies_many_rows_in_fp32(in_bf16, in_hardware, capfd):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    in_hardware(False)
+    omni = minomni.load(in_bf16, quantize="int8")
+    layer = omni.thinker.model.layers[0].mlp.up_proj
+    assert isinstance(layer, WideLinear)
+    assert capfd.readouterr().err == ""
+    x = torch.randn(40, layer.in_features).bfloat16()
+    with torch.no_grad():
+        wide, plain = layer(x), nn.Linear.forward(layer, x)
+    assert wide.dtype == torch.bfloat16
+    torch.testing.assert_close(wide, plain, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "widens"), [(1, False), (15, False), (16, True), (70, True)])
+def test_many_rows_are_multiplied_in_fp32(rows, widens, bias, monkeypatch):
+    layer = nn.Linear(48, 24, bias=bias).bfloat16().requires_grad_(False)
+    x = torch.randn(1, rows, 48).bfloat16()
+    exact = layer.float()(x.float())
+    layer.bfloat16()
+    layer.__class__ = WideLinear
+    precisions = []
+    plain = nn.functional.linear
+
+    def linear(x, weight, bias):
+        precisions.append(weight.dtype)
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    found = layer(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
+    assert precisions == [torch.float32 if widens else torch.bfloat16]
+
+
+def test_a_layer_that_is_trained_multiplies_as_it_is():
+    layer = nn.Linear(48, 24).bfloat16()
+    layer.__class__ = WideLinear
+    x = torch.randn(70, 48).bfloat16().requires_grad_()
+    expected = nn.Linear.forward(layer, x)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_which_precisions_a_processor_emulates(in_hardware, monkeypatch, bf16):
+    in_hardware(bf16)
+    assert devices.is_emulated(torch.bfloat16, CPU) == (not bf16)
+    assert not devices.is_emulated(torch.float32, CPU)
+    assert not devices.is_emulated(torch.float64, CPU)
+    assert not devices.is_emulated(torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": bf16})
+    assert devices.is_emulated(torch.float16, CPU) == (not bf16)
