@@ -32,8 +32,15 @@ from minomni.inputs.options import NO_OPTIONS, SAMPLING_OPTIONS, SIZE_OPTIONS, M
 from minomni.inputs.patches import frame_size, smart_resize
 from minomni.inputs.source import name_of, one_line_errors, open_source
 
-# Pixels of one frame. 8K television has 33 million, and a decoder holds up to 16 frames.
+# Pixels of one frame. 8K television has 33 million.
 MAX_FRAME_PIXELS = 36_000_000
+# Bytes of one decoded frame. 8K television has 50 million, or 100 million in 10 bits. A decoder
+# was measured to hold up to 15 frames, and that of h264 up to 32.
+MAX_FRAME_BYTES = 100_000_000
+HOLDS_MORE = {"h264": 2}  # frames that a decoder holds, beside others
+# Pixels of all frames: two hours of 1920 x 1080 at 30 frames a second have 448 billion. They are
+# decoded at about 100 million a second.
+MAX_FILM_PIXELS = 500_000_000_000
 MAX_VIDEO_S = 1_000_000  # seconds of a video; a header or a rate that says more is broken
 # Seconds that a frame of a video of constant rate may be off its time. Matroska rounds to 1 ms.
 STEADY = 0.0015
@@ -402,6 +409,30 @@ def _require_pixels(height: int, width: int, name: str) -> None:
 # ------------------------------------------------------------------------------------- files
 
 
+def _require_small(codec_name: str, pixels: Any, height: int, width: int, name: str) -> None:
+    """Raise UserError if frames of a format of pixels would fill the memory while they are decoded.
+
+    pixels: as PyAV has it; None where the header does not tell it.
+    """
+    size = 0 if pixels is None else height * width * pixels.padded_bits_per_pixel // 8
+    most = MAX_FRAME_BYTES // HOLDS_MORE.get(codec_name, 1)
+    if size > most:
+        raise UserError(
+            f"{name}: frames of {width}x{height} pixels in {pixels.name} are {size / 1e6:.0f} MB "
+            f"each, and {codec_name} may have {most / 1e6:.0f} MB; scale it down"
+        )
+
+
+def _require_short(frames: int, height: int, width: int, name: str, before: int = 0) -> None:
+    """Raise UserError if decoding takes too long. before: pixels of frames of other sizes."""
+    pixels = before + frames * height * width
+    if pixels > MAX_FILM_PIXELS:
+        raise UserError(
+            f"{name}: {frames} frames of {width}x{height} pixels take too long to decode; cut or "
+            f"scale it to at most {MAX_FILM_PIXELS / 1e9:g} billion pixels in all"
+        )
+
+
 def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
     """Decode a file in two passes: first the times of all frames, then the sampled frames."""
     name = request.name
@@ -414,9 +445,8 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         _refuse_image(stream, name)
         if with_audio:
             _refuse_silent(stream, name)
-        if request.most_tokens is not None:
-            _refuse_long_video(stream, request)
-        times, rate, shifts = _times(stream, name, request.media.fps)
+        packets = _refuse_long_video(stream, request)
+        times, rate, shifts = _times(stream, name, request.media.fps, packets)
         first, last = frame_range(times, rate, request.options, name)
         indices = sample_indices(
             last - first + 1, rate, request.media, request.options, first, name
@@ -463,6 +493,7 @@ def _opened(stream: Any, name: str) -> Iterator[tuple[Any, Any, Watched]]:
             raise UserError(f"{name}: no decoder is known for its frames; save it as mp4 with h264")
         codec.options = limit
         _require_pixels(codec.height, codec.width, name)
+        _require_small(codec.name, codec.format, codec.height, codec.width, name)
         yield container, track, watched
 
 
@@ -484,24 +515,35 @@ def _refuse_silent(stream: Any, name: str) -> None:
             raise _no_audio_track(name)
 
 
-def _refuse_long_video(stream: Any, request: _Request) -> None:
-    """Raise UserError for a video that is far too long by its packets.
+def _refuse_long_video(stream: Any, request: _Request) -> int:
+    """Raise UserError for a video that is far too long by its packets -> the number of those.
 
     To decode it first and then refuse it would take minutes.
     """
+    name = request.name
     times = []
-    with _opened(stream, request.name) as (container, track, watched):
+    count = 0
+    with _opened(stream, name) as (container, track, watched):
         codec = track.codec_context
+        rate = float(track.average_rate or request.media.fps)
         for packet in container.demux(track):
             watched.zeros = 0
+            count += packet.size > 0
             if packet.pts is not None:
                 times.append(float(packet.pts * packet.time_base))
+    _require_short(count, codec.height, codec.width, name)
+    if request.most_tokens is None or request.options.given(SAMPLING_OPTIONS):
+        return count
+
+    n = count  # of a stream without times, such as h264 without a container
     times.sort()
-    if len(times) < 2 or not times[-1] > times[0] or request.options.given(SAMPLING_OPTIONS):
-        return
-    rate = (len(times) - 1) / (times[-1] - times[0])
-    n = len(sample_indices(len(times), rate, request.media, request.options))
-    request.size_of(n, codec.height, codec.width, TOLERANCE)
+    if len(times) > 1 and times[-1] > times[0]:
+        n = len(times)
+        rate = (n - 1) / (times[-1] - times[0])
+    if n > 1:
+        sampled = len(sample_indices(n, rate, request.media, request.options))
+        request.size_of(sampled, codec.height, codec.width, TOLERANCE)
+    return count
 
 
 def _frames(stream: Any, name: str) -> Iterator[tuple]:
@@ -510,20 +552,28 @@ def _frames(stream: Any, name: str) -> Iterator[tuple]:
         rate = track.average_rate
         for frame in container.decode(track):
             watched.zeros = 0
+            _require_small(track.codec_context.name, frame.format, frame.height, frame.width, name)
             yield frame, rate
 
 
-def _times(stream: Any, name: str, default_rate: float) -> tuple[list[float], float, list[float]]:
+def _times(
+    stream: Any, name: str, default_rate: float, packets: int
+) -> tuple[list[float], float, list[float]]:
     """The increasing times in seconds at which the frames of a file are shown, and their rate.
 
-    Recordings that begin midway are appended to the one before: also returns what was added to the
-    stored times of each recording.
+    packets: about as many as frames. Recordings that begin midway are appended to the one before:
+    also returns what was added to the stored times of each recording. Raises UserError as soon as a
+    frame that is larger than the header says makes the rest too long.
     """
     times: list[float] = []
     header = default_rate
     last_duration = 0.0
     rising = RisingTimes()
+    pixels = 0  # of the frames so far
     for frame, stream_rate in _frames(stream, name):
+        remaining = max(1, packets - len(times))
+        _require_short(remaining, frame.height, frame.width, name, pixels)
+        pixels += frame.height * frame.width
         header = float(stream_rate or default_rate)
         time = len(times) / header if frame.time is None else frame.time
         last_duration = 0.0

@@ -358,6 +358,76 @@ def test_long_films_are_refused_by_their_packets(monkeypatch):
         load_video(film([250 * i for i in range(40)]), MEDIA, with_audio=False, most_tokens=50)
 
 
+@pytest.mark.parametrize(("frames", "fits"), [(200, False), (8, True)])
+def test_long_films_without_times_are_refused_by_their_packets(monkeypatch, frames, fits):
+    """h264 without a container, at 25 frames a second."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="h264") as container:
+        video = container.add_stream("libx264", rate=5)
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        video.options = {"bf": "0"}
+        for _ in range(frames):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(scene(), format="rgb24")))
+        container.mux(video.encode(None))
+    load = lambda: load_video(stream.getvalue(), MEDIA, False, most_tokens=20)  # noqa: E731
+    if fits:
+        assert len(load().frames) > 1
+        return
+    monkeypatch.setattr("minomni.inputs.video._times", None)
+    with pytest.raises(UserError, match="more than the context holds"):
+        load()
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "ts"])
+def test_films_of_too_many_pixels_are_refused_before_they_are_decoded(kind, monkeypatch):
+    monkeypatch.setattr("minomni.inputs.video.MAX_FILM_PIXELS", 11 * 64 * 96 - 1)
+    monkeypatch.setattr("minomni.inputs.video._times", None)
+    source = film([100 * i for i in range(11)], kind=kind)
+    says = "11 frames of 96x64 pixels take too long to decode"
+    for options in (MediaOptions(), MediaOptions(nframes=2)):
+        with pytest.raises(UserError, match=says):
+            load_video(source, MEDIA, with_audio=False, options=options)
+
+
+def test_frames_larger_than_the_header_says_are_refused_at_once(monkeypatch):
+    """A transport stream tells the size of its first frames; the others are four times as large."""
+    parts = (
+        film([250 * i for i in range(4)], kind="ts"),
+        film([250 * i for i in range(20)], (128, 192), kind="ts"),
+    )
+    source = b"".join(parts)
+    fits = 4 * 64 * 96 + 20 * 128 * 192
+    monkeypatch.setattr("minomni.inputs.video.MAX_FILM_PIXELS", fits)
+    assert len(load_video(source, MEDIA, with_audio=False).frames) > 4
+    monkeypatch.setattr("minomni.inputs.video.MAX_FILM_PIXELS", fits - 1)
+    with pytest.raises(UserError, match="20 frames of 192x128 pixels take too long to decode"):
+        load_video(source, MEDIA, with_audio=False)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "bytes_each"),
+    [
+        ("mpeg4", "yuv420p", 96 * 64 * 3 // 2),
+        ("ffv1", "yuv444p10le", 96 * 64 * 6),
+        ("ffv1", "gray", 96 * 64),
+        ("libx264", "yuv420p10le", 96 * 64 * 3 * 2),  # its decoder holds twice as many
+    ],
+)
+def test_frames_that_would_fill_the_memory_are_refused(codec, pixels, bytes_each, monkeypatch):
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="matroska") as container:
+        video = container.add_stream(codec, rate=4)
+        video.height, video.width, video.pix_fmt = 64, 96, pixels
+        for _ in range(4):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(scene(), format="rgb24")))
+        container.mux(video.encode(None))
+    monkeypatch.setattr("minomni.inputs.video.MAX_FRAME_BYTES", bytes_each)
+    assert len(load_video(stream.getvalue(), MEDIA, with_audio=False).frames) > 1
+    monkeypatch.setattr("minomni.inputs.video.MAX_FRAME_BYTES", bytes_each - 1)
+    with pytest.raises(UserError, match=f"96x64 pixels in {pixels} are 0 MB each"):
+        load_video(stream.getvalue(), MEDIA, with_audio=False)
+
+
 @pytest.mark.parametrize("kind", ["mp4", "mov", "mkv", "avi"])
 def test_missing_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch):
     monkeypatch.setattr("minomni.inputs.video._times", None)
