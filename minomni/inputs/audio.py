@@ -113,7 +113,7 @@ def audio_track(
     timeline = _Timeline(name, origin)
     times = RisingTimes(shifts)
     for samples, rate, stored in _decode_parts(stream, name, timed=origin is not None):
-        time = None if stored is None else times.repair(stored)
+        time = None if stored is None else times.repair(stored, step=GAP)
         if end is not None and time is not None and time >= end:
             break
         timeline.add(samples, rate, time)

@@ -287,15 +287,17 @@ def _matroska_size(stream: Any) -> tuple[int, bool]:
     return value, value == marker - 1
 
 
-# Seconds that the time has to fall for a new recording to begin. In avi files, single frames are
-# stored out of order.
+# Seconds that the time has to fall for a new recording to begin, anywhere and to the beginning of
+# the one before. In avi files, single frames are stored out of order.
 FELL_BACK = 1.0
+FELL_TO_BEGIN = 0.1
 
 
 class RisingTimes:
     """Repairs the times of one track where a new recording begins midway, as in `cat a.ts b.ts`.
 
-    Its times fall by more than FELL_BACK; the new recording is appended to the one before.
+    Its times fall by more than FELL_BACK, or FELL_TO_BEGIN after a recording of less than that; the
+    new recording is appended to the one before.
     shifts: seconds to add to the times of each recording, as found for another track of the same
     file. The tracks stay together with it. None: they are found from the times.
     """
@@ -304,19 +306,22 @@ class RisingTimes:
         self.is_known = shifts is not None
         self.shifts = [0.0] if shifts is None else list(shifts)
         self.part = 0  # index of the current recording
-        self.latest = -inf  # stored time in the current recording
+        self.first = inf  # stored time in the current recording
+        self.latest = -inf  # the same
 
     def repair(self, time: float, step: float = 0.0) -> float:
         """A stored time in seconds -> the time since the beginning of the first recording.
 
         step: seconds from the last frame of a recording to the first of the next one.
         """
-        if time < self.latest - FELL_BACK:
+        is_at_begin = time <= self.first + step / 2  # frames that are out of order come later
+        if time < self.latest - (FELL_TO_BEGIN if is_at_begin else FELL_BACK):
             if not self.is_known:
                 self.shifts.append(self.shifts[-1] + self.latest + step - time)
             # Another track began anew less often: what it cannot place overlaps, and is dropped.
             self.part = min(self.part + 1, len(self.shifts) - 1)
-            self.latest = time
+            self.first = self.latest = time
+        self.first = min(self.first, time)
         self.latest = max(self.latest, time)
         return time + self.shifts[self.part]
 

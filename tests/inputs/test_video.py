@@ -17,6 +17,7 @@ from PIL import Image
 
 from minomni.config import TINY
 from minomni.errors import UserError
+from minomni.inputs.containers import RisingTimes
 from minomni.inputs.media import Clip, load_audio, load_video, sample_indices
 from minomni.inputs.options import MediaOptions
 from minomni.inputs.video import frame_range, true_rate, upright
@@ -180,6 +181,55 @@ def test_films_that_begin_anew():
     assert clip.frames.shape == (10, 56, 84, 3)  # all at the size of the first
     assert (clip.seconds.diff() > 0.2).all()
     assert float(clip.seconds[-1]) == pytest.approx(4.75, abs=0.06)
+
+
+@pytest.mark.parametrize("milliseconds", [300, 700])
+@pytest.mark.parametrize("count", [2, 4])
+def test_short_films_that_begin_anew(milliseconds, count):
+    part = film(list(range(0, milliseconds, 100)), kind="ts")
+    clip = load_video(part * count, MEDIA, with_audio=False, options=MediaOptions(fps=10))
+    number = count * milliseconds // 100
+    assert len(clip.frames) == number // 2 * 2
+    assert float(clip.seconds[-1]) == pytest.approx(0.1 * (number - 1), abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("fps", "b_frames"), [(5, 0), (5, 3), (10, 3), (25, 3), (25, 16), (60, 7), (60, 16)]
+)
+def test_frames_out_of_order_do_not_begin_anew(fps, b_frames):
+    """As avi files store them: each group of b frames behind the one that follows it."""
+    rising = RisingTimes()
+    order = [0]
+    for begin in range(0, 60, b_frames + 1):
+        group = list(range(begin + 2, begin + 2 + b_frames))
+        order += [*group[::-1], begin + 1]
+    for index in order:
+        assert rising.repair(index / fps, step=1 / fps) == index / fps
+    assert rising.shifts == [0.0]
+
+
+def test_short_films_that_begin_anew_with_their_sound(tmp_path):
+    """A tone in the first 0.2 s of each of three recordings of 0.8 s."""
+    path = tmp_path / "a.ts"
+    with av.open(path, "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        audio = container.add_stream("mp2", rate=16_000, layout="mono")
+        wave = 10_000 * np.sin(np.arange(12_800) / 3)
+        wave[3_200:] = 0
+        sound = av.AudioFrame.from_ndarray(wave.astype(np.int16)[None], "s16", "mono")
+        sound.sample_rate, sound.pts = 16_000, 0
+        container.mux(audio.encode(sound))
+        for i in range(8):
+            frame = av.VideoFrame.from_ndarray(scene(), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux([*video.encode(None), *audio.encode(None)])
+
+    clip = load_video(path.read_bytes() * 3, MEDIA, True)
+    loud = (clip.wave.abs() > 0.05).nonzero()[:, 0] / 16_000
+    onsets = [float(loud[0])] + loud[1:][loud.diff() > 0.3].tolist()
+    assert onsets == pytest.approx([0.0, 0.8, 1.6], abs=0.11)  # a gap is 0.1 s or more
 
 
 @pytest.mark.parametrize("start", [None, 3.0])
