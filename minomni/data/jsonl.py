@@ -3,9 +3,9 @@
     {"messages": [... as respond() takes them, the last one the assistant's text],
      "speech": "reply.wav", "voice": "Me", "speaker": "who asks"}
 
-One JSON object per line, or an array of such objects, in this layout or in one of those in
-jsonl_layouts.py. Media paths are relative to the file. Two well-known folder layouts are converted
-to such lines: free-spoken-digit-dataset and LJSpeech.
+One JSON object per line, objects over many lines, or an array of objects, in this layout or in one
+of those in jsonl_layouts.py. Media paths are relative to the file. Two well-known folder layouts
+are converted to such lines: free-spoken-digit-dataset and LJSpeech.
 """
 
 import codecs
@@ -215,11 +215,14 @@ def convert_and_validate(
         start = file.read(4096)
     if has_row_per_line(start):
         return validate(data, omni, run, held_out_speaker=held_out_speaker)
-    # An array, or UTF-16.
+    # An array, objects over many lines, or UTF-16.
     text = whole_text(data)
     if text.lstrip().startswith("["):
         unit = "entry"
         write_rows(elements(text, data), converted)
+    elif is_spread(text.lstrip()):
+        unit = "entry"
+        write_rows(objects(text, data), converted)
     else:
         unit = "line"
         write_rows(text.split("\n"), converted)
@@ -239,8 +242,20 @@ def has_row_per_line(start: bytes) -> bool:
     """Whether a file that begins with these bytes can be read line by line."""
     if start.startswith(UTF16):
         return False
-    is_list = start.decode("utf-8-sig", "ignore").lstrip().startswith("[")
-    return not is_list or is_row(start)
+    text = start.decode("utf-8-sig", "ignore").lstrip()
+    if text.startswith("["):
+        return is_row(start)
+    return not is_spread(text)
+
+
+def is_spread(text: str) -> bool:
+    """Whether a text begins with an object whose first line ends where the object goes on, as
+    programs print it for reading.
+    """
+    first, line_end, rest = text.partition("\n")
+    goes_on = first.rstrip().endswith(("{", "[", ","))
+    # A line that is cut ends in the same way, but an object a line follows.
+    return first.startswith("{") and bool(line_end) and goes_on and not rest.startswith("{")
 
 
 def is_row(start: bytes) -> bool:
@@ -501,6 +516,30 @@ def elements(text: str, path: Path) -> Iterator[str]:
         raise UserError(
             f"{label}: something follows the array; expected one array, or one object a line"
         )
+
+
+def objects(text: str, path: Path) -> Iterator[str]:
+    """The JSON objects of a text, each as one line, with or without commas between them.
+
+    Raises UserError if one is broken, naming its number and line.
+    """
+    decoder = json.JSONDecoder()
+    index = skip_space(text, 0)
+    for number in count(1):
+        if index == len(text):
+            return
+        try:
+            _, end = decoder.raw_decode(text, index)
+        except (ValueError, RecursionError) as error:
+            line = text.count("\n", 0, index) + 1
+            raise UserError(
+                f"{shorten(path, 200)}: object {number}, which begins in line {line}, is not JSON "
+                f"({shorten(error, 100)}); expected objects over many lines, or one a line"
+            ) from None
+        yield text[index:end].replace("\n", " ").replace("\r", " ")
+        index = skip_space(text, end)
+        if text[index : index + 1] == ",":
+            index = skip_space(text, index + 1)
 
 
 def skip_space(text: str, index: int) -> int:

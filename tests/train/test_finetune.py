@@ -616,10 +616,21 @@ ROWS = [line("say é [a] {b}", 'a "circle"'), LAYOUTS["alpaca"][0], line("c", "a
 
 @pytest.mark.parametrize(
     "kind",
-    ["lines", "lines with \\r and a mark", "array", "pretty array", "utf-16 lines", "utf-16 array"],
+    [
+        "lines",
+        "lines with \\r and a mark",
+        "array",
+        "pretty array",
+        "utf-16 lines",
+        "utf-16 array",
+        "pretty objects",
+        "pretty objects and commas",
+        "utf-16 pretty objects",
+    ],
 )
 def test_files_of_rows(kind, tmp_path, omni):
     plain = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    pretty = [json.dumps(row, indent="\t", ensure_ascii=False) for row in ROWS]
     content = {
         "lines": "\n".join(plain).encode(),
         "lines with \\r and a mark": "\r\n".join(plain).encode("utf-8-sig"),
@@ -629,6 +640,9 @@ def test_files_of_rows(kind, tmp_path, omni):
         ),
         "utf-16 lines": "\n".join(plain).encode("utf-16"),
         "utf-16 array": json.dumps(ROWS, indent=1).encode("utf-16"),
+        "pretty objects": "\n".join(json.dumps(row, indent=4) for row in ROWS).encode(),
+        "pretty objects and commas": ",\r\n".join(pretty).replace("\n", "\r\n").encode("utf-8-sig"),
+        "utf-16 pretty objects": "\n\n".join(pretty).encode("utf-16"),
     }[kind]
     (tmp_path / "my.data").write_bytes(content)
     lines = jsonl.read_dataset(tmp_path / "my.data", tmp_path / "run", omni)
@@ -664,6 +678,24 @@ def test_media_paths_of_an_array_are_relative_to_it(tmp_path, omni):
     ],
 )
 def test_broken_arrays(text, says, tmp_path, omni):
+    (tmp_path / "my.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        jsonl.read_dataset(tmp_path / "my.json", tmp_path / "run", omni)
+    assert says in str(error.value)
+    assert "my.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{\n "messages": [\n', "object 1, which begins in line 1, is not JSON"),
+        (json.dumps(line(), indent=2) + "\n\n{\n 5\n}", "object 2, which begins in line"),
+        (json.dumps(line(answer=""), indent=2), "1 bad entry, nothing was trained; entry 1: the"),
+        ('{"messages": [\n' + json.dumps(line()), "1 bad line, nothing was trained; line 1"),
+        ('{"messages": [{]}\n' + json.dumps(line()), "1 bad line, nothing was trained; line 1"),
+    ],
+)
+def test_broken_objects_over_many_lines(text, says, tmp_path, omni):
     (tmp_path / "my.json").write_text(text)
     with pytest.raises(UserError) as error:
         jsonl.read_dataset(tmp_path / "my.json", tmp_path / "run", omni)
