@@ -28,6 +28,8 @@ TWELVE_BITS = 4_095  # uint16 levels up to here are values of 8 to 12 bits that 
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262
 MIN_IS_WHITE = 0
+SAMPLE_FORMAT = 339
+SIGNED = 2
 
 
 def load_image(source: Any) -> Image.Image:
@@ -62,6 +64,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _require_size(*image.size, name)
     try:
         with warnings.catch_warnings(action="ignore"):
+            _require_known_levels(image, name)
+            _scale_transparent_gray(image)
             image.load()
             return _converted(image, name)
     except UserError:
@@ -75,10 +79,13 @@ def _converted(image: Image.Image, name: str) -> Image.Image:
     is_from_file = image.format is not None
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
+        transparent = image.info.get("transparency")  # a level of a PNG
         levels, white = _deep_levels(image)
         if not is_from_file:
             _require_full_range(levels, name)
         image = Image.fromarray(_eight_bits(levels, white, name))
+        if isinstance(transparent, int):
+            image.paste(255, mask=Image.fromarray(levels == transparent))
     if image.mode == "La":  # premultiplied gray; PIL converts it only to LA
         image = image.convert("LA")
     if not image.has_transparency_data:
@@ -88,6 +95,57 @@ def _converted(image: Image.Image, name: str) -> Image.Image:
     background = Image.new("RGB", image.size, "white")
     background.paste(image, mask=image.getchannel("A"))
     return background
+
+
+def _require_known_levels(image: Image.Image, name: str) -> None:
+    """Raise UserError for an image, not decoded yet, whose levels PIL reads as others.
+
+    It takes signed integers as unsigned ones, rounds the white of a deep JPEG 2000 in color to
+    black, and compares the transparent color of a PNG with levels that it has cut to 8 bits.
+    """
+    what = ""
+    if image.format == "FITS":
+        what = "FITS, whose numbers do not tell their scale"
+    if SIGNED in np.atleast_1d(getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 0)):
+        what = "a TIFF of signed integers, which do not tell their scale"
+    if image.format == "PNG" and _packing(image) == "RGB;16B" and "transparency" in image.info:
+        what = "a PNG of 16 bits per color with a transparent color"
+    if image.format == "JPEG2000" and image.mode not in ("L", "I;16") and _is_deep_jpeg2000(image):
+        what = "a JPEG 2000 in color of more than 8 bits, or of signed integers"
+    if what:
+        raise UserError(f"{name}: is {what}; expected 8 bits per color, save it as such a PNG")
+
+
+def _scale_transparent_gray(image: Image.Image) -> None:
+    """Give the transparent level of a PNG of 2 or 4 bits the scale of its levels, which PIL makes
+    those of 8 bits.
+    """
+    factor = {"L;2": 85, "L;4": 17}.get(_packing(image))
+    level = image.info.get("transparency")
+    if factor and image.format == "PNG" and isinstance(level, int):
+        image.info["transparency"] = factor * level
+
+
+def _packing(image: Image.Image) -> str:
+    """How the levels of an image that is not decoded yet are packed, in PIL's words; "" if it is
+    not told.
+    """
+    tile = getattr(image, "tile", None)
+    packing = tile[0][3] if tile else ""
+    return packing[0] if isinstance(packing, tuple) and packing else str(packing)
+
+
+def _is_deep_jpeg2000(image: Any) -> bool:
+    """Whether the first component has more than 8 bits or signed integers, by the marker SIZ."""
+    if not getattr(image, "tile", None):  # decoded by the caller
+        return False
+    at = image.fp.tell()
+    image.fp.seek(0)
+    head = image.fp.read(1 << 20)
+    image.fp.seek(at)
+    begin = head.find(b"\xff\x4f\xff\x51")
+    component = head[begin + 42 : begin + 43]
+    return begin >= 0 and bool(component) and component[0] >= 8  # bits - 1, and 128 for signed
 
 
 def _require_size(width: int, height: int, name: str) -> None:

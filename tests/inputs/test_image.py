@@ -3,7 +3,9 @@
 import io
 import struct
 import zlib
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -381,3 +383,85 @@ def test_broken_bytes_are_one_line(kind):
         message = refusal(bytes(content), lambda image: image.mode == "RGB")
         assert message is None or message.isprintable()
         assert message is None or len(message) <= 500
+
+
+# ------------------------------------------------------------------------------------- levels that
+# PIL takes for others
+
+
+def with_transparent(content: bytes, *levels: int) -> bytes:
+    """A PNG with a transparent level or color (the chunk tRNS)."""
+    chunk = b"tRNS" + struct.pack(f">{len(levels)}H", *levels)
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    begin = content.index(b"IDAT") - 4
+    return content[:begin] + chunk + content[begin:]
+
+
+@pytest.mark.parametrize(
+    ("bits", "stored", "level", "expected"),
+    [
+        (2, [0b00_01_10_11], 2, [0, 85, 255, 255]),
+        (2, [0b00_01_10_11], 0, [255, 85, 170, 255]),
+        (4, [0x0F, 0x3C], 3, [0, 255, 255, 204]),
+        (8, [0, 9, 200], 9, [0, 255, 200]),
+        (16, [0, 0, 0x31, 0x07, 0x31, 0x08], 0x3107, [0, 255, 48]),
+        (16, [0, 0, 0x31, 0x07, 0x31, 0x08], 0x31, [0, 48, 48]),
+    ],
+)
+def test_transparent_gray_levels(bits, stored, level, expected):
+    content = png(bits, 0, np.array([stored], np.uint8)[..., None])
+    width = len(stored) * 8 // bits
+    head = content[:16] + struct.pack(">I", width) + content[20:29]
+    content = head + struct.pack(">I", zlib.crc32(head[12:])) + content[33:]
+    image = np.asarray(load_image(with_transparent(content, level)))
+    assert image[0, :, 0].tolist() == expected
+
+
+def test_a_transparent_color_of_16_bits_is_refused():
+    levels = np.arange(5 * 7 * 6, dtype=np.uint8).reshape(5, 7, 6)
+    content = png(16, 2, levels)
+    assert load_image(content).size == (7, 5)
+    refused(with_transparent(content, 1, 2, 3), "16 bits per color with a transparent color")
+    levels = np.full((5, 7, 3), 9, np.uint8)
+    assert np.asarray(load_image(with_transparent(png(8, 2, levels), 9, 9, 9))).min() == 255
+
+
+def test_signed_tiffs_of_8_bits_are_refused():
+    levels = (RAMP * 100).astype(np.int8)
+    refused(tiff(8, 2, 1, levels), "signed integers, which do not tell their scale; expected")
+    assert load_image(tiff(8, 1, 1, levels)).size == (7, 5)
+
+
+@pytest.mark.parametrize("bits", [8, 16, -32])
+def test_fits_is_refused(bits):
+    kind = {8: "u1", 16: ">i2", -32: ">f4"}[bits]
+    cards = [
+        "SIMPLE  =                    T",
+        f"BITPIX  = {bits:20}",
+        "NAXIS   =                    2",
+        "NAXIS1  =                    7",
+        "NAXIS2  =                    5",
+        "END",
+    ]
+    header = "".join(card.ljust(80) for card in cards).encode().ljust(2880)
+    refused(header + RAMP.astype(kind).tobytes().ljust(2880, b"\0"), "FITS", "expected 8 bits")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "fits"),
+    [("rgb24", True), ("gray", True), ("gray16le", True), ("rgb48le", False), ("rgba64le", False)],
+)
+def test_jpeg_2000_of_every_depth(pixels, fits):
+    """PIL rounds a white of 16 bits to 256, which is 0."""
+    encoder = av.CodecContext.create("jpeg2000", "w")
+    encoder.width = encoder.height = 16
+    encoder.pix_fmt, encoder.time_base = pixels, Fraction(1, 1)
+    encoder.options = {"pred": "dwt53"}
+    white = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 255, np.uint8), format="rgb24")
+    frame = white.reformat(format=pixels)
+    frame.pts = 0
+    content = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+    if fits:
+        assert np.asarray(load_image(content)).min() >= 250
+    else:
+        refused(content, "JPEG 2000 in color of more than 8 bits")
