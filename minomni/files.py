@@ -180,6 +180,24 @@ def cause_of(error: Exception, path: str | Path) -> str | None:
     return None
 
 
+def require_possible(path: str | Path) -> None:
+    """Raise WriteError where no file or folder of a name can be made: the name is too long, or a
+    file lies where a folder should be. For the time before long work, of which nothing would be
+    kept.
+    """
+    with writing(path):
+        existing = Path(path).absolute()
+        with suppress(FileNotFoundError):
+            os.lstat(existing)
+        missing: list[str] = []
+        while not os.path.lexists(existing):
+            missing.insert(0, existing.name)
+            existing = existing.parent
+        for name in missing:
+            with suppress(FileNotFoundError):
+                os.lstat(existing / name)
+
+
 def can_be_path(path: str | Path) -> bool:
     """Whether the system can encode a path: no NUL and no lone surrogate."""
     try:

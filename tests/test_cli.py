@@ -577,6 +577,51 @@ def test_bytes_that_are_no_text_are_printed_all_the_same(tiny_folder, tmp_path):
     assert b"udcff.wav" in shown.stdout + shown.stderr
 
 
+def test_a_path_with_a_line_feed_stays_on_its_line(run, tmp_path):
+    out = tmp_path / "my\nreply.wav"
+    code, shown, _, _ = run("--text", "say a", "--out", out, "--max-new-tokens", "3")
+    assert code == 0
+    assert out.is_file()
+    assert shown.splitlines()[-1].startswith(f"{tmp_path}/my\\nreply.wav: ")
+
+
+@pytest.mark.parametrize("name", ["z" * 256, "file/below"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("make-checkpoint", "qwen7b", "OUT"),
+        ("merge", "tiny", "adapter", "OUT"),
+        ("bench", "stream", "--plot", "OUT"),
+    ],
+    ids=lambda line: line[0],
+)
+def test_what_cannot_be_written_is_told_before_work(line, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for work in (
+        "cli.checkpoint.load",
+        "cli.bench.load",
+        "checkpoint.random_checkpoint.empty_model",
+    ):
+        monkeypatch.setattr(f"minomni.{work}", None)
+    monkeypatch.setattr(sys, "argv", ["minomni", *(name if a == "OUT" else a for a in line)])
+    assert command.main() == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert error.count("\n") == 1
+
+
+def test_a_merge_over_something_else_is_refused_before_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").write_text("mine")
+    monkeypatch.setattr("minomni.checkpoint.lora.load_lora", None)
+    monkeypatch.setattr(
+        sys, "argv", ["minomni", "merge", "tiny", "adapter", str(tmp_path / "letters")]
+    )
+    assert command.main() == 2
+    assert "something other than a model" in capsys.readouterr().err
+
+
 def test_a_seed_of_many_digits(run):
     code, _, error, _ = run("--text", "say a", "--seed", "1" * 5000)
     assert code == 2

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from minomni.errors import MAX_MESSAGE_LENGTH, UserError, shorten
-from minomni.files import WriteError, growing_wav, write_atomically
+from minomni.files import WriteError, growing_wav, require_possible, write_atomically
 
 TONE = (0.4 * np.sin(np.arange(4000) / 5)).astype(np.float32)
 
@@ -232,3 +232,34 @@ def test_a_message_is_one_line_of_bounded_length():
     assert long.startswith("begin ")
     assert long.isprintable()
     assert str(UserError("x" * 9000 + " end")).endswith(" end")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("y" * 256, "File name too long"),
+        ("missing/" + "é" * 128, "File name too long"),
+        ("y/" * 2500, "File name too long"),
+        ("file/below/it", "Not a directory"),
+        ("nul\0", "its name cannot be a file's"),
+        ("line\nfeed/" + "z" * 256, r"line\nfeed"),
+    ],
+)
+def test_impossible_names_are_known_before_work(name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError) as error:
+        require_possible(name)
+    assert says in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["y" * 255, "missing/and/below", "file", "line\nfeed", ".", "dead"]
+)
+def test_possible_names_pass(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dead").symlink_to("nothing")
+    require_possible(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dead", "file"]

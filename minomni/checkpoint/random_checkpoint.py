@@ -35,7 +35,7 @@ from minomni.checkpoint.saving import (
 from minomni.checkpoint.weights import empty_model
 from minomni.config import QWEN7B, BigVGANConfig, DecoderConfig, OmniConfig
 from minomni.errors import UserError, short_path
-from minomni.files import sibling_path
+from minomni.files import require_possible, sibling_path
 from minomni.inputs.tokenizer import BYTE_TOKENS, Tokenizer, special_tokens
 from minomni.token2wav.voice import Voice
 
@@ -177,6 +177,7 @@ def make_checkpoint(config: OmniConfig, folder: str | Path, seed: int = 0) -> No
         raise UserError(
             f"{short_path(target)}: exists already; give the name of a folder that does not"
         )
+    require_possible(target)
     tensors = release_tensors(config)
     total = sum(tensor.nbytes for tensor in tensors.values())
     check_room(target, total)

@@ -94,17 +94,10 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
     the target is a file, a device or a folder that holds anything but a model, and where writing
     fails.
     """
-    check_arguments(omni, folder)
-    target = Path(folder)
-    try:
-        folder = Path(os.path.realpath(target))
-        check_target(target, folder, omni)
-        fresh = sibling_path(folder, "part")
-        old = sibling_path(folder, "old")
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL in it
-        raise unwritable(target, error) from None
+    target = folder
+    folder = check_save(omni, folder)
+    fresh = sibling_path(folder, "part")
+    old = sibling_path(folder, "old")
     try:
         fresh.mkdir(parents=True)
         write_model(omni, fresh, shard_bytes)
@@ -123,6 +116,23 @@ def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None
 
 # --------------------------------------------------------------------------------------------------
 # what may be replaced
+def check_save(omni: Omni, folder: str | Path) -> Path:
+    """The folder that save() would write, with links followed. Raises UserError as save() does
+    before it writes.
+    """
+    check_arguments(omni, folder)
+    target = Path(folder)
+    try:
+        resolved = Path(os.path.realpath(target))
+        check_target(target, resolved, omni)
+        sibling_path(resolved, "part")
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL in it
+        raise unwritable(target, error) from None
+    return resolved
+
+
 def check_arguments(omni: Omni, folder: str | Path) -> None:
     """Raise UserError for arguments of save() of another type."""
     if not isinstance(omni, Omni):
@@ -150,7 +160,7 @@ def check_arguments(omni: Omni, folder: str | Path) -> None:
         )
 
 
-def unwritable(target: Path, error: Exception) -> UserError:
+def unwritable(target: str | Path, error: Exception) -> UserError:
     """The UserError for a failure of the system."""
     reason = getattr(error, "strerror", None) or str(error)[:200]
     return UserError(f"{target}: the model cannot be saved there ({reason}); choose another folder")

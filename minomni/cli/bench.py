@@ -132,9 +132,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
     """Measure speed and print ratios and times."""
     from minomni.devices import device_of
     from minomni.eval import benchmark
-    from minomni.files import writing
+    from minomni.files import require_possible, writing
 
     check_bench_options(arguments)
+    if arguments.plot:
+        require_possible(arguments.plot)
     if arguments.what in ("parts", "gpu"):
         run_bench_folder(arguments)
         return

@@ -23,7 +23,7 @@ from minomni.cli.options import (
     load_parts,
     refuse,
 )
-from minomni.errors import UserError, quote
+from minomni.errors import UserError, escape, quote
 from minomni.files import is_stream
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def show_reply(
     print(reply.text)
     if path:
         times = f"{reply.seconds:.1f} s of speech, made in {reply.total_s:.1f} s"
-        print(f"{path}: {times}", flush=True)
+        print(f"{escape(str(path))}: {times}", flush=True)
 
 
 def reply_fields(reply: "Reply", path: Path | None, streamed: bool) -> dict:
@@ -436,7 +436,8 @@ def answer_samples(
         print(f"{entry['name']}: {entry['asks']}")
         print(f"  expected  {entry['answer']}")
         print(f"  answered  {reply.text}")
-        print(f"  speech    {path} ({reply.seconds:.1f} s, made in {reply.total_s:.1f} s)")
+        times = f"{reply.seconds:.1f} s, made in {reply.total_s:.1f} s"
+        print(f"  speech    {escape(str(path))} ({times})")
 
 
 def sample_content(entry: dict, samples: Path) -> list[dict]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from minomni import load
 from minomni.cli.options import add_seed, number_between
-from minomni.errors import UserError
+from minomni.errors import UserError, escape
+from minomni.files import require_possible
 
 if TYPE_CHECKING:
     from minomni.cli.options import Parser
@@ -58,11 +59,14 @@ def run_merge(arguments: argparse.Namespace) -> None:
     from minomni.checkpoint import saving
     from minomni.checkpoint.lora import load_lora, merge_lora
 
+    require_possible(arguments.out)
     omni = load(arguments.model)
+    saving.check_save(omni, arguments.out)
     load_lora(omni, arguments.adapter)
     merge_lora(omni)
     saving.save(omni, arguments.out)
-    print(f"merged: {arguments.out}; python -m minomni chat --model {arguments.out}")
+    out = escape(str(arguments.out))
+    print(f"merged: {out}; python -m minomni chat --model {out}")
 
 
 def run_make_checkpoint(arguments: argparse.Namespace) -> None:
@@ -71,7 +75,8 @@ def run_make_checkpoint(arguments: argparse.Namespace) -> None:
 
     config = checkpoint_config(arguments.size, arguments.width_factor)
     make_checkpoint(config, arguments.folder, arguments.seed)
-    print(f"random weights: {arguments.folder}; python -m minomni check {arguments.folder}")
+    folder = escape(str(arguments.folder))
+    print(f"random weights: {folder}; python -m minomni check {folder}")
 
 
 def run_check(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minomni import load, paths
 from minomni.cli.options import COUNT, Conflicts, add_quantize, add_run, number_between, refuse
-from minomni.errors import UserError, quote
+from minomni.errors import UserError, escape, quote
 
 if TYPE_CHECKING:
     from minomni.cli.options import Parser
@@ -220,7 +220,7 @@ def train_all(size: str, home: Path, seed: int, device: str) -> None:
     if not processes.is_first():
         return
     pipeline.export_model(size, home, seed)
-    print(f"trained in {seconds:.0f} s: {home / 'model'}")
+    print(f"trained in {seconds:.0f} s: {escape(str(home / 'model'))}")
 
 
 def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
@@ -248,10 +248,11 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
     folder = finetune(arguments.size, arguments.data, out, options, device, home)
     if arguments.held_out and processes.is_first():
         print(held_out_scores(arguments, folder, lora is not None, device))
+    shown = escape(str(folder))
     if lora and processes.is_first():
-        print(f"tuned: {folder}; python -m minomni merge {arguments.size} {folder} OUT")
+        print(f"tuned: {shown}; python -m minomni merge {escape(arguments.size)} {shown} OUT")
     elif processes.is_first():
-        print(f"tuned: {folder}; python -m minomni chat --model {folder}")
+        print(f"tuned: {shown}; python -m minomni chat --model {shown}")
 
 
 def held_out_scores(
@@ -311,8 +312,9 @@ def run_train_encoder(arguments: argparse.Namespace) -> None:
             home=home,
         )
         if processes.is_first():
-            command = f"python -m minomni train {out} --data FILE --lora r=16 --parts talker"
-            print(f"with an encoder: {out}; {command}")
+            shown = escape(str(out))
+            command = f"python -m minomni train {shown} --data FILE --lora r=16 --parts talker"
+            print(f"with an encoder: {shown}; {command}")
 
 
 def run_pack(arguments: argparse.Namespace) -> None:
@@ -320,4 +322,4 @@ def run_pack(arguments: argparse.Namespace) -> None:
     from minomni.data.shards import pack
 
     count = pack(arguments.data, arguments.out)
-    print(f"packed {count} rows: {arguments.out}")
+    print(f"packed {count} rows: {escape(str(arguments.out))}")

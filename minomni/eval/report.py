@@ -13,6 +13,7 @@ from minomni import folder_of, load, paths
 from minomni.checkpoint.hf_config import read_json, write_json
 from minomni.checkpoint.saving import HISTORY_FILE
 from minomni.data import grammar
+from minomni.errors import escape
 from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.speech_chain import speech_chain_metrics
 from minomni.eval.stats import Metric, markdown_table
@@ -116,7 +117,8 @@ def write_report(report: Report, home: Path) -> None:
     markdown = report.markdown().encode()
     write_atomically(home / "report.md", lambda file: file.write(markdown))
     write_json(home / "report.json", report.json_object())
-    print(f"written: {home / 'report.md'}", file=sys.stderr)  # stdout is the report itself
+    # Standard output is the report itself.
+    print(f"written: {escape(str(home / 'report.md'))}", file=sys.stderr)
 
 
 def home_of_model(folder: Path) -> Path:

@@ -41,7 +41,7 @@ from minomni.data.jsonl import (
 )
 from minomni.data.shards import read_shards, shard_files
 from minomni.errors import UserError, shorten
-from minomni.files import writing
+from minomni.files import require_possible, writing
 from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
@@ -371,6 +371,7 @@ def working_folder(out: Path, home: Path | None, config: str = "config.json") ->
     """
     label = f"--out {shorten(out, 200)}"
     with writing(out):
+        require_possible(out)
         if out.name in ("", ".."):
             raise UserError(
                 f"{label}: expected the name of a folder for the new model, as runs/new"
