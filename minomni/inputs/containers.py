@@ -22,6 +22,13 @@ MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 MP4_CONTENT = (b"moov", b"mdat", b"moof")
 # Bytes. Writers that do not know the length yet put a length from here on.
 UNKNOWN = 2_000_000_000
+MOST_BYTES = 1 << 60  # of a file; what says more means "unknown"
+W64_BEGINS = bytes.fromhex("72696666 2e91cf11 a5d628db")  # the first 12 bytes of names
+ASF_BEGINS = bytes.fromhex("3026b275 8e66cf11 a6d900aa")
+ASF_DATA = bytes.fromhex("3626b275 8e66cf11 a6d900aa")
+ASF_DATA_HEAD = 50  # bytes
+FLV_METADATA = 4096  # bytes in which a program writes the metadata of an flv
+FLV_SIZE = b"\0\x08filesize\0"
 MAX_ZEROS = 64 << 20  # bytes in a row between two frames: a disk that was full leaves such files
 
 
@@ -106,10 +113,10 @@ def best_track(container: Any, kind: str) -> Any:
 def require_whole(stream: Any, name: str) -> None:
     """Raise UserError if a file is shorter than its own header says: decoders would play the rest.
 
-    Known for mp4 and mov, wav, avi, aiff, au, mkv and webm. The others (mp3, aac, ogg, ts) state no
-    length. In wav and similar formats, a length of 0 or beyond 2 GB means "unknown": recorders and
-    pipes write the header first. Also raises UserError for headers that are followed by zeros or by
-    countless empty parts: decoders read those for minutes.
+    Known for mp4 and mov, wav, w64, caf, avi, aiff, au, mkv and webm, asf and flv. The others (mp3,
+    aac, ogg, ts) state no length. In wav and similar formats, a length of 0 or beyond 2 GB means
+    "unknown": recorders and pipes write the header first. Also raises UserError for headers that
+    are followed by zeros or by countless empty parts: decoders read those for minutes.
     """
     with one_line_errors(name, "its header cannot be read"):
         end = stream.seek(0, io.SEEK_END)
@@ -135,6 +142,14 @@ def _stated_size(stream: Any, end: int, name: str) -> int:
         return _end_of_au(head)
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _end_of_matroska(stream)
+    if head[:4] == b"caff":
+        return _end_of_caf(stream, end)
+    if head == W64_BEGINS:
+        return _end_of_w64(stream)
+    if head == ASF_BEGINS:
+        return _end_of_asf(stream)
+    if head[:3] == b"FLV":
+        return _end_of_flv(stream)
     return 0
 
 
@@ -268,6 +283,58 @@ def _end_of_matroska(stream: Any) -> int:
         return 0
     size, unknown = _matroska_size(stream)
     return 0 if unknown else stream.tell() + size
+
+
+def _end_of_caf(stream: Any, end: int) -> int:
+    """Where the samples of a caf end, a chunk of which the size may be -1 for "unknown"."""
+    offset = 8
+    for _ in range(MAX_CHUNKS):
+        if offset + 12 > end:
+            return 0
+        stream.seek(offset)
+        kind, size = struct.unpack(">4sq", stream.read(12))
+        if size < 0:
+            return 0
+        offset += 12 + size
+        if kind == b"data":
+            return offset
+    return 0
+
+
+def _end_of_w64(stream: Any) -> int:
+    """The size of a w64, which follows the 16 bytes of its first name."""
+    stream.seek(16)
+    return _known(stream.read(8))
+
+
+def _end_of_asf(stream: Any) -> int:
+    """Where the packets of an asf, wma or wmv end, an object behind that of the header."""
+    stream.seek(16)
+    header = _known(stream.read(8))
+    stream.seek(header)
+    name = stream.read(16)
+    size = _known(stream.read(8))
+    is_data = bool(header) and name[:12] == ASF_DATA
+    # A broadcast states the head of the object alone.
+    return header + size if is_data and size > ASF_DATA_HEAD else 0
+
+
+def _end_of_flv(stream: Any) -> int:
+    """The size of an flv by its metadata, where a program wrote it: a float behind its name."""
+    stream.seek(0)
+    head = stream.read(FLV_METADATA)
+    begin = head.find(FLV_SIZE) + len(FLV_SIZE)
+    content = head[begin : begin + 8]
+    if begin < len(FLV_SIZE) or len(content) < 8:
+        return 0
+    size = struct.unpack(">d", content)[0]
+    return int(size) if 0 < size < MOST_BYTES else 0
+
+
+def _known(content: bytes) -> int:
+    """A size of eight bytes, little-endian; 0 where it is cut or means "unknown"."""
+    size = int.from_bytes(content, "little")
+    return size if len(content) == 8 and size < MOST_BYTES else 0
 
 
 def _matroska_size(stream: Any) -> tuple[int, bool]:

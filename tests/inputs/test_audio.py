@@ -376,7 +376,7 @@ def test_wav_of_unknown_length(riff, data):
     assert np.allclose(load_audio(wav_that_claims(riff, data)), tone(1), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "RF64"])
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "RF64", "CAF", "W64"])
 def test_files_cut_short(kind):
     whole = file_of(tone(1), 16_000, kind, "PCM_16")
     assert np.allclose(load_audio(whole), tone(1), atol=1e-4)
@@ -384,6 +384,36 @@ def test_files_cut_short(kind):
         refused(whole[: int(len(whole) * kept)], "cut short")
     if kind != "AU":  # ffmpeg plays what lies behind its samples
         assert len(load_audio(whole + b"\xff" * 99)) == 16_000
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("caf", "pcm_s16le"), ("flv", "mp3"), ("asf", "mp2")])
+def test_files_of_pipes_state_no_length(tmp_path, kind, codec):
+    class Pipe(io.RawIOBase):
+        def __init__(self):
+            self.content = b""
+
+        def write(self, content):
+            self.content += bytes(content)
+            return len(content)
+
+        def writable(self):
+            return True
+
+        def seekable(self):
+            return False
+
+    pipe = Pipe()
+    with av.open(pipe, "w", format=kind) as out:
+        stream = out.add_stream(codec, rate=44_100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(1, 44_100)[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44_100, 0
+        for part in av.AudioResampler(stream.format, "mono", 44_100).resample(frame):
+            out.mux(stream.encode(part))
+        out.mux(stream.encode(None))
+    whole = load_audio(pipe.content)
+    assert len(whole) == pytest.approx(16_000, abs=1_200)
+    half = load_audio(pipe.content[: len(pipe.content) // 2])
+    assert 0.3 * len(whole) < len(half) < 0.7 * len(whole)
 
 
 @pytest.mark.parametrize(
@@ -394,6 +424,9 @@ def test_files_cut_short(kind):
         ("a.mp4", "aac"),
         ("a.mov", "aac"),
         ("a.avi", "mp3"),
+        ("a.asf", "mp2"),
+        ("a.wma", "pcm_s16le"),
+        ("a.flv", "mp3"),
     ],
 )
 def test_containers_cut_short(tmp_path, name, codec):
