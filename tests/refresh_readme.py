@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md, README_zh.md and notebooks/results.md.
+"""Write the generated tables of README.md, README_zh.md, notebooks/results.md and usage.md.
 
     python tests/refresh_readme.py
         write all tables again
@@ -24,10 +24,12 @@
 Needs the package: pip install -e .
 
 A generated table stands between <!-- NAME --> and <!-- end of NAME -->. Measured numbers come from
-data_samples/tiny_results.json, sizes and stages from the package, chapters from the notebooks.
+data_samples/tiny_results.json, sizes and stages from the package, chapters from the notebooks,
+unusual files from the marker `reads` of the tests that prove them.
 """
 
 import argparse
+import ast
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -46,7 +48,12 @@ from minomni.train.measurements import measured
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data_samples" / "tiny_results.json"
-DOCUMENTS = {"README.md": "en", "README_zh.md": "zh", "notebooks/results.md": "en"}
+DOCUMENTS = {
+    "README.md": "en",
+    "README_zh.md": "zh",
+    "notebooks/results.md": "en",
+    "notebooks/usage.md": "en",
+}
 BEGIN = re.compile(r"^<!-- (\w+) -->$", re.MULTILINE)
 
 # The rows of the report that stand in the READMEs: metric -> (English, Chinese)
@@ -619,6 +626,22 @@ def facts(language: str) -> str:
     )
 
 
+def unusual_files(language: str) -> str:
+    """What the tests with the marker `reads` prove, in the order of the tests."""
+    return table(("file", "result"), reads_marks())
+
+
+def reads_marks() -> list[tuple[str, ...]]:
+    """The arguments (file, result) of each marker `reads` in the tests."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            for mark in getattr(function, "decorator_list", []):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.reads":
+                    found.append(tuple(ast.literal_eval(argument) for argument in mark.args))
+    return found
+
+
 def chapter_table(language: str) -> str:
     return chapters.table("README_zh.md" if language == "zh" else "README.md")
 
@@ -649,6 +672,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "scaling": scaling,
     "stages": stages,
     "sizes": sizes,
+    "unusual_files": unusual_files,
 }
 # Blocks of what has not been measured: the documents leave them out until then.
 OPTIONAL = {  # block -> key of the stored results

@@ -86,6 +86,14 @@ def test_links_lead_somewhere(document):
             assert link["section"] in anchors(target.read_text(encoding="utf-8")), link[0]
 
 
+def test_marks_of_unusual_files_are_complete():
+    """Each has a file and a result, and no file stands twice."""
+    marks = refresh_readme.reads_marks()
+    assert len(marks) > 20
+    assert all(len(mark) == 2 and all(mark) for mark in marks)
+    assert len({file for file, _ in marks}) == len(marks)
+
+
 @pytest.mark.parametrize("document", refresh_readme.DOCUMENTS)
 def test_generated_tables_are_current(document):
     """If not: python tests/refresh_readme.py."""

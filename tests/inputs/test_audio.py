@@ -85,10 +85,12 @@ def test_types_that_tell_their_scale(kind, scale, middle):
 
 
 @pytest.mark.parametrize("kind", ["int64", "uint32", "uint64", "bool"])
+@pytest.mark.reads("integers whose type does not tell their scale", "refused")
 def test_types_that_do_not(kind):
     refused((tone(0.3) * 9_000).astype(kind), kind, "give int16")
 
 
+@pytest.mark.reads("floats far above 1", "refused")
 def test_scales_that_are_not_the_types():
     refused(tone(0.3) * 32_768, "from -1 to 1")
     refused((tone(0.3) * 128).astype(np.float64), "from -1 to 1")
@@ -293,6 +295,10 @@ def test_files_behind_each_other(kind, subtype, rates):
 
 
 @pytest.mark.parametrize("rates", [(16_000, 44_100), (44_100, 22_050), (32_000, 48_000)])
+@pytest.mark.reads(
+    "audio that changes rate or channels midway, or begins again",
+    "each part by its own rate",
+)
 def test_mp3_whose_rate_changes(rates):
     parts = [
         file_of(np.stack([tone(1, rate)] * channels, 1), rate, "MP3")
@@ -343,6 +349,10 @@ def flac_that_claims(samples: int) -> bytes:
 
 
 @pytest.mark.parametrize("claim", [0, 2**36 - 1, 2**33 + 5])
+@pytest.mark.reads(
+    "lengths that were never written, or are absurd (FLAC from a pipe)",
+    "what is there is read",
+)
 def test_flac_of_unknown_length(claim):
     assert np.allclose(load_audio(flac_that_claims(claim)), tone(1), atol=1e-4)
 
@@ -377,6 +387,7 @@ def test_wav_of_unknown_length(riff, data):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "RF64", "CAF", "W64"])
+@pytest.mark.reads("wav, aiff, au, caf, w64 that are cut short", "refused")
 def test_files_cut_short(kind):
     whole = file_of(tone(1), 16_000, kind, "PCM_16")
     assert np.allclose(load_audio(whole), tone(1), atol=1e-4)
@@ -429,6 +440,7 @@ def test_files_of_pipes_state_no_length(tmp_path, kind, codec):
         ("a.flv", "mp3"),
     ],
 )
+@pytest.mark.reads("mkv, webm, mp4, mov, avi, asf, flv that are cut short", "refused")
 def test_containers_cut_short(tmp_path, name, codec):
     content = container(tmp_path / name, codec, [(0, tone(1, 48_000))], 48_000).read_bytes()
     for kept in (0.4, 0.8):
@@ -534,6 +546,7 @@ HOLES = [(0.25, silence(0.5)), (1.5, silence(0.5)), (3.0, beep(1, 0.6))]
     ("name", "codec"),
     [("a.mkv", "flac"), ("a.webm", "libopus"), ("a.mp4", "aac"), ("a.mkv", "pcm_s16le")],
 )
+@pytest.mark.reads("sound track with holes", "silence between")
 def test_samples_go_to_their_times(tmp_path, name, codec, pieces, at):
     path = container(tmp_path / name, codec, pieces, 48_000)
     wave = track(path, 0.0)

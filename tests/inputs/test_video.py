@@ -101,6 +101,10 @@ MATRICES = {
 
 
 @pytest.mark.parametrize(("matrix", "expected"), MATRICES.items())
+@pytest.mark.reads(
+    "video that is mirrored or rotated",
+    "upright in all eight orientations, as ffmpeg shows it",
+)
 def test_all_eight_orientations(matrix, expected):
     frames = load_video(
         displayed(film([0, 250, 500, 750]), *matrix), MEDIA, with_audio=False
@@ -162,6 +166,10 @@ def test_rate_of_the_frames_themselves(times, last, header, expected):
     assert true_rate(times, last, header) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.reads(
+    "video of a variable frame rate, or of a wrong rate in its header",
+    "frames by their real times",
+)
 def test_slow_films_of_a_fast_header():
     """20 frames, one each 400 ms, in a file that says 30 a second: 8 s make 16 frames."""
     clip = load_video(film([400 * i for i in range(20)], kind="mkv"), MEDIA, with_audio=False)
@@ -169,6 +177,10 @@ def test_slow_films_of_a_fast_header():
     assert float(clip.seconds[-1]) == pytest.approx(7.6, abs=2e-3)
 
 
+@pytest.mark.reads(
+    "video that begins again midway, with another size and earlier times",
+    "the parts follow each other, at the size of the first",
+)
 def test_films_that_begin_anew():
     """Two recordings in one transport stream, the second one of another size and earlier times: 3 s
     and 2 s.
@@ -261,6 +273,7 @@ def test_films_that_begin_anew_with_their_sound(tmp_path, start):
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
+@pytest.mark.reads("several tracks, covers", "the tracks that ffmpeg takes")
 def test_the_tracks_that_ffmpeg_takes(tmp_path, kind):
     """A cover lies before the moving picture, and the default track behind another one."""
     path = tmp_path / f"a.{kind}"
@@ -348,6 +361,10 @@ def test_parts_of_a_film_with_their_sound():
     assert int((clip.wave.abs() > 0.05).float().argmax()) == pytest.approx(8_000, abs=30)
 
 
+@pytest.mark.reads(
+    "sound track that begins before or behind the video",
+    "each sample at its own time after the first frame",
+)
 def test_sound_belongs_to_the_first_picture():
     """Pictures begin 1.5 s after the sound: what was heard before is dropped."""
     content = film([1_500 + 250 * i for i in range(8)], kind="mkv", tone_from=2.0, seconds=3.5)
@@ -400,6 +417,10 @@ def test_huge_frames_are_not_decoded():
         load_video(stream.getvalue(), MEDIA, with_audio=False)
 
 
+@pytest.mark.reads(
+    "video that needs more tokens than the context holds",
+    "refused before it is decoded",
+)
 def test_long_films_are_refused_by_their_packets(monkeypatch):
     monkeypatch.setattr("minomni.inputs.video._times", None)
     with pytest.raises(
@@ -429,6 +450,10 @@ def test_long_films_without_times_are_refused_by_their_packets(monkeypatch, fram
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "ts"])
+@pytest.mark.reads(
+    "video of more than 500 billion pixels, above two hours of 1920 x 1080",
+    "refused before it is decoded",
+)
 def test_films_of_too_many_pixels_are_refused_before_they_are_decoded(kind, monkeypatch):
     monkeypatch.setattr("minomni.inputs.video.MAX_FILM_PIXELS", 11 * 64 * 96 - 1)
     monkeypatch.setattr("minomni.inputs.video._times", None)
@@ -463,6 +488,7 @@ def test_frames_larger_than_the_header_says_are_refused_at_once(monkeypatch):
         ("libx264", "yuv420p10le", 96 * 64 * 3 * 2),  # its decoder holds twice as many
     ],
 )
+@pytest.mark.reads("frames of more than 100 MB, of h264 50 MB", "refused before they are decoded")
 def test_frames_that_would_fill_the_memory_are_refused(codec, pixels, bytes_each, monkeypatch):
     stream = io.BytesIO()
     with av.open(stream, "w", format="matroska") as container:

@@ -628,6 +628,10 @@ ROWS = [line("say é [a] {b}", 'a "circle"'), LAYOUTS["alpaca"][0], line("c", "a
         "utf-16 pretty objects",
     ],
 )
+@pytest.mark.reads(
+    "training data as one object a line, spread over lines, an array, in UTF-16",
+    "read",
+)
 def test_files_of_rows(kind, tmp_path, omni):
     plain = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     pretty = [json.dumps(row, indent="\t", ensure_ascii=False) for row in ROWS]
