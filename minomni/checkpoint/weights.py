@@ -142,10 +142,11 @@ def load(
         plan = replace(plan, dtype=FP32)
     check_plan(folder, omni, stored, plan, options.quantization)
     fill_model(omni, files, plan)
-    if is_emulated(plan.dtype, plan.device):
-        multiply_in_fp32(omni, plan.methods)
-        if options.quantization is None:
-            tell_emulated(plan.dtype)
+    for dtype in {plan.dtype, plan.dit_dtype}:
+        if is_emulated(dtype, plan.device):
+            multiply_in_fp32(omni, plan.methods)
+    if is_emulated(plan.dtype, plan.device) and options.quantization is None:
+        tell_emulated(plan.dtype)
     omni.quantized = quantize
     add_voices_and_tokenizer(omni, folder, plan.device)
     omni.loaded_from = folder.absolute()

@@ -92,6 +92,16 @@ def test_a_precision_that_is_named_is_kept(in_bf16, in_hardware, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_dit_in_bf16_multiplies_many_rows_in_fp32(in_bf16, in_hardware):
+    in_hardware(False)
+    omni = minomni.load(in_bf16, dit_dtype="bf16")
+    assert precisions(omni) == {torch.float32}
+    dit = omni.token2wav.code2wav_dit_model
+    assert wide_layers(dit) == wide_layers(omni) > 10
+    in_hardware(True)
+    assert wide_layers(minomni.load(in_bf16, dit_dtype="bf16")) == 0
+
+
 def test_saving_gives_the_stored_precision_again(in_bf16, in_hardware, tmp_path):
     in_hardware(False)
     saving.save(minomni.load(in_bf16), tmp_path / "again")
