@@ -354,7 +354,7 @@ def explore(
         plots[0].figure.suptitle(fixed, x=0.01, ha="left", fontsize=8, color=COLORS["text"])
     has_more = len(ranges) > 1 or bool(slide)
     if has_more and is_interactive():
-        _controls(draw, size, ranges, slide or {})
+        _controls(draw, size, unit, ranges, slide or {})
 
 
 def is_interactive() -> bool:
@@ -370,14 +370,21 @@ def is_interactive() -> bool:
 
 
 def _controls(
-    draw: Callable, size: float, ranges: Mapping[str, Sequence], slide: Mapping[str, Sequence]
+    draw: Callable,
+    size: float,
+    unit: str,
+    ranges: Mapping[str, Sequence],
+    slide: Mapping[str, Sequence],
 ) -> None:
     """Buttons or a slider for each setting; draw is called whenever one changes."""
     import ipywidgets
     import matplotlib.pyplot as plt
 
     def redraw(**settings):
-        draw(axes(width=7, height=1.2 * size), **settings)
+        ax = axes(width=7, height=1.2 * size)
+        draw(ax, **settings)
+        chosen = ", ".join(f"{name} = {value}{unit}" for name, value in settings.items())
+        ax.set_title(ax.get_title() or chosen, fontsize=9)
         plt.show()
 
     controls = {}
@@ -629,14 +636,19 @@ def shared_heads(queries: int, shared: int):
 
 
 def _svg(width: int, height: int, parts: list[str]):
+    """A diagram. JupyterLab shows its text in its place until the reader has run the cell."""
     from IPython.display import SVG
+
+    class Diagram(SVG):
+        def __repr__(self):
+            return "(a diagram: run this cell to see it)"
 
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
     head += f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
     tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
     tip += f'orient="auto"><path d="M0 0 8 4 0 8z" fill="{INK}"/></marker>'
     page = f'<rect width="{width}" height="{height}" fill="white"/>'
-    return SVG("".join([head, f"<defs>{tip}</defs>", page, *parts, "</svg>"]))
+    return Diagram("".join([head, f"<defs>{tip}</defs>", page, *parts, "</svg>"]))
 
 
 def _arrow(begin: tuple[float, float], end: tuple[float, float]) -> str:

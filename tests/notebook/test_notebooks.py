@@ -49,6 +49,7 @@ LOOSEST = 0.02  # the largest tolerance of a proof
 LONGEST_S = 180  # seconds of one notebook, by its header
 ALL_S = 2 * 12 * 60  # seconds of all notebooks: twelve minutes on two cores
 SHOWN_LINES, SHOWN_COLUMNS = 25, 88  # of source at a time
+PRINTED_COLUMNS = 108
 SHORT = ("00", "01", "02", "03", "04", "05", "06", "07")
 SHORT_CELLS, SHORT_LINES, SHORT_WORDS = 35, 300, 2500
 BYTES, CODE_CELLS, CODE_LINES, CELL_LINES, COLUMNS = 600_000, range(20, 46), 460, 25, 100
@@ -126,6 +127,14 @@ def test_the_text_is_short(notebook):
     text = re.sub(r"<details>.*?</details>", "", "\n".join(texts), flags=re.DOTALL)
     words = re.sub(r"\]\([^)]*\)", "]", text).split()  # without the addresses of links
     assert len(words) <= SHORT_WORDS
+
+
+def test_tables_are_no_wider_than_a_page(notebook):
+    """JupyterLab wraps a line of more characters, beside its list of files at 1300 pixels."""
+    printed = [output.get("text", "") for cell in notebook.codes for output in cell.outputs]
+    lines = [line for text in printed for line in text.splitlines()]
+    columns = [line for line in lines if "  " in line.strip()]  # and no running text
+    assert [line for line in columns if len(line) > PRINTED_COLUMNS] == []
 
 
 def test_sections_in_order(notebook):
@@ -498,7 +507,9 @@ def controls(monkeypatch):
     """What explore() hands to its buttons and sliders."""
     plt.switch_backend("agg")
     handed = []
-    monkeypatch.setattr(viz, "_controls", lambda draw, size, *settings: handed.append(settings))
+    monkeypatch.setattr(
+        viz, "_controls", lambda draw, size, unit, *settings: handed.append(settings)
+    )
     yield handed
     plt.close("all")
 
@@ -526,6 +537,18 @@ def test_explore_draws_every_setting_and_adds_controls_only_for_a_reader(control
     assert controls == [({"a": (1, 2)}, {"a": range(9)}), ({"a": (1,), "b": (2, 3)}, {})]
 
 
+def test_a_figure_that_follows_a_control_says_at_which_setting_it_is(monkeypatch):
+    plt.switch_backend("agg")
+    titles = []
+    monkeypatch.setattr(plt, "show", lambda: titles.append(plt.gca().get_title()))
+    monkeypatch.setattr("ipywidgets.interact", lambda redraw, **controls: redraw(a=3, b=0.5))
+    ranges = {"a": (1, 3), "b": (0.5,)}
+    viz._controls(lambda ax, **settings: None, 2, " s", ranges, {})
+    viz._controls(lambda ax, **settings: ax.set_title("its own"), 2, " s", ranges, {})
+    assert titles == ["a = 3 s, b = 0.5 s", "its own"]
+    plt.close("all")
+
+
 def test_categories_have_buttons_and_ordered_quantities_sliders():
     buttons = viz._buttons(("Anna", "Karl"), "Karl")
     assert type(buttons).__name__ == "ToggleButtons"
@@ -539,6 +562,11 @@ def test_the_order_of_patches_is_drawn_cell_by_cell():
     numbers = re.findall(r">(\d+)</text>", viz.cell_order().data)
     assert list(map(int, numbers[:16])) == list(range(16))
     assert list(map(int, numbers[16:])) == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+
+
+def test_a_diagram_that_may_not_be_shown_says_how_to_see_it():
+    """JupyterLab shows no SVG of a notebook that its reader has not run."""
+    assert repr(viz.flow("mel", "encoder", "tokens")) == "(a diagram: run this cell to see it)"
 
 
 def test_a_mel_is_labeled_in_hz(controls):
