@@ -90,7 +90,7 @@ PROSE = {
     "swings": "cycles",
     "walls": "mask",
 }
-CHAPTERS_IN_STANDARD_WORDS = [f"{number:02}" for number in range(16)]  # of the notebooks
+CHAPTERS_IN_STANDARD_WORDS = [f"{number:02}" for number in range(17)]  # of the notebooks
 # Terms of the field, other programs, and seeds, whose random numbers depend on their text.
 ALLOWED = re.compile(
     r"teacher[ _-]forc\w+|ms-swift|-ears-|-eyes-|finite scalar quantization", re.IGNORECASE

@@ -5,38 +5,11 @@ notebook.
 import contextlib
 import io
 import json
-import math
-
-import torch
 
 import minomni
 from minomni.data import jsonl
 from minomni.train import finetune
 from minomni.train.loop import Recipe, train
-
-
-def my_rate(step, peak, warmup, steps):
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
-    floor = peak / 20
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def my_adamw(weight, gradient, mean, square, t, rate, decay):
-    mean = 0.9 * mean + 0.1 * gradient
-    square = 0.98 * square + 0.02 * gradient**2
-    unbiased = mean / (1 - 0.9**t)
-    size = (square / (1 - 0.98**t)).sqrt()
-    return weight * (1 - rate * decay) - rate * unbiased / (size + 1e-8), mean, square
-
-
-def my_direction(gradient):
-    unit = gradient / gradient.norm()
-    left, values, right = torch.linalg.svd(unit, full_matrices=False)
-    for _ in range(5):
-        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
-    return 0.2 * max(gradient.shape) ** 0.5 * (left * values) @ right
 
 
 def my_targets(turns):

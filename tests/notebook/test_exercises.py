@@ -313,6 +313,22 @@ def orthogonalized(g, norm: bool = True, rounds: int = 5, exact: bool = False, s
     return 0.2 * size(g.shape) ** 0.5 * (u * s @ vh)
 
 
+def clipped(gradients, limit, always: bool = False, root: bool = True) -> list[torch.Tensor]:
+    """Gradients scaled to a common norm; each switch does one thing wrong."""
+    norm = sum(g.square().sum() for g in gradients) ** (0.5 if root else 1)
+    factor = limit / (norm + 1e-6)
+    return [g * (factor if always else min(1.0, factor)) for g in gradients]
+
+
+def iterated(g, norm: bool = True, rounds: int = 5, cubed: bool = True) -> torch.Tensor:
+    """The Newton-Schulz iteration; each switch does one thing wrong."""
+    x = g / g.norm() if norm else g
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.775 * gram @ (x if cubed else g) + 2.0315 * gram @ gram @ x
+    return x
+
+
 def cross_entropies(parts, fill: int = -100) -> torch.Tensor:
     """The cross-entropy of each target that counts; -100 can be replaced by another id."""
     logits = torch.cat([x for x, _ in parts])
@@ -1033,30 +1049,6 @@ BUGS = {
         ],
     },
     "13": {
-        "my_rate": [
-            lambda i, top, w, n: rate_of(i, top, w, n, first=0),
-            lambda i, top, w, n: rate_of(i, top, w, n, floor=0),
-            lambda i, top, w, n: rate_of(i, top, 0, n) if i >= w else rate_of(i, top, w, n),
-            lambda i, top, w, n: rate_of(i, top, w, n, turns=2),
-            lambda i, top, w, n: min(top * (i + 1) / w, top),
-        ],
-        "my_adamw": [
-            lambda *x: adamw_step(*x, unbiased=False),
-            lambda *x: adamw_step(*x, coupled=True),
-            lambda *x: adamw_step(*x, root=False),
-            lambda *x: adamw_step(*x, decays=False),
-            lambda *x: adamw_step(*x)[0],
-            lambda w, g, m, v, t, *x: adamw_step(w, g, m, v, t + 1, *x),
-            lambda w, g, m, v, *x: (adamw_step(w, g, m, v, *x)[0], m, v),
-        ],
-        "my_direction": [
-            lambda g: orthogonalized(g, norm=False),
-            lambda g: orthogonalized(g, rounds=1),
-            lambda g: orthogonalized(g, exact=True),
-            lambda g: orthogonalized(g, size=min),
-            lambda g: orthogonalized(g) / 0.2,
-            lambda g: orthogonalized(g).T,
-        ],
         "my_targets": [
             lambda turns: [i for p, a in turns for i in [-100] * len(p) + a],
             lambda turns: [
@@ -1176,6 +1168,46 @@ BUGS = {
             lambda n, b, w, g, t: max(b * n / 8 / g / 1e6, n * w / t / 1e9),
             lambda n, b, w, g, t: min(b * n / 8 / g / 1e6, 2 * n * w / t / 1e9),
             lambda n, b, w, g, t: max(2 * n / g / 1e6, 2 * n * w / t / 1e9),
+        ],
+    },
+    "16": {
+        "my_rate": [
+            lambda i, top, w, n: rate_of(i, top, w, n, first=0),
+            lambda i, top, w, n: rate_of(i, top, w, n, floor=0),
+            lambda i, top, w, n: rate_of(i, top, 0, n) if i >= w else rate_of(i, top, w, n),
+            lambda i, top, w, n: rate_of(i, top, w, n, turns=2),
+            lambda i, top, w, n: min(top * (i + 1) / w, top),
+        ],
+        "my_adamw": [
+            lambda *x: adamw_step(*x, unbiased=False),
+            lambda *x: adamw_step(*x, coupled=True),
+            lambda *x: adamw_step(*x, root=False),
+            lambda *x: adamw_step(*x, decays=False),
+            lambda *x: adamw_step(*x)[0],
+            lambda w, g, m, v, t, *x: adamw_step(w, g, m, v, t + 1, *x),
+            lambda w, g, m, v, *x: (adamw_step(w, g, m, v, *x)[0], m, v),
+        ],
+        "my_direction": [
+            lambda g: orthogonalized(g, norm=False),
+            lambda g: orthogonalized(g, rounds=1),
+            lambda g: orthogonalized(g, exact=True),
+            lambda g: orthogonalized(g, size=min),
+            lambda g: orthogonalized(g) / 0.2,
+            lambda g: orthogonalized(g).T,
+        ],
+        "my_clip": [
+            lambda gs, c: [clipped([g], c)[0] for g in gs],
+            lambda gs, c: clipped(gs, c, always=True),
+            lambda gs, c: clipped(gs, c, root=False),
+            lambda gs, c: [g.clamp(-c, c) for g in gs],
+            lambda gs, c: clipped(gs, 1.0),
+        ],
+        "my_iteration": [
+            lambda g: iterated(g, norm=False),
+            lambda g: iterated(g, rounds=4),
+            lambda g: iterated(g, cubed=False),
+            lambda g: iterated(g) * 0.2 * max(g.shape) ** 0.5,
+            lambda g: torch.linalg.svd(g, full_matrices=False)[0],
         ],
     },
 }

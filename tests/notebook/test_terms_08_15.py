@@ -1,4 +1,4 @@
-"""The standard terms of the field that each of the chapters 08 to 15 must contain."""
+"""The standard terms of the field that each of the chapters 08 to 16 must contain."""
 
 from pathlib import Path
 
@@ -113,15 +113,7 @@ TERMS = {
     ),
     "13": (
         "learning rate",
-        "linear warmup",
-        "cosine decay",
-        "AdamW",
-        "weight decay",
-        "Muon",
-        "Newton-Schulz",
-        "Nesterov momentum",
         "gradient accumulation",
-        "gradient clipping",
         "teacher forcing",
         "cross-entropy",
         "held out",
@@ -130,7 +122,6 @@ TERMS = {
         "early stopping",
         "by speaker",
         "rehearsal",
-        "orthogonalized",
         "critical path",
         "leakage",
         "overfits",
@@ -178,6 +169,21 @@ TERMS = {
         "learning rate",
         "over-optimization",
         "reward hacking",
+    ),
+    "16": (
+        "learning rate",
+        "linear warmup",
+        "cosine decay",
+        "AdamW",
+        "weight decay",
+        "L2 regularization",
+        "SGD",
+        "Muon",
+        "Newton-Schulz",
+        "Nesterov momentum",
+        "gradient clipping",
+        "orthogonalized",
+        "singular value",
     ),
 }
 
