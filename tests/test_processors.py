@@ -18,12 +18,15 @@ ROOT = Path(__file__).parents[1]
 MODEL = (
     "tests/test_layers.py",
     "tests/test_parity.py",
-    "tests/chat/test_session.py",
+    "tests/test_sampling.py",
+    "tests/chat",
+    "tests/checkpoint/test_wide_products.py",
+    "tests/inputs/test_audio.py",
     "tests/inputs/test_mel.py",
     "tests/inputs/test_patches.py",
     "tests/talker",
-    "tests/token2wav/test_streaming.py",
-    "tests/token2wav/test_token2wav.py",
+    "tests/thinker",
+    "tests/token2wav",
     "-m",
     "not slow",
 )
