@@ -18,7 +18,7 @@ STFT_SIZES = (128, 256, 512, 1024)  # samples
 
 def mean(values: Tensor) -> Tensor:
     """Mean of values of any shape, over all processes."""
-    return ratio(values.sum(), torch.tensor(values.numel()))
+    return ratio(precise(values).sum(), torch.full((), values.numel(), device=values.device))
 
 
 def ratio(total: Tensor, count: Tensor) -> Tensor:
