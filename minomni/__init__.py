@@ -37,15 +37,15 @@ def load(
     "tiny" is the model in the runs folder, or else the one that ships with the project. A folder of
     that name counts only if it holds a config.json. device: cpu, cuda, mps or auto. dtype: of
     Thinker and Talker, a torch.dtype or its name ("bfloat16", "bf16", "torch.bfloat16" ...); None
-    or "auto" is the dtype of a folder, or fp32 on a CPU that multiplies that in software and has
-    the memory, and fp32 for a size. quantize: "int8" or "int4" keeps
-    the linear layers of Thinker and Talker in that many bits, with "+head" and "+encoders" also
-    those, in int8 ("int4+head+encoders"); the rest of both is bf16 unless dtype says otherwise.
-    parts: "text" loads the text decoder alone, and "+audio", "+vision" and "+speech" what they name
-    as well ("text+audio+speech"); the rest is never read. encoders_on_host: keep the encoders in
-    the host's memory and copy them to the device whenever they run. dit_dtype: "bf16" halves the
-    memory of the DiT on a GPU; it is fp32 otherwise. Raises UserError naming what is missing,
-    broken or of the wrong type.
+    or "auto" is the dtype of a folder, or fp32 on a CPU that emulates that, where fp32 fits in
+    memory; and fp32 for a size. quantize: "int8" or "int4" keeps the linear layers of Thinker and
+    Talker in that many bits, with "+head" and "+encoders" also those, in int8
+    ("int4+head+encoders"); the rest of both is bf16 unless dtype says otherwise. parts: "text"
+    loads the text decoder alone, and "+audio", "+vision" and "+speech" what they name as well
+    ("text+audio+speech"); the rest is never read. encoders_on_host: keep the encoders in the host's
+    memory and copy them to the device whenever they run. dit_dtype: "bf16" halves the memory of the
+    DiT on a GPU; it is fp32 otherwise. Raises UserError naming what is missing, broken or of the
+    wrong type.
     """
     import torch
 

@@ -271,11 +271,11 @@ def five_shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Tensors in shards, as large in proportion as the release's five."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     shard_bytes = SHARD_BYTES * total // RELEASE_BYTES
-    shards = plan_shards(tensors, shard_bytes)
+    shards = plan_shards(tensors, shard_bytes, {})
     # A narrow model has tensors that fill more of a shard.
     while len(shards) > RELEASE_SHARDS:
         shard_bytes += shard_bytes // 20 + 1
-        shards = plan_shards(tensors, shard_bytes)
+        shards = plan_shards(tensors, shard_bytes, {})
     return shards
 
 

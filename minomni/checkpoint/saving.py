@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ OTHER_WEIGHTS = (
 def save(omni: Omni, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model, its voices and its tokenizer as a folder that load() and transformers read.
 
-    Tensors keep their precision; files of Thinker, Talker and Token2Wav hold at most shard_bytes
+    Tensors keep their precision, or get that of the folder where load() chose fp32 in its place
+    (omni.stored_dtype); files of Thinker, Talker and Token2Wav hold at most shard_bytes
     each. The codec goes into the subfolder codec/, because other programs do not know it. Other
     files of the folder that the model was loaded from (README, license, tokenizer.json, images) are
     kept.
@@ -271,14 +273,17 @@ def write_model(omni: Omni, folder: Path, shard_bytes: int) -> None:
     # Tensors: the codec's apart, since other programs read all tensors of the folder above.
     tensors: dict[str, Tensor] = {}
     codec: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}  # where they are not those in memory
     for name, tensor in omni.stored_tensors().items():
         part = codec if name.startswith("codec.") else tensors
-        part[name] = tensor if omni.stored_dtype is None else tensor.to(precision_of(name, dtype))
+        part[name] = tensor
+        if omni.stored_dtype is not None:
+            dtypes[name] = precision_of(name, omni.stored_dtype)
     if config.token2wav is not None:
         dit = config.token2wav.dit
         cpu = torch.device("cpu")
         tensors[DIT_INV_FREQ] = rotary_frequencies(dit.head_dim, dit.rope_theta, cpu)
-    write_tensors(tensors, folder, shard_bytes)
+    write_tensors(tensors, folder, shard_bytes, dtypes)
     if config.codec is not None:
         write_file(codec, folder / CODEC_FOLDER / WEIGHTS_FILE)
 
@@ -336,47 +341,71 @@ def holds_tokenizer(source: Path, tokenizer: Tokenizer) -> bool:
     return stored.merges == tokenizer.merges and stored.special_tokens == tokenizer.special_tokens
 
 
-def plan_shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    """Tensors in order, in shards of at most shard_bytes. A larger tensor is alone in its shard."""
+def plan_shards(
+    tensors: dict[str, Tensor], shard_bytes: int, dtypes: Mapping[str, torch.dtype]
+) -> list[dict[str, Tensor]]:
+    """Tensors in order, in shards of at most shard_bytes. A larger tensor is alone in its shard.
+
+    dtypes: in which tensors are written, where it is another one than theirs.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
+        size = written_bytes(tensor, dtypes.get(name))
+        if size > room and shards[-1]:
             shards.append({})
             room = shard_bytes
         shards[-1][name] = tensor
-        room -= tensor.nbytes
+        room -= size
     return shards
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+def written_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes of a tensor in a file, in its own dtype or another one."""
+    return tensor.numel() * (dtype or tensor.dtype).itemsize
+
+
+def write_tensors(
+    tensors: dict[str, Tensor],
+    folder: Path,
+    shard_bytes: int,
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
     """Write tensors in order into files of at most shard_bytes, and an index where there are many.
 
-    A tensor that is larger gets a file of its own.
+    A tensor that is larger gets a file of its own. dtypes: as in plan_shards().
     """
-    shards = plan_shards(tensors, shard_bytes)
+    shards = plan_shards(tensors, shard_bytes, dtypes)
     if len(shards) == 1:
-        write_file(shards[0], folder / WEIGHTS_FILE)
+        write_file(shards[0], folder / WEIGHTS_FILE, dtypes)
         return
 
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        write_file(shard, folder / file_name)
+        write_file(shard, folder / file_name, dtypes)
         weight_map.update(dict.fromkeys(shard, file_name))
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    total_size = sum(written_bytes(tensor, dtypes.get(key)) for key, tensor in tensors.items())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     write_json(folder / INDEX_FILE, index)
 
 
-def write_file(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write one safetensors file beside its config.json; it is on the disk when this returns."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, file, {"format": "pt"})
+def write_file(
+    tensors: dict[str, Tensor], file: Path, dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Write one safetensors file beside its config.json; it is on the disk when this returns.
+
+    dtypes: as in plan_shards().
+    """
+    written = {}
+    for name, tensor in tensors.items():
+        dtype = (dtypes or {}).get(name, tensor.dtype)
+        written[name] = tensor.detach().to("cpu", dtype).contiguous()
+    save_file(written, file, {"format": "pt"})
     # safetensors makes files that only their owner may read.
     shutil.copymode(file.with_name("config.json"), file)
-    with open(file, "rb+") as written:
-        os.fsync(written.fileno())
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def load(
         if is_emulated(dtype, plan.device):
             multiply_in_fp32(omni, plan.methods)
     if is_emulated(plan.dtype, plan.device) and options.quantization is None:
-        tell_emulated(plan.dtype)
+        tell_emulated(plan.dtype, is_asked_for=options.dtype is not None)
     omni.quantized = quantize
     add_voices_and_tokenizer(omni, folder, plan.device)
     omni.loaded_from = folder.absolute()
@@ -316,6 +316,8 @@ def has_room_for_fp32(omni: Omni, stored: dict[str, TensorInfo], plan: LoadPlan)
     free = free_bytes(plan.device)
     mapped = mapped_tensors(stored, plan.packed)
     needed = needed_bytes(omni.stored_tensors(), FP32, None, mapped)
+    # Each process that torchrun has started here loads the weights.
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return free is None or needed <= MAX_SHARE * free
 
 
@@ -444,12 +446,13 @@ def read_shard(
                 continue
             dtype = precision_of(name, plan.dtype, plan.dit_dtype)
             device = plan.device_of(name)
+            # As stored first, so that the weights are the same on every processor.
+            as_stored = precision_of(name, omni.stored_dtype or plan.dtype, plan.dit_dtype)
             if name in plan.packed:
-                # As stored first, so that the weights are the same on every processor.
-                tensor = plan.packed[name].read(device, omni.stored_dtype or dtype).to(dtype)
+                tensor = plan.packed[name].read(device, as_stored).to(dtype)
             else:
                 key = name if name in stored else name.removeprefix("thinker.")
-                tensor = own(stored[key].to(device, dtype))
+                tensor = own(stored[key].to(device, as_stored).to(dtype))
             if name in plan.methods:
                 tensor = quantize_tensor(tensor, plan.methods[name])
             tensors[name] = tensor

@@ -46,11 +46,15 @@ def multiply_in_fp32(omni: Omni, methods: dict[str, str]) -> None:
 
 
 @cache  # once in a process
-def tell_emulated(dtype: torch.dtype) -> None:
-    """Print that a model computes in a precision that the CPU emulates, and what else there is."""
+def tell_emulated(dtype: torch.dtype, is_asked_for: bool) -> None:
+    """Print that a model computes in a precision that the CPU emulates, and what else there is.
+
+    is_asked_for: whether the caller has named the precision; otherwise fp32 did not fit.
+    """
     name = str(dtype).removeprefix("torch.")
+    advice = "leave out dtype=" if is_asked_for else "free some memory, or --quantize int4"
     print(
         f"minomni: this CPU has no instructions for {name}, so the model answers more slowly than "
-        f"in fp32; with the memory for it give dtype=fp32, else quantize=int4 (--quantize int4)",
+        f"in fp32, which {'is the default' if is_asked_for else 'does not fit'}; {advice}",
         file=sys.stderr,
     )

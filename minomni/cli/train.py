@@ -184,6 +184,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
     recipes.recipe_of(arguments.stage or first_stage, arguments.size)
     settings = recipes.budget_settings(arguments.budget, arguments.size)
     settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
+    noted = {} if arguments.fresh else run_settings.read_settings(home)
+    pipeline.check_batches(arguments.size, noted | settings, arguments.stage)
     with processes.first_goes_first():
         if processes.is_first():
             pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)

@@ -22,6 +22,8 @@ def batched(items: list[Item], size: int) -> list[list[Item]]:
 
 def equally_batched(items: list[Item], size: int) -> list[list[Item]]:
     """Consecutive parts of a list, at most `size` items each, whose lengths differ by at most 1."""
+    if not items:
+        return []
     parts = ceil(len(items) / size)
     borders = [len(items) * part // parts for part in range(parts + 1)]
     return [items[begin:end] for begin, end in pairwise(borders)]

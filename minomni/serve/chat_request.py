@@ -96,7 +96,7 @@ NEUTRAL_TRANSCRIPTION: dict[str, tuple] = {
 }
 FORM_BOOLS = {"true": True, "1": True, "false": False, "0": False, "": False}
 TEXT_ITEMS = ("text", "input_text", "output_text")
-# Types of content items of media, under whose names their sources stand: OpenAI's and Qwen's.
+# Types of media items, OpenAI's and Qwen's. The source stands under the same name.
 MEDIA_ITEMS = {
     "image_url": "image",
     "video_url": "video",
@@ -414,7 +414,7 @@ def check_options(kind: str, given: dict, param: str) -> None:
     try:
         options_of(kind, given)
     except UserError as error:
-        raise bad_request(str(error), param) from None
+        raise bad_request(f"{param}: {error}", param) from None
 
 
 def data_uri(item: dict, kind: str, options: Collection[str] = ()) -> str:

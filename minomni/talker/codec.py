@@ -30,7 +30,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz"  # CTC class i + 1; class 0 is blank
 def letters_to_ids(text: str) -> Tensor:
     """Lower-case text -> CTC classes [letters]. Raises KeyError for a character outside LETTERS."""
     index = {letter: i + 1 for i, letter in enumerate(LETTERS)}
-    return torch.tensor([index[letter] for letter in text])
+    return torch.tensor([index[letter] for letter in text], dtype=torch.long)
 
 
 def ids_to_letters(classes: Tensor) -> str:

@@ -45,12 +45,16 @@ def own_rows(batch: Any) -> Any:
         return tuple(own_rows(part) for part in batch)
     if not isinstance(batch, list) and not (isinstance(batch, Tensor) and batch.dim()):
         return batch
-    if len(batch) < world():
-        raise UserError(
-            f"a batch has {len(batch)} rows, too few for {world()} processes; start fewer, or give "
-            f"the stage larger batches, as in --set chat.batch={world()}"
-        )
+    check_rows(len(batch))
     return batch[rank() :: world()]
+
+
+def check_rows(rows: int) -> None:
+    """Raises UserError for a batch of fewer rows than there are processes."""
+    if rows < world():
+        raise UserError(
+            f"a batch has {rows} rows, too few for {world()} processes; start at most {rows}"
+        )
 
 
 class RowDropout(nn.Module):

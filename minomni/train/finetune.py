@@ -27,6 +27,7 @@ from minomni.checkpoint.lora import (
     check_replaceable,
     save_lora,
 )
+from minomni.checkpoint.memory import precision_of
 from minomni.checkpoint.quantize import plain_parts
 from minomni.data.batching import batched
 from minomni.data.codes import encode_waves
@@ -210,6 +211,7 @@ def finetune(
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device, quantize=options.quantize)
+    processes.require_same({"precisions (free memory decides)": omni.thinker.lm_head.weight.dtype})
     with processes.first_goes_first():
         rows = read_rows(data, run, omni, options.skip_corrupt, options.held_out_speaker)
     names = stage_names(omni, rows, data, options)
@@ -410,9 +412,11 @@ def make_finetune_stage(
 
 
 def weights_hash(omni: "Omni") -> str:
-    """A digest of all weights of a model."""
+    """A digest of all weights of a model, in the precision of their folder."""
     digest = hashlib.sha256()
-    for tensor in omni.state_dict().values():
+    for name, tensor in omni.state_dict().items():
+        if omni.stored_dtype is not None:
+            tensor = tensor.to(precision_of(name, omni.stored_dtype))
         for part in plain_parts(tensor):
             digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

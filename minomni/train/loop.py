@@ -91,7 +91,8 @@ class Stage:
         and the number, on the CPU.
 
         Rows, or a tuple of which each tensor and list has the rows [B, ...]; several processes
-        divide them. All that is random in the losses is drawn here.
+        divide them. All that is random is drawn here, or a seed for each row; dropout is drawn
+        for the whole batch, too (RowDropout in distributed.py).
         """
         raise NotImplementedError
 

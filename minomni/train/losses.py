@@ -121,7 +121,9 @@ def spectral(predicted: Tensor, target: Tensor) -> Tensor:
         predicted_magnitude = stft_magnitude(predicted, fft_size)
         target_magnitude = stft_magnitude(target, fft_size)
         difference = (predicted_magnitude - target_magnitude).square().sum()
-        convergence = ratio(difference, target_magnitude.square().sum()).sqrt()
+        # Of equal waveforms the root would have an infinite gradient.
+        squared = ratio(difference, target_magnitude.square().sum())
+        convergence = squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
         log_l1 = mean((predicted_magnitude.log() - target_magnitude.log()).abs())
         total = total + convergence + log_l1
     return total / len(STFT_SIZES)

@@ -17,7 +17,7 @@ from minomni.train import processes
 from minomni.train.history import elapsed_s, training_command, write_history
 from minomni.train.loop import Stage, run_setup, train
 from minomni.train.measurements import write_summary
-from minomni.train.recipes import recipe_of
+from minomni.train.recipes import Settings, recipe_of
 from minomni.train.run_folder import (
     check_run_config,
     clear_stages_folder,
@@ -60,6 +60,19 @@ def prepare_run(home: Path, resume: bool, fresh: bool, stage: str | None = None)
     if begun and not resume:
         what = f"stage {stage} of an earlier run" if stage else "an earlier run"
         raise UserError(f"{folder} holds {what}; --resume continues it, --fresh deletes it")
+
+
+def check_batches(size: str, settings: Settings, stage: str | None) -> None:
+    """Raises UserError where a batch of the stage, or of any, has fewer rows than there are
+    processes.
+    """
+    for name in [stage] if stage else STAGES:
+        rows = recipe_of(name, size, settings).batch
+        if rows < processes.world():
+            raise UserError(
+                f"stage {name}: a batch has {rows} rows, too few for {processes.world()} "
+                f"processes; start at most {rows}, or --set {name}.batch={processes.world()}"
+            )
 
 
 # ----------------------------------------------------------------------------------------------

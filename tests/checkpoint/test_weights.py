@@ -618,23 +618,28 @@ def test_quantized_folders_are_refused(folder, suffix):
     )
 
 
-def test_mixed_precisions_become_the_most_common_one(folder, omni, monkeypatch):
-    monkeypatch.setattr(weights, "is_emulated", lambda dtype, device: False)
+@pytest.mark.parametrize("emulated", [False, True])
+def test_mixed_precisions_become_the_most_common_one(folder, omni, monkeypatch, emulated):
+    """Where a CPU emulates that one, fp32 holds its values."""
+    monkeypatch.setattr(weights, "is_emulated", lambda dtype, device: emulated)
 
     def change(tensors):
         for name in list(tensors):
-            if not name.startswith("thinker.model.norm"):
-                tensors[name] = tensors[name].bfloat16()
+            is_norm = name.startswith("thinker.model.norm")
+            tensors[name] = tensors[name] + 1e-4 if is_norm else tensors[name].bfloat16()
 
     edit(folder, change)
     for dtype in (None, "auto"):
         model = weights.load(folder, dtype=dtype)
         kinds = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
+        precision = torch.float32 if emulated else torch.bfloat16
         assert kinds == {
-            "thinker": torch.bfloat16,
-            "talker": torch.bfloat16,
+            "thinker": precision,
+            "talker": precision,
             "token2wav": torch.float32,
         }
+        norm = model.thinker.model.norm.weight
+        assert torch.equal(norm, norm.bfloat16().to(precision))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Precisions of 16 bits on a CPU that multiplies only fp32 in hardware."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,16 +11,19 @@ import minomni
 from minomni import devices
 from minomni.checkpoint import saving, weights
 from minomni.checkpoint.wide_products import WideLinear, tell_emulated
+from minomni.train.finetune import weights_hash
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def in_hardware(monkeypatch):
-    """A function that sets whether the processor multiplies bf16."""
+    """A function that sets whether the processor multiplies bf16 and fp16."""
     tell_emulated.cache_clear()
 
     def choose(bf16: bool) -> None:
+        instructions = {"architecture": "x86_64", "avx512_fp16": bf16}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
         monkeypatch.setattr(devices, "has_bf16", lambda device: bf16)
 
     yield choose
@@ -76,7 +81,7 @@ def test_what_does_not_fit_in_fp32_keeps_bf16_and_one_line_tells_it(
     line = capfd.readouterr().err
     assert line.count("\n") == 1
     assert "no instructions for bfloat16" in line
-    assert "quantize=int4" in line
+    assert "does not fit; free some memory, or --quantize int4" in line
     minomni.load(in_bf16)
     assert capfd.readouterr().err == ""  # once in a process
 
@@ -87,7 +92,9 @@ def test_what_does_not_fit_in_fp32_keeps_bf16_and_one_line_tells_it(
 def test_a_precision_that_is_named_is_kept(in_bf16, in_hardware, capfd):
     in_hardware(False)
     assert precisions(minomni.load(in_bf16, dtype="bf16")) == {torch.bfloat16}
-    assert capfd.readouterr().err.count("\n") == 1
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert line.endswith("which is the default; leave out dtype=\n")
     assert precisions(minomni.load(in_bf16, dtype="fp32")) == {torch.float32}
     assert capfd.readouterr().err == ""
 
@@ -165,5 +172,36 @@ def test_which_precisions_a_processor_emulates(in_hardware, monkeypatch, bf16):
     assert not devices.is_emulated(torch.float32, CPU)
     assert not devices.is_emulated(torch.float64, CPU)
     assert not devices.is_emulated(torch.bfloat16, torch.device("cuda"))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": bf16})
     assert devices.is_emulated(torch.float16, CPU) == (not bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64"})
+    assert not devices.is_emulated(torch.float16, CPU)
+
+
+def test_a_run_goes_on_in_another_precision(in_bf16, in_hardware):
+    """The digest of a model is that of its folder, with and without room for fp32."""
+    in_hardware(False)
+    widened = minomni.load(in_bf16)
+    in_hardware(True)
+    assert weights_hash(widened) == weights_hash(minomni.load(in_bf16))
+
+
+def test_each_process_needs_room(in_bf16, in_hardware, monkeypatch):
+    in_hardware(False)
+    omni = minomni.load(in_bf16)
+    widened = [*omni.thinker.parameters(), *omni.talker.parameters()]
+    needed = 4 * sum(tensor.numel() for tensor in widened)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: int(1.5 * needed / weights.MAX_SHARE))
+    assert precisions(minomni.load(in_bf16)) == {torch.float32}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert precisions(minomni.load(in_bf16)) == {torch.bfloat16}
+
+
+def test_saving_converts_one_shard_at_a_time(in_bf16, in_hardware, tmp_path):
+    """Shards are planned by what is written, which has half of the bytes."""
+    in_hardware(False)
+    omni = minomni.load(in_bf16)
+    saving.save(omni, tmp_path / "again", shard_bytes=4_000_000)
+    index = json.loads((tmp_path / "again/model.safetensors.index.json").read_text())
+    sizes = [file.stat().st_size for file in (tmp_path / "again").glob("model-*.safetensors")]
+    assert max(sizes) < 4_100_000
+    assert 0 <= sum(sizes) - index["metadata"]["total_size"] < 500_000

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minomni.config import IGNORE_INDEX
+from minomni.talker.codec import letters_to_ids
 from minomni.train import losses
 
 
@@ -78,3 +79,27 @@ def test_ctc_is_per_letter():
     assert losses.ctc(log_probs, torch.tensor([3]), [torch.tensor([1])]).item() == pytest.approx(
         -log(6 / 8), rel=1e-5
     )
+
+
+def test_a_row_without_labels_does_not_count():
+    log_probs = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    frames = torch.tensor([9, 8, 7])
+    labels = [torch.tensor([1, 2]), torch.tensor([], dtype=torch.long), torch.tensor([3])]
+    found = losses.ctc(log_probs, frames, labels)
+    expected = losses.ctc(log_probs[[0, 2]], frames[[0, 2]], [labels[0], labels[2]])
+    assert found.item() == pytest.approx(expected.item())
+    nothing = losses.ctc(log_probs, frames, [letters_to_ids("")] * 3)
+    assert nothing.item() == 0
+
+
+def test_equal_waveforms_have_a_finite_gradient():
+    wave = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    predicted = wave.clone().requires_grad_()
+    losses.spectral(predicted, wave).backward()
+    assert predicted.grad.isfinite().all()
+
+
+def test_means_of_halves_are_added_in_fp32():
+    values = torch.full((3000,), 1.0).bfloat16()
+    values[0] = 3.0
+    assert losses.mean(values).item() == pytest.approx(3002 / 3000, abs=1e-6)

@@ -102,7 +102,10 @@ def test_a_stage_by_two_processes_is_that_by_one(tmp_path):
 
     # Too few rows.
     few = ["--set", "codec.batch=1", "--home", "few"]
-    assert "a batch has 1 rows, too few for 2 processes" in refused(tmp_path, *command, *few)
+    says = "stage codec: a batch has 1 rows, too few for 2 processes; start at most 1, or --set"
+    assert says in refused(tmp_path, *command, *few)
+    assert says in refused(tmp_path, "train", "tiny", *few)
+    assert not (tmp_path / "few").exists()
 
     # Other sizes, and the checkpoint of another model.
     other = refused(tmp_path, "train", "small", "--stage", "codec", "--home", "two", "--resume")

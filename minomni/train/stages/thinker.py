@@ -40,9 +40,8 @@ class Part:
     dialogues: list[list[Example]]
     inputs: Inputs
     targets: Tensor  # [B, L] the answers; IGNORE_INDEX elsewhere
-    frame_targets: (
-        Tensor | None
-    )  # [B, L]; None where no dialogue of the batch has a clip with audio
+    # [B, L] what is visible at audio tokens; None where the batch has no clip with audio
+    frame_targets: Tensor | None
     seeds: list[int]  # [B]
 
 
