@@ -354,35 +354,43 @@ def _matroska_size(stream: Any) -> tuple[int, bool]:
     return value, value == marker - 1
 
 
-# Seconds that the time has to fall for a new recording to begin, anywhere and to the beginning of
-# the one before. In avi files, single frames are stored out of order.
-FELL_BACK = 1.0
-FELL_TO_BEGIN = 0.1
+# Seconds by which the time has to fall for a new recording to begin.
+FELL_BACK = 1.0  # from any time to any other
+FELL_TO_BEGIN = 0.1  # enough if it falls to the first time of the current recording
+# Frames by which it has to fall, too. In avi files, the times of frames of h264 are in the order of
+# storage, in which a frame lies before the B-frames, up to 16, that are shown before it.
+FELL_BACK_FRAMES = 17
 
 
 class RisingTimes:
     """Repairs the times of one track where a new recording begins midway, as in `cat a.ts b.ts`.
 
-    Its times fall by more than FELL_BACK, or FELL_TO_BEGIN after a recording of less than that; the
-    new recording is appended to the one before.
+    Its times fall by more than FELL_BACK and FELL_BACK_FRAMES, or by more than FELL_TO_BEGIN to the
+    first time of the current recording; the new recording is appended to the one before.
     shifts: seconds to add to the times of each recording, as found for another track of the same
-    file. The tracks stay together with it. None: they are found from the times.
+    file. The tracks stay together with it, and FELL_BACK is enough. None: they are found from the
+    times.
     """
 
     def __init__(self, shifts: Sequence[float] | None = None):
         self.is_known = shifts is not None
         self.shifts = [0.0] if shifts is None else list(shifts)
         self.part = 0  # index of the current recording
-        self.first = inf  # stored time in the current recording
-        self.latest = -inf  # the same
+        self.first = inf  # smallest stored time in the current recording
+        self.latest = -inf  # largest stored time in the current recording
 
     def repair(self, time: float, step: float = 0.0) -> float:
         """A stored time in seconds -> the time since the beginning of the first recording.
 
         step: seconds from the last frame of a recording to the first of the next one.
         """
-        is_at_begin = time <= self.first + step / 2  # frames that are out of order come later
-        if time < self.latest - (FELL_TO_BEGIN if is_at_begin else FELL_BACK):
+        if time <= self.first + step / 2:  # frames that are out of order come later
+            fall = FELL_TO_BEGIN
+        elif self.is_known:  # a track of audio, which is in order
+            fall = FELL_BACK
+        else:
+            fall = max(FELL_BACK, FELL_BACK_FRAMES * step)
+        if time < self.latest - fall:
             if not self.is_known:
                 self.shifts.append(self.shifts[-1] + self.latest + step - time)
             # Another track began anew less often: what it cannot place overlaps, and is dropped.

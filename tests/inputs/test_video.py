@@ -20,7 +20,7 @@ from minomni.errors import UserError
 from minomni.inputs.containers import RisingTimes
 from minomni.inputs.media import Clip, load_audio, load_video, sample_indices
 from minomni.inputs.options import MediaOptions
-from minomni.inputs.video import frame_range, true_rate, upright
+from minomni.inputs.video import _times, frame_range, true_rate, upright
 
 MEDIA = TINY.media
 ONE = 1 << 16  # of a display matrix
@@ -205,9 +205,8 @@ def test_short_films_that_begin_anew(milliseconds, count):
     assert float(clip.seconds[-1]) == pytest.approx(0.1 * (number - 1), abs=0.15)
 
 
-@pytest.mark.parametrize(
-    ("fps", "b_frames"), [(5, 0), (5, 3), (10, 3), (25, 3), (25, 16), (60, 7), (60, 16)]
-)
+@pytest.mark.parametrize("fps", [0.2, 1, 2, 5, 10, 25, 60])
+@pytest.mark.parametrize("b_frames", [0, 1, 3, 7, 16])
 def test_frames_out_of_order_do_not_begin_anew(fps, b_frames):
     """As avi files store them: each group of b frames behind the one that follows it."""
     rising = RisingTimes()
@@ -218,6 +217,39 @@ def test_frames_out_of_order_do_not_begin_anew(fps, b_frames):
     for index in order:
         assert rising.repair(index / fps, step=1 / fps) == index / fps
     assert rising.shifts == [0.0]
+
+
+@pytest.mark.parametrize("fps", [1, 2, 3, 5])
+@pytest.mark.parametrize(("b_frames", "pyramid"), [(3, "normal"), (6, "none"), (16, "none")])
+def test_avi_films_of_a_slow_rate_do_not_begin_anew(fps, b_frames, pyramid):
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="avi") as container:
+        video = container.add_stream("libx264", rate=fps)
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        video.options = {"bf": str(b_frames), "b-adapt": "0", "b-pyramid": pyramid}
+        for _ in range(40):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(scene(), format="rgb24")))
+        container.mux(video.encode(None))
+    times, rate, shifts = _times(io.BytesIO(stream.getvalue()), "a film", 25.0, 40)
+    assert shifts == [0.0]
+    assert rate == pytest.approx(fps)
+    assert np.diff(times) == pytest.approx(1 / fps)
+
+
+@pytest.mark.parametrize("fps", [1, 2, 4])
+@pytest.mark.parametrize("count", [2, 8, 30])
+def test_slow_films_that_begin_anew(fps, count):
+    """The second recording begins where the first one did, however short that was."""
+    rising = RisingTimes()
+    times = [rising.repair(5 + i / fps, step=1 / fps) for i in [*range(count), *range(count)]]
+    assert times == pytest.approx([5 + i / fps for i in range(2 * count)])
+
+
+def test_sound_that_begins_anew_later_than_before():
+    """Its blocks are in order: a fall of more than a second tells it, however long a gap is."""
+    rising = RisingTimes([0.0, 1.5])
+    stored = [0.0, 0.5, 1.0, 1.4, 0.3, 0.8]
+    assert [rising.repair(time, step=0.1) for time in stored] == [0.0, 0.5, 1.0, 1.4, 1.8, 2.3]
 
 
 def test_short_films_that_begin_anew_with_their_sound(tmp_path):
