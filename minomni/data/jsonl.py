@@ -3,9 +3,10 @@
     {"messages": [... as respond() takes them, the last one the assistant's text],
      "speech": "reply.wav", "voice": "Me", "speaker": "who asks"}
 
-One JSON object per line, objects over many lines, or an array of objects, in this layout or in one
-of those in jsonl_layouts.py. Media paths are relative to the file. Two well-known folder layouts
-are converted to such lines: free-spoken-digit-dataset and LJSpeech.
+One JSON object per line, objects over many lines or with commas between them, or an array of
+objects, in this layout or in one of those in jsonl_layouts.py. Media paths are relative to the
+file. Two well-known folder layouts are converted to such lines: free-spoken-digit-dataset and
+LJSpeech.
 """
 
 import codecs
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -212,10 +213,10 @@ def convert_and_validate(
         unit = "row" if (data / "metadata.csv").is_file() else "recording"
         return validate(converted, omni, run, unit, data, None, held_out_speaker)
     with open_regular(data, "the data") as file:
-        start = file.read(4096)
-    if has_row_per_line(start):
+        row_per_line = has_row_per_line(file)
+    if row_per_line:
         return validate(data, omni, run, held_out_speaker=held_out_speaker)
-    # An array, objects over many lines, or UTF-16.
+    # An array, objects over many lines or with commas between them, or UTF-16.
     text = whole_text(data)
     if text.lstrip().startswith("["):
         unit = "entry"
@@ -238,40 +239,44 @@ def is_folder(path: Path) -> bool:
         raise UserError(f"{shorten(path, 200)}: cannot be read ({reason})") from None
 
 
-def has_row_per_line(start: bytes) -> bool:
-    """Whether a file that begins with these bytes can be read line by line."""
+def has_row_per_line(file: BinaryIO) -> bool:
+    """Whether a file can be read line by line. Reads its first line, and more if that is no row."""
+    start = file.read(4096) + file.readline(MAX_LINE_BYTES)
     if start.startswith(UTF16):
         return False
     text = start.decode("utf-8-sig", "ignore").lstrip()
+    first, _, rest = text.partition("\n")
     if text.startswith("["):
-        return is_row(start)
-    return not is_spread(text)
+        # A file of lists, each in a line, is not an array of rows: all of its lines are bad.
+        return rest.lstrip().startswith("[") and is_json(first)
+    if is_json(first):
+        return True
+    return not is_spread(text + file.read(MAX_LINE_BYTES).decode("utf-8", "ignore"))
 
 
-def is_spread(text: str) -> bool:
-    """Whether a text begins with an object whose first line ends where the object goes on, as
-    programs print it for reading.
-    """
-    first, line_end, rest = text.partition("\n")
-    goes_on = first.rstrip().endswith(("{", "[", ","))
-    # A line that is cut ends in the same way, but an object a line follows.
-    return first.startswith("{") and bool(line_end) and goes_on and not rest.startswith("{")
-
-
-def is_row(start: bytes) -> bool:
-    """Whether the first line of a file that begins with a bracket is a complete JSON value and
-    another one follows.
-
-    A file of such lines is not an array of rows; each of its lines is reported as bad.
-    """
-    first, _, rest = start.partition(b"\n")
-    if not rest.strip().startswith(b"["):
-        return False
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON value."""
     try:
-        json.loads(first)
+        json.loads(text)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def is_spread(text: str) -> bool:
+    """Whether objects() has to read a text that begins with an object, because its first line is
+    not one object: it goes on in the next line, or a comma or another object follows it.
+    """
+    first, line_end, rest = text.partition("\n")
+    if not first.startswith("{"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        # It is broken. A line that is cut may end as one that goes on, but an object follows it.
+        goes_on = first.rstrip().endswith(("{", "[", ","))
+        return bool(line_end) and goes_on and not rest.startswith("{")
+    return end > len(first) or first[end:].lstrip().startswith((",", "{"))
 
 
 def validate(
@@ -534,7 +539,7 @@ def objects(text: str, path: Path) -> Iterator[str]:
             line = text.count("\n", 0, index) + 1
             raise UserError(
                 f"{shorten(path, 200)}: object {number}, which begins in line {line}, is not JSON "
-                f"({shorten(error, 100)}); expected objects over many lines, or one a line"
+                f"({shorten(error, 100)}); expected JSON objects, one a line or over many lines"
             ) from None
         yield text[index:end].replace("\n", " ").replace("\r", " ")
         index = skip_space(text, end)

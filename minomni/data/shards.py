@@ -73,8 +73,10 @@ def rows_of(data: Path) -> Iterator[Any]:
         yield from jsonl.layout(data)
         return
     with open_regular(data, "the data") as file:
-        if not jsonl.has_row_per_line(file.read(4096)):
-            raise UserError(f"{shorten(data, 200)}: is not one JSON object a line in UTF-8")
+        if not jsonl.has_row_per_line(file):
+            raise UserError(
+                f"{shorten(data, 200)}: is not one JSON object a line in UTF-8; write it as JSONL"
+            )
         file.seek(0)
         while line := file.readline(jsonl.MAX_LINE_BYTES):
             if line.strip():

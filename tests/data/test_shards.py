@@ -147,6 +147,12 @@ def test_errors(data, packed, omni, tmp_path):
         shards.pack(data.parent / "empty.jsonl", tmp_path / "other")
 
 
+def test_lines_with_commas_are_not_packed(data, tmp_path):
+    data.write_text(data.read_text().replace("\n", ",\n"))
+    with pytest.raises(UserError, match="my.jsonl: is not one JSON object a line .* as JSONL"):
+        shards.pack(data, tmp_path / "packed")
+
+
 def test_an_index_of_other_shards(packed, omni, tmp_path):
     members = np.load(packed / "members.npy")
     (packed / "00000.tar").rename(packed / "hidden")

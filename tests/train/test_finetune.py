@@ -4,6 +4,7 @@ the tuned model is saved.
 
 import json
 import os
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -626,15 +627,25 @@ ROWS = [line("say é [a] {b}", 'a "circle"'), LAYOUTS["alpaca"][0], line("c", "a
         "pretty objects",
         "pretty objects and commas",
         "utf-16 pretty objects",
+        "lines and commas",
+        "utf-16 lines and commas",
+        "long lines and commas",
+        "several a line",
+        "objects without indents",
+        "long objects without indents",
+        "utf-16 objects without indents",
     ],
 )
 @pytest.mark.reads(
-    "training data as one object a line, spread over lines, an array, in UTF-16",
+    "training data as one object a line, spread over lines, with commas, an array, in UTF-16",
     "read",
 )
 def test_files_of_rows(kind, tmp_path, omni):
     plain = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     pretty = [json.dumps(row, indent="\t", ensure_ascii=False) for row in ROWS]
+    flat = [re.sub("^ +", "", json.dumps(row, indent=1), flags=re.MULTILINE) for row in ROWS]
+    inside = [row.replace("[\n{\n", "[\n{").replace("{\n", "{") for row in flat]
+    wide = line("say é [a] {b}", 'a "circle"', voice="v" * 2_000_000)
     content = {
         "lines": "\n".join(plain).encode(),
         "lines with \\r and a mark": "\r\n".join(plain).encode("utf-8-sig"),
@@ -647,6 +658,15 @@ def test_files_of_rows(kind, tmp_path, omni):
         "pretty objects": "\n".join(json.dumps(row, indent=4) for row in ROWS).encode(),
         "pretty objects and commas": ",\r\n".join(pretty).replace("\n", "\r\n").encode("utf-8-sig"),
         "utf-16 pretty objects": "\n\n".join(pretty).encode("utf-16"),
+        "lines and commas": ",\n".join(plain).encode(),
+        "utf-16 lines and commas": " ,\r\n".join(plain).encode("utf-16"),
+        "long lines and commas": ",\n".join([json.dumps(wide), *plain[1:]]).encode("utf-8-sig"),
+        "several a line": " ".join(plain).encode(),
+        "objects without indents": "\n".join(inside).encode(),
+        "long objects without indents": (
+            json.dumps(wide).replace(": [", ": [\n") + "\n" + "\n".join(inside[1:])
+        ).encode(),
+        "utf-16 objects without indents": ",\n".join(inside).encode("utf-16"),
     }[kind]
     (tmp_path / "my.data").write_bytes(content)
     lines = jsonl.read_dataset(tmp_path / "my.data", tmp_path / "run", omni)
@@ -697,6 +717,12 @@ def test_broken_arrays(text, says, tmp_path, omni):
         (json.dumps(line(answer=""), indent=2), "1 bad entry, nothing was trained; entry 1: the"),
         ('{"messages": [\n' + json.dumps(line()), "1 bad line, nothing was trained; line 1"),
         ('{"messages": [{]}\n' + json.dumps(line()), "1 bad line, nothing was trained; line 1"),
+        (
+            json.dumps(line()) + "]\n" + json.dumps(line()),
+            "1 bad line, nothing was trained; line 1",
+        ),
+        (json.dumps(line()) + ",\n5", "1 bad entry, nothing was trained; entry 2: 5"),
+        (json.dumps(line()) + ",\n{]", "object 2, which begins in line 2, is not JSON"),
     ],
 )
 def test_broken_objects_over_many_lines(text, says, tmp_path, omni):
