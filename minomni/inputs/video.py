@@ -37,7 +37,7 @@ MAX_FRAME_PIXELS = 36_000_000
 # Bytes of one decoded frame. 8K television has 50 million, or 100 million in 10 bits. A decoder
 # was measured to hold up to 15 frames, and that of h264 up to 32.
 MAX_FRAME_BYTES = 100_000_000
-HOLDS_MORE = {"h264": 2}  # frames that a decoder holds, beside others
+HOLDS_MORE = {"h264": 2}  # codec -> so many times as many frames as other decoders
 # Pixels of all frames: two hours of 1920 x 1080 at 30 frames a second have 448 billion. They are
 # decoded at about 100 million a second.
 MAX_FILM_PIXELS = 500_000_000_000
@@ -419,7 +419,7 @@ def _require_small(codec_name: str, pixels: Any, height: int, width: int, name: 
     if size > most:
         raise UserError(
             f"{name}: frames of {width}x{height} pixels in {pixels.name} are {size / 1e6:.0f} MB "
-            f"each, and {codec_name} may have {most / 1e6:.0f} MB; scale it down"
+            f"each; of {codec_name}, at most {most / 1e6:.0f} MB a frame are read; scale it down"
         )
 
 
@@ -434,7 +434,7 @@ def _require_short(frames: int, height: int, width: int, name: str, before: int 
 
 
 def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
-    """Decode a file in two passes: first the times of all frames, then the sampled frames."""
+    """Decode a file in three passes: its packets, the times of all frames, the sampled frames."""
     name = request.name
     require_whole(stream, name)
     if request.options.sample_fps is not None:
@@ -445,7 +445,7 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         _refuse_image(stream, name)
         if with_audio:
             _refuse_silent(stream, name)
-        packets = _refuse_long_video(stream, request)
+        packets = _checked_packets(stream, request)
         times, rate, shifts = _times(stream, name, request.media.fps, packets)
         first, last = frame_range(times, rate, request.options, name)
         indices = sample_indices(
@@ -515,8 +515,8 @@ def _refuse_silent(stream: Any, name: str) -> None:
             raise _no_audio_track(name)
 
 
-def _refuse_long_video(stream: Any, request: _Request) -> int:
-    """Raise UserError for a video that is far too long by its packets -> the number of those.
+def _checked_packets(stream: Any, request: _Request) -> int:
+    """The number of packets of a video. Raises UserError if it is far too long by them.
 
     To decode it first and then refuse it would take minutes.
     """

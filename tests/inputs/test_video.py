@@ -532,7 +532,8 @@ def test_frames_that_would_fill_the_memory_are_refused(codec, pixels, bytes_each
     monkeypatch.setattr("minomni.inputs.video.MAX_FRAME_BYTES", bytes_each)
     assert len(load_video(stream.getvalue(), MEDIA, with_audio=False).frames) > 1
     monkeypatch.setattr("minomni.inputs.video.MAX_FRAME_BYTES", bytes_each - 1)
-    with pytest.raises(UserError, match=f"96x64 pixels in {pixels} are 0 MB each"):
+    says = f"96x64 pixels in {pixels} are 0 MB each; of .*, at most 0 MB a frame are read; scale"
+    with pytest.raises(UserError, match=says):
         load_video(stream.getvalue(), MEDIA, with_audio=False)
 
 
