@@ -626,20 +626,24 @@ def facts(language: str) -> str:
     )
 
 
+# Of the table of unusual files, in its order; media: more than one of those that follow it.
+KINDS_OF_FILES = ("output", "data", "media", "audio", "image", "video")
+
+
 def unusual_files(language: str) -> str:
-    """What the tests with the marker `reads` prove, in the order of the tests."""
-    return table(("file", "result"), reads_marks())
+    """What the tests with the marker `reads` prove, by kind and then in the order of the tests."""
+    return table(("kind", "file", "result"), reads_marks())
 
 
 def reads_marks() -> list[tuple[str, ...]]:
-    """The arguments (file, result) of each marker `reads` in the tests."""
+    """The arguments (kind, file, result) of each marker `reads` in the tests, by kind."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for function in ast.parse(path.read_text(encoding="utf-8")).body:
             for mark in getattr(function, "decorator_list", []):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.reads":
                     found.append(tuple(ast.literal_eval(argument) for argument in mark.args))
-    return found
+    return sorted(found, key=lambda mark: KINDS_OF_FILES.index(mark[0]))
 
 
 def chapter_table(language: str) -> str:

@@ -44,7 +44,7 @@ def foreign(folder: Path, *known: str) -> list[str]:
 
 
 @WRITERS
-@pytest.mark.reads("an output name that is a device or a pipe", "written through")
+@pytest.mark.reads("output", "an output name that is a device or a pipe", "written through")
 def test_a_device_is_written_through(write, tmp_path):
     path = device(tmp_path / "null", 1, 3)
     write(path)
@@ -81,7 +81,7 @@ def test_a_pipe_gets_the_bytes_and_stays(write, tmp_path):
 
 
 @WRITERS
-@pytest.mark.reads("an output name that is a link", "followed, and kept")
+@pytest.mark.reads("output", "an output name that is a link", "followed, and kept")
 def test_links_are_followed_and_stay(write, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_bytes(b"old")
@@ -247,7 +247,7 @@ def test_a_message_is_one_line_of_bounded_length():
         ("line\nfeed/" + "z" * 256, r"line\nfeed"),
     ],
 )
-@pytest.mark.reads("an output name that no file can have", "refused before work")
+@pytest.mark.reads("output", "an output name that no file can have", "refused before work")
 def test_impossible_names_are_known_before_work(name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")

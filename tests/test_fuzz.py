@@ -17,6 +17,11 @@ CASES, SEED = int(os.environ.get("MINOMNI_FUZZ_CASES", 1000)), 1
 
 
 @pytest.mark.slow
+@pytest.mark.reads(
+    "media",
+    "files with flipped bits, cuts, splices and overwritten lengths",
+    "read, or refused within 20 s and 2 GB",
+)
 def test_damaged_files_give_well_formed_answers_or_one_line():
     result = fuzz.fuzz(CASES, SEED)
     assert not result.faults, result.report(SEED)

@@ -194,7 +194,7 @@ QUIET = 0.0005 * torch.sin(torch.arange(24_000) / 7)
     ],
     ids=["zeros", "quiet", "two", "blank text"],
 )
-@pytest.mark.reads("silence as the whole question", "refused")
+@pytest.mark.reads("audio", "silence as the whole question", "refused")
 def test_silence_alone_is_refused_as_in_listen(omni, content):
     for earlier in ([], CONVERSATIONS[2][:2]):
         for ask in (omni.respond, omni.stream):

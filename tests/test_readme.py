@@ -87,11 +87,11 @@ def test_links_lead_somewhere(document):
 
 
 def test_marks_of_unusual_files_are_complete():
-    """Each has a file and a result, and no file stands twice."""
+    """Each has a kind, a file and a result, and no file stands twice."""
     marks = refresh_readme.reads_marks()
     assert len(marks) > 20
-    assert all(len(mark) == 2 and all(mark) for mark in marks)
-    assert len({file for file, _ in marks}) == len(marks)
+    assert all(len(mark) == 3 and all(mark) for mark in marks)
+    assert len({file for _, file, _ in marks}) == len(marks)
 
 
 @pytest.mark.parametrize("document", refresh_readme.DOCUMENTS)

@@ -371,7 +371,7 @@ def test_impossible_paths_are_one_line_errors(omni, target, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.reads("an output folder whose name is a file", "refused")
+@pytest.mark.reads("output", "an output folder whose name is a file", "refused")
 def test_a_file_is_refused(omni, tmp_path):
     (tmp_path / "poem.txt").write_text("mine")
     refuse(omni, tmp_path / "poem.txt", "is a file")

@@ -85,12 +85,12 @@ def test_types_that_tell_their_scale(kind, scale, middle):
 
 
 @pytest.mark.parametrize("kind", ["int64", "uint32", "uint64", "bool"])
-@pytest.mark.reads("integers whose type does not tell their scale", "refused")
+@pytest.mark.reads("audio", "integers whose type does not tell their scale", "refused")
 def test_types_that_do_not(kind):
     refused((tone(0.3) * 9_000).astype(kind), kind, "give int16")
 
 
-@pytest.mark.reads("floats far above 1", "refused")
+@pytest.mark.reads("audio", "floats far above 1", "refused")
 def test_scales_that_are_not_the_types():
     refused(tone(0.3) * 32_768, "from -1 to 1")
     refused((tone(0.3) * 128).astype(np.float64), "from -1 to 1")
@@ -203,6 +203,7 @@ def test_views_of_arrays():
     assert np.array_equal(fixed, samples)
 
 
+@pytest.mark.reads("audio", "arrays that claim more samples than they hold", "refused")
 def test_arrays_that_claim_any_length():
     one = np.zeros((1, 1), np.float32)
     refused(np.broadcast_to(one, (10**12, 1)), "more than 1311 s")
@@ -296,6 +297,7 @@ def test_files_behind_each_other(kind, subtype, rates):
 
 @pytest.mark.parametrize("rates", [(16_000, 44_100), (44_100, 22_050), (32_000, 48_000)])
 @pytest.mark.reads(
+    "audio",
     "audio that changes rate or channels midway, or begins again",
     "each part by its own rate",
 )
@@ -350,6 +352,7 @@ def flac_that_claims(samples: int) -> bytes:
 
 @pytest.mark.parametrize("claim", [0, 2**36 - 1, 2**33 + 5])
 @pytest.mark.reads(
+    "audio",
     "lengths that were never written, or are absurd (FLAC from a pipe)",
     "what is there is read",
 )
@@ -387,7 +390,7 @@ def test_wav_of_unknown_length(riff, data):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "RF64", "CAF", "W64"])
-@pytest.mark.reads("wav, aiff, au, caf, w64 that are cut short", "refused")
+@pytest.mark.reads("audio", "wav, aiff, au, caf, w64 that are cut short", "refused")
 def test_files_cut_short(kind):
     whole = file_of(tone(1), 16_000, kind, "PCM_16")
     assert np.allclose(load_audio(whole), tone(1), atol=1e-4)
@@ -440,7 +443,7 @@ def test_files_of_pipes_state_no_length(tmp_path, kind, codec):
         ("a.flv", "mp3"),
     ],
 )
-@pytest.mark.reads("mkv, webm, mp4, mov, avi, asf, flv that are cut short", "refused")
+@pytest.mark.reads("media", "mkv, webm, mp4, mov, avi, asf, flv that are cut short", "refused")
 def test_containers_cut_short(tmp_path, name, codec):
     content = container(tmp_path / name, codec, [(0, tone(1, 48_000))], 48_000).read_bytes()
     for kept in (0.4, 0.8):
@@ -470,6 +473,11 @@ def test_many_channels(channels, kind):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+@pytest.mark.reads(
+    "audio",
+    "audio longer than the largest context, 1311 s",
+    "refused, unless audio_start and audio_end select a part that fits",
+)
 def test_sound_longer_than_the_context(kind):
     stream = io.BytesIO()
     with soundfile.SoundFile(stream, "w", 8_000, 1, format=kind, subtype="PCM_16") as file:
@@ -492,6 +500,7 @@ def long_wav(path, claimed: int, held: int, rate: int = 24_000):
     return path
 
 
+@pytest.mark.reads("audio", "hours of audio in a wav", "refused before they are decoded")
 def test_long_wavs_are_refused_by_their_header(tmp_path, monkeypatch):
     path = long_wav(tmp_path / "long.wav", 2_147_400_000, 2_147_400_100)
     assert len(load_audio(path, MediaOptions(audio_start=2, audio_end=2.5))) == 8_000
@@ -546,7 +555,9 @@ HOLES = [(0.25, silence(0.5)), (1.5, silence(0.5)), (3.0, beep(1, 0.6))]
     ("name", "codec"),
     [("a.mkv", "flac"), ("a.webm", "libopus"), ("a.mp4", "aac"), ("a.mkv", "pcm_s16le")],
 )
-@pytest.mark.reads("sound track with holes", "silence between")
+@pytest.mark.reads(
+    "audio", "sound track that begins after the video, or has holes", "silence there"
+)
 def test_samples_go_to_their_times(tmp_path, name, codec, pieces, at):
     path = container(tmp_path / name, codec, pieces, 48_000)
     wave = track(path, 0.0)

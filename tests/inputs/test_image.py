@@ -102,7 +102,7 @@ def refused(source, *says):
 # ----------------------------------------------------------------------------------------------
 # deeper than 8 bits
 @pytest.mark.parametrize("order", "<>")
-@pytest.mark.reads("images of 16 bits or of floats", "scaled to 8 bits")
+@pytest.mark.reads("image", "images of 16 bits or of floats", "scaled to 8 bits")
 def test_gray_tiffs_that_tell_their_scale(order):
     deep = (RAMP * 65_535).astype(f"{order}u2")
     floats = RAMP.astype(f"{order}f4")
@@ -138,7 +138,7 @@ def test_twelve_bits():
         ("<i2", 2, 32_767),
     ],
 )
-@pytest.mark.reads("images of 32 bits or of signed integers", "refused")
+@pytest.mark.reads("image", "images of 32 bits or of signed integers", "refused")
 def test_tiffs_of_unknown_scale(kind, sample_format, top):
     refused(
         tiff(8 * np.dtype(kind).itemsize, sample_format, 1, (RAMP * top).astype(kind)), "expected"
@@ -245,7 +245,9 @@ def test_arrays_that_are_no_pictures():
     refused(torch.zeros(5, 5, 3, device="meta"), "cannot be read")
 
 
-@pytest.mark.reads("huge images", "refused before they are decoded")
+@pytest.mark.reads(
+    "image", "images of more than 120 million pixels", "refused before they are decoded"
+)
 def test_sizes_are_bounded_before_pixels_are_made():
     refused(
         np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (30_000, 30_000, 3)),
@@ -333,7 +335,7 @@ HALVES[:, 16:, 1] = 255  # green added on the right
         (65_535, lambda a: a),
     ],
 )
-@pytest.mark.reads("images with EXIF", "upright, as Pillow shows them")
+@pytest.mark.reads("image", "images with EXIF", "upright, as Pillow shows them")
 def test_every_orientation(orientation, turned):
     far, endless = (
         struct.pack(">HHII", 0x9999, 5, 9, 2**31),
@@ -367,7 +369,7 @@ def test_every_orientation(orientation, turned):
         exif(6).replace(b"\x01\x12\0\x03", b"\x01\x12\xff\xff"),
     ],
 )
-@pytest.mark.reads("broken EXIF", "ignored")
+@pytest.mark.reads("image", "broken EXIF", "ignored")
 def test_broken_exif_leaves_the_picture_as_it_is_stored(broken, recwarn):
     for kind in ("PNG", "JPEG", "WEBP"):
         content = bytes_of(Image.new("RGB", (12, 8), "red"), kind, exif=broken)
@@ -414,6 +416,7 @@ def with_transparent(content: bytes, *levels: int) -> bytes:
     ],
 )
 @pytest.mark.reads(
+    "image",
     "PNG with a transparent level",
     "white there; refused with a transparent color of 16 bits",
 )
@@ -442,7 +445,7 @@ def test_signed_tiffs_of_8_bits_are_refused():
 
 
 @pytest.mark.parametrize("bits", [8, 16, -32])
-@pytest.mark.reads("FITS", "refused")
+@pytest.mark.reads("image", "FITS", "refused")
 def test_fits_is_refused(bits):
     kind = {8: "u1", 16: ">i2", -32: ">f4"}[bits]
     cards = [
@@ -461,7 +464,7 @@ def test_fits_is_refused(bits):
     ("pixels", "fits"),
     [("rgb24", True), ("gray", True), ("gray16le", True), ("rgb48le", False), ("rgba64le", False)],
 )
-@pytest.mark.reads("JPEG 2000 in color of more than 8 bits", "refused")
+@pytest.mark.reads("image", "JPEG 2000 in color of more than 8 bits", "refused")
 def test_jpeg_2000_of_every_depth(pixels, fits):
     """PIL rounds a white of 16 bits to 256, which is 0."""
     encoder = av.CodecContext.create("jpeg2000", "w")

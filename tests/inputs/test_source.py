@@ -261,7 +261,7 @@ def test_nested_tensors(layout):
         "rtsp://camera/1",
     ],
 )
-@pytest.mark.reads("web addresses", "refused, nothing is fetched")
+@pytest.mark.reads("media", "web addresses", "refused, nothing is fetched")
 def test_nothing_is_fetched(source, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
     refused(source, source, "web addresses are not fetched, download it")
@@ -387,7 +387,7 @@ FTYP, MOOV, MDAT = box(b"ftyp", b"isom" * 4), box(b"moov", b"m" * 50), box(b"mda
         (FTYP + MOOV + box(b"mdat", struct.pack(">Q", 117) + b"d" * 100, 1), False),
     ],
 )
-@pytest.mark.reads("bytes behind the end of an mp4 or m4a", "ignored")
+@pytest.mark.reads("media", "bytes after the end of an mp4 or m4a", "ignored")
 def test_boxes(content, whole):
     if whole:
         require_whole(io.BytesIO(content), "a.mp4")
@@ -450,7 +450,11 @@ def counted(content: bytes) -> tuple[io.BytesIO, list]:
         (FTYP + struct.pack(">I4s", 3, b"abcd") * 200_000, "boxes hold next to nothing"),
     ],
 )
-@pytest.mark.reads("headers that are followed by zeros", "refused")
+@pytest.mark.reads(
+    "media",
+    "files whose content is zeros after the header (a disk that was full)",
+    "refused",
+)
 def test_headers_followed_by_nothing(content, says):
     stream, reads = counted(content)
     with pytest.raises(UserError, match=says):

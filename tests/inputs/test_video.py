@@ -102,6 +102,7 @@ MATRICES = {
 
 @pytest.mark.parametrize(("matrix", "expected"), MATRICES.items())
 @pytest.mark.reads(
+    "video",
     "video that is mirrored or rotated",
     "upright in all eight orientations, as ffmpeg shows it",
 )
@@ -167,6 +168,7 @@ def test_rate_of_the_frames_themselves(times, last, header, expected):
 
 
 @pytest.mark.reads(
+    "video",
     "video of a variable frame rate, or of a wrong rate in its header",
     "frames by their real times",
 )
@@ -178,6 +180,7 @@ def test_slow_films_of_a_fast_header():
 
 
 @pytest.mark.reads(
+    "video",
     "video that begins again midway, with another size and earlier times",
     "the parts follow each other, at the size of the first",
 )
@@ -193,6 +196,22 @@ def test_films_that_begin_anew():
     assert clip.frames.shape == (10, 56, 84, 3)  # all at the size of the first
     assert (clip.seconds.diff() > 0.2).all()
     assert float(clip.seconds[-1]) == pytest.approx(4.75, abs=0.06)
+
+
+@pytest.mark.parametrize("kind", ["ts", "h264"])
+@pytest.mark.reads("video", "video that changes size midway", "frames at the size of the first")
+def test_films_that_change_their_size(kind):
+    """3 s and then 2 s of another size; the times go on, and h264 without a container has none."""
+    parts = (
+        film([250 * i for i in range(12)], kind=kind),
+        # ffmpeg adds the 0.5 s by which x264 decodes ahead, but only to times from 0 on.
+        film([500 + 250 * i for i in range(12, 20)], (112, 64), kind=kind),
+    )
+    clip = load_video(b"".join(parts), MEDIA, False, options=MediaOptions(nframes=20))
+    assert clip.frames.shape == (20, 56, 84, 3)
+    assert (clip.seconds.diff() > 0).all()
+    if kind == "ts":
+        assert clip.seconds.diff().tolist() == pytest.approx([0.25] * 19, abs=0.03)
 
 
 @pytest.mark.parametrize("milliseconds", [300, 700])
@@ -305,7 +324,7 @@ def test_films_that_begin_anew_with_their_sound(tmp_path, start):
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
-@pytest.mark.reads("several tracks, covers", "the tracks that ffmpeg takes")
+@pytest.mark.reads("video", "several tracks, covers", "the tracks that ffmpeg takes")
 def test_the_tracks_that_ffmpeg_takes(tmp_path, kind):
     """A cover lies before the moving picture, and the default track behind another one."""
     path = tmp_path / f"a.{kind}"
@@ -394,7 +413,8 @@ def test_parts_of_a_film_with_their_sound():
 
 
 @pytest.mark.reads(
-    "sound track that begins before or behind the video",
+    "video",
+    "sound track that begins before the video",
     "each sample at its own time after the first frame",
 )
 def test_sound_belongs_to_the_first_picture():
@@ -433,6 +453,11 @@ def test_transparent_films_lie_on_white():
     assert frames[-1][20, 40].tolist() == pytest.approx([255, 127, 127], abs=1)
 
 
+@pytest.mark.reads(
+    "video",
+    "frames of more than 36 million pixels",
+    "refused before they are decoded",
+)
 def test_huge_frames_are_not_decoded():
     stream, image = io.BytesIO(), io.BytesIO()
     Image.new("1", (9_000, 9_000)).save(image, "PNG")
@@ -450,6 +475,7 @@ def test_huge_frames_are_not_decoded():
 
 
 @pytest.mark.reads(
+    "video",
     "video that needs more tokens than the context holds",
     "refused before it is decoded",
 )
@@ -483,6 +509,7 @@ def test_long_films_without_times_are_refused_by_their_packets(monkeypatch, fram
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "ts"])
 @pytest.mark.reads(
+    "video",
     "video of more than 500 billion pixels, above two hours of 1920 x 1080",
     "refused before it is decoded",
 )
@@ -520,7 +547,11 @@ def test_frames_larger_than_the_header_says_are_refused_at_once(monkeypatch):
         ("libx264", "yuv420p10le", 96 * 64 * 3 * 2),  # its decoder holds twice as many
     ],
 )
-@pytest.mark.reads("frames of more than 100 MB, of h264 50 MB", "refused before they are decoded")
+@pytest.mark.reads(
+    "video",
+    "decoded frames of more than 100 MB; of h264, 50 MB",
+    "refused before they are decoded",
+)
 def test_frames_that_would_fill_the_memory_are_refused(codec, pixels, bytes_each, monkeypatch):
     stream = io.BytesIO()
     with av.open(stream, "w", format="matroska") as container:

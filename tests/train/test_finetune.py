@@ -637,6 +637,7 @@ ROWS = [line("say é [a] {b}", 'a "circle"'), LAYOUTS["alpaca"][0], line("c", "a
     ],
 )
 @pytest.mark.reads(
+    "data",
     "training data as one object a line, spread over lines, with commas, an array, in UTF-16",
     "read",
 )
