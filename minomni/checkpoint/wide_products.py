@@ -35,8 +35,8 @@ class WideLinear(nn.Linear):
 def multiply_in_fp32(omni: Omni, methods: dict[str, str]) -> None:
     """Let the linear layers whose precision a CPU emulates multiply in fp32.
 
-    methods: {name of a weight: int8 or int4} of those that are quantized. The kernel of int4 is
-    as fast as fp32.
+    methods: {name of a weight: int8 or int4} of those that are quantized. Those in int4 stay
+    as they are: its kernel needs a quarter of the time of int8's (lab log).
     """
     for name, layer in omni.named_modules():
         if type(layer) is not nn.Linear or methods.get(f"{name}.weight") == "int4":

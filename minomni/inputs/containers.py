@@ -308,7 +308,7 @@ def _end_of_w64(stream: Any) -> int:
 
 
 def _end_of_asf(stream: Any) -> int:
-    """Where the packets of an asf, wma or wmv end, an object behind that of the header."""
+    """Where the packets of an asf, wma or wmv end, an object after that of the header."""
     stream.seek(16)
     header = _known(stream.read(8))
     stream.seek(header)
@@ -320,7 +320,7 @@ def _end_of_asf(stream: Any) -> int:
 
 
 def _end_of_flv(stream: Any) -> int:
-    """The size of an flv by its metadata, where a program wrote it: a float behind its name."""
+    """The size of an flv by its metadata, where a program wrote it: a float after its name."""
     stream.seek(0)
     head = stream.read(FLV_METADATA)
     begin = head.find(FLV_SIZE) + len(FLV_SIZE)

@@ -45,16 +45,12 @@ def own_rows(batch: Any) -> Any:
         return tuple(own_rows(part) for part in batch)
     if not isinstance(batch, list) and not (isinstance(batch, Tensor) and batch.dim()):
         return batch
-    check_rows(len(batch))
-    return batch[rank() :: world()]
-
-
-def check_rows(rows: int) -> None:
-    """Raises UserError for a batch of fewer rows than there are processes."""
+    rows = len(batch)
     if rows < world():
         raise UserError(
             f"a batch has {rows} rows, too few for {world()} processes; start at most {rows}"
         )
+    return batch[rank() :: world()]
 
 
 class RowDropout(nn.Module):

@@ -196,10 +196,17 @@ def test_each_process_needs_room(in_bf16, in_hardware, monkeypatch):
     assert precisions(minomni.load(in_bf16)) == {torch.bfloat16}
 
 
-def test_saving_converts_one_shard_at_a_time(in_bf16, in_hardware, tmp_path):
+def test_saving_converts_one_shard_at_a_time(in_bf16, in_hardware, tmp_path, monkeypatch):
     """Shards are planned by what is written, which has half of the bytes."""
     in_hardware(False)
     omni = minomni.load(in_bf16)
+    write_file = saving.write_file
+
+    def write_unconverted(tensors, *arguments):
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        write_file(tensors, *arguments)
+
+    monkeypatch.setattr(saving, "write_file", write_unconverted)
     saving.save(omni, tmp_path / "again", shard_bytes=4_000_000)
     index = json.loads((tmp_path / "again/model.safetensors.index.json").read_text())
     sizes = [file.stat().st_size for file in (tmp_path / "again").glob("model-*.safetensors")]
