@@ -360,7 +360,7 @@ def serving(language: str) -> str:
     if measured is None:
         return ""
     intro = (
-        "`python -m minomni bench serve`, tiny on two cores, server and clients on the same "
+        "`python -m minomni bench serve`, tiny on two AVX2 cores, server and clients on the same "
         'machine; the question is "say the red circle is above the blue square":\n\n'
     )
     head = ["", *("1 client" if count == 1 else f"{count} clients" for count in CLIENTS)]
@@ -394,7 +394,7 @@ def served(language: str) -> str:
             f"（其中 500 毫秒用于等待停顿）。\n"
         )
     return (
-        f"`minomni bench serve`, tiny on two cores: {' / '.join(texts)} text answers and "
+        f"`minomni bench serve`, tiny on two AVX2 cores: {' / '.join(texts)} text answers and "
         f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. A "
         f"client receives the first audio {held} ms after the end of a spoken question, and after "
         f"{opened} ms with an open microphone, which waits for a pause of 500 ms.\n"
