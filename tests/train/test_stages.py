@@ -136,6 +136,21 @@ def test_language_begins_with_pictures_and_then_clips():
     assert stage.mixture_at(90) == stage.mixture_at(199) == stage.mixture
 
 
+@pytest.mark.parametrize("name", stages(("talker", "speakers"), quick=("speakers",)))
+def test_a_short_stage_prepares_no_more_examples_than_it_draws(name):
+    """The Thinker runs over the recordings that are drawn, of all kinds, not over the others."""
+    short = stage_of(name, batch=3, steps=5)
+    every = stage_of(name, batch=len(short.speech), steps=1)
+    texts = [utterance.text for utterance in every.speech.utterances]
+    assert [example.text for example in every.examples] == texts
+    assert 8 < len(short.examples) <= 15
+    assert [example.text for example in short.examples] == [texts[i] for i in short.recordings]
+    for example, index in zip(short.examples, short.recordings, strict=True):
+        assert torch.equal(example.codes, every.examples[index].codes)
+    # Another seed draws other recordings.
+    assert stage_of(name, batch=3, steps=5, seed=1).recordings != short.recordings
+
+
 def test_talker_is_asked_for_the_word_it_says():
     stage = stage_of("talker")
     example = next(x for x in stage.examples if x.words is not None and len(x.text.split()) > 3)

@@ -12,7 +12,7 @@ from minomni.config import IGNORE_INDEX, SamplingConfig, TokenIds
 from minomni.data.batching import batched, similar_lengths
 from minomni.data.codes import cache_key, encode_corpus
 from minomni.data.corpus import FIRST_VOICE_OFFSET, corpus, sampling_weights, voices_of_corpus
-from minomni.data.examples import ExampleBuilder
+from minomni.data.examples import ExampleBuilder, estimated_tokens
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english
 from minomni.data.word_errors import word_error_rate, word_errors
@@ -150,6 +150,7 @@ class SpeechStage(Stage):
         """
         super().setup()
         self.speech = corpus("speaking", self.cache, english(self.tokens))
+        self.recordings = self.draw_recordings()
         self.voices = voices_of_corpus(self.speech, self.tokens.tts_text_pad + FIRST_VOICE_OFFSET)
         self.omni.eval()
         with torch.no_grad():
@@ -158,13 +159,24 @@ class SpeechStage(Stage):
         self.lengths = [(len(x.prompt) // 8, len(x.codes)) for x in self.examples]
         self.weights = sampling_weights([example.text for example in self.examples])
 
-    def prepare(self) -> list[TalkerExample]:
-        """One example per recording, from the cache if the models and recordings are the same.
-
-        The stages dpo and speakers share the file.
+    def draw_recordings(self) -> list[int]:
+        """Indices of the recordings that become examples: all, or as many draws as the stage has
+        rows. A short stage would never see most of the examples, each of which costs a pass of the
+        Thinker.
         """
+        utterances = self.speech.utterances
+        rows = self.recipe.steps * self.recipe.accumulate * self.recipe.batch
+        if rows >= len(utterances):
+            return list(range(len(utterances)))
+        random = Random(f"{self.seed}-{self.name}-recordings")
+        weights = sampling_weights([utterance.text for utterance in utterances])
+        drawn = random.choices(range(len(utterances)), weights, k=rows)
+        return sorted(set(drawn))
+
+    def prepare(self) -> list[TalkerExample]:
+        """One example per chosen recording, from the cache if models and recordings are as then."""
         models = [self.omni.thinker, self.codec]
-        key = cache_key(models, self.seed, self.speech.utterances)
+        key = cache_key(models, self.seed, self.speech.utterances, self.recordings)
         path = self.cache / f"{self.cache_prefix}-{key}.pt"
         if path.exists():
             return [TalkerExample(**row) for row in torch.load(path, weights_only=True)]
@@ -174,27 +186,33 @@ class SpeechStage(Stage):
         return examples
 
     def make_examples(self) -> list[TalkerExample]:
-        """For each recording a prompt whose answer is its sentence, with the Thinker's states."""
+        """For each chosen recording a prompt whose answer is its sentence, with the Thinker's
+        states.
+        """
         builder = ExampleBuilder(self.omni.config, self.cache)
         random = Random(self.seed + 11)
         codes = encode_corpus(self.codec, self.speech, self.cache)
         questions = self.questions(builder, random)
 
-        examples = []
-        labeled = list(zip(self.speech.utterances, codes))
-        for part in batched(labeled, BATCH):
-            dialogues = []
-            for utterance, _ in part:
-                # A question with this sentence as the answer, or else the request to say it.
-                candidates = questions.get(utterance.text)
-                prompt = candidates.pop() if candidates else builder.say(utterance.text)
-                dialogues.append([prompt])
+        # A question with the recorded sentence as the answer, or else the request to say it.
+        prompts: dict[int, Example] = {}  # by index of the recording
+        for i in self.recordings:
+            text = self.speech.utterances[i].text
+            candidates = questions.get(text)
+            prompts[i] = candidates.pop() if candidates else builder.say(text)
+
+        # Prompts of similar length together, to keep padding small.
+        order = sorted(self.recordings, key=lambda i: estimated_tokens(prompts[i]))
+        examples: dict[int, TalkerExample] = {}
+        for indices in batched(order, BATCH):
+            dialogues = [[prompts[i]] for i in indices]
             inputs, targets = builder.collate(dialogues, [random] * len(dialogues))
             rows = talker_prompts(self.omni.thinker, inputs, targets)
-            for row, (utterance, code) in zip(rows, part):
+            for i, row in zip(indices, rows, strict=True):
+                utterance = self.speech.utterances[i]
                 voice = self.voices[utterance.voice].bos_token
-                examples.append(TalkerExample(*row, voice, code.clone(), utterance.text))
-        return examples
+                examples[i] = TalkerExample(*row, voice, codes[i].clone(), utterance.text)
+        return [examples[i] for i in self.recordings]
 
     def questions(self, builder: ExampleBuilder, random: Random) -> dict[str, list[Example]]:
         """Examples about images, video and audio, grouped by their answers."""
