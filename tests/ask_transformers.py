@@ -9,9 +9,11 @@ what it has opened as another folder, COPY, with save_pretrained.
 """
 
 import sys
+from unittest import mock
 
 import oracle
 import torch
+from torch import Tensor
 
 
 def register_vision_operators():
@@ -82,9 +84,9 @@ def answer(model, processor, case: dict, version: tuple[int, ...]) -> dict:
             f"thinker_{name}" if name.startswith("pixel_values") else name: x
             for name, x in given.items()
         }
-    recorder = oracle.HookRecorder()
-    recorder.on(
-        model.token2wav, "codes", lambda args, named, out: args[0] if args else named["code"]
+    calls = []  # of Token2Wav: arguments and named arguments
+    hook = model.token2wav.register_forward_pre_hook(
+        lambda _, arguments, named: calls.append((arguments, named)), with_kwargs=True
     )
     torch.manual_seed(0)
     ids, wave = model.generate(
@@ -95,11 +97,39 @@ def answer(model, processor, case: dict, version: tuple[int, ...]) -> dict:
         talker_do_sample=False,
         **case["options"],
     )
+    hook.remove()
+    [(arguments, named)] = calls
+    codes = arguments[0] if arguments else named["code"]
     return record | {
         "tokens": ids[0, len(record["prompt"]) :].tolist(),
-        "codes": recorder.off()["codes"][0][0].tolist(),
+        "codes": codes[0].tolist(),
         "wave": wave,
+        "wave_fp64": wave_in_fp64(model.token2wav, arguments, named),
     }
+
+
+@torch.no_grad()
+def wave_in_fp64(token2wav, arguments: tuple, named: dict) -> Tensor:
+    """A call of Token2Wav once more in fp64, from the same initial noise -> waveform [samples]."""
+    draw = torch.randn
+
+    def noise_of_fp32(*shape, dtype=None, **options):
+        return draw(*shape, **options).to(dtype)
+
+    token2wav.double()
+    torch.manual_seed(0)
+    with mock.patch.object(torch, "randn", noise_of_fp32):
+        wave = token2wav(
+            *map(to_fp64, arguments), **{name: to_fp64(value) for name, value in named.items()}
+        )
+    token2wav.float()
+    return wave.reshape(-1)
+
+
+def to_fp64(value):
+    """Floating-point tensors in fp64; anything else as it is."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
 
 
 def main(folder: str, cases: str, answers: str, copy: str | None = None) -> None:
