@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minomni import paths
 from minomni.checkpoint.random_checkpoint import checkpoint_config, make_checkpoint
@@ -54,6 +56,7 @@ ROWS = {
     Row.TALKER_TRAINING: "Talker, forward and backward, ms",
 }
 UNITS = {Row.LOAD: 1.0, Row.LOAD_MEMORY: 1.0}  # of one second or MiB; all other rows are in ms
+PART_S = 300  # seconds after which a part is not measured another time
 FP32_ROWS = (Row.TOKEN2WAV, Row.TOKEN2WAV_STREAMED)  # the rest has the dtype of the benchmark
 
 # Loading, each time in a new process. Linux reports the largest memory of a process.
@@ -168,7 +171,8 @@ def measure(
 
     ours = MinomniBackend(folder, device, dtype, workload)
     official = None if alone else TransformersBackend(folder, dtype, ours)
-    for backends in measurements(ours, official, compiled):
+    every = measurements(ours, official, compiled)
+    for backends in tqdm(every, unit=" parts", leave=False, disable=None):
         measure_in_turns(backends, parts)
     for row, flops in ours.flops().items():
         parts.rows[row]["limit"] = flops / limits["fp32" if row in FP32_ROWS else "rate"]
@@ -204,13 +208,16 @@ def measurements(
 def measure_in_turns(backends: dict[str, Callable[[], Measurement]], parts: Parts) -> None:
     """Measure one part by the backends in turns, and enter medians and differences.
 
-    What the official code cannot do here becomes a note, and so do outputs of different shapes; an
+    There are workload.rounds turns after one that warms up; fewer where they take over PART_S. What the official code cannot do here becomes a note, and so do outputs of different shapes; an
     error of ours is raised.
     """
     backends = dict(backends)
     seconds: dict[tuple[str, str], list[float]] = {}  # by row and backend
     measured: dict[str, Measurement] = {}  # the last one of each backend
+    began = time.perf_counter()
     for turn in range(1 + parts.workload.rounds):
+        if turn > 1 and time.perf_counter() - began > PART_S:
+            break
         for name, run in list(backends.items()):
             try:
                 measurement = run()

@@ -69,6 +69,16 @@ def test_backends_take_turns_and_the_first_one_warms_up(parts):
     assert parts.as_json()["rows"]["log_mel"]["ratio"] == 2
 
 
+def test_a_slow_part_is_measured_once_after_it_has_warmed_up(parts, monkeypatch):
+    monkeypatch.setattr(parts_benchmark, "PART_S", -1)
+    calls: list[str] = []
+    ours = backend([9, 1, 5, 3], calls, "a")
+    theirs = backend([0, 8, 2, 6], calls, "b")
+    measure_in_turns({OURS: ours, THEIRS: theirs}, parts)
+    assert calls == ["a", "b"] * 2
+    assert parts.rows["log_mel"] == {OURS: 1, THEIRS: 8}
+
+
 def test_what_the_official_code_cannot_do_is_a_note(parts):
     def fails() -> Measurement:
         raise ImportError("needs torchvision\nand more")
