@@ -114,18 +114,20 @@ def grade(
     importance: int = 0,
     tolerance: float = 1e-4,
     chapter: str = "",
+    keeps: bool = False,
 ) -> Callable | None:
     """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
     cases: (arguments, expected answer) or (arguments, expected answer, what the case is about). A
     stub whose body is `...` is not attempted. minutes: how long the exercise takes. difficulty,
     importance: 1 to 3; 0 leaves the importance out. chapter: number of the notebook, of an exercise
-    that later cells need. -> the function that these cells use: the reader's if it passes, until
-    then the solution in notebooks/solutions; None without a chapter.
+    that later cells need. keeps: an answer that changes its arguments is wrong. -> the function
+    that these cells use: the reader's if it passes, until then the solution in notebooks/solutions;
+    None without a chapter.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]}"
     head += f", importance {DOTS[importance]})" if importance else ")"
-    problem = "" if _is_stub(function) else _counter_example(function, cases, tolerance)
+    problem = "" if _is_stub(function) else _counter_example(function, cases, tolerance, keeps)
     if _is_stub(function):
         print(f"{head}: not attempted")
     elif problem:
@@ -152,13 +154,16 @@ def _is_stub(function: Callable) -> bool:
     return returns and steps[0].argval is None
 
 
-def _counter_example(function: Callable, cases: tuple[tuple, ...], tolerance: float) -> str:
+def _counter_example(
+    function: Callable, cases: tuple[tuple, ...], tolerance: float, keeps: bool
+) -> str:
     """The first case that a function fails, in one line; empty if it passes all."""
     for arguments, expected, *names in cases:
         call = f"{function.__name__}({', '.join(map(_brief, arguments))})"
         about = f" ({names[0]})" if names else ""
         try:
-            answer = function(*copy.deepcopy(arguments))
+            given = copy.deepcopy(arguments)
+            answer = function(*given)
         except Exception as error:  # unfinished code may raise anything: a counter-example too
             return f"{call} raised {type(error).__name__}: {error}{about}"
         if answer is None or answer is ...:
@@ -166,6 +171,17 @@ def _counter_example(function: Callable, cases: tuple[tuple, ...], tolerance: fl
         problem = _wrong(answer, expected, tolerance)
         if problem:
             return f"{call} gave {problem}{about}"
+        changed = _changed(function, arguments, given) if keeps else ""
+        if changed:
+            return f"{call} is right, but has changed `{changed}` itself: work on a copy{about}"
+    return ""
+
+
+def _changed(function: Callable, before: tuple, after: tuple) -> str:
+    """The first parameter whose tensor a call has changed; empty if none."""
+    for name, old, new in zip(inspect.signature(function).parameters, before, after):
+        if isinstance(old, Tensor) and not torch.equal(old, new):
+            return name
     return ""
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minomni.inputs.mel import LOG_BANDS, hz_to_mel
-from minomni.notebook.viz import INK, axes, draw_image, lattice
+from minomni.notebook.viz import INK, axes, draw_image, lattice, mel, waveform
 from minomni.plot import COLORS, PALE, plain
 
 if TYPE_CHECKING:
@@ -64,6 +64,33 @@ def low_harmonics(ax: "Axes", wave: Tensor, rate: int, name: str) -> None:
     hz = fundamental(wave, rate)
     ax.axhline(hz, color="white", linestyle="--", linewidth=1)
     ax.set(xlabel="seconds", ylabel="Hz", title=f"{name}, {hz:.0f} Hz")
+
+
+def four_rates(words: Sequence[str], codes: Tensor, bands: Tensor, wave: Tensor, rate: int) -> None:
+    """An answer as words, codes [n], a mel [C, 4 n] and a waveform [samples], over one time axis.
+
+    words: what the Talker reads, one at each step; the last one stands for all that follow.
+    """
+    step = len(wave) / rate / len(codes)  # seconds of a code
+    ratios = (0.65, 0.5, 1.3, 1.3)
+    top, middle, lower, bottom = axes(4, 1, height=1.1, sharex=True, height_ratios=ratios)
+    for i, word in enumerate(words[:-1]):
+        place = (step * (i + 0.4), 0.05)
+        top.text(*place, word, fontsize=8, rotation=65, rotation_mode="anchor")
+    top.text(step * (len(words) + 0.3), 0.05, words[-1], fontsize=8)
+    top.set(ylabel="text", yticks=[])
+    middle.imshow(
+        7 * codes[None] % 20,
+        cmap="Purples",
+        vmin=-4,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, step * len(codes), 0, 1),
+    )
+    middle.set(ylabel="code", yticks=[])
+    mel(lower, bands, bar=False)
+    lower.set(xlabel="")
+    waveform(bottom, wave, rate)
 
 
 def point_out(ax: "Axes", places: dict[str, tuple[float, float]]) -> None:

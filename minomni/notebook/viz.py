@@ -446,11 +446,18 @@ MAP_ARROWS = (
 )
 
 
-def model_map(*lit: str):
-    """The whole model as a diagram (SVG), with the boxes of this chapter lit."""
+def model_map(*lit: str, steps: Sequence[Sequence[str]] = ()):
+    """The whole model as a diagram (SVG), with the boxes of this chapter lit.
+
+    steps: the boxes of each step of an explanation, which get its number, from 1 on.
+    """
     parts = [_arrow(*ends) for ends in MAP_ARROWS]
     for name, (x, y, width) in MAP.items():
         parts.append(_box(x, y, width, name, name in lit))
+    for number, names in enumerate(steps, start=1):
+        for x, y, _ in map(MAP.__getitem__, names):
+            parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="white" stroke="{INK}"/>')
+            parts.append(_text(x, y + 4, str(number)))
     for name, (x, y) in MAP_LABELS.items():
         parts.append(f'<text x="{x}" y="{y}" fill="{INK}">{name.strip()}</text>')
     return _svg(840, 172, parts)

@@ -549,6 +549,7 @@ BUGS = {
             lambda x, i, f, t: torch.cat([f, x[len(f) :]]),
             lambda x, i, f, t: x.masked_scatter((i == t)[:, None], f.flip(0)),
             lambda x, i, f, t: torch.cat([x[i != t], f]),
+            lambda x, i, f, t: x.masked_scatter_((i == t)[:, None], f),
         ],
         "my_answer": [
             lambda f, stop, limit: written(f, stop, limit)[:-1],
@@ -1337,6 +1338,19 @@ def test_grade_keeps_its_cases_from_being_changed(capsys):
     grade(lambda t: t.mul_(2), ((x,), [2.0, 2.0]), ((x,), [2.0, 2.0]), minutes=1, difficulty=1)
     assert "✓ 2 cases" in capsys.readouterr().out
     assert x.tolist() == [1, 1]
+
+
+def test_grade_refuses_an_answer_that_changes_its_arguments_where_they_must_stay(capsys):
+    def double(x):
+        return x.mul_(2)
+
+    case = ((torch.ones(2),), [2.0, 2.0], "twice")
+    grade(double, case, minutes=1, difficulty=1)
+    assert "✓ 1 cases" in capsys.readouterr().out
+    grade(double, case, minutes=1, difficulty=1, keeps=True)
+    assert "✗ double([1.0, 1.0]) is right, but has changed `x` itself" in capsys.readouterr().out
+    grade(lambda x: 2 * x, case, minutes=1, difficulty=1, keeps=True)
+    assert "✓ 1 cases" in capsys.readouterr().out
 
 
 def test_same_states_what_was_met_and_raises_on_any_difference(capsys):

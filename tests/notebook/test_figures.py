@@ -38,6 +38,20 @@ def test_dot_products_state_their_sums():
     assert titles[2::3] == ["product, sum 2", "product, sum 0"]
 
 
+def test_an_answer_is_drawn_at_four_rates_over_one_time():
+    words = ["a", "circle", "(end)", "(padding, from here on)"]
+    figures.four_rates(words, torch.arange(25), torch.zeros(80, 100), torch.zeros(16_000), 16_000)
+    plots = plt.gcf().axes
+    assert [text.get_text() for text in plots[0].texts] == words
+    assert {ax.get_xlim() for ax in plots} == {(0, 1)}
+
+
+def test_boxes_of_the_map_are_numbered_by_step():
+    drawn = viz.model_map(steps=(("log-mel", "patches"), ["DiT"])).data
+    names = re.findall(r">([^<]+)</text>", drawn)
+    assert [name for name in names if name.isdigit()] == ["1", "1", "2"]
+
+
 def test_a_flow_that_continues_repeats_the_last_tensor():
     steps = ("ids [L]", "embed", "[L, D]", "Thinker", "hidden")
     names = re.findall(r">([^<]+)</text>", viz.flow(*steps, wide=200).data)
