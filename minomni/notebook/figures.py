@@ -93,21 +93,51 @@ def four_rates(words: Sequence[str], codes: Tensor, bands: Tensor, wave: Tensor,
     waveform(bottom, wave, rate)
 
 
-def point_out(ax: "Axes", places: dict[str, tuple[float, float]]) -> None:
-    """Arrows from names above a log-mel spectrogram to places in it, (seconds, Hz)."""
+Place = tuple[float, float]  # seconds and Hz
+
+
+def point_out(ax: "Axes", places: dict[str, Place | list[Place]]) -> None:
+    """Arrows from names above a log-mel spectrogram to places in it.
+
+    A list of places is joined by a line, at whose last place the arrow ends.
+    """
     highest = hz_to_mel(torch.tensor(8000.0))
-    for name, (seconds, hz) in places.items():
-        band = float(hz_to_mel(torch.tensor(float(hz))) / highest * (LOG_BANDS + 1) - 0.5)
+    for name, given in places.items():
+        path = given if isinstance(given, list) else [given]
+        seconds = [second for second, _ in path]
+        mels = hz_to_mel(torch.tensor([float(hz) for _, hz in path]))
+        bands = (mels / highest * (LOG_BANDS + 1) - 0.5).tolist()
+        ax.plot(seconds, bands, color="white", linewidth=1.4, linestyle=":" if path[2:] else "-")
         ax.annotate(
             name,
-            (seconds, band),
-            (seconds, LOG_BANDS + 6),
+            (seconds[-1], bands[-1]),
+            (seconds[-1], LOG_BANDS + 6),
             ha="center",
             fontsize=8,
             color=INK,
             arrowprops={"arrowstyle": "->", "color": "white", "linewidth": 1.4},
             annotation_clip=False,
         )
+
+
+def leakage(spectra: Mapping[str, Tensor], peak: int, beyond: Sequence[int]) -> None:
+    """Spectra [bins] in dB, with a line at each number of bins beyond the peak."""
+    ax = axes(width=7, height=2.4)
+    for (name, decibels), kind in zip(spectra.items(), ("text", "audio"), strict=True):
+        ax.plot(decibels, color=COLORS[kind], label=name)
+    for far in beyond:
+        ax.axvline(peak + far, color=PALE, zorder=0)
+        ax.text(peak + far, -118, f" +{far}", fontsize=8)
+    ax.set(xlabel="bin", ylabel="dB relative to the peak", xlim=(0, 100), ylim=(-120, 5))
+    ax.set_title("20.5 cycles in 400 samples", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+
+
+def spectrogram(ax: "Axes", power: Tensor, title: str, **options: Any) -> None:
+    """Bins from 0 to 8,000 Hz [bins, F], all of one width."""
+    mel(ax, power, title, bar=False, **options)
+    ticks = torch.linspace(0, len(power), 5)
+    ax.set(ylabel="Hz", yticks=ticks, yticklabels=[f"{hz:,}" for hz in range(0, 8001, 2000)])
 
 
 def dot_products(sound: Tensor, waves: dict[str, Tensor]) -> None:

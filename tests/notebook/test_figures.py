@@ -52,6 +52,14 @@ def test_boxes_of_the_map_are_numbered_by_step():
     assert [name for name in names if name.isdigit()] == ["1", "1", "2"]
 
 
+def test_an_arrow_ends_at_the_last_place_of_a_path():
+    ax = viz.axes()
+    figures.point_out(ax, {"hiss": (0.5, 4000), "formant": [(0.1, 500), (0.2, 700), (0.3, 1000)]})
+    assert [round(text.xy[0], 1) for text in ax.texts] == [0.5, 0.3]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", ":"]
+    assert ax.texts[1].xy[1] == ax.lines[1].get_ydata()[-1]
+
+
 def test_a_flow_that_continues_repeats_the_last_tensor():
     steps = ("ids [L]", "embed", "[L, D]", "Thinker", "hidden")
     names = re.findall(r">([^<]+)</text>", viz.flow(*steps, wide=200).data)
