@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
+    from minomni.thinker.audio_encoder import AudioAttention
     from minomni.thinker.thinker import Thinker
 
 YELLOW = (1.0, 0.75, 0.0)
@@ -41,6 +42,19 @@ def watch(thinker: "Thinker", inputs: Inputs, said: list[int]) -> Tensor:
     with patch.object(decoder, "attention", attend), torch.no_grad():
         thinker.prefill(with_ids(inputs, ids))
     return torch.stack(tables)
+
+
+def projected(x: Tensor, part: "AudioAttention") -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values [T, d] of each head of the audio encoder's attention.
+
+    x [T, D]; part: its module. A head owns d rows of each of the three matrices; the keys have no
+    bias.
+    """
+    size = x.shape[1] // part.heads
+    q = x @ part.q_proj.weight.T + part.q_proj.bias
+    k = x @ part.k_proj.weight.T
+    v = x @ part.v_proj.weight.T + part.v_proj.bias
+    return list(zip(q.split(size, 1), k.split(size, 1), v.split(size, 1), strict=True))
 
 
 def rotated(ax: "Axes", q_angle: float, k_angle: float, title: str = "") -> None:

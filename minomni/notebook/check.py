@@ -5,7 +5,7 @@ import dis
 import inspect
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -115,19 +115,22 @@ def grade(
     tolerance: float = 1e-4,
     chapter: str = "",
     keeps: bool = False,
+    parts: Sequence[str] = (),
 ) -> Callable | None:
     """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
     cases: (arguments, expected answer) or (arguments, expected answer, what the case is about). A
     stub whose body is `...` is not attempted. minutes: how long the exercise takes. difficulty,
     importance: 1 to 3; 0 leaves the importance out. chapter: number of the notebook, of an exercise
-    that later cells need. keeps: an answer that changes its arguments is wrong. -> the function
-    that these cells use: the reader's if it passes, until then the solution in notebooks/solutions;
-    None without a chapter.
+    that later cells need. keeps: an answer that changes its arguments is wrong. parts: names of
+    the tensors of an answer that has several. -> the function that these cells use: the reader's if
+    it passes, until then the solution in notebooks/solutions; None without a chapter.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]}"
     head += f", importance {DOTS[importance]})" if importance else ")"
-    problem = "" if _is_stub(function) else _counter_example(function, cases, tolerance, keeps)
+    problem = ""
+    if not _is_stub(function):
+        problem = _counter_example(function, cases, tolerance, keeps, parts)
     if _is_stub(function):
         print(f"{head}: not attempted")
     elif problem:
@@ -155,7 +158,11 @@ def _is_stub(function: Callable) -> bool:
 
 
 def _counter_example(
-    function: Callable, cases: tuple[tuple, ...], tolerance: float, keeps: bool
+    function: Callable,
+    cases: tuple[tuple, ...],
+    tolerance: float,
+    keeps: bool,
+    parts: Sequence[str],
 ) -> str:
     """The first case that a function fails, in one line; empty if it passes all."""
     for arguments, expected, *names in cases:
@@ -168,7 +175,7 @@ def _counter_example(
             return f"{call} raised {type(error).__name__}: {error}{about}"
         if answer is None or answer is ...:
             return f"{call} returned nothing: is a `return` missing?{about}"
-        problem = _wrong(answer, expected, tolerance)
+        problem = _wrong(answer, expected, tolerance, parts)
         if problem:
             return f"{call} gave {problem}{about}"
         changed = _changed(function, arguments, given) if keeps else ""
@@ -185,12 +192,12 @@ def _changed(function: Callable, before: tuple, after: tuple) -> str:
     return ""
 
 
-def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
+def _wrong(answer: Any, expected: Any, tolerance: float, parts: Sequence[str] = ()) -> str:
     """How an answer differs from the expected one; empty if it does not."""
     if isinstance(expected, dict) or _has_text(expected):
         return "" if answer == expected else _mismatch(answer, expected)
     if isinstance(expected, tuple) and any(isinstance(part, Tensor) for part in expected):
-        return _wrong_parts(answer, expected, tolerance)
+        return _wrong_parts(answer, expected, tolerance, parts)
     try:
         mine, theirs = _tensor(answer), _tensor(expected)
         if mine.is_floating_point():
@@ -202,15 +209,17 @@ def _wrong(answer: Any, expected: Any, tolerance: float) -> str:
     return _mismatch(_rounded(mine), _rounded(theirs)) if problem and whole else problem
 
 
-def _wrong_parts(answer: Any, expected: tuple, tolerance: float) -> str:
-    """How the first differing part of an answer of several tensors differs."""
+def _wrong_parts(answer: Any, expected: tuple, tolerance: float, names: Sequence[str]) -> str:
+    """How the parts that differ of an answer of several tensors do."""
     if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
         return f"{type(answer).__name__}, expected {len(expected)} tensors"
-    for i, (mine, theirs) in enumerate(zip(answer, expected)):
+    names = names or [f"part {i}" for i in range(len(expected))]
+    problems = []
+    for name, mine, theirs in zip(names, answer, expected):
         problem = _wrong(mine, theirs, tolerance)
         if problem:
-            return f"as part {i}: {problem}"
-    return ""
+            problems.append(f"as {name}: {problem}")
+    return "; ".join(problems)
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minomni.inputs.mel import LOG_BANDS, hz_to_mel
-from minomni.notebook.viz import INK, axes, draw_image, lattice, mel, waveform
-from minomni.plot import COLORS, PALE, plain
+from minomni.notebook.viz import INK, axes, draw_image, hz_axis, lattice, mel, waveform
+from minomni.plot import COLORS, PALE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,8 +161,25 @@ def dot_products(sound: Tensor, waves: dict[str, Tensor]) -> None:
         ax.set_xlabel("sample")
 
 
-def filter_step(frames: Tensor, weight: Tensor, bias: float) -> None:
-    """One number of a convolution: frames [bands, 3], a filter [bands, 3], their product."""
+def words_over_time(bands: Tensor, probabilities: Tensor, words: Sequence[str]) -> None:
+    """A mel [C, F] above the probability of each word at each token [tokens, words]."""
+    ratios = (1, 0.2 + 0.12 * len(words))
+    above, ax = axes(2, 1, height=0.7 + 0.12 * len(words), sharex=True, height_ratios=ratios)
+    mel(above, bands, bar=False)
+    above.set(xlabel="")
+    extent = (0, 0.04 * len(probabilities), len(words) - 0.5, -0.5)
+    ax.imshow(probabilities.T, aspect="auto", cmap="Greys", vmin=0, vmax=1, extent=extent)
+    ax.set(yticks=range(len(words)), yticklabels=words, xlabel="seconds")
+    ax.set_title("what each token says (black = probability 1)", fontsize=9)
+
+
+def filter_step(
+    frames: Tensor, weight: Tensor, bias: float, marked: tuple[float, float] | None = None
+) -> None:
+    """One number of a convolution: frames [bands, 3], a filter [bands, 3], their product.
+
+    marked: two frequencies in Hz, drawn as dotted lines.
+    """
     product = frames * weight
     total = float(product.sum())
     images = {
@@ -170,10 +187,10 @@ def filter_step(frames: Tensor, weight: Tensor, bias: float) -> None:
         "times a filter": (weight, "RdBu_r", float(weight.abs().max())),
         "product": (product, "RdBu_r", float(product.abs().max())),
     }
-    plots = axes(1, 4, width=7.5, height=2.6, width_ratios=(2, 2, 2, 3))
+    plots = axes(1, 4, width=7.5, height=2.6, width_ratios=(2, 2, 2, 2))
     for ax, (title, (values, colors, limit)) in zip(plots, images.items(), strict=False):
         low = None if limit is None else -limit
-        image = ax.imshow(
+        ax.imshow(
             values,
             cmap=colors,
             vmin=low,
@@ -183,9 +200,14 @@ def filter_step(frames: Tensor, weight: Tensor, bias: float) -> None:
             interpolation="nearest",
         )
         ax.set(xticks=(0, 1, 2), xticklabels=("left", "itself", "right"))
-        ax.set_title(title, fontsize=9)
-        ax.figure.colorbar(image, ax=ax, pad=0.02).ax.tick_params(labelsize=7)
-    plots[0].set_ylabel("band")
+        hz_axis(ax, len(values))
+        ax.set_title(title if limit is None else f"{title}\n(red > 0 > blue)", fontsize=9)
+        for hz in marked or ():
+            band = hz_to_mel(torch.tensor(hz)) / hz_to_mel(torch.tensor(8000.0)) * (len(values) + 1)
+            color = "white" if limit is None else INK
+            ax.axhline(float(band) - 1, color=color, linestyle=":", linewidth=1.2)
+    for ax in plots[1:3]:
+        ax.set(ylabel="", yticklabels=[])
     plots[3].axis("off")
     lines = f"sum of the product\n{total:+.2f}\n\nbias\n{bias:+.2f}\n\noutput\n{total + bias:+.2f}"
     plots[3].text(0.5, 0.5, lines, ha="center", va="center", fontsize=10, color=INK)
@@ -194,40 +216,75 @@ def filter_step(frames: Tensor, weight: Tensor, bias: float) -> None:
 def attention_blocks(
     ax: "Axes",
     weights: Tensor,
-    lengths: list[int],
+    lengths: Sequence[int],
     words: dict[float, str],
     high: float,
     title: str,
 ) -> None:
-    """Attention weights [T, T] of steps of 20 ms, a panel for each of two blocks of `lengths`.
+    """Attention weights [T, T] of steps of 20 ms in blocks of `lengths`; masked pairs are gray.
 
-    words: the second at which each begins; they label the keys. high: the weight at the end of the
-    color map.
+    words: the second at which each begins; they label queries and keys. high: the weight at the end
+    of the color map.
     """
-    ax.axis("off")
+    block = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    allowed = block[:, None] == block
+    ax.set_facecolor(PALE)
+    seconds = 0.02 * len(weights)
+    ax.imshow(
+        weights.where(allowed, torch.nan),
+        cmap="magma",
+        vmin=0,
+        vmax=high,
+        extent=(0, seconds, seconds, 0),
+        interpolation="nearest",
+    )
+    ax.set_xticks(list(words), list(words.values()), rotation=90, fontsize=6)
+    ax.set_yticks(list(words), list(words.values()), fontsize=6)
+    ax.set_xlabel("key", fontsize=8)
+    ax.set_ylabel("query", fontsize=8)
     ax.set_title(title, fontsize=9)
-    places = ((0, 0.52, 0.88, 0.48), (0, 0.1, 0.88, 0.24))  # left, bottom, width and height
-    first = 0
-    for place, length in zip(places, lengths, strict=True):
-        panel = plain(ax.inset_axes(place))
-        block = weights[first : first + length, first : first + length]
-        begin, end = 0.02 * first, 0.02 * (first + length)
-        image = panel.imshow(
-            block,
-            cmap="magma",
-            vmin=0,
-            vmax=high,
-            aspect="auto",
-            extent=(begin, end, end, begin),
-            interpolation="nearest",
-        )
-        inside = {at: word for at, word in words.items() if begin <= at < end}
-        panel.set_xticks(list(inside), list(inside.values()), rotation=90, fontsize=7)
-        panel.set_ylabel("query, s", fontsize=8)
-        first += length
-    panel.set_xlabel("key", fontsize=8)
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes((0.91, 0.52, 0.03, 0.48)))
-    bar.ax.tick_params(labelsize=7)
+
+
+def positions(vectors: Tensor, chosen: int) -> None:
+    """Position embeddings [positions, size], and the dot products of a chosen one with all."""
+    left, right = axes(1, 2, height=2.5)
+    image = left.imshow(
+        vectors.T, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+    )
+    left.figure.colorbar(image, ax=left, ticks=(-1, 0, 1))
+    left.figure.get_layout_engine().set(wspace=0.1)
+    left.set(xlabel="step", ylabel="component", title="sines above, cosines below")
+    right.plot(vectors @ vectors[chosen], color=COLORS["audio"])
+    right.set(xlabel="step", ylabel=f"P · P{chosen}", ylim=(0, None))
+    right.set_title(f"dot product with step {chosen}")
+
+
+def reached(ax: "Axes", moved: Tensor, seconds: float, about: str) -> None:
+    """Which tokens changed with which frame of a clip: moved [frames, tokens], black where true."""
+    ax.imshow(
+        moved.T,
+        cmap="Greys",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        origin="lower",
+        extent=(0, seconds, 0, seconds),
+        interpolation="nearest",
+    )
+    ax.set(xlabel=f"changed frame, s\n\n{about}", ylabel="token, s")
+
+
+def changes(gaps: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """How much each of some places changed, a plot for each tensor [places], on one log axis.
+
+    names: what the places are. Less than 1e-6 is drawn at 1e-6.
+    """
+    plots = axes(1, len(gaps), height=2.3, sharey=True)
+    for ax, (title, gap), name in zip(plots, gaps.items(), names, strict=True):
+        ax.plot(gap.clamp_min(1e-6), ".", color=COLORS["audio"], markersize=4)
+        ax.set(xlabel=name, title=title, yscale="log", ylim=(5e-7, 50))
+    plots[0].set(ylabel="largest difference", yticks=(1e-6, 1e-4, 1e-2, 1))
+    plots[0].set_yticklabels(("≤ 1e-6", "1e-4", "1e-2", "1"))
 
 
 def zoom(whole: "Axes", part: "Axes", image: Any, corner: tuple[int, int], cell: int) -> None:

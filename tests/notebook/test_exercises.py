@@ -1319,6 +1319,10 @@ def test_grade_tells_a_forgotten_return_from_a_stub_and_names_the_case(capsys):
     parts = (torch.ones(2), torch.zeros(2))
     grade(lambda: parts[::-1], ((), parts), minutes=1, difficulty=1)
     assert "as part 0: [0.0, 0.0], expected [1.0, 1.0]" in capsys.readouterr().out
+    about = {"minutes": 1, "difficulty": 1, "parts": ("output", "weights")}
+    grade(lambda: parts[::-1], ((), parts), **about)
+    said = capsys.readouterr().out
+    assert "as output: [0.0, 0.0], expected [1.0, 1.0]; as weights: [1.0, 1.0], expected" in said
 
 
 def test_grade_goes_on_with_the_solution_until_the_answer_passes():

@@ -60,6 +60,30 @@ def test_an_arrow_ends_at_the_last_place_of_a_path():
     assert ax.texts[1].xy[1] == ax.lines[1].get_ydata()[-1]
 
 
+def test_pairs_of_two_blocks_are_left_out_of_an_attention_map():
+    ax = viz.axes()
+    words = {0.0: "say", 0.04: "cross"}
+    figures.attention_blocks(ax, torch.full((3, 3), 0.5), [2, 1], words, 1.0, "layer 0, head 0")
+    drawn = ax.images[0].get_array()
+    assert drawn.mask.tolist() == [[False, False, True], [False, False, True], [True, True, False]]
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["say", "cross"]
+
+
+def test_a_step_of_a_filter_states_its_sum():
+    figures.filter_step(torch.ones(128, 3), torch.full((128, 3), 0.5), -2.0, marked=(2000.0,))
+    plots = plt.gcf().axes
+    assert plots[3].texts[0].get_text().split("\n")[1::3] == ["+192.00", "-2.00", "+190.00"]
+    band = viz.hz_to_mel(torch.tensor(2000.0)) / viz.hz_to_mel(torch.tensor(8000.0)) * 129
+    assert plots[0].lines[0].get_ydata()[0] == pytest.approx(float(band) - 1, abs=0.01)
+
+
+def test_changes_of_nothing_are_drawn_at_the_bottom():
+    gap = torch.tensor([0.0, 2.0])
+    figures.changes({"stem": gap, "end": gap}, ("step", "token"))
+    assert plt.gcf().axes[0].lines[0].get_ydata().tolist() == pytest.approx([1e-6, 2.0])
+
+
 def test_a_flow_that_continues_repeats_the_last_tensor():
     steps = ("ids [L]", "embed", "[L, D]", "Thinker", "hidden")
     names = re.findall(r">([^<]+)</text>", viz.flow(*steps, wide=200).data)
