@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minomni.inputs.mel import LOG_BANDS, hz_to_mel
-from minomni.notebook.viz import INK, axes, draw_image, hz_axis, lattice, mel, waveform
+from minomni.notebook.viz import (
+    CELL_PIXELS,
+    INK,
+    axes,
+    draw_image,
+    hz_axis,
+    lattice,
+    mel,
+    waveform,
+)
 from minomni.plot import COLORS, PALE
 
 if TYPE_CHECKING:
@@ -285,6 +294,42 @@ def changes(gaps: Mapping[str, Tensor], names: Sequence[str]) -> None:
         ax.set(xlabel=name, title=title, yscale="log", ylim=(5e-7, 50))
     plots[0].set(ylabel="largest difference", yticks=(1e-6, 1e-4, 1e-2, 1))
     plots[0].set_yticklabels(("≤ 1e-6", "1e-4", "1e-2", "1"))
+
+
+def photograph() -> Any:
+    """A photograph of a place, by scikit-learn: an RGB image of PIL."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+def pieces(image: Any, line: int = 50) -> None:
+    """An image as the sequence of its cells, `line` of them in a line, with white between them."""
+    rows, columns = round(image.height / CELL_PIXELS), round(image.width / CELL_PIXELS)
+    resized = image.resize((CELL_PIXELS * columns, CELL_PIXELS * rows))
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
+    cells = pixels.view(rows, CELL_PIXELS, columns, CELL_PIXELS, 3).transpose(1, 2).flatten(0, 1)
+    white = 255
+    cells = F.pad(cells, (0, 0, 0, 6, 0, 6, 0, -len(cells) % line), value=white)
+    lines = cells.unflatten(0, (-1, line)).transpose(1, 2)  # [lines, height, line, width, 3]
+    ax = axes(width=11, height=1.9)
+    ax.imshow(lines.flatten(2, 3).flatten(0, 1))
+    ax.axis("off")
+
+
+def budget(ax: "Axes", image: Any, size: tuple[int, int], tokens: int) -> None:
+    """An image resized to `size` (height and width), drawn in its old shape, with its cells."""
+    from PIL import Image
+
+    height, width = size
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    draw_image(ax, small, title=f"budget {tokens}")
+    ax.set_aspect(image.height / image.width * width / height)
+    lattice(ax, height, width, CELL_PIXELS, linewidth=0.6 if tokens < 100 else 0.2)
+    used = height * width // CELL_PIXELS**2
+    about = f"{height} x {width} pixels, {used} tokens"
+    ax.text(0, -0.03, about, fontsize=8, va="top", transform=ax.transAxes)
 
 
 def zoom(whole: "Axes", part: "Axes", image: Any, corner: tuple[int, int], cell: int) -> None:

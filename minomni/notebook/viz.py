@@ -523,7 +523,7 @@ def cell_order():
 
 def patch_axes():
     """The nine axes of an image of 2 x 2 cells, as a diagram (SVG): brackets around the pixels, and
-    the axes in the order of the table. Three pixels stand for the 14 of a patch.
+    empty places for the axes in the order of the table. Three pixels stand for the 14 of a patch.
     """
     pixel, left, top = 12, 118, 44
     patch, cell, whole = 3 * pixel, 6 * pixel, 12 * pixel
@@ -560,13 +560,13 @@ def patch_axes():
     parts.append(_arrow((left + whole + 40, middle), (left + whole + 90, middle)))
     across = left + whole + 110
     parts.append(_text(across + 75, middle - 26, "which patch: row"))
-    for name in "TYXyx":
-        parts.append(_square(across, middle - 15, name))
+    for _ in range(5):
+        parts.append(_square(across, middle - 15, "?"))
         across += 30
     across += 20
     parts.append(_text(across + 60, middle - 26, "which number in it: column"))
-    for name in "cfij":
-        parts.append(_square(across, middle - 15, name))
+    for _ in range(4):
+        parts.append(_square(across, middle - 15, "?"))
         across += 30
     parts.append(_frame(across - 120, middle - 15, 120, 30))
     return _svg(across + 40, top + whole + 92, parts)

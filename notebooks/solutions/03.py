@@ -35,11 +35,12 @@ def my_fast_cut(frames):
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 1176)
 
 
-def my_moments(total, rate, most):
+def my_video(total, rate, most, frame_pixels, clip_pixels):
     n = int(min(max(2 * total / rate, 4), most, total)) // 2 * 2
     if n < 2:
-        return [0]
-    return [round(i * (total - 1) / (n - 1)) for i in range(n)]
+        return [0], frame_pixels
+    moments = [round(i * (total - 1) / (n - 1)) for i in range(n)]
+    return moments, min(frame_pixels, clip_pixels / (n // 2))
 
 
 def row_of(y, x, width):

@@ -495,6 +495,12 @@ def evenly(total: int, wanted: float, most: int, even: bool = True, last: bool =
     return [round(i * (total - 1) / (n - 1) if last else i * total / n) for i in range(n)]
 
 
+def video(total, wanted, most, frame_pixels, clip_pixels, **switches) -> tuple[list[int], float]:
+    """Indices of frames, and the area of each; pairs share the pixels."""
+    moments = evenly(total, wanted, most, **switches)
+    return moments, min(frame_pixels, 2 * clip_pixels / len(moments))
+
+
 def written(next_logits, stop: int | None, limit: int) -> list[int]:
     """Greedy decoding."""
     said = []
@@ -671,12 +677,15 @@ BUGS = {
         ],
         "my_cut": WRONG_CUTS,
         "my_fast_cut": WRONG_CUTS,
-        "my_moments": [
-            lambda n, rate, most: evenly(n, 2 * n / rate, most),
-            lambda n, rate, most: evenly(n, max(2 * n / rate, 4), n),
-            lambda n, rate, most: evenly(n, max(2 * n / rate, 4), most, even=False),
-            lambda n, rate, most: evenly(n, max(n / rate, 4), most),
-            lambda n, rate, most: evenly(n, max(2 * n / rate, 4), most, last=False),
+        "my_video": [
+            lambda n, rate, most, *area: video(n, 2 * n / rate, most, *area),
+            lambda n, rate, most, *area: video(n, max(2 * n / rate, 4), n, *area),
+            lambda n, rate, most, *area: video(n, max(2 * n / rate, 4), most, *area, even=False),
+            lambda n, rate, most, *area: video(n, max(n / rate, 4), most, *area),
+            lambda n, rate, most, *area: video(n, max(2 * n / rate, 4), most, *area, last=False),
+            lambda n, rate, most, a, b: video(n, max(2 * n / rate, 4), most, a, b / 2),
+            lambda n, rate, most, a, b: video(n, max(2 * n / rate, 4), most, a, math.inf),
+            lambda n, rate, most, a, b: video(n, max(2 * n / rate, 4), most, math.inf, b),
         ],
         "row_of": [
             lambda y, x, w: y // 14 * (w // 14) + x // 14,

@@ -6,6 +6,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from PIL import Image
 
 from minomni.notebook import figures, viz
 from minomni.notebook.cases import cut_cases
@@ -91,9 +92,18 @@ def test_a_flow_that_continues_repeats_the_last_tensor():
     assert re.findall(r">([^<]+)</text>", viz.flow(*steps).data) == list(steps)
 
 
-def test_the_axes_of_patches_stand_in_the_order_of_the_table():
+def test_the_axes_of_patches_have_brackets_and_empty_places():
     names = re.findall(r">([^<]+)</text>", viz.patch_axes().data)
-    assert "".join(name for name in names[-11:] if len(name) == 1) == "TYXyxcfij"
+    assert "".join(name for name in names if len(name) == 1) == "ijyxYX" + 9 * "?"
+
+
+def test_pieces_of_an_image_are_its_cells_in_raster_order():
+    image = Image.new("RGB", (56, 28))
+    image.paste("red", (28, 0, 56, 28))
+    figures.pieces(image, line=3)
+    drawn = plt.gcf().axes[0].images[0].get_array()
+    assert drawn.shape == (34, 3 * 34, 3)
+    assert [drawn[0, 34 * i].tolist() for i in range(3)] == [[0] * 3, [255, 0, 0], [255] * 3]
 
 
 def test_titles_of_settings_have_a_unit():
