@@ -208,8 +208,9 @@ def measurements(
 def measure_in_turns(backends: dict[str, Callable[[], Measurement]], parts: Parts) -> None:
     """Measure one part by the backends in turns, and enter medians and differences.
 
-    There are workload.rounds turns after one that warms up; fewer where they take over PART_S. What the official code cannot do here becomes a note, and so do outputs of different shapes; an
-    error of ours is raised.
+    There are workload.rounds turns after one that warms up; fewer where they take over PART_S.
+    What the official code cannot do here becomes a note, and so do outputs of different shapes;
+    an error of ours is raised.
     """
     backends = dict(backends)
     seconds: dict[tuple[str, str], list[float]] = {}  # by row and backend
