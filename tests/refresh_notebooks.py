@@ -3,8 +3,9 @@ name ...].
 
 The only way by which outputs change. Every notebook runs from top to bottom in a fresh kernel; what
 depends on the machine or the day is taken out, pictures and sounds are made small, and the header
-gets the seconds that were measured. Then the table of chapters in the READMEs is written anew from
-the headers; `python tests/refresh_notebooks.py README` does that alone.
+gets the seconds that were measured. Then the answers to each *Predict* are folded in all notebooks,
+and the table of chapters in the READMEs is written anew from the headers; `python
+tests/refresh_notebooks.py README` does these two alone.
 """
 
 import base64
@@ -24,6 +25,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
+PREDICT = re.compile(r"\*Predict\b")  # a question whose answer the next code cell prints
+FOLDED = {"jupyter": {"outputs_hidden": True}}  # JupyterLab shows three dots in place of outputs
 COLORS = 64  # of a stored figure: a third of the bytes of full color, and no eye sees it
 SOUND = re.compile(r"data:audio/wav;base64,([A-Za-z0-9+/=]+)")
 PHOTOGRAPH = 8192  # more colors than this and it is a photograph, in whose sky an eye would see it
@@ -56,7 +59,7 @@ def clean(notebook) -> None:
     }
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(codes, start=1):
-        cell.metadata, cell.execution_count, cell.outputs = {}, count, merged(cell.outputs)
+        cell.execution_count, cell.outputs = count, merged(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
@@ -73,6 +76,20 @@ def clean(notebook) -> None:
                 picture = small(figure, shown_size) if figure else {}
                 output.data |= picture
                 output.metadata = dict.fromkeys(picture, shown_size) if shown_size else {}
+    fold_answers(notebook)
+
+
+def fold_answers(notebook) -> None:
+    """Let JupyterLab fold the outputs of the first code cell after a *Predict*, so that a reader
+    can. No other code cell keeps metadata. In place.
+    """
+    asked = False
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            asked = asked or PREDICT.search(cell.source) is not None
+        elif cell.cell_type == "code":
+            cell.metadata = dict(FOLDED) if asked else {}
+            asked = False
 
 
 def merged(outputs) -> list:
@@ -128,6 +145,10 @@ def main(wanted: list[str]) -> None:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if not wanted or any(word in path.name for word in wanted):
             print(f"{path.name}: {refresh(path):.0f} s, {path.stat().st_size // 1000} kB")
+        else:
+            notebook = nbformat.read(path, as_version=4)
+            fold_answers(notebook)
+            nbformat.write(notebook, path)
     chapters.write()
 
 

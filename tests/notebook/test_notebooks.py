@@ -18,9 +18,9 @@ import pytest
 import soundfile
 import torch
 from exercises import stubs
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
-from refresh_notebooks import BUDGET, clean, small, with_flac
+from refresh_notebooks import BUDGET, FOLDED, clean, fold_answers, small, with_flac
 from refresh_notebooks import ROOT as CHECKOUT
 
 from minomni.config import TINY
@@ -98,7 +98,23 @@ def test_every_same_is_checked(notebook):
 
 def test_no_trace_of_a_machine(notebook):
     assert not MACHINE_PATH.search(notebook.path.read_text())
-    assert all(cell.metadata == {} for cell in notebook.codes)
+    assert all(cell.metadata in ({}, FOLDED) for cell in notebook.codes)
+
+
+def test_the_answer_to_a_predict_is_folded(notebook):
+    """Otherwise it stands below its question: python tests/refresh_notebooks.py README."""
+    found = [cell.metadata for cell in notebook.codes]
+    fold_answers(notebook)
+    assert found == [cell.metadata for cell in notebook.codes]
+
+
+def test_the_first_code_cell_after_a_predict_is_folded():
+    texts = ["Run it.", "*Predict:* what is printed?"]
+    cells = [new_code_cell("1"), *map(new_markdown_cell, texts), *map(new_code_cell, "234")]
+    book = new_notebook(cells=[*cells, new_markdown_cell("Now predict nothing."), cells[0].copy()])
+    fold_answers(book)
+    codes = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.metadata for cell in codes] == [{}, FOLDED, {}, {}, {}]
 
 
 def test_limits(notebook):
