@@ -374,6 +374,24 @@ def walk(ax: "Axes", image: Any, places: Tensor, title: str) -> None:
         ax.text(x[number] - 2, y[number] - 2, str(number), color="white", fontsize=8, ha="right")
 
 
+def over_offsets(score: Tensor, apart: Tensor, rows: Sequence[int]) -> None:
+    """A score [n, n] by how far two patches lie apart, and some of its rows as lines.
+
+    apart [n]: the offsets of both directions, in patches. rows: the offsets of the lines.
+    """
+    left, right = axes(1, 2, width=8, height=2.9)
+    edges = (float(apart[0]) - 0.5, float(apart[-1]) + 0.5)
+    shown = left.imshow(score, extent=(*edges, *reversed(edges)), cmap="viridis", vmin=0.5, vmax=1)
+    left.figure.colorbar(shown, ax=left, label="score / highest")
+    left.set(xlabel="columns apart", ylabel="rows apart", title="all offsets")
+    for down in rows:
+        line = score[int((apart == down).nonzero())]
+        right.plot(apart, line, label=f"{down} rows apart")
+    right.set(xlabel="columns apart", ylabel="score / highest", ylim=(0.5, 1.05))
+    right.set_title("three rows of the left plot")
+    right.legend(frameon=False, fontsize=8)
+
+
 def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
     """A line for each name: a dot for each seed, their mean, and their standard deviation as a bar.
 

@@ -463,14 +463,16 @@ def model_map(*lit: str, steps: Sequence[Sequence[str]] = ()):
     return _svg(840, 172, parts)
 
 
-def flow(*steps: str, wide: int = 860):
+def flow(*steps: str, wide: int = 860, repeat: tuple[int, int, str] | None = None):
     """A pipeline as a diagram (SVG): tensors and operations in turn, beginning with a tensor.
 
     Operations are boxes, tensors stand on the arrows between them. Continues on a new line when it
-    is wider than `wide` pixels; the new line repeats the last arrow.
+    is wider than `wide` pixels; the new line repeats the last arrow. repeat: the first and the last
+    of some steps on one line that are repeated, and what is written below them.
     """
     parts: list[str] = []
     x, y, right = 4.0, 24, 0.0
+    begins: list[tuple[float, int]] = []
     for i, step in enumerate(steps):
         width = 16 + 6.8 * len(step)
         is_box = i % 2 == 1
@@ -481,8 +483,16 @@ def flow(*steps: str, wide: int = 860):
             parts.append(_tensor(x, y, last))
             x += 16 + 6.8 * len(last)
         parts.append(_box(x, y, width, step) if is_box else _tensor(x, y, step))
+        begins.append((x, y))
         x += width
         right = max(right, x)
+    if repeat:
+        first, last_step, text = repeat
+        left, below = begins[first]
+        end = begins[last_step][0] + 16 + 6.8 * len(steps[last_step])
+        parts.append(_line(left, below + 35, end, below + 35))
+        parts.append(_text((left + end) / 2, below + 47, text, size=11))
+        y = max(y, below + 12)
     return _svg(int(right) + 6, y + 40, parts)
 
 

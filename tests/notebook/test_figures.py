@@ -132,3 +132,22 @@ def test_seeds_are_dots_around_their_mean():
     [ax] = plt.gcf().axes
     assert [line.get_xdata().tolist() for line in ax.lines[:2]] == [[1, 3], [2]]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["before"]
+
+
+def test_repeated_steps_of_a_flow_are_underlined_within_their_line():
+    steps = ("x", "add", "[D]", "scale", "y")
+    diagram = viz.flow(*steps, repeat=(1, 3, "a layer, × 4")).data
+    assert "a layer, × 4" in diagram
+    x1, x2 = map(
+        float, re.findall(r'<line x1="([\d.]+)" y1="59" x2="([\d.]+)" y2="59"', diagram)[0]
+    )
+    boxes = [float(x) for x in re.findall(r'<rect x="([\d.]+)"', diagram)]
+    assert (x1, x2) == pytest.approx((boxes[0], boxes[1] + 16 + 6.8 * len("scale")))
+
+
+def test_offsets_are_drawn_with_some_rows():
+    score = torch.full((5, 5), 0.75)
+    score[2] = 1
+    figures.over_offsets(score, torch.arange(-2, 3), rows=(0, 2))
+    lines = plt.gcf().axes[1].lines
+    assert [line.get_ydata().tolist() for line in lines] == [[1] * 5, [0.75] * 5]
