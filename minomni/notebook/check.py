@@ -6,6 +6,7 @@ import inspect
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -17,6 +18,8 @@ STARS = {1: "★☆☆", 2: "★★☆", 3: "★★★"}
 DOTS = {1: "●○○", 2: "●●○", 3: "●●●"}
 CUT = "# ..."  # stands for lines that show() leaves out
 WHOLE = 12  # elements of a tensor that a grader prints whole
+LONG = 120  # characters of a value that a grader prints
+BEFORE = 20  # characters before a difference that it prints of longer values
 
 
 def show(*objects: Any, begin: str = "", end: str = "") -> None:
@@ -228,8 +231,12 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def _mismatch(answer: Any, expected: Any) -> str:
-    """The answer and the expected one in one line."""
-    return f"{_brief(answer)}, expected {_brief(expected)}"
+    """The answer and the expected one in one line; of long ones the part where they differ."""
+    mine, theirs = _written(answer), _written(expected)
+    begin = max(len(commonprefix([mine, theirs])) - BEFORE, 0)
+    if max(len(mine), len(theirs)) <= LONG:
+        begin = 0
+    return f"{_cut(mine, begin)}, expected {_cut(theirs, begin)}"
 
 
 def _has_text(x: Any) -> bool:
@@ -244,10 +251,29 @@ def _tensor(x: Any) -> Tensor:
 
 
 def _brief(x: Any) -> str:
-    """A value in at most 120 characters; a long tensor as its shape."""
+    """A value in at most LONG characters."""
+    return _cut(_written(x))
+
+
+def _written(x: Any) -> str:
+    """A value as text, a long tensor as its shape. Floats of a tensor have four decimals."""
     if isinstance(x, Tensor) and x.numel() > WHOLE:
         return f"tensor{list(x.shape)}"
     if isinstance(x, Tensor):
-        return str(x.tolist())
-    text = repr(x)
-    return text if len(text) <= 120 else text[:117] + "..."
+        return str(_short(x.tolist()))
+    return repr(x)
+
+
+def _short(x: Any) -> Any:
+    """Nested lists with their floats rounded to four decimals, smaller ones to two digits."""
+    if isinstance(x, list):
+        return [_short(part) for part in x]
+    if isinstance(x, float):
+        return round(x, 4) if abs(x) >= 0.001 else float(f"{x:.2g}")
+    return x
+
+
+def _cut(text: str, begin: int = 0) -> str:
+    """At most LONG characters of a text, from `begin` on."""
+    shown = f"...{text[begin:]}" if begin else text
+    return shown if len(shown) <= LONG else shown[: LONG - 3] + "..."

@@ -259,7 +259,7 @@ def page(
 ) -> None:
     """Tokens as squares colored by kind, `width` a line, with a bracket below each message.
 
-    messages: name and first token of each, in order; the last one ends with the tokens.
+    messages: name and first token of each, in order; the last one is open, its bracket has no end.
     """
     ends = [begin for _, begin in messages[1:]] + [len(kinds)]
     lines = range(0, len(kinds), width)
@@ -277,13 +277,17 @@ def page(
                 ax.hlines(y + 0.2, first - 0.42, last + 0.42, INK, linewidth=0.8)
         _, y, first, last = max(parts)
         ax.text((first + last) / 2, y + 0.26, name, ha="center", va="top", fontsize=7, color=INK)
-        for x, row in ((parts[0][2] - 0.42, parts[0][1]), (parts[-1][3] + 0.42, parts[-1][1])):
+        sides = [(parts[0][2] - 0.42, parts[0][1])]
+        if end < len(kinds):
+            sides.append((parts[-1][3] + 0.42, parts[-1][1]))
+        for x, row in sides:
             ax.vlines(x, row + 0.13, row + 0.2, INK, linewidth=0.8)
     ax.set(
         xlim=(-0.6, width - 0.4),
         ylim=(len(lines) - 0.4, -0.5),
         yticks=[y - 0.15 for y in range(len(lines))],
         yticklabels=lines,
+        xlabel="token in the line",
         ylabel=f"token ({width} a line)",
     )
     ax.spines[:].set_visible(False)

@@ -94,6 +94,9 @@ def test_a_message_is_named_once_where_it_is_longest(ax):
     assert [text.get_position()[1] > 1 for text in ax.texts] == [False, True]
     brackets = [line.get_segments()[0][0][1] for line in ax.collections[:1]]
     assert brackets == pytest.approx([0.2])
+    ends = [line.get_segments()[0] for line in ax.collections]
+    vertical = [(a[0], a[1]) for a, b in ends if a[0] == b[0]]
+    assert len(vertical) == 3  # the last message is open
 
 
 def test_captions_stand_in_their_squares(ax):

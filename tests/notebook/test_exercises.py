@@ -1334,6 +1334,15 @@ def test_grade_tells_a_forgotten_return_from_a_stub_and_names_the_case(capsys):
     assert "as output: [0.0, 0.0], expected [1.0, 1.0]; as weights: [1.0, 1.0], expected" in said
 
 
+def test_grade_shows_where_long_answers_differ_and_few_digits_of_arguments(capsys):
+    text = "".join(map(str, range(99)))
+    grade(lambda: f"{text}a", ((), f"{text}b"), minutes=1, difficulty=1)
+    end = text[-20:]
+    assert f"gave ...{end}a', expected ...{end}b'" in capsys.readouterr().out
+    grade(lambda x: x, ((torch.tensor([1 / 3, 1e-6]),), [0.0, 0.0]), minutes=1, difficulty=1)
+    assert "<lambda>([0.3333, 1e-06]) gave [0.3333, 0.0]" in capsys.readouterr().out
+
+
 def test_grade_goes_on_with_the_solution_until_the_answer_passes():
     def heard_at(hz, rate):
         return min(hz % rate, rate - hz % rate)
