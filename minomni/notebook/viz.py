@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
 from itertools import product
+from math import pi
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -307,7 +308,8 @@ def split(ax: "Axes", *heights: float) -> list["Axes"]:
 
 
 def angles(ax: "Axes", cosines: Tensor, section: tuple[int, int, int]) -> None:
-    """Rotation of each token by TMRoPE: cosines [L, pairs], white 0 and black 180 degrees.
+    """Rotation of each token by TMRoPE: cosines [L, pairs], white 0 and black 180 degrees, with a
+    key at the right.
 
     section: how many pairs belong to each of the three axes. An axis whose pairs do not rotate is
     labeled so, because white alone looks like an empty plot.
@@ -323,6 +325,12 @@ def angles(ax: "Axes", cosines: Tensor, section: tuple[int, int, int]) -> None:
             ax.text(right / 2, middle, "all angles ≈ 0", fontsize=8, ha="center", va="center")
     ax.set(yticks=middles, yticklabels=AXES, xlabel="token")
     ax.tick_params(axis="y", length=0)
+    key = ax.inset_axes((1.02, 0, 0.03, 1))
+    shades = torch.linspace(0, pi, 64).cos()[:, None]
+    key.imshow(shades, aspect="auto", cmap="Greys_r", vmin=-1, vmax=1, extent=(0, 1, pi, 0))
+    key.set(xticks=[], yticks=(0, pi), yticklabels=("0", "π"))
+    key.yaxis.tick_right()
+    key.tick_params(labelsize=8, length=0)
 
 
 def explore(

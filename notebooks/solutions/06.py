@@ -37,5 +37,9 @@ def my_angles(angles, section):
     return torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
 
 
-def id_after(start, rows, columns):
-    return start + max(rows, columns)
+def closing_id(start, seconds, rows, columns, audio_tokens):
+    last_pair = int(torch.tensor(seconds[-1]) * 25)  # ids after start
+    ends_in_sound = (audio_tokens - 1) // 50 >= last_pair // 50
+    if ends_in_sound:
+        return start + audio_tokens
+    return start + max(last_pair, rows - 1, columns - 1) + 1

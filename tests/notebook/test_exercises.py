@@ -818,11 +818,14 @@ BUGS = {
             lambda x, s: torch.cat([p[2 - i] for i, p in enumerate(x.split(s, -1))], -1),
             lambda x, s: torch.cat([x[i, :, :n] for i, n in enumerate(s)], -1),
         ],
-        "id_after": [
-            lambda s, r, c: s + r * c,
-            lambda s, r, c: s + max(r, c) - 1,
-            lambda s, r, c: s + c,
-            lambda s, r, c: s + 1,
+        "closing_id": [
+            lambda *x: max(map(max, woven(*x)[:-1])) + 1,
+            lambda *x: max(woven(*x)[-1]) + 1,
+            lambda *x: woven(*x, chunk=1000)[-1][0],
+            lambda *x: woven(*x, marker=lambda turns: turns[-1][0] + 1)[-1][0],
+            lambda s, seconds, r, c, n: s + n,
+            lambda s, seconds, r, c, n: s + max(n, int(seconds[-1] * 25) + 1),
+            lambda s, seconds, r, c, n: s + (n if n / 25 > seconds[-1] else int(seconds[-1] * 25)),
         ],
     },
     "07": {
