@@ -3,7 +3,7 @@
 matplotlib is imported where it is used, so importing this file is cheap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import cos, degrees, sin
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -14,8 +14,9 @@ from torch import Tensor
 from minomni import decoder
 from minomni.data.examples import with_ids
 from minomni.inputs.prompt import Inputs
+from minomni.inputs.tokenizer import Tokenizer
 from minomni.layers import attention_with_weights
-from minomni.notebook.viz import COLORS, INK, PALE, draw_image
+from minomni.notebook.viz import COLORS, INK, PALE, axes, draw_image, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,13 +115,60 @@ def _yellow(shares: Tensor) -> Tensor:
     return torch.cat([color, opacity[..., None]], 2)
 
 
+def spoken(thinker: "Thinker", inputs: Inputs, tokenizer: Tokenizer) -> dict[int, str]:
+    """The words that the audio encoder reports of one recording: {audio token: word}.
+
+    A token reports the word whose embedding has the largest dot product with it; those that report
+    none are left out.
+    """
+    with torch.no_grad():
+        tokens = thinker.audio_tower(inputs.mels)
+        reported = (tokens @ thinker.model.embed_tokens.weight.T).argmax(1).tolist()
+    silent = thinker.config.tokens.audio
+    return {i: tokenizer.decode([t]).strip() for i, t in enumerate(reported) if t != silent}
+
+
+def word_by_word(
+    image: "Image",
+    loudness: Tensor,
+    spoken: Mapping[int, str],
+    looked: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """A column for each word of an answer: the attention weights at it on an image and a recording.
+
+    loudness [n]: of each audio token. spoken: as of spoken(). looked: {word: weights on the cells
+    [rows, columns] and on the audio tokens [n]}.
+    """
+    plots = axes(2, len(looked), width=9, height=1.6, height_ratios=(3, 2))
+    columns = zip(plots[: len(looked)], plots[len(looked) :], looked.items(), strict=True)
+    for above, below, (word, (cells, sound)) in columns:
+        on_image_and_sound(above, below, image, cells, loudness, sound)
+        above.set_title(word, fontsize=9)
+        _label(below, spoken)
+    first = plots[len(looked)]
+    first.set_ylabel("relative", fontsize=8)
+    entries = first.get_legend_handles_labels()
+    first.figure.legend(*entries, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+
+
+def _label(ax: "Axes", spoken: Mapping[int, str]) -> None:
+    """Ticks at the tokens where words begin, the words below them and not over each other."""
+    starts = [i for i, word in spoken.items() if spoken.get(i - 1) != word]
+    ax.set_xticks(starts, [""] * len(starts))
+    below = -3
+    for start in starts:
+        below = max(start, below + 3)
+        name = ax.text(below, -0.06, spoken[start], rotation=90, fontsize=7, ha="center", va="top")
+        name.set_transform(ax.get_xaxis_transform())
+
+
 def on_image_and_sound(
     above: "Axes", below: "Axes", image: "Image", cells: Tensor, loudness: Tensor, sound: Tensor
 ) -> None:
     """Attention weights of one word, on an image [rows, columns] and on a recording [n].
 
-    Cells with less weight are darker; a bar for each audio token stands over its loudness [n]. Both
-    are relative to their largest weight.
+    Cells with less weight are darker, by its square root; a bar for each audio token stands over
+    its loudness [n]. All are relative to their largest value.
     """
     rows, columns = cells.shape
     extent = (0, columns, rows, 0)
@@ -139,7 +187,8 @@ def on_image_and_sound(
 
 
 def table(ax: "Axes", weights: Tensor, kinds: list[str]) -> None:
-    """Attention weights [L, L] of one head, drawn as their square roots; the future is white.
+    """Attention weights [L, L] of one head, drawn as their square roots; the future is white and
+    holds the scale.
 
     kinds [L]: what viz.modalities() gives, as strips beside the table.
     """
@@ -149,19 +198,43 @@ def table(ax: "Axes", weights: Tensor, kinds: list[str]) -> None:
     future = torch.ones(length, length).triu(1).bool()
     cmap = matplotlib.colormaps["magma"].with_extremes(bad="white")
     shown = weights.sqrt().masked_fill(future, float("nan"))
-    ax.imshow(shown.numpy(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    image = ax.imshow(shown.numpy(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    scale = ax.inset_axes((0.66, 0.74, 0.3, 0.04))
+    bar = ax.figure.colorbar(image, cax=scale, orientation="horizontal", ticks=(0, 0.5, 1))
+    bar.ax.set_xticklabels(("0", "¼", "1"), fontsize=7)
+    bar.outline.set_visible(False)
     colors = [COLORS[kind] for kind in kinds]
     ax.bar(range(length), 3, 1, -5, color=colors)
     ax.barh(range(length), 3, 1, -5, color=colors)
-    for kind, name in (("image", "image"), ("audio", "sound")):
+    for kind in ("image", "audio"):
         places = [i for i, k in enumerate(kinds) if k == kind]
         if places:
             middle = sum(places) / len(places)
-            ax.text(middle, -6, name, fontsize=7, ha="center", va="bottom")
-            ax.text(-6, middle, name, fontsize=7, ha="right", va="center", rotation=90)
+            ax.text(middle, -6, kind, fontsize=7, ha="center", va="bottom")
+            ax.text(-6, middle, kind, fontsize=7, ha="right", va="center", rotation=90)
     ax.set(xlim=(-12, length), ylim=(length, -12), xlabel="key", ylabel="query")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
+
+
+def by_kind(answer: Tensor, equal: Tensor, kinds: list[str], heads: int) -> None:
+    """A bar for each head of each layer: its weights, added up by kind of key; the last bar is what
+    equal weights would give.
+
+    answer [all heads, L], equal [L]. kinds: of the L tokens. heads: of each layer.
+    """
+    ax = axes(height=2.4)
+    rows = torch.cat([answer, equal[None]])
+    places = [*range(len(answer)), len(answer) + 0.5]
+    bottom = torch.zeros(len(rows))
+    for kind in ("image", "audio", "text", "marker"):
+        part = rows[:, [k == kind for k in kinds]].sum(1)
+        ax.bar(places, part, bottom=bottom, color=COLORS[kind], width=0.8)
+        bottom = bottom + part
+    names = [f"{i // heads}.{i % heads}" for i in range(len(answer))]
+    ax.set(xticks=places, xticklabels=[*names, "equal"], xlabel="layer.head")
+    ax.set(ylabel="attention weight", ylim=(0, 1.25), yticks=(0, 0.5, 1))
+    legend(ax, kinds)
 
 
 def lens(ax: "Axes", words: Sequence[Sequence[str]], sure: Tensor) -> None:
@@ -177,3 +250,12 @@ def lens(ax: "Axes", words: Sequence[Sequence[str]], sure: Tensor) -> None:
     depths = range(len(words))
     ax.set(xticks=[], yticks=depths, yticklabels=[f"layer {i}" for i in depths])
     ax.set(xlim=(-0.5, len(words[0]) - 0.5), ylim=(len(words) - 0.5, -0.5))
+    ax.set_xlabel("word of the answer")
+    scale = ax.inset_axes((1.01, 0, 0.012, 1))
+    for step in range(50):
+        opacity = 0.6 * step / 49
+        scale.bar(0, 0.02, 1, step / 50, color=COLORS["image"], alpha=opacity, linewidth=0)
+    scale.set(xlim=(-0.5, 0.5), ylim=(0, 1), xticks=[], yticks=(0, 1))
+    scale.yaxis.tick_right()
+    scale.set_title("prob.", fontsize=7)
+    scale.tick_params(labelsize=7, length=0)

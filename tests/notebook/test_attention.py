@@ -79,7 +79,7 @@ def test_the_future_is_left_out_of_a_table(ax):
     attention.table(ax, torch.eye(4), ["text", "image", "image", "audio"])
     shown = ax.get_images()[0].get_array()
     assert (shown.mask == torch.ones(4, 4).triu(1).bool().numpy()).all()
-    assert texts(ax) == ["image", "image", "sound", "sound"]
+    assert texts(ax) == ["image", "image", "audio", "audio"]
 
 
 def test_a_lens_has_a_line_for_each_layer(ax):
@@ -116,3 +116,35 @@ def test_a_layer_adds_x_twice_and_heads_share():
     heads = viz.shared_heads(4, 2).data
     assert heads.count("query head") == 4
     assert heads.count("keys, values") == 2
+
+
+def test_spoken_words_stand_below_their_first_tokens_and_not_over_each_other():
+    plt.switch_backend("agg")
+    said = {0: "where", 1: "where", 2: "is", 9: "red"}
+    looked = {"red": (torch.ones(2, 2), torch.ones(12)), "left": (torch.eye(2), torch.ones(12))}
+    attention.word_by_word(Image.new("RGB", (28, 28)), torch.ones(12), said, looked)
+    plots = plt.gcf().axes
+    assert [ax.get_title() for ax in plots[:2]] == ["red", "left"]
+    assert [tick.item() for tick in plots[2].get_xticks()] == [0, 2, 9]
+    assert texts(plots[2]) == ["where", "is", "red"]
+    assert [text.get_position()[0] for text in plots[2].texts] == [0, 3, 9]
+    plt.close("all")
+
+
+def test_the_words_of_a_recording_belong_to_its_tokens():
+    omni = Omni(TINY).eval()
+    tokenizer = world_tokenizer(TINY.thinker.tokens)
+    prompt = [{"role": "user", "content": [{"audio": torch.zeros(8000)}]}]
+    inputs = Processor(TINY, tokenizer)([prompt])
+    n = int((inputs.input_ids == TINY.thinker.tokens.audio).sum())
+    assert set(attention.spoken(omni.thinker, inputs, tokenizer)) <= set(range(n))
+
+
+def test_the_last_bar_has_equal_weights():
+    plt.switch_backend("agg")
+    answer, kinds = torch.tensor([[1.0, 0, 0, 0]]), ["text", "image", "image", "audio"]
+    attention.by_kind(answer, torch.full((4,), 0.25), kinds, heads=1)
+    ax = plt.gcf().axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.0", "equal"]
+    assert [bar.get_height() for bar in ax.patches][:4] == [0, 0.5, 0, 0.25]
+    plt.close("all")
