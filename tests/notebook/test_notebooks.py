@@ -111,7 +111,8 @@ def test_the_answer_to_a_predict_is_folded(notebook):
 def test_the_first_code_cell_after_a_predict_is_folded():
     texts = ["Run it.", "*Predict:* what is printed?"]
     cells = [new_code_cell("1"), *map(new_markdown_cell, texts), *map(new_code_cell, "234")]
-    book = new_notebook(cells=[*cells, new_markdown_cell("Now predict nothing."), cells[0].copy()])
+    cells += [new_markdown_cell("Now predict nothing."), new_code_cell("5")]
+    book = new_notebook(cells=cells)
     fold_answers(book)
     codes = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.metadata for cell in codes] == [{}, FOLDED, {}, {}, {}]
