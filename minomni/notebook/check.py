@@ -6,6 +6,7 @@ import inspect
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from textwrap import dedent
@@ -20,6 +21,13 @@ CUT = "# ..."  # stands for lines that show() leaves out
 WHOLE = 12  # elements of a tensor that a grader prints whole
 LONG = 120  # characters of a value that a grader prints
 BEFORE = 20  # characters before a difference that it prints of longer values
+
+
+@dataclass
+class Gradient:
+    """A gradient that grade() expects: of the answer's sum, with respect to the first argument."""
+
+    expected: Any
 
 
 def show(*objects: Any, begin: str = "", end: str = "") -> None:
@@ -122,12 +130,13 @@ def grade(
 ) -> Callable | None:
     """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
-    cases: (arguments, expected answer) or (arguments, expected answer, what the case is about). A
-    stub whose body is `...` is not attempted. minutes: how long the exercise takes. difficulty,
-    importance: 1 to 3; 0 leaves the importance out. chapter: number of the notebook, of an exercise
-    that later cells need. keeps: an answer that changes its arguments is wrong. parts: names of
-    the tensors of an answer that has several. -> the function that these cells use: the reader's if
-    it passes, until then the solution in notebooks/solutions; None without a chapter.
+    cases: (arguments, expected answer) or (arguments, expected answer, what the case is about); a
+    Gradient in place of the expected answer holds the gradient instead. A stub whose body is `...`
+    is not attempted. minutes: how long the exercise takes. difficulty, importance: 1 to 3; 0 leaves
+    the importance out. chapter: number of the notebook, of an exercise that later cells need.
+    keeps: an answer that changes its arguments is wrong. parts: names of the tensors of an answer
+    that has several. -> the function that these cells use: the reader's if it passes, until then
+    the solution in notebooks/solutions; None without a chapter.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]}"
     head += f", importance {DOTS[importance]})" if importance else ")"
@@ -173,7 +182,10 @@ def _counter_example(
         about = f" ({names[0]})" if names else ""
         try:
             given = copy.deepcopy(arguments)
-            answer = function(*given)
+            if isinstance(expected, Gradient):
+                answer, expected = _gradient(function, *given), expected.expected
+            else:
+                answer = function(*given)
         except Exception as error:  # unfinished code may raise anything: a counter-example too
             return f"{call} raised {type(error).__name__}: {error}{about}"
         if answer is None or answer is ...:
@@ -193,6 +205,14 @@ def _changed(function: Callable, before: tuple, after: tuple) -> str:
         if isinstance(old, Tensor) and not torch.equal(old, new):
             return name
     return ""
+
+
+def _gradient(function: Callable, x: Tensor, *others: Any) -> Tensor:
+    """The gradient of the sum of function(x, *others) with respect to x; 0 where none arrives."""
+    with torch.enable_grad():
+        total = function(x.requires_grad_(), *others).sum()
+        found = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+    return torch.zeros_like(x) if found is None else found
 
 
 def _wrong(answer: Any, expected: Any, tolerance: float, parts: Sequence[str] = ()) -> str:

@@ -596,28 +596,40 @@ def patch_axes():
 
 def trellis(symbols: str, steps: int):
     """The forward recursion of CTC as a diagram (SVG): in each node the sum of the probabilities of
-    all paths to it, if each of two classes has a probability of 1/2 at every step.
+    all paths to it, if every class, the blank too, has the same probability at every step.
 
-    symbols: a letter with a blank (-) on either side; the last two nodes are lit.
+    symbols: letters with a blank (-) around each. The arrows of skips are dashed, the last two
+    nodes lit.
     """
-    eighths = ("0", "⅛", "¼", "⅜", "½", "⅝", "¾", "⅞", "1")
+    classes = len(set(symbols))
     parts = []
     paths = [1, 1] + [0] * (len(symbols) - 2)
     for t in range(steps):
-        x = 50 + 130 * t
+        x = 50 + 150 * t
         parts.append(_text(x + 30, 16, f"t = {t + 1}"))
+        moved = [0] * len(symbols)
         for s, count in enumerate(paths):
             y = 26 + 56 * s
             is_end = t == steps - 1 and s >= len(symbols) - 2
-            parts.append(_box(x, y, 60, eighths[8 * count // 2 ** (t + 1)], is_end))
-            if count and t < steps - 1:
-                lower = [(x + 130, 26 + 56 * next_s + 15) for next_s in (s, s + 1)]
-                parts += [_arrow((x + 60, y + 15), end) for end in lower[: len(symbols) - s]]
-        moved = [0, *paths[:-1]]
-        paths = [stay + move for stay, move in zip(paths, moved, strict=True)]
+            probability = f"{count}/{classes ** (t + 1)}" if count else "0"
+            parts.append(_box(x, y, 60, probability, is_end))
+            reached = [s, s + 1, s + 2] if _may_skip(symbols, s) else [s, s + 1]
+            for following in reached:
+                if following == len(symbols):
+                    continue
+                moved[following] += count
+                if count and t < steps - 1:
+                    end = (x + 150, 26 + 56 * following + 15)
+                    parts.append(_arrow((x + 60, y + 15), end, dashed=following == s + 2))
+        paths = moved
     for s, symbol in enumerate(symbols):
         parts.append(_text(24, 26 + 56 * s + 19, symbol, 16))
-    return _svg(130 * steps, 26 + 56 * len(symbols) - 18, parts)
+    return _svg(150 * steps - 20, 26 + 56 * len(symbols) - 18, parts)
+
+
+def _may_skip(symbols: str, s: int) -> bool:
+    """Whether an alignment may go from a letter to the next one without the blank between them."""
+    return symbols[s] != "-" and s + 2 < len(symbols) and symbols[s] != symbols[s + 2]
 
 
 def residual(*halves: Sequence[str]):
@@ -680,9 +692,10 @@ def _svg(width: int, height: int, parts: list[str]):
     return Diagram("".join([head, f"<defs>{tip}</defs>", page, *parts, "</svg>"]))
 
 
-def _arrow(begin: tuple[float, float], end: tuple[float, float]) -> str:
+def _arrow(begin: tuple[float, float], end: tuple[float, float], dashed: bool = False) -> str:
     (x1, y1), (x2, y2) = begin, end
     line = f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{INK}" '
+    line += 'stroke-dasharray="5 3" ' if dashed else ""
     return line + 'marker-end="url(#tip)"/>'
 
 

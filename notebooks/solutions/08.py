@@ -6,6 +6,13 @@ import torch
 import torch.nn.functional as F
 
 
+def my_fsq(x, levels):
+    top = torch.tensor(levels) - 1
+    scaled = (x.tanh() + 1) / 2 * top
+    rounded = scaled + (scaled.round() - scaled).detach()
+    return rounded / top * 2 - 1
+
+
 def my_collapse(path, blank=0):
     labels = []
     for i, label in enumerate(path):
@@ -13,13 +20,6 @@ def my_collapse(path, blank=0):
         if not repeated and label != blank:
             labels.append(label)
     return labels
-
-
-def my_fsq(x, levels):
-    top = torch.tensor(levels) - 1
-    scaled = (x.tanh() + 1) / 2 * top
-    rounded = scaled + (scaled.round() - scaled).detach()
-    return rounded / top * 2 - 1
 
 
 def my_forward(probs, letters):

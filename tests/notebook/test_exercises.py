@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from exercises import solved, stubs
 
 from minomni.decoder import DecoderLayer
-from minomni.notebook.check import grade, same, show
+from minomni.notebook.check import Gradient, grade, same, show
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -868,18 +868,20 @@ BUGS = {
         ],
     },
     "08": {
-        "my_collapse": [
-            lambda path, blank=0: [x for x in path if x != blank],
-            lambda path, blank=0: [x for x, _ in groupby(x for x in path if x != blank)],
-            lambda path, blank=0: [x for x, _ in groupby(path)],
-            lambda path, blank=0: sorted(set(path) - {blank}),
-        ],
         "my_fsq": [
             lambda x, levels: rounded(x, levels, squash=False),
             lambda x, levels: rounded(x, levels, down=True),
             lambda x, levels: rounded(x, levels, digits=True),
             lambda x, levels: rounded(x, [n + 1 for n in levels]),
             lambda x, levels: x.tanh(),
+            lambda x, levels: rounded(x, levels),  # no gradient
+            lambda x, levels: x + (rounded(x, levels) - x).detach(),  # none of the tanh
+        ],
+        "my_collapse": [
+            lambda path, blank=0: [x for x in path if x != blank],
+            lambda path, blank=0: [x for x, _ in groupby(x for x in path if x != blank)],
+            lambda path, blank=0: [x for x, _ in groupby(path)],
+            lambda path, blank=0: sorted(set(path) - {blank}),
         ],
         "my_forward": [
             lambda p, x: read_as(p, x, stay=False),
@@ -1344,6 +1346,22 @@ def test_grade_shows_where_long_answers_differ_and_few_digits_of_arguments(capsy
     assert f"gave ...{end}a', expected ...{end}b'" in capsys.readouterr().out
     grade(lambda x: x, ((torch.tensor([1 / 3, 1e-6]),), [0.0, 0.0]), minutes=1, difficulty=1)
     assert "<lambda>([0.3333, 1e-06]) gave [0.3333, 0.0]" in capsys.readouterr().out
+
+
+def test_grade_asks_for_gradients(capsys):
+    def cubed(x, factor):
+        return factor * x**3
+
+    def cut_off(x, factor):
+        return (factor * x**3).detach()
+
+    case = ((torch.tensor([1.0, 2.0]), 2), Gradient([6.0, 24.0]), "the slope")
+    with torch.no_grad():
+        grade(cubed, case, minutes=1, difficulty=1)
+        grade(cut_off, case, minutes=1, difficulty=1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("✓ 1 cases")
+    assert said[1].endswith("gave [0.0, 0.0], expected [6.0, 24.0] (the slope)")
 
 
 def test_grade_goes_on_with_the_solution_until_the_answer_passes():

@@ -117,9 +117,14 @@ def test_numbered_cells_are_cases_for_a_cut():
     assert all((cut(*arguments) == expected).all() for arguments, expected, _ in cut_cases())
 
 
-def test_the_trellis_ends_in_three_quarters():
-    names = re.findall(r">([^<]+)</text>", viz.trellis("-a-", 3).data)
-    assert [name for name in names if name in "0⅛¼⅜½"] == list("½½0¼½¼⅛⅜⅜")
+def test_the_trellis_adds_up_stays_moves_and_skips():
+    drawn = viz.trellis("-a-b-", 3).data
+    names = re.findall(r">([\d/]+)</text>", drawn)
+    assert names[:5] == ["1/3", "1/3", "0", "0", "0"]
+    assert names[5:10] == ["1/9", "2/9", "1/9", "1/9", "0"]
+    assert names[10:] == ["1/27", "3/27", "3/27", "4/27", "1/27"]
+    assert drawn.count("stroke-dasharray") == 2  # one from each of the first two steps
+    assert "dasharray" not in viz.trellis("-a-a-", 3).data
 
 
 def test_letters_that_do_not_fit_are_found_with_their_repeats():
