@@ -419,3 +419,21 @@ def wrong_codes(letters: Sequence[str], text: str) -> list[int]:
         if letter and begin not in right:
             wrong.append(i)
     return wrong
+
+
+def follow(ax: "Axes", weights: Tensor, current: Tensor, names: Sequence[str]) -> None:
+    """Attention weights [words, steps], 0 to 1, with a frame around the word of each step.
+
+    current [steps]: the index of that word. names: of the words.
+    """
+    from matplotlib.patches import Rectangle
+
+    image = ax.imshow(weights, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    for word in range(len(names)):
+        steps = (current == word).nonzero()[:, 0].tolist()
+        if steps:
+            corner = (steps[0] - 0.5, word - 0.5)
+            width = steps[-1] - steps[0] + 1
+            ax.add_patch(Rectangle(corner, width, 1, fill=False, edgecolor="white", linewidth=1))
+    ax.set(xlabel="code", yticks=range(len(names)), yticklabels=names)
+    ax.figure.colorbar(image, ax=ax, pad=0.02).ax.tick_params(labelsize=7)

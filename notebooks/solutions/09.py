@@ -20,10 +20,6 @@ def my_targets(length, rows, eos):
     return targets
 
 
-def my_banned(ids, rows, pad, bos, eos):
-    return [i for i in range(ids) if i == bos or i >= rows and i not in (pad, eos)]
-
-
 def my_decode(logits_of, choose, banned, stops, most):
     codes = []
     while len(codes) < most:
@@ -34,6 +30,10 @@ def my_decode(logits_of, choose, banned, stops, most):
             break
         codes.append(chosen)
     return codes
+
+
+def my_banned(ids, rows, pad, bos, eos):
+    return [i for i in range(ids) if i == bos or i >= rows and i not in (pad, eos)]
 
 
 def ready_at(chosen, cost, count):

@@ -921,6 +921,13 @@ BUGS = {
             lambda n, rows, eos: aimed(n, rows, eos)[:, :-1],
             lambda n, rows, eos: aimed(n, rows, eos, last=True),
         ],
+        "my_decode": [
+            lambda f, g, banned, stops, most: decoded(f, g, banned, stops, most, keep=True),
+            lambda f, g, banned, stops, most: decoded(f, g, banned, stops, most + 1),
+            lambda f, g, banned, stops, most: decoded(f, g, [], stops, most),
+            lambda f, g, banned, stops, most: decoded(f, g, banned, [], most),
+            lambda f, g, banned, stops, most: decoded(lambda _: f([]), g, banned, stops, most),
+        ],
         "my_banned": [
             lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i not in (pad, eos)],
             lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows, ids)}),
@@ -929,13 +936,6 @@ BUGS = {
             ],
             lambda ids, rows, pad, bos, eos: sorted({bos, *range(rows + 1, ids)} - {pad, eos}),
             lambda ids, rows, pad, bos, eos: [i for i in range(rows, ids) if i != pad] + [bos],
-        ],
-        "my_decode": [
-            lambda f, g, banned, stops, most: decoded(f, g, banned, stops, most, keep=True),
-            lambda f, g, banned, stops, most: decoded(f, g, banned, stops, most + 1),
-            lambda f, g, banned, stops, most: decoded(f, g, [], stops, most),
-            lambda f, g, banned, stops, most: decoded(f, g, banned, [], most),
-            lambda f, g, banned, stops, most: decoded(lambda _: f([]), g, banned, stops, most),
         ],
         "ready_at": [
             lambda xs, d, n: spoken(xs, d, n, ahead=0),
