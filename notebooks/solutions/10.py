@@ -21,14 +21,15 @@ def my_euler(velocity, x, grid):
     return torch.stack(trajectory)
 
 
-def my_guided(conditional, unconditional, strength):
-    return conditional + strength * (conditional - unconditional)
-
-
 def my_mask(frames, block, back, ahead):
     number = torch.arange(frames) // block
     gap = number[None, :] - number[:, None]
     return (-back <= gap) & (gap <= ahead)
+
+
+def my_step(h, f, scale, shift, gate):
+    read = my_norm(h) * (1 + scale) + shift
+    return h + gate * f(read)
 
 
 def heun_step(field, y, start, end):
@@ -38,9 +39,9 @@ def heun_step(field, y, start, end):
     return y + h * (first + second) / 2
 
 
-def my_norm(h, scale, shift):
+def my_norm(h):
     h = h - h.mean(1, keepdim=True)
-    return h / (h.square().mean(1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+    return h / (h.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
 
 def my_attention(h, part, seen, theta):

@@ -203,6 +203,11 @@ def steps_of(velocity, x, grid, late: bool = False, even: bool = False) -> torch
     return torch.stack(points)
 
 
+def stepped(h, f, scale, shift, gate, one: int = 1) -> torch.Tensor:
+    """A half of a DiT layer with adaLN; without the one a scale of 0 would be no scale."""
+    return h + gate * f(F.layer_norm(h, h.shape[1:], eps=1e-6) * (one + scale) + shift)
+
+
 def added(r, end, pad, table, before) -> torch.Tensor:
     """Conditioning vectors plus embeddings of the codes in `before`, one of them per step."""
     column = [*r, end, *[pad] * len(before)]
@@ -969,18 +974,19 @@ BUGS = {
             lambda v, x, grid: steps_of(v, x, grid)[-1],
             lambda v, x, grid: steps_of(lambda t, y: v(t, x), x, grid),
         ],
-        "my_guided": [
-            lambda c, u, g: u + g * (c - u),
-            lambda c, u, g: c + g * (u - c),
-            lambda c, u, g: (1 + g) * c + g * u,
-            lambda c, u, g: c + g * c,
-        ],
         "my_mask": [
             lambda n, b, back, ahead: blocks(n, b, ahead, back),
             lambda n, b, back, ahead: blocks(n, 1, back * b, ahead * b),
             lambda n, b, back, ahead: blocks(n, b, back, max(ahead - 1, 0)),
             lambda n, b, back, ahead: ~blocks(n, b, back, ahead),
             lambda n, b, back, ahead: blocks(n, b, back, ahead).T,
+        ],
+        "my_step": [
+            lambda h, f, scale, shift, gate: stepped(h, f, scale, shift, gate, one=0),
+            lambda h, f, scale, shift, gate: stepped(h, f, shift, scale, gate),
+            lambda h, f, scale, shift, gate: h + gate * f(h * (1 + scale) + shift),
+            lambda h, f, scale, shift, gate: stepped(h, f, scale, shift, gate) - h,
+            lambda h, f, scale, shift, gate: stepped(h, f, scale, shift, 1 + gate),
         ],
         "heun_step": [
             lambda f, y, a, b: y + (b - a) * f(a, y),
