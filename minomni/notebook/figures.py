@@ -437,3 +437,15 @@ def follow(ax: "Axes", weights: Tensor, current: Tensor, names: Sequence[str]) -
             ax.add_patch(Rectangle(corner, width, 1, fill=False, edgecolor="white", linewidth=1))
     ax.set(xlabel="code", yticks=range(len(names)), yticklabels=names)
     ax.figure.colorbar(image, ax=ax, pad=0.02).ax.tick_params(labelsize=7)
+
+
+def snakes(parameters: Sequence[tuple[float, float]]) -> None:
+    """SnakeBeta for each pair of alpha and beta, beside a ReLU."""
+    ax = axes(width=6, height=2.4)
+    x = torch.linspace(-5, 5, 401)
+    ax.plot(x, x.clamp_min(0), color=PALE, linewidth=2, label="ReLU")
+    for (alpha, beta), color in zip(parameters, ("audio", "image", "video"), strict=True):
+        y = x + (alpha * x).sin().square() / beta
+        ax.plot(x, y, color=COLORS[color], linewidth=1.2, label=f"α = {alpha:g}, β = {beta:g}")
+    ax.set(xlabel="x", ylabel="SnakeBeta(x)")
+    ax.legend(frameon=False, fontsize=8)

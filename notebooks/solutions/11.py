@@ -24,9 +24,15 @@ def my_double(x, taps):
     return 2 * sparse.unfold(1, len(taps), 1)[:, : 2 * x.shape[1]] @ taps
 
 
-def alias(hz, rate):
-    doubled = 2 * hz % rate
-    return min(doubled, rate - doubled)
+def my_halve(x, taps):
+    half = len(taps) // 2
+    wide = torch.nn.functional.pad(x, (half - 1, half), mode="replicate")
+    return wide.unfold(1, len(taps), 2) @ taps
+
+
+def my_activation(x, alpha, beta, taps):
+    fine = my_snake(my_double(x, taps), alpha, beta)
+    return my_halve(fine, taps)
 
 
 def sees(kernel, dilations):

@@ -203,6 +203,18 @@ def steps_of(velocity, x, grid, late: bool = False, even: bool = False) -> torch
     return torch.stack(points)
 
 
+def half_as_fine(x, taps, left: int = 1, first: int = 0, mode: str = "replicate") -> torch.Tensor:
+    """Downsampling by 2; the padding and the results that are kept can be wrong."""
+    half = len(taps) // 2
+    wide = F.pad(x, (half - left, half - 1 + left), mode=mode)
+    return wide.unfold(1, len(taps), 1)[:, first::2] @ taps
+
+
+def snaked(x, a, b) -> torch.Tensor:
+    """SnakeBeta of [C, T] without filters, from logarithms [C]."""
+    return x + (a.exp()[:, None] * x).sin() ** 2 / b.exp()[:, None]
+
+
 def stepped(h, f, scale, shift, gate, one: int = 1) -> torch.Tensor:
     """A half of a DiT layer with adaLN; without the one a scale of 0 would be no scale."""
     return h + gate * f(F.layer_norm(h, h.shape[1:], eps=1e-6) * (one + scale) + shift)
@@ -1018,11 +1030,19 @@ BUGS = {
             lambda x, taps: twice_as_fine(x, taps).roll(1, 1),
             lambda x, taps: x.repeat_interleave(2, 1),
         ],
-        "alias": [
-            lambda hz, rate: 2 * hz,
-            lambda hz, rate: min(hz, rate - hz),
-            lambda hz, rate: rate - 2 * hz,
-            lambda hz, rate: 2 * hz % (rate / 2),
+        "my_halve": [
+            lambda x, taps: half_as_fine(x, taps, left=0),
+            lambda x, taps: half_as_fine(x, taps, first=1),
+            lambda x, taps: half_as_fine(x, taps, mode="constant"),
+            lambda x, taps: half_as_fine(x, taps) / 2,
+            lambda x, taps: x[:, ::2],
+        ],
+        "my_activation": [
+            lambda x, a, b, taps: snaked(x, a, b),
+            lambda x, a, b, taps: snaked(half_as_fine(twice_as_fine(x, taps), taps), a, b),
+            lambda x, a, b, taps: half_as_fine(snaked(twice_as_fine(x, taps) / 2, a, b), taps),
+            lambda x, a, b, taps: snaked(twice_as_fine(x, taps), a, b)[:, ::2],
+            lambda x, a, b, taps: half_as_fine(snaked(twice_as_fine(x, taps), b, a), taps),
         ],
         "sees": [
             lambda k, ds: sum(k // 2 * d + k // 2 for d in ds),
