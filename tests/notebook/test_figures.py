@@ -156,3 +156,17 @@ def test_offsets_are_drawn_with_some_rows():
     figures.over_offsets(score, torch.arange(-2, 3), rows=(0, 2))
     lines = plt.gcf().axes[1].lines
     assert [line.get_ydata().tolist() for line in lines] == [[1] * 5, [0.75] * 5]
+
+
+def test_attention_that_follows_words_has_a_frame_for_each():
+    ax = viz.axes()
+    figures.follow(ax, torch.eye(3), torch.tensor([0, 0, 2]), ["a", "b", "c"])
+    frames = [(frame.get_xy(), frame.get_width()) for frame in ax.patches]
+    assert frames == [((-0.5, -0.5), 2), ((1.5, 1.5), 1)]
+
+
+def test_snakes_lie_beside_a_relu():
+    figures.snakes(((1.0, 1.0), (2.0, 4.0), (3.0, 1.0)))
+    relu, snake, *_ = plt.gca().lines
+    assert relu.get_label() == "ReLU"
+    assert snake.get_ydata()[-1] == pytest.approx(5 + math.sin(5) ** 2)
