@@ -20,7 +20,7 @@ MODEL = (
     "tests/test_parity.py",
     "tests/test_sampling.py",
     "tests/chat",
-    "tests/checkpoint/test_wide_products.py",
+    "tests/checkpoint/test_cpu_products.py",
     "tests/inputs/test_audio.py",
     "tests/inputs/test_mel.py",
     "tests/inputs/test_patches.py",

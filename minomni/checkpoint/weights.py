@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minomni.arguments import check_bool
+from minomni.checkpoint.cpu_products import choose_products, tell_emulated
 from minomni.checkpoint.hf_config import COPY_AGAIN, read_config, without_speech
 from minomni.checkpoint.memory import (
     ANY_PRECISION,
@@ -57,7 +58,6 @@ from minomni.checkpoint.tensor_files import (
     snapshot,
 )
 from minomni.checkpoint.voices import load_voices
-from minomni.checkpoint.wide_products import multiply_in_fp32, tell_emulated
 from minomni.config import OmniConfig
 from minomni.devices import device_of, dtype_of, is_emulated
 from minomni.errors import UserError, quote, short_path, shorten
@@ -142,9 +142,7 @@ def load(
         plan = replace(plan, dtype=FP32)
     check_plan(folder, omni, stored, plan, options.quantization)
     fill_model(omni, files, plan)
-    for dtype in {plan.dtype, plan.dit_dtype}:
-        if is_emulated(dtype, plan.device):
-            multiply_in_fp32(omni, plan.methods)
+    choose_products(omni, plan.methods)
     if is_emulated(plan.dtype, plan.device) and options.quantization is None:
         tell_emulated(plan.dtype, is_asked_for=options.dtype is not None)
     omni.quantized = quantize

@@ -1,5 +1,8 @@
-"""Weights of 16 bits on a CPU that multiplies only fp32 in hardware."""
+"""Linear layers in the way that a CPU multiplies fastest: one row on all cores, and weights of 16
+bits in fp32 where only fp32 is multiplied in hardware.
+"""
 
+import math
 import sys
 from functools import cache
 
@@ -12,6 +15,27 @@ from minomni.devices import is_emulated
 from minomni.omni import Omni
 
 MIN_ROWS = 16  # of a product; from here its time is longer than that of copying the weight
+# Numbers of a weight (2 MiB in fp32); a smaller one is read sooner than other threads have begun.
+MIN_WEIGHT = 2**19
+
+
+class RowLinear(nn.Linear):
+    """A linear layer that multiplies one row on all cores. [..., in] -> [..., out].
+
+    A step of decoding is made of such products, and they take as long as reading the weights. MKL
+    reads a matrix on one core. So each core gets a block of the outputs: a batch of products, on
+    views of the weight (lab log: a decoding step on all cores).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = math.gcd(self.out_features, torch.get_num_threads())
+        if x.numel() != self.in_features or blocks == 1 or not x.is_cpu:
+            return super().forward(x)
+        weights = self.weight.view(blocks, -1, self.in_features)  # [blocks, out / blocks, in]
+        rows = x.reshape(1, 1, -1).expand(blocks, -1, -1)  # [blocks, 1, in]
+        out = torch.bmm(rows, weights.mT)  # [blocks, 1, out / blocks]
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
 
 
 class WideLinear(nn.Linear):
@@ -32,17 +56,22 @@ class WideLinear(nn.Linear):
         return F.linear(x.float(), weight.float(), bias).to(x.dtype)
 
 
-def multiply_in_fp32(omni: Omni, methods: dict[str, str]) -> None:
-    """Let the linear layers whose precision a CPU emulates multiply in fp32.
+def choose_products(omni: Omni, methods: dict[str, str]) -> None:
+    """Give the linear layers of a model the products that are fastest where their weights are.
 
     methods: {name of a weight: int8 or int4} of those that are quantized. Those in int4 stay
     as they are: its kernel needs a quarter of the time of int8's (lab log).
     """
+    has_mkl = torch.backends.mkl.is_available()
     for name, layer in omni.named_modules():
         if type(layer) is not nn.Linear or methods.get(f"{name}.weight") == "int4":
             continue
-        if is_emulated(layer.weight.dtype, layer.weight.device):
+        weight = layer.weight
+        is_fp32 = weight.dtype == torch.float32 and not is_quantized(weight)
+        if is_emulated(weight.dtype, weight.device):
             layer.__class__ = WideLinear
+        elif has_mkl and is_fp32 and weight.is_cpu and weight.numel() >= MIN_WEIGHT:
+            layer.__class__ = RowLinear
 
 
 @cache  # once in a process

@@ -1,4 +1,4 @@
-"""Precisions of 16 bits on a CPU that multiplies only fp32 in hardware."""
+"""Products of one row on all cores, and precisions of 16 bits that a CPU emulates."""
 
 import json
 
@@ -9,8 +9,8 @@ from torch import nn
 
 import minomni
 from minomni import devices
-from minomni.checkpoint import saving, weights
-from minomni.checkpoint.wide_products import WideLinear, tell_emulated
+from minomni.checkpoint import cpu_products, saving, weights
+from minomni.checkpoint.cpu_products import RowLinear, WideLinear, tell_emulated
 from minomni.train.finetune import weights_hash
 
 CPU = torch.device("cpu")
@@ -212,3 +212,89 @@ def test_saving_converts_one_shard_at_a_time(in_bf16, in_hardware, tmp_path, mon
     sizes = [file.stat().st_size for file in (tmp_path / "again").glob("model-*.safetensors")]
     assert max(sizes) < 4_100_000
     assert 0 <= sum(sizes) - index["metadata"]["total_size"] < 500_000
+
+
+@pytest.fixture
+def threads():
+    """A function that sets how many threads PyTorch has, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def row_layers(omni) -> set[str]:
+    return {name for name, module in omni.named_modules() if isinstance(module, RowLinear)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("size", "inner", "cores"), [(96, 40, 2), (30, 7, 4), (31, 8, 2)])
+def test_one_row_is_multiplied_in_blocks_of_outputs(threads, monkeypatch, size, inner, cores, bias):
+    """As many as there are threads, or as divide the outputs; several rows are left to PyTorch."""
+    threads(cores)
+    layer = nn.Linear(inner, size, bias=bias)
+    rows = torch.randn(3, 1, inner)
+    expected = [layer(row) for row in rows]
+    layer.__class__ = RowLinear
+    blocks = []
+    batched = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, w: [blocks.append(len(w)), batched(x, w)][1])
+    for row, right in zip(rows, expected, strict=True):
+        torch.testing.assert_close(layer(row), right)
+        torch.testing.assert_close(layer(row[0]), right[0])
+        torch.testing.assert_close(layer(row[None]), right[None])
+    assert blocks == ([2] * 9 if size % 2 == 0 else [])
+    assert torch.equal(layer(rows), nn.Linear.forward(layer, rows))
+    assert len(blocks) in (0, 9)
+
+
+def test_on_one_thread_a_row_is_left_to_pytorch(threads, monkeypatch):
+    threads(1)
+    layer = nn.Linear(16, 32)
+    layer.__class__ = RowLinear
+    row = torch.randn(1, 16)
+    monkeypatch.delattr(torch, "bmm")
+    assert torch.equal(layer(row), nn.Linear.forward(layer, row))
+
+
+def test_gradients_are_those_of_a_linear_layer(threads):
+    threads(2)
+    layer = nn.Linear(12, 20)
+    row = torch.randn(1, 12, requires_grad=True)
+    tensors = [row, *layer.parameters()]
+    expected = torch.autograd.grad(layer(row).square().sum(), tensors)
+    layer.__class__ = RowLinear
+    found = torch.autograd.grad(layer(row).square().sum(), tensors)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_large_layers_in_fp32_multiply_one_row_on_all_cores(in_bf16, in_hardware, monkeypatch):
+    in_hardware(True)
+    assert row_layers(minomni.load("tiny")) == set()  # its weights are small
+    monkeypatch.setattr(cpu_products, "MIN_WEIGHT", 1)
+    every = row_layers(minomni.load("tiny"))
+    assert {"thinker.lm_head", "talker.codec_head", "thinker.model.layers.0.mlp.up_proj"} <= every
+    half = row_layers(minomni.load(in_bf16, dtype="bf16"))
+    assert not any(name.startswith(("thinker.", "talker.")) for name in half)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert row_layers(minomni.load("tiny")) == set()
+
+
+def test_answers_are_the_same_on_all_cores(threads, monkeypatch):
+    threads(2)
+    question = [{"role": "user", "content": "say the red square is above the blue circle"}]
+    expected = minomni.load("tiny").respond(question, temperature=0, talker_temperature=0)
+    monkeypatch.setattr(cpu_products, "MIN_WEIGHT", 1)
+    omni = minomni.load("tiny")
+    answer = omni.respond(question, temperature=0, talker_temperature=0)
+    assert answer.text == expected.text
+    assert torch.equal(torch.as_tensor(answer.codes), torch.as_tensor(expected.codes))
+    assert answer.wave.shape == expected.wave.shape
+
+
+def test_quantized_layers_are_left_alone(monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    monkeypatch.setattr(cpu_products, "MIN_WEIGHT", 1)
+    every = row_layers(minomni.load("tiny", quantize="int8"))
+    assert "thinker.model.layers.0.mlp.up_proj" not in every
+    assert "codec.ctc_head" in every
