@@ -406,6 +406,22 @@ def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
     ax.set_ylim(len(values) - 0.5, -0.6)
 
 
+def trained_or_frozen(table: Tensor, stages: Sequence[str], parts: Sequence[str]) -> None:
+    """Which stage trains which part. table [stages, parts]: 2 trained, 1 used and frozen, 0 not
+    used.
+    """
+    ax = axes(width=8, height=3.8)
+    ax.imshow(table, cmap="Greys", vmax=2.4, aspect="auto")
+    lattice(ax, len(stages), len(parts), 1, PALE)
+    for row, column in table.nonzero().tolist():
+        is_trained = table[row, column] == 2
+        name = "trained" if is_trained else "frozen"
+        color = "white" if is_trained else INK
+        ax.text(column, row, name, color=color, fontsize=8, ha="center", va="center")
+    ax.set_xticks(range(len(parts)), parts)
+    ax.set_yticks(range(len(stages)), stages)
+
+
 def wrong_codes(letters: Sequence[str], text: str) -> list[int]:
     """The codes whose letter does not fit a text. letters: that of each code, "" for a blank."""
     starts = [i for i, letter in enumerate(letters) if letter and letter != ("", *letters)[i]]

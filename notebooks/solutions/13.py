@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 
+import torch
+
 import minomni
 from minomni.data import jsonl
 from minomni.train import finetune
@@ -29,14 +31,13 @@ def my_mean_loss(parts):
     return total / count
 
 
-def kept(losses, patience):
-    best = 0
-    for i, loss in enumerate(losses):
-        if loss < losses[best]:
-            best = i
-        elif i - best >= patience:
-            break
-    return best
+def my_run(weights, mean, first, last, seed):
+    for number in range(first, last):
+        torch.manual_seed(seed * 1_000_003 + number)
+        gradient = weights - torch.randn(2)
+        mean = 0.9 * mean + gradient
+        weights = weights - 0.1 * mean
+    return weights, mean
 
 
 def as_row(question, answer):
@@ -62,19 +63,3 @@ def right(omni, pairs):
     messages = [[{"role": "user", "content": question}] for question, _ in pairs]
     texts = omni.respond(messages, speech=False).text
     return sum(text == answer for text, (_, answer) in zip(texts, pairs))
-
-
-def my_cells(things, cells, size, hair=1.5):
-    table = []
-    for row in range(cells):
-        for column in range(cells):
-            said = "-"
-            for _, _, (x, y), _ in things:
-                near = [(v - hair) // size <= at <= (v + hair) // size
-                        for v, at in ((x, column), (y, row))]
-                said = "?" if all(near) and said == "-" else said
-            for color, shape, (x, y), _ in things:
-                if (int(x // size), int(y // size)) == (column, row):
-                    said = f"{color} {shape}"
-            table.append(said)
-    return table

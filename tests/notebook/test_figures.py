@@ -170,3 +170,10 @@ def test_snakes_lie_beside_a_relu():
     relu, snake, *_ = plt.gca().lines
     assert relu.get_label() == "ReLU"
     assert snake.get_ydata()[-1] == pytest.approx(5 + math.sin(5) ** 2)
+
+
+def test_each_part_of_a_stage_is_named_trained_or_frozen():
+    figures.trained_or_frozen(torch.tensor([[2, 0], [1, 2]]), ["codec", "dit"], ["codec", "DiT"])
+    [ax] = plt.gcf().axes
+    assert [text.get_text() for text in ax.texts] == ["trained", "frozen", "trained"]
+    assert [text.get_position() for text in ax.texts] == [(0, 0), (0, 1), (1, 1)]
