@@ -22,12 +22,13 @@ from minomni.notebook.viz import (
     mel,
     waveform,
 )
-from minomni.plot import COLORS, PALE
+from minomni.plot import COLORS, PALE, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HARMONICS_SECONDS = 0.4  # of a voice in low_harmonics()
+MUON_BOUNDS = (0.68, 1.2)  # of singular values after five iterations
 LOWEST_VOICE, HIGHEST_VOICE = 60, 400  # Hz, of a fundamental frequency
 
 
@@ -404,6 +405,56 @@ def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
         ax.errorbar(mean, row - 0.25, xerr=deviation, fmt="o", color=INK, capsize=3, markersize=4)
     ax.set(yticks=range(len(values)), yticklabels=list(values), xlabel=label)
     ax.set_ylim(len(values) - 0.5, -0.6)
+
+
+def above_and_below(ax: "Axes") -> list["Axes"]:
+    """Two plots in the place of one, with one axis for x."""
+    ax.axis("off")
+    above = plain(ax.inset_axes((0, 0.58, 1, 0.42)))
+    below = plain(ax.inset_axes((0, 0, 1, 0.42), sharex=above))
+    above.tick_params(labelbottom=False)
+    return [above, below]
+
+
+def gains(ax: "Axes", history: Tensor) -> None:
+    """Mean gains of chosen and rejected samples over the steps of a run, and the margins.
+
+    history [steps, 2, pairs]: after each step, what the chosen and the rejected one of each pair
+    have gained.
+    """
+    start = torch.zeros_like(history[:1])
+    chosen, rejected = torch.cat([start, history]).unbind(1)
+    margins = chosen - rejected
+    ax.plot(chosen.mean(1), color=COLORS["image"], label="chosen")
+    ax.plot(rejected.mean(1), color=COLORS["audio"], label="rejected")
+    ax.plot(margins.mean(1), color=INK, label="margin")
+    names = ["margin of each pair"] + ["_"] * (margins.shape[1] - 1)
+    ax.plot(margins, color=COLORS["text"], linewidth=0.6, zorder=0, label=names)
+    ax.set_xlabel("step")
+
+
+def letters_above(ax: "Axes", letters: Sequence[str]) -> None:
+    """The letter of each code above its bar, and the end token behind them."""
+    place = ax.get_xaxis_transform()
+    for i, letter in enumerate(letters):
+        ax.text(i, 1.0, letter, ha="center", transform=place)
+    ax.text(len(letters) - 0.3, 1.0, "end", transform=place)
+
+
+def polynomial(at: Tensor, once: Tensor, five_times: Tensor, before: Tensor, after: Tensor) -> None:
+    """Muon's polynomial of singular values `at`, and those of a gradient before and after it."""
+    left, right = axes(1, 2, height=2.6)
+    for bound in MUON_BOUNDS:
+        left.axhline(bound, color=PALE, zorder=0)
+    left.semilogx(at, once, label="once", color=COLORS["text"])
+    left.semilogx(at, five_times, label="five times", color=COLORS["audio"])
+    left.set(xlabel="singular value ÷ norm, before", ylabel="after", ylim=(0, 1.65))
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    right.semilogy(before, label="gradient", color=COLORS["text"])
+    right.semilogy(after, label="update", color=COLORS["audio"])
+    right.set(xlabel="number of the singular value", ylabel="singular value ÷ norm")
+    right.set_ylim(1e-4, 2)
+    right.legend(frameon=False, fontsize=8)
 
 
 def trained_or_frozen(table: Tensor, stages: Sequence[str], parts: Sequence[str]) -> None:

@@ -3,8 +3,12 @@
 import contextlib
 import copy
 import io
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from minomni.train.loop import Recipe, Stage, run_setup, train
 
@@ -64,3 +68,54 @@ def quietly(stage: Stage, name: str, **options: Any) -> Stage:
     with contextlib.redirect_stdout(io.StringIO()):
         train(stage, stage.cache / name, **options)
     return stage
+
+
+class ToyModel(nn.Module):
+    """A table of embeddings and a layer, in fp64."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(5, 6, dtype=torch.float64)
+        self.layer = nn.Linear(6, 4, dtype=torch.float64)
+
+    @property
+    def thinker(self) -> "ToyModel":
+        """What a stage asks for its device."""
+        return self
+
+
+class Toy(Stage):
+    """A stage that takes no time: random targets for the rows of a table behind a layer."""
+
+    name = "toy"
+    trainable = ("embed_tokens.", "layer.")
+    bf16 = False
+
+    def __init__(self, recipe: Recipe):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = ToyModel()
+        super().__init__(model, recipe, Path(), 3)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return "toy"
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        rows = self.recipe.batch
+        return torch.randint(5, (rows,)), torch.randn(rows, 4, dtype=torch.float64)
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        ids, wanted = batch
+        found = self.omni.layer(self.omni.embed_tokens(ids))  # type: ignore[operator]
+        return {"toy": (found - wanted).square().mean()}
+
+
+def trained(stage: Stage, steps: int) -> tuple[Tensor, ...]:
+    """The weights after some steps of the package's loop; the stage stays as it is."""
+    stage = copy.deepcopy(stage)
+    with tempfile.TemporaryDirectory() as folder:
+        stage.cache = Path(folder)
+        quietly(stage, "run", until=steps)
+    return tuple(p.detach() for p in stage.parameters().values())

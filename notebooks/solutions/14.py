@@ -40,7 +40,3 @@ def hacks(before, after):
     ratio = (sum(map(len, after)) / len(after)) / (sum(map(len, before)) / len(before))
     found = ["longer"] * (ratio > 1.5) + ["shorter"] * (ratio < 1 / 1.5)
     return found + ["stuck"] * (max(map(run, after)) > 2 * max(map(run, before)))
-
-
-def my_lora(x, weight, a, b, alpha):
-    return x @ weight.T + alpha / len(a) * (x @ a.T) @ b.T

@@ -41,3 +41,30 @@ def my_iteration(gradient):
         gram = x @ x.T
         x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
     return x
+
+
+def my_loop(stage, steps):
+    recipe, weights = stage.recipe, stage.parameters()
+    memory = {name: [0, 0] for name in weights}
+    for step in range(steps):
+        # gradients of the step's batches together
+        loss, rate = 0, my_rate(step, recipe.lr, recipe.warmup, recipe.steps)
+        for number in range(step * recipe.accumulate, (step + 1) * recipe.accumulate):
+            torch.manual_seed(stage.seed * 1_000_003 + number)
+            loss = loss + sum(stage.losses(stage.batch(number)).values())
+        gradients = torch.autograd.grad(loss / recipe.accumulate, weights.values())
+        gradients = my_clip(gradients, recipe.clip)
+        for (name, p), g in zip(weights.items(), gradients):
+            now, decay = p.detach(), recipe.weight_decay if p.dim() > 1 else 0.0
+            if p.dim() == 2 and "embed_tokens" not in name and "head" not in name:  # Muon
+                mean = memory[name][0] = 0.95 * memory[name][0] + 0.05 * g
+                ahead = my_direction(0.95 * mean + 0.05 * g)  # Nesterov momentum
+                p.data = now * (1 - rate * decay) - rate * ahead
+            else:  # AdamW
+                share = 0.4 * rate
+                p.data, *memory[name] = my_adamw(now, g, *memory[name], step + 1, share, decay)
+    return tuple(weights.values())
+
+
+def my_lora(x, weight, a, b, alpha):
+    return x @ weight.T + alpha / len(a) * (x @ a.T) @ b.T

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from exercises import solved, stubs
 
 from minomni.decoder import DecoderLayer
-from minomni.notebook.check import Gradient, grade, same, show
+from minomni.notebook.check import Gradient, grade, same, show, solution
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -344,6 +344,45 @@ def iterated(g, norm: bool = True, rounds: int = 5, cubed: bool = True) -> torch
         gram = x @ x.T
         x = 3.4445 * x - 4.775 * gram @ (x if cubed else g) + 2.0315 * gram @ gram @ x
     return x
+
+
+def looped(
+    stage,
+    steps: int,
+    first: bool = False,
+    clip: bool = True,
+    share: float = 0.4,
+    ahead: bool = True,
+    all_decay: bool = False,
+    everywhere: bool = False,
+) -> tuple:
+    """A training loop; the switches take the first batches only, leave clipping or Nesterov's step
+    out, give AdamW another share of the rate, let biases decay, or give embeddings to Muon.
+    """
+    recipe, weights = stage.recipe, stage.parameters()
+    memory = {name: [0, 0] for name in weights}
+    for step in range(steps):
+        rate = solution("16", "my_rate")(step, recipe.lr, recipe.warmup, recipe.steps)
+        loss = 0
+        for number in range(recipe.accumulate):
+            number += 0 if first else step * recipe.accumulate
+            torch.manual_seed(stage.seed * 1_000_003 + number)
+            loss = loss + sum(stage.losses(stage.batch(number)).values()) / recipe.accumulate
+        gradients = torch.autograd.grad(loss, weights.values())
+        if clip:
+            gradients = clipped(gradients, recipe.clip)
+        for (name, p), g in zip(weights.items(), gradients):
+            decay = recipe.weight_decay if all_decay or p.dim() > 1 else 0.0
+            now = p.detach()
+            if p.dim() == 2 and (everywhere or "embed_tokens" not in name):
+                memory[name][0] = mean = 0.95 * memory[name][0] + 0.05 * g
+                turned = orthogonalized(0.95 * mean + 0.05 * g if ahead else mean)
+                p.data = now * (1 - rate * decay) - rate * turned
+            else:
+                p.data, *memory[name] = adamw_step(
+                    now, g, *memory[name], step + 1, share * rate, decay
+                )
+    return tuple(weights.values())
 
 
 def cross_entropies(parts, fill: int = -100) -> torch.Tensor:
@@ -1160,13 +1199,6 @@ BUGS = {
             lambda a, b: noticed(a, b, twice=1),
             lambda a, b: noticed(a, b, twice=math.inf),
         ],
-        "my_lora": [
-            lambda x, w, a, b, alpha: x @ w.T + alpha * (x @ a.T) @ b.T,
-            lambda x, w, a, b, alpha: x @ w.T + (x @ a.T) @ b.T / len(a),
-            lambda x, w, a, b, alpha: alpha / len(a) * (x @ a.T) @ b.T,
-            lambda x, w, a, b, alpha: x @ w.T + alpha / len(b) * (x @ a.T) @ b.T,
-            lambda x, w, a, b, alpha: alpha / len(a) * (x @ w.T + (x @ a.T) @ b.T),
-        ],
     },
     "15": {
         "my_tensor": [
@@ -1256,6 +1288,22 @@ BUGS = {
             lambda g: iterated(g, cubed=False),
             lambda g: iterated(g) * 0.2 * max(g.shape) ** 0.5,
             lambda g: torch.linalg.svd(g, full_matrices=False)[0],
+        ],
+        "my_loop": [
+            lambda stage, n: looped(stage, n, first=True),
+            lambda stage, n: looped(stage, n, clip=False),
+            lambda stage, n: looped(stage, n, share=1.0),
+            lambda stage, n: looped(stage, n, ahead=False),
+            lambda stage, n: looped(stage, n, all_decay=True),
+            lambda stage, n: looped(stage, n, everywhere=True),
+            lambda stage, n: looped(stage, n)[:1],
+        ],
+        "my_lora": [
+            lambda x, w, a, b, alpha: x @ w.T + alpha * (x @ a.T) @ b.T,
+            lambda x, w, a, b, alpha: x @ w.T + (x @ a.T) @ b.T / len(a),
+            lambda x, w, a, b, alpha: alpha / len(a) * (x @ a.T) @ b.T,
+            lambda x, w, a, b, alpha: x @ w.T + alpha / len(b) * (x @ a.T) @ b.T,
+            lambda x, w, a, b, alpha: alpha / len(a) * (x @ w.T + (x @ a.T) @ b.T),
         ],
     },
 }

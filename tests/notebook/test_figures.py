@@ -177,3 +177,31 @@ def test_each_part_of_a_stage_is_named_trained_or_frozen():
     [ax] = plt.gcf().axes
     assert [text.get_text() for text in ax.texts] == ["trained", "frozen", "trained"]
     assert [text.get_position() for text in ax.texts] == [(0, 0), (0, 1), (1, 1)]
+
+
+def test_gains_begin_at_zero():
+    ax = viz.axes()
+    figures.gains(ax, torch.tensor([[[1.0, 3.0], [-1.0, -2.0]]]))  # one step, two pairs
+    lines = [line.get_ydata().tolist() for line in ax.lines]
+    assert lines == [[0, 2], [0, -1.5], [0, 3.5], [0, 2], [0, 5]]
+
+
+def test_two_plots_in_the_place_of_one_share_x():
+    above, below = figures.above_and_below(viz.axes())
+    above.set_xlim(0, 7)
+    assert below.get_xlim() == (0, 7)
+
+
+def test_the_polynomial_of_muon_has_its_bounds():
+    at = torch.logspace(-4, 0, 5)
+    figures.polynomial(at, at, at, at, at)
+    left, right = plt.gcf().axes
+    assert [line.get_ydata()[0] for line in left.lines[:2]] == [0.68, 1.2]
+    assert right.get_yscale() == "log"
+
+
+def test_letters_stand_above_their_codes_and_the_end_behind_them():
+    ax = viz.axes()
+    figures.letters_above(ax, ["a", "", "b"])
+    assert [text.get_text() for text in ax.texts] == ["a", "", "b", "end"]
+    assert [text.get_position()[0] for text in ax.texts] == [0, 1, 2, pytest.approx(2.7)]

@@ -184,6 +184,8 @@ TERMS = {
         "gradient clipping",
         "orthogonalized",
         "singular value",
+        "LoRA",
+        "rank",
     ),
 }
 

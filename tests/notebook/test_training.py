@@ -50,3 +50,12 @@ def test_a_stage_begins_with_a_copy_and_writes_no_samples_unless_it_is_measured(
     assert stage.omni.weights is not omni.weights
     assert stage.preview_text() == ""
     assert not stage.bf16
+
+
+def test_a_toy_is_trained_by_the_loop_of_the_package_and_stays_as_it_was():
+    toy = training.Toy(Recipe(steps=4, batch=3, lr=0.1, accumulate=2, warmup=2))
+    before = [p.detach().clone() for p in toy.parameters().values()]
+    once, again = (training.trained(toy, 4) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    assert not any(map(torch.equal, once, before))
+    assert all(map(torch.equal, toy.parameters().values(), before))
