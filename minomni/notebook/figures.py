@@ -457,6 +457,28 @@ def polynomial(at: Tensor, once: Tensor, five_times: Tensor, before: Tensor, aft
     right.legend(frameon=False, fontsize=8)
 
 
+def memory(
+    ax: "Axes", names: Sequence[str], weights: int, kept: Sequence[int], logits: Sequence[int]
+) -> None:
+    """Bytes of weights and of keys and values as a bar for each name, and logits as an outline
+    behind it.
+    """
+    rows = range(len(names))
+    end = [(weights + cache) / 1e9 for cache in kept]
+    sizes = [size / 1e9 for size in logits]
+    ax.barh(rows, weights / 1e9, 0.6, color=COLORS["text"], label="weights")
+    left = weights / 1e9
+    caches = [cache / 1e9 for cache in kept]
+    ax.barh(rows, caches, 0.6, left, color=COLORS["audio"], label="keys, values")
+    style = {"facecolor": "none", "edgecolor": COLORS["video"], "linestyle": "--"}
+    ax.barh(rows, sizes, 0.6, end, label="all logits, not held", **style)
+    for row, total in enumerate(end):
+        label = f"{total:.1f} GB"
+        ax.text(left - 0.4, row, label, ha="right", va="center", color="white", fontsize=8)
+    ax.set(xlim=(0, 92), ylim=(len(names) - 0.5, -0.5), xlabel="GB of 10⁹ bytes")
+    ax.set_yticks(rows, names)
+
+
 def trained_or_frozen(table: Tensor, stages: Sequence[str], parts: Sequence[str]) -> None:
     """Which stage trains which part. table [stages, parts]: 2 trained, 1 used and frozen, 0 not
     used.

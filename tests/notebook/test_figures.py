@@ -205,3 +205,11 @@ def test_letters_stand_above_their_codes_and_the_end_behind_them():
     figures.letters_above(ax, ["a", "", "b"])
     assert [text.get_text() for text in ax.texts] == ["a", "", "b", "end"]
     assert [text.get_position()[0] for text in ax.texts] == [0, 1, 2, pytest.approx(2.7)]
+
+
+def test_logits_are_drawn_behind_the_bar_and_not_added_to_it():
+    ax = viz.axes()
+    figures.memory(ax, ["15 s", "30 s"], 20 * 10**9, [10**9, 2 * 10**9], [3 * 10**9, 6 * 10**9])
+    assert [text.get_text() for text in ax.texts] == ["21.0 GB", "22.0 GB"]
+    outlines = [(bar.get_x(), bar.get_width()) for bar in ax.containers[2]]
+    assert outlines == [(21, 3), (22, 6)]
