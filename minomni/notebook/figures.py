@@ -470,7 +470,7 @@ def memory(
     left = weights / 1e9
     caches = [cache / 1e9 for cache in kept]
     ax.barh(rows, caches, 0.6, left, color=COLORS["audio"], label="keys, values")
-    style = {"facecolor": "none", "edgecolor": COLORS["video"], "linestyle": "--"}
+    style: dict[str, Any] = {"facecolor": "none", "edgecolor": COLORS["video"], "linestyle": "--"}
     ax.barh(rows, sizes, 0.6, end, label="all logits, not held", **style)
     for row, total in enumerate(end):
         label = f"{total:.1f} GB"
