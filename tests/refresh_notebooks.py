@@ -80,16 +80,17 @@ def clean(notebook) -> None:
 
 
 def fold_answers(notebook) -> None:
-    """Let JupyterLab fold the outputs of the first code cell after a *Predict*, so that a reader
-    can. No other code cell keeps metadata. In place.
+    """Let JupyterLab fold the outputs of the first code cell with outputs after a *Predict*, so that
+    a reader can. No other code cell keeps metadata. In place.
     """
     asked = False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             asked = asked or PREDICT.search(cell.source) is not None
         elif cell.cell_type == "code":
-            cell.metadata = dict(FOLDED) if asked else {}
-            asked = False
+            answers = asked and bool(cell.outputs)
+            cell.metadata = dict(FOLDED) if answers else {}
+            asked = asked and not answers
 
 
 def merged(outputs) -> list:

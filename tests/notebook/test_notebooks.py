@@ -108,14 +108,17 @@ def test_the_answer_to_a_predict_is_folded(notebook):
     assert found == [cell.metadata for cell in notebook.codes]
 
 
-def test_the_first_code_cell_after_a_predict_is_folded():
+def test_the_first_output_after_a_predict_is_folded():
+    def cell(source):
+        return new_code_cell(source, outputs=[new_output("stream", text=source)])
+
     texts = ["Run it.", "*Predict:* what is printed?"]
-    cells = [new_code_cell("1"), *map(new_markdown_cell, texts), *map(new_code_cell, "234")]
-    cells += [new_markdown_cell("Now predict nothing."), new_code_cell("5")]
+    cells = [cell("1"), *map(new_markdown_cell, texts), new_code_cell("x = 2"), *map(cell, "34")]
+    cells += [new_markdown_cell("Now predict nothing."), cell("5")]
     book = new_notebook(cells=cells)
     fold_answers(book)
     codes = [cell for cell in book.cells if cell.cell_type == "code"]
-    assert [cell.metadata for cell in codes] == [{}, FOLDED, {}, {}, {}]
+    assert [cell.metadata for cell in codes] == [{}, {}, FOLDED, {}, {}]
 
 
 def test_limits(notebook):
