@@ -31,8 +31,9 @@ from minomni.inputs.source import (
 )
 
 MIN_SAMPLES = INPUT_SAMPLE_RATE // 50  # samples: 20 ms or less make no audio token
-# Seconds of audio that fill the context of the largest model: 32,768 tokens, 25 per second.
-MAX_AUDIO_S = QWEN7B.thinker.text.max_position_embeddings / QWEN7B.thinker.position_id_per_seconds
+TOKENS_PER_S = QWEN7B.thinker.position_id_per_seconds  # of audio, in all sizes: 25
+# Seconds of audio that fill the context of the largest model, 32,768 tokens.
+MAX_AUDIO_S = QWEN7B.thinker.text.max_position_embeddings / TOKENS_PER_S
 SILENCE_LEVEL = 1e-3  # of full scale: speech is louder
 # Of full scale. Lossy codecs overshoot it a little, unscaled samples by a factor of thousands.
 MAX_AMPLITUDE = 8.0

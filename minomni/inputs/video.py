@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minomni.config import MediaConfig
 from minomni.errors import UserError, shorten
-from minomni.inputs.audio import audio_track
+from minomni.inputs.audio import MAX_AUDIO_S, TOKENS_PER_S, audio_track
 from minomni.inputs.containers import (
     RisingTimes,
     Watched,
@@ -78,20 +78,25 @@ class _Request:
     options: MediaOptions
     most_tokens: int | None
 
-    def size_of(self, n: int, height: int, width: int, tolerance: float = 1.0) -> tuple[int, int]:
+    def size_of(
+        self, n: int, height: int, width: int, tolerance: float = 1.0, before: int = 0
+    ) -> tuple[int, int]:
         """The size (height, width) that n frames of height x width are resized to.
 
-        Raises UserError for frames that are too large, and for more than most_tokens * tolerance.
+        Raises UserError for frames that are too large, and where they and `before` tokens are more
+        than most_tokens * tolerance.
         """
         _require_pixels(height, width, self.name)
         new_height, new_width = frame_size(
             n, height, width, self.cell, self.media, self.name, self.options
         )
         tokens = ceil(n / 2) * new_height * new_width // self.cell**2
-        if self.most_tokens is not None and tokens > self.most_tokens * tolerance:
+        if self.most_tokens is not None and before + tokens > self.most_tokens * tolerance:
+            audio = f" beside {before} of audio" if before else ""
             raise UserError(
-                f"{self.name}: {n} frames of {new_width}x{new_height} pixels are {tokens} tokens, "
-                f"more than the context holds; shorten it, or set fps, nframes or max_pixels"
+                f"{self.name}: {n} frames of {new_width}x{new_height} pixels are {tokens} tokens"
+                f"{audio}, more than the context holds; shorten it, or set fps, nframes or "
+                f"max_pixels"
             )
         return new_height, new_width
 
@@ -443,9 +448,8 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         )
     with one_line_errors(name, "not a readable video"):
         _refuse_image(stream, name)
-        if with_audio:
-            _refuse_silent(stream, name)
-        packets = _checked_packets(stream, request)
+        before = _checked_audio(stream, request) if with_audio else 0
+        packets = _checked_packets(stream, request, before)
         times, rate, shifts = _times(stream, name, request.media.fps, packets)
         first, last = frame_range(times, rate, request.options, name)
         indices = sample_indices(
@@ -508,17 +512,45 @@ def _refuse_image(stream: Any, name: str) -> None:
             raise UserError(f"{name}: is an image; give it as image")
 
 
-def _refuse_silent(stream: Any, name: str) -> None:
-    """Raise UserError for a file whose header lists no audio track, before frames are decoded."""
-    with _opened(stream, name) as (container, _, _):
-        if container.format.name in LISTS_TRACKS and best_track(container, "audio") is None:
-            raise _no_audio_track(name)
+def _checked_audio(stream: Any, request: _Request) -> int:
+    """About how many tokens the audio track of a video has, by its packets.
+
+    Raises UserError, before frames are decoded, for a file whose header lists no audio track, and
+    for one that is far too long.
+    """
+    name = request.name
+    options = request.options
+    seconds = 0.0
+    with _opened(stream, name) as (container, _, watched):
+        track = best_track(container, "audio")
+        if track is None:
+            if container.format.name in LISTS_TRACKS:
+                raise _no_audio_track(name)
+            return 0
+        for packet in container.demux(track):
+            watched.zeros = 0
+            seconds += float((packet.duration or 0) * packet.time_base)
+
+    start = max(0.0, options.video_start or 0.0)
+    seconds = max(0.0, seconds - start)
+    if options.video_end is not None:
+        seconds = min(seconds, max(0.0, options.video_end - start))
+    tokens = int(seconds * TOKENS_PER_S)
+    most = MAX_AUDIO_S * TOKENS_PER_S
+    if request.most_tokens is not None:
+        most = min(most, request.most_tokens)
+    if tokens > most * TOLERANCE:
+        raise UserError(
+            f"{name}: {seconds:.0f} s of audio are {tokens} tokens, more than the context holds; "
+            f"shorten it, or set video_start and video_end"
+        )
+    return tokens
 
 
-def _checked_packets(stream: Any, request: _Request) -> int:
+def _checked_packets(stream: Any, request: _Request, before: int) -> int:
     """The number of packets of a video. Raises UserError if it is far too long by them.
 
-    To decode it first and then refuse it would take minutes.
+    To decode it first and then refuse it would take minutes. before: tokens of its audio.
     """
     name = request.name
     times = []
@@ -542,7 +574,7 @@ def _checked_packets(stream: Any, request: _Request) -> int:
         rate = (n - 1) / (times[-1] - times[0])
     if n > 1:
         sampled = len(sample_indices(n, rate, request.media, request.options))
-        request.size_of(sampled, codec.height, codec.width, TOLERANCE)
+        request.size_of(sampled, codec.height, codec.width, TOLERANCE, before)
     return count
 
 

@@ -575,6 +575,29 @@ def test_missing_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch)
         load_video(film([0, 250, 500, 750], kind=kind), MEDIA, with_audio=True)
 
 
+@pytest.mark.parametrize("kind", ["mov", "mkv", "avi"])
+def test_long_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch):
+    """8 s of sound are 200 tokens; alone, or with 20 frames of 3 tokens each, two in a token."""
+    source = film([200 * i for i in range(40)], kind=kind, tone_from=0.0, seconds=8.0)
+    part = MediaOptions(video_start=1.0, video_end=3.0)
+    whole = load_video(source, MEDIA, True, most_tokens=300)
+    assert 7.7 * 16_000 < len(whole.wave) <= 8 * 16_000  # avi shows its first frame later
+    load_video(source, MEDIA, True, options=part, most_tokens=100)
+
+    monkeypatch.setattr("minomni.inputs.video._times", None)
+    says = "the video given: 8 s of audio are 200 tokens, more than the context holds; shorten it"
+    with pytest.raises(UserError, match=says):
+        load_video(source, MEDIA, True, most_tokens=150)
+    with pytest.raises(UserError, match="2 s of audio are 50 tokens"):
+        load_video(source, MEDIA, True, options=part, most_tokens=40)
+    says = r"\d\d tokens beside 200 of audio, more than the context holds"
+    with pytest.raises(UserError, match=says):
+        load_video(source, MEDIA, True, most_tokens=190)
+    monkeypatch.setattr("minomni.inputs.video.MAX_AUDIO_S", 6.0)
+    with pytest.raises(UserError, match="8 s of audio are 200 tokens"):
+        load_video(source, MEDIA, True)
+
+
 # ----------------------------------------------------------------------------------------------
 # lists of frames
 def spellings(tmp_path) -> list:
