@@ -200,14 +200,19 @@ def films(folder: Path) -> None:
 
 
 def models(folder: Path) -> None:
-    """The model that comes with the project, the same in shards with an index, and its tokenizer as
-    a tokenizer.json.
+    """The model that comes with the project; the same in shards with an index; the same with the
+    settings of its media in the file of transformers 5; and its tokenizer as a tokenizer.json.
     """
     import minomni
     from minomni.checkpoint import saving
 
     shutil.copytree(ROOT / "data_samples" / "tiny", folder / "whole")
     saving.save(minomni.load(str(folder / "whole")), folder / "shards", shard_bytes=10_000_000)
+    shutil.copytree(folder / "whole", folder / "newer")
+    image_processor = json.loads((folder / "newer" / "preprocessor_config.json").read_text())
+    (folder / "newer" / "preprocessor_config.json").unlink()
+    settings = json.dumps({"image_processor": image_processor})
+    (folder / "newer" / "processor_config.json").write_text(settings)
     vocab, merges, added = (
         folder / "whole" / name for name in ("vocab.json", "merges.txt", "added_tokens.json")
     )
@@ -382,7 +387,8 @@ class Readers:
 
         import minomni
 
-        omni = minomni.load(str(self.work / "model" / "whole"))
+        [model, *_] = path.relative_to(self.work / "model").parts
+        omni = minomni.load(str(self.work / "model" / model))
         question = [
             {"type": "image", "image": str(self.inputs / "picture" / "a.png")},
             {"type": "text", "text": "what"},
@@ -479,6 +485,7 @@ FILES = [
     ("model/whole/codec/config.json", "config", 3),
     ("model/whole/generation_config.json", "config", 3),
     ("model/whole/preprocessor_config.json", "config", 3),
+    ("model/newer/processor_config.json", "config", 3),
     ("model/whole/vocab.json", "tokenizer", 1),
     ("model/whole/merges.txt", "tokenizer", 1),
     ("model/whole/added_tokens.json", "tokenizer", 2),

@@ -17,10 +17,12 @@ ROOT = Path(__file__).parents[1]
 # official code, which is slow, is not asked again: its answers are in the golden files.
 MODEL = (
     "tests/test_layers.py",
+    "tests/test_omni.py",
     "tests/test_parity.py",
     "tests/test_sampling.py",
     "tests/chat",
     "tests/checkpoint/test_cpu_products.py",
+    "tests/checkpoint/test_weights.py",
     "tests/inputs/test_audio.py",
     "tests/inputs/test_mel.py",
     "tests/inputs/test_patches.py",
@@ -37,6 +39,13 @@ TRAINING = (
     "-k",
     "muon or newton or resume_is_exact and (codec or talker)"
     " or overfits_one_batch and (codec or audio_align or language)",
+)
+# Training step by step in a notebook, whose printed numbers are compared.
+NOTEBOOK = (
+    "--nbval-lax",
+    "--nbval-current-env",
+    "notebooks/13_training.ipynb",
+    "tests/notebook/test_attention.py",
 )
 PROCESSORS = {
     "no AVX, no oneDNN, two threads": {
@@ -58,7 +67,9 @@ PROCESSORS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.parametrize("tests", [MODEL, TRAINING], ids=["model", "training"])
+@pytest.mark.parametrize(
+    "tests", [MODEL, TRAINING, NOTEBOOK], ids=["model", "training", "notebook"]
+)
 def test_numbers_are_those_of_any_processor(tests, processor):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(
