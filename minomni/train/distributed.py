@@ -164,11 +164,7 @@ def replace_layers(model: nn.Module, kind: type, make: Callable[[Any], nn.Module
 
 def is_sharded(value: Any) -> TypeGuard["DTensor"]:
     """Whether a value is a tensor of which this process holds a part."""
-    if world() == 1:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
+    return hasattr(value, "full_tensor")
 
 
 def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minomni.errors import Terminated, UserError, shorten
+from minomni.errors import Terminated, UserError
 
 LONGEST_WAIT = timedelta(days=1)  # for the first process, which may prepare data for hours
 STORE_WAIT = timedelta(seconds=5)  # for torchrun's store, which is there or has ended
@@ -45,10 +45,8 @@ def process_group(device: str) -> Iterator[None]:
         if not is_lost_connection(error):
             raise
         end_if_reported()
-        first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"the connection to another process of this run is lost ({shorten(first_line, 120)}); "
-            f"{CONTINUE}"
+            f"the connection to another process of this run is lost; {CONTINUE}"
         ) from None
     except SystemExit as ending:
         if ending.code != TERMINATED:

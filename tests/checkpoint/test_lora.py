@@ -356,7 +356,12 @@ def test_a_folder_like_the_release(tmp_path, hf_class):
     assert min(largest(ours, their_logits(theirs)).values()) > 0.01
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     assert max(largest(ours, their_logits(theirs.base_model.model)).values()) < 2e-4
+    theirs.save_pretrained(tmp_path / "theirs")
     del theirs
+    again = minomni.load(str(base), dtype="float32")
+    lora.load_lora(again, tmp_path / "theirs")
+    assert max(largest(ours, logits(again)).values()) == 0
+    del again
 
     lora.merge_lora(omni)
     assert max(largest(ours, logits(omni)).values()) < 2e-4

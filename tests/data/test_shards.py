@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 import tracemalloc
 from itertools import islice
@@ -16,6 +17,7 @@ import webdataset
 from PIL import Image
 
 import minomni
+from minomni import __main__ as command
 from minomni.data import jsonl, shards
 from minomni.errors import UserError
 from minomni.train import distributed
@@ -52,6 +54,17 @@ def data(tmp_path) -> Path:
 def packed(data, tmp_path) -> Path:
     assert shards.pack(data, tmp_path / "packed", shard_bytes=100_000) == 6
     return tmp_path / "packed"
+
+
+def test_the_command_packs_all_rows(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minomni", "pack", str(data), str(tmp_path / "out")])
+    assert command.main() == 0
+    assert "6" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "out" / "00000.tar") as shard:
+        names = shard.getnames()
+    assert sum(name.endswith(".json") for name in names) == 6
+    assert command.main() == 2  # the folder is there
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_media_by_uri_and_with_long_names_are_packed(data, tmp_path):
