@@ -24,6 +24,8 @@ from minomni.train import distributed, loop, losses, processes
 from minomni.train.loop import Recipe, Stage, train
 from minomni.train.stages.dpo import DPOStage
 
+# Not tried on Windows, where a signal ends a process with another exit code.
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="several processes need Linux or macOS")
 ROOT = Path(__file__).parents[2]
 # What each process does: train stages, as the tests of this file do in their own process.
 CODE = """
