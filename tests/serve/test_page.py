@@ -315,6 +315,39 @@ def test_push_to_talk(quiet_page):
     assert answers(page) == [ANSWER]
 
 
+def test_each_answer_has_the_chosen_voice(quiet_page, monkeypatch):
+    """Of a typed, of a held and of an open-microphone question, and of one after a new choice."""
+    voices = []
+    answer = realtime.Answer
+
+    def recorded(text, voice, *further):
+        voices.append(voice)
+        return answer(text, voice, *further)
+
+    monkeypatch.setattr(realtime, "Answer", recorded)
+    page = quiet_page
+    page.select_option("#voice", "Karl")
+    page.get_by_label("Your question").fill("say the digit is three")
+    page.keyboard.press("Enter")
+    wait_for_player(page, "ended")
+
+    page.get_by_role("button", name="Hold to talk").focus()
+    page.keyboard.down(" ")
+    wait(page, "window.minomni.state.heldAt > 0")
+    speak(page, WISH)
+    page.keyboard.up(" ")
+    wait_for_player(page, "ended", 2)
+
+    page.get_by_role("button", name="Open microphone").click()
+    wait(page, "window.minomni.state.open")
+    speak(page, WISH)
+    wait_for_player(page, "ended", 3)
+    page.select_option("#voice", "Fiona")
+    speak(page, WISH)
+    wait_for_player(page, "ended", 4)
+    assert voices == ["Karl", "Karl", "Karl", "Fiona"]
+
+
 def test_the_latency_begins_when_the_button_is_let_go(quiet_page):
     """And not when the last samples have arrived."""
     page = quiet_page

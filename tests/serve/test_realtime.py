@@ -18,7 +18,7 @@ from serving import (
 )
 
 from minomni.serve import realtime
-from minomni.serve.audio import AudioReceiver
+from minomni.serve.audio import AudioReceiver, encode
 from minomni.serve.input_audio import SHORT_PADDING_MS
 from minomni.serve.vad import VadOptions, VoiceDetector
 
@@ -85,6 +85,12 @@ def of_kind(events, kind: str) -> list:
     return [event for event in events if event.type == kind]
 
 
+def samples_of(events) -> np.ndarray:
+    """The audio of an answer, 16-bit."""
+    deltas = of_kind(events, "response.output_audio.delta")
+    return np.frombuffer(b"".join(base64.b64decode(event.delta) for event in deltas), "<i2")
+
+
 def push_to_talk(**output) -> dict:
     return {"type": "realtime", "audio": {"input": {"turn_detection": None}}, **output}
 
@@ -100,10 +106,7 @@ def test_typed_question(server):
     events = talk(server, conversation)
     words = "".join(e.delta for e in of_kind(events, "response.output_audio_transcript.delta"))
     assert words == SENTENCE
-    sound = b"".join(
-        base64.b64decode(e.delta) for e in of_kind(events, "response.output_audio.delta")
-    )
-    assert np.abs(np.frombuffer(sound, "<i2")).max() > 1000
+    assert np.abs(samples_of(events)).max() > 1000
     done = events[-1].response
     assert done.status == "completed"
     assert done.usage.output_token_details.audio_tokens > 0
@@ -199,15 +202,38 @@ def test_a_turn_equals_that_of_the_package(server, trained):
     usage = events[-1].response.usage
     assert usage.output_token_details.audio_tokens == len(reply.reply.codes)
     assert usage.input_tokens == session.length
-    data = b"".join(
-        base64.b64decode(event.delta) for event in of_kind(events, "response.output_audio.delta")
-    )
     wave = reply.reply.wave.numpy()
     if trained.sample_rate != RATE:
         import soxr
 
         wave = soxr.resample(wave, trained.sample_rate, RATE)
-    assert np.frombuffer(data, "<i2") / 32768 == pytest.approx(wave, abs=1e-3)
+    assert samples_of(events) / 32768 == pytest.approx(wave, abs=1e-3)
+
+
+def test_the_voice_of_the_session_and_of_an_answer(server, trained):
+    """Each is the one that speaks: the audio is what the package makes in that voice."""
+    session_voice, answer_voice = list(trained.voices)[1:3]
+
+    async def conversation(connection):
+        output = {"output": {"voice": session_voice}}
+        await connection.session.update(session={"type": "realtime", "audio": output})
+        found = []
+        for response in ({}, {"audio": {"output": {"voice": answer_voice}}}, {}):
+            await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+            await connection.response.create(response=response)
+            found.append(samples_of(await until(connection, "response.done")))
+        return found
+
+    of_session, of_answer, later = talk(server, conversation)
+    for samples, voice in (
+        (of_session, session_voice),
+        (of_answer, answer_voice),
+        (later, session_voice),
+    ):
+        *_, done = trained.listen(voice).respond(f"say {SENTENCE}")
+        expected = np.frombuffer(encode(done.reply.wave, trained.sample_rate, "pcm16"), "<i2")
+        assert samples / 32768 == pytest.approx(expected / 32768, abs=1e-3)
+    assert len(of_session) != len(of_answer)
 
 
 @pytest.mark.parametrize("trained_here", [True, False])

@@ -90,9 +90,20 @@ function send(event) {
   if (state.socket?.readyState === WebSocket.OPEN) state.socket.send(JSON.stringify(event));
 }
 
+/** The chosen voice, as session.update and response.create hold it. Text needs none. */
+function chosenVoice() {
+  const { value, disabled } = $("voice");
+  return value && !disabled ? { output: { voice: value } } : {};
+}
+
+/** With an open microphone the server begins the answer by itself, in the session's voice. */
+function sendVoice() {
+  send({ type: "session.update", session: { type: "realtime", audio: chosenVoice() } });
+}
+
 function sendTurnDetection() {
   const detection = state.open ? { type: "server_vad", silence_duration_ms: PAUSE_MS } : null;
-  const audio = { input: { turn_detection: detection } };
+  const audio = { input: { turn_detection: detection }, ...chosenVoice() };
   send({ type: "session.update", session: { type: "realtime", audio } });
 }
 
@@ -281,8 +292,7 @@ function ask(askedAt = performance.now()) {
   state.questions += 1;
   const question = String(state.questions);
   state.asked.set(question, { askedAt, cancelled: false });
-  const response = { metadata: { question } };
-  if ($("voice").value) response.audio = { output: { voice: $("voice").value } };
+  const response = { metadata: { question }, audio: chosenVoice() };
   send({ type: "response.create", event_id: question, response });
   status("thinking");
 }
@@ -477,6 +487,7 @@ $("hold").onclick = (event) => {
 };
 $("open").onclick = () => setOpen(!state.open);
 $("camera").onclick = () => setCamera(!state.camera);
+$("voice").onchange = sendVoice;
 $("stop").onclick = () => {
   stopAnswer();
   status("stopped");
