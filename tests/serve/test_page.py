@@ -1,6 +1,7 @@
 """The page in a real browser, with recordings as its microphone."""
 
 import base64
+import io
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 from serving import RATE, SAMPLES, base64_of, keep_first_answers, running, spoken, wait_until
 
 from minomni.serve import realtime
@@ -408,6 +410,46 @@ def test_the_camera_sends_frames(quiet_page, monkeypatch):
     page.get_by_role("button", name="Camera").click()
     assert page.locator("#view").is_hidden()
     assert camera.evaluate("(track) => track.readyState") == "ended"
+
+
+def test_a_typed_question_about_what_the_camera_sees(page, monkeypatch):
+    """It comes with the current frame, unless a picture was chosen. The page tells what the camera
+    may see.
+    """
+    parts = []
+    item_action = realtime.Conversation.item_action
+
+    async def recorded(conversation, part):
+        parts.append(part)
+        return await item_action(conversation, part)
+
+    monkeypatch.setattr(realtime.Conversation, "item_action", recorded)
+    assert "colored shapes drawn flat on a plain background" in page.locator("#about").inner_text()
+    page.get_by_role("button", name="Camera").click()
+    page.locator("#view").wait_for()
+    wait(page, "document.querySelector('#view').videoWidth === 320")
+    question = page.get_by_label("Your question")
+    question.fill("what color is the circle")
+    page.keyboard.press("Enter")
+    wait_for_player(page, "ended")
+    assert [part["type"] for part in parts] == ["input_image", "input_text"]
+    assert parts[0]["image_url"].startswith("data:image/jpeg;base64,")
+    frame = base64.b64decode(parts[0]["image_url"].partition(",")[2])
+    assert Image.open(io.BytesIO(frame)).size == (320, 240)
+
+    page.set_input_files("#picture", SAMPLES / "scene.png")
+    page.locator("#preview").wait_for()
+    question.fill("where is the red circle")
+    page.keyboard.press("Enter")
+    wait_for_player(page, "ended", 2)
+    assert answers(page)[-1] == ANSWER
+    page.get_by_role("button", name="Camera").click()
+    question.fill("say the digit is three")
+    page.keyboard.press("Enter")
+    wait_for_player(page, "ended", 3)
+    kinds = [part["type"] for part in parts[2:]]
+    assert kinds == ["input_image", "input_text", "input_text"]
+    assert parts[2]["image_url"].startswith("data:image/png;base64,")
 
 
 def test_a_dropped_picture(page):

@@ -17,7 +17,8 @@ const EXAMPLES = [
 const ABOUT_TINY =
   "This small model knows colored shapes, handwritten digits, short clips and about 60 words. " +
   "It answers each question by itself and holds no conversation: click a picture in it to ask " +
-  "about that picture again. Click, or say one of these:";
+  "about that picture again. Of what the camera sees it understands only colored shapes drawn " +
+  "flat on a plain background. Click, or say one of these:";
 
 const state = {
   socket: null,
@@ -309,8 +310,11 @@ function givePicture(picture) {
   addEntry("user", "", picture, () => setPicture(picture));
 }
 
-/** Ask a typed question about a picture: by default, about the one that was chosen. */
-async function askText(text, picture = takePicture()) {
+/**
+ * Ask a typed question about a picture: by default, about the one that was chosen, or else about
+ * what the camera sees.
+ */
+async function askText(text, picture = takePicture() ?? cameraFrame()) {
   await openPlayer().catch((error) => noAudio(error.message)); // words without it
   await stopAnswer(); // the server learns what was heard before the next question
   givePicture(picture);
@@ -419,15 +423,22 @@ async function setCamera(on) {
   $("camera").setAttribute("aria-pressed", String(on));
 }
 
-async function sendFrame() {
-  const microphone = await state.microphone;
-  if (!microphone?.listening) return;
+/** What the camera sees now as a data: URL; null while it is off. */
+function cameraFrame() {
+  if (!state.camera) return null;
   const view = $("view");
   const canvas = document.createElement("canvas");
   canvas.width = 320;
   canvas.height = Math.round((320 * view.videoHeight) / view.videoWidth) || 240;
   canvas.getContext("2d").drawImage(view, 0, 0, canvas.width, canvas.height);
-  const [, image] = canvas.toDataURL("image/jpeg", 0.85).split(",");
+  return canvas.toDataURL("image/jpeg", 0.85);
+}
+
+async function sendFrame() {
+  const microphone = await state.microphone;
+  const frame = cameraFrame();
+  if (!microphone?.listening || !frame) return;
+  const [, image] = frame.split(",");
   send({ type: "input_video_frame.append", image });
 }
 
