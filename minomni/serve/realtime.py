@@ -468,6 +468,9 @@ class Conversation:
     ) -> Generator:
         """The steps of an answer. Runs in the worker."""
         session = self.model_session()
+        # The answer before belongs to the conversation as far as it was heard, which depends on
+        # whether that one was spoken: it is added before the voice changes.
+        session.begin_turn()
         session.voice = None if answer.voice is None else self.server.omni.voice(answer.voice)
         # The question of an answer that was cancelled before it began is still part of the turn:
         # its audio is, too.

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from serving import (
     spoken,
 )
 
+from minomni.chat.session import Session
 from minomni.serve import realtime
 from minomni.serve.audio import AudioReceiver, encode
 from minomni.serve.input_audio import SHORT_PADDING_MS
+from minomni.serve.realtime_answer import Answer
 from minomni.serve.vad import VadOptions, VoiceDetector
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -255,6 +258,56 @@ def test_earlier_turns(server, monkeypatch, trained_here):
         assert second == first
     else:
         assert second > first_total
+
+
+def test_only_what_was_heard_is_part_of_the_conversation(server, monkeypatch):
+    """conversation.item.truncate takes the words of an answer that were not heard out of it."""
+    monkeypatch.setattr(server.server, "trained_here", False)
+
+    async def conversation(connection, end_ms):
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create()
+        done = (await until(connection, "response.done"))[-1].response
+        item = done.output[0].id
+        await connection.conversation.item.truncate(
+            item_id=item, content_index=0, audio_end_ms=end_ms
+        )
+        await until(connection, "conversation.item.truncated")
+        await add(connection, {"type": "input_text", "text": "say the digit is three"})
+        await connection.response.create(response={"output_modalities": ["text"]})
+        later = (await until(connection, "response.done"))[-1].response
+        return done.usage.output_token_details.text_tokens, later.usage.input_tokens
+
+    (_, nothing), (text_tokens, everything) = (
+        talk(server, partial(conversation, end_ms=end_ms)) for end_ms in (0, 60_000)
+    )
+    assert everything - nothing == text_tokens - 1  # the one that ends it is always there
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_speech_takes_what_was_not_played_out_of_the_conversation(server, monkeypatch, early):
+    """Until the client tells how much was heard, the time since the first audio counts. Speech
+    begins before the first sample was played (early), or after the last one.
+    """
+    monkeypatch.setattr(server.server, "trained_here", False)
+    monkeypatch.setattr(Answer, "played_s", lambda answer, now: 0 if early else answer.audio_s)
+    kept = []
+    played_ids = Session.played_ids
+
+    def recorded(session):
+        kept.append(played_ids(session))
+        return kept[-1]
+
+    monkeypatch.setattr(Session, "played_ids", recorded)
+
+    async def conversation(connection):
+        for name in (WISH, other_wish()[0]):
+            await send_audio(connection, SILENCE + spoken(name) + SILENCE)
+            await until(connection, "response.done")
+
+    talk(server, conversation)
+    assert len(kept) == 1
+    assert bool(kept[0]) is not early
 
 
 @pytest.mark.parametrize("silence_s", [0, 0.3, 1.5])
