@@ -5,13 +5,16 @@ import io
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import httpx
+import numpy as np
 import pytest
 import soundfile
 from serving import SAMPLES, SECONDS, base64_of, running
 
 import minomni
+from minomni.serve import chat
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
@@ -195,6 +198,49 @@ def test_say(client, name):
             assert sum(frame.samples for frame in container.decode(audio=0)) > 10_000
 
 
+def test_say_equals_the_answer_to_the_request_to_say_it(client):
+    """In the same voice, sample by sample; another voice sounds otherwise."""
+    said = {
+        voice: client.audio.speech.create(
+            model="tiny", voice=voice, input=SENTENCE, response_format="pcm"
+        ).read()
+        for voice in ("Fiona", "Karl")
+    }
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=SAY,
+        modalities=["text", "audio"],
+        audio={"voice": "Fiona", "format": "pcm16"},
+    )
+    expected = np.frombuffer(base64.b64decode(answer.choices[0].message.audio.data), "<i2")
+    samples = np.frombuffer(said["Fiona"], "<i2")
+    assert samples / 32768 == pytest.approx(expected / 32768, abs=1e-3)
+    assert len(said["Karl"]) != len(said["Fiona"])
+
+
+def test_sampling_options_reach_the_answer(client, monkeypatch):
+    """Those of the request, and the model's own without them."""
+    found = []
+    answer_steps = chat.answer_steps
+
+    def recorded(omni, inputs, voice, options, ids):
+        found.append(options)
+        return answer_steps(omni, inputs, voice, options, ids)
+
+    monkeypatch.setattr(chat, "answer_steps", recorded)
+    given = {"temperature": 0.7, "top_p": 0.6, "top_k": 5, "repetition_penalty": 1.2}
+    seed = 8
+    for options in ({}, given):
+        client.chat.completions.create(
+            model="tiny", messages=SAY, max_tokens=2, seed=seed, extra_body=options
+        )
+    plain, sampled = (options.sampling[0] for options in found)
+    assert sampled == replace(plain, **given)
+    assert all(getattr(plain, name) != value for name, value in given.items())
+    assert plain.max_new_tokens == 2
+    assert {options.seed for options in found} == {seed}
+
+
 def test_transcript(client):
     with (SAMPLES / "question.wav").open("rb") as file:
         made = client.audio.transcriptions.create(model="tiny", file=file)
@@ -283,6 +329,9 @@ WRONG = {
         "audio": {"format": "wav"},
     },
     "hot": {"messages": SAY, "temperature": 1e9},
+    "a top_p of more than all": {"messages": SAY, "top_p": 1.5},
+    "a top_k of no tokens": {"messages": SAY, "top_k": -2},
+    "a penalty of nothing": {"messages": SAY, "repetition_penalty": 0},
     "wrong seed": {"messages": SAY, "seed": -1},
     "too long": {"messages": [{"role": "user", "content": "red " * 5000}]},
 }

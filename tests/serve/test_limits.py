@@ -52,6 +52,39 @@ def answers(server) -> bool:
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "a b", "[::2]"])
 def test_foreign_host(server, host):
     assert ask_with(server, {"Host": host}) == 400
+    assert upgrade(server, host) == 400
+
+
+def test_own_host(server):
+    assert upgrade(server, f"127.0.0.1:{server.port}") == 101
+
+
+def upgrade(server, host: str) -> int:
+    """The status of a WebSocket that is asked for by this name; a client would set its own."""
+    lines = [
+        "GET /v1/realtime HTTP/1.1",
+        f"Host: {host}",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+        "Sec-WebSocket-Version: 13",
+    ]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        return int(connection.recv(1024).split()[1])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/audio/speech"])
+@pytest.mark.parametrize("body", ["", "{", "no json", "[1]", '{"messages": [}', "[" * 100_000])
+def test_a_body_that_is_no_json_object(server, path, body):
+    """It is refused in the form of OpenAI's errors."""
+    answer = httpx.post(f"{server.url}{path}", content=body, timeout=SECONDS)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert "not JSON" in error["message"] or "not a JSON object" in error["message"]
+    assert (error["param"], error["code"]) == (None, "invalid_value")
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])

@@ -246,6 +246,21 @@ def test_a_typed_example_is_answered_with_audio(page):
             shot(page, f"{scheme}_{width}")
 
 
+def test_the_pictures_of_the_audio_move(page):
+    """Waveform and mel spectrogram, while an answer is played."""
+    pictures = "['wave', 'mel'].map((id) => document.getElementById(id).toDataURL())"
+    before = page.evaluate(pictures)
+    page.get_by_role("button", name="say the red circle is above the blue square").click()
+    wait_for_player(page, "first")
+    page.wait_for_timeout(200)
+    during = page.evaluate(pictures)
+    page.wait_for_timeout(200)
+    later = page.evaluate(pictures)
+    wait_for_player(page, "ended")
+    for at_first, then, last in zip(before, during, later, strict=True):
+        assert len({at_first, then, last}) == 3
+
+
 def test_a_device_that_begins_after_the_answer_plays_it(slow_page):
     """The page does not claim that there is no audio: its fixture looks at the errors."""
     slow_page.get_by_role("button", name="where is the red circle").click()
