@@ -1,12 +1,17 @@
 """First sound of the page, on a machine that does nothing else.
 
-    PYTHONPATH=tests/serve:. python tests/measure_page.py
+    PYTHONPATH=tests/serve:. python tests/measure_page.py --json page.json
 
 Serves tiny, holds the button of the page in headless Chromium while a recording is spoken, and
 prints the page's own time from the end of the question to the first sample played: the median and
-the times of five questions. It needs Chromium, and playwright of requirements-dev.txt.
+the times of ten questions, and for each answer the blocks of 128 samples in which its next chunk
+was late. --json writes them to a file that tests/refresh_readme.py --page takes. It needs Chromium,
+and playwright of requirements-dev.txt.
 """
 
+import argparse
+import json
+from pathlib import Path
 from statistics import median
 
 from playwright.sync_api import Page, sync_playwright
@@ -15,22 +20,47 @@ from test_page import PATIENCE_MS, QUIET_MICROPHONE, WISH, find_browser, speak, 
 
 import minomni
 
-ROUNDS = 5
+ROUNDS = 10
 FLAGS = ("--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required")
 
 
-def question(page: Page) -> float:
-    """Speak the recording with the button held -> ms until the page plays its answer."""
-    page.evaluate("() => { window.minomni.latency = null; window.minomni.state.heldAt = 0; }")
+def question(page: Page) -> tuple[float, int]:
+    """Speak the recording with the button held -> ms until the page plays its answer, and the gaps
+    of that answer.
+    """
+    page.evaluate(
+        """() => {
+            window.minomni.latency = null;
+            window.minomni.state.heldAt = 0;
+            window.minomni.played.length = 0;
+        }"""
+    )
     page.keyboard.down(" ")
     wait(page, "window.minomni.state.heldAt > 0")
     speak(page, WISH)
     page.keyboard.up(" ")
     wait(page, "window.minomni.latency && !window.minomni.state.answer")
-    return sum(page.evaluate("window.minomni.latency"))
+    ended = page.evaluate("window.minomni.played.find((report) => report.kind === 'ended')")
+    return sum(page.evaluate("window.minomni.latency")), ended["gaps"]
+
+
+def summary(answers: list[tuple[float, int]]) -> dict:
+    """What question() returned for each question -> the numbers of the documents, and all."""
+    times = [time for time, _ in answers]
+    return {
+        "questions": len(answers),
+        "median_ms": median(times),
+        "least_ms": min(times),
+        "most_ms": max(times),
+        "first_ms": times,
+        "gaps": [gaps for _, gaps in answers],
+    }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the first sound of the page.")
+    parser.add_argument("--json", type=Path, help="a file for the results")
+    arguments = parser.parse_args()
     with running(minomni.load("tiny")) as server, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=find_browser(), args=list(FLAGS))
         context = browser.new_context(permissions=["microphone"])
@@ -41,9 +71,13 @@ def main() -> None:
         wait(page, "document.querySelector('#status').textContent.includes('ready')")
         page.get_by_role("button", name="Hold to talk").focus()
         question(page)  # warms up
-        times = [question(page) for _ in range(ROUNDS)]
+        found = summary([question(page) for _ in range(ROUNDS)])
         browser.close()
-    print(f"first sound of the page: {median(times):.0f} ms", [round(time) for time in times])
+    times = [round(time) for time in found["first_ms"]]
+    print(f"first sound of the page: {found['median_ms']:.0f} ms", times)
+    print("gaps:", found["gaps"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@
         take the rows of `python -m minomni bench first --json` first
     python tests/refresh_readme.py --serve serve.json
         take the rows of `python -m minomni bench serve --json` first
+    python tests/refresh_readme.py --page page.json
+        take the times of `python tests/measure_page.py --json page.json` first
     python tests/refresh_readme.py --answer answer.json
         take the rows of `python -m minomni bench answer --json` first
     python tests/refresh_readme.py --parts parts.json
@@ -371,10 +373,57 @@ def serving(language: str) -> str:
     return intro + table(head, rows)
 
 
+# What others publish, for the paragraph on the server; results.md says more.
+ISSUE = "[issue 354](https://github.com/vllm-project/vllm-omni/issues/354)"
+OTHERS = {
+    "en": (
+        f" Published for vllm-omni: Qwen2.5-Omni with 16.8 tokens and 20.7 codes per second, "
+        f"11.25 s for one answer ({ISSUE})."
+    ),
+    "zh": (
+        f"vllm-omni 的公开数据：Qwen2.5-Omni 每秒 16.8 个 token、20.7 个语音码，一个回答共 11.25 秒"
+        f"（{ISSUE}）。"
+    ),
+}
+# Of measure_page.py, what the documents show.
+PAGE_KEYS = ("questions", "median_ms", "least_ms", "most_ms")
+
+
 def serving_keys() -> list[str]:
     """The rows of bench serve that the documents show."""
     keys = [f"{key}_{count}" for key in SERVING_ROWS for count in CLIENTS]
     return [*keys, "spoken_first_audio_ms", "open_first_audio_ms"]
+
+
+def page(language: str) -> str:
+    """What measure_page.py measured; nothing before that."""
+    measured = results().get("page")
+    if measured is None:
+        return ""
+    return (
+        f"With nothing beside it on that machine, which is shared and not always as fast, "
+        f"{measured['questions']} questions of `tests/measure_page.py` took "
+        f"{measured['least_ms']:.0f} to {measured['most_ms']:.0f} ms, median "
+        f"{measured['median_ms']:.0f}.\n"
+    )
+
+
+def page_sentence(language: str) -> str:
+    """First sound of the page, for a paragraph; nothing before it was measured."""
+    measured = results().get("page")
+    if measured is None:
+        return ""
+    first = round(measured["median_ms"])
+    count = measured["questions"]
+    reason = "notebooks/results.md#the-server"
+    if language == "zh":
+        return (
+            f"网页在说完问题后 {first} 毫秒播放第一个采样（{count} 次的中位数，[原因]({reason})）。"
+        )
+    return (
+        f" The page plays the first sample {first} ms after a spoken question (median of {count}, "
+        f"[why not sooner]({reason}))."
+    )
 
 
 def served(language: str) -> str:
@@ -391,13 +440,14 @@ def served(language: str) -> str:
             f"`minomni bench serve`，tiny，双核：1 / 4 / 16 个客户端同时提问时，每秒完成 "
             f"{' / '.join(texts)} 个文字回答、{' / '.join(rates)} 个语音回答；"
             f"客户端在说完问题后 {held} 毫秒收到第一段音频，开放麦克风为 {opened} 毫秒"
-            f"（其中 500 毫秒用于等待停顿）。\n"
+            f"（其中 500 毫秒用于等待停顿）。{page_sentence(language)}{OTHERS[language]}\n"
         )
     return (
         f"`minomni bench serve`, tiny on two AVX2 cores: {' / '.join(texts)} text answers and "
         f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. A "
         f"client receives the first audio {held} ms after the end of a spoken question, and after "
-        f"{opened} ms with an open microphone, which waits for a pause of 500 ms.\n"
+        f"{opened} ms with an open microphone, which waits for a pause of 500 ms."
+        f"{page_sentence(language)}{OTHERS[language]}\n"
     )
 
 
@@ -662,6 +712,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "latency": latency,
     "serving": serving,
     "served": served,
+    "page": page,
     "ablate_tmrope": ablate_tmrope,
     "ablate_stage3": ablate_stage3,
     "ablate_tuning": ablate_tuning,
@@ -682,6 +733,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
 OPTIONAL = {  # block -> key of the stored results
     "serving": "serving",
     "served": "serving",
+    "page": "page",
     "held_out_speakers": "held_out_speakers",
     "answer": "answer",
     "answered": "answer",
@@ -751,6 +803,7 @@ def main() -> None:
     parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
     parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
     parser.add_argument("--serve", type=Path, help="output of `minomni bench serve --json`")
+    parser.add_argument("--page", type=Path, help="output of tests/measure_page.py --json")
     parser.add_argument(
         "--answer",
         type=Path,
@@ -774,6 +827,9 @@ def main() -> None:
     if arguments.serve:
         measured = json.loads(arguments.serve.read_text())
         stored["serving"] = {key: measured[key] for key in serving_keys()}
+    if arguments.page:
+        measured = json.loads(arguments.page.read_text())
+        stored["page"] = {key: measured[key] for key in PAGE_KEYS}
     if arguments.answer:
         stored["answer"] = json.loads(arguments.answer.read_text())
     if arguments.parts:

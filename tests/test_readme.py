@@ -157,6 +157,24 @@ def test_the_server_is_described_once_it_was_measured(monkeypatch, language):
     assert rows.count("\n|") == 2 + len(refresh_readme.SERVING_ROWS)
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_first_sound_of_the_page_is_told_once_it_was_measured(monkeypatch, language):
+    serving = dict.fromkeys(refresh_readme.serving_keys(), 1.0)
+    times = {"questions": 7, "median_ms": 812.4, "least_ms": 701.2, "most_ms": 955.6}
+    assert times.keys() == set(refresh_readme.PAGE_KEYS)
+    monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": serving})
+    assert refresh_readme.page(language) == ""
+    alone = refresh_readme.served(language)
+    monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": serving, "page": times})
+    sentence = refresh_readme.served(language)
+    assert "812" not in alone
+    assert "812" in sentence
+    assert re.search("median of 7|7 次的中位数", sentence)
+    assert sentence.count("\n") == 1
+    assert "7 questions" in refresh_readme.page(language)
+    assert "701 to 956 ms, median 812" in refresh_readme.page(language)
+
+
 def test_an_unknown_table_is_named():
     with pytest.raises(SystemExit, match="unknown_name"):
         refresh_readme.refreshed("<!-- unknown_name -->\n<!-- end of unknown_name -->\n", "en")

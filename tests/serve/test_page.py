@@ -381,6 +381,20 @@ def test_the_latency_begins_when_the_button_is_let_go(quiet_page):
     assert 0 <= late_ms < 350
 
 
+def test_the_first_sound_is_measured(quiet_page):
+    """tests/measure_page.py finds its times and gaps, and what tests/refresh_readme.py takes."""
+    import measure_page
+    from refresh_readme import PAGE_KEYS
+
+    page = quiet_page
+    page.get_by_role("button", name="Hold to talk").focus()
+    answers = [measure_page.question(page) for _ in range(2)]
+    assert all(0 < first_ms < PATIENCE_MS and gaps >= 0 for first_ms, gaps in answers)
+    found = measure_page.summary([(900, 0), (400, 2), (500, 0)])
+    assert [found[key] for key in PAGE_KEYS] == [3, 500, 400, 900]
+    assert found["gaps"] == [0, 2, 0]
+
+
 def test_missing_devices_are_named(context, server):
     """By what is missing, whatever the browser calls it."""
     context.add_init_script(NO_DEVICES)
