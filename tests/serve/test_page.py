@@ -525,6 +525,22 @@ def test_the_token(context, trained):
         page.close()
 
 
+def test_a_server_without_a_free_session(context, trained):
+    """The page says so, and that it is disconnected where the connection is lost later."""
+    with running(trained, sessions=1) as full:
+        context.set_default_timeout(PATIENCE_MS)
+        first = context.new_page()
+        first.goto(full.url)
+        wait(first, "document.querySelector('#status').textContent.includes('ready')")
+        second = context.new_page()
+        second.goto(full.url)
+        second.get_by_text("all sessions of the server are in use; reload").wait_for()
+        first.evaluate("window.minomni.state.socket.close()")
+        first.get_by_text("disconnected; reload the page to begin again").wait_for()
+        second.close()
+        first.close()
+
+
 def test_stop(page, monkeypatch):
     keep_first_answers(monkeypatch)
     page.get_by_role("button", name="say the red circle is above the blue square").click()

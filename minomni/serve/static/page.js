@@ -22,6 +22,7 @@ const ABOUT_TINY =
 
 const state = {
   socket: null,
+  connected: false, // whether the server took the socket
   player: null, // a promise, from the first click on
   mute: false, // whether the user was told that there is no audio
   microphone: null, // a promise, from the first use on
@@ -80,11 +81,29 @@ async function connect() {
   const socket = new WebSocket(address, protocols);
   state.socket = socket;
   socket.onopen = () => {
+    state.connected = true;
     sendTurnDetection();
     status(`${model.id} is ready`);
   };
-  socket.onclose = () => status("disconnected; reload the page to begin again");
+  socket.onclose = disconnected;
   socket.onmessage = ({ data }) => receive(JSON.parse(data));
+}
+
+/** A browser does not tell a page why its WebSocket was refused; the server's numbers do. */
+async function disconnected() {
+  const wasReady = state.connected;
+  state.connected = false;
+  if (!wasReady && (await isFull())) {
+    status("all sessions of the server are in use; reload the page later");
+    return;
+  }
+  status("disconnected; reload the page to begin again");
+}
+
+async function isFull() {
+  const response = await fetch("/health").catch(() => null);
+  const { sessions, max_sessions } = response?.ok ? await response.json() : {};
+  return sessions >= max_sessions; // false without numbers
 }
 
 function send(event) {
