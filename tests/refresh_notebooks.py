@@ -81,7 +81,7 @@ def clean(notebook) -> None:
 
 def fold_answers(notebook) -> None:
     """Let JupyterLab fold the outputs of the first code cell that has some after a *Predict*, so
-    that a reader can. No other code cell keeps metadata. In place.
+    that a reader can predict first. No other code cell keeps metadata. In place.
     """
     asked = False
     for cell in notebook.cells:

@@ -40,7 +40,8 @@ TRAINING = (
     "muon or newton or resume_is_exact and (codec or talker)"
     " or overfits_one_batch and (codec or audio_align or language)",
 )
-# Training step by step in a notebook, whose printed numbers are compared.
+# A notebook on training, of which the printed numbers of the marked cells are compared. nbval runs
+# it with the solutions of its exercises where a path of tests/ is given, too.
 NOTEBOOK = (
     "--nbval-lax",
     "--nbval-current-env",

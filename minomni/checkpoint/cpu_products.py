@@ -23,8 +23,9 @@ class RowLinear(nn.Linear):
     """A linear layer that multiplies one row on all cores. [..., in] -> [..., out].
 
     A step of decoding is made of such products, and they take as long as reading the weights. MKL
-    reads a matrix on one core. So each core gets a block of the outputs: a batch of products, on
-    views of the weight (lab log: a decoding step on all cores).
+    reads a matrix on one core. So the outputs are cut into equal blocks, at most one for each
+    thread, and multiplied as a batch, on views of the weight (lab log: a decoding step on all
+    cores).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class RowLinear(nn.Linear):
         rows = x.reshape(1, 1, -1).expand(blocks, -1, -1)  # [blocks, 1, in]
         out = torch.bmm(rows, weights.mT)  # [blocks, 1, out / blocks]
         out = out.view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)  # as under autocast
 
 
 class WideLinear(nn.Linear):
@@ -49,7 +50,8 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         is_short = x.numel() < MIN_ROWS * self.in_features
-        if is_short or x.requires_grad:
+        # An encoder that is kept in the host's memory runs on a GPU.
+        if is_short or x.requires_grad or not x.is_cpu:
             return super().forward(x)
         weight = plain_weight(self.weight) if is_quantized(self.weight) else self.weight
         bias = None if self.bias is None else self.bias.float()

@@ -171,8 +171,8 @@ def measure(
 
     ours = MinomniBackend(folder, device, dtype, workload)
     official = None if alone else TransformersBackend(folder, dtype, ours)
-    every = measurements(ours, official, compiled)
-    for backends in tqdm(every, unit=" parts", leave=False, disable=None):
+    all_parts = measurements(ours, official, compiled)
+    for backends in tqdm(all_parts, unit=" parts", leave=False, disable=None):
         measure_in_turns(backends, parts)
     for row, flops in ours.flops().items():
         parts.rows[row]["limit"] = flops / limits["fp32" if row in FP32_ROWS else "rate"]

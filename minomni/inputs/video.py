@@ -93,10 +93,10 @@ class _Request:
         tokens = ceil(n / 2) * new_height * new_width // self.cell**2
         if self.most_tokens is not None and before + tokens > self.most_tokens * tolerance:
             audio = f" beside {before} of audio" if before else ""
+            advice = "video_start and video_end" if before else "fps, nframes or max_pixels"
             raise UserError(
                 f"{self.name}: {n} frames of {new_width}x{new_height} pixels are {tokens} tokens"
-                f"{audio}, more than the context holds; shorten it, or set fps, nframes or "
-                f"max_pixels"
+                f"{audio}, more than the context holds; shorten it, or set {advice}"
             )
         return new_height, new_width
 

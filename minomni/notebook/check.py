@@ -130,13 +130,14 @@ def grade(
 ) -> Callable | None:
     """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
-    cases: (arguments, expected answer) or (arguments, expected answer, what the case is about); a
-    Gradient in place of the expected answer holds the gradient instead. A stub whose body is `...`
-    is not attempted. minutes: how long the exercise takes. difficulty, importance: 1 to 3; 0 leaves
-    the importance out. chapter: number of the notebook, of an exercise that later cells need.
-    keeps: an answer that changes its arguments is wrong. parts: names of the tensors of an answer
-    that has several. -> the function that these cells use: the reader's if it passes, until then
-    the solution in notebooks/solutions; None without a chapter.
+    cases: (arguments, expected answer) or (arguments, expected answer, what the case is about);
+    a Gradient in place of the expected answer holds the gradient instead. A stub whose body is
+    `...` is not attempted. minutes: how long the exercise takes. difficulty, importance: 1 to
+    3; 0 leaves the importance out. chapter: number of the notebook, of an exercise that later
+    cells need. keeps: an answer that changes a tensor among its arguments is wrong. parts:
+    names of the tensors of an answer that has several. -> the function that these cells use:
+    the reader's if it passes, until then the solution in notebooks/solutions; None without a
+    chapter.
     """
     head = f"{function.__name__} ({minutes} min, {STARS[difficulty]}"
     head += f", importance {DOTS[importance]})" if importance else ")"
@@ -207,10 +208,16 @@ def _changed(function: Callable, before: tuple, after: tuple) -> str:
     return ""
 
 
-def _gradient(function: Callable, x: Tensor, *others: Any) -> Tensor:
-    """The gradient of the sum of function(x, *others) with respect to x; 0 where none arrives."""
+def _gradient(function: Callable, x: Tensor, *others: Any) -> Tensor | None:
+    """The gradient of the sum of function(x, *others) with respect to x; 0 where none arrives.
+
+    None for a function that returns nothing.
+    """
     with torch.enable_grad():
-        total = function(x.requires_grad_(), *others).sum()
+        answer = function(x.requires_grad_(), *others)
+        if not isinstance(answer, Tensor):
+            return None
+        total = answer.sum()
         found = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
     return torch.zeros_like(x) if found is None else found
 
@@ -233,12 +240,12 @@ def _wrong(answer: Any, expected: Any, tolerance: float, parts: Sequence[str] = 
 
 
 def _wrong_parts(answer: Any, expected: tuple, tolerance: float, names: Sequence[str]) -> str:
-    """How the parts that differ of an answer of several tensors do."""
+    """How the differing parts of an answer of several tensors differ."""
     if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
         return f"{type(answer).__name__}, expected {len(expected)} tensors"
     names = names or [f"part {i}" for i in range(len(expected))]
     problems = []
-    for name, mine, theirs in zip(names, answer, expected):
+    for name, mine, theirs in zip(names, answer, expected, strict=True):
         problem = _wrong(mine, theirs, tolerance)
         if problem:
             problems.append(f"as {name}: {problem}")

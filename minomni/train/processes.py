@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minomni.errors import Terminated, UserError
+from minomni.errors import Terminated, UserError, shorten
 
 LONGEST_WAIT = timedelta(days=1)  # for the first process, which may prepare data for hours
 STORE_WAIT = timedelta(seconds=5)  # for torchrun's store, which is there or has ended
@@ -45,8 +45,10 @@ def process_group(device: str) -> Iterator[None]:
         if not is_lost_connection(error):
             raise
         end_if_reported()
+        first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"the connection to another process of this run is lost; {CONTINUE}"
+            f"the connection to another process of this run is lost ({shorten(first_line, 120)}); "
+            f"{CONTINUE}"
         ) from None
     except SystemExit as ending:
         if ending.code != TERMINATED:

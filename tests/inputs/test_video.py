@@ -577,7 +577,7 @@ def test_missing_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch)
 
 @pytest.mark.parametrize("kind", ["mov", "mkv", "avi"])
 def test_long_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch):
-    """8 s of sound are 200 tokens; alone, or with 20 frames of 3 tokens each, two in a token."""
+    """8 s of sound are 200 tokens: too many alone, or with those of the frames."""
     source = film([200 * i for i in range(40)], kind=kind, tone_from=0.0, seconds=8.0)
     part = MediaOptions(video_start=1.0, video_end=3.0)
     whole = load_video(source, MEDIA, True, most_tokens=300)
@@ -590,7 +590,9 @@ def test_long_sound_is_refused_before_pictures_are_decoded(kind, monkeypatch):
         load_video(source, MEDIA, True, most_tokens=150)
     with pytest.raises(UserError, match="2 s of audio are 50 tokens"):
         load_video(source, MEDIA, True, options=part, most_tokens=40)
-    says = r"\d\d tokens beside 200 of audio, more than the context holds"
+    says = (
+        r"\d\d tokens beside 200 of audio, more than the context holds; shorten it, or set video_st"
+    )
     with pytest.raises(UserError, match=says):
         load_video(source, MEDIA, True, most_tokens=190)
     monkeypatch.setattr("minomni.inputs.video.MAX_AUDIO_S", 6.0)

@@ -11,6 +11,7 @@ from minomni import load
 from minomni.config import IGNORE_INDEX, SMALL, TINY
 from minomni.data import corpus
 from minomni.data.examples import ExampleBuilder
+from minomni.data.vocabulary import world_tokenizer
 from minomni.omni import Omni
 from minomni.train import loop, muon, pipeline, recipes, stage_table
 from minomni.train.loop import Recipe, forward_backward, train
@@ -138,13 +139,18 @@ def test_language_begins_with_pictures_and_then_clips():
 
 @pytest.mark.parametrize("name", stages(("talker", "speakers"), quick=("speakers",)))
 def test_a_short_stage_prepares_no_more_examples_than_it_draws(name):
-    """The Thinker runs over the recordings that are drawn, of all kinds, not over the others."""
+    """The Thinker runs over the recordings that are drawn, and not over the others."""
     short = stage_of(name, batch=3, steps=5)
     every = stage_of(name, batch=len(short.speech), steps=1)
     texts = [utterance.text for utterance in every.speech.utterances]
     assert [example.text for example in every.examples] == texts
     assert 8 < len(short.examples) <= 15
     assert [example.text for example in short.examples] == [texts[i] for i in short.recordings]
+    # A state for each token of its own text, though prompts of similar length share a batch.
+    encode = world_tokenizer(short.tokens).encode
+    lengths = [len(example.states) for example in every.examples]
+    assert lengths == [len(encode(text)) for text in texts]
+    assert len(set(lengths)) > 3
     for example, index in zip(short.examples, short.recordings, strict=True):
         assert torch.equal(example.codes, every.examples[index].codes)
     # Another seed draws other recordings.

@@ -161,8 +161,11 @@ class SpeechStage(Stage):
 
     def draw_recordings(self) -> list[int]:
         """Indices of the recordings that become examples: all, or as many draws as the stage has
-        rows. A short stage would never see most of the examples, each of which costs a pass of the
-        Thinker.
+        rows.
+
+        A short stage would never see most of the examples, each of which costs a pass of the
+        Thinker. Its batches draw from these again, so it sees fewer different recordings: for the
+        quick budget's `dpo` about 690, where all examples would give about 1,060.
         """
         utterances = self.speech.utterances
         rows = self.recipe.steps * self.recipe.accumulate * self.recipe.batch
