@@ -3,9 +3,9 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -40,15 +40,16 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     ready: list[str] = []
     running: dict[Future, str] = {}
     processes: list[subprocess.Popen] = []
-    with exit_on_sigterm(), ThreadPoolExecutor(workers) as pool:
+    with exit_on_sigterm() as held, ThreadPoolExecutor(workers) as pool:
         try:
             while sorter.is_active():
                 ready += sorter.get_ready()
                 ready.sort(key=lambda name: critical_path_s(name, size))
                 while ready and len(running) < workers:
                     name = ready.pop()
-                    process = start_stage(name, size, home, seed, device)
-                    processes.append(process)
+                    with held():
+                        process = start_stage(name, size, home, seed, device)
+                        processes.append(process)
                     running[pool.submit(process.wait)] = name
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -63,15 +64,34 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit where SIGTERM would end this process at once and leave its children."""
+def exit_on_sigterm() -> Iterator[Callable[[], AbstractContextManager]]:
+    """Raise SystemExit where SIGTERM would end this process at once and leave its children.
+
+    -> held(), a context that the signal does not interrupt: it takes effect at its end.
+    """
+    is_held = False
+    has_come = False
 
     def exit_now(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
+        nonlocal has_come
+        has_come = True
+        if not is_held:
+            sys.exit(128 + signal.SIGTERM)
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        nonlocal is_held
+        is_held = True
+        try:
+            yield
+        finally:
+            is_held = False
+        if has_come:
+            sys.exit(128 + signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, exit_now)
     try:
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGTERM, before)
 

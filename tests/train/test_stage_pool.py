@@ -170,6 +170,24 @@ def test_sigterm_ends_the_stages_too(tmp_path):
     assert all(ends(stage) for stage in stages)
 
 
+def test_sigterm_while_a_stage_is_started_takes_effect_afterwards():
+    """Otherwise it would be started, and not be known to those who end it."""
+    started = []
+
+    def start_two() -> None:
+        with stage_pool.exit_on_sigterm() as held:
+            with held():
+                signal.raise_signal(signal.SIGTERM)
+                started.append("stage")
+            started.append("another")
+
+    with pytest.raises(SystemExit) as ended:
+        start_two()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert started == ["stage"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_stage_is_started_by_the_command_line(monkeypatch, tmp_path):
     """With options that the command line knows, and those of this run."""
     from minomni.__main__ import parser
