@@ -13,9 +13,9 @@ from minomni.config import IGNORE_INDEX, INPUT_SAMPLE_RATE, OmniConfig
 from minomni.data import grammar, scenes
 from minomni.data.corpus import corpus, sampling_weights
 from minomni.data.grammar import TRANSCRIBE
-from minomni.data.oracle_features import AUDIO_TOKENS_PER_SECOND
 from minomni.data.scenes import Example
 from minomni.data.vocabulary import english, world_tokenizer
+from minomni.inputs.audio import TOKENS_PER_S
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Inputs, Processor, collate
 
@@ -280,7 +280,7 @@ def visible_steps(example: Example, count: int) -> Tensor:
     assert example.clip is not None
     _, seconds = example.clip
     step_starts = torch.from_numpy(seconds[::2].copy())  # a grid step has two frames
-    token_times = torch.arange(count) / AUDIO_TOKENS_PER_SECOND
+    token_times = torch.arange(count) / TOKENS_PER_S
     return torch.bucketize(token_times, step_starts, right=True) - 1
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minomni.config import IGNORE_INDEX, VisionEncoderConfig
 from minomni.data.scenes import Example, SceneObject
+from minomni.inputs.audio import TOKENS_PER_S
 from minomni.inputs.mel import num_audio_tokens
 from minomni.inputs.patches import Grid
 from minomni.inputs.prompt import Inputs
@@ -22,7 +23,6 @@ from minomni.inputs.prompt import Inputs
 if TYPE_CHECKING:
     from minomni.thinker.thinker import Thinker
 
-AUDIO_TOKENS_PER_SECOND = 25
 BORDER = 1.5  # pixels: a center this close to a cell's border may count for either cell
 NOISE = 0.3  # relative to the embeddings' standard deviation: real encoders are not exact
 EMPTY = -1  # token id of a cell without an object
@@ -167,7 +167,7 @@ def oracle_embeds(
 
 def _put_tone(ids: Tensor, token: int, start: float, random: Random) -> Tensor:
     """Set one of the audio tokens [count, 1] while the tone sounds. start: its time in seconds."""
-    index = int(start * AUDIO_TOKENS_PER_SECOND + random.uniform(0, 6))
+    index = int(start * TOKENS_PER_S + random.uniform(0, 6))
     ids[min(index, len(ids) - 1)] = token
     return ids
 

@@ -79,21 +79,21 @@ class _Request:
     most_tokens: int | None
 
     def size_of(
-        self, n: int, height: int, width: int, tolerance: float = 1.0, before: int = 0
+        self, n: int, height: int, width: int, tolerance: float = 1.0, audio_tokens: int = 0
     ) -> tuple[int, int]:
         """The size (height, width) that n frames of height x width are resized to.
 
-        Raises UserError for frames that are too large, and where they and `before` tokens are more
-        than most_tokens * tolerance.
+        Raises UserError for frames that are too large, and where they and the audio are more than
+        most_tokens * tolerance.
         """
         _require_pixels(height, width, self.name)
         new_height, new_width = frame_size(
             n, height, width, self.cell, self.media, self.name, self.options
         )
         tokens = ceil(n / 2) * new_height * new_width // self.cell**2
-        if self.most_tokens is not None and before + tokens > self.most_tokens * tolerance:
-            audio = f" beside {before} of audio" if before else ""
-            advice = "video_start and video_end" if before else "fps, nframes or max_pixels"
+        if self.most_tokens is not None and audio_tokens + tokens > self.most_tokens * tolerance:
+            audio = f" beside {audio_tokens} of audio" if audio_tokens else ""
+            advice = "video_start and video_end" if audio_tokens else "fps, nframes or max_pixels"
             raise UserError(
                 f"{self.name}: {n} frames of {new_width}x{new_height} pixels are {tokens} tokens"
                 f"{audio}, more than the context holds; shorten it, or set {advice}"
@@ -448,8 +448,8 @@ def _decode_video(stream: Any, with_audio: bool, request: _Request) -> Clip:
         )
     with one_line_errors(name, "not a readable video"):
         _refuse_image(stream, name)
-        before = _checked_audio(stream, request) if with_audio else 0
-        packets = _checked_packets(stream, request, before)
+        audio_tokens = _checked_audio(stream, request) if with_audio else 0
+        packets = _checked_packets(stream, request, audio_tokens)
         times, rate, shifts = _times(stream, name, request.media.fps, packets)
         first, last = frame_range(times, rate, request.options, name)
         indices = sample_indices(
@@ -547,10 +547,10 @@ def _checked_audio(stream: Any, request: _Request) -> int:
     return tokens
 
 
-def _checked_packets(stream: Any, request: _Request, before: int) -> int:
+def _checked_packets(stream: Any, request: _Request, audio_tokens: int) -> int:
     """The number of packets of a video. Raises UserError if it is far too long by them.
 
-    To decode it first and then refuse it would take minutes. before: tokens of its audio.
+    To decode it first and then refuse it would take minutes.
     """
     name = request.name
     times = []
@@ -574,7 +574,7 @@ def _checked_packets(stream: Any, request: _Request, before: int) -> int:
         rate = (n - 1) / (times[-1] - times[0])
     if n > 1:
         sampled = len(sample_indices(n, rate, request.media, request.options))
-        request.size_of(sampled, codec.height, codec.width, TOLERANCE, before)
+        request.size_of(sampled, codec.height, codec.width, TOLERANCE, audio_tokens)
     return count
 
 

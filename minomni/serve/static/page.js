@@ -455,8 +455,9 @@ function cameraFrame() {
 
 async function sendFrame() {
   const microphone = await state.microphone;
+  if (!microphone?.listening) return;
   const frame = cameraFrame();
-  if (!microphone?.listening || !frame) return;
+  if (!frame) return; // switched off meanwhile
   const [, image] = frame.split(",");
   send({ type: "input_video_frame.append", image });
 }
