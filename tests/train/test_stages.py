@@ -16,6 +16,7 @@ from minomni.omni import Omni
 from minomni.train import loop, muon, pipeline, recipes, stage_table
 from minomni.train.loop import Recipe, forward_backward, train
 from minomni.train.muon import orthogonal
+from minomni.train.stages import speech
 from minomni.train.stages.dpo import DPOStage
 from minomni.train.stages.speech import code_loss
 from minomni.train.stages.thinker import MAX_LATER_TURNS, LanguageStage
@@ -138,8 +139,10 @@ def test_language_begins_with_pictures_and_then_clips():
 
 
 @pytest.mark.parametrize("name", stages(("talker", "speakers"), quick=("speakers",)))
-def test_a_short_stage_prepares_no_more_examples_than_it_draws(name):
+def test_a_short_stage_prepares_no_more_examples_than_it_draws(name, monkeypatch):
     """The Thinker runs over the recordings that are drawn, and not over the others."""
+    # Batches in another order than that of the recordings.
+    monkeypatch.setattr(speech, "estimated_tokens", lambda example: len(example.answer))
     short = stage_of(name, batch=3, steps=5)
     every = stage_of(name, batch=len(short.speech), steps=1)
     texts = [utterance.text for utterance in every.speech.utterances]
