@@ -1,11 +1,12 @@
-"""Devices and number formats by name, and bf16 support of a device."""
+"""Devices and number formats by name, bf16 support of a device, and its memory that runs out."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
-from minomni.errors import UserError, quote
+from minomni.errors import OutOfMemory, UserError, quote, shorten
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -114,3 +115,41 @@ def tf32_products(on: bool) -> Iterator[None]:
     finally:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
+
+
+# What to do where an answer takes too much memory.
+ANSWER_ADVICE = (
+    "give shorter or smaller media, fewer messages or max_new_tokens, or load with quantize= "
+    "(--quantize), parts= (--parts) or encoders_on_host=True"
+)
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Context in which running out of a device's memory raises OutOfMemory, one line that ends in
+    the advice.
+
+    The tensors of the calls that failed are released first. PyTorch's error would keep them, as
+    its traceback holds the local variables of each call.
+    """
+    reason = ""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{error}".splitlines()[0] if f"{error}" else "no memory is left"
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+    if reason:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemory(f"out of memory: {shorten(reason, 200)}; {advice}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out on a GPU or on a CPU, for which PyTorch has no error of its own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error).lower()
+    return "can't allocate memory" in message or "out of memory" in message

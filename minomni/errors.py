@@ -23,6 +23,10 @@ class Terminated(UserError):
     exit_code = 128 + 15  # as shells show the end by this signal
 
 
+class OutOfMemory(UserError):
+    """The memory of a device does not hold what was asked for."""
+
+
 def shorten(value: object, limit: int = 200) -> str:
     """str(value) on one printable line of at most `limit` characters: its beginning and its end.
 

@@ -27,6 +27,7 @@ from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_optio
 from minomni.chat.user_turn import ONLY_SILENCE
 from minomni.config import FlowConfig, OmniConfig, SamplingConfig
 from minomni.cuda_graphs import Graphs
+from minomni.devices import ANSWER_ADVICE, memory_errors
 from minomni.errors import UserError, quote
 from minomni.inputs.audio import SILENCE_LEVEL
 from minomni.inputs.prompt import Inputs, Processor, checked_messages, collate
@@ -186,6 +187,7 @@ class Omni(nn.Module):
         seeds = [check_seed(row_seed) for row_seed in broadcast(seed, rows, "seed")]
         return self._generate(inputs, voices, seeds, sampling_configs(self.config, options))
 
+    @memory_errors(ANSWER_ADVICE)
     @torch.no_grad()
     def _generate(
         self,
@@ -249,6 +251,7 @@ class Omni(nn.Module):
         checked = stream_options(self.config, seed, schedule, flow, options)
         return self._stream(messages, voice, speech, use_audio_in_video, checked, timings)
 
+    @memory_errors(ANSWER_ADVICE)
     def _stream(
         self,
         messages: list[dict],
@@ -327,6 +330,7 @@ class Omni(nn.Module):
         assert isinstance(done, ReplyDone)
         return done.reply
 
+    @memory_errors(ANSWER_ADVICE)
     def _respond_batch(
         self,
         conversations: list[list[dict]],

@@ -21,6 +21,7 @@ from minomni.chat.generation_options import sampling_configs
 from minomni.chat.reply import AudioChunk, Reply, ReplyDone, TextChunk, Timings
 from minomni.chat.stream_options import StreamOptions
 from minomni.config import SamplingConfig
+from minomni.devices import ANSWER_ADVICE, memory_errors
 from minomni.talker.talker import TalkerInputs, special_embeds
 from minomni.thinker.thinker import PrefillState
 from minomni.token2wav.streaming import SpeechStream, low_latency_schedule
@@ -239,6 +240,19 @@ def reply_steps(
     """stream_reply() that also yields None after each step that completes no chunk, so that a
     caller can stop or do other work between any two steps.
     """
+    with memory_errors(ANSWER_ADVICE):
+        yield from decode_reply(omni, prefill, voice, options, timings, reply_ids)
+
+
+def decode_reply(
+    omni: "Omni",
+    prefill: PrefillState,
+    voice: Voice | None,
+    options: StreamOptions,
+    timings: Timings,
+    reply_ids: list[int],
+) -> Iterator[TextChunk | AudioChunk | ReplyDone | None]:
+    """The events of reply_steps()."""
     bos_tokens = None
     speech = None
     if voice is not None:

@@ -24,6 +24,7 @@ from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk, Timings
 from minomni.chat.stream_options import LOW_LATENCY, StreamOptions, stream_options
 from minomni.chat.user_turn import UserTurn
 from minomni.config import INPUT_SAMPLE_RATE, FlowConfig
+from minomni.devices import ANSWER_ADVICE, memory_errors
 from minomni.errors import UserError, quote
 from minomni.inputs.prompt import Processor
 from minomni.kv_cache import KVCache
@@ -82,6 +83,7 @@ class Session:
         """Number of tokens prefilled so far."""
         return self.prefill.hidden.shape[1]
 
+    @memory_errors(ANSWER_ADVICE)
     def add_audio(self, chunk, rate: int = INPUT_SAMPLE_RATE) -> None:
         """Add the next audio chunk, float [samples] at 16 kHz. Interrupts a running reply.
 
@@ -89,6 +91,7 @@ class Session:
         """
         self.begin_turn().add_audio(chunk, rate)
 
+    @memory_errors(ANSWER_ADVICE)
     def add_frame(self, frame, at_seconds: float) -> None:
         """Add the next video frame, uint8 [height, width, 3]. Interrupts a running reply.
 
@@ -98,6 +101,7 @@ class Session:
         """
         self.begin_turn().add_frame(frame, at_seconds)
 
+    @memory_errors(ANSWER_ADVICE)
     def add_image(self, image) -> None:
         """Add a still image, of any source that load_image() reads. Interrupts a running reply.
 
@@ -157,10 +161,11 @@ class Session:
         timings = Timings()
         timings.mark("input")
         try:
-            turn.finish(has_text=bool(text.strip()))
-            timings.mark("encode")
-            self.append_text(f"{text}{MESSAGE_END}{ASSISTANT_START}")
-            timings.mark("prefill")
+            with memory_errors(ANSWER_ADVICE):
+                turn.finish(has_text=bool(text.strip()))
+                timings.mark("encode")
+                self.append_text(f"{text}{MESSAGE_END}{ASSISTANT_START}")
+                timings.mark("prefill")
         except UserError:
             self.discard_turn()
             raise

@@ -59,7 +59,7 @@ from minomni.checkpoint.tensor_files import (
 )
 from minomni.checkpoint.voices import load_voices
 from minomni.config import OmniConfig
-from minomni.devices import device_of, dtype_of, is_emulated
+from minomni.devices import device_of, dtype_of, is_emulated, memory_errors
 from minomni.errors import UserError, quote, short_path, shorten
 from minomni.inputs.tokenizer import Tokenizer, special_tokens
 from minomni.model_files import check_file
@@ -69,6 +69,11 @@ VOCABULARY_FILES = ("tokenizer.json", "vocab.json")  # either is enough to load 
 MERGES_FILES = ("merges.txt", "added_tokens.json")  # beside vocab.json
 MAX_SHARE = 0.75  # of the free memory, for weights that could be smaller
 COMPUTED = {DIT_INV_FREQ}  # stored for transformers 4.x, computed here
+# What to do where the weights take too much memory.
+LOAD_ADVICE = (
+    "give quantize= int8 or int4 (--quantize), parts= text (--parts), encoders_on_host=True, or "
+    "another device, and end other programs that use this one"
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class LoadPlan:
         return torch.device("cpu") if name.startswith(self.on_host) else self.device
 
 
+@memory_errors(LOAD_ADVICE)
 def load(
     folder: str | Path,
     device: str | torch.device = "cpu",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +20,7 @@ from minomni import load
 from minomni.chat.generate import generate_tokens, seeded_generator
 from minomni.chat.reply import AudioChunk
 from minomni.checkpoint.quantize import without_import_notes
-from minomni.config import INPUT_SAMPLE_RATE, SamplingConfig
+from minomni.config import IGNORE_INDEX, INPUT_SAMPLE_RATE, SamplingConfig
 from minomni.errors import UserError
 from minomni.eval.measuring import Clock, cache_bytes, noise, weight_bytes
 from minomni.inputs.mel import log_mel
@@ -274,10 +275,13 @@ class MinomniBackend(Backend):
     def thinker_training(self) -> Measurement:
         """Forward and backward pass of next-token prediction."""
         ids = self.samples.training_ids
+        # The last token has no next one. Its row of the logits is ignored and not cut off, because
+        # the gradient of a slice is a copy of all logits. The official code does the same.
+        targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
 
         def loss() -> Tensor:
             logits = self.omni.thinker(Inputs(ids, torch.ones_like(ids)))
-            return next_token(logits[:, :-1], ids[:, 1:])
+            return next_token(logits, targets)
 
         return time_backward(Row.THINKER_TRAINING, loss, self.omni.thinker, self.device)
 

@@ -5,6 +5,8 @@ import traceback
 
 from starlette.responses import JSONResponse
 
+from minomni.errors import OutOfMemory
+
 log = logging.getLogger("minomni.serve")
 RETRY_AFTER_S = 2
 LOGGED_FRAMES = 8  # the innermost ones of an error
@@ -48,6 +50,8 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 def of_user_error(error: Exception) -> ApiError:
     """A UserError of the model as an error of the API."""
     message = str(error)
+    if isinstance(error, OutOfMemory):
+        return ApiError(503, message, None, "out_of_memory")
     code = "context_length_exceeded" if "context" in message else "invalid_value"
     return ApiError(400, message, None, code)
 

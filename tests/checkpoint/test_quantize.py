@@ -6,16 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import minomni
 from minomni import __main__ as command
@@ -150,34 +148,6 @@ def test_plain_and_static_steps_agree(saved):
 
 # ----------------------------------------------------------------------------------------------
 # memory
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, until they are freed, and the peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive: dict[int, int] = {}  # bytes by address of the storage's handle
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if type(leaf) is Tensor and not leaf.is_meta:
-                self.count(leaf.untyped_storage())
-        return result
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.alive:
-            return
-        self.alive[key] = storage.nbytes()
-        weakref.finalize(storage, self.alive.pop, key)
-        self.peak = max(self.peak, self.live)
-
-    @property
-    def live(self) -> int:
-        return sum(self.alive.values())
-
-
 def test_live_bytes_counts():
     with LiveBytes() as counted:
         kept = torch.zeros(100)

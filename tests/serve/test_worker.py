@@ -5,8 +5,8 @@ import asyncio
 import pytest
 import serving  # noqa: F401  (skips where the server's packages are missing)
 
-from minomni.errors import UserError
-from minomni.serve.errors import ApiError
+from minomni.errors import OutOfMemory, UserError
+from minomni.serve.errors import ApiError, of_user_error
 from minomni.serve.worker import Client, Worker
 
 
@@ -182,3 +182,10 @@ def test_a_stopped_worker_ends_all_tasks():
     late, turns = run(conversation)
     assert late == []
     assert not turns
+
+
+def test_memory_that_runs_out_is_said_and_may_be_tried_again():
+    error = of_user_error(OutOfMemory("out of memory: Tried to allocate 2 GiB; give less"))
+    assert error.status == 503
+    assert error.body()["error"]["code"] == "out_of_memory"
+    assert error.body()["error"]["type"] == "server_error"
