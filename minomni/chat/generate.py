@@ -106,24 +106,16 @@ def generate_tokens(
 
     # The Talker reads `replies` while the loop below appends to them.
     talker, _ = omni.require_speech()
-    tokens = omni.config.thinker.tokens
-    end, pad, voice_embeds = special_embeds(tokens, bos_tokens, omni.thinker.model.embed_tokens)
-    replies = [GrowingReplyEmbeds(end, pad) for _ in bos_tokens]
-    talker_inputs = TalkerInputs(
-        prefill.hidden + prefill.text_embeds,
-        prefill.position_ids,
-        prefill.attention_mask,
-        voice_embeds,
-        replies,
-    )
+    talker_inputs, replies = growing_talker_inputs(omni, prefill, bos_tokens)
     talker_steps = talker.steps(
         talker_inputs, talker_sampling, omni.num_codes, generators(seed, device)
     )
 
     # One Talker step per Thinker step, once there are states.
+    im_end = omni.config.thinker.tokens.im_end
     for ids, states in thinker_steps:
         yield "text", ids
-        add_states(replies, ids, states, tokens.im_end)
+        add_states(replies, ids, states, im_end)
         if states is not None:
             codes = next(talker_steps, None)
             if codes is not None:
@@ -142,6 +134,23 @@ def text_tokens(
     """The events of an answer without speech, from Thinker.steps()."""
     for ids, _ in thinker_steps:
         yield "text", ids
+
+
+def growing_talker_inputs(
+    omni: "Omni", prefill: PrefillState, bos_tokens: list[int]
+) -> tuple[TalkerInputs, list[GrowingReplyEmbeds]]:
+    """What the Talker reads of each row, and the part of it that grows with the reply."""
+    tokens = omni.config.thinker.tokens
+    end, pad, voice_embeds = special_embeds(tokens, bos_tokens, omni.thinker.model.embed_tokens)
+    replies = [GrowingReplyEmbeds(end, pad) for _ in bos_tokens]
+    inputs = TalkerInputs(
+        prefill.hidden + prefill.text_embeds,
+        prefill.position_ids,
+        prefill.attention_mask,
+        voice_embeds,
+        replies,
+    )
+    return inputs, replies
 
 
 def add_states(

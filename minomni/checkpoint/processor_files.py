@@ -4,6 +4,7 @@ its own and does not read them.
 
 import math
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,14 @@ def check_processor_files(folder: Path, config: OmniConfig) -> None:
             continue
         data = read_json(file, advice=COPY_AGAIN)
         # transformers 5 has a section for each kind of input.
-        parts = [data, data.get("image_processor"), data.get("feature_extractor")]
-        for part in parts:
-            if not isinstance(part, dict):
-                continue
-            for key in FIXED_KEYS:
-                if part.get(key) is not None and not is_close(part[key], fixed[key]):
-                    raise UserError(
-                        f"{short_path(file)}: {key} is {quote_json(part[key])}, this code can only "
-                        f"compute {quote_json(fixed[key])}; take the file of this model"
-                    )
+        sections = [data, data.get("image_processor"), data.get("feature_extractor")]
+        for section, key in product(sections, FIXED_KEYS):
+            value = section.get(key) if isinstance(section, dict) else None
+            if value is not None and not is_close(value, fixed[key]):
+                raise UserError(
+                    f"{short_path(file)}: {key} is {quote_json(value)}, this code can only compute "
+                    f"{quote_json(fixed[key])}; take the file of this model"
+                )
 
 
 def is_close(value: Any, expected: Any) -> bool:

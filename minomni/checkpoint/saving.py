@@ -429,17 +429,23 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
     """
     if folder.is_dir():
         for entry in folder.iterdir():
-            if entry.name == CODEC_FOLDER and entry.is_dir() and (fresh / CODEC_FOLDER).is_dir():
-                for file in entry.iterdir():
-                    if file.name not in CODEC_FILES:
-                        link(file, fresh / CODEC_FOLDER / file.name)
-            elif not is_model_file(entry):
-                link(entry, fresh / entry.name)
+            keep_entry(entry, fresh)
     if is_loaded_folder(folder, source) and (folder / HISTORY_FILE).is_file():
         link(folder / HISTORY_FILE, fresh / HISTORY_FILE)
     for file in copied_files(source):
         if not (fresh / file.name).exists():
             shutil.copy2(file, fresh / file.name)
+
+
+def keep_entry(entry: Path, fresh: Path) -> None:
+    """Put an entry of the replaced folder into the fresh one, unless it is the model's own."""
+    codec = fresh / CODEC_FOLDER
+    if entry.name == CODEC_FOLDER and entry.is_dir() and codec.is_dir():
+        for file in entry.iterdir():
+            if file.name not in CODEC_FILES:
+                link(file, codec / file.name)
+    elif not is_model_file(entry):
+        link(entry, fresh / entry.name)
 
 
 def link(entry: str | Path, to: str | Path) -> None:

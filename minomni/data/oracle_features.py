@@ -123,16 +123,40 @@ def oracle_embeds(
     seeds: of the timing of words and of the noise, one for each dialogue.
     """
     tokens = thinker.config.tokens
+    media = _words_of_media(dialogues, inputs, seeds, thinker, encode)
+
+    # The embeddings of the words replace those of the placeholders.
+    table = thinker.model.embed_tokens.weight
+    embeds = table[inputs.input_ids]  # [B, L, D]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for placeholder, ids in media.items():
+        if not ids:
+            continue
+        is_placeholder = inputs.input_ids == placeholder  # [B, L]
+        noise = _noise(is_placeholder.sum(1).tolist(), table.shape[1], generators)
+        features = _embed(torch.cat(ids).to(table.device), noise.to(table), tokens.image, table)
+        embeds = embeds.masked_scatter(is_placeholder[..., None].to(table.device), features)
+    return embeds
+
+
+def _words_of_media(
+    dialogues: list[list[Example]],
+    inputs: Inputs,
+    seeds: list[int],
+    thinker: "Thinker",
+    encode: Encode,
+) -> dict[int, list[Tensor]]:
+    """The words that each medium stands for: their ids [n, words] in reading order, by the token id
+    of the medium's placeholder.
+    """
+    tokens = thinker.config.tokens
     vision = thinker.config.vision
-    # Token ids of each medium [n, words]
     audio: list[Tensor] = []
     images: list[Tensor] = []
     videos: list[Tensor] = []
     audio_counts = iter([num_audio_tokens(mel.shape[-1]) for mel in inputs.mels])
     image_grids = iter(inputs.image_grids)
     video_grids = iter(inputs.video_grids)
-
-    # Which words each medium stands for, in reading order.
     for examples, seed in zip(dialogues, seeds, strict=True):
         random = Random(seed)
         for example in examples:
@@ -146,23 +170,7 @@ def oracle_embeds(
             if example.voice is not None:
                 silence = torch.full((next(audio_counts), 1), tokens.audio)
                 audio.append(_spread_words(silence, audio_words(example, encode), random))
-
-    # Their embeddings replace those of the placeholders.
-    table = thinker.model.embed_tokens.weight
-    embeds = table[inputs.input_ids]  # [B, L, D]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for placeholder, ids in (
-        (tokens.audio, audio),
-        (tokens.image, images),
-        (tokens.video, videos),
-    ):
-        if not ids:
-            continue
-        is_placeholder = inputs.input_ids == placeholder  # [B, L]
-        noise = _noise(is_placeholder.sum(1).tolist(), table.shape[1], generators)
-        features = _embed(torch.cat(ids).to(table.device), noise.to(table), tokens.image, table)
-        embeds = embeds.masked_scatter(is_placeholder[..., None].to(table.device), features)
-    return embeds
+    return {tokens.audio: audio, tokens.image: images, tokens.video: videos}
 
 
 def _put_tone(ids: Tensor, token: int, start: float, random: Random) -> Tensor:

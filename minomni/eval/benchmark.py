@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -319,12 +320,12 @@ def decoding_steps(omni: Omni) -> Rows:
     runs: dict[str, list[float]] = {}
     with without_eos(omni):
         _, prefill = prefill_time(omni)
-        for _ in range(1 + ROUNDS):  # the first run warms up, and captures graphs on CUDA
-            for kind, generator in generators.items():
-                omni.static_generator = generator
-                for what, bos_tokens in (("thinker", None), ("both", [voice.bos_token])):
-                    step_ms = text_step_ms(omni, prefill, bos_tokens)
-                    runs.setdefault(f"{what}_{kind}", []).append(step_ms)
+        voices = {"thinker": None, "both": [voice.bos_token]}
+        rounds = range(1 + ROUNDS)  # the first run warms up, and captures graphs on CUDA
+        for _, kind, what in product(rounds, generators, voices):
+            omni.static_generator = generators[kind]
+            step_ms = text_step_ms(omni, prefill, voices[what])
+            runs.setdefault(f"{what}_{kind}", []).append(step_ms)
     omni.static_generator = kept
 
     rows: Rows = {}

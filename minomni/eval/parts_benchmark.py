@@ -212,9 +212,32 @@ def measure_in_turns(backends: dict[str, Callable[[], Measurement]], parts: Part
     What the official code cannot do here becomes a note, and so do outputs of different shapes;
     an error of ours is raised.
     """
-    backends = dict(backends)
-    seconds: dict[tuple[str, str], list[float]] = {}  # by row and backend
-    measured: dict[str, Measurement] = {}  # the last one of each backend
+    seconds, measured = run_in_turns(dict(backends), parts)
+    for (row, name), values in seconds.items():
+        if name in measured:
+            parts.rows[row][name] = median(values)
+    ours = measured[OURS]
+    theirs = measured.get(THEIRS)
+    if theirs is None or ours.output is None or theirs.output is None:
+        return
+    try:
+        found = difference(ours.output, theirs.output)
+    except ValueError as error:
+        parts.notes.append(note(THEIRS, ours, error))
+        return
+    for row in ours.seconds:
+        parts.rows[row]["difference"] = found
+
+
+def run_in_turns(
+    backends: dict[str, Callable[[], Measurement]], parts: Parts
+) -> tuple[dict[tuple[str, str], list[float]], dict[str, Measurement]]:
+    """-> seconds by row and backend, and the last measurement of each backend that did not fail.
+
+    A backend that fails is removed from `backends`.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {}
+    measured: dict[str, Measurement] = {}
     began = time.perf_counter()
     for turn in range(1 + parts.workload.rounds):
         if turn > 1 and time.perf_counter() - began > PART_S:
@@ -233,21 +256,7 @@ def measure_in_turns(backends: dict[str, Callable[[], Measurement]], parts: Part
             if turn:  # the first one warms up
                 for row, value in measurement.seconds.items():
                     seconds.setdefault((row, name), []).append(value)
-
-    for (row, name), values in seconds.items():
-        if name in backends:
-            parts.rows[row][name] = median(values)
-    ours = measured[OURS]
-    theirs = measured.get(THEIRS)
-    if theirs is None or ours.output is None or theirs.output is None:
-        return
-    try:
-        found = difference(ours.output, theirs.output)
-    except ValueError as error:
-        parts.notes.append(note(THEIRS, ours, error))
-        return
-    for row in ours.seconds:
-        parts.rows[row]["difference"] = found
+    return seconds, measured
 
 
 def note(backend: str, ours: Measurement, error: Exception) -> str:

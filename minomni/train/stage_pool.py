@@ -40,27 +40,36 @@ def run_all(size: str, home: Path, seed: int, device: str = "cpu") -> None:
     ready: list[str] = []
     running: dict[Future, str] = {}
     processes: list[subprocess.Popen] = []
-    with exit_on_sigterm() as held, ThreadPoolExecutor(workers) as pool:
-        try:
-            while sorter.is_active():
-                ready += sorter.get_ready()
-                ready.sort(key=lambda name: critical_path_s(name, size))
-                while ready and len(running) < workers:
-                    name = ready.pop()
-                    with held():
-                        process = start_stage(name, size, home, seed, device)
-                        processes.append(process)
-                    running[pool.submit(process.wait)] = name
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    name = running.pop(future)
-                    check_exit(name, future.result())
-                    sorter.done(name)
-        finally:
-            # After an error, Ctrl-C or SIGTERM the pool would otherwise wait for the other stages.
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
+    with (
+        exit_on_sigterm() as held,
+        ThreadPoolExecutor(workers) as pool,
+        terminated_at_exit(processes),  # before the pool waits for them
+    ):
+        while sorter.is_active():
+            ready += sorter.get_ready()
+            ready.sort(key=lambda name: critical_path_s(name, size))
+            while ready and len(running) < workers:
+                name = ready.pop()
+                with held():
+                    process = start_stage(name, size, home, seed, device)
+                    processes.append(process)
+                running[pool.submit(process.wait)] = name
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name = running.pop(future)
+                check_exit(name, future.result())
+                sorter.done(name)
+
+
+@contextmanager
+def terminated_at_exit(processes: list[subprocess.Popen]) -> Iterator[None]:
+    """End the processes that still run when the block is left: by an error, Ctrl-C or SIGTERM."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
 
 
 @contextmanager

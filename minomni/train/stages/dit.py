@@ -92,22 +92,9 @@ class DiTStage(MelStage):
         last = self.outer_block(random)
         length = (random.choice(CROP_BLOCKS) - 2) * dit.block_size + first + last  # mel frames
 
-        indices: list[int] = []
-        mels = []
-        codes = []
-        while len(indices) < self.recipe.batch:
-            i = self.draw(random)
-            if len(self.codes[i]) * dit.repeats <= length:
-                continue
-            mel = self.mel(i)
-            start = random.randrange(0, len(mel) - length + 1, dit.repeats)
-            end = start + length
-            indices.append(i)
-            mels.append(mel[start:end])
-            codes.append(self.codes[i][start // dit.repeats : end // dit.repeats])
+        indices, mel, codes = self.crops(length, random)
         references = torch.cat([self.voice(i).ref_mel for i in indices])
         left_pad = dit.block_size - first
-        mel = torch.stack(mels)
 
         # Early times are more frequent, as in the sway sampling of the solver.
         uniform = torch.rand(len(mel))
@@ -120,11 +107,32 @@ class DiTStage(MelStage):
             mel,
             noise,
             time,
-            torch.stack(codes) * keep[:, None],
+            codes * keep[:, None],
             self.conds(indices) * keep[:, None],
             references * keep[:, None, None],
             left_pad,
         )
+
+    def crops(self, length: int, random: Random) -> tuple[list[int], Tensor, Tensor]:
+        """Random parts of `length` mel frames, from utterances that are longer.
+
+        -> their indices, mel [B, length, bands], codes [B, length / repeats].
+        """
+        repeats = self.dit.config.repeats
+        indices: list[int] = []
+        mels = []
+        codes = []
+        while len(indices) < self.recipe.batch:
+            i = self.draw(random)
+            if len(self.codes[i]) * repeats <= length:
+                continue
+            mel = self.mel(i)
+            start = random.randrange(0, len(mel) - length + 1, repeats)
+            end = start + length
+            indices.append(i)
+            mels.append(mel[start:end])
+            codes.append(self.codes[i][start // repeats : end // repeats])
+        return indices, torch.stack(mels), torch.stack(codes)
 
     def outer_block(self, random: Random) -> int:
         """Mel frames of the first or last block of a crop: a whole block or a random part."""
