@@ -1,12 +1,11 @@
-"""Figures for the notebooks: audio, mels, filters, position ids, settings side by side with buttons
-and sliders, and diagrams.
+"""Figures for the notebooks: audio, mels, filters, position ids, and settings side by side with
+buttons and sliders. The diagrams are in diagrams.py; notebooks call them by this module, too.
 
 matplotlib and ipywidgets are imported where they are used, so importing this file is cheap.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from html import escape
 from itertools import product
 from math import pi
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,17 @@ from torch import Tensor
 
 from minomni.config import INPUT_SAMPLE_RATE, TokenIds
 from minomni.inputs.mel import LOG_BANDS, VOICE_BANDS, hz_to_mel
+from minomni.notebook.diagrams import (  # noqa: F401
+    MAP,
+    cell_order,
+    flow,
+    model_map,
+    patch_axes,
+    residual,
+    shared_heads,
+    trellis,
+)
+from minomni.notebook.svg import INK
 from minomni.plot import COLORS, PALE, plain
 from minomni.plot import axes as plot_axes
 from minomni.plot import mel as plot_bands
@@ -24,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-INK = "#222222"
 AXES = ("time", "height", "width")
 CELL_PIXELS = 28  # side of the square of an image that is one token
 MAX_NUMBERED_TOKENS = 40  # tokens in a row whose ids are still legible
@@ -422,310 +431,3 @@ def _buttons(values: Sequence, value: Any) -> Any:
     options = [(str(option), option) for option in values]
     style = {"button_width": "auto"}
     return ipywidgets.ToggleButtons(options=options, value=value, style=style)
-
-
-MAP = {  # x, y and width of each box of the model
-    "log-mel": (58, 20, 66),
-    "patches": (58, 75, 66),
-    "tokenizer": (58, 130, 76),
-    "audio encoder": (158, 20, 104),
-    "vision encoder": (158, 75, 104),
-    "TMRoPE": (290, 75, 68),
-    "Thinker": (386, 75, 68),
-    "Talker": (490, 75, 60),
-    "codec": (578, 130, 54),
-    "DiT": (622, 75, 44),
-    "vocoder": (694, 75, 66),
-}
-MAP_LABELS = {"audio": (4, 40), "image": (4, 95), "text": (4, 150), "speech": (790, 95)}
-MAP_LABELS |= {" text ": (402, 34), "codes": (567, 88)}
-MAP_ARROWS = (
-    ((40, 35), (58, 35)),
-    ((40, 90), (58, 90)),
-    ((34, 145), (58, 145)),
-    ((124, 35), (158, 35)),
-    ((124, 90), (158, 90)),
-    ((262, 35), (290, 80)),
-    ((262, 90), (290, 90)),
-    ((134, 145), (290, 100)),
-    ((358, 90), (386, 90)),
-    ((420, 75), (420, 42)),
-    ((454, 90), (490, 90)),
-    ((550, 92), (622, 92)),
-    ((605, 130), (590, 96)),
-    ((666, 90), (694, 90)),
-    ((760, 90), (786, 90)),
-)
-
-
-def model_map(*lit: str, steps: Sequence[Sequence[str]] = ()):
-    """The whole model as a diagram (SVG), with the boxes of this chapter lit.
-
-    steps: the boxes of each step of an explanation, which get its number, from 1 on.
-    """
-    parts = [_arrow(*ends) for ends in MAP_ARROWS]
-    for name, (x, y, width) in MAP.items():
-        parts.append(_box(x, y, width, name, name in lit))
-    for number, names in enumerate(steps, start=1):
-        for x, y, _ in map(MAP.__getitem__, names):
-            parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="white" stroke="{INK}"/>')
-            parts.append(_text(x, y + 4, str(number)))
-    for name, (x, y) in MAP_LABELS.items():
-        parts.append(f'<text x="{x}" y="{y}" fill="{INK}">{name.strip()}</text>')
-    return _svg(840, 172, parts)
-
-
-def flow(*steps: str, wide: int = 860, repeat: tuple[int, int, str] | None = None):
-    """A pipeline as a diagram (SVG): tensors and operations in turn, beginning with a tensor.
-
-    Operations are boxes, tensors stand on the arrows between them. Continues on a new line when it
-    is wider than `wide` pixels; the new line repeats the last arrow. repeat: the first and the last
-    of some steps on one line that are repeated, and what is written below them.
-    """
-    parts: list[str] = []
-    x, y, right = 4.0, 24, 0.0
-    begins: list[tuple[float, int]] = []
-    for i, step in enumerate(steps):
-        width = 16 + 6.8 * len(step)
-        is_box = i % 2 == 1
-        following = 16 + 6.8 * len(steps[i + 1]) if i + 1 < len(steps) and is_box else 0
-        if is_box and x + width + following > wide:
-            last = steps[i - 1]
-            x, y = 4.0, y + 52
-            parts.append(_tensor(x, y, last))
-            x += 16 + 6.8 * len(last)
-        parts.append(_box(x, y, width, step) if is_box else _tensor(x, y, step))
-        begins.append((x, y))
-        x += width
-        right = max(right, x)
-    if repeat:
-        first, last_step, text = repeat
-        left, below = begins[first]
-        end = begins[last_step][0] + 16 + 6.8 * len(steps[last_step])
-        parts.append(_line(left, below + 35, end, below + 35))
-        parts.append(_text((left + end) / 2, below + 47, text, size=11))
-        y = max(y, below + 12)
-    return _svg(int(right) + 6, y + 40, parts)
-
-
-def _tensor(x: float, y: float, name: str) -> str:
-    """An arrow with the name of a tensor above it."""
-    width = 16 + 6.8 * len(name)
-    arrow = _arrow((x + 1, y + 15), (x + width - 1, y + 15))
-    return arrow + _text(x + width / 2, y + 7, name, size=11)
-
-
-def cell_order():
-    """How patches become rows, as a diagram (SVG): an image of numbered patches and, beside it, the
-    same numbers cell by cell.
-    """
-    cells = 2  # along a side of the image
-    inside = 2  # patches along a side of a cell
-    side = cells * inside
-    parts = []
-    for y, x in product(range(side), repeat=2):
-        parts.append(_square(4 + 30 * x, 4 + 30 * y, str(side * y + x)))
-    for y, x in product(range(cells), repeat=2):
-        edge = 30 * inside
-        parts.append(_frame(4 + edge * x, 4 + edge * y, edge, edge))
-    left = 4 + 30 * side + 76
-    middle = 4 + 15 * side
-    parts.append(_arrow((left - 68, middle), (left - 12, middle)))
-    for row, column, y, x in product(range(cells), range(cells), range(inside), range(inside)):
-        cell = cells * row + column
-        number = side * (inside * row + y) + inside * column + x
-        at = left + 30 * (inside * inside * cell + inside * y + x) + 8 * cell
-        parts.append(_square(at, middle - 15, str(number)))
-    width = 30 * inside * inside
-    for cell in range(cells * cells):
-        parts.append(_frame(left + (width + 8) * cell, middle - 15, width, 30))
-    right = left + (width + 8) * cells * cells
-    return _svg(right, 30 * side + 8, parts)
-
-
-def patch_axes():
-    """The nine axes of an image of 2 x 2 cells, as a diagram (SVG): brackets around the pixels, and
-    empty places for the axes in the order of the table. Three pixels stand for the 14 of a patch.
-    """
-    pixel, left, top = 12, 118, 44
-    patch, cell, whole = 3 * pixel, 6 * pixel, 12 * pixel
-    inside = COLORS["image"]  # color of what is inside a patch
-    parts = [_sheet(left + 6 * depth, top - 6 * depth, whole, PALE) for depth in (4, 3, 2, 1)]
-    parts.append(_sheet(left, top, whole, "white"))
-    parts.append(_sheet(left, top, patch, inside))
-    for step in range(12):
-        parts.append(_line(left + pixel * step, top, left + pixel * step, top + whole, PALE))
-        parts.append(_line(left, top + pixel * step, left + whole, top + pixel * step, PALE))
-    for step in range(4):
-        parts.append(_line(left + patch * step, top, left + patch * step, top + whole))
-        parts.append(_line(left, top + patch * step, left + whole, top + patch * step))
-    for y in (top, top + cell):
-        for x in (left, left + cell):
-            parts.append(_frame(x, y, cell, cell))
-
-    for level, (row, column, length) in enumerate(
-        (("i", "j", patch), ("y", "x", cell), ("Y", "X", whole))
-    ):
-        x = left - 10 - 28 * level
-        y = top + whole + 10 + 28 * level
-        parts.append(_line(x, top, x, top + length))
-        parts.append(_line(x, top, x + 5, top))
-        parts.append(_line(x, top + length, x + 5, top + length))
-        parts.append(_text(x - 9, top + length // 2 + 4, row))
-        parts.append(_line(left, y, left + length, y))
-        parts.append(_line(left, y, left, y - 5))
-        parts.append(_line(left + length, y, left + length, y - 5))
-        parts.append(_text(left + length / 2, y + 14, column))
-    parts.append(_text(left + whole / 2 + 12, top - 30, "sheets behind: c, f, T"))
-
-    middle = top + whole // 2
-    parts.append(_arrow((left + whole + 40, middle), (left + whole + 90, middle)))
-    across = left + whole + 110
-    parts.append(_text(across + 75, middle - 26, "which patch: row"))
-    for _ in range(5):
-        parts.append(_square(across, middle - 15, "?"))
-        across += 30
-    across += 20
-    parts.append(_text(across + 60, middle - 26, "which number in it: column"))
-    for _ in range(4):
-        parts.append(_square(across, middle - 15, "?"))
-        across += 30
-    parts.append(_frame(across - 120, middle - 15, 120, 30))
-    return _svg(across + 40, top + whole + 92, parts)
-
-
-def trellis(symbols: str, steps: int):
-    """The forward recursion of CTC as a diagram (SVG): in each node the sum of the probabilities of
-    all paths to it, if every class, the blank too, has the same probability at every step.
-
-    symbols: letters with a blank (-) around each. The arrows of skips are dashed, the last two
-    nodes lit.
-    """
-    classes = len(set(symbols))
-    parts = []
-    paths = [1, 1] + [0] * (len(symbols) - 2)
-    for t in range(steps):
-        x = 50 + 150 * t
-        parts.append(_text(x + 30, 16, f"t = {t + 1}"))
-        moved = [0] * len(symbols)
-        for s, count in enumerate(paths):
-            y = 26 + 56 * s
-            is_end = t == steps - 1 and s >= len(symbols) - 2
-            probability = f"{count}/{classes ** (t + 1)}" if count else "0"
-            parts.append(_box(x, y, 60, probability, is_end))
-            reached = [s, s + 1, s + 2] if _may_skip(symbols, s) else [s, s + 1]
-            for following in reached:
-                if following == len(symbols):
-                    continue
-                moved[following] += count
-                if count and t < steps - 1:
-                    end = (x + 150, 26 + 56 * following + 15)
-                    parts.append(_arrow((x + 60, y + 15), end, dashed=following == s + 2))
-        paths = moved
-    for s, symbol in enumerate(symbols):
-        parts.append(_text(24, 26 + 56 * s + 19, symbol, 16))
-    return _svg(150 * steps - 20, 26 + 56 * len(symbols) - 18, parts)
-
-
-def _may_skip(symbols: str, s: int) -> bool:
-    """Whether an alignment may go from a letter to the next one without the blank between them."""
-    return symbols[s] != "-" and s + 2 < len(symbols) and symbols[s] != symbols[s + 2]
-
-
-def residual(*halves: Sequence[str]):
-    """The halves of a decoder layer as a diagram (SVG), one below the other.
-
-    Each is a line of operations and tensors in turn; the residual stream x passes above it and is
-    added at its end.
-    """
-    parts: list[str] = []
-    right = 0.0
-    for row, half in enumerate(halves):
-        y = 34 + 84 * row
-        x = 4.0
-        for i, step in enumerate(("x [L, D]", *half, "[L, D]")):
-            width = 16 + 6.8 * len(step)
-            parts.append(_box(x, y, width, step) if i % 2 == 1 else _tensor(x, y, step))
-            x += width
-        plus = x + 11
-        parts.append(f'<circle cx="{plus:g}" cy="{y + 15}" r="11" fill="white" stroke="{INK}"/>')
-        parts.append(_text(plus, y + 20, "+", size=16))
-        bypass = f"M8 {y + 15} V{y - 22} H{plus:g} V{y + 3}"
-        parts.append(
-            f'<path d="{bypass}" fill="none" stroke="{COLORS["audio"]}" stroke-width="1.5" '
-            'marker-end="url(#tip)"/>'
-        )
-        parts.append(_text((8 + plus) / 2, y - 8, "x passes unchanged: the residual stream", 11))
-        parts.append(_arrow((plus + 12, y + 15), (plus + 76, y + 15)))
-        parts.append(_text(plus + 44, y + 7, "x [L, D]", size=11))
-        right = max(right, plus + 80)
-    return _svg(int(right), 84 * len(halves), parts)
-
-
-def shared_heads(queries: int, shared: int):
-    """Which query heads use which head of keys and values, as a diagram (SVG)."""
-    parts = []
-    group = queries // shared
-    for i in range(shared):
-        middle = 4 + 100 * (group * i + group / 2)
-        parts.append(_box(middle - 45, 84, 90, f"keys, values {i}"))
-        for head in range(group * i, group * (i + 1)):
-            left = 9 + 100 * head
-            parts.append(_box(left, 4, 90, f"query head {head}"))
-            parts.append(_arrow((left + 45, 34), (middle, 84)))
-    return _svg(8 + 100 * queries, 118, parts)
-
-
-def _svg(width: int, height: int, parts: list[str]):
-    """A diagram. JupyterLab shows its text in its place until the reader has run the cell."""
-    from IPython.display import SVG
-
-    class Diagram(SVG):
-        def __repr__(self):
-            return "(a diagram: run this cell to see it)"
-
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-    head += f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
-    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-    tip += f'orient="auto"><path d="M0 0 8 4 0 8z" fill="{INK}"/></marker>'
-    page = f'<rect width="{width}" height="{height}" fill="white"/>'
-    return Diagram("".join([head, f"<defs>{tip}</defs>", page, *parts, "</svg>"]))
-
-
-def _arrow(begin: tuple[float, float], end: tuple[float, float], dashed: bool = False) -> str:
-    (x1, y1), (x2, y2) = begin, end
-    line = f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{INK}" '
-    line += 'stroke-dasharray="5 3" ' if dashed else ""
-    return line + 'marker-end="url(#tip)"/>'
-
-
-def _box(x: float, y: float, width: float, name: str, lit: bool = False) -> str:
-    fill = COLORS["audio"] if lit else "#f2f2f2"
-    box = f'<rect x="{x:g}" y="{y}" width="{width:g}" height="30" rx="4" fill="{fill}" '
-    return box + f'stroke="{INK}"/>' + _text(x + width / 2, y + 19, name)
-
-
-def _square(x: float, y: float, name: str) -> str:
-    square = f'<rect x="{x:g}" y="{y:g}" width="30" height="30" fill="#f2f2f2" stroke="{PALE}"/>'
-    return square + _text(x + 15, y + 19, name)
-
-
-def _frame(x: float, y: float, width: float, height: float) -> str:
-    corner = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
-    return corner + f'fill="none" stroke="{INK}" stroke-width="2"/>'
-
-
-def _text(x: float, y: float, text: str, size: int = 12) -> str:
-    style = f'font-size="{size}" text-anchor="middle" fill="{INK}"'
-    return f'<text x="{x:g}" y="{y}" {style}>{escape(text)}</text>'
-
-
-def _sheet(x: float, y: float, side: float, fill: str) -> str:
-    """A square with a thin border."""
-    square = f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" '
-    return square + f'fill="{fill}" stroke="{INK}" stroke-width="0.6"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, color: str = INK) -> str:
-    ends = f'x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"'
-    return f'<line {ends} stroke="{color}"/>'
