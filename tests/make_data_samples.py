@@ -17,7 +17,7 @@ import soundfile
 
 import minomni
 from minomni.checkpoint import saving
-from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.checkpoint.saving import PROVENANCE_FILE
 from minomni.data import corpus, grammar, scenes, text_to_speech
 
 FOLDER = Path(__file__).parents[1] / "data_samples"
@@ -154,7 +154,7 @@ def model(run: Path) -> None:
     The summary of the run's log becomes tiny_log.jsonl.
     """
     saving.save(minomni.load(str(run / "model")).half(), FOLDER / "tiny")
-    shutil.copy(run / "model" / HISTORY_FILE, FOLDER / "tiny")
+    shutil.copy(run / "model" / PROVENANCE_FILE, FOLDER / "tiny")
     shutil.copy(run / "log.jsonl", FOLDER / "tiny_log.jsonl")
 
 

@@ -46,7 +46,7 @@ from minomni.eval.parts_benchmark import BACKENDS, OURS, THEIRS, UNITS
 from minomni.eval.parts_benchmark import ROWS as PART_ROWS
 from minomni.omni import Omni
 from minomni.train import recipes
-from minomni.train.measurements import measured
+from minomni.train.measured_runs import measured
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data_samples" / "tiny_results.json"

@@ -52,7 +52,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-HISTORY_FILE = "trained.json"  # how the model was trained; train/ writes it
+PROVENANCE_FILE = "trained.json"  # how the model was trained; train/ writes it
 # The files of a saved model, beside the shards that its index names. Anything else is foreign.
 MODEL_FILES = (
     "config.json",
@@ -62,7 +62,7 @@ MODEL_FILES = (
     WEIGHTS_FILE,
     "model-?????-of-?????.safetensors",
     VOICES_FILE,
-    HISTORY_FILE,
+    PROVENANCE_FILE,
     *TOKENIZER_FILES,
 )
 CODEC_FILES = {"config.json", WEIGHTS_FILE}
@@ -430,8 +430,8 @@ def keep_foreign_files(source: Path | None, folder: Path, fresh: Path) -> None:
     if folder.is_dir():
         for entry in folder.iterdir():
             keep_entry(entry, fresh)
-    if is_loaded_folder(folder, source) and (folder / HISTORY_FILE).is_file():
-        link(folder / HISTORY_FILE, fresh / HISTORY_FILE)
+    if is_loaded_folder(folder, source) and (folder / PROVENANCE_FILE).is_file():
+        link(folder / PROVENANCE_FILE, fresh / PROVENANCE_FILE)
     for file in copied_files(source):
         if not (fresh / file.name).exists():
             shutil.copy2(file, fresh / file.name)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from minomni.cli.options import Parser
-    from minomni.eval.measuring import Rows
+    from minomni.eval.benchmark_utils import Rows
 
 # The benchmarks that use an option; run_bench_folder() refuses some in its own words.
 BENCH_OPTIONS = {

@@ -206,7 +206,7 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import history, pipeline, processes, stage_pool, stage_table
+    from minomni.train import pipeline, processes, provenance, stage_pool, stage_table
 
     began = time.perf_counter()
     try:
@@ -218,7 +218,7 @@ def train_all(size: str, home: Path, seed: int, device: str) -> None:
     finally:
         seconds = time.perf_counter() - began
         if processes.is_first():
-            seconds = history.add_elapsed(home, seconds)
+            seconds = provenance.add_elapsed(home, seconds)
     if not processes.is_first():
         return
     pipeline.export_model(size, home, seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from minomni import load
 from minomni.chat.reply import Reply
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.checkpoint.saving import PROVENANCE_FILE
 from minomni.config import ThinkerConfig
 from minomni.data.grammar import statements
 from minomni.data.word_errors import ErrorPair, word_error_rate
@@ -199,7 +199,7 @@ def plain_mrope(inputs: Inputs, config: ThinkerConfig) -> Tensor:
 def trained_size(home: Path) -> str:
     """Size of the model that was trained in a run folder."""
     advice = f"python -m minomni train --home {home} makes it"
-    return read_json(home / "model" / HISTORY_FILE, advice=advice)["size"]
+    return read_json(home / "model" / PROVENANCE_FILE, advice=advice)["size"]
 
 
 def error_table(errors: dict[str, list[ErrorPair]]) -> str:
@@ -260,7 +260,7 @@ def ablate(name: str, home: Path, items: int, seed: int) -> str:
     """The table of an ablation. Raises UserError if the run folder lacks a file that it needs."""
     stages = home / "stages"
     results = [result_file(stages, name) for name in ("talker", "dpo")]
-    for file in (home / "model" / HISTORY_FILE, *results):
+    for file in (home / "model" / PROVENANCE_FILE, *results):
         if not file.exists():
             raise UserError(f"{file} is missing; python -m minomni train --home {home} makes it")
     return ABLATIONS[name](home, items, seed)

@@ -14,7 +14,7 @@ from minomni.chat.generate import seeded_generator
 from minomni.chat.reply import Timings
 from minomni.errors import UserError
 from minomni.eval.backends import FULL
-from minomni.eval.measuring import Clock, Rows, copy_bandwidth, noise, peak_gib, weight_bytes
+from minomni.eval.benchmark_utils import Clock, Rows, copy_bandwidth, noise, peak_gib, weight_bytes
 from minomni.omni import Omni
 
 IMAGE_SIZE = 224  # pixels of the height and width

@@ -22,7 +22,7 @@ from minomni.chat.reply import AudioChunk
 from minomni.checkpoint.quantize import without_import_notes
 from minomni.config import IGNORE_INDEX, INPUT_SAMPLE_RATE, SamplingConfig
 from minomni.errors import UserError
-from minomni.eval.measuring import Clock, cache_bytes, noise, weight_bytes
+from minomni.eval.benchmark_utils import Clock, cache_bytes, noise, weight_bytes
 from minomni.inputs.mel import log_mel
 from minomni.inputs.patches import image_patches, video_patches
 from minomni.inputs.prompt import Inputs

@@ -28,7 +28,7 @@ from minomni.config import SIZES, FlowConfig
 from minomni.data.corpus import FIRST_VOICE_OFFSET
 from minomni.data.vocabulary import world_tokenizer
 from minomni.errors import UserError
-from minomni.eval.measuring import Rows, fastest, noise, timed
+from minomni.eval.benchmark_utils import Rows, fastest, noise, timed
 from minomni.eval.stats import markdown_table
 from minomni.files import write_atomically
 from minomni.omni import Omni

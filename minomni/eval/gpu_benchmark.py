@@ -26,7 +26,7 @@ from minomni.checkpoint.check_folder import AUDIO_TOKENS
 from minomni.errors import UserError
 from minomni.eval import parts_benchmark
 from minomni.eval.backends import FULL, SHORT, WORDS_PER_S, Workload, greedy, require_transformers
-from minomni.eval.measuring import noise, peak_gib, reset_peak
+from minomni.eval.benchmark_utils import noise, peak_gib, reset_peak
 from minomni.eval.stats import markdown_table
 from minomni.files import write_atomically
 from minomni.omni import Omni

@@ -32,7 +32,7 @@ from minomni.eval.backends import (
     Workload,
     require_transformers,
 )
-from minomni.eval.measuring import copy_bandwidth, fastest
+from minomni.eval.benchmark_utils import copy_bandwidth, fastest
 from minomni.eval.stats import markdown_table
 
 OURS, THEIRS = "minomni", "transformers"
@@ -63,7 +63,7 @@ FP32_ROWS = (Row.TOKEN2WAV, Row.TOKEN2WAV_STREAMED)  # the rest has the dtype of
 LOAD_PROGRAM = """
 import json, sys, time
 import torch
-from minomni.eval.measuring import process_bytes
+from minomni.eval.benchmark_utils import process_bytes
 {imports}
 before = process_bytes("VmRSS")
 start = time.perf_counter()

@@ -11,15 +11,15 @@ import torch
 
 from minomni import folder_of, load, paths
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.checkpoint.saving import PROVENANCE_FILE
 from minomni.data import grammar
 from minomni.errors import escape
 from minomni.eval.evaluator import ANSWERS, Evaluator
 from minomni.eval.speech_chain import speech_chain_metrics
 from minomni.eval.stats import Metric, markdown_table
 from minomni.files import write_atomically
-from minomni.train.history import commit
 from minomni.train.pipeline import cache_of
+from minomni.train.provenance import commit
 
 SILENCE_S = 0.4  # before a recording, as an open microphone has it
 MROPE = "sync_mrope.json"  # in the run folder: the result of `ablate tmrope`
@@ -104,7 +104,7 @@ def measure(
     rows += evaluator.preference(folder.parent / "stages")
     rows += evaluator.english()
 
-    train_seconds = read_json(folder / HISTORY_FILE, optional=True).get("seconds")
+    train_seconds = read_json(folder / PROVENANCE_FILE, optional=True).get("seconds")
     seconds = time.perf_counter() - start
     name = model if quantize is None else f"{model}, {quantize}"
     report = Report(name, rows, seconds, train_seconds, omni.thinker.device.type)

@@ -15,7 +15,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from minomni import paths
 from minomni.errors import UserError
-from minomni.eval.measuring import Rows
+from minomni.eval.benchmark_utils import Rows
 from minomni.serve.app import serving
 from minomni.serve.audio import WIRE_RATE, pcm16
 from minomni.serve.settings import Settings

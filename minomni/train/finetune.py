@@ -48,9 +48,9 @@ from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
 from minomni.train import losses, processes
-from minomni.train.history import write_history
 from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import prepare_run
+from minomni.train.provenance import write_provenance
 from minomni.train.run_folder import is_finished, load_stages
 from minomni.train.stages.speech import TalkerExample, code_loss, talker_prompts
 from minomni.train.stages.thinker import BATCH_PARTS
@@ -229,7 +229,7 @@ def finetune(
         saving.save(omni, out)
         seconds = time.perf_counter() - began
         details = {"data": data.name, "stages": names, "epochs": options.epochs}
-        write_history(out, omni, size, options.seed, seconds, **details)
+        write_provenance(out, omni, size, options.seed, seconds, **details)
     return out
 
 

@@ -14,9 +14,9 @@ from minomni.devices import device_of
 from minomni.errors import UserError
 from minomni.omni import Omni
 from minomni.train import processes
-from minomni.train.history import elapsed_s, training_command, write_history
 from minomni.train.loop import Stage, run_setup, train
-from minomni.train.measurements import write_summary
+from minomni.train.measured_runs import write_summary
+from minomni.train.provenance import elapsed_s, training_command, write_provenance
 from minomni.train.recipes import Settings, recipe_of
 from minomni.train.run_folder import (
     check_run_config,
@@ -165,5 +165,5 @@ def export_model(size: str, home: Path, seed: int) -> None:
     saving.save(omni, home / "model")
 
     command = training_command(size, seed, read_settings(home))
-    write_history(home / "model", omni, size, seed, elapsed_s(home), command=command)
+    write_provenance(home / "model", omni, size, seed, elapsed_s(home), command=command)
     write_summary(home / "stages" / "log.jsonl", home / "log.jsonl")

@@ -14,7 +14,7 @@ from minomni.config import SIZES
 from minomni.data.corpus import corpus
 from minomni.data.vocabulary import english
 from minomni.errors import UserError
-from minomni.train.measurements import measured
+from minomni.train.measured_runs import measured
 from minomni.train.pipeline import cache_of
 from minomni.train.recipes import recipe_of
 from minomni.train.run_folder import is_finished

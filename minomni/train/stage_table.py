@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from minomni.train.loop import Stage, format_losses
-from minomni.train.measurements import measured
+from minomni.train.measured_runs import measured
 from minomni.train.recipes import recipe_of
 from minomni.train.stages.audio_align import AudioAlignStage
 from minomni.train.stages.codec import CodecStage

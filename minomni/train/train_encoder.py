@@ -30,8 +30,8 @@ from minomni.train.finetune import (
     train_or_load,
     weights_hash,
 )
-from minomni.train.history import write_history
 from minomni.train.loop import Recipe, run_setup
+from minomni.train.provenance import write_provenance
 from minomni.train.run_folder import is_finished
 from minomni.train.stages.encoder import EncoderStage
 
@@ -97,7 +97,7 @@ def train_encoder(
         saving.save(omni, out)
         seconds = time.perf_counter() - began
         name = Path(folder).resolve().name
-        write_history(out, omni, name, seed, seconds, encoder=asdict(options))
+        write_provenance(out, omni, name, seed, seconds, encoder=asdict(options))
     return out
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from minomni import load, paths
 from minomni.checkpoint.hf_config import write_json
-from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.checkpoint.saving import PROVENANCE_FILE
 from minomni.config import TINY
 from minomni.data import text_to_speech
 from minomni.data.examples import ExampleBuilder
@@ -36,7 +36,7 @@ def home(tiny_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(DPOStage, "num_prompts", 8)
     home = tmp_path / "tiny"
     shutil.copytree(tiny_folder, home / "model")
-    write_json(home / "model" / HISTORY_FILE, {"size": "tiny", "seconds": 1})
+    write_json(home / "model" / PROVENANCE_FILE, {"size": "tiny", "seconds": 1})
     (home / "stages").mkdir()
     parameters = list(load(str(home / "model")).named_parameters())
     for name in (

@@ -10,7 +10,7 @@ import torch
 from training import recordings_only  # noqa: F401  (a fixture)
 
 from minomni import paths
-from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.checkpoint.saving import PROVENANCE_FILE
 from minomni.config import SMALL, TINY
 from minomni.data import corpus
 from minomni.errors import UserError
@@ -18,10 +18,10 @@ from minomni.inputs.mel import HOP
 from minomni.omni import Omni
 from minomni.train import (
     finetune,
-    history,
     loop,
-    measurements,
+    measured_runs,
     pipeline,
+    provenance,
     recipes,
     run_settings,
     stage_table,
@@ -124,7 +124,7 @@ def test_damaged_settings_are_one_line(content, tmp_path):
 
 
 def test_the_command_repeats_the_run():
-    command = history.training_command("tiny", 3, {"codec": {"steps": 20, "lr": 0.01}})
+    command = provenance.training_command("tiny", 3, {"codec": {"steps": 20, "lr": 0.01}})
     assert command == (
         "python -m minomni train tiny --seed 3 --set codec.steps=20 --set codec.lr=0.01"
     )
@@ -139,12 +139,12 @@ def test_a_budget_changes_the_steps_and_is_part_of_the_command():
 
     settings = recipes.merge_settings(of_budget, {"dit": {"lr": 0.01}, "codec": {"batch": 4}})
     assert settings["dit"] == {"steps": of_budget["dit"]["steps"], "lr": 0.01}
-    assert history.training_command("tiny", 0, settings) == (
+    assert provenance.training_command("tiny", 0, settings) == (
         "python -m minomni train tiny --seed 0 --budget long --set codec.batch=4 --set dit.lr=0.01"
     )
     # A run with other steps than the budget's is repeated field by field.
     settings = recipes.merge_settings(of_budget, {"dit": {"steps": 7}})
-    command = history.training_command("tiny", 0, settings)
+    command = provenance.training_command("tiny", 0, settings)
     assert "--budget" not in command
     assert "--set dit.steps=7" in command
 
@@ -176,21 +176,21 @@ def test_a_stage_is_set_up_once_and_timed(tmp_path, monkeypatch):
     pipeline.run_stage("codec", "tiny", tmp_path, 0, resume=False)
     assert len(calls) == 1
     log = tmp_path / "stages" / "log.jsonl"
-    setup_entry, *steps, end = measurements.read_log(log)
+    setup_entry, *steps, end = measured_runs.read_log(log)
     assert [entry["step"] for entry in steps] == [1, 2, 3]  # as --set has it
     for entry, event in ((setup_entry, "setup"), (end, "train")):
         assert entry.keys() == {"stage", "event", "seconds", "hardware"}
         assert entry["event"] == event
         assert 0 <= entry["seconds"] < 600
 
-    measurements.write_summary(log, tmp_path / "log.jsonl")
-    (summary,) = measurements.read_log(tmp_path / "log.jsonl")
+    measured_runs.write_summary(log, tmp_path / "log.jsonl")
+    (summary,) = measured_runs.read_log(tmp_path / "log.jsonl")
     assert summary["step"] == 3
     assert summary["losses"] == {
         key: round(steps[-1][key], 3) for key in ("ctc", "mel", "code_mel", "fsq_mean")
     }
     assert summary["seconds"] == pytest.approx(setup_entry["seconds"] + end["seconds"], abs=0.1)
-    assert summary.keys() == vars(measurements.measured("tiny")["codec"]).keys()
+    assert summary.keys() == vars(measured_runs.measured("tiny")["codec"]).keys()
 
 
 def test_train_sets_up_a_stage_once(tmp_path):
@@ -228,19 +228,19 @@ def test_stage_table_holds_the_measurements():
     assert all(
         stage.data and stage.data in rows[name] for name, stage in stage_table.STAGES.items()
     )
-    measured = measurements.measured("tiny")
+    measured = measured_runs.measured("tiny")
     assert measured.keys() == stage_table.STAGES.keys()
     for name, row in measured.items():
         assert f" {row.seconds:g} " in rows[name]
         assert loop.format_losses(row.losses) in rows[name]
         assert row.step == recipes.BUDGETS["tiny"]["long"][name]
     assert " - " in stage_table.stage_table("small")  # dpo and speakers were not measured
-    assert measurements.measured("qwen7b") == {}
+    assert measured_runs.measured("qwen7b") == {}
 
 
 def test_readme_expects_the_same():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    for name, row in measurements.measured("tiny").items():
+    for name, row in measured_runs.measured("tiny").items():
         losses = loop.format_losses(row.losses).replace("  ", ", ")
         cells = f" | {row.seconds:g} | {losses} |"
         assert [line for line in lines if line.startswith(f"| {name} |") and cells in line], name
@@ -282,8 +282,8 @@ def test_recipes_can_be_followed(size):
 
 def test_shipped_model_fits_the_code():
     folder = paths.data_samples() / "tiny"
-    made = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
-    assert made["config"] == history.config_hash(TINY), (
+    made = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    assert made["config"] == provenance.config_hash(TINY), (
         "sizes have changed: train again, then make_data_samples model"
     )
     assert made["command"].startswith("python -m minomni train tiny")

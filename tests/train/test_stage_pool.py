@@ -12,12 +12,12 @@ from threading import Event
 import pytest
 
 from minomni.errors import UserError
-from minomni.train import measurements, recipes, stage_pool
+from minomni.train import measured_runs, recipes, stage_pool
 from minomni.train.stage_table import STAGES
 
 SECONDS = {
     name: row.seconds / row.step * recipes.recipe_of(name, "tiny").steps
-    for name, row in measurements.measured("tiny").items()
+    for name, row in measured_runs.measured("tiny").items()
 }
 
 
@@ -29,7 +29,7 @@ def test_the_longest_path_goes_first():
         for need in stage.needs:
             before = stage_pool.critical_path_s(need, "tiny")
             assert before > stage_pool.critical_path_s(name, "tiny")
-    assert "dpo" not in measurements.measured("small")
+    assert "dpo" not in measured_runs.measured("small")
     assert stage_pool.critical_path_s("dpo", "small") == (80 + 40) * stage_pool.STEP_S
 
 

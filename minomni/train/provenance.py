@@ -7,7 +7,7 @@ from typing import Any
 
 from minomni import paths
 from minomni.checkpoint.hf_config import read_json, write_json
-from minomni.checkpoint.saving import HISTORY_FILE
+from minomni.checkpoint.saving import PROVENANCE_FILE
 from minomni.config import OmniConfig
 from minomni.omni import Omni
 from minomni.train.recipes import BUDGETS, Settings, budget_settings, merge_settings
@@ -28,11 +28,11 @@ def add_elapsed(home: Path, seconds: float) -> float:
     return total
 
 
-def write_history(
+def write_provenance(
     model: Path, omni: Omni, size: str, seed: int, seconds: float, **details: Any
 ) -> None:
     """Write trained.json into a model folder: how the model was made. details: further entries."""
-    history = {
+    facts = {
         "size": size,
         "seed": seed,
         **details,
@@ -40,7 +40,7 @@ def write_history(
         "config": config_hash(omni.config),
         "commit": commit(),
     }
-    write_json(model / HISTORY_FILE, history)
+    write_json(model / PROVENANCE_FILE, facts)
 
 
 def training_command(size: str, seed: int, settings: Settings) -> str:

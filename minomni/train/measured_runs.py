@@ -17,7 +17,7 @@ from minomni.files import write_atomically
 
 
 @dataclass(frozen=True)
-class Measurement:
+class StageResult:
     """How one stage ended."""
 
     stage: str
@@ -28,17 +28,17 @@ class Measurement:
 
 
 @cache
-def measured(size: str) -> dict[str, Measurement]:
-    """The measurements that ship with the package, by stage; none for a size without a file."""
+def measured(size: str) -> dict[str, StageResult]:
+    """The runs that ship with the package, by stage; none for a size without a file."""
     path = paths.data_samples() / f"{size}_log.jsonl"
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {row["stage"]: Measurement(**row) for row in rows}
+    return {row["stage"]: StageResult(**row) for row in rows}
 
 
-def summarize(log: Path) -> list[Measurement]:
-    """The measurements of a finished run, from the log.jsonl of its stages."""
+def summarize(log: Path) -> list[StageResult]:
+    """How each stage of a finished run ended, from the log.jsonl of its stages."""
     entries = read_log(log)
     seconds: dict[str, float] = {}
     last: dict[str, dict] = {}
@@ -56,7 +56,7 @@ def summarize(log: Path) -> list[Measurement]:
     for name, entry in last.items():
         losses = {key: round(value, 3) for key, value in entry.items() if key not in others}
         spent = round(seconds.get(name, 0.0), 1)
-        rows.append(Measurement(name, entry["step"], losses, spent, hardware.get(name, "")))
+        rows.append(StageResult(name, entry["step"], losses, spent, hardware.get(name, "")))
     return rows
 
 
