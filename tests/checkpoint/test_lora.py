@@ -20,9 +20,14 @@ from minomni.errors import UserError
 from minomni.inputs.prompt import Inputs
 from minomni.train import finetune
 
-peft = pytest.importorskip("peft")
 IDS = torch.tensor([[5, 17, 40, 8, 99, 3, 250]])
 BOTH = ("thinker", "talker")
+
+
+@pytest.fixture(autouse=True)
+def peft():
+    """Imported by the tests alone: every process of pytest-xdist imports every test file."""
+    return pytest.importorskip("peft")
 
 
 def logits(omni) -> dict[str, torch.Tensor]:
@@ -93,7 +98,7 @@ def test_fresh_adapters_change_nothing_and_only_they_train(tiny_folder):
     assert len(omni.state_dict()) == len(names) + len(added)
 
 
-def test_ours_in_peft_and_transformers(adapted, tiny_folder, hf_class):
+def test_ours_in_peft_and_transformers(adapted, tiny_folder, hf_class, peft):
     omni, folder = adapted
     ours = logits(omni)
     plain = their_logits(hf_class.from_pretrained(tiny_folder))
@@ -105,7 +110,7 @@ def test_ours_in_peft_and_transformers(adapted, tiny_folder, hf_class):
     assert max(largest(ours, their_logits(alone)).values()) < 2e-4
 
 
-def test_theirs_here(tiny_folder, tmp_path, hf_class):
+def test_theirs_here(tiny_folder, tmp_path, hf_class, peft):
     pattern = r"(thinker\.model\.language_model|talker\.model)\.layers\.\d+\.\w+\.(q|v|up)_proj"
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=pattern)
     theirs = peft.get_peft_model(hf_class.from_pretrained(tiny_folder), config)
@@ -265,7 +270,7 @@ def test_gradients_through_quantized_weights(method, tiny_folder):
             assert difference < tolerance, name
 
 
-def test_int8_in_peft_and_transformers(adapted, tiny_folder, hf_class):
+def test_int8_in_peft_and_transformers(adapted, tiny_folder, hf_class, peft):
     """An adapter on a base that torchao has quantized, ours and theirs."""
     torchao = pytest.importorskip("torchao.quantization")
     _, folder = adapted
@@ -333,7 +338,7 @@ def test_a_model_without_a_talker(tiny_folder, data, tmp_path, quick, capsys, mo
 
 
 @pytest.mark.slow
-def test_a_folder_like_the_release(tmp_path, hf_class):
+def test_a_folder_like_the_release(tmp_path, hf_class, peft):
     """510 million parameters, all layers of the 7B in narrow, without a codec: in peft and
     transformers, merged, and nothing else touched.
     """

@@ -40,7 +40,11 @@ SENTENCES = (
     "say the digit is three",
 )
 
-pytest.importorskip("torchao")
+
+@pytest.fixture(autouse=True, scope="module")
+def torchao():
+    """Imported by the tests alone: every process of pytest-xdist imports every test file."""
+    return pytest.importorskip("torchao")
 
 
 def wide_talker():
