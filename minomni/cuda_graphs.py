@@ -133,7 +133,7 @@ class Graphs:
 
 
 def keep(kept: dict, key: Hashable, value: Any, limit: int) -> None:
-    """Add an entry; where there are `limit` of them, in place of the longest unused one."""
+    """Add an entry; where there are `limit` of them, it replaces the longest unused one."""
     while len(kept) >= limit:
         kept.pop(next(iter(kept)))
     kept[key] = value

@@ -75,7 +75,7 @@ class Session:
         self.reply_ids: list[int] = []
         self.audio_s = 0.0  # seconds of audio handed out
         self.ended = False  # whether the reply was generated to its end
-        # Seconds that the user heard, where interrupt() was told.
+        # Seconds that the user heard, where interrupt() was given them.
         self.played_s: float | None = None
 
     @property

@@ -352,7 +352,7 @@ class Workspace:
             yield "code", step_codes
 
     def get_step(self, key: tuple, make: Callable[[], StaticStep]) -> StaticStep:
-        """The step of a key: a cached one, or a new one in place of the longest unused."""
+        """The step of a key: a cached one, or a new one that replaces the longest unused."""
         step = self.steps.pop(key, None) or make()
         while len(self.steps) >= MAX_CACHED_STEPS:
             self.steps.pop(next(iter(self.steps)))

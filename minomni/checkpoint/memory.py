@@ -156,7 +156,7 @@ def cgroup_free(group: str, version: CgroupFiles) -> Iterator[int]:
 
 
 def cached_bytes(folder: Path, version: CgroupFiles) -> int:
-    """Bytes of a control group's pages of files; 0 where that is not told."""
+    """Bytes of a control group's pages of files; 0 where that is not known."""
     with suppress(OSError, ValueError, KeyError):
         lines = (folder / "memory.stat").read_text().splitlines()
         numbers = dict(line.split() for line in lines)

@@ -137,7 +137,7 @@ def release_json(config: OmniConfig) -> dict:
     del ours["architectures"]  # transformers has renamed the class since
     data = replace_values(release, ours)
 
-    # Second names of sizes, the second of which transformers reads in place of the first.
+    # Second names of sizes, the second of which transformers reads instead of the first.
     thinker = data["thinker_config"]
     thinker["vision_config"]["embed_dim"] = config.thinker.vision.hidden_size
     thinker["audio_config"]["num_hidden_layers"] = config.thinker.audio.encoder_layers

@@ -38,7 +38,7 @@ PRECISIONS = {
     "F64": torch.float64,
 }
 MAPPED_PRECISIONS = PRECISIONS | {"I32": torch.int32}  # also those of packed weights
-# Suffixes of the tensors that quantized checkpoints have beside, or in place of, a plain weight.
+# Suffixes of the tensors that quantized checkpoints have beside a plain weight, or instead of it.
 QUANTIZED = (
     ".qweight",
     ".qzeros",

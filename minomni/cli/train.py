@@ -91,7 +91,7 @@ def add_own_data(train: argparse.ArgumentParser) -> None:
 
 
 def add_lora_options(train: argparse.ArgumentParser) -> None:
-    """Adapters in place of the weights."""
+    """Options of training adapters instead of the weights."""
     train.add_argument(
         "--lora",
         metavar="r=N",

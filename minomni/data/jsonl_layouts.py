@@ -346,7 +346,7 @@ def put_media(messages: list[dict], media: dict[str, list[str]]) -> None:
 
 
 def with_media(content: str | list[dict], queue: MediaQueue) -> str | list[dict]:
-    """The content of a message with media in place of tags and of items without a source."""
+    """The content of a message with media instead of tags and of items without a source."""
     if isinstance(content, str):
         pieces = split_at_tags(content, queue.kinds)
         if pieces == [content]:

@@ -2,7 +2,7 @@
 
 One recorded speaker becomes several. Playback at another rate moves the formants, the resonances of
 the vocal tract, which is shorter in a smaller speaker. The pitch is then set by PSOLA (Moulines and
-Charpentier 1990): the network tells the fundamental frequency, so the periods of the voice are
+Charpentier 1990): the network gives the fundamental frequency, so the periods of the voice are
 known, and they are laid out at other distances.
 
 The samples of an utterance depend on its job and the seed alone, not on other utterances or on the

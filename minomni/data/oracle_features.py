@@ -118,7 +118,7 @@ def oracle_embeds(
     thinker: "Thinker",
     encode: Encode,
 ) -> Tensor:
-    """Input embeddings [B, L, D] of dialogues, with oracle features in place of the encoders'.
+    """Input embeddings [B, L, D] of dialogues, with oracle features instead of the encoders'.
 
     seeds: of the timing of words and of the noise, one for each dialogue.
     """

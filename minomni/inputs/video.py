@@ -37,7 +37,7 @@ MAX_FRAME_PIXELS = 36_000_000
 # Bytes of one decoded frame. 8K television has 50 million, or 100 million in 10 bits. A decoder
 # was measured to hold up to 15 frames, and that of h264 up to 32.
 MAX_FRAME_BYTES = 100_000_000
-HOLDS_MORE = {"h264": 2}  # codec -> so many times as many frames as other decoders
+HOLDS_MORE = {"h264": 2}  # codec -> how many times the frames that other decoders hold
 # Pixels of all frames: two hours of 1920 x 1080 at 30 frames a second have 448 billion. They are
 # decoded at about 100 million a second.
 MAX_FILM_PIXELS = 500_000_000_000

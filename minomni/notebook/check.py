@@ -131,7 +131,7 @@ def grade(
     """Print the state of an exercise: not attempted, ✗ with the first counter-example, or ✓.
 
     cases: (arguments, expected answer) or (arguments, expected answer, what the case is about);
-    a Gradient in place of the expected answer holds the gradient instead. A stub whose body is
+    a Gradient instead of the expected answer holds the gradient instead. A stub whose body is
     `...` is not attempted. minutes: how long the exercise takes. difficulty, importance: 1 to
     3; 0 leaves the importance out. chapter: number of the notebook, of an exercise that later
     cells need. keeps: an answer that changes a tensor among its arguments is wrong. parts:

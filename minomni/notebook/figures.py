@@ -408,7 +408,7 @@ def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
 
 
 def above_and_below(ax: "Axes") -> list["Axes"]:
-    """Two plots in the place of one, with one axis for x."""
+    """Two plots in the area of one, with one axis for x."""
     ax.axis("off")
     above = plain(ax.inset_axes((0, 0.58, 1, 0.42)))
     below = plain(ax.inset_axes((0, 0, 1, 0.42), sharex=above))

@@ -75,7 +75,7 @@ ENCODER_NAMES = {"audio": "audio_tower", "vision": "visual"}  # attributes of th
 
 
 class LeftOut(nn.Module):
-    """In the place of an encoder that was not loaded."""
+    """Stands for an encoder that was not loaded."""
 
     def __init__(self, name: str):
         """name: audio or vision."""

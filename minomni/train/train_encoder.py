@@ -49,7 +49,7 @@ class EncoderOptions:
     size: str = "small"  # whose codec has the sizes of the encoder's layers
     pairs: int = 2000
     steps: int = 3000
-    random_share: float = 0.1  # of the pairs: random codes in place of the Talker's
+    random_share: float = 0.1  # of the pairs: random codes instead of the Talker's
 
 
 def train_encoder(
@@ -64,7 +64,7 @@ def train_encoder(
     home: Path | None = None,
 ) -> Path:
     """Train an encoder for the codes of a model folder -> the folder `out`: the same model with the
-    encoder as its codec, in place of one that it may have.
+    encoder as its codec, instead of one that it may have.
 
     data: rows whose answers the Talker speaks, as for fine-tuning; without it, sentences of the
     generated world. The run works in `home`, by default the folder of `out`; the pairs stay there,

@@ -118,7 +118,7 @@ class ThinkerStage(Stage):
 
 
 class LanguageStage(ThinkerStage):
-    """The decoder alone, with oracle features in place of the encoders' outputs.
+    """The decoder alone, with oracle features instead of the encoders' outputs.
 
     The embeddings keep their random values, because the encoders are aligned with them meanwhile.
     """
