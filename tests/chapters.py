@@ -1,6 +1,7 @@
-"""The table of chapters in README.md and README_zh.md, from the headers of the notebooks."""
+"""The chapters: their cells, and the table of them in README.md and README_zh.md."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -32,13 +33,22 @@ CHINESE = {
 }
 
 
+@cache
+def cells(number: str) -> list:
+    """The cells of a chapter, not to be changed. Reading them takes a tenth of a second."""
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    return nbformat.read(path, as_version=4).cells
+
+
+def prose(number: str) -> list[str]:
+    """The texts of a chapter."""
+    return [cell.source for cell in cells(number) if cell.cell_type == "markdown"]
+
+
 def chapters() -> list[dict[str, str]]:
     """Name, number, question and reading minutes of each notebook, from its first cell."""
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    return [
-        {"name": path.name, **parse_header(nbformat.read(path, as_version=4).cells[0].source)}
-        for path in paths
-    ]
+    return [{"name": path.name, **parse_header(cells(path.name[:2])[0].source)} for path in paths]
 
 
 def parse_header(header: str) -> dict[str, str]:

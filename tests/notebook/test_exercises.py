@@ -12,10 +12,10 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
+from chapters import cells
 from exercises import solved, stubs
 
 from minomni.decoder import DecoderLayer
@@ -1310,10 +1310,6 @@ BUGS = {
 EXERCISES = [(number, name) for number, exercises in BUGS.items() for name in exercises]
 
 
-def read(number: str):
-    return nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells
-
-
 def solutions(number: str) -> dict:
     return runpy.run_path(str(NOTEBOOKS / "solutions" / f"{number}.py"))
 
@@ -1327,7 +1323,7 @@ def verdict(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def judge(number, name, answer=None):
-        codes = [cell for cell in read(number) if cell.cell_type == "code"]
+        codes = [cell for cell in cells(number) if cell.cell_type == "code"]
         grader = ast.parse(next(cell.source for cell in codes if name in stubs(cell.source)))
         calls = [
             i
@@ -1366,11 +1362,15 @@ def test_every_exercise_is_tested_and_its_folded_solution_is_the_tested_one():
     numbers = [path.name[:2] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
     assert numbers == list(BUGS)
     for number in numbers:
-        cells = read(number)
-        asked = [name for cell in cells if cell.cell_type == "code" for name in stubs(cell.source)]
+        asked = [
+            name
+            for cell in cells(number)
+            if cell.cell_type == "code"
+            for name in stubs(cell.source)
+        ]
         assert asked == list(BUGS[number])
         source = (NOTEBOOKS / "solutions" / f"{number}.py").read_text()
-        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        text = "\n".join(cell.source for cell in cells(number) if cell.cell_type == "markdown")
         for node in ast.parse(source).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 assert ast.get_source_segment(source, node) in text, (

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
+from chapters import prose
 from glossary import link, read_terms, terms, unlinked
 from test_terms import INTRODUCED
 
@@ -13,16 +13,10 @@ NUMBERS = [f"{number:02}" for number in range(17)]
 FEWEST_LINKS = 8  # to the glossary, in a chapter
 
 
-def markdown(number: str) -> list[str]:
-    path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
-    cells = nbformat.read(path, as_version=4).cells
-    return [cell.source for cell in cells if cell.cell_type == "markdown"]
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_each_term_is_linked_at_its_first_use(number):
     """Otherwise: python tests/glossary.py."""
-    texts = markdown(number)
+    texts = prose(number)
     assert link(texts, read_terms()) == texts
     assert "\n".join(texts).count("](glossary.md#") >= FEWEST_LINKS
 
@@ -60,7 +54,7 @@ ALLOWED_WITHOUT_ROW = {
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_each_chapter_says_how_others_do_it(number):
-    text = unlinked("\n\n".join(markdown(number)))
+    text = unlinked("\n\n".join(prose(number)))
     assert text.count("### How others do it\n") == 1
     section = text.split("### How others do it\n")[1]
     section = re.split(r"^#|^\*\*Next\.\*\*", section, flags=re.MULTILINE)[0]

@@ -1,13 +1,11 @@
 """Prose of the chapters: the field's terms, formulas, references, what each exercise states."""
 
 import re
-from pathlib import Path
 
-import nbformat
+import chapters
 import pytest
 from glossary import unlinked
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # Terms of chapters 00 to 07, in bold where they are introduced.
 INTRODUCED = {
     "00": (
@@ -104,9 +102,7 @@ REFERENCES = dict(zip(INTRODUCED, (7, 6, 12, 10, 9, 12, 10, 15), strict=True))
 
 def prose(number: str) -> str:
     """The text of a chapter, without its links to the glossary."""
-    path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"))
-    cells = nbformat.read(path, as_version=4).cells
-    return unlinked("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
+    return unlinked("\n\n".join(chapters.prose(number)))
 
 
 @pytest.mark.parametrize("number", INTRODUCED)
