@@ -16,7 +16,7 @@ def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     report = commands.add_parser(
         "report",
         help="evaluate a model on held-out items, its speech with an independent recognizer",
-        description="Prints a table of metrics with 95 %% confidence intervals.",
+        description="Prints a table of metrics with 95 % confidence intervals.",
     )
     add_model(report)
     add_quantize(report)
