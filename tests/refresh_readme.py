@@ -6,7 +6,8 @@
         take the rows that `python -m minomni report` has left first (--size tiny_quick: of a model
         of the quick budget, where tiny is the shipped one)
     python tests/refresh_readme.py --stream stream.json
-        take the rows of `python -m minomni bench stream --json` first
+        take the rows of `python -m minomni bench stream --json` first (--avx2: of a processor
+        without AVX-512)
     python tests/refresh_readme.py --first first.json --size tiny --device "two cores"
         take the rows of `python -m minomni bench first --json` first
     python tests/refresh_readme.py --serve serve.json
@@ -44,6 +45,7 @@ import torch
 from minomni import config
 from minomni.eval.parts_benchmark import BACKENDS, OURS, THEIRS, UNITS
 from minomni.eval.parts_benchmark import ROWS as PART_ROWS
+from minomni.eval.stats import Metric
 from minomni.omni import Omni
 from minomni.train import recipes
 from minomni.train.measured_runs import measured
@@ -71,6 +73,19 @@ HEADLINE_METRICS = {
     ),
     "open_wer_streamed": ("its own speech when streamed", "流式语音，词错误率"),
     "open_wer_recordings": ("recordings of the same sentences", "同样句子的录音，词错误率"),
+}
+# Tables of the report: caption -> how the names of its rows begin
+REPORT_TABLES = {
+    "Answers": ("typed_", "spoken_", "scene_", "handwriting_", "video_", "sync_"),
+    "Transcripts of what it hears": ("asr_",),
+    "Its speech, by a recognizer of a closed grammar and a classifier of voices": (
+        "closed_",
+        "stop_",
+        "voice_",
+    ),
+    "Speech after each step, by Whisper": ("open_wer_",),
+    "The same after a prompt": ("prompted_wer_",),
+    "Naturalness and likeness of voices": ("dnsmos_", "speaker_similarity_"),
 }
 # Rows of the report that are scores on a scale of their own, not fractions: how their names begin
 SCORES = ("dnsmos_", "speaker_similarity_")
@@ -137,6 +152,14 @@ PART_GOALS = {
     "first_audio": 10,
     "thinker_training": 1,
     "talker_training": 1,
+}
+# Of those rows the ones in the READMEs: row -> (English, Chinese)
+README_PARTS = {
+    "prefill": ("prefill", "预填充"),
+    "thinker_step": ("text token", "文字 token"),
+    "talker_step": ("speech code", "语音编码"),
+    "token2wav": ("Token2Wav", "Token2Wav"),
+    "thinker_training": ("training step of the Thinker", "Thinker 训练步"),
 }
 # Rows of the latency table: key -> (English, Chinese)
 LATENCY_ROWS = {
@@ -274,29 +297,35 @@ def headline(language: str) -> str:
 def report(language: str) -> str:
     """All rows of the report of the included weights, beside the quick budget's if there is one."""
     quick_rows = report_rows("tiny_quick")
-    rows = []
-    for name, row in report_rows("tiny").items():
-        cells = [f"`{name}`", value_of(name, row), interval_of(name, row), items(row)]
-        if name in quick_rows:
-            quick = quick_rows[name]
-            cells += [value_of(name, quick), interval_of(name, quick), items(quick)]
-        rows.append(cells)
     head = ["tiny", "value", "95 % interval", "items or words"]
     if quick_rows:
         head += ["quick budget", "95 % interval", "items or words"]
+    tables = []
+    for caption, beginnings in REPORT_TABLES.items():
+        rows = []
+        for name, row in report_rows("tiny").items():
+            if not name.startswith(beginnings):
+                continue
+            cells = [f"`{name}`", value_of(name, row), interval_of(name, row), items(row)]
+            if quick_rows:
+                quick = quick_rows.get(name, {"value": None})
+                cells += [value_of(name, quick), interval_of(name, quick), items(quick)]
+            rows.append(cells)
+        tables.append(f"{caption}:\n\n{table(head, rows)}\n")
     measured = results()["report"]["tiny"]
     times = f"Measured in {measured['measured_seconds']} s on {measured['hardware']}."
-    return f"{table(head, rows)}\n{times}\n"
+    return f"{''.join(tables)}{times}\n"
 
 
 def held_out_speakers(language: str) -> str:
     """Right answers about each speaker who was left out of the tuning, before and after it."""
     measured = results()["held_out_speakers"]
-    rows = [
-        [name, percent(row["before"]), percent(row["after"]), str(row["items"])]
-        for name, row in measured.items()
-    ]
-    return table(["speaker left out", "before", "after", "recordings"], rows)
+    rows = []
+    for name, row in measured.items():
+        low, high = Metric(name, row["after"], row["items"]).interval()
+        cells = [percent(row["before"]), percent(row["after"]), f"{low:.1%} to {high:.1%}"]
+        rows.append([name, *cells, str(row["items"])])
+    return table(["speaker left out", "before", "after", "95 % interval", "recordings"], rows)
 
 
 def report_small(language: str) -> str:
@@ -483,14 +512,45 @@ def answered(language: str) -> str:
             f"内存限制 12 GiB："
             f"{load_s} 秒加载 22.4 GB，进程最多占用 {memory} GiB，每秒 {tokens} 个文字 token"
             f"（内存复制带宽 {copy} GB/s，只算读权重可达 {limit} 个）、{codes} 个语音编码，"
-            f"一秒语音的合成需 {token2wav} 秒。\n"
+            f"一秒语音的合成需 {token2wav} 秒。{beside_transformers(language)}\n"
         )
     return (
         f"It answers without a GPU too. `minomni bench answer`, random weights of the 7B in int4, "
         f"two cores, memory limited to 12 GiB: 22.4 GB load in {load_s} s, the process takes at "
         f"most {memory} GiB, and text, an image and audio are answered with {tokens} text tokens a "
         f"second ({limit} if a step only read its weights at {copy} GB/s) and {codes} speech codes "
-        f"a second, of which a second of speech takes {token2wav} s to make.\n"
+        f"a second, of which a second of speech takes {token2wav} s to make."
+        f"{beside_transformers(language)}\n"
+    )
+
+
+def beside_transformers(language: str) -> str:
+    """Some parts beside transformers, in one sentence; nothing before they were measured.
+
+    Of the first run that is stored.
+    """
+    runs = list(results().get("parts", {}).values())
+    if not runs:
+        return ""
+    machine, rows = runs[0]["machine"], runs[0]["rows"]
+    ratios = []
+    for name, texts in README_PARTS.items():
+        ratio = rows.get(name, {}).get("ratio")
+        if ratio is not None:
+            ratios.append(f"{in_language(texts, language)} {part_value(ratio)}")
+    if not ratios:
+        return ""
+    where = "notebooks/results.md#part-by-part"
+    if language == "zh":
+        return (
+            f"与 transformers {machine['transformers']} 的速度之比（`minomni bench parts`，"
+            f"9 亿个随机权重，{machine['dtype']}，{machine['threads']} 线程）："
+            f"{'，'.join(ratios)}（[逐项]({where})）。"
+        )
+    return (
+        f" Speed divided by that of transformers {machine['transformers']} (`minomni bench parts`, "
+        f"0.9 billion random weights, {machine['dtype']}, {machine['threads']} threads): "
+        f"{', '.join(ratios)} ([part by part]({where}))."
     )
 
 
@@ -575,7 +635,13 @@ def ablate_beta(language: str) -> str:
     measured = results()["ablations"]["beta"]
     head = ["", *(name if name == "before DPO" else f"beta {name}" for name in measured)]
     values = [percent(row["word_error"]) for row in measured.values()]
-    return table(head, [["word error rate", *values]])
+    falls = [row.get("relative_fall") for row in measured.values()]
+    rows = [
+        ["word error rate", *values],
+        ["relative reduction", *("" if fall is None else percent(fall["value"]) for fall in falls)],
+        ["95 % interval", *("" if fall is None else interval(fall) for fall in falls)],
+    ]
+    return table(head, rows)
 
 
 def ablate_dpo(language: str) -> str:
@@ -653,23 +719,25 @@ def facts(language: str) -> str:
     release = sum(parameter_counts("qwen7b").values())
     hours = results()["report"]["tiny"]["train_seconds"] / 3600
     first = round(results()["stream"]["first_audio_ms"])
+    without_bf16 = round(results()["stream_avx2"]["first_audio_ms"])
     if language == "zh":
         return (
             f"- **笔记本电脑即可训练。** {parameters:,} 个参数，所有部件从随机权重开始，"
             f"双核 CPU 上训练：随附权重的各阶段合计 {hours:.1f} 小时，两个阶段同时进行；"
             f"quick 步数更短。\n"
-            f"- **流式输出。** 文字与语音同时生成；文字提问后 {first} 毫秒得到第一段音频"
-            f"（双核 CPU）。\n"
+            f"- **流式输出。** 文字与语音同时生成；文字提问后，双核 AVX-512 处理器上 {first} 毫秒、"
+            f"双核 AVX2 处理器上 {without_bf16} 毫秒得到第一段音频。\n"
             f"- **与官方结构相同。** 同样的类可以构建 7B（{release:,} 个参数）并读入其检查点目录，"
             f"测试逐一与官方代码比对。\n"
         )
     return (
         f"- **It trains on a laptop.** {parameters:,} parameters, every part from random weights, "
         f"on two CPU cores: encoders, language model, speech codec, Talker, DiT, vocoder, then DPO "
-        f"on speech. The stages of the included model add up to {hours:.1f} hours, two at a time; "
-        f"the quick budget is shorter.\n"
+        f"on speech. The stages of the included model add up to {hours:.1f} hours, and two run at "
+        f"a time; the quick budget is shorter.\n"
         f"- **It streams.** Text and speech are generated together. The first audio of the answer "
-        f"to a typed question is there after {first} ms, on two CPU cores.\n"
+        f"to a typed question is there after {first} ms on two cores with AVX-512, after "
+        f"{without_bf16} ms on two AVX2 cores.\n"
         f"- **It is the release's architecture.** The same classes build the 7B model ({release:,} "
         f"parameters) and read its checkpoint folder. The tests compare every part with the "
         f"official code.\n"
@@ -801,6 +869,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the generated tables of the documents.")
     parser.add_argument("--report", type=Path, help="runs/report.json of `minomni report`")
     parser.add_argument("--stream", type=Path, help="output of `minomni bench stream --json`")
+    parser.add_argument("--avx2", action="store_true", help="--stream is of two AVX2 cores")
     parser.add_argument("--first", type=Path, help="output of `minomni bench first --json`")
     parser.add_argument("--serve", type=Path, help="output of `minomni bench serve --json`")
     parser.add_argument("--page", type=Path, help="output of tests/measure_page.py --json")
@@ -820,7 +889,8 @@ def main() -> None:
     if arguments.report:
         take_report(json.loads(arguments.report.read_text()), arguments.size, stored)
     if arguments.stream:
-        stored["stream"].update(json.loads(arguments.stream.read_text()))
+        key = "stream_avx2" if arguments.avx2 else "stream"
+        stored.setdefault(key, {}).update(json.loads(arguments.stream.read_text()))
     if arguments.first:
         measured = json.loads(arguments.first.read_text())
         take_first(measured, arguments.size, arguments.device, stored)

@@ -86,6 +86,14 @@ def test_links_lead_somewhere(document):
             assert link["section"] in anchors(target.read_text(encoding="utf-8")), link[0]
 
 
+@pytest.mark.parametrize("document", ["lab_log.md", "results.md", "usage.md"])
+def test_contents_list_every_section(document):
+    text = prose(read(f"notebooks/{document}"))
+    sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    listed = re.findall(r"^- \[([^\]]*)\]\(#[^)]*\)$", text, re.MULTILINE)
+    assert listed == [section for section in sections if section not in ("Summary", "Contents")]
+
+
 def test_marks_of_unusual_files_are_complete():
     """Each has a kind, a file and a result, and no file stands twice."""
     marks = refresh_readme.reads_marks()
@@ -120,6 +128,16 @@ def test_no_table_is_empty():
 def test_results_are_stored_as_the_script_writes_them():
     stored = refresh_readme.RESULTS.read_text(encoding="utf-8")
     assert refresh_readme.pretty(refresh_readme.results()) + "\n" == stored
+
+
+def test_each_row_of_the_report_is_in_one_table():
+    found = refresh_readme.report("en")
+    for name in refresh_readme.report_rows("tiny"):
+        assert found.count(f"| `{name}` |") == 1, name
+    tables = re.findall(r"(?:^\|.*\n)+", found, re.MULTILINE)
+    assert len(tables) == len(refresh_readme.REPORT_TABLES)
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_a_new_report_replaces_the_old_one():
@@ -173,6 +191,27 @@ def test_the_first_sound_of_the_page_is_told_once_it_was_measured(monkeypatch, l
     assert sentence.count("\n") == 1
     assert "7 questions" in refresh_readme.page(language)
     assert "701 to 956 ms, median 812" in refresh_readme.page(language)
+
+
+def test_a_share_of_recordings_has_its_interval(monkeypatch):
+    speakers = {"ada": {"before": 0.0, "after": 0.5, "items": 100}}
+    monkeypatch.setattr(refresh_readme, "results", lambda: {"held_out_speakers": speakers})
+    row = "| ada | 0.0% | 50.0% | 40.4% to 59.6% | 100 |\n"  # Wilson's
+    assert refresh_readme.held_out_speakers("en").endswith(row)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_parts_beside_transformers_are_told_once_they_were_measured(monkeypatch, language):
+    machine = {"transformers": "5.0.0", "dtype": "float32", "threads": 2}
+    stored = {"parts": {"float32": {"machine": machine, "rows": {"video": {"minomni": 1.0}}}}}
+    monkeypatch.setattr(refresh_readme, "results", lambda: stored)
+    assert refresh_readme.beside_transformers(language) == ""
+    rows = {name: {"ratio": 1.234} for name in refresh_readme.README_PARTS}
+    stored["parts"]["float32"]["rows"] = rows
+    sentence = refresh_readme.beside_transformers(language)
+    assert sentence.count("1.23") == len(rows)
+    stored.clear()
+    assert refresh_readme.beside_transformers(language) == ""
 
 
 def test_an_unknown_table_is_named():
