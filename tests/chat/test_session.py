@@ -15,9 +15,11 @@ import torch
 
 import minomni
 from minomni.chat.reply import AudioChunk, ReplyDone, TextChunk
+from minomni.config import QWEN7B, TINY
 from minomni.errors import UserError
 from minomni.inputs.media import Clip
 from minomni.inputs.prompt import Processor
+from minomni.omni import Omni
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +111,33 @@ def test_audio_in_chunks_equals_audio_at_once(omni, seconds, borders):
         session.add_audio(chunk)
     session.respond("what was said")
     same(session, prefill_at_once(omni, user({"audio": wave}, {"text": "what was said"})))
+
+
+@pytest.fixture
+def long_context(omni):
+    """A narrow model with the context of the release."""
+    text = dataclasses.replace(
+        TINY.thinker.text,
+        num_hidden_layers=2,
+        max_position_embeddings=QWEN7B.thinker.text.max_position_embeddings,
+    )
+    audio = dataclasses.replace(TINY.thinker.audio, encoder_layers=1)
+    thinker = dataclasses.replace(TINY.thinker, text=text, audio=audio)
+    torch.manual_seed(0)
+    model = Omni(dataclasses.replace(TINY, thinker=thinker)).eval()
+    model.tokenizer = omni.tokenizer
+    return model
+
+
+@pytest.mark.slow
+def test_twenty_minutes_in_parts_equal_one_prompt(long_context):
+    wave = noise(20 * 60, loud_at=1.0)
+    session = long_context.listen(speech=False)
+    for chunk in wave.split(10 * RATE):
+        session.add_audio(chunk)
+    session.respond("what was said")
+    assert 30_000 < session.length < 32_768
+    same(session, prefill_at_once(long_context, user({"audio": wave}, {"text": "what was said"})))
 
 
 @pytest.mark.parametrize("loud_at", [0.2, 2.5, 4.05, 5.3])
