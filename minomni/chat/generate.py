@@ -106,16 +106,16 @@ def generate_tokens(
 
     # The Talker reads `replies` while the loop below appends to them.
     talker, _ = omni.require_speech()
+    tokens = omni.config.thinker.tokens
     talker_inputs, replies = growing_talker_inputs(omni, prefill, bos_tokens)
     talker_steps = talker.steps(
         talker_inputs, talker_sampling, omni.num_codes, generators(seed, device)
     )
 
     # One Talker step per Thinker step, once there are states.
-    im_end = omni.config.thinker.tokens.im_end
     for ids, states in thinker_steps:
         yield "text", ids
-        add_states(replies, ids, states, im_end)
+        add_states(replies, ids, states, tokens.im_end)
         if states is not None:
             codes = next(talker_steps, None)
             if codes is not None:
