@@ -1,5 +1,7 @@
 """Solutions of the exercises of notebook 00. The graders are in the notebook."""
 
+import torch
+
 
 def my_placed(embeds, ids, features, token):
     x = embeds.clone()
@@ -14,6 +16,11 @@ def my_answer(next_logits, stop, limit):
     return said
 
 
-def my_talker_rows(hidden, embeds, is_media):
+def my_talker_vectors(hidden, embeds, is_media):
     spoken = embeds.masked_fill(is_media[:, None], 0)
     return hidden + spoken
+
+
+def my_step_inputs(words, end, padding, steps):
+    repeated = padding.expand(steps, -1)  # as often as could be needed
+    return torch.cat([words, end[None], repeated])[:steps]

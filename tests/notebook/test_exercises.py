@@ -625,12 +625,19 @@ BUGS = {
             lambda f, stop, limit: written(lambda said: f(said[-1:]), stop, limit),
             lambda f, stop, limit: written(lambda said: -f(said), stop, limit),
         ],
-        "my_talker_rows": [
+        "my_talker_vectors": [
             lambda h, e, m: torch.cat([h, e], 1),
             lambda h, e, m: h + e,
             lambda h, e, m: (h + e).masked_fill(m[:, None], 0),
             lambda h, e, m: h.masked_fill(m[:, None], 0) + e,
             lambda h, e, m: h + e.masked_fill_(m[:, None], 0),
+        ],
+        "my_step_inputs": [
+            lambda w, e, p, n: torch.cat([w, e[None], p.expand(max(n - len(w) - 1, 0), -1)]),
+            lambda w, e, p, n: torch.cat([w, e.expand(n, -1)])[:n],
+            lambda w, e, p, n: torch.cat([w, p.expand(n, -1)])[:n],
+            lambda w, e, p, n: torch.cat([w, p.expand(n - len(w) - 1, -1), e[None]]),
+            lambda w, e, p, n: torch.cat([w, e[None], w[-1:].expand(n, -1)])[:n],
         ],
     },
     "01": {
