@@ -109,15 +109,22 @@ Place = tuple[float, float]  # seconds and Hz
 def point_out(ax: "Axes", places: dict[str, Place | list[Place]]) -> None:
     """Arrows from names above a log-mel spectrogram to places in it.
 
-    A list of places is joined by a line, at whose last place the arrow ends.
+    A list of places is joined by a line, at whose last place the arrow ends: two places are the
+    ends of a bracket, more are the points of a dotted curve.
     """
+    from matplotlib import patheffects
+
+    # A dark edge shows white lines on bright places.
+    edge = [patheffects.withStroke(linewidth=3.4, foreground=INK)]
     highest = hz_to_mel(torch.tensor(8000.0))
     for name, given in places.items():
         path = given if isinstance(given, list) else [given]
         seconds = [second for second, _ in path]
         mels = hz_to_mel(torch.tensor([float(hz) for _, hz in path]))
         bands = (mels / highest * (LOG_BANDS + 1) - 0.5).tolist()
-        ax.plot(seconds, bands, color="white", linewidth=1.4, linestyle=":" if path[2:] else "-")
+        look = {"linestyle": ":"} if path[2:] else {"marker": "_", "markersize": 7 * len(path[1:])}
+        ax.plot(seconds, bands, color="white", linewidth=1.4, path_effects=edge, **look)
+        arrow = {"arrowstyle": "->", "color": "white", "linewidth": 1.4, "path_effects": edge}
         ax.annotate(
             name,
             (seconds[-1], bands[-1]),
@@ -125,7 +132,7 @@ def point_out(ax: "Axes", places: dict[str, Place | list[Place]]) -> None:
             ha="center",
             fontsize=8,
             color=INK,
-            arrowprops={"arrowstyle": "->", "color": "white", "linewidth": 1.4},
+            arrowprops=arrow,
             annotation_clip=False,
         )
 

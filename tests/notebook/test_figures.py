@@ -61,6 +61,16 @@ def test_an_arrow_ends_at_the_last_place_of_a_path():
     assert ax.texts[1].xy[1] == ax.lines[1].get_ydata()[-1]
 
 
+def test_two_places_are_the_ends_of_a_bracket():
+    ax = viz.axes()
+    figures.point_out(ax, {"hiss": (0.5, 4000), "harmonics": [(0.6, 400), (0.6, 600)]})
+    place, bracket = ax.lines
+    assert place.get_markersize() == 0  # an arrow is enough
+    assert bracket.get_marker() == "_"
+    assert bracket.get_markersize() > 0
+    assert ax.texts[1].xy[1] == bracket.get_ydata()[1] > bracket.get_ydata()[0]
+
+
 def test_pairs_of_two_blocks_are_left_out_of_an_attention_map():
     ax = viz.axes()
     words = {0.0: "say", 0.04: "cross"}
