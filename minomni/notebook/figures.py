@@ -400,6 +400,24 @@ def over_offsets(score: Tensor, apart: Tensor, rows: Sequence[int]) -> None:
     right.legend(frameon=False, fontsize=8)
 
 
+def costs(sides: Tensor, multiplications: Mapping[str, Tensor], crossing: float) -> None:
+    """Multiplications of the vision encoder by the side of a square image, in pixels.
+
+    The names begin with attention without windows, then with them; a dotted line stands at the
+    side `crossing`.
+    """
+    ax = axes(width=7, height=2.9)
+    looks = ((COLORS["audio"], "--"), (COLORS["audio"], "-"), (COLORS["text"], "-"))
+    for (name, numbers), (color, style) in zip(multiplications.items(), looks, strict=True):
+        ax.loglog(sides, numbers, style, color=color, label=name)
+    ax.axvline(crossing, color=INK, linestyle=":")
+    ax.minorticks_off()
+    marks = [112 * 2**i for i in range(6)]
+    ax.set(xlabel="side of a square image, pixels", ylabel="multiplications")
+    ax.set_xticks(marks, [str(mark) for mark in marks])
+    ax.legend(frameon=False, fontsize=8)
+
+
 def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
     """A line for each name: a dot for each seed, their mean, and their standard deviation as a bar.
 

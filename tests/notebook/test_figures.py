@@ -71,6 +71,17 @@ def test_two_places_are_the_ends_of_a_bracket():
     assert ax.texts[1].xy[1] == bracket.get_ydata()[1] > bracket.get_ydata()[0]
 
 
+def test_costs_are_drawn_in_the_order_of_their_names():
+    numbers = torch.tensor([1.0, 4.0])
+    names = ["whole-frame", "windows", "linear"]
+    figures.costs(torch.tensor([112.0, 224.0]), dict.fromkeys(names, numbers), crossing=150.0)
+    ax = plt.gca()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == names
+    assert [line.get_linestyle() for line in ax.lines] == ["--", "-", "-", ":"]
+    assert ax.lines[-1].get_xdata()[0] == 150
+    assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["112", "224"]
+
+
 def test_pairs_of_two_blocks_are_left_out_of_an_attention_map():
     ax = viz.axes()
     words = {0.0: "say", 0.04: "cross"}
