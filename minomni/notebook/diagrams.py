@@ -233,18 +233,19 @@ def _reached(symbols: str, s: int) -> list[int]:
     return list(range(s, last + 1))
 
 
-def residual(*halves: Sequence[str]):
-    """The halves of a decoder layer, one below the other.
+def residual(*halves: Sequence[str], stream: str = "x", shape: str = "[L, D]"):
+    """The halves of a transformer layer, one below the other.
 
-    Each is a line of operations and tensors in turn; the residual stream x passes above it and is
-    added at its end.
+    Each is a line of operations and tensors in turn; the residual stream passes above it and is
+    added at its end. stream, shape: the name of the residual stream, and its shape.
     """
     parts: list[str] = []
     right = 0.0
+    named = f"{stream} {shape}"
     for row, half in enumerate(halves):
         y = 34 + 84 * row
         x = 4.0
-        for i, step in enumerate(("x [L, D]", *half, "[L, D]")):
+        for i, step in enumerate((named, *half, shape)):
             width = width_of(step)
             parts.append(box(x, y, width, step) if i % 2 == 1 else tensor(x, y, step))
             x += width
@@ -256,9 +257,10 @@ def residual(*halves: Sequence[str]):
             f'<path d="{bypass}" fill="none" stroke="{COLORS["audio"]}" stroke-width="1.5" '
             'marker-end="url(#tip)"/>'
         )
-        parts.append(text((8 + plus) / 2, y - 8, "x passes unchanged: the residual stream", 11))
+        passes = f"{stream} passes unchanged: the residual stream"
+        parts.append(text((8 + plus) / 2, y - 8, passes, 11))
         parts.append(arrow((plus + 12, y + 15), (plus + 76, y + 15)))
-        parts.append(text(plus + 44, y + 7, "x [L, D]", size=11))
+        parts.append(text(plus + 44, y + 7, named, size=11))
         right = max(right, plus + 80)
     return drawing(int(right), 84 * len(halves), parts)
 

@@ -113,6 +113,9 @@ def test_an_axis_that_does_not_rotate_says_so(ax):
 
 def test_a_layer_adds_x_twice_and_heads_share():
     assert viz.residual(("norm", "[L, D]", "mix"), ("norm",)).data.count(">+</text>") == 2
+    of_dit = viz.residual(("norm",), stream="h", shape="[T, D]").data
+    assert of_dit.count("h [T, D]") == 2
+    assert "h passes unchanged" in of_dit
     heads = viz.shared_heads(4, 2).data
     assert heads.count("query head") == 4
     assert heads.count("keys, values") == 2
