@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HARMONICS_SECONDS = 0.4  # of a voice in low_harmonics()
 MUON_BOUNDS = (0.68, 1.2)  # of singular values after five iterations
+MUON_LEAST = 0.0015  # of the norm: smaller singular values stay below these bounds
 LOWEST_VOICE, HIGHEST_VOICE = 60, 400  # Hz, of a fundamental frequency
 
 
@@ -432,6 +433,56 @@ def over_seeds(values: Mapping[str, Tensor], label: str) -> None:
     ax.set_ylim(len(values) - 0.5, -0.6)
 
 
+def timeline(
+    ax: "Axes",
+    times: Mapping[str, Sequence[float]],
+    arrivals: Sequence[float],
+    lengths: Sequence[float],
+) -> float:
+    """The outputs of each step as marks, and the chunks of audio as they are played, in ms.
+
+    times: of each step the seconds of its outputs. arrivals, lengths: of each chunk, in seconds.
+    Returns the second at which a player that starts at once has played all of them.
+    """
+    steps = ("prefill", "text", "code", "mel", "audio")
+    for row, step in enumerate(steps):
+        marks = [1000 * at for at in times[step]]
+        ax.plot(marks, [row] * len(marks), "|", markersize=11, color=COLORS["audio"])
+    end = 0.0  # when all chunks before have been played
+    for i, (arrival, length) in enumerate(zip(arrivals, lengths)):
+        begin = max(end, arrival)
+        shade = (0.45, 0.75)[i % 2]
+        color = COLORS["audio"]
+        ax.barh(len(steps), 1000 * length, 0.5, 1000 * begin, color=color, alpha=shade)
+        end = begin + length
+    first = 1000 * times["audio"][0]
+    ax.axvline(first, color=PALE, zorder=0)
+    ax.text(first, -0.3, " first audio", fontsize=8, color=COLORS["text"])
+    ax.set(yticks=range(len(steps) + 1), yticklabels=(*steps, "played"))
+    ax.set(ylim=(len(steps) + 0.5, -0.5), xlabel="ms since the question")
+    return end
+
+
+def made_and_played(
+    ax: "Axes", when: Sequence[float], made: Sequence[float], begin: float, length: float
+) -> None:
+    """Audio that is there and audio that has been played over time; red where a player runs dry.
+
+    when, made: at each second the seconds of audio that are there from then on. begin: when a
+    player begins. length: of the whole answer, in seconds.
+    """
+    ax.step(when, made, color=COLORS["audio"], where="post", label="made")
+    ax.plot([begin, begin + length], [0, length], color="gray", label="played")
+    at = torch.linspace(begin, begin + length, 400)
+    ready = torch.tensor([max(m for m, t in zip(made, when) if t <= s + 1e-6) for s in at.tolist()])
+    dry = at - begin > ready
+    shade = dict(color="red", alpha=0.3, linewidth=0, label="silence")
+    ax.fill_between(at, at - begin, ready, where=dry.tolist(), **shade)  # type: ignore[arg-type]
+    ax.set(xlabel="seconds", ylabel="seconds of audio")
+    if ax.get_subplotspec().is_first_col():  # type: ignore[union-attr]  # one legend is enough
+        ax.legend(frameon=False, fontsize=8, loc="upper left")
+
+
 def above_and_below(ax: "Axes") -> list["Axes"]:
     """Two plots in the area of one, with one axis for x."""
     ax.axis("off")
@@ -475,6 +526,7 @@ def polynomial(at: Tensor, once: Tensor, five_times: Tensor, before: Tensor, aft
     left.semilogx(at, five_times, label="five times", color=COLORS["audio"])
     left.set(xlabel="singular value ÷ norm, before", ylabel="after", ylim=(0, 1.65))
     left.legend(frameon=False, fontsize=8, loc="upper left")
+    right.axhline(MUON_LEAST, color=PALE, zorder=0)
     right.semilogy(before, label="gradient", color=COLORS["text"])
     right.semilogy(after, label="update", color=COLORS["audio"])
     right.set(xlabel="number of the singular value", ylabel="singular value ÷ norm")

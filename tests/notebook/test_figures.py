@@ -160,6 +160,21 @@ def test_seeds_are_dots_around_their_mean():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["before"]
 
 
+def test_a_chunk_is_played_when_it_is_there_and_those_before_have_been_played():
+    _, ax = plt.subplots()
+    times = {step: [0.1] for step in ("prefill", "text", "code", "mel", "audio")}
+    assert figures.timeline(ax, times, [0.1, 0.2, 0.9], [0.25, 0.25, 0.25]) == pytest.approx(1.15)
+    assert [round(bar.get_x()) for bar in ax.patches] == [100, 350, 900]
+
+
+@pytest.mark.parametrize(("made", "runs_dry"), [(0.5, True), (3.0, False)])
+def test_a_player_that_runs_dry_is_marked(made, runs_dry):
+    _, ax = plt.subplots()
+    figures.made_and_played(ax, [0, 1, 2], [0, made, 3], begin=1, length=3)
+    [silence] = ax.collections
+    assert bool(silence.get_paths()) == runs_dry
+
+
 def test_repeated_steps_of_a_flow_are_underlined_within_their_line():
     steps = ("x", "add", "[D]", "scale", "y")
     diagram = viz.flow(*steps, repeat=(1, 3, "a layer, × 4")).data
@@ -218,6 +233,7 @@ def test_the_polynomial_of_muon_has_its_bounds():
     figures.polynomial(at, at, at, at, at)
     left, right = plt.gcf().axes
     assert [line.get_ydata()[0] for line in left.lines[:2]] == [0.68, 1.2]
+    assert right.lines[0].get_ydata()[0] == 0.0015
     assert right.get_yscale() == "log"
 
 
