@@ -40,6 +40,16 @@ def my_run(weights, mean, first, last, seed):
     return weights, mean
 
 
+def my_stop(held_out, patience):
+    best = 0
+    for report, loss in enumerate(held_out):
+        if loss < held_out[best]:
+            best = report
+        if report - best >= patience:
+            return best, report + 1
+    return best, len(held_out)
+
+
 def as_row(question, answer):
     return {"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": answer}]}

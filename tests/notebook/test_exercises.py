@@ -330,6 +330,17 @@ def orthogonalized(g, norm: bool = True, rounds: int = 5, exact: bool = False, s
     return 0.2 * size(g.shape) ** 0.5 * (u * s @ vh)
 
 
+def stopped(held_out, patience: int, ties: bool = False) -> tuple[int, int]:
+    """Early stopping; the switch keeps the last of equal losses."""
+    best = 0
+    for report, loss in enumerate(held_out):
+        if loss < held_out[best] or (ties and loss == held_out[best]):
+            best = report
+        if report - best >= patience:
+            return best, report + 1
+    return best, len(held_out)
+
+
 def clipped(gradients, limit, always: bool = False, root: bool = True) -> list[torch.Tensor]:
     """Gradients scaled to a common norm; each switch does one thing wrong."""
     norm = sum(g.square().sum() for g in gradients) ** (0.5 if root else 1)
@@ -1165,6 +1176,14 @@ BUGS = {
             lambda w, m, first, last, seed: continued(w, m, first, last + 1, seed),
             lambda w, m, *x: continued(w, 0 * m, *x),
             lambda *x: continued(*x)[0],
+        ],
+        "my_stop": [
+            lambda x, n: (x.index(min(x)), len(x)),
+            lambda x, n: stopped(x, n + 1),
+            lambda x, n: stopped(x, 1),
+            lambda x, n: stopped(x, n, ties=True),
+            lambda x, n: (stopped(x, n)[0], stopped(x, n)[1] - 1),
+            lambda x, n: (stopped(x, n)[1] - 1, stopped(x, n)[1]),
         ],
     },
     "14": {
