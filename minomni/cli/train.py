@@ -175,7 +175,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Run one stage, or all stages and the export of the model."""
-    from minomni.train import pipeline, processes, recipes, run_settings, stage_table
+    from minomni.train import distributed, pipeline, recipes, run_settings, stage_table
 
     refuse(arguments, NEEDS_DATA)
 
@@ -186,8 +186,8 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
     settings = recipes.merge_settings(settings, recipes.parse_settings(arguments.set))
     noted = {} if arguments.fresh else run_settings.read_settings(home)
     pipeline.check_batches(arguments.size, noted | settings, arguments.stage)
-    with processes.first_goes_first():
-        if processes.is_first():
+    with distributed.first_goes_first():
+        if distributed.is_first():
             pipeline.prepare_run(home, arguments.resume, arguments.fresh, arguments.stage)
             run_settings.record_settings(home, settings)
     if arguments.stage:
@@ -206,20 +206,20 @@ def run_stages(arguments: argparse.Namespace, home: Path, device: str) -> None:
 
 def train_all(size: str, home: Path, seed: int, device: str) -> None:
     """Run all stages that are not finished and export the model."""
-    from minomni.train import pipeline, processes, provenance, stage_pool, stage_table
+    from minomni.train import distributed, pipeline, provenance, stage_pool, stage_table
 
     began = time.perf_counter()
     try:
-        if processes.world() == 1:
+        if distributed.world() == 1:
             stage_pool.run_all(size, home, seed, device)
         else:
             for name in stage_table.STAGES:
                 pipeline.run_stage(name, size, home, seed, True, device, progress=False)
     finally:
         seconds = time.perf_counter() - began
-        if processes.is_first():
+        if distributed.is_first():
             seconds = provenance.add_elapsed(home, seconds)
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     pipeline.export_model(size, home, seed)
     print(f"trained in {seconds:.0f} s: {escape(str(home / 'model'))}")
@@ -228,7 +228,7 @@ def train_all(size: str, home: Path, seed: int, device: str) -> None:
 def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None:
     """Fine-tune a trained size on the data of --data."""
     from minomni.checkpoint.lora import parse_lora
-    from minomni.train import processes
+    from minomni.train import distributed
     from minomni.train.finetune import FinetuneOptions, finetune
 
     if arguments.set or arguments.budget != "quick":
@@ -248,12 +248,12 @@ def run_finetune(arguments: argparse.Namespace, home: Path, device: str) -> None
     )
     out = arguments.out or home / ("adapter" if lora else "tuned")
     folder = finetune(arguments.size, arguments.data, out, options, device, home)
-    if arguments.held_out and processes.is_first():
+    if arguments.held_out and distributed.is_first():
         print(held_out_scores(arguments, folder, lora is not None, device))
     shown = escape(str(folder))
-    if lora and processes.is_first():
+    if lora and distributed.is_first():
         print(f"tuned: {shown}; python -m minomni merge {escape(arguments.size)} {shown} OUT")
-    elif processes.is_first():
+    elif distributed.is_first():
         print(f"tuned: {shown}; python -m minomni chat --model {shown}")
 
 
@@ -293,7 +293,7 @@ def lora_parts(arguments: argparse.Namespace) -> tuple[str, ...]:
 def run_train_encoder(arguments: argparse.Namespace) -> None:
     """Train an encoder for the codes of a folder."""
     from minomni.devices import device_of
-    from minomni.train import processes
+    from minomni.train import distributed, processes
     from minomni.train.train_encoder import EncoderOptions, train_encoder
 
     device = device_of(arguments.device).type
@@ -313,7 +313,7 @@ def run_train_encoder(arguments: argparse.Namespace) -> None:
             device=device,
             home=home,
         )
-        if processes.is_first():
+        if distributed.is_first():
             shown = escape(str(out))
             command = f"python -m minomni train {shown} --data FILE --lora r=16 --parts talker"
             print(f"with an encoder: {shown}; {command}")

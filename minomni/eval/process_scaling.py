@@ -20,7 +20,7 @@ import torch
 from minomni import paths
 from minomni.data import text_to_speech
 from minomni.errors import UserError, shorten
-from minomni.train import pipeline, processes, run_settings
+from minomni.train import distributed, pipeline, processes, run_settings
 from minomni.train.loop import train
 from minomni.train.recipes import recipe_of
 
@@ -113,7 +113,7 @@ def train_here(name: str, home: Path, device: str) -> None:
     text_to_speech.available = lambda: False  # the committed recordings: nothing to synthesize
     torch.set_num_threads(1)
     with processes.process_group(device):
-        with processes.first_goes_first():
+        with distributed.first_goes_first():
             stage = pipeline.make_stage(name, SIZE, home, 0, device)
         stage.preview_text = lambda: ""  # type: ignore[method-assign]
         stage.preview_audio = lambda: None  # type: ignore[method-assign]

@@ -15,24 +15,78 @@ another forever.
 With one process nothing changes, and FSDP, which is slow to import, is not imported.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from minomni.errors import UserError
-from minomni.train.processes import gather, is_first, rank, world
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
     from minomni.train.loop import Stage
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process runs the block alone, then the others do, and find the files it wrote."""
+    if not is_first():
+        dist.barrier()
+    yield
+    if is_first() and world() > 1:
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes in their order."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes of what each computes from its own rows: any shape -> the same.
+
+    Its gradient reaches the own rows alone: the gradients of all processes are added up later.
+    """
+    if world() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total + (values - values.detach())
+
+
+def require_same(values: dict[str, Any]) -> None:
+    """Raises UserError, naming one that differs, unless all processes have these values."""
+    for others in gather(values):
+        for name, value in values.items():
+            if others[name] != value:
+                raise UserError(
+                    f"the processes of this run have different {name}; expected the same files, on "
+                    f"a disk that all of them see, and the same options"
+                )
 
 
 def own_rows(batch: Any) -> Any:
@@ -53,20 +107,19 @@ def own_rows(batch: Any) -> Any:
     return batch[rank() :: world()]
 
 
-class RowDropout(nn.Module):
-    """Dropout [B, ...] whose masks are those of the whole batch, whatever rows this process has."""
+def drop_out(layer: nn.Dropout, rows: int, x: Tensor) -> Tensor:
+    """Dropout [B, ...] with the masks of the whole batch, of so many rows, whatever rows this
+    process has.
+    """
+    if not layer.training:
+        return x
+    mask = F.dropout(x.new_ones(rows, *x.shape[1:]), layer.p)
+    return x * own_rows(mask)
 
-    def __init__(self, p: float, rows: int):
-        """rows: of the whole batch."""
-        super().__init__()
-        self.p = p
-        self.rows = rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        mask = F.dropout(x.new_ones(self.rows, *x.shape[1:]), self.p)
-        return x * own_rows(mask)
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    """The dropout layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, nn.Dropout)]
 
 
 class ShardedLosses(nn.Module):
@@ -77,19 +130,12 @@ class ShardedLosses(nn.Module):
     def __init__(self, stage: "Stage"):
         super().__init__()
         self.losses = stage.losses
-        self.has_hooks = False
         self.used: set[str] = set()  # names of the parameters that had a gradient in this step
         for name, value in vars(stage).items():
             if isinstance(value, nn.Module):
                 self.add_module(name, value)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
-        if not self.has_hooks:  # FSDP makes the whole parameters now, and keeps them
-            self.has_hooks = True
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad:
-                    note = lambda _, name=name: self.used.add(name)  # noqa: E731
-                    parameter.register_post_accumulate_grad_hook(note)
         return self.losses(batch)
 
 
@@ -99,8 +145,8 @@ def shard(stage: "Stage") -> None:
         return
     from torch.distributed.fsdp import fully_shard
 
-    rows = stage.recipe.batch
-    replace_layers(stage.omni, nn.Dropout, lambda dropout: RowDropout(dropout.p, rows))
+    for layer in dropouts(stage.omni):
+        layer.forward = partial(drop_out, layer, stage.recipe.batch)  # type: ignore[method-assign]
     module = ShardedLosses(stage)
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     mesh = dist.init_device_mesh(stage.device.type, (world(),))
@@ -109,7 +155,18 @@ def shard(stage: "Stage") -> None:
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_reduce_scatter_unused_params(True)
-    stage.losses = module  # type: ignore[method-assign]
+    stage.losses = sharded  # type: ignore[method-assign]
+
+    with unsharded(stage):  # hooks are on the whole parameters, which FSDP keeps
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                note = partial(note_use, module.used, name)
+                parameter.register_post_accumulate_grad_hook(note)
+
+
+def note_use(used: set[str], name: str, parameter: Tensor) -> None:
+    """A hook: the parameter of this name has got a gradient."""
+    used.add(name)
 
 
 def delete_unused_gradients(stage: "Stage") -> None:
@@ -123,7 +180,7 @@ def delete_unused_gradients(stage: "Stage") -> None:
     for name, parameter in module.named_parameters():
         if name not in used:
             parameter.grad = None
-    module.used = set()
+    module.used.clear()
 
 
 @contextmanager
@@ -150,16 +207,9 @@ def unshard(stage: "Stage") -> None:
                 if parameter not in plain:
                     plain[parameter] = nn.Parameter(parameter.full_tensor().detach())
                 setattr(owner, name, plain[parameter])
-    replace_layers(stage.omni, RowDropout, lambda dropout: nn.Dropout(dropout.p))
+    for layer in dropouts(stage.omni):
+        del layer.forward
     del stage.losses
-
-
-def replace_layers(model: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> None:
-    """Put make(layer) in the place of each layer of a kind."""
-    for module in model.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, kind):
-                setattr(module, name, make(layer))
 
 
 def is_sharded(value: Any) -> TypeGuard["DTensor"]:
@@ -173,20 +223,14 @@ def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     """
     if not is_sharded(batch):
         return function(batch)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    items = batch.full_tensor()
-    # All processes take equally many; the last ones compute some that others compute too.
-    count = math.ceil(len(items) / world())
-    begins = [min(process * count, len(items) - count) for process in range(world())]
-    begin = begins[rank()]
-    own = function(items[begin : begin + count]).contiguous()
-    parts = [torch.empty_like(own) for _ in begins]
-    dist.all_gather(parts, own)
-    results = own.new_empty(items.shape)
-    for begin, part in zip(begins, parts, strict=True):
-        results[begin : begin + count] = part
-    return distribute_tensor(results, batch.device_mesh, batch.placements, src_data_rank=None)
+    whole, by_item = [Replicate()], [Shard(0)]
+    own = batch.redistribute(placements=whole).redistribute(placements=by_item).to_local()
+    results: DTensor = DTensor.from_local(
+        function(own), batch.device_mesh, by_item, shape=batch.shape, stride=batch.stride()
+    )
+    return results.redistribute(placements=whole).redistribute(placements=batch.placements)
 
 
 def whole(state: Any) -> Any:
@@ -211,20 +255,3 @@ def part_of(value: Tensor, like: Any) -> Tensor:
 
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters of all groups, in the order of the optimizer's state."""
-    parameters = []
-    for group in optimizer.param_groups:
-        parameters += group["params"]
-    return parameters
-
-
-def parts_of_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """A whole state of an optimizer -> the part of it that this process holds."""
-    parameters = parameters_of(optimizer)
-    kept = {}
-    for index, row in state["state"].items():
-        kept[index] = {key: part_of(value, parameters[index]) for key, value in row.items()}
-    return {**state, "state": kept}

@@ -47,7 +47,7 @@ from minomni.inputs.media import load_audio
 from minomni.inputs.mel import HOP
 from minomni.inputs.prompt import Inputs, Processor
 from minomni.token2wav.voice import make_voice
-from minomni.train import losses, processes
+from minomni.train import distributed, losses
 from minomni.train.loop import Recipe, Stage, to_device, train
 from minomni.train.pipeline import prepare_run
 from minomni.train.provenance import write_provenance
@@ -211,8 +211,9 @@ def finetune(
 
     # The data is read with the model, whose tokenizer and voices it is checked against.
     omni = load(size, device, quantize=options.quantize)
-    processes.require_same({"precisions (free memory decides)": omni.thinker.lm_head.weight.dtype})
-    with processes.first_goes_first():
+    precision = omni.thinker.lm_head.weight.dtype
+    distributed.require_same({"precisions (free memory decides)": precision})
+    with distributed.first_goes_first():
         rows = read_rows(data, run, omni, options.skip_corrupt, options.held_out_speaker)
     names = stage_names(omni, rows, data, options)
     agree_on_run(run, inputs_of(omni, rows, names, options))
@@ -223,9 +224,9 @@ def finetune(
         train_or_load(stage, run / "stages")
 
     omni.eval().requires_grad_(False)
-    if processes.is_first() and options.lora:
+    if distributed.is_first() and options.lora:
         save_lora(omni, out, list(rows.voices))
-    elif processes.is_first():
+    elif distributed.is_first():
         saving.save(omni, out)
         seconds = time.perf_counter() - began
         details = {"data": data.name, "stages": names, "epochs": options.epochs}
@@ -238,8 +239,8 @@ def begin_run(out: Path, home: Path | None, resume: bool, fresh: bool, config: s
     one of the two cannot be written. config: as in working_folder().
     """
     run = working_folder(out, home, config)
-    with processes.first_goes_first():
-        if processes.is_first():
+    with distributed.first_goes_first():
+        if distributed.is_first():
             prepare_run(run, resume, fresh)
     return run
 
@@ -265,8 +266,8 @@ def inputs_of(omni: "Omni", rows: JsonlRows, names: list[str], options: Finetune
 
 def agree_on_run(run: Path, inputs_of_run: dict) -> None:
     """Raises UserError unless all processes, and the run so far, have the same inputs."""
-    processes.require_same(inputs_of_run)
-    with processes.first_goes_first():
+    distributed.require_same(inputs_of_run)
+    with distributed.first_goes_first():
         check_same_run(run, inputs_of_run)
 
 
@@ -294,7 +295,7 @@ def check_quantize(quantize: str | None, lora: bool) -> None:
         return
     if not lora:
         raise UserError("--quantize goes with --lora: quantized weights are not trained themselves")
-    if processes.world() > 1:
+    if distributed.world() > 1:
         raise UserError("--quantize trains in one process; leave it out, or start without torchrun")
 
 
@@ -314,7 +315,7 @@ def read_rows(
         if held_out_speaker is not None:
             raise UserError(f"{data}: --held-out takes a JSONL file or a folder of recordings")
         packed = read_shards(data, run, omni, skip_corrupt)
-        if processes.is_first():
+        if distributed.is_first():
             for error in packed.skipped:
                 print(f"skipped: {error}", file=sys.stderr)
         return packed

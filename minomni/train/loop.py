@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minomni.devices import has_bf16, memory_errors
 from minomni.errors import UserError
 from minomni.talker.codec import Codec
-from minomni.train import distributed, processes, run_folder, samples
+from minomni.train import distributed, run_folder, samples
 from minomni.train.muon import Muon
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Stage:
 
         Rows, or a tuple of which each tensor and list has the rows [B, ...]; several processes
         divide them. All that is random is drawn here, or a seed for each row; dropout is drawn
-        for the whole batch, too (RowDropout in distributed.py).
+        for the whole batch, too (drop_out() in distributed.py).
         """
         raise NotImplementedError
 
@@ -300,7 +300,7 @@ def begin_training(
     means: dict[str, float] = {}
     if resume:
         step, means = run_folder.load_checkpoint(folder, stage.name, trainable, optimizers)
-    processes.require_same({"recipes": stage.recipe, "checkpoints": step})
+    distributed.require_same({"recipes": stage.recipe, "checkpoints": step})
     return trainable, optimizers, step, means
 
 
@@ -323,7 +323,7 @@ def progress_bar(stage: Stage, step: int, last: int, enabled: bool) -> tqdm:
         initial=step,
         desc=stage.name,
         leave=False,
-        disable=None if enabled and processes.is_first() else True,  # None: without a terminal
+        disable=None if enabled and distributed.is_first() else True,  # None: without a terminal
         unit=" items",
         unit_scale=stage.recipe.batch * stage.recipe.accumulate,
     )
@@ -349,8 +349,8 @@ def save_trained(stage: Stage, folder: Path) -> None:
     """Write the trained parameters of the model, without modules that only the stage has."""
     of_model = dict(stage.omni.named_parameters())
     trained = {name: p for name, p in stage.parameters().items() if name in of_model}
-    with processes.first_goes_first():
-        if processes.is_first():
+    with distributed.first_goes_first():
+        if distributed.is_first():
             run_folder.save_stage(folder, stage.name, trained)
 
 
@@ -432,11 +432,11 @@ def log_progress(
     sample = ""
     stage.omni.eval()
     with torch.no_grad(), distributed.unsharded(stage):
-        if processes.is_first():
+        if distributed.is_first():
             sample = stage.preview_text()
             samples.write_samples(stage, folder, step, sample)
     stage.omni.train()
-    if not processes.is_first():
+    if not distributed.is_first():
         return
 
     items_per_s = stage.recipe.batch * stage.recipe.accumulate / step_s

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minomni.config import IGNORE_INDEX
-from minomni.train.processes import summed
+from minomni.train.distributed import summed
 
 STFT_SIZES = (128, 256, 512, 1024)  # samples
 

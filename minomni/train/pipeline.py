@@ -13,7 +13,7 @@ from minomni.data.vocabulary import english, world_tokenizer
 from minomni.devices import device_of
 from minomni.errors import UserError
 from minomni.omni import Omni
-from minomni.train import processes
+from minomni.train import distributed
 from minomni.train.loop import Stage, run_setup, train
 from minomni.train.measured_runs import write_summary
 from minomni.train.provenance import elapsed_s, training_command, write_provenance
@@ -68,10 +68,10 @@ def check_batches(size: str, settings: Settings, stage: str | None) -> None:
     """
     for name in [stage] if stage else STAGES:
         rows = recipe_of(name, size, settings).batch
-        if rows < processes.world():
+        if rows < distributed.world():
             raise UserError(
-                f"stage {name}: a batch has {rows} rows, too few for {processes.world()} "
-                f"processes; start at most {rows}, or --set {name}.batch={processes.world()}"
+                f"stage {name}: a batch has {rows} rows, too few for {distributed.world()} "
+                f"processes; start at most {rows}, or --set {name}.batch={distributed.world()}"
             )
 
 
@@ -114,15 +114,15 @@ def run_stage(
     another size.
     """
     folder = home / "stages"
-    with processes.first_goes_first():
+    with distributed.first_goes_first():
         check_run_config(folder, SIZES[size])
         if resume and is_finished(folder, name):
-            if processes.is_first():
+            if distributed.is_first():
                 print(f"stage {name} is finished; --stage {name} --fresh starts it over")
             return
 
     torch.set_num_threads(1)
-    with processes.first_goes_first():
+    with distributed.first_goes_first():
         stage = make_stage(name, size, home, seed, device)
     log_event(stage, folder, "setup", stage.setup_s or 0.0)
     began = time.perf_counter()
@@ -132,7 +132,7 @@ def run_stage(
 
 def log_event(stage: Stage, folder: Path, event: str, seconds: float) -> None:
     """Append to log.jsonl how long setup or training took."""
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     on_gpu = stage.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores"

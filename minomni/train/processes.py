@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from minomni.errors import Terminated, UserError, shorten
 
@@ -38,25 +37,13 @@ def process_group(device: str) -> Iterator[None]:
         with terminable():
             join(device)
             yield
-    except UserError:
-        end_if_reported()
-        raise
-    except RuntimeError as error:
-        if not is_lost_connection(error):
+    except (UserError, RuntimeError, SystemExit) as error:
+        line = line_of(error)
+        if line is None:
             raise
-        end_if_reported()
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"the connection to another process of this run is lost ({shorten(first_line, 120)}); "
-            f"{CONTINUE}"
-        ) from None
-    except SystemExit as ending:
-        if ending.code != TERMINATED:
-            raise
-        end_if_reported()
-        raise Terminated(
-            f"torchrun has ended this process, as it does when another one is lost; {CONTINUE}"
-        ) from None
+        if is_reported():
+            raise SystemExit(2) from None
+        raise line from None
     dist.destroy_process_group()
 
 
@@ -73,14 +60,43 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
-    # None: the handler before was not Python's.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def line_of(error: BaseException) -> UserError | None:
+    """The line with which an error ends this process; None for an error of the program."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, SystemExit) and error.code == TERMINATED:
+        return Terminated(
+            f"torchrun has ended this process, as it does when another one is lost; {CONTINUE}"
+        )
+    text = str(error)
+    # A collective operation, whose other side has ended.
+    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+        first_line = (text.splitlines() or [""])[0]
+        return UserError(
+            f"the connection to another process of this run is lost ({shorten(first_line, 120)}); "
+            f"{CONTINUE}"
+        )
+    return None
+
+
+def is_reported() -> bool:
+    """Report an error of this process -> whether another one has reported one before."""
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(address, port, timeout=STORE_WAIT, wait_for_workers=False)
+        return store.add(REPORTS, 1) > 1
+    except dist.DistError:  # the store has ended
+        return False
 
 
 def join(device: str) -> None:
@@ -98,77 +114,3 @@ def join(device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error comes from a collective operation, whose other side has ended."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-
-
-def end_if_reported() -> None:
-    """End this process without a message where another one has reported an error."""
-    address = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(address, port, timeout=STORE_WAIT, wait_for_workers=False)
-        reports = store.add(REPORTS, 1)
-    except dist.DistError:  # the store has ended
-        return
-    if reports > 1:
-        raise SystemExit(2)
-
-
-def world() -> int:
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes files and prints."""
-    return rank() == 0
-
-
-@contextmanager
-def first_goes_first() -> Iterator[None]:
-    """The first process runs the block alone, then the others do, and find the files it wrote."""
-    if not is_first():
-        dist.barrier()
-    yield
-    if is_first() and world() > 1:
-        dist.barrier()
-
-
-def gather(value: Any) -> list[Any]:
-    """The values of all processes in their order."""
-    values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum over all processes of what each computes from its own rows: any shape -> the same.
-
-    Its gradient reaches the own rows alone: the gradients of all processes are added up later.
-    """
-    if world() == 1:
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total + (values - values.detach())
-
-
-def require_same(values: dict[str, Any]) -> None:
-    """Raises UserError, naming one that differs, unless all processes have these values."""
-    for others in gather(values):
-        for name, value in values.items():
-            if others[name] != value:
-                raise UserError(
-                    f"the processes of this run have different {name}; expected the same files, on "
-                    f"a disk that all of them see, and the same options"
-                )

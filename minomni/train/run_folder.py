@@ -26,7 +26,7 @@ from minomni.checkpoint.hf_config import read_config, write_config
 from minomni.config import OmniConfig
 from minomni.errors import UserError, shorten
 from minomni.files import WriteError, open_regular, write_atomically, writing
-from minomni.train import distributed, processes
+from minomni.train import distributed
 
 # File name patterns of everything that this folder holds.
 RUN_FILES = (
@@ -151,7 +151,7 @@ def save_checkpoint(
     }
     state = distributed.whole(state)
     path = folder / f"{name}.resume.pt"
-    if processes.is_first():
+    if distributed.is_first():
         with disk_errors(path):
             write_atomically(path, lambda f: torch.save(state, f))
 
@@ -184,8 +184,27 @@ def load_checkpoint(
     for key, parameter in trainable.items():
         parameter.data.copy_(distributed.part_of(state["parameters"][key], parameter))
     for optimizer, kept in zip(optimizers, kept_optimizers, strict=True):
-        optimizer.load_state_dict(distributed.parts_of_state(kept, optimizer))
+        optimizer.load_state_dict(parts_of_state(kept, optimizer))
     return state["step"], state["means"]
+
+
+def parts_of_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """A whole state of an optimizer -> the part of it that this process holds."""
+    parameters = parameters_of(optimizer)
+    kept = {}
+    for index, row in state["state"].items():
+        kept[index] = {
+            key: distributed.part_of(value, parameters[index]) for key, value in row.items()
+        }
+    return {**state, "state": kept}
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in the order of the optimizer's state."""
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
 
 def check_unpacked_size(archive: zipfile.ZipFile, path: Path) -> None:
@@ -246,7 +265,7 @@ def matches_optimizer(kept: Any, optimizer: torch.optim.Optimizer) -> bool:
     if not same_groups(kept.get("param_groups"), optimizer.state_dict()["param_groups"]):
         return False
 
-    parameters = distributed.parameters_of(optimizer)
+    parameters = parameters_of(optimizer)
     for index, row in kept["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(row, dict):
             return False

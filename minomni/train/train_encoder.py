@@ -21,7 +21,7 @@ from minomni.data.jsonl import JsonlRows
 from minomni.errors import UserError
 from minomni.talker.codec import CodeClassifier
 from minomni.token2wav.voice import Voice
-from minomni.train import processes
+from minomni.train import distributed
 from minomni.train.code_pairs import PairMaker
 from minomni.train.finetune import (
     agree_on_run,
@@ -93,7 +93,7 @@ def train_encoder(
     train_or_load(stage, run / "stages")
 
     omni.eval().requires_grad_(False)
-    if processes.is_first():
+    if distributed.is_first():
         saving.save(omni, out)
         seconds = time.perf_counter() - began
         name = Path(folder).resolve().name
@@ -103,14 +103,14 @@ def train_encoder(
 
 def read_answers(data: Path, run: Path, omni: "Omni") -> JsonlRows:
     """The rows whose answers the Talker speaks. Raises UserError for bad data."""
-    with processes.first_goes_first():
+    with distributed.first_goes_first():
         return read_rows(data, run, omni, skip_corrupt=False)
 
 
 def make_pairs(stage: EncoderStage, folder: Path) -> None:
     """Make the pairs of mel and codes, or read them from the cache, unless training is finished."""
     if not is_finished(folder, stage.name):
-        with processes.first_goes_first():
+        with distributed.first_goes_first():
             run_setup(stage)
 
 

@@ -136,7 +136,7 @@ def make_stage(name: str, cache: str, dtype: torch.dtype, accumulate: int) -> St
 
         training.CACHE = Path(cache)
         DPOStage.preference_pairs = pairs_of_recordings
-        with processes.first_goes_first():
+        with distributed.first_goes_first():
             stage = stage_of(name, batch=3, steps=3, lr=STAGE_LR[name], **recipe)
         for module in vars(stage).values():
             if isinstance(module, nn.Module):
@@ -185,7 +185,7 @@ def run(
     forward_backward = loop.forward_backward
 
     def recorded(stage, step, batches=None):
-        if step == kill_at and not processes.is_first():
+        if step == kill_at and not distributed.is_first():
             os.kill(os.getpid(), 9)
         if step == full_at:
             import resource
@@ -194,7 +194,7 @@ def run(
         history.append(forward_backward(stage, step, batches))
         return history[-1]
 
-    if not processes.is_first() and steps_of_second:
+    if not distributed.is_first() and steps_of_second:
         stage.recipe = replace(stage.recipe, steps=steps_of_second)
     loop.forward_backward = recorded
     try:
@@ -202,7 +202,7 @@ def run(
     finally:
         loop.forward_backward = forward_backward
     assert all(type(p) is nn.Parameter for p in stage.omni.parameters())
-    if processes.is_first():
+    if distributed.is_first():
         Path(folder, "history.json").write_text(json.dumps(history))
 
 

@@ -176,12 +176,12 @@ import os, sys
 import torch
 import torch.distributed as dist
 from minomni import __main__
-from minomni.train import processes
+from minomni.train import distributed, processes
 
 def train(arguments):
     with processes.process_group("cpu"):
         dist.barrier()
-        if processes.rank() == 1:
+        if distributed.rank() == 1:
             while not os.path.exists("ready"):  # the first process has left the barrier
                 pass
             os.kill(os.getpid(), 9)
