@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from minomni.errors import UserError
 
@@ -155,18 +154,14 @@ def shard(stage: "Stage") -> None:
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_reduce_scatter_unused_params(True)
-    stage.losses = sharded  # type: ignore[method-assign]
+    stage.losses = module  # type: ignore[method-assign]
 
     with unsharded(stage):  # hooks are on the whole parameters, which FSDP keeps
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                note = partial(note_use, module.used, name)
-                parameter.register_post_accumulate_grad_hook(note)
-
-
-def note_use(used: set[str], name: str, parameter: Tensor) -> None:
-    """A hook: the parameter of this name has got a gradient."""
-    used.add(name)
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, name=name: module.used.add(name)  # type: ignore[misc]
+                )
 
 
 def delete_unused_gradients(stage: "Stage") -> None:
@@ -225,6 +220,7 @@ def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         return function(batch)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
+    # By way of the whole: gloo cannot exchange parts of one dimension for those of another.
     whole, by_item = [Replicate()], [Shard(0)]
     own = batch.redistribute(placements=whole).redistribute(placements=by_item).to_local()
     results: DTensor = DTensor.from_local(
@@ -233,18 +229,14 @@ def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return results.redistribute(placements=whole).redistribute(placements=batch.placements)
 
 
-def whole(state: Any) -> Any:
-    """A nested state with whole tensors in place of sharded ones, on the CPU of the first process;
-    the others, which write no file, keep none.
+def whole(value: Any) -> Any:
+    """A whole tensor for a sharded one, on the CPU of the first process; the others, which write no
+    file, keep none. Any other value stays.
     """
-
-    def whole_tensor(value: Any) -> Any:
-        if not is_sharded(value):
-            return value
-        tensor = value.full_tensor()
-        return tensor.cpu() if is_first() else None
-
-    return tree_map(whole_tensor, state)
+    if not is_sharded(value):
+        return value
+    tensor = value.full_tensor()
+    return tensor.cpu() if is_first() else None
 
 
 def part_of(value: Tensor, like: Any) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from minomni.checkpoint.hf_config import read_config, write_config
 from minomni.config import OmniConfig
@@ -149,7 +150,7 @@ def save_checkpoint(
         "parameters": {key: value.detach() for key, value in trainable.items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    state = distributed.whole(state)
+    state = tree_map(distributed.whole, state)
     path = folder / f"{name}.resume.pt"
     if distributed.is_first():
         with disk_errors(path):
