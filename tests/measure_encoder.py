@@ -1,17 +1,23 @@
 """Is an encoder that was learned back as good as the one that a model was trained with?
 
     python tests/measure_encoder.py FOLDER [--pairs 2000] [--steps 3000] [--rows 200] [--items 60]
+    python tests/measure_encoder.py FOLDER --encoders true,untrained
 
 The encoder of tiny is thrown away and learned from the model's own sound, as for a folder of the
 release, which has none. Then the Talker is tuned by LoRA on a synthesized voice that tiny does not
-know, once on the codes of each encoder. Outside judges compare the speech: word error rate
-(Whisper, open vocabulary) and likeness to the recordings (GE2E). Everything is kept in FOLDER, and
-the same command continues what was interrupted. It needs the packages of requirements-dev.txt and
-the third judge that is named there.
+know, once on the codes of each encoder: the true one, the learned one, and one of random weights,
+whose codes say nothing of the sound. Outside judges compare the speech: word error rate (Whisper,
+open vocabulary) and likeness to the recordings (GE2E). Everything is kept in FOLDER, and the same
+command continues what was interrupted. FOLDER/result.json has the table and how long each part
+took; a command with some encoders adds their rows to it, and tests/refresh_readme.py --encoder
+takes it. It needs the packages of requirements-dev.txt and the third judge that is named there.
 """
 
 import argparse
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -30,12 +36,19 @@ from minomni.data.grammar import statement
 from minomni.data.text_to_speech import Job
 from minomni.data.word_errors import word_error_rate
 from minomni.eval.outside_judges import OpenRecognizer, SpeakerSimilarity, capped_word_errors
+from minomni.inputs.mel import HOP
 from minomni.omni import Omni
 from minomni.train.finetune import FinetuneOptions, finetune
-from minomni.train.train_encoder import EncoderOptions, train_encoder
+from minomni.train.train_encoder import (
+    EncoderOptions,
+    put_classifier,
+    train_encoder,
+    with_classifier,
+)
 
 VOICE = "New"
 LORA = "r=16"
+ENCODERS = ("true", "learned", "untrained")
 
 
 def synthesized(texts: list[str], voice: str) -> list[np.ndarray]:
@@ -71,24 +84,35 @@ def write_data(folder: Path, voice: str, count: int) -> Path:
     return path
 
 
-def without_encoder(folder: Path) -> Path:
-    """tiny without its codec."""
+def model_with(encoder: str, folder: Path, options: EncoderOptions) -> Path:
+    """tiny with one of ENCODERS."""
+    if encoder == "true":
+        return paths.data_samples() / "tiny"
+    model = folder / encoder
+    if model.exists():
+        return model
+    omni = minomni.load("tiny")
+    if encoder == "untrained":
+        put_classifier(omni, with_classifier(omni.config, options.size), seed=0)
+        minomni.save(omni, model)
+        return model
     base = folder / "no-encoder"
     if not base.exists():
-        omni = minomni.load("tiny")
         omni.codec = None
         omni.config = replace(omni.config, codec=None)
         minomni.save(omni, base)
-    return base
+    return train_encoder(str(base), model, options, resume=True)
 
 
-def tuned(base: Path, data: Path, out: Path, epochs: int | None) -> Path:
-    """A LoRA adapter of the Talker, trained on the codes of the encoder of `base`."""
+def tuned(base: Path, data: Path, out: Path, epochs: int | None) -> Omni:
+    """The model `base` with a LoRA adapter of its Talker, trained on the codes of its encoder."""
     if not out.exists():
         lora = parse_lora(LORA)
         options = FinetuneOptions(epochs=epochs, resume=True, lora=lora, lora_parts=("talker",))
         finetune(str(base), data, out, options)
-    return out
+    omni = minomni.load(str(base))
+    load_lora(omni, out)
+    return omni
 
 
 def same_codes(one: Omni, two: Omni, waves: list[np.ndarray]) -> float:
@@ -96,7 +120,8 @@ def same_codes(one: Omni, two: Omni, waves: list[np.ndarray]) -> float:
     equal = []
     for wave in waves:
         sound = torch.from_numpy(wave / 32768).float()
-        cut = sound[: len(sound) // 640 * 640]  # whole codes of tiny
+        code_samples = HOP * one.codec.config.downsample
+        cut = sound[: len(sound) // code_samples * code_samples]
         with torch.no_grad():
             first, second = (encode_waves(omni.codec, [cut])[0] for omni in (one, two))
         equal.append((first == second).float())
@@ -134,9 +159,26 @@ def spoken(omni: Omni, texts: list[str]) -> list[torch.Tensor]:
     return waves
 
 
+@contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note how long the block runs."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 1)
+
+
+def names_of(text: str) -> list[str]:
+    """true,learned -> the names of encoders."""
+    names = text.split(",")
+    if not set(names) <= set(ENCODERS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(ENCODERS)}")
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--encoders", type=names_of, default=list(ENCODERS))
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=200)
@@ -146,46 +188,44 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-
-    # The encoder of tiny, and one that is learned without it.
-    true = paths.data_samples() / "tiny"
-    learned = folder / "learned"
     options = EncoderOptions("tiny", arguments.pairs, arguments.steps)
-    if not learned.exists():
-        train_encoder(str(without_encoder(folder)), learned, options, resume=True)
+    output = folder / "result.json"
+    result = {"rows": {}, "same codes on recordings": {}, "seconds": {}}
+    if output.exists():
+        result = json.loads(output.read_text())
+    rows, same, seconds = result["rows"], result["same codes on recordings"], result["seconds"]
 
-    # The new voice by the codes of each.
-    data = write_data(folder, arguments.voice, arguments.rows)
-    bases = {"true": true, "learned": learned}
-    adapters = {}
-    for name, base in bases.items():
-        adapters[name] = tuned(base, data, folder / f"adapter-{name}", arguments.epochs)
+    with timed("recordings", seconds):
+        data = write_data(folder, arguments.voice, arguments.rows)
+        texts = texts_of(arguments.items, held_out=True)
+        recordings = synthesized(texts, arguments.voice)
+        judges = Judges(recordings)
+        sounds = [torch.from_numpy(wave / 32768).float() for wave in recordings]
+        rows["recordings"] = judges.row(texts, sounds, INPUT_SAMPLE_RATE)
 
-    # The judges hear held-out sentences.
-    texts = texts_of(arguments.items, held_out=True)
-    recordings = synthesized(texts, arguments.voice)
-    judges = Judges(recordings)
-    sounds = [torch.from_numpy(wave / 32768).float() for wave in recordings]
-    rows = {"recordings": judges.row(texts, sounds, INPUT_SAMPLE_RATE)}
-    models = {}
-    for name, base in bases.items():
-        models[name] = minomni.load(str(base))
-        load_lora(models[name], adapters[name])
-        waves = spoken(models[name], texts)
-        rows[f"{name} encoder"] = judges.row(texts, waves, models[name].sample_rate)
-    plain = minomni.load(str(true))
-    plain.voices[VOICE] = models["true"].voices[VOICE]
+    # The new voice by the codes of each encoder. The judges hear held-out sentences.
+    plain = minomni.load("tiny")
+    for name in arguments.encoders:
+        with timed(f"{name} encoder", seconds):
+            base = model_with(name, folder, options)
+        with timed(f"{name} encoder, tuning", seconds):
+            omni = tuned(base, data, folder / f"adapter-{name}", arguments.epochs)
+        with timed(f"{name} encoder, judging", seconds):
+            waves = spoken(omni, texts)
+            rows[f"{name} encoder"] = judges.row(texts, waves, omni.sample_rate)
+            same[name] = same_codes(plain, omni, recordings)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    plain.voices[VOICE] = omni.voices[VOICE]
     rows["not tuned"] = judges.row(texts, spoken(plain, texts), plain.sample_rate)
+    output.write_text(json.dumps(result, indent=2) + "\n")
 
-    result = {
-        "rows": rows,
-        "same codes on recordings": same_codes(models["true"], models["learned"], recordings),
-    }
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print("| speech in the new voice | word error rate | likeness |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['wer']:.1%} | {row['likeness']:.3f} |")
-    print(f"\nequal codes on the recordings: {result['same codes on recordings']:.1%}")
+    for name, share in same.items():
+        print(f"equal codes on the recordings, {name}: {share:.1%}")
+    for name, value in seconds.items():
+        print(f"{name}: {value:.0f} s")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@
         (--method none: without --quantize)
     python tests/refresh_readme.py --processes processes.json
         take the rows of `python -m minomni bench processes --json` first
+    python tests/refresh_readme.py --encoder OUT/result.json
+        take the rows of `python tests/measure_encoder.py OUT` first
 
 Needs the package: pip install -e .
 
@@ -606,6 +608,29 @@ def scaling(language: str) -> str:
     return table(["stage", "processes", "rows a step", "a step, ms", "speed-up"], rows)
 
 
+ENCODER_ROWS = {  # of measure_encoder.py
+    "recordings": "recordings",
+    "true encoder": "tuned, codes of the true encoder",
+    "learned encoder": "tuned, codes of the learned encoder",
+    "untrained encoder": "tuned, codes of an encoder of random weights",
+    "not tuned": "not tuned",
+}
+
+
+def encoder(language: str) -> str:
+    """Speech tuned on the codes of each encoder, and how many of them are the true ones."""
+    measured = results()["encoder"]
+    rows = []
+    for name, label in ENCODER_ROWS.items():
+        row = measured["rows"].get(name)
+        if row is None:
+            continue
+        share = measured["same codes on recordings"].get(name.removesuffix(" encoder"))
+        same = "" if share is None else f"{share:.0%}"
+        rows.append([label, percent(row["wer"]), f"{row['likeness']:.3f}", same])
+    return table(["speech in the new voice", "word error rate", "similarity", "true codes"], rows)
+
+
 def ablate_tmrope(language: str) -> str:
     rows = [
         [name, percent(row["value"]), interval(row), items(row)]
@@ -793,6 +818,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "parts": parts,
     "quantized": quantized,
     "scaling": scaling,
+    "encoder": encoder,
     "stages": stages,
     "sizes": sizes,
     "unusual_files": unusual_files,
@@ -882,6 +908,7 @@ def main() -> None:
     parser.add_argument("--quantized", type=Path, help="output of `minomni report --json`")
     parser.add_argument("--method", default="none", help="of --quantized, as its column says it")
     parser.add_argument("--processes", type=Path, help="output of `minomni bench processes --json`")
+    parser.add_argument("--encoder", type=Path, help="result.json of tests/measure_encoder.py")
     parser.add_argument("--size", default="tiny", help="of --report and --first")
     parser.add_argument("--device", default="two cores", help="of --first, as its column says it")
     arguments = parser.parse_args()
@@ -911,6 +938,9 @@ def main() -> None:
         stored.setdefault("quantized", {})[arguments.method] = kept
     if arguments.processes:
         stored["processes"] = json.loads(arguments.processes.read_text())
+    if arguments.encoder:
+        for key, values in json.loads(arguments.encoder.read_text()).items():
+            stored.setdefault("encoder", {}).setdefault(key, {}).update(values)
     RESULTS.write_text(pretty(stored) + "\n", encoding="utf-8")
     write_documents()
 

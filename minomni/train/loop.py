@@ -300,7 +300,8 @@ def begin_training(
     means: dict[str, float] = {}
     if resume:
         step, means = run_folder.load_checkpoint(folder, stage.name, trainable, optimizers)
-    distributed.require_same({"recipes": stage.recipe, "checkpoints": step})
+    same = {"recipes": stage.recipe, "seeds": stage.seed, "checkpoints": step}
+    distributed.require_same(same)
     return trainable, optimizers, step, means
 
 

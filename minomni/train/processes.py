@@ -1,6 +1,6 @@
-"""The processes that torchrun starts: their group, their order, and one line for an error.
+"""The processes that torchrun starts: how they meet, and one line when one of them ends early.
 
-With one process every function here does nothing.
+With one process nothing here has an effect. What they compute: distributed.py.
 """
 
 import os

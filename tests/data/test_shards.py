@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import tracemalloc
 from itertools import islice
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import soundfile
@@ -307,6 +309,55 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     tracemalloc.stop()
     assert iterated < 500_000  # bytes, of five million
     assert read < 40 * count
+
+
+# `minomni` in a process of its own: a few steps, and the memory that the process takes at most.
+FEW_STEPS = """
+import resource, sys
+from dataclasses import replace
+from minomni import __main__
+from minomni.train import finetune
+
+make_stage = finetune.make_finetune_stage
+
+def short_stage(*arguments):
+    stage = make_stage(*arguments)
+    stage.recipe = replace(stage.recipe, steps=3)
+    return stage
+
+finetune.make_finetune_stage = short_stage
+finetune.FinetuneChatStage.preview_text = lambda self: ""
+code = __main__.main()
+unit = 1 if sys.platform == "darwin" else 1024
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_training_on_many_samples_takes_the_memory_of_few(tiny_folder, tmp_path):
+    """`minomni train --data`, where rows that are kept would take a kilobyte each and more."""
+    pytest.importorskip("resource", reason="this system does not tell how much memory was taken")
+    row = {"messages": [{"role": "user", "content": "say a", "metadata": "x" * 1000}]}
+    row["messages"].append({"role": "assistant", "content": "NUMBER"})
+    text = json.dumps(row)
+    peaks = []
+    for count in (1000, 100_000):
+        data = tmp_path / f"{count}"
+        data.mkdir()
+        for first in range(0, count, 10_000):
+            numbers = range(first, min(first + 10_000, count))
+            contents = {f"{i:09}.json": text.replace("NUMBER", f"{i:06}").encode() for i in numbers}
+            write_tar(data / f"{first:06}.tar", contents)
+        words = ["train", str(tiny_folder), "--data", str(data), "--lora", "r=2", "--epochs", "1"]
+        words += ["--home", "run", "--out", f"adapter-{count}", "--device", "cpu", "--no-progress"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = forked.start(FEW_STEPS, words, tmp_path, environment)
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert (tmp_path / f"adapter-{count}").is_dir()
+        peaks.append(int(out.split()[-1]))
+    assert peaks[1] - peaks[0] < 300 * 100_000  # bytes
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ except UserError as error:
 
 class Toy(nn.Module):
     """A model with all kinds of parameters: an embedding, matrices that no number of processes
-    divides, a filter, scales, a frozen layer, and a branch that only some batches use.
+    divides, a filter, scales, a frozen layer, a matrix that two layers share, and a branch that
+    only some rows use.
     """
 
     def __init__(self):
@@ -60,31 +61,38 @@ class Toy(nn.Module):
         self.branch = nn.Linear(5, 5)
         self.norm = nn.LayerNorm(5)
         self.head = nn.Linear(5, 11)
+        self.tied = nn.Linear(5, 11, bias=False)
+        self.tied.weight = self.head.weight
         linears = [nn.Linear(9, 9) for _ in range(3)]  # three equal matrices
         self.deep = nn.Sequential(*linears, nn.Dropout(0.2))
         self.thinker = SimpleNamespace(device=torch.device("cpu"))  # a stage asks for it
 
-    def read(self, ids, with_branch):
-        """Logits [B, L, 11] by a method other than forward."""
+    def read(self, ids, uses_branch):
+        """Logits [B, L, 11] by a method other than forward. uses_branch: of each row [B]."""
         hidden = torch.tanh(self.wide(self.frozen(self.embed(ids)))).mT
         hidden = self.conv(hidden).mT
-        if with_branch:
-            hidden = hidden + self.branch(hidden)
-        return self.head(self.norm(hidden))
+        if uses_branch.any():
+            hidden = hidden + uses_branch[:, None, None] * self.branch(hidden)
+        hidden = self.norm(hidden)
+        return self.head(hidden) + self.tied(hidden.roll(1, -1))
 
 
 class ReadStage(Stage):
-    """The next token; a loss of its own and the branch on every third batch."""
+    """The next token. Every third batch has a loss of its own, and its first row, which only the
+    first process computes, goes through the branch.
+    """
 
     name = "read"
     trainable = ("embed.", "wide.", "conv.", "branch.", "norm.", "head.")
 
     def whole_batch(self, number):
-        return torch.randint(11, (3, 8)), number % 3 == 0
+        with_branch = number % 3 == 0
+        uses_branch = torch.tensor([with_branch, False, False])
+        return torch.randint(11, (3, 8)), uses_branch, with_branch
 
     def losses(self, batch):
-        ids, with_branch = batch
-        logits = self.omni.read(ids, with_branch)
+        ids, uses_branch, with_branch = batch
+        logits = self.omni.read(ids, uses_branch)
         result = {"text": losses.next_token(logits[:, :-1], ids[:, 1:])}
         if with_branch:
             result["branch"] = 0.1 * losses.mean(logits.square())
@@ -174,14 +182,18 @@ def run(
     kill_at: int | None = None,
     full_at: int | None = None,
     steps_of_second: int | None = None,
+    seed_of_second: int | None = None,
 ) -> None:
-    """Train the few steps of a stage; the losses of each step go to history.json in the folder.
+    """Train the few steps of a stage; the losses and the norm of the gradients of each step go to
+    history.json and norms.json in the folder.
 
     kill_at: the step at which the second process ends by SIGKILL. full_at: the step from which on
-    no file can grow. steps_of_second: in the recipe of the second process.
+    no file can grow. steps_of_second: in the recipe of the second process. seed_of_second: the seed
+    of its batches.
     """
     stage = make_stage(name, cache, getattr(torch, dtype), accumulate)
     history = []
+    norms = []
     forward_backward = loop.forward_backward
 
     def recorded(stage, step, batches=None):
@@ -192,18 +204,29 @@ def run(
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         history.append(forward_backward(stage, step, batches))
+        norms.append(norm_of_gradients(stage))
         return history[-1]
 
     if not distributed.is_first() and steps_of_second:
         stage.recipe = replace(stage.recipe, steps=steps_of_second)
+    if not distributed.is_first() and seed_of_second:
+        stage.seed = seed_of_second
     loop.forward_backward = recorded
     try:
         train(stage, Path(folder), resume=resume, until=until, progress=False)
     finally:
         loop.forward_backward = forward_backward
     assert all(type(p) is nn.Parameter for p in stage.omni.parameters())
+    assert name not in TOYS or stage.omni.tied.weight is stage.omni.head.weight
     if distributed.is_first():
         Path(folder, "history.json").write_text(json.dumps(history))
+        Path(folder, "norms.json").write_text(json.dumps(norms))
+
+
+def norm_of_gradients(stage: Stage) -> float:
+    """AdamW and Muon hardly see a factor of all gradients, so a test of weights would miss it."""
+    norm = nn.utils.clip_grad_norm_(stage.parameters().values(), float("inf"))
+    return float(norm.full_tensor() if distributed.is_sharded(norm) else norm)
 
 
 def launch(count: int, *runs: dict) -> list[tuple[int, str]]:
@@ -289,8 +312,8 @@ CASES = [
 ]
 
 
-def check_equal(cases: list[dict], tmp_path: Path) -> None:
-    """Two processes and one have the same losses and weights in each case."""
+def check_equal(cases: list[dict], tmp_path: Path, count: int = 2) -> None:
+    """Several processes and one have the same losses and weights in each case."""
     pairs = []
     runs = []
     for i, case in enumerate(cases):
@@ -299,16 +322,24 @@ def check_equal(cases: list[dict], tmp_path: Path) -> None:
         run(**case, folder=str(one))
         runs.append({**case, "folder": str(two)})
         pairs.append((one, two, case))
-    assert launch(2, *runs) == [(0, ""), (0, "")]
+    assert launch(count, *runs) == [(0, "")] * count
     for one, two, case in pairs:
         of_losses, weights = differences(one, two, case["name"])
         tolerance = {"float64": 1e-8, "float32": 1e-6}[case["dtype"]]
         assert of_losses < tolerance, case
         assert weights < tolerance, case
+        norms = [json.loads((folder / "norms.json").read_text()) for folder in (one, two)]
+        assert norms[0] == pytest.approx(norms[1], rel=10 * tolerance), case
 
 
 def test_two_processes_are_one(tmp_path):
     check_equal(CASES, tmp_path)
+
+
+@pytest.mark.slow
+def test_three_processes_are_one(tmp_path):
+    """A row for each; of five rows of a matrix the last process holds one."""
+    check_equal([CASES[0], CASES[4]], tmp_path, count=3)
 
 
 # Stages of the package, which call methods of the model other than forward.
@@ -414,15 +445,17 @@ def check_resume(folder: Path, step: int) -> None:
         assert torch.allclose(tensor, ends[1][name], rtol=0, atol=1e-8)
 
 
-def test_an_error_of_all_processes_is_one_line(tmp_path):
-    """The second process has another recipe, as with another settings file."""
+@pytest.mark.parametrize(
+    ("option", "different"), [("steps_of_second", "recipes"), ("seed_of_second", "seeds")]
+)
+def test_an_error_of_all_processes_is_one_line(option, different, tmp_path):
+    """The second process has another recipe, as with another settings file, or another seed."""
     (first, errors), (second, more) = launch(
-        2, {"name": "read", "folder": str(tmp_path), "steps_of_second": 5}
+        2, {"name": "read", "folder": str(tmp_path), option: 5}
     )
     assert (first, second) == (2, 2)
-    assert re.fullmatch(
-        r"minomni: the processes of this run have different recipes; .*\n", errors + more
-    )
+    line = rf"minomni: the processes of this run have different {different}; .*\n"
+    assert re.fullmatch(line, errors + more)
 
 
 def test_rows_of_a_batch(monkeypatch):

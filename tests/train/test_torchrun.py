@@ -26,13 +26,18 @@ CODE = """
 import json, os, sys
 from minomni import __main__
 from minomni.data import text_to_speech
-from minomni.train import loop, muon
+from minomni.train import code_pairs, loop, muon, train_encoder
 from minomni.train.finetune import FinetuneChatStage
+from minomni.train.stages import encoder
 from minomni.train.stages.codec import CodecStage
 text_to_speech.available = lambda: False
 loop.has_bf16 = muon.has_bf16 = lambda device: False
 CodecStage.preview_text = FinetuneChatStage.preview_text = lambda self: ""
 CodecStage.preview_audio = lambda self: None
+encoder.EncoderStage.preview_text = lambda self: ""
+code_pairs.CHUNK = encoder.CHUNK = 4  # pairs in a file, each of 0.6 s
+code_pairs.RANDOM_SECONDS = 0.6
+train_encoder.BATCH = 3
 words = [word.replace("RANK", os.environ["RANK"]) for word in json.loads(sys.argv[1])]
 sys.argv = ["minomni", *words]
 sys.exit(__main__.main())
@@ -43,7 +48,7 @@ def minomni_by(count: int, folder: Path, *arguments: str) -> tuple[list[int], st
     """Run the command line by some processes in a folder -> exit codes, stdout and stderr of
     all.
     """
-    words = [*arguments, "--device", "cpu", "--no-progress"]
+    words = [*arguments, "--device", "cpu"]
     ends = launch_code(count, CODE, [json.dumps(words)], folder)
     codes, outs, errors = zip(*ends, strict=True)
     return list(codes), "".join(outs), "".join(errors)
@@ -129,6 +134,22 @@ def test_fine_tuning_by_two_processes(data, tiny_folder):
     assert minomni_by(1, data, *lora, "--out", "same", "--home", "one")[0] == [0]
     one, two = (load_file(data / f"{out}/adapter_model.safetensors") for out in ("same", "adapter"))
     assert {name.split(".")[2] for name in two} == {"thinker", "talker"}
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+
+
+@pytest.mark.slow
+def test_an_encoder_by_two_processes(tiny_folder, tmp_path):
+    """The first process makes the pairs, and three of them are divided."""
+    command = ["train-encoder", str(tiny_folder), "--size", "tiny", "--home", "home"]
+    command += ["--pairs", "4", "--steps", "2", "--random-codes", "1"]
+    encoders = []
+    for count in (1, 2):
+        codes, out, errors = minomni_by(count, tmp_path, *command, "--out", f"by-{count}")
+        assert codes == [0] * count, errors
+        assert out.count("with an encoder: ") == 1
+        encoders.append(load_file(tmp_path / f"home/by-{count}.run/stages/encoder.safetensors"))
+    one, two = encoders
+    assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
 
 
