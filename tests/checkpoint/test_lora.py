@@ -98,6 +98,17 @@ def test_fresh_adapters_change_nothing_and_only_they_train(tiny_folder):
     assert len(omni.state_dict()) == len(names) + len(added)
 
 
+def test_options_reach_the_adapter(tiny_folder, tmp_path):
+    assert lora.parse_lora("r=4") == lora.LoraOptions(4, 8.0, lora.LAYERS)
+    omni = minomni.load(str(tiny_folder))
+    lora.add_lora(omni, lora.parse_lora("r=4,alpha=3,layers=o_proj"), ("talker",))
+    lora.save_lora(omni, tmp_path / "adapter", [])
+    entries = json.loads((tmp_path / "adapter" / lora.ADAPTER_CONFIG).read_text())
+    assert (entries["r"], entries["lora_alpha"]) == (4, 3)
+    layer = omni.talker.model.layers[0].self_attn.o_proj
+    assert layer.scaling["default"] == 3 / 4
+
+
 def test_ours_in_peft_and_transformers(adapted, tiny_folder, hf_class, peft):
     omni, folder = adapted
     ours = logits(omni)
