@@ -395,6 +395,19 @@ def test_the_first_sound_is_measured(quiet_page):
     assert found["gaps"] == [0, 2, 0]
 
 
+def test_the_readmes_screenshot(quiet_page):
+    """tests/make_page_screenshot.py shows a spoken answer that is complete and still moves."""
+    import make_page_screenshot
+
+    page = quiet_page
+    make_page_screenshot.converse(page)
+    assert answers(page) == ["the red circle is above the blue square", ANSWER]
+    assert page.get_by_role("link", name="as wav").count() == 2
+    assert len(page.evaluate("window.minomni.latency")) == 4
+    assert page.evaluate("window.minomni.state.answer.playing")
+    wait_for_player(page, "ended", 2)
+
+
 def test_missing_devices_are_named(context, server):
     """By what is missing, whatever the browser calls it."""
     context.add_init_script(NO_DEVICES)
