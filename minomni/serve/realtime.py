@@ -442,12 +442,13 @@ class Conversation:
 
     def begin_answer(self, event: dict) -> None:
         """Queue an answer to the current turn, as response.create asks."""
+        omni = self.server.omni
         given, output = parse_response(event)
         voice = self.voice_for(given.get("output_modalities"), self.voice)
         if voice is not None and output.get("voice") is not None:
             voice = parse_voice(output["voice"])
             assert voice is not None
-            self.server.omni.voice(voice)  # raises UserError for an unknown one
+            omni.voice(voice)  # raises UserError for an unknown one
         max_tokens = self.max_tokens
         if "max_output_tokens" in given:
             max_tokens = parse_max_tokens(given["max_output_tokens"])
@@ -456,7 +457,8 @@ class Conversation:
 
         previous = self.last
         text = " ".join(self.turn.texts)
-        answer = Answer(text, voice, metadata, self.server.omni.sample_rate)
+        end_id = omni.config.thinker.tokens.im_end
+        answer = Answer(text, voice, metadata, omni.sample_rate, end_id)
         self.running = answer
         self.last = answer
         answer.task = self.client.submit(self.answer_steps(answer, previous, max_tokens))

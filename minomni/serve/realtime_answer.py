@@ -18,13 +18,21 @@ TIMED_STEPS = ("encode", "prefill", "text", "code", "mel", "audio")
 class Answer:
     """An answer that is computed, sent, or complete."""
 
-    def __init__(self, text: str, voice: str | None, metadata: dict | None, sample_rate: int):
+    def __init__(
+        self,
+        text: str,
+        voice: str | None,
+        metadata: dict | None,
+        sample_rate: int,
+        end_id: int,
+    ):
         self.id = new_id("resp")
         self.item = new_id("item")
         self.previous_item: str | None = None  # the item before it
         self.text = text  # of the question
         self.voice = voice  # None for text only
         self.metadata = metadata
+        self.end_id = end_id  # of the token with which a text ends by itself
         self.task: Task | None = None
         self.transcript = ""
         self.cancel_reason: str | None = None
@@ -114,6 +122,9 @@ class Answer:
         elif reply is None:
             status = "cancelled"
             details = {"type": "cancelled", "reason": self.cancel_reason}
+        elif self.text_ids[-1:] != [self.end_id]:
+            status = "incomplete"
+            details = {"type": "incomplete", "reason": "max_output_tokens"}
 
         # The parts of the answer end from the innermost to the outermost.
         text_field = "text" if self.voice is None else "transcript"

@@ -21,7 +21,7 @@ from serving import (
 from minomni.chat.session import Session
 from minomni.serve import realtime
 from minomni.serve.audio import AudioReceiver, encode
-from minomni.serve.input_audio import SHORT_PADDING_MS
+from minomni.serve.input_audio import MAX_IMAGES, MAX_SILENCE_S, SHORT_PADDING_MS
 from minomni.serve.realtime_answer import Answer
 from minomni.serve.vad import VadOptions, VoiceDetector
 
@@ -150,10 +150,157 @@ def test_open_microphone(server):
             found.append(await until(connection, "response.done"))
         return found
 
+    items = set()
     for events, expected in zip(talk(server, conversation), (WISHED, sentence), strict=True):
-        assert len(of_kind(events, "input_audio_buffer.speech_started")) == 1
-        assert len(of_kind(events, "input_audio_buffer.speech_stopped")) == 1
+        (started,) = of_kind(events, "input_audio_buffer.speech_started")
+        (stopped,) = of_kind(events, "input_audio_buffer.speech_stopped")
+        (committed,) = of_kind(events, "input_audio_buffer.committed")
         assert words(events, events[-1].response.id) == expected
+        assert started.item_id == stopped.item_id == committed.item_id
+        items.add(started.item_id)
+    assert len(items) == 2
+
+
+def test_the_times_of_speech(server):
+    """They count from the begin of the conversation, as the client sent it."""
+
+    async def conversation(connection):
+        await send_audio(connection, SILENCE + spoken(WISH) + SILENCE)
+        events = await until(connection, "input_audio_buffer.speech_stopped")
+        return of_kind(events, "input_audio_buffer.speech_started")[0], events[-1]
+
+    started, stopped = talk(server, conversation)
+    length_ms = 1000 * len(spoken(WISH)) / 2 / RATE
+    assert 1000 - 400 < started.audio_start_ms < 1000 + 400
+    assert 1000 + length_ms - 400 < stopped.audio_end_ms < 1000 + length_ms + 700
+
+
+def detection(**fields) -> dict:
+    """A session with an open microphone."""
+    source = {"turn_detection": {"type": "server_vad", **fields}}
+    return {"type": "realtime", "output_modalities": ["text"], "audio": {"input": source}}
+
+
+def test_an_open_microphone_that_does_not_answer_by_itself(server):
+    """create_response: the client asks for the answer to a turn that was found."""
+
+    async def conversation(connection):
+        await connection.session.update(session=detection(create_response=False))
+        await send_audio(connection, SILENCE + spoken(WISH) + SILENCE)
+        events = await until(connection, "input_audio_buffer.committed")
+        await connection.send({"type": "the.end"})
+        events += await until(connection, "error")  # all of the audio was handled
+        await connection.response.create()
+        return events, await until(connection, "response.done")
+
+    before, after = talk(server, conversation)
+    assert of_kind(before, "response.created") == []
+    assert of_kind(after, "response.output_text.done")[0].text == WISHED
+
+
+def test_an_open_microphone_that_does_not_interrupt(server, monkeypatch):
+    """interrupt_response: speech leaves the answer that runs alone."""
+    keep_first_answers(monkeypatch)
+
+    async def conversation(connection):
+        await connection.session.update(session=detection(interrupt_response=False))
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create()
+        await until(connection, "response.output_text.delta")
+        await send_audio(connection, SILENCE + spoken(WISH) + SILENCE)
+        events = await until(connection, "input_audio_buffer.committed")
+        await connection.response.cancel()
+        return events + await until(connection, "response.done")
+
+    events = talk(server, conversation)
+    assert len(of_kind(events, "input_audio_buffer.speech_started")) == 1
+    (done,) = of_kind(events, "response.done")
+    assert done.response.status == "cancelled"
+    assert done.response.status_details.reason == "client_cancelled"
+
+
+def test_the_silence_that_ends_a_turn(server):
+    """silence_duration_ms: a shorter pause does not end it."""
+
+    async def conversation(connection):
+        await connection.session.update(
+            session=detection(silence_duration_ms=2000, create_response=False)
+        )
+        found = []
+        for audio in (SILENCE + spoken(WISH) + SILENCE, 2 * SILENCE):
+            await send_audio(connection, audio)
+            await connection.send({"type": "the.end"})
+            events = await until(connection, "error")
+            found.append(len(of_kind(events, "input_audio_buffer.speech_stopped")))
+        return found
+
+    assert talk(server, conversation) == [0, 1]
+
+
+@pytest.mark.parametrize("place", ["session", "response"])
+def test_the_length_of_an_answer_is_limited(server, place):
+    """It is then incomplete, and the client is told why."""
+
+    async def conversation(connection):
+        limit = {"max_output_tokens": 2}
+        session = push_to_talk(**(limit if place == "session" else {}))
+        await connection.session.update(session=session)
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create(response=limit if place == "response" else {})
+        return (await until(connection, "response.done"))[-1].response
+
+    response = talk(server, conversation)
+    assert response.usage.output_token_details.text_tokens == 2
+    assert response.status == "incomplete"
+    assert response.status_details.reason == "max_output_tokens"
+    assert response.output[0].status == "incomplete"
+
+
+def test_instructions(server, trained):
+    """They take the place of the system message, until the first input."""
+    text = "you know red circles"
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(instructions=text))
+        updated = (await until(connection, "session.updated"))[-1]
+        await add(connection, {"type": "input_text", "text": f"say {SENTENCE}"})
+        await connection.response.create(response={"output_modalities": ["text"]})
+        done = (await until(connection, "response.done"))[-1].response
+        await connection.session.update(session=push_to_talk(instructions="and blue ones"))
+        error = (await until(connection, "error"))[-1].error
+        return updated.session.instructions, done.usage.input_tokens, error.param
+
+    session = trained.listen(None, False, text)
+    list(session.respond(f"say {SENTENCE}"))
+    assert talk(server, conversation) == (text, session.length, "session.instructions")
+    assert session.length != plain_length(trained)
+
+
+def plain_length(omni) -> int:
+    """Tokens of the same question with the model's own system message."""
+    session = omni.listen(None, False)
+    list(session.respond(f"say {SENTENCE}"))
+    return session.length
+
+
+def test_too_many_images(server):
+    """They are counted before they are decoded, and over all items of a turn."""
+    uri = f"data:image/png;base64,{base64_of('color.png')}"
+    image = {"type": "input_image", "image_url": uri}
+
+    async def conversation(connection):
+        for count in (MAX_IMAGES + 1, MAX_IMAGES, 1):
+            await add(connection, *[image] * count)
+        await connection.send({"type": "the.end"})
+        events = []
+        while not events or "the.end" not in events[-1].error.message:
+            events += await until(connection, "error")
+        return events
+
+    events = talk(server, conversation)
+    messages = [event.error.message for event in of_kind(events, "error")]
+    assert messages[:-1] == 2 * [f"a turn has at most {MAX_IMAGES} images"]
+    assert len(of_kind(events, "conversation.item.done")) == 1
 
 
 def test_interruption(server, monkeypatch):
@@ -203,8 +350,12 @@ def test_a_turn_equals_that_of_the_package(server, trained):
     session.add_audio(np.concatenate(turn))
     *_, reply = session.respond()
     usage = events[-1].response.usage
-    assert usage.output_token_details.audio_tokens == len(reply.reply.codes)
+    details = usage.output_token_details
+    assert details.text_tokens == len(session.reply_ids)
+    assert details.audio_tokens == len(reply.reply.codes)
     assert usage.input_tokens == session.length
+    assert usage.output_tokens == details.text_tokens + details.audio_tokens
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
     wave = reply.reply.wave.numpy()
     if trained.sample_rate != RATE:
         import soxr
@@ -284,13 +435,27 @@ def test_only_what_was_heard_is_part_of_the_conversation(server, monkeypatch):
     assert everything - nothing == text_tokens - 1  # the one that ends it is always there
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_speech_takes_what_was_not_played_out_of_the_conversation(server, monkeypatch, early):
-    """Until the client tells how much was heard, the time since the first audio counts. Speech
-    begins before the first sample was played (early), or after the last one.
-    """
+def test_speech_does_not_bring_back_what_was_truncated(server, monkeypatch):
+    """The client has told that nothing was heard, and speaks once all could have been played."""
     monkeypatch.setattr(server.server, "trained_here", False)
-    monkeypatch.setattr(Answer, "played_s", lambda answer, now: 0 if early else answer.audio_s)
+    monkeypatch.setattr(Answer, "played_s", lambda answer, now: answer.audio_s)
+    kept = record_played_ids(monkeypatch)
+
+    async def conversation(connection):
+        await send_audio(connection, SILENCE + spoken(WISH) + SILENCE)
+        done = (await until(connection, "response.done"))[-1].response
+        await connection.conversation.item.truncate(
+            item_id=done.output[0].id, content_index=0, audio_end_ms=0
+        )
+        await send_audio(connection, SILENCE + spoken(other_wish()[0]) + SILENCE)
+        await until(connection, "response.done")
+
+    talk(server, conversation)
+    assert kept == [[]]
+
+
+def record_played_ids(monkeypatch) -> list[list[int]]:
+    """What becomes part of the conversation of each answer."""
     kept = []
     played_ids = Session.played_ids
 
@@ -299,6 +464,17 @@ def test_speech_takes_what_was_not_played_out_of_the_conversation(server, monkey
         return kept[-1]
 
     monkeypatch.setattr(Session, "played_ids", recorded)
+    return kept
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_speech_takes_what_was_not_played_out_of_the_conversation(server, monkeypatch, early):
+    """Until the client tells how much was heard, the time since the first audio counts. Speech
+    begins before the first sample was played (early), or after the last one.
+    """
+    monkeypatch.setattr(server.server, "trained_here", False)
+    monkeypatch.setattr(Answer, "played_s", lambda answer, now: 0 if early else answer.audio_s)
+    kept = record_played_ids(monkeypatch)
 
     async def conversation(connection):
         for name in (WISH, other_wish()[0]):
@@ -338,6 +514,25 @@ def test_a_held_question_without_speech(server):
     events = talk(server, conversation)
     assert events[-1].response.status == "failed"
     assert "only silence" in of_kind(events, "error")[0].error.message
+
+
+def test_too_much_silence_before_a_held_question(server):
+    """It is refused, so that it does not fill the memory; speech is heard after it is cleared."""
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        for _ in range(MAX_SILENCE_S + 1):
+            await send_audio(connection, SILENCE)
+        refused = (await until(connection, "error"))[-1].error
+        await connection.input_audio_buffer.clear()
+        await send_audio(connection, spoken(WISH))
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return refused.message, await until(connection, "response.done")
+
+    message, events = talk(server, conversation)
+    assert f"no speech in {MAX_SILENCE_S} seconds" in message
+    assert of_kind(events, "response.output_text.done")[0].text == WISHED
 
 
 def test_audio_that_is_cleared_is_forgotten(server):
@@ -535,6 +730,35 @@ def test_a_camera_frame_is_read(server):
     assert with_frame > without
 
 
+def test_the_times_of_camera_frames(server, monkeypatch):
+    """A frame stands where the audio was when it came. Of many, four per second are kept."""
+    times = []
+    add_frame = Session.add_frame
+
+    def recorded(session, frame, at_seconds):
+        times.append(at_seconds)
+        add_frame(session, frame, at_seconds)
+
+    monkeypatch.setattr(Session, "add_frame", recorded)
+    frame = {"type": "input_video_frame.append", "image": base64_of("scene.png")}
+    audio = spoken(WISH)
+    tenth = RATE // 10 * 2  # bytes of 100 ms
+
+    async def conversation(connection):
+        await connection.session.update(session=push_to_talk(output_modalities=["text"]))
+        for part in range(15):
+            await send_audio(connection, audio[part * tenth : (part + 1) * tenth])
+            await connection.send(frame)
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        return (await until(connection, "response.done"))[-1].response.status
+
+    assert talk(server, conversation) == "completed"
+    gaps = np.diff(times)
+    assert len(times) >= 4
+    assert 0.25 <= gaps.min() <= gaps.max() < 0.36
+
+
 def test_items_name_the_item_before_them(server):
     """Questions, spoken ones too, and answers."""
 
@@ -581,6 +805,9 @@ UNSUPPORTED = {
     "session.voice": session_update(voice="Karl"),
     "session.turn_detection": session_update(turn_detection={"type": "server_vad"}),
     "session.audio.foo": session_update(audio={"foo": 1}),
+    "session.audio.input.format": session_update(
+        audio={"input": {"format": {"type": "audio/pcmu"}}}
+    ),
     "session.audio.input.transcription": session_update(
         audio={"input": {"transcription": {"model": "whisper-1"}}}
     ),
@@ -653,6 +880,7 @@ def test_wrong_events_are_answered_and_the_conversation_goes_on(server):
         {"type": "session.close"},
         {"type": "input_audio_buffer.append", "audio": "&"},
         {"type": "input_audio_buffer.append"},
+        {"type": "input_audio_buffer.append", "audio": "AAAA"},  # three bytes
         {"type": "input_audio_buffer.commit"},
         {"type": "input_video_frame.append", "image": "AAAA"},
         {"type": "conversation.item.create", "item": {"role": "system"}},
@@ -660,6 +888,14 @@ def test_wrong_events_are_answered_and_the_conversation_goes_on(server):
         {"type": "session.update", "session": {"audio": {"output": {"voice": "alloy"}}}},
         {"type": "session.update", "session": {"audio": 3}},
         {"type": "response.create", "response": {"output_modalities": ["smell"]}},
+        {"type": "response.create", "response": {"max_output_tokens": 0}},
+        {"type": "response.create", "response": {"metadata": {"question": 7}}},
+        {"type": "response.create", "response": {"metadata": {"question": "x" * 513}}},
+        {
+            "type": "response.create",
+            "response": {"metadata": dict.fromkeys("abcdefghijklmnopq", "")},
+        },
+        item_create(text="x" * 200_001),
     ]
 
     async def conversation(connection):
