@@ -11,10 +11,11 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-from serving import SAMPLES, SECONDS, base64_of, running
+from serving import RATE, SAMPLES, SECONDS, base64_of, running
 
 import minomni
 from minomni.serve import chat
+from minomni.serve.audio import wav_header
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
@@ -41,7 +42,13 @@ def test_text(client, trained):
     assert answer.choices[0].finish_reason == "stop"
     _, inputs = trained.prepare(SAY, None, False, False)
     assert answer.usage.prompt_tokens == inputs.input_ids.numel()
+    assert answer.usage.completion_tokens == tokens_of(trained, SENTENCE)
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def tokens_of(omni, text: str) -> int:
+    """Tokens of an answer, with the one that ends it."""
+    return len(omni.tokenizer.encode(text)) + 1
 
 
 def test_the_length_is_limited(client):
@@ -64,7 +71,10 @@ def test_speech_equals_the_models_stream(client, trained):
     *_, done = trained.stream(SAY, voice="Karl", seed=3)
     assert rate == trained.sample_rate
     assert wave == pytest.approx(done.reply.wave.numpy(), abs=1e-4)
+    text_tokens = tokens_of(trained, SENTENCE)
+    assert answer.usage.completion_tokens_details.text_tokens == text_tokens
     assert answer.usage.completion_tokens_details.audio_tokens == len(done.reply.codes)
+    assert answer.usage.completion_tokens == text_tokens + len(done.reply.codes)
 
 
 @pytest.mark.parametrize("document", ["README.md", "README_zh.md"])
@@ -110,7 +120,7 @@ def test_formats(client, name):
     assert samples > 5_000
 
 
-def test_image_and_audio(client):
+def test_image_and_audio(client, trained):
     content = [
         {
             "type": "image_url",
@@ -125,7 +135,16 @@ def test_image_and_audio(client):
         model="tiny", messages=[{"role": "user", "content": content}]
     )
     assert answer.choices[0].message.content == "the red circle is left of the black square"
-    assert answer.usage.prompt_tokens_details.audio_tokens > 0
+    media = [
+        {"type": "image", "image": str(SAMPLES / "scene.png")},
+        {"type": "audio", "audio": str(SAMPLES / "question.wav")},
+    ]
+    _, inputs = trained.prepare([{"role": "user", "content": media}], None, False, False)
+    tokens = trained.config.thinker.tokens
+    details = answer.usage.prompt_tokens_details
+    assert details.audio_tokens == int((inputs.input_ids == tokens.audio).sum()) > 0
+    assert details.image_tokens == int((inputs.input_ids == tokens.image).sum()) > 0
+    assert details.audio_tokens != details.image_tokens
 
 
 def test_video(client, trained):
@@ -140,6 +159,34 @@ def test_video(client, trained):
     video = {"type": "video", "video": str(SAMPLES / "moving.mp4")}
     reply = trained.respond([{"role": "user", "content": [video, text]}], speech=False)
     assert answer.choices[0].message.content == reply.text
+
+
+def test_the_audio_of_a_video(client, trained):
+    """It is heard where use_audio_in_video says so, in both places where clients write it."""
+    item = {"type": "video_url", "video_url": {"url": data_url("sounding.mp4", "video/mp4")}}
+    text = {"type": "text", "text": "what was there at the sound"}
+    messages = [{"role": "user", "content": [item, text]}]
+    counts = [
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=1, extra_body=options
+        ).usage
+        for options in (
+            {},
+            {"use_audio_in_video": True},
+            {"mm_processor_kwargs": {"use_audio_in_video": True}},
+        )
+    ]
+    silent, *heard = (usage.prompt_tokens_details.audio_tokens for usage in counts)
+    video = {"type": "video", "video": str(SAMPLES / "sounding.mp4")}
+    _, inputs = trained.prepare([{"role": "user", "content": [video, text]}], None, False, True)
+    expected = int((inputs.input_ids == trained.config.thinker.tokens.audio).sum())
+    assert silent == 0
+    assert heard == [expected, expected]
+    assert expected > 0
+
+
+def data_url(name: str, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64_of(name)}"
 
 
 def test_stream(client):
@@ -176,13 +223,15 @@ def test_stream_of_speech(client):
 async def _async_answer(url):
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
         answer = await client.chat.completions.create(model="tiny", messages=SAY)
-    return answer.choices[0].message.content
+        stream = await client.chat.completions.create(model="tiny", messages=SAY, stream=True)
+        words = [chunk.choices[0].delta.content or "" async for chunk in stream]
+    return answer.choices[0].message.content, "".join(words)
 
 
 def test_the_async_client(server):
     import asyncio
 
-    assert asyncio.run(_async_answer(server.url)) == SENTENCE
+    assert asyncio.run(_async_answer(server.url)) == (SENTENCE, SENTENCE)
 
 
 @pytest.mark.parametrize("name", ["wav", "mp3", "pcm"])
@@ -195,7 +244,52 @@ def test_say(client, name):
         import av
 
         with av.open(io.BytesIO(sound)) as container:
-            assert sum(frame.samples for frame in container.decode(audio=0)) > 10_000
+            stream = container.streams.audio[0]
+            seconds = sum(frame.samples for frame in container.decode(audio=0)) / stream.rate
+            assert 1 < seconds < 3
+
+
+MEDIA_TYPES = {
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+    "flac": "audio/flac",
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+    "aac": "audio/aac",
+}
+
+
+@pytest.mark.parametrize("name", MEDIA_TYPES)
+def test_media_types_of_speech(server, name):
+    """A browser and a file manager go by them."""
+    body = {"input": "the red circle", "response_format": name}
+    answer = httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=SECONDS)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == MEDIA_TYPES[name]
+
+
+def test_a_streamed_wav_is_the_streamed_samples(client):
+    """Behind a head that tells their rate."""
+    wav, samples = (
+        client.audio.speech.create(
+            model="tiny", voice="Fiona", input=SENTENCE, response_format=name
+        ).read()
+        for name in ("wav", "pcm")
+    )
+    assert wav == wav_header(RATE) + samples
+
+
+def test_media_types_of_answers(server):
+    """Clients that read server-sent events look at them."""
+    url = f"{server.url}/v1/chat/completions"
+    body = {"messages": SAY, "max_tokens": 2}
+    whole = httpx.post(url, json=body, timeout=SECONDS)
+    streamed = httpx.post(url, json={**body, "stream": True}, timeout=SECONDS)
+    transcript = transcribe(server, stream="true")
+    assert whole.headers["content-type"] == "application/json"
+    for answer in (streamed, transcript):
+        assert answer.headers["content-type"].partition(";")[0] == "text/event-stream"
+        assert answer.text.endswith("data: [DONE]\n\n")
 
 
 def test_say_equals_the_answer_to_the_request_to_say_it(client):
@@ -241,10 +335,13 @@ def test_sampling_options_reach_the_answer(client, monkeypatch):
     assert {options.seed for options in found} == {seed}
 
 
-def test_transcript(client):
+def test_transcript(client, trained):
     with (SAMPLES / "question.wav").open("rb") as file:
         made = client.audio.transcriptions.create(model="tiny", file=file)
     assert made.text == "where is the red circle"
+    assert made.usage.output_tokens == tokens_of(trained, made.text)
+    assert made.usage.input_tokens > made.usage.output_tokens
+    assert made.usage.total_tokens == made.usage.input_tokens + made.usage.output_tokens
 
 
 def test_transcript_by_a_model_without_speech():
@@ -347,8 +444,16 @@ def test_wrong_requests_are_named(server, name):
 
 
 def test_the_client_raises_its_own_errors(client):
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="gpt-4", messages=SAY)
+    question = ("question.wav", (SAMPLES / "question.wav").read_bytes())
+    for ask in (
+        lambda: client.chat.completions.create(model="gpt-4", messages=SAY),
+        lambda: client.audio.speech.create(model="tts-1", voice="Karl", input=SENTENCE),
+        lambda: client.audio.transcriptions.create(model="whisper-1", file=question),
+        lambda: client.models.retrieve("gpt-4"),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            ask()
+        assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="modalities"):
         client.chat.completions.create(model="tiny", messages=SAY, modalities=["smell"])
 

@@ -106,6 +106,15 @@ def test_own_origin(server):
         assert json.loads(websocket.recv())["type"] == "session.created"
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_requests_that_a_browser_calls_foreign(server, site):
+    """An image or a script of another page has no Origin. Browsers tell in this header."""
+    assert ask_with(server, {"Sec-Fetch-Site": site}) == 403
+    assert ask_with(server, {"Sec-Fetch-Site": "same-origin"}) == 200
+    linked = httpx.get(server.url, headers={"Sec-Fetch-Site": site}, timeout=SECONDS)
+    assert linked.status_code == 200  # the page may be linked to
+
+
 def test_token(guarded):
     assert ask_with(guarded, {}) == 401
     assert ask_with(guarded, {"Authorization": "Bearer wrong"}) == 401
@@ -142,12 +151,30 @@ def test_other_machines_need_a_token():
     Settings(host="0.0.0.0", token=TOKEN).check()
 
 
-def test_headers(server):
-    headers = httpx.get(server.url, timeout=SECONDS).headers
-    assert "default-src 'none'" in headers["content-security-policy"]
-    assert headers["x-content-type-options"] == "nosniff"
-    assert "microphone=(self)" in headers["permissions-policy"]
-    assert "access-control-allow-origin" not in headers
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/", 200),
+        ("/static/page.js", 200),
+        ("/health", 200),
+        ("/nothing", 404),
+        ("/v1/models", 403),
+    ],
+)
+def test_headers(server, path, status):
+    """Of all answers, refusals too."""
+    foreign = {"Origin": "https://evil.example"} if status == 403 else {}
+    answer = httpx.get(f"{server.url}{path}", headers=foreign, timeout=SECONDS)
+    assert answer.status_code == status
+    policy = answer.headers["content-security-policy"].split("; ")
+    nothing = ("default-src", "base-uri", "form-action", "frame-ancestors")
+    assert {f"{name} 'none'" for name in nothing} <= set(policy)
+    assert "script-src 'self'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert "microphone=(self), camera=(self)" in answer.headers["permissions-policy"]
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
 @pytest.mark.parametrize(
