@@ -8,6 +8,7 @@ waveform still moves. It needs Chromium, and playwright of requirements-dev.txt.
 import io
 from pathlib import Path
 
+from measure_page import FLAGS
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from serving import RATE, SAMPLES, running
@@ -27,7 +28,6 @@ SCREENSHOT = Path(__file__).parents[1] / "notebooks" / "serve_page.png"
 SIZE = {"width": 1280, "height": 880}
 COLORS = 128  # of the stored PNG
 LAST_MS = 700  # of the answer, still to be played
-FLAGS = ("--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required")
 
 
 def converse(page: Page) -> None:

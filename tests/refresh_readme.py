@@ -417,7 +417,15 @@ OTHERS = {
     ),
 }
 # Of measure_page.py, what the documents show.
-PAGE_KEYS = ("questions", "median_ms", "least_ms", "most_ms")
+PAGE_KEYS = (
+    "questions",
+    "median_ms",
+    "least_ms",
+    "most_ms",
+    "speech_s",
+    "answers_with_gaps",
+    "gaps_ms",
+)
 
 
 def serving_keys() -> list[str]:
@@ -435,7 +443,20 @@ def page(language: str) -> str:
         f"With nothing beside it on that machine, which is shared and not always as fast, "
         f"{measured['questions']} questions of `tests/measure_page.py` took "
         f"{measured['least_ms']:.0f} to {measured['most_ms']:.0f} ms, median "
-        f"{measured['median_ms']:.0f}.\n"
+        f"{measured['median_ms']:.0f}.{gaps(measured)}\n"
+    )
+
+
+def gaps(measured: dict) -> str:
+    """Silence between the chunks of the answers; nothing before it was measured."""
+    if "gaps_ms" not in measured:
+        return ""
+    speech = f" The page played {measured['speech_s']:.0f} s of speech"
+    if not measured["answers_with_gaps"]:
+        return f"{speech} without a gap."
+    return (
+        f"{speech}; {measured['answers_with_gaps']} of the answers had gaps, "
+        f"{measured['gaps_ms']:.0f} ms in all."
     )
 
 

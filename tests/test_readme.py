@@ -179,7 +179,8 @@ def test_the_server_is_described_once_it_was_measured(monkeypatch, language):
 def test_the_first_sound_of_the_page_is_told_once_it_was_measured(monkeypatch, language):
     serving = dict.fromkeys(refresh_readme.serving_keys(), 1.0)
     times = {"questions": 7, "median_ms": 812.4, "least_ms": 701.2, "most_ms": 955.6}
-    assert times.keys() == set(refresh_readme.PAGE_KEYS)
+    sound = {"speech_s": 14.6, "answers_with_gaps": 2, "gaps_ms": 21.3}
+    assert {**times, **sound}.keys() == set(refresh_readme.PAGE_KEYS)
     monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": serving})
     assert refresh_readme.page(language) == ""
     alone = refresh_readme.served(language)
@@ -190,7 +191,12 @@ def test_the_first_sound_of_the_page_is_told_once_it_was_measured(monkeypatch, l
     assert re.search("median of 7|7 次的中位数", sentence)
     assert sentence.count("\n") == 1
     assert "7 questions" in refresh_readme.page(language)
-    assert "701 to 956 ms, median 812" in refresh_readme.page(language)
+    assert "701 to 956 ms, median 812.\n" in refresh_readme.page(language)
+    assert refresh_readme.gaps(times) == ""
+    assert refresh_readme.gaps({**times, **sound}).endswith(
+        " 15 s of speech; 2 of the answers had gaps, 21 ms in all."
+    )
+    assert "without a gap" in refresh_readme.gaps({**times, **sound, "answers_with_gaps": 0})
 
 
 def test_a_share_of_recordings_has_its_interval(monkeypatch):

@@ -27,6 +27,7 @@ WISHED = "the yellow square is left of the yellow cross"
 OTHER_WISH = "speech/02.flac"
 OTHER_WISHED = "a red circle and a yellow circle"
 TOKEN = "correct-horse-battery"
+HOST_NAME = "talk.example"  # which the browser finds on this machine
 PICTURES = os.environ.get("MINOMNI_SCREENSHOTS")  # a folder; by default none are kept
 # A microphone that is silent until speak(samples) is called: what is said, and when, does not
 # depend on the speed of the machine.
@@ -111,6 +112,14 @@ PLAY = """async (late) => {
   await reported('ended');
   return reports.at(-1);
 }"""
+# Times of the steps of an answer in seconds, its first sample after 200 ms -> what the page shows.
+LATENCY = """async () => {
+  const { showLatency } = await import('/static/view.js');
+  const parts = showLatency({ prefill: 0.02, code: 0.05, mel: 0.1, audio: 0.12 }, 200);
+  const widths = [...document.querySelectorAll('#bar i')].map((bar) => bar.style.width);
+  const text = document.querySelector('#latency').innerText;
+  return { parts: parts.map(Math.round), widths, text };
+}"""
 # A file that is dropped onto the page.
 DROP = """(content) => {
   const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
@@ -152,6 +161,7 @@ def browser(microphone):
         "--use-fake-device-for-media-stream",
         "--use-fake-ui-for-media-stream",
         f"--use-file-for-fake-audio-capture={microphone}",
+        f"--host-resolver-rules=MAP {HOST_NAME} 127.0.0.1",
     ]
     with sync_api.sync_playwright() as play:
         made = play.chromium.launch(executable_path=find_browser(), args=flags, timeout=PATIENCE_MS)
@@ -237,6 +247,9 @@ def test_a_typed_example_is_answered_with_audio(page):
     names = ("prefill", "first code", "first mel", "first audio, sent and played")
     assert all(name in bar for name in names)
     assert page.get_by_role("link", name="as wav").count() == 1
+    said = page.locator("#log li").all_text_contents()  # what a screen reader says
+    assert said[:2] == ["You: ", "You: where is the red circle"]
+    assert said[2].startswith(f"Answer: {ANSWER}")
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for width, height in ((1280, 900), (820, 1100), (390, 844)):
@@ -279,6 +292,14 @@ def test_chunks_are_played_without_gaps(page):
     late = page.evaluate(PLAY, True)
     assert late["played"] == 7204
     assert late["gaps"] > 0
+
+
+def test_the_bar_of_the_latency(page):
+    """Each part ends where the one after it begins, and the last one at the first sample played."""
+    shown = page.evaluate(LATENCY)
+    assert shown["parts"] == [20, 30, 50, 100]
+    assert shown["widths"] == ["10%", "15%", "25%", "50%"]
+    assert shown["text"].startswith("200 ms: prefill 20")
 
 
 def test_the_wav_that_is_kept(page):
@@ -389,10 +410,12 @@ def test_the_first_sound_is_measured(quiet_page):
     page = quiet_page
     page.get_by_role("button", name="Hold to talk").focus()
     answers = [measure_page.question(page) for _ in range(2)]
-    assert all(0 < first_ms < PATIENCE_MS and gaps >= 0 for first_ms, gaps in answers)
-    found = measure_page.summary([(900, 0), (400, 2), (500, 0)])
-    assert [found[key] for key in PAGE_KEYS] == [3, 500, 400, 900]
-    assert found["gaps"] == [0, 2, 0]
+    assert all(0 < answer.first_ms < PATIENCE_MS for answer in answers)
+    assert all(answer.samples > RATE and answer.gaps >= 0 for answer in answers)
+    played = [(900, 12_000, 0), (400, 24_000, 3), (500, 24_000, 0)]
+    found = measure_page.summary([measure_page.Played(*answer) for answer in played])
+    assert [found[key] for key in PAGE_KEYS] == [3, 500, 400, 900, 2.5, 1, 16]
+    assert found["gaps"] == [0, 3, 0]
 
 
 def test_the_readmes_screenshot(quiet_page):
@@ -506,6 +529,22 @@ def test_a_dropped_picture(page):
     wait_for_player(page, "ended")
 
 
+def test_a_large_photo_fits_into_a_message(page, tmp_path):
+    """Noise is as large as a photo can be."""
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(noise).save(photo)
+    assert photo.stat().st_size > 3 * 2**20
+    page.set_input_files("#picture", photo)
+    wait(page, "document.querySelector('#preview').naturalWidth === 1024")
+    sent = page.evaluate("window.minomni.state.picture")
+    assert sent.startswith("data:image/jpeg;base64,")
+    assert len(sent) < 700_000
+    page.get_by_label("Your question").fill("how many shapes are there")
+    page.keyboard.press("Enter")
+    wait_for_player(page, "ended")
+
+
 def test_a_picture_is_asked_about_again(page):
     """A click on it in the conversation makes it the picture of the next question."""
     page.get_by_role("button", name="what color is the circle").click()
@@ -538,6 +577,30 @@ def test_the_token(context, trained):
         page.close()
 
 
+def test_a_page_without_https(context, trained):
+    """Browsers then give it no microphone, no camera and no player. It says why, and answers in
+    words.
+    """
+    why = "browsers allow it on https and on localhost only"
+    with running(trained, token=TOKEN, names=(HOST_NAME,)) as remote:
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"http://{HOST_NAME}:{remote.port}")
+        page.get_by_label("asks for its token").fill(TOKEN)
+        page.get_by_role("button", name="Connect").click()
+        wait(page, "document.querySelector('#status').textContent.includes('ready')")
+        page.get_by_role("button", name="where is the red circle").click()
+        page.get_by_text(ANSWER).wait_for()
+        wait(page, "!window.minomni.state.answer")
+        page.get_by_role("button", name="Open microphone").click()
+        page.get_by_role("button", name="Camera").click()
+        messages = [f"no {name}: {why}" for name in ("audio", "microphone", "camera")]
+        for message in messages:
+            page.get_by_text(message).wait_for()
+        assert len(page.evaluate("window.minomni.errors")) == len(messages)
+        page.close()
+
+
 def test_a_server_without_a_free_session(context, trained):
     """The page says so, and that it is disconnected where the connection is lost later."""
     with running(trained, sessions=1) as full:
@@ -555,15 +618,28 @@ def test_a_server_without_a_free_session(context, trained):
 
 
 def test_stop(page, monkeypatch):
-    keep_first_answers(monkeypatch)
-    page.get_by_role("button", name="say the red circle is above the blue square").click()
-    wait_for_player(page, "first")
-    page.get_by_role("button", name="Stop").click()
-    wait_for_player(page, "stopped")
-    assert page.locator("#log li.model.cut").count() == 1
+    """By the button and by a key. The server is told how much was heard."""
+    keep_first_answers(monkeypatch, 2)
+    truncated = []
+    truncate = realtime.HANDLERS["conversation.item.truncate"]
+
+    async def recorded(conversation, event):
+        truncated.append(event["audio_end_ms"])
+        await truncate(conversation, event)
+
+    monkeypatch.setitem(realtime.HANDLERS, "conversation.item.truncate", recorded)
+    stops = (page.get_by_role("button", name="Stop").click, lambda: page.keyboard.press("Escape"))
+    for count, stop in enumerate(stops, 1):
+        page.get_by_role("button", name="say the red circle is above the blue square").click()
+        wait_for_player(page, "first", count)
+        stop()
+        played = wait_for_player(page, "stopped", count)["played"]
+        wait_until(lambda count=count: len(truncated) == count)
+        assert truncated[-1] == played * 1000 // RATE > 0
+        assert page.locator("#log li.model.cut").count() == count
     page.get_by_role("button", name="where is the red circle").click()
     wait_for_player(page, "ended")
-    assert len(answers(page)) == 2
+    assert len(answers(page)) == 3
 
 
 def test_a_question_while_the_answer_plays(page, monkeypatch):
@@ -606,6 +682,9 @@ def test_everything_has_a_name(page):
     unnamed = """() => [...document.querySelectorAll('button, input, select, canvas')]
         .filter((e) => !(e.textContent.trim() || e.labels?.length || e.ariaLabel)).length"""
     assert page.evaluate(unnamed) == 0
+    # What changes is said without being looked for.
+    assert page.get_by_role("log", name="What was said").get_attribute("aria-live") == "polite"
+    assert page.get_by_role("status").inner_text() == "tiny is ready"
     page.keyboard.press("Tab")
     reached = set()
     for _ in range(14):

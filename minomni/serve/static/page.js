@@ -18,7 +18,7 @@ const ABOUT_TINY =
   "This small model knows colored shapes, handwritten digits, short clips and about 60 words. " +
   "It answers each question by itself and holds no conversation: click a picture in it to ask " +
   "about that picture again. Of what the camera sees it understands only colored shapes drawn " +
-  "flat on a plain background. Click, or say one of these:";
+  "flat on a plain background. Write without capital letters. Click, or say one of these:";
 
 const state = {
   socket: null,
@@ -43,8 +43,9 @@ function fail(message) {
   addEntry("error", message);
 }
 
-/** Why there is no microphone or camera. WebKit calls a missing device a wrong constraint. */
+/** Why a device cannot be used. WebKit calls a missing one a wrong constraint. */
 function reason(error) {
+  if (!window.isSecureContext) return "browsers allow it on https and on localhost only";
   return error.name === "OverconstrainedError" ? "none was found" : error.message;
 }
 
@@ -276,8 +277,8 @@ async function openPlayer() {
 }
 
 /** Tell the user once that answers are words only. */
-function noAudio(reason) {
-  if (!state.mute) fail(`no audio: ${reason}`);
+function noAudio(why) {
+  if (!state.mute) fail(`no audio: ${why}`);
   state.mute = true;
 }
 
@@ -334,7 +335,7 @@ function givePicture(picture) {
  * what the camera sees.
  */
 async function askText(text, picture = takePicture() ?? cameraFrame()) {
-  await openPlayer().catch((error) => noAudio(error.message)); // words without it
+  await openPlayer().catch((error) => noAudio(reason(error))); // words without it
   await stopAnswer(); // the server learns what was heard before the next question
   givePicture(picture);
   sendItem({ type: "input_text", text });
@@ -412,15 +413,19 @@ async function toDataUrl(file) {
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  const exact = canvas.toDataURL("image/png");
-  return exact.length < MAX_PICTURE ? exact : canvas.toDataURL("image/jpeg", 0.9);
+  let url = canvas.toDataURL("image/png");
+  for (const quality of [0.9, 0.6, 0.3]) {
+    if (url.length < MAX_PICTURE) break;
+    url = canvas.toDataURL("image/jpeg", quality);
+  }
+  return url;
 }
 
 async function setCamera(on) {
   if (on) {
     $("camera").disabled = true;
     try {
-      const video = { width: 320, height: 240 };
+      const video = { width: 320, height: 240, facingMode: "environment" }; // rear
       state.camera = await navigator.mediaDevices.getUserMedia({ video });
       $("view").srcObject = state.camera;
       await $("view").play();
@@ -522,6 +527,9 @@ $("voice").onchange = sendVoice;
 $("stop").onclick = () => {
   stopAnswer();
   status("stopped");
+};
+document.onkeydown = ({ key }) => {
+  if (key === "Escape") $("stop").click();
 };
 $("picture").onchange = (event) => {
   if (event.target.files[0]) choosePicture(event.target.files[0]);

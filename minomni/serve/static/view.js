@@ -7,6 +7,7 @@ const MEL_ROWS = 64;
 const MEL_STEP = 2; // pixels per drawing
 const MEL_TOP = 8000; // Hz
 const SLOW_MS = 500; // between drawings for those who prefer little motion
+const SPEAKERS = { user: "You: ", model: "Answer: ", error: "Error: " }; // for screen readers
 
 export const $ = (id) => document.getElementById(id);
 
@@ -15,6 +16,10 @@ export const $ = (id) => document.getElementById(id);
 export function addEntry(role, text, picture, again) {
   const entry = document.createElement("li");
   entry.className = role;
+  const speaker = document.createElement("b");
+  speaker.className = "hidden";
+  speaker.textContent = SPEAKERS[role];
+  entry.append(speaker);
   if (picture) {
     const image = document.createElement("img");
     image.src = picture;
