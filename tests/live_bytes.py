@@ -27,10 +27,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in storages((args, kwargs))}
         for storage in storages(result):
-            if storage._cdata not in given:  # no view of weights that were there before
-                self.count(storage)
+            self.count(storage)
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
@@ -47,11 +45,22 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Limited(LiveBytes):
-    """A device with room for `limit` bytes: more raises PyTorch's error for a GPU that is full."""
+    """A device with room for `limit` bytes: more raises PyTorch's error for a GPU that is full.
 
-    def __init__(self, limit: float):
+    What operations are given was there before, as weights are, and does not count.
+    """
+
+    def __init__(self, limit: float = float("inf")):
         super().__init__()
         self.limit = limit
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            if storage._cdata not in given:
+                self.count(storage)
+        return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
         super().count(storage)

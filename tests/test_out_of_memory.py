@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live_bytes import Limited, LiveBytes
+from live_bytes import Limited
 
 import minomni
 from minomni.devices import is_out_of_memory, memory_errors
@@ -64,7 +64,7 @@ def run_within(limit: float, run) -> tuple[str, int]:
 
 
 def peak_of(run) -> int:
-    with LiveBytes() as memory:
+    with Limited() as memory:
         run()
     return memory.peak
 
