@@ -523,6 +523,7 @@ def test_too_much_silence_before_a_held_question(server):
         await connection.session.update(session=push_to_talk(output_modalities=["text"]))
         for _ in range(MAX_SILENCE_S + 1):
             await send_audio(connection, SILENCE)
+        await connection.send({"type": "the.end"})
         refused = (await until(connection, "error"))[-1].error
         await connection.input_audio_buffer.clear()
         await send_audio(connection, spoken(WISH))
