@@ -25,7 +25,7 @@ from test_page import (
 import minomni
 
 SCREENSHOT = Path(__file__).parents[1] / "notebooks" / "serve_page.png"
-SIZE = {"width": 1280, "height": 880}
+SIZE = {"width": 1280, "height": 910}
 COLORS = 128  # of the stored PNG
 LAST_MS = 700  # of the answer, still to be played
 
