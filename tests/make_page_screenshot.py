@@ -26,7 +26,6 @@ import minomni
 
 SCREENSHOT = Path(__file__).parents[1] / "notebooks" / "serve_page.png"
 SIZE = {"width": 1280, "height": 910}
-COLORS = 128  # of the stored PNG
 LAST_MS = 700  # of the answer, still to be played
 
 
@@ -65,7 +64,7 @@ def main() -> None:
         converse(page)
         shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         browser.close()
-    shot.quantize(COLORS).save(SCREENSHOT, optimize=True)
+    shot.save(SCREENSHOT, optimize=True)
     print(f"{SCREENSHOT}: {SCREENSHOT.stat().st_size} bytes")
 
 
