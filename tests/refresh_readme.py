@@ -393,7 +393,7 @@ def serving(language: str) -> str:
     if measured is None:
         return ""
     intro = (
-        "`python -m minomni bench serve`, tiny on two AVX2 cores, server and clients on the same "
+        "`python -m minomni bench serve`, tiny on two AVX-512 cores, server and clients on the same "
         'machine; the question is "say the red circle is above the blue square":\n\n'
     )
     head = ["", *("1 client" if count == 1 else f"{count} clients" for count in CLIENTS)]
@@ -440,7 +440,7 @@ def page(language: str) -> str:
     if measured is None:
         return ""
     return (
-        f"With nothing beside it on that machine, which is shared and not always as fast, "
+        f"On the machine of the table, with nothing beside it, "
         f"{measured['questions']} questions of `tests/measure_page.py` took "
         f"{measured['least_ms']:.0f} to {measured['most_ms']:.0f} ms, median "
         f"{measured['median_ms']:.0f}.{gaps(measured)}\n"
@@ -489,13 +489,13 @@ def served(language: str) -> str:
     opened = round(measured["open_first_audio_ms"])
     if language == "zh":
         return (
-            f"`minomni bench serve`，tiny，双核：1 / 4 / 16 个客户端同时提问时，每秒完成 "
+            f"`minomni bench serve`，tiny，双核 AVX-512：1 / 4 / 16 个客户端同时提问时，每秒完成 "
             f"{' / '.join(texts)} 个文字回答、{' / '.join(rates)} 个语音回答；"
             f"客户端在说完问题后 {held} 毫秒收到第一段音频，开放麦克风为 {opened} 毫秒"
             f"（其中 500 毫秒用于等待停顿）。{page_sentence(language)}{OTHERS[language]}\n"
         )
     return (
-        f"`minomni bench serve`, tiny on two AVX2 cores: {' / '.join(texts)} text answers and "
+        f"`minomni bench serve`, tiny on two AVX-512 cores: {' / '.join(texts)} text answers and "
         f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. A "
         f"client receives the first audio {held} ms after the end of a spoken question, and after "
         f"{opened} ms with an open microphone, which waits for a pause of 500 ms."
