@@ -393,8 +393,8 @@ def serving(language: str) -> str:
     if measured is None:
         return ""
     intro = (
-        "`python -m minomni bench serve`, tiny on two AVX-512 cores, server and clients on the same "
-        'machine; the question is "say the red circle is above the blue square":\n\n'
+        "`python -m minomni bench serve`, tiny on two AVX-512 cores, server and clients on the "
+        'same machine; the question is "say the red circle is above the blue square":\n\n'
     )
     head = ["", *("1 client" if count == 1 else f"{count} clients" for count in CLIENTS)]
     rows = [
