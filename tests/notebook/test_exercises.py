@@ -792,6 +792,10 @@ BUGS = {
             lambda x, r, c: rotated(x, -r, -c),
             lambda x, r, c: rotated(x, r, c, slow=True),
             lambda x, r, c: rotated(x, r, c, adjacent=True),
+            lambda x, r, c: rotated(x, r.sort().values, c.sort().values),
+            lambda x, r, c: rotated(x, torch.arange(len(r)) + r[:1], c),
+            lambda x, r, c: rotated(x, r[:1], c[:1]),
+            lambda x, r, c: rotated(x, r, c.flip(0)),
         ],
         "my_windows": [
             lambda x, labels, attend: attend(x),

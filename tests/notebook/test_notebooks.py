@@ -42,6 +42,7 @@ SECTIONS = (
     "Recap",
 )
 MARK = "# NBVAL_CHECK_OUTPUT"
+PROOF = re.compile(r"(?<!try:\n)^ *same\(", re.M)
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[A-Z]:\\\\")
 BEGINNING = 'import sys\n\nsys.path.insert(0, "..")  # the package lies beside this folder\n'
 # what chapters will teach that are still being written: a chapter that is there has no allowance
@@ -86,14 +87,23 @@ def test_marked_cells_have_outputs(notebook):
 
 
 def test_every_same_is_checked(notebook):
-    """Each notebook proves its naive version equal, in cells whose printed line is compared."""
-    proofs = [cell for cell in notebook.codes if re.search(r"^\s*same\(", cell.source, re.M)]
+    """Each notebook proves its naive version equal, in cells whose printed line is compared.
+
+    What stands after `try:` is to fail.
+    """
+    proofs = [cell for cell in notebook.codes if PROOF.search(cell.source)]
     assert proofs
     assert all(cell.source.startswith(MARK) for cell in proofs)
     for cell in proofs:
-        assert cell.outputs[0].text.count("same ✓") >= len(
-            re.findall(r"^\s*same\(", cell.source, re.M)
-        )
+        assert cell.outputs[0].text.count("same ✓") >= len(PROOF.findall(cell.source))
+
+
+def test_a_same_that_fails_is_no_proof(notebook):
+    """A cell that shows how `same` fails prints what it says."""
+    for cell in notebook.codes:
+        if failing := re.findall(r"^ *try:\n *same\(", cell.source, re.M):
+            printed = "".join(output.get("text", "") for output in cell.outputs)
+            assert len(re.findall(r"^same: .*, expected ", printed, re.M)) >= len(failing)
 
 
 def test_no_trace_of_a_machine(notebook):
