@@ -1,5 +1,7 @@
 """Solutions of the exercises of notebook 00. The graders are in the notebook."""
 
+import math
+
 import torch
 
 
@@ -24,3 +26,10 @@ def my_talker_vectors(hidden, embeds, is_media):
 def my_step_inputs(words, end, padding, steps):
     repeated = padding.expand(steps, -1)  # as often as could be needed
     return torch.cat([words, end[None], repeated])[:steps]
+
+
+def lengths(samples, height, width, codes):
+    frames = math.ceil(samples / 160)
+    audio_tokens = (frames + 1) // 4
+    image_tokens = height // 28 * (width // 28)
+    return audio_tokens, image_tokens, codes / 25

@@ -650,6 +650,15 @@ BUGS = {
             lambda w, e, p, n: torch.cat([w, p.expand(n - len(w) - 1, -1), e[None]]),
             lambda w, e, p, n: torch.cat([w, e[None], w[-1:].expand(n, -1)])[:n],
         ],
+        "lengths": [
+            lambda n, h, w, c: ((n // 160 + 1) // 4, h * w // 784, c / 25),
+            lambda n, h, w, c: (-(-n // 160) // 4, h * w // 784, c / 25),
+            lambda n, h, w, c: (-(-n // 640), h * w // 784, c / 25),
+            lambda n, h, w, c: ((-(-n // 160) + 1) // 4, h * w // 196, c / 25),
+            lambda n, h, w, c: ((-(-n // 160) + 1) // 4, h * w // 784, c / 50),
+            lambda n, h, w, c: ((-(-n // 160) + 1) // 4, h * w // 784, c // 25),
+            lambda n, h, w, c: (h * w // 784, (-(-n // 160) + 1) // 4, c / 25),
+        ],
     },
     "01": {
         "my_frames": [
