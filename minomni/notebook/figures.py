@@ -615,3 +615,27 @@ def snakes(parameters: Sequence[tuple[float, float]]) -> None:
         ax.plot(x, y, color=COLORS[color], linewidth=1.2, label=f"α = {alpha:g}, β = {beta:g}")
     ax.set(xlabel="x", ylabel="SnakeBeta(x)")
     ax.legend(frameon=False, fontsize=8)
+
+
+def token_boxes(lines: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """A named line for each way to split words into tokens: a box for each token.
+
+    The larger the part of its word that a token is, the darker its box. A space is a dot.
+    """
+    ax = axes(height=0.45 * len(lines))
+    for y, words in enumerate(lines.values()):
+        x = 0.0
+        for tokens in words:
+            letters = sum(map(len, tokens))
+            for token in tokens:
+                shade = 0.1 + 0.5 * len(token) / letters
+                ax.barh(y, len(token) - 0.1, 0.8, x, color=COLORS["text"], alpha=shade)
+                middle = x + len(token) / 2 - 0.05
+                text = token.replace(" ", "·")
+                ax.text(middle, y, text, ha="center", va="center", family="monospace")
+                x += len(token)
+            x += 0.5  # between words
+    ax.set(yticks=range(len(lines)), yticklabels=lines, xticks=[])
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)

@@ -250,3 +250,13 @@ def test_logits_are_drawn_behind_the_bar_and_not_added_to_it():
     assert [text.get_text() for text in ax.texts] == ["21.0 GB", "22.0 GB"]
     outlines = [(bar.get_x(), bar.get_width()) for bar in ax.containers[2]]
     assert outlines == [(21, 3), (22, 6)]
+
+
+def test_tokens_are_boxes_and_whole_words_are_the_darkest():
+    figures.token_boxes({"0 merges": [["r", "e", "d"], [" ", "b"]], "2 merges": [["red"], [" b"]]})
+    ax = plt.gca()
+    assert [text.get_text() for text in ax.texts] == ["r", "e", "d", "·", "b", "red", "·b"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0 merges", "2 merges"]
+    shades = [box.get_alpha() for box in ax.patches]
+    assert shades[5] == shades[6] == max(shades)
+    assert ax.yaxis_inverted()
