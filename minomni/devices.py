@@ -119,8 +119,8 @@ def tf32_products(on: bool) -> Iterator[None]:
 
 # What to do where an answer takes too much memory.
 ANSWER_ADVICE = (
-    "give shorter or smaller media, fewer messages or max_new_tokens, or load with quantize= "
-    "(--quantize), parts= (--parts) or encoders_on_host=True"
+    "give shorter or smaller media, fewer messages or a smaller max_new_tokens, or load with "
+    "quantize= (--quantize), parts= (--parts) or encoders_on_host=True"
 )
 
 
@@ -139,12 +139,27 @@ def memory_errors(advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = f"{error}".splitlines()[0] if f"{error}" else "no memory is left"
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
+        release_frames(error)
     if reason:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise OutOfMemory(f"out of memory: {shorten(reason, 200)}; {advice}")
+        if "out of memory" not in reason.lower():
+            reason = f"out of memory: {reason}"
+        raise OutOfMemory(f"{shorten(reason, 200)}; {advice}")
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of the local variables that an error keeps, and those of the errors it came from."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        cause = pending.pop()
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        traceback.clear_frames(cause.__traceback__)
+        cause.__traceback__ = None
+        pending += [cause.__cause__, cause.__context__]
 
 
 def is_out_of_memory(error: Exception) -> bool:

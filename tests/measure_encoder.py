@@ -161,10 +161,10 @@ def spoken(omni: Omni, texts: list[str]) -> list[torch.Tensor]:
 
 @contextmanager
 def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Note how long the block runs."""
+    """Add how long the block runs to what it took in earlier commands, which it continues."""
     began = time.perf_counter()
     yield
-    seconds[name] = round(time.perf_counter() - began, 1)
+    seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 1)
 
 
 def names_of(text: str) -> list[str]:

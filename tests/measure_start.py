@@ -3,7 +3,7 @@
     PYTHONPATH=tests/serve:. python tests/measure_start.py
 
 Clones this repository, runs `python run.py serve` in the clone without a cache of pip, opens the
-page in headless Chromium, clicks the first example, and prints the seconds from the begin of the
+page in headless Chromium, clicks the first example, and prints the seconds from the start of the
 clone to each step, with the processor. `--source URL` clones from there, over the network. It needs
 Chromium, and playwright of requirements-dev.txt.
 """

@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 BUDGET = re.compile(r"run in (\d+|\?) s\b")  # the words of the header that hold the measured time
 PREDICT = re.compile(r"\*Predict\b")  # a question whose answer the next code cell prints
-FOLDED = {"jupyter": {"outputs_hidden": True}}  # JupyterLab shows three dots in place of outputs
+FOLDED = {"jupyter": {"outputs_hidden": True}}  # JupyterLab shows three dots instead of outputs
 COLORS = 64  # of a stored figure: a third of the bytes of full color, and no eye sees it
 SOUND = re.compile(r"data:audio/wav;base64,([A-Za-z0-9+/=]+)")
 PHOTOGRAPH = 8192  # more colors than this and it is a photograph, in whose sky an eye would see it
@@ -128,7 +128,7 @@ def small(png: str, shown: dict[str, int] | None = None) -> dict[str, str]:
 
 
 def with_flac(page: str) -> str:
-    """HTML with its sounds as FLAC in place of WAV: three quarters of the bytes, no sample lost."""
+    """HTML with its sounds as FLAC instead of WAV: three quarters of the bytes, no sample lost."""
     found = SOUND.sub(lambda sound: f"data:audio/flac;base64,{flac(sound[1])}", page)
     return found.replace('type="audio/wav"', 'type="audio/flac"')
 

@@ -155,13 +155,16 @@ PART_GOALS = {
     "thinker_training": 1,
     "talker_training": 1,
 }
+# Kinds of processors, as PyTorch names them -> as the documents do
+PROCESSORS = {"AVX512": "AVX-512", "AVX2": "AVX2", "DEFAULT": "no AVX2"}
 # Of those rows the ones in the READMEs: row -> (English, Chinese)
 README_PARTS = {
+    "audio_encoder": ("audio encoder", "音频编码器"),
     "prefill": ("prefill", "预填充"),
     "thinker_step": ("text token", "文字 token"),
     "talker_step": ("speech code", "语音编码"),
     "token2wav": ("Token2Wav", "Token2Wav"),
-    "thinker_training": ("training step of the Thinker", "Thinker 训练步"),
+    "thinker_training": ("forward and backward of the Thinker", "Thinker 前向与反向"),
 }
 # Rows of the latency table: key -> (English, Chinese)
 LATENCY_ROWS = {
@@ -190,12 +193,12 @@ STAGES = {
     ),
     "dit": ("flow-matching DiT: codes to mel in sliding blocks", "流匹配 DiT"),
     "language": (
-        "decoder, on text with ideal encoder outputs (in place of Qwen2.5's weights)",
+        "decoder, on text with ideal encoder outputs (instead of Qwen2.5's weights)",
         "解码器",
     ),
-    "audio_align": ("audio encoder, by CTC (in place of Whisper's weights)", "音频编码器"),
+    "audio_align": ("audio encoder, by CTC (instead of Whisper's weights)", "音频编码器"),
     "vision_align": (
-        "vision encoder, word for each image cell (in place of Qwen2.5-VL's weights)",
+        "vision encoder, word for each image cell (instead of Qwen2.5-VL's weights)",
         "视觉编码器",
     ),
     "thinker1": ("pre-training 1: encoders, decoder frozen", "预训练一：编码器"),
@@ -393,8 +396,9 @@ def serving(language: str) -> str:
     if measured is None:
         return ""
     intro = (
-        "`python -m minomni bench serve`, tiny on two AVX-512 cores, server and clients on the "
-        'same machine; the question is "say the red circle is above the blue square":\n\n'
+        f"`python -m minomni bench serve`, tiny on two {PROCESSORS[measured['processor']]} cores, "
+        "server and clients on the same machine; the question is "
+        '"say the red circle is above the blue square":\n\n'
     )
     head = ["", *("1 client" if count == 1 else f"{count} clients" for count in CLIENTS)]
     rows = [
@@ -440,7 +444,7 @@ def page(language: str) -> str:
     if measured is None:
         return ""
     return (
-        f"On the machine of the table, with nothing beside it, "
+        f"On two {PROCESSORS[measured['processor']]} cores, without other work, "
         f"{measured['questions']} questions of `tests/measure_page.py` took "
         f"{measured['least_ms']:.0f} to {measured['most_ms']:.0f} ms, median "
         f"{measured['median_ms']:.0f}.{gaps(measured)}\n"
@@ -483,22 +487,25 @@ def served(language: str) -> str:
     measured = results().get("serving")
     if measured is None:
         return ""
+    processor = PROCESSORS[measured["processor"]]
     rates = [f"{measured[f'speech_requests_per_s_{count}']:.2g}" for count in CLIENTS]
     texts = [f"{measured[f'text_requests_per_s_{count}']:.2g}" for count in CLIENTS]
     held = round(measured["spoken_first_audio_ms"])
     opened = round(measured["open_first_audio_ms"])
     if language == "zh":
         return (
-            f"`minomni bench serve`，tiny，双核 AVX-512：1 / 4 / 16 个客户端同时提问时，每秒完成 "
+            f"`minomni bench serve`，tiny，双核 {processor}："
+            f"1 / 4 / 16 个客户端同时提问时，每秒完成 "
             f"{' / '.join(texts)} 个文字回答、{' / '.join(rates)} 个语音回答；"
             f"客户端在说完问题后 {held} 毫秒收到第一段音频，开放麦克风为 {opened} 毫秒"
             f"（其中 500 毫秒用于等待停顿）。{page_sentence(language)}{OTHERS[language]}\n"
         )
     return (
-        f"`minomni bench serve`, tiny on two AVX-512 cores: {' / '.join(texts)} text answers and "
-        f"{' / '.join(rates)} spoken answers per second to 1 / 4 / 16 clients at once. A "
-        f"client receives the first audio {held} ms after the end of a spoken question, and after "
-        f"{opened} ms with an open microphone, which waits for a pause of 500 ms."
+        f"`minomni bench serve`, tiny on two {processor} cores: "
+        f"{' / '.join(texts)} text answers and {' / '.join(rates)} spoken answers per second to "
+        f"1 / 4 / 16 clients at once. A client receives the first audio {held} ms after the end "
+        f"of a spoken question, and after {opened} ms with an open microphone, which waits for a "
+        f"pause of 500 ms."
         f"{page_sentence(language)}{OTHERS[language]}\n"
     )
 
@@ -567,12 +574,14 @@ def beside_transformers(language: str) -> str:
     if language == "zh":
         return (
             f"与 transformers {machine['transformers']} 的速度之比（`minomni bench parts`，"
-            f"9 亿个随机权重，{machine['dtype']}，{machine['threads']} 线程）："
+            f"9 亿个随机权重，{machine['dtype']}，{machine['threads']} 个 "
+            f"{PROCESSORS[machine['processor']]} 核）："
             f"{'，'.join(ratios)}（[逐项]({where})）。"
         )
     return (
         f" Speed divided by that of transformers {machine['transformers']} (`minomni bench parts`, "
-        f"0.9 billion random weights, {machine['dtype']}, {machine['threads']} threads): "
+        f"0.9 billion random weights, {machine['dtype']}, {machine['threads']} "
+        f"{PROCESSORS[machine['processor']]} cores): "
         f"{', '.join(ratios)} ([part by part]({where}))."
     )
 
@@ -583,9 +592,9 @@ def parts(language: str) -> str:
     for dtype, run in results().get("parts", {}).items():
         machine = run["machine"]
         intro = (
-            f"{dtype}, {machine['threads']} threads, a copy at {machine['copy_gb_per_s']:.3g} "
-            f"GB/s, matrix products at {machine['gflops']:.3g} GFLOP/s, PyTorch "
-            f"{machine['torch']}, transformers {machine['transformers']}:\n\n"
+            f"{dtype}, {machine['threads']} {PROCESSORS[machine['processor']]} cores, a copy at "
+            f"{machine['copy_gb_per_s']:.3g} GB/s, matrix products at {machine['gflops']:.3g} "
+            f"GFLOP/s, PyTorch {machine['torch']}, transformers {machine['transformers']}:\n\n"
         )
         backends = [
             backend for backend in BACKENDS if any(backend in row for row in run["rows"].values())
@@ -772,7 +781,7 @@ def facts(language: str) -> str:
             f"双核 CPU 上训练：随附权重的各阶段合计 {hours:.1f} 小时，两个阶段同时进行；"
             f"quick 步数更短。\n"
             f"- **流式输出。** 文字与语音同时生成；文字提问后，双核 AVX-512 处理器上 {first} 毫秒、"
-            f"双核 AVX2 处理器上 {without_bf16} 毫秒得到第一段音频。\n"
+            f"双核 AVX2 处理器上 {without_bf16} 毫秒（形状相同的早期权重）得到第一段音频。\n"
             f"- **与官方结构相同。** 同样的类可以构建 7B（{release:,} 个参数）并读入其检查点目录，"
             f"测试逐一与官方代码比对。\n"
         )
@@ -783,7 +792,7 @@ def facts(language: str) -> str:
         f"a time; the quick budget is shorter.\n"
         f"- **It streams.** Text and speech are generated together. The first audio of the answer "
         f"to a typed question is there after {first} ms on two cores with AVX-512, after "
-        f"{without_bf16} ms on two AVX2 cores.\n"
+        f"{without_bf16} ms on two AVX2 cores (earlier weights of the same shapes).\n"
         f"- **It is the release's architecture.** The same classes build the 7B model ({release:,} "
         f"parameters) and read its checkpoint folder. The tests compare every part with the "
         f"official code.\n"
@@ -945,9 +954,11 @@ def main() -> None:
     if arguments.serve:
         measured = json.loads(arguments.serve.read_text())
         stored["serving"] = {key: measured[key] for key in serving_keys()}
+        stored["serving"]["processor"] = torch.backends.cpu.get_cpu_capability()
     if arguments.page:
         measured = json.loads(arguments.page.read_text())
         stored["page"] = {key: measured[key] for key in PAGE_KEYS}
+        stored["page"]["processor"] = torch.backends.cpu.get_cpu_capability()
     if arguments.answer:
         stored["answer"] = json.loads(arguments.answer.read_text())
     if arguments.parts:

@@ -165,11 +165,13 @@ def test_the_server_is_described_once_it_was_measured(monkeypatch, language):
     monkeypatch.setattr(refresh_readme, "results", dict)
     assert refresh_readme.served(language) == refresh_readme.serving(language) == ""
     measured = {key: 1000.0 + i for i, key in enumerate(refresh_readme.serving_keys())}
+    measured["processor"] = "AVX2"
     monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": measured})
     sentence = refresh_readme.served(language)
     assert str(round(measured["spoken_first_audio_ms"])) in sentence
     assert str(round(measured["open_first_audio_ms"])) in sentence
     assert sentence.count("\n") == 1
+    assert "AVX2" in sentence
     rows = refresh_readme.serving(language)
     assert "| 1 client | 4 clients | 16 clients |" in rows
     assert rows.count("\n|") == 2 + len(refresh_readme.SERVING_ROWS)
@@ -177,10 +179,11 @@ def test_the_server_is_described_once_it_was_measured(monkeypatch, language):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_first_sound_of_the_page_is_told_once_it_was_measured(monkeypatch, language):
-    serving = dict.fromkeys(refresh_readme.serving_keys(), 1.0)
+    serving = dict.fromkeys(refresh_readme.serving_keys(), 1.0) | {"processor": "AVX512"}
     times = {"questions": 7, "median_ms": 812.4, "least_ms": 701.2, "most_ms": 955.6}
+    times["processor"] = "AVX2"
     sound = {"speech_s": 14.6, "answers_with_gaps": 2, "gaps_ms": 21.3}
-    assert {**times, **sound}.keys() == set(refresh_readme.PAGE_KEYS)
+    assert {**times, **sound}.keys() == {*refresh_readme.PAGE_KEYS, "processor"}
     monkeypatch.setattr(refresh_readme, "results", lambda: {"serving": serving})
     assert refresh_readme.page(language) == ""
     alone = refresh_readme.served(language)
@@ -190,7 +193,7 @@ def test_the_first_sound_of_the_page_is_told_once_it_was_measured(monkeypatch, l
     assert "812" in sentence
     assert re.search("median of 7|7 次的中位数", sentence)
     assert sentence.count("\n") == 1
-    assert "7 questions" in refresh_readme.page(language)
+    assert "two AVX2 cores, without other work, 7 questions" in refresh_readme.page(language)
     assert "701 to 956 ms, median 812.\n" in refresh_readme.page(language)
     assert refresh_readme.gaps(times) == ""
     assert refresh_readme.gaps({**times, **sound}).endswith(
@@ -208,7 +211,7 @@ def test_a_share_of_recordings_has_its_interval(monkeypatch):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_parts_beside_transformers_are_told_once_they_were_measured(monkeypatch, language):
-    machine = {"transformers": "5.0.0", "dtype": "float32", "threads": 2}
+    machine = {"transformers": "5.0.0", "dtype": "float32", "threads": 2, "processor": "AVX2"}
     stored = {"parts": {"float32": {"machine": machine, "rows": {"video": {"minomni": 1.0}}}}}
     monkeypatch.setattr(refresh_readme, "results", lambda: stored)
     assert refresh_readme.beside_transformers(language) == ""

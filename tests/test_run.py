@@ -126,7 +126,7 @@ def test_the_server_ends_by_itself_on_control_c(machine, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         return 0
 
-    def handler(*_):  # in place of pytest's, which would end all tests
+    def handler(*_):  # instead of pytest's, which would end all tests
         interrupts.append("not ignored by run.py")
 
     machine("serve")

@@ -44,7 +44,7 @@ REFUSED_WITH_RANDOM_WEIGHTS: Conflicts = {
     "random weights",
 }
 REFUSED_WITH_WIDTH_FACTOR: Conflicts = {
-    ("model",): "--width-factor makes a model in place of --model; leave out one of them",
+    ("model",): "--width-factor makes a model instead of --model; leave out one of them",
 }
 
 

@@ -110,7 +110,7 @@ def write_shards(rows: Iterator[Any], data: Path, folder: Path, shard_bytes: int
 
 
 def members_of(row: Any, key: str, folder: Path, number: int) -> dict[str, bytes]:
-    """The members of a row by name: its media, and the row with their names in place of paths."""
+    """The members of a row by name: its media, and the row with their names instead of paths."""
     members: dict[str, bytes] = {}
 
     def add(path: str) -> str:

@@ -206,7 +206,7 @@ def filter_step(
         "product": (product, "RdBu_r", float(product.abs().max())),
     }
     plots = axes(1, 4, width=7.5, height=2.6, width_ratios=(2, 2, 2, 2))
-    for ax, (title, (values, colors, limit)) in zip(plots, images.items(), strict=False):
+    for ax, (title, (values, colors, limit)) in zip(plots[:3], images.items(), strict=True):
         low = None if limit is None else -limit
         ax.imshow(
             values,
@@ -449,7 +449,7 @@ def timeline(
         marks = [1000 * at for at in times[step]]
         ax.plot(marks, [row] * len(marks), "|", markersize=11, color=COLORS["audio"])
     end = 0.0  # when all chunks before have been played
-    for i, (arrival, length) in enumerate(zip(arrivals, lengths)):
+    for i, (arrival, length) in enumerate(zip(arrivals, lengths, strict=True)):
         begin = max(end, arrival)
         shade = (0.45, 0.75)[i % 2]
         color = COLORS["audio"]
@@ -474,7 +474,9 @@ def made_and_played(
     ax.step(when, made, color=COLORS["audio"], where="post", label="made")
     ax.plot([begin, begin + length], [0, length], color="gray", label="played")
     at = torch.linspace(begin, begin + length, 400)
-    ready = torch.tensor([max(m for m, t in zip(made, when) if t <= s + 1e-6) for s in at.tolist()])
+    ready = torch.zeros(len(at))
+    for second, seconds_made in zip(when, made, strict=True):
+        ready[at >= second - 1e-6] = seconds_made
     dry = at - begin > ready
     shade = dict(color="red", alpha=0.3, linewidth=0, label="silence")
     ax.fill_between(at, at - begin, ready, where=dry.tolist(), **shade)  # type: ignore[arg-type]

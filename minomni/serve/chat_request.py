@@ -347,7 +347,7 @@ def parse_messages(messages: object, shared: Mapping[str, Any]) -> list[dict]:
 
 
 def parse_item(item: object, shared: Mapping[str, Any]) -> dict:
-    """One item of a content, with bytes of its own in place of addresses, and its options.
+    """One item of a content, with bytes of its own instead of addresses, and its options.
 
     shared: options of all media. Raises ApiError.
     """

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 from minomni.errors import OutOfMemory
 
 log = logging.getLogger("minomni.serve")
+OUT_OF_MEMORY = "out_of_memory"
 RETRY_AFTER_S = 2
 LOGGED_FRAMES = 8  # the innermost ones of an error
 
@@ -33,10 +34,12 @@ class ApiError(Exception):
         return {"error": fields}
 
     def response(self) -> JSONResponse:
-        """The error as a response; 429 says when to try again."""
+        """The error as a response; 429 says when to try again, and a lack of memory not to."""
         headers = {}
         if self.status == 429:
             headers["Retry-After"] = str(RETRY_AFTER_S)
+        if self.code == OUT_OF_MEMORY:
+            headers["x-should-retry"] = "false"  # OpenAI's clients obey it
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
@@ -51,7 +54,7 @@ def of_user_error(error: Exception) -> ApiError:
     """A UserError of the model as an error of the API."""
     message = str(error)
     if isinstance(error, OutOfMemory):
-        return ApiError(503, message, None, "out_of_memory")
+        return ApiError(503, message, None, OUT_OF_MEMORY)
     code = "context_length_exceeded" if "context" in message else "invalid_value"
     return ApiError(400, message, None, code)
 

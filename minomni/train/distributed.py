@@ -221,12 +221,12 @@ def divided(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     # By way of the whole: gloo cannot exchange parts of one dimension for those of another.
-    whole, by_item = [Replicate()], [Shard(0)]
-    own = batch.redistribute(placements=whole).redistribute(placements=by_item).to_local()
+    gathered, by_item = [Replicate()], [Shard(0)]
+    own = batch.redistribute(placements=gathered).redistribute(placements=by_item).to_local()
     results: DTensor = DTensor.from_local(
         function(own), batch.device_mesh, by_item, shape=batch.shape, stride=batch.stride()
     )
-    return results.redistribute(placements=whole).redistribute(placements=batch.placements)
+    return results.redistribute(placements=gathered).redistribute(placements=batch.placements)
 
 
 def whole(value: Any) -> Any:

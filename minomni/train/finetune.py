@@ -41,6 +41,7 @@ from minomni.data.jsonl import (
     read_dataset,
 )
 from minomni.data.shards import read_shards, shard_files
+from minomni.devices import memory_errors
 from minomni.errors import UserError, shorten
 from minomni.files import require_possible, writing
 from minomni.inputs.media import load_audio
@@ -58,6 +59,11 @@ from minomni.train.stages.thinker import BATCH_PARTS
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
+# What to do where fine-tuning takes too much memory.
+FINETUNE_ADVICE = (
+    "give shorter rows in --data, adapters alone (--lora r=16), or also the base in fewer bits "
+    "(--quantize int8)"
+)
 # Without --epochs: at least so many epochs, and at least so many steps where there are few rows.
 MIN_EPOCHS = 3
 MIN_STEPS = 300
@@ -184,6 +190,7 @@ class FinetuneOptions:
     held_out_speaker: str | None = None  # train without the rows of this speaker
 
 
+@memory_errors(FINETUNE_ADVICE)
 def finetune(
     size: str,
     data: Path,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minomni.devices import has_bf16, memory_errors
+from minomni.devices import has_bf16
 from minomni.errors import UserError
 from minomni.talker.codec import Codec
 from minomni.train import distributed, run_folder, samples
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 ADAMW_LAYERS = ("embed", "embed_tokens", "token", "head")  # layers whose rows belong to single ids
 ADAMW_LR_SCALE = 0.4  # of the learning rate, for the parameters that Muon does not update
-MEMORY_ADVICE = (
-    "give a smaller batch with more accumulation (--set STAGE.batch=N --set STAGE.accumulate=M), "
-    "shorter rows of --data, or --lora with --quantize"
-)
 LOG_LINES = 8  # per stage, each with a checkpoint and samples
 FINAL_LR_SHARE = 0.05  # of the learning rate, after the last step
 EMA_DECAY = 0.95  # of the running means of the losses
@@ -235,7 +231,6 @@ def mixes_channels(parameter: Tensor) -> bool:
     return parameter.dim() in (2, 3) and min(parameter.shape[:2]) > 1
 
 
-@memory_errors(MEMORY_ADVICE)
 def train(
     stage: Stage,
     folder: Path,

@@ -10,7 +10,7 @@ from minomni.checkpoint import saving
 from minomni.config import SIZES
 from minomni.data.corpus import FIRST_VOICE_OFFSET, corpus, voices_of_corpus
 from minomni.data.vocabulary import english, world_tokenizer
-from minomni.devices import device_of
+from minomni.devices import device_of, memory_errors
 from minomni.errors import UserError
 from minomni.omni import Omni
 from minomni.train import distributed
@@ -31,6 +31,10 @@ from minomni.train.run_folder import (
 from minomni.train.run_settings import forget_settings, read_settings
 from minomni.train.stage_table import STAGES
 
+# What to do where a stage takes too much memory.
+STAGE_ADVICE = (
+    "give a smaller batch with more accumulation (--set STAGE.batch=N --set STAGE.accumulate=M)"
+)
 LOADER_WORKERS = {"cuda": 2}  # processes per stage; on a CPU training itself takes all cores
 
 
@@ -98,6 +102,7 @@ def make_stage(
     return stage
 
 
+@memory_errors(STAGE_ADVICE)
 def run_stage(
     name: str,
     size: str,

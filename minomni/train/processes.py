@@ -60,13 +60,13 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(TERMINATED)
 
-    signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, end) or signal.SIG_DFL  # None: set by a library in C
     try:
         yield
     except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, before)
 
 
 def line_of(error: BaseException) -> UserError | None:

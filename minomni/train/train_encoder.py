@@ -18,6 +18,7 @@ from minomni import load
 from minomni.checkpoint import saving
 from minomni.config import SIZES, CodeClassifierConfig, OmniConfig
 from minomni.data.jsonl import JsonlRows
+from minomni.devices import memory_errors
 from minomni.errors import UserError
 from minomni.talker.codec import CodeClassifier
 from minomni.token2wav.voice import Voice
@@ -38,6 +39,8 @@ from minomni.train.stages.encoder import EncoderStage
 if TYPE_CHECKING:
     from minomni.omni import Omni
 
+# What to do where the training of an encoder takes too much memory.
+ENCODER_ADVICE = "give a smaller encoder (--size tiny) or shorter rows in --data"
 BATCH = 16  # pairs in a step
 LEARNING_RATE = 2e-3
 
@@ -52,6 +55,7 @@ class EncoderOptions:
     random_share: float = 0.1  # of the pairs: random codes instead of the Talker's
 
 
+@memory_errors(ENCODER_ADVICE)
 def train_encoder(
     folder: str,
     out: Path,

@@ -130,7 +130,7 @@ def test_steps_are_reused_from_answer_to_answer(omni):
 
 
 def test_few_steps_are_cached(omni):
-    """Another limit takes the same step, another temperature a new one, in place of an old one."""
+    """Another limit takes the same step, another temperature a new one, instead of an old one."""
     omni.use_static_steps()
     for tokens, temperature in ((3, 0.5), (4, 0.5), (3, 0.6), (3, 0.7), (3, 0.5)):
         sampling = replace(SAMPLED, max_new_tokens=tokens, temperature=temperature)

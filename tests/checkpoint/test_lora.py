@@ -235,7 +235,7 @@ def test_training_writes_adapters_alone(dtype, tiny_folder, data, tmp_path, quic
         (["--lora", "r=x"], "r and alpha are numbers"),
         (["--lora", "r=2,layers=lm_head"], "no layer is called 'lm_head'"),
         (["--lora", "r=2", "--parts", "codec"], "'codec' is not one of thinker, talker"),
-        (["--lora", "r=2", "--stage", "chat"], "in place of --stage"),
+        (["--lora", "r=2", "--stage", "chat"], "instead of --stage"),
         (["--parts", "talker"], "--parts goes with --lora"),
         (["--lora", ""], "expected r=16"),
         (["--lora", "r=2", "--skip-corrupt"], "--skip-corrupt goes with packed data"),
@@ -490,7 +490,7 @@ def test_what_does_not_change_the_answer_is_not_refused(adapted, tiny_folder, re
     other = minomni.load(str(tiny_folder))
     lora.load_lora(other, folder)
     assert largest(logits(omni), logits(other)) == {"thinker": 0.0, "talker": 0.0}
-    change_config(folder, use_rslora=True)  # alpha / sqrt(r) in place of alpha / r: twice for r = 4
+    change_config(folder, use_rslora=True)  # alpha / sqrt(r) instead of alpha / r: twice for r = 4
     twice = minomni.load(str(tiny_folder))
     lora.load_lora(twice, folder)
     layer = "talker.model.layers.0.mlp.up_proj"

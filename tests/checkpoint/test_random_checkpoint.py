@@ -31,7 +31,7 @@ RELEASE = random_checkpoint.RELEASE_CONFIG.read_text()
 
 
 def few_layers():
-    """The narrowest release with two layers in place of 28 and a vocabulary of 512."""
+    """The narrowest release with two layers instead of 28 and a vocabulary of 512."""
     config = scale_widths(QWEN7B, 0.125)
     thinker, talker = config.thinker, config.talker
     return replace(

@@ -269,7 +269,7 @@ def write_tar(path: Path, contents: dict[str, bytes]) -> None:
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
     header = entry.tobuf(tarfile.USTAR_FORMAT)
-    # The checksum of a header is the sum of its bytes, with spaces in place of the checksum.
+    # The checksum of a header is the sum of its bytes, with spaces instead of the checksum.
     others = sum(header[14:148]) + sum(header[156:]) + 8 * ord(" ")
     padding = bytes(-len(content) % tarfile.BLOCKSIZE)
     with open(path, "wb") as file:

@@ -144,7 +144,7 @@ def test_tests_that_fail_or_are_missing(monkeypatch, tmp_path):
         ("gpu --out results --short --dtype fp32", "--dtype is no option of `bench gpu`"),
         ("gpu --out results --short --compile", "--compile is no option of `bench gpu`"),
         ("first --out results", "--out is no option of `bench first`, but of gpu"),
-        ("gpu --out results --width-factor 1", "in place of --model"),
+        ("gpu --out results --width-factor 1", "instead of --model"),
         ("gpu --out results --random-weights", "leave out --random-weights and --quantize"),
     ],
 )

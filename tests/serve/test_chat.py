@@ -269,7 +269,7 @@ def test_media_types_of_speech(server, name):
 
 
 def test_a_streamed_wav_is_the_streamed_samples(client):
-    """Behind a head that tells their rate."""
+    """After a header that tells their rate."""
     wav, samples = (
         client.audio.speech.create(
             model="tiny", voice="Fiona", input=SENTENCE, response_format=name

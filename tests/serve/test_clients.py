@@ -184,7 +184,7 @@ def test_images_of_a_conversation_are_decoded_there_too(server, monkeypatch):
 
 
 def endless_steps(omni, inputs, voice, options, ids):
-    """An answer without end, in place of chat.answer_steps()."""
+    """An answer without end, instead of chat.answer_steps()."""
     while True:
         time.sleep(0.001)
         yield TextChunk("x", 0.0)

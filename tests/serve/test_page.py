@@ -411,7 +411,7 @@ def test_the_first_sound_is_measured(quiet_page):
     page.get_by_role("button", name="Hold to talk").focus()
     answers = [measure_page.question(page) for _ in range(2)]
     assert all(0 < answer.first_ms < PATIENCE_MS for answer in answers)
-    assert all(answer.samples > RATE and answer.gaps >= 0 for answer in answers)
+    assert all(answer.samples > RATE for answer in answers)
     played = [(900, 12_000, 0), (400, 24_000, 3), (500, 24_000, 0)]
     found = measure_page.summary([measure_page.Played(*answer) for answer in played])
     assert [found[key] for key in PAGE_KEYS] == [3, 500, 400, 900, 2.5, 1, 16]

@@ -162,7 +162,7 @@ def test_open_microphone(server):
 
 
 def test_the_times_of_speech(server):
-    """They count from the begin of the conversation, as the client sent it."""
+    """They count from the start of the conversation, as the client sent it."""
 
     async def conversation(connection):
         await send_audio(connection, SILENCE + spoken(WISH) + SILENCE)

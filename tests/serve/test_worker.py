@@ -184,8 +184,10 @@ def test_a_stopped_worker_ends_all_tasks():
     assert not turns
 
 
-def test_memory_that_runs_out_is_said_and_may_be_tried_again():
-    error = of_user_error(OutOfMemory("out of memory: Tried to allocate 2 GiB; give less"))
+def test_memory_that_runs_out_is_said_and_not_tried_again():
+    error = of_user_error(OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB; give less"))
     assert error.status == 503
     assert error.body()["error"]["code"] == "out_of_memory"
     assert error.body()["error"]["type"] == "server_error"
+    # OpenAI's clients would send the same request again, twice.
+    assert error.response().headers["x-should-retry"] == "false"

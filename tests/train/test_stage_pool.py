@@ -87,7 +87,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A Clock in place of subprocess; a call makes it."""
+    """A Clock instead of subprocess; a call makes it."""
 
     def make(broken: str | None = None) -> Clock:
         made = Clock(broken)

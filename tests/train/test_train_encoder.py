@@ -138,7 +138,7 @@ def test_codes_of_pairs_are_those_of_answers(monkeypatch):
 
 
 def silent_pair(codes: torch.Tensor, voice: Voice, text: str, generator: torch.Generator) -> Pair:
-    """A pair without the work of Token2Wav, in place of PairMaker.pair()."""
+    """A pair without the work of Token2Wav, instead of PairMaker.pair()."""
     return Pair(torch.zeros(TINY.codec.downsample * len(codes), 80).half(), codes, text)
 
 
