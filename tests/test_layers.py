@@ -49,6 +49,18 @@ def test_attention_equals_its_written_out_form(causal, masked):
         assert weights.triu(1).abs().max() == 0
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 1), (4, 4)])
+def test_attention_of_one_new_token(heads, kv_heads, masked):
+    q = torch.randn(3, heads, 1, 16)
+    k, v = torch.randn(3, kv_heads, 9, 16), torch.randn(3, kv_heads, 9, 16)
+    mask = None
+    if masked:  # left padding of 0, 2 and 5 tokens
+        mask = torch.arange(9) >= torch.tensor([0, 2, 5])[:, None, None, None]
+    slow, _ = attention_with_weights(q, k, v, mask)
+    torch.testing.assert_close(attention(q, k, v, mask), slow, **EXACT)
+
+
 def test_rotary_scores_depend_on_distance_only():
     config = TINY.thinker.text
     q, k = torch.randn(config.head_dim), torch.randn(config.head_dim)

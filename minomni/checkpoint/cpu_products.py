@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minomni.checkpoint.quantize import is_quantized, plain_weight
-from minomni.devices import is_emulated
+from minomni.devices import has_bf16, is_emulated
 from minomni.omni import Omni
 
 MIN_ROWS = 16  # of a product; from here its time is longer than that of copying the weight
@@ -37,6 +37,20 @@ class RowLinear(nn.Linear):
         out = torch.bmm(rows, weights.mT)  # [blocks, 1, out / blocks]
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)  # as under autocast
+
+
+class VectorLinear(nn.Linear):
+    """A linear layer in bf16 that multiplies one row as a vector. [..., in] -> [..., out].
+
+    PyTorch's product of a matrix and a vector reads the weight faster than F.linear, which calls
+    oneDNN (lab log: a decoding step in bf16).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != self.in_features or not x.is_cpu:
+            return super().forward(x)
+        out = torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)  # [..., out]
+        return out if self.bias is None else out + self.bias
 
 
 class WideLinear(nn.Linear):
@@ -69,10 +83,13 @@ def choose_products(omni: Omni, methods: dict[str, str]) -> None:
         if type(layer) is not nn.Linear or methods.get(f"{name}.weight") == "int4":
             continue
         weight = layer.weight
-        is_fp32 = weight.dtype == torch.float32 and not is_quantized(weight)
+        is_plain = weight.is_cpu and not is_quantized(weight)
+        is_large = weight.numel() >= MIN_WEIGHT
         if is_emulated(weight.dtype, weight.device):
             layer.__class__ = WideLinear
-        elif has_mkl and is_fp32 and weight.is_cpu and weight.numel() >= MIN_WEIGHT:
+        elif is_plain and weight.dtype == torch.bfloat16 and has_bf16(weight.device):
+            layer.__class__ = VectorLinear
+        elif is_plain and weight.dtype == torch.float32 and has_mkl and is_large:
             layer.__class__ = RowLinear
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import minomni
 from minomni import devices
 from minomni.checkpoint import cpu_products, saving, weights
-from minomni.checkpoint.cpu_products import RowLinear, WideLinear, tell_emulated
+from minomni.checkpoint.cpu_products import RowLinear, VectorLinear, WideLinear, tell_emulated
 from minomni.train.finetune import weights_hash
 
 CPU = torch.device("cpu")
@@ -25,7 +25,8 @@ def in_hardware(monkeypatch):
     def choose(bf16: bool) -> None:
         instructions = {"architecture": "x86_64", "avx512_fp16": bf16}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-        monkeypatch.setattr(devices, "has_bf16", lambda device: bf16)
+        for module in (devices, cpu_products):
+            monkeypatch.setattr(module, "has_bf16", lambda device: bf16)
 
     yield choose
     tell_emulated.cache_clear()
@@ -333,6 +334,38 @@ def test_answers_are_the_same_on_all_cores(threads, monkeypatch):
     assert answer.text == expected.text
     assert torch.equal(torch.as_tensor(answer.codes), torch.as_tensor(expected.codes))
     torch.testing.assert_close(answer.wave, expected.wave, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_in_bf16_is_a_vector(monkeypatch, bias):
+    """Several rows are left to PyTorch, and so are other devices."""
+    layer = nn.Linear(40, 96, bias=bias).bfloat16().requires_grad_(False)
+    rows = torch.randn(3, 1, 40).bfloat16()
+    exact = [nn.Linear.forward(layer, row).float() for row in rows]
+    layer.__class__ = VectorLinear
+    vectors = []
+    product = torch.mv
+    monkeypatch.setattr(torch, "mv", lambda w, x: [vectors.append(len(x)), product(w, x)][1])
+    for row, right in zip(rows, exact, strict=True):
+        for shaped, expected in ((row, right), (row[0], right[0]), (row[None], right[None])):
+            found = layer(shaped)
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    assert torch.equal(layer(rows), nn.Linear.forward(layer, rows))
+    layer.to("meta")(rows[0].to("meta"))
+    assert vectors == [40] * 9
+
+
+def test_layers_in_bf16_multiply_one_row_as_a_vector(in_bf16, in_hardware):
+    def vector_layers(omni) -> set[str]:
+        return {name for name, layer in omni.named_modules() if isinstance(layer, VectorLinear)}
+
+    in_hardware(True)
+    found = vector_layers(minomni.load(in_bf16))
+    assert {"thinker.lm_head", "talker.codec_head", "thinker.model.layers.0.mlp.up_proj"} <= found
+    assert not any(name.startswith("token2wav.") for name in found)  # it stays in fp32
+    in_hardware(False)
+    assert vector_layers(minomni.load(in_bf16, dtype="bf16")) == set()
 
 
 def test_quantized_layers_are_left_alone(monkeypatch):
