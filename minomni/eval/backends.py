@@ -34,7 +34,7 @@ from minomni.train.losses import next_token
 
 WORDS_PER_S = 3  # text tokens per second of speech
 TEXT_BEFORE_CODES = 2  # text tokens of the reply in which the Talker's steps are timed
-VIDEO_SIZE = 224  # pixels of the height and width of a frame
+VIDEO_SIZE = 336  # pixels of the height and width of a frame; the official processor keeps it
 TRANSFORMERS = "5.24.0"  # the version of requirements-dev.txt
 
 

@@ -165,10 +165,12 @@ def video_patches(
     n, height, width = frames.shape[:3]
     if size is None:
         size = frame_size(n, height, width, vision.cell_size, media, name)
-    resized = [_resize(Image.fromarray(frame.numpy()), *size) for frame in frames]
+    resized = frames if size == (height, width) else _resize_frames(frames, size)
     missing = -n % vision.temporal_patch_size
-    repeated = resized[-1:] * missing
-    return to_patches(torch.cat(resized + repeated), vision)
+    repeated = resized[-1:].expand(missing, -1, -1, -1)
+    pixels = torch.cat((resized, repeated)).permute(0, 3, 1, 2)  # uint8 [n, 3, height, width]
+    patches, grid = to_patches(pixels, vision)
+    return _normalize(patches), grid
 
 
 def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Grid]:
@@ -190,6 +192,24 @@ def to_patches(pixels: Tensor, vision: VisionEncoderConfig) -> tuple[Tensor, Gri
     # patch, patch]
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(t * gh * gw, vision.patch_dim), (t, gh, gw)
+
+
+def _resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing. uint8 [n, height, width, 3] -> [n, *size, 3]."""
+    height, width = size
+    resized = []
+    for frame in frames:
+        image = Image.fromarray(frame.numpy())
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        resized.append(torch.from_numpy(np.array(image)))
+    return torch.stack(resized)
+
+
+def _normalize(patches: Tensor) -> Tensor:
+    """Patches of uint8 [N, 3 * values], scaled and normalized by channel as in _resize()."""
+    colors = patches.reshape(len(patches), len(CHANNEL_MEAN), -1).float()  # [N, 3, values]
+    colors.div_(255).sub_(CHANNEL_MEAN[:, None]).div_(CHANNEL_STD[:, None])
+    return colors.reshape(patches.shape)
 
 
 def _resize(image: Image.Image, height: int, width: int) -> Tensor:

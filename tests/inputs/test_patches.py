@@ -163,6 +163,16 @@ def test_a_picture_is_two_equal_frames():
     assert torch.equal(pairs[:, :, 0], pairs[:, :, 1])
 
 
+@pytest.mark.parametrize("size", [(336, 364), (337, 360)])
+def test_two_equal_frames_are_an_image_to_the_bit(size):
+    """With and without resizing, which changes (337, 360) to (336, 364)."""
+    frame = picture(*size)
+    expected, grid = image_patches(Image.fromarray(frame), VISION, MEDIA)
+    found, found_grid = video_patches(torch.from_numpy(np.stack([frame, frame])), VISION, MEDIA)
+    assert found_grid == grid == (1, 24, 26)
+    assert torch.equal(found, expected)
+
+
 def test_odd_clips_repeat_their_last_frame():
     frames = torch.from_numpy(np.stack([picture(84, 84) // (i + 1) for i in range(5)]))
     patches, grid = video_patches(frames, TINY.thinker.vision, TINY.media)
