@@ -122,9 +122,10 @@ def long_context(omni):
         max_position_embeddings=QWEN7B.thinker.text.max_position_embeddings,
     )
     audio = dataclasses.replace(TINY.thinker.audio, encoder_layers=1)
-    thinker = dataclasses.replace(TINY.thinker, text=text, audio=audio)
+    vision = dataclasses.replace(TINY.thinker.vision, depth=1, fullatt_block_indexes=(0,))
+    thinker = dataclasses.replace(TINY.thinker, text=text, audio=audio, vision=vision)
     torch.manual_seed(0)
-    model = Omni(dataclasses.replace(TINY, thinker=thinker)).eval()
+    model = Omni(dataclasses.replace(TINY, thinker=thinker, media=QWEN7B.media)).eval()
     model.tokenizer = omni.tokenizer
     return model
 
@@ -138,6 +139,23 @@ def test_twenty_minutes_in_parts_equal_one_prompt(long_context):
     session.respond("what was said")
     assert 30_000 < session.length < 32_768
     same(session, prefill_at_once(long_context, user({"audio": wave}, {"text": "what was said"})))
+
+
+@pytest.mark.slow
+def test_three_minutes_of_film_in_parts_equal_one_prompt(long_context):
+    """Two frames of the release's least size in a second, and sound: 169 tokens a second."""
+    seconds = 185
+    clip = clip_of(*(i / 2 for i in range(2 * seconds)))
+    clip.wave = noise(seconds, loud_at=1.0)
+    session = long_context.listen(speech=False)
+    for second, chunk in enumerate(clip.wave.split(RATE)):
+        for i in (2 * second, 2 * second + 1):
+            session.add_frame(clip.frames[i].numpy(), i / 2)
+        session.add_audio(chunk)
+    session.respond("what happens")
+    assert 30_000 < session.length < 32_768
+    message = user({"video": clip}, {"text": "what happens"})
+    same(session, prefill_at_once(long_context, message, use_audio_in_video=True))
 
 
 @pytest.mark.parametrize("loud_at", [0.2, 2.5, 4.05, 5.3])
