@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minomni.devices import is_emulated
+
 # SDPA backends on CUDA. cuDNN is excluded: it plans for milliseconds whenever a shape is new, and
 # the shape changes at every token and in every batch.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -56,6 +58,9 @@ def attention(
     if q.is_cpu and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), mask, causal)
+    # Where 16 bits are emulated, 16 times as fast.
+    if q.is_cpu and q.requires_grad and is_emulated(q.dtype, q.device):
+        return attention(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.shape[2] == 1 and not causal:
         # The queries of one new token that share a key become the rows of one attention, which

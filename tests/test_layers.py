@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minomni import layers
 from minomni.config import QWEN7B, TINY
 from minomni.decoder import Decoder
 from minomni.inputs.mel import num_audio_tokens
@@ -47,6 +48,27 @@ def test_attention_equals_its_written_out_form(causal, masked):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7), **EXACT)
     if causal:
         assert weights.triu(1).abs().max() == 0
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_attention_is_trained_in_fp32_where_bf16_is_emulated(monkeypatch, emulated):
+    monkeypatch.setattr(
+        layers, "is_emulated", lambda dtype, device: emulated and dtype == torch.bfloat16
+    )
+    found = []
+    attend = layers.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        layers.F,
+        "scaled_dot_product_attention",
+        lambda q, *rest, **options: [found.append(q.dtype), attend(q, *rest, **options)][1],
+    )
+    q, k, v = torch.randn(3, 2, 2, 7, 16).bfloat16().unbind()
+    assert attention(q, k, v, causal=True).dtype == torch.bfloat16
+    trained = attention(q.requires_grad_(), k, v, causal=True)
+    assert trained.dtype == torch.bfloat16
+    slow, _ = attention_with_weights(q.float(), k.float(), v.float(), causal=True)
+    torch.testing.assert_close(trained.float(), slow, rtol=0.02, atol=0.02)
+    assert found == [torch.bfloat16, torch.float32 if emulated else torch.bfloat16]
 
 
 @pytest.mark.parametrize("masked", [False, True])
