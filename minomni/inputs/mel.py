@@ -84,7 +84,7 @@ def log_power(wave: Tensor) -> Tensor:
     samples = wave.shape[-1]
     frames = ceil(samples / HOP)
     padded = F.pad(wave, (0, frames * HOP + LOG_FFT - samples))
-    window = torch.hann_window(LOG_FFT, device=wave.device)
+    window = torch.hann_window(LOG_FFT, dtype=wave.dtype, device=wave.device)
     spectrum = torch.stft(
         padded,
         LOG_FFT,
@@ -95,7 +95,7 @@ def log_power(wave: Tensor) -> Tensor:
         return_complex=True,
     )
     power = spectrum.abs() ** 2  # [..., 201, n]
-    filters = mel_filters(LOG_FFT, LOG_BANDS).to(wave.device)
+    filters = mel_filters(LOG_FFT, LOG_BANDS).to(wave)
     return (filters @ power).clamp_min(1e-10).log10()
 
 

@@ -363,7 +363,7 @@ def check_talker(omni: "Omni", rows: JsonlRows, data: Path) -> None:
 def check_size_and_stage(size: str, stage: str | None, lora: bool) -> None:
     """Raises UserError for a size or a stage that cannot be fine-tuned."""
     if lora and stage:
-        raise UserError("--lora takes --parts thinker,talker in place of --stage")
+        raise UserError("--lora takes --parts thinker,talker instead of --stage")
     if size not in FINETUNE_RECIPES and not lora:
         sizes = ", ".join(FINETUNE_RECIPES)
         raise UserError(f"cannot fine-tune size {size!r}; sizes with a recipe are {sizes}")

@@ -141,7 +141,7 @@ def run_setup(stage: Stage) -> None:
 class StageBatches(Dataset):
     """The batches of a stage by number, each with the generator's state after it.
 
-    A loader process raises nothing: an error is returned in place of a batch.
+    A loader process raises nothing: an error is returned instead of a batch.
     """
 
     def __init__(self, stage: Stage):

@@ -64,8 +64,12 @@ def test_equals_the_official_extractor(samples):
 
 @pytest.mark.parametrize("samples", LENGTHS)
 def test_equals_what_the_official_extractor_answered(samples):
+    """In fp64: the rounding of an FFT in fp32 depends on the processor."""
     golden = np.load(GOLDEN / "mel.npz")[str(samples)]
-    assert np.abs(digest(log_mel(wave(samples)).numpy()) - golden).max() < 1e-5
+    exact = log_mel(wave(samples).double())
+    assert np.abs(digest(exact.numpy()) - golden).max() < 1e-5
+    # The logarithm enlarges rounding where a band has a small part of its frame's power.
+    assert (log_mel(wave(samples)) - exact).abs().max() < 5e-5
 
 
 def test_silence_is_minus_one_and_a_half():
