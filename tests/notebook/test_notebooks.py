@@ -41,6 +41,7 @@ SECTIONS = (
     "Exercises",
     "Recap",
 )
+OWN_SECTION = "LoRA"  # of notebook 16, beside the others
 MARK = "# NBVAL_CHECK_OUTPUT"
 PROOF = re.compile(r"(?<!try:\n)^ *same\(", re.M)
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|usr|mnt|opt)/|[A-Z]:\\\\")
@@ -173,7 +174,7 @@ def test_sections_in_order(notebook):
         for cell in notebook.cells
         if cell.cell_type == "markdown"
         for line in cell.source.splitlines()
-        if line.startswith("## ")
+        if line.startswith("## ") and OWN_SECTION not in line
     ]
     assert len(headings) == len(SECTIONS)
     assert [(h, s) for h, s in zip(headings, SECTIONS) if s not in h] == []
