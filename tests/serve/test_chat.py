@@ -394,6 +394,26 @@ WRONG = {
             }
         ]
     },
+    "the path of an image": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": str(SAMPLES / "scene.png")}}
+                ],
+            }
+        ]
+    },
+    "the file address of a recording": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "audio_url", "audio_url": {"url": (SAMPLES / "wish.wav").as_uri()}}
+                ],
+            }
+        ]
+    },
     "a path item": {
         "messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]
     },

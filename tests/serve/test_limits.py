@@ -13,6 +13,7 @@ from starlette.routing import Route
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
 from minomni.errors import UserError
+from minomni.serve import access
 from minomni.serve.access import LimitedBody
 from minomni.serve.errors import ApiError
 from minomni.serve.response import Stream
@@ -130,6 +131,22 @@ def test_token(guarded):
         assert websocket.subprotocol == "realtime"
 
 
+def test_tokens_are_compared_in_constant_time(guarded, monkeypatch):
+    """How long a comparison takes must not tell how many characters are right."""
+    compared = []
+    compare = access.hmac.compare_digest
+
+    def recorded(given, expected):
+        compared.append((given, expected))
+        return compare(given, expected)
+
+    monkeypatch.setattr(access.hmac, "compare_digest", recorded)
+    for given in ("wrong", TOKEN):
+        ask_with(guarded, {"Authorization": f"Bearer {given}"})
+    pairs = [(given.encode(), TOKEN.encode()) for given in ("wrong", TOKEN)]
+    assert [pair for pair in compared if TOKEN.encode() in pair] == pairs
+
+
 def test_the_host_name_of_a_proxy(untrained):
     with running(untrained, token=TOKEN, names=("talk.example",)) as made:
         headers = {"Host": "talk.example", "Authorization": f"Bearer {TOKEN}"}
@@ -213,6 +230,19 @@ def test_large_bodies(server):
     answer = httpx.post(f"{server.url}/v1/chat/completions", content=parts(), timeout=SECONDS)
     assert answer.status_code == 413
     assert answers(server)
+
+
+def test_a_body_above_32_mib(guarded):
+    """The limit of a server without other settings: refused before the body is there."""
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {TOKEN}",
+        f"Content-Length: {32 * 2**20 + 1}",
+    ]
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=SECONDS) as raw:
+        raw.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert b" 413 " in raw.recv(1024).split(b"\r\n")[0]
 
 
 def test_large_frames(server):
