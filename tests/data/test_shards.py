@@ -23,7 +23,7 @@ import minomni
 from minomni import __main__ as command
 from minomni.data import jsonl, shards
 from minomni.errors import UserError
-from minomni.train import distributed
+from minomni.train import distributed, finetune
 from minomni.train.finetune import FinetuneChatStage, read_rows
 from minomni.train.loop import Recipe, make_loader
 
@@ -147,6 +147,24 @@ def test_a_damaged_member_is_named_and_skipped_only_if_asked(packed, omni, tmp_p
     rows = read_rows(packed, tmp_path / "run", omni, True)
     assert "skipped: sample 1: " in capsys.readouterr().err
     assert [row.answer for row in rows] == [f"answer {i}" for i in (0, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_command_asks_for_it(asked, packed, tiny_folder, tmp_path, monkeypatch, capsys):
+    damage(packed, 4)
+
+    def stop(*_):
+        raise UserError("the data is read")
+
+    monkeypatch.setattr(finetune, "stage_names", stop)
+    words = ["minomni", "train", tiny_folder, "--data", packed, "--lora", "r=2", "--device", "cpu"]
+    words += ["--out", tmp_path / "out", "--home", tmp_path / "home"]
+    words += ["--skip-corrupt"] if asked else []
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    assert command.main() == 2
+    errors = capsys.readouterr().err
+    assert "member 000000001.0.png is damaged" in errors
+    assert ("the data is read" in errors) == asked
 
 
 def test_errors(data, packed, omni, tmp_path):
