@@ -6,6 +6,7 @@ pytest process of its own.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,25 @@ PROCESSORS = {
         "MINOMNI_TEST_THREADS": "4",
     },
 }
+
+
+def test_continuous_integration_runs_the_quick_tests_in_two_of_these():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["processors"]
+    entries = job["strategy"]["matrix"]["include"]
+    assert {entry["name"] for entry in entries} == set(PROCESSORS)
+    for entry in entries:
+        variables = {}
+        for name, value in job["env"].items():
+            key = re.fullmatch(r"\$\{\{ matrix\.(\w+) \}\}", value)
+            variables[name] = value if key is None else str(entry[key[1]])
+        assert PROCESSORS[entry["name"]].items() <= variables.items()
+    command = job["steps"][-1]["run"].split()
+    assert command[:3] == ["python", "-m", "pytest"]
+    assert command[-1] == "tests"
+    assert "not slow" in job["steps"][-1]["run"]
+    assert {step.get("run") for step in workflow["jobs"]["test"]["steps"]} >= {"python run.py test"}
 
 
 @pytest.mark.slow
