@@ -1,8 +1,11 @@
 """The page in a real browser, with recordings as its microphone."""
 
+import ast
 import base64
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -300,6 +303,19 @@ def test_the_bar_of_the_latency(page):
     assert shown["parts"] == [20, 30, 50, 100]
     assert shown["widths"] == ["10%", "15%", "25%", "50%"]
     assert shown["text"].startswith("200 ms: prefill 20")
+
+
+def test_the_parts_of_the_bar_are_those_of_notebook_12():
+    """It has one name more, of the first token, which the page counts to the first code."""
+    view = (Path(realtime.__file__).parent / "static/view.js").read_text(encoding="utf-8")
+    parts = json.loads(re.search(r"const PARTS = (\[.*?\]);", view, re.DOTALL)[1])
+    path = SAMPLES.parent / "notebooks/12_streaming.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    (source,) = [source for source in sources if 'names = {"prefill"' in source]
+    names = ast.literal_eval(re.search(r"names = (\{.*?\})", source, re.DOTALL)[1])
+    assert names.pop("text") == "first token"
+    assert [part.partition(",")[0] for part in parts] == list(names.values())
 
 
 def test_the_wav_that_is_kept(page):
