@@ -83,6 +83,11 @@ def framed(x, size: int, hop: int, repeat: bool = False, mirror_end: bool = Fals
     return torch.stack([long[f * hop : f * hop + size] for f in range(-(-len(x) // hop))])
 
 
+def floored(steps, dim) -> torch.Tensor:
+    """Scaled log10 power; `dim` says which points share a floor, which can be wrong."""
+    return (torch.maximum(steps, steps.amax(dim, keepdim=True) - 8) + 4) / 4
+
+
 def triangles(edges, hz, largest: bool = False, cut: bool = True):
     """Mel filters of height 1; the switches take the larger slope, or let it fall below zero."""
     low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
@@ -688,6 +693,9 @@ BUGS = {
             lambda x: (torch.maximum(x.log10(), x.log10().amax(-1, keepdim=True) - 8) + 4) / 4,
             lambda x: (x.clamp_min(1e-10).log10() + 4) / 4,
             lambda x: (x.clamp_min(1e-8).log() + 4) / 4,
+            lambda x: floored(x.log10(), (-2, -1)),
+            lambda x: floored(x.clamp_min(1e-10).log10(), -2),
+            lambda x: floored(x.clamp_min(1e-10).log10(), -1),
         ],
         "heard_at": [
             lambda hz, rate: hz,
@@ -762,6 +770,8 @@ BUGS = {
             lambda h, w, least, most: sized(h, w, least, math.inf),
             lambda h, w, least, most: sized(h, w, least, most)[::-1],
             lambda h, w, least, most: sized(h, w, least, most, smallest=0),
+            lambda h, w, least, most: sized(h, w, least, most if h * w > most else math.inf),
+            lambda h, w, least, most: sized(h, w, least if h * w < least else 0, most),
         ],
         "my_cut": WRONG_CUTS,
         "my_fast_cut": WRONG_CUTS,
@@ -795,6 +805,8 @@ BUGS = {
             lambda p, s: masks(p, s)[::-1],
             lambda p, s: [masks(p[:, [2, 2, 2, 3]], s)[0], masks(p, s)[1]],
             lambda p, s: [(p[:, None, 2:] - p[:, 2:]).abs().amax(2) < s, masks(p, s)[1]],
+            lambda p, s: [masks(p[:, [0, 1, 3, 3]], s)[0], masks(p, s)[1]],
+            lambda p, s: [masks(p[:, [0, 1, 2, 2]], s)[0], masks(p, s)[1]],
         ],
         "my_rotate": [
             lambda x, r, c: rotated(x, c, r),
@@ -805,6 +817,8 @@ BUGS = {
             lambda x, r, c: rotated(x, torch.arange(len(r)) + r[:1], c),
             lambda x, r, c: rotated(x, r[:1], c[:1]),
             lambda x, r, c: rotated(x, r, c.flip(0)),
+            lambda x, r, c: rotated(x.roll(x.shape[1] // 2, 1), r, c),
+            lambda x, r, c: rotated(torch.ones_like(x), r, c),
         ],
         "my_windows": [
             lambda x, labels, attend: attend(x),
@@ -838,6 +852,10 @@ BUGS = {
             lambda text, means: frequent(text, lambda n, pair: (-n, pair)),
             lambda text, means: frequent(text, lambda n, pair: (-n, pair), fence=""),
             lambda text, means: frequent(text, lambda n, pair: (n, means[pair[0]])),
+            lambda text, means: frequent(text, lambda n, pair: (-n, means[pair[0]])),
+            lambda text, means: frequent(
+                text, lambda n, pair: (-n, b"".join(means[token] for token in pair))
+            ),
             lambda text, means: frequent(text, lambda n, pair: (-n, means[pair[0]]))[0],
             lambda text, means: frequent(
                 text, lambda n, pair: (-text.count("".join(pair)), means[pair[0]])
